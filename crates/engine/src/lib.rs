@@ -1,0 +1,76 @@
+//! The one contract between a machine and its CPU: what /dev/kvm defined.
+//!
+//! An engine makes VMs, a VM makes vCPUs, a vCPU runs until something outside
+//! the CPU must answer. That something is an [`Exit`], a value; the answer is a
+//! [`Reply`]. Whoever implements these traits holds CPU, MMU and interrupt
+//! controllers; whoever calls them holds memory, buses and devices.
+
+mod clock;
+mod exit;
+mod registers;
+
+pub use clock::Clock;
+pub use exit::{Exit, Reply};
+pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};
+
+use std::sync::Arc;
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("{0}")]
+    Unavailable(String),
+    #[error("{0}")]
+    Refused(String),
+    #[error("internal error of the engine: {0}")]
+    Internal(String),
+    #[error(transparent)]
+    Memory(#[from] tetrarch_memory::MemoryError),
+}
+
+/// Makes a running [`Vcpu::run`] return [`Exit::Kicked`], from any thread.
+pub trait Kick: Send + Sync {
+    fn kick(&self);
+}
+
+/// Counters of one engine object, as (group, name, value).
+pub type Counters = Vec<(&'static str, &'static str, u64)>;
+
+/// A virtual machine: guest memory with vCPUs and interrupt controllers.
+pub trait Vm: Send + Sync {
+    /// Makes vCPU `id`; each id once, counted from 0.
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, EngineError>;
+    /// Drives global system interrupt `gsi` (0-23: a pin of the IOAPIC).
+    fn irq_line(&self, gsi: u32, level: bool);
+    /// Delivers a message-signalled interrupt (Intel SDM 3A, 11.11).
+    fn msi(&self, address: u64, data: u32);
+    /// The machine's clock.
+    fn clock(&self) -> &Arc<Clock>;
+    /// The state of the interrupt controllers, in the engine's own format.
+    fn save_irqchip(&self) -> Vec<u8>;
+    fn load_irqchip(&self, data: &[u8]) -> Result<(), EngineError>;
+}
+
+/// One virtual CPU. It belongs to the thread that calls `run`.
+pub trait Vcpu: Send {
+    /// Runs guest code until an exit. An exit that asks for a value must be
+    /// answered by [`Vcpu::reply`] before the next `run`.
+    fn run(&mut self) -> Result<Exit, EngineError>;
+    fn reply(&mut self, reply: Reply);
+    fn kicker(&self) -> Arc<dyn Kick>;
+
+    fn registers(&self) -> Registers;
+    fn set_registers(&mut self, registers: &Registers);
+    fn system_registers(&self) -> SystemRegisters;
+    fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<(), EngineError>;
+    /// The XSAVE image (Intel SDM 1, 13.4): legacy region, header, AVX state.
+    fn xsave(&self) -> Vec<u8>;
+    fn set_xsave(&mut self, image: &[u8]) -> Result<(), EngineError>;
+    /// `None` where the CPU has no such register.
+    fn msr(&mut self, index: u32) -> Option<u64>;
+    /// False where the CPU refuses the register or the value.
+    fn set_msr(&mut self, index: u32, value: u64) -> bool;
+    /// Reads guest memory at a linear address as the debugger sees it: no
+    /// access checks, no accessed bits. Returns how many bytes could be read.
+    fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize;
+    fn counters(&self) -> Counters;
+}
