@@ -1,9 +1,19 @@
 """Types of the native module: the Rust core behind one machine."""
 
-from typing import Protocol
+from typing import Protocol, Self, final, type_check_only
+
+__all__ = [
+    "EngineError",
+    "GuestMemoryError",
+    "Vcpu",
+    "Vm",
+    "__version__",
+    "engine_available",
+]
 
 __version__: str
 
+@type_check_only
 class Device(Protocol):
     """What can be attached to a port or memory range.
 
@@ -24,10 +34,11 @@ class GuestMemoryError(Exception):
     address: int
     length: int
 
+@final
 class Vm:
     """Guest memory, bus, interrupt controllers and vCPUs of one machine."""
 
-    def __init__(self, engine: str, memory: int, vcpus: int = 1, *, translate: bool = True) -> None:
+    def __new__(cls, engine: str, memory: int, vcpus: int = 1, *, translate: bool = True) -> Self:
         """``engine``: "bt"; ``memory`` in bytes, a multiple of 4096.
 
         RAM lies at 0 up to 3 GiB, the rest from 4 GiB up. With ``translate``
@@ -38,8 +49,15 @@ class Vm:
         """(guest physical address, length) of each RAM range."""
     def read_memory(self, address: int, length: int) -> bytes: ...
     def write_memory(self, address: int, data: bytes) -> None: ...
-    def attach_ports(self, base: int, length: int, device: Device) -> None: ...
-    def attach_mmio(self, base: int, length: int, device: Device) -> None: ...
+    def attach_ports(self, base: int, length: int, device: Device) -> None:
+        """Attaches a device to ``length`` ports from ``base`` on, at any time.
+
+        EngineError where the range is taken: by a device, or by the engine
+        (PIC 0x20, 0xA0, 0x4D0; PIT 0x40-0x43, 0x61). ``device.read`` and
+        ``device.write`` are looked up now, once.
+        """
+    def attach_mmio(self, base: int, length: int, device: Device) -> None:
+        """As ``attach_ports``, in guest physical memory that is not RAM."""
     def irq_line(self, gsi: int, level: bool) -> None:
         """Drives an interrupt line (GSI 0-23: IOAPIC pins; 0-15 also the PICs)."""
     def msi(self, address: int, data: int) -> None: ...
@@ -47,30 +65,52 @@ class Vm:
         """The machine's clock: nanoseconds of run time since creation."""
     def vcpu(self, index: int) -> Vcpu: ...
     def request_stop(self) -> None:
-        """Makes every running ``Vcpu.run`` return "stopped" soon. From any thread."""
-    def stats(self) -> dict[str, dict[str, int]]:
-        """Counters by group: exits, bt (blocks, tlb misses, ...), time_ns, python."""
+        """Makes every running ``Vcpu.run`` return "stopped" soon. From any thread.
 
+        A vCPU that does not run takes the request at its next ``run``, which
+        then returns at once: a request made while a thread is about to call
+        ``run`` is not lost.
+        """
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Counters by group, summed over all vCPUs.
+
+        exits (by kind), accesses (rust, python, unclaimed: by who answered),
+        python (reads, writes: calls of Python devices), time_ns (run: all of
+        ``Vcpu.run``; devices, python: in devices of either kind) and what the
+        engine counts, as bt (blocks, tlb misses, ...). The engine's counters
+        of a running vCPU are those of its last stop; all others are live.
+        """
+
+@final
 class Vcpu:
     """One virtual CPU. ``run`` releases the interpreter while the guest runs."""
 
     def run(self) -> str:
         """Runs until the machine stops.
 
-        Returns "shutdown" (triple fault) or "stopped" (request_stop). Devices
-        are called on this thread. Raises what a device raised, or EngineError.
+        Returns "shutdown" (triple fault), "halted" (HLT that no interrupt can
+        end) or "stopped" (request_stop, or another vCPU came to its end).
+        Devices are called on this thread. Raises what a device raised, the
+        same object, or EngineError. However it ends, the machine's other vCPUs
+        stop too, and ``run`` can be called again; an instruction whose device
+        raised is then done, and has read all ones.
+
+        On Python's main thread, signal handlers run while the guest does, so
+        that Ctrl-C raises KeyboardInterrupt from here.
         """
     def regs(self) -> dict[str, int]:
         """rax..r15, rip, rflags, cr0, cr2, cr3, cr4, cr8, efer, apic_base,
         and cs/ds/es/fs/gs/ss/tr/ldt as NAME_selector, NAME_base, NAME_limit, NAME_attr
         (attr: as in a VMCS: type 0-3, S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15;
-        unusable 16), gdtr/idtr as NAME_base, NAME_limit."""
+        unusable 16), gdtr/idtr as NAME_base, NAME_limit.
+
+        EngineError while the vCPU runs, as from ``set_regs`` and ``dump``."""
     def set_regs(self, values: dict[str, int]) -> None:
-        """Sets the given ones of ``regs`` and leaves the others."""
+        """Sets the given ones of ``regs`` and leaves the others.
+
+        Sets none where one does not exist or a value does not fit."""
     def dump(self) -> str:
         """Registers and the bytes at RIP as text, for a crash report."""
 
 def engine_available(name: str) -> str | None:
     """None if the engine can run here, else the reason why not, in one line."""
-
-def debug_fuzz_interpreter(data: bytes) -> None: ...

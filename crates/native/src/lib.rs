@@ -1,1 +1,38 @@
+//! `tetrarch._native`: the Rust core as Python sees it.
+//!
+//! The only crate that knows Python. `src/tetrarch/_native.pyi` says what is
+//! promised; each file here is one noun of it.
 
+mod device;
+mod dump;
+mod error;
+mod machine;
+mod registers;
+mod stats;
+mod vcpu;
+mod vm;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::error::{EngineError, GuestMemoryError};
+    #[pymodule_export]
+    use crate::vcpu::Vcpu;
+    #[pymodule_export]
+    use crate::vm::Vm;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+
+    /// None if the engine can run here, else the reason why not, in one line.
+    #[pyfunction]
+    fn engine_available(name: &str) -> Option<String> {
+        crate::machine::engine_available(name).err()
+    }
+}

@@ -1,0 +1,67 @@
+# Every target sets up what it needs; nothing has to be done by hand before.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Arguments for run, bench and pytest: make run ARGS="--memory 1G"
+ARGS ?=
+
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-long bench wheel lint fmt clean packages
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.stamp-package ## Build the core and install everything into .venv
+
+run: setup ## Boot the default guest to a shell (ARGS= for more options)
+	@$(BIN)/tetrarch run $(ARGS)
+
+test: setup packages lint ## Check and test all but the long tests
+	cargo test --release --workspace
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: setup packages ## Run all tests, the long ones too
+	cargo test --release --workspace -- --include-ignored
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup packages ## Measure against QEMU's TCG and native execution
+	$(BIN)/python -m tools.bench $(ARGS)
+
+wheel: $(VENV)/.stamp-tools ## Build the wheel into dist/
+	$(BIN)/maturin build --release --strip --locked --out dist
+
+lint: setup ## Check format, types and style of Rust and Python
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: setup ## Format Rust and Python
+	cargo fmt --all
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove everything that was built
+	rm -rf $(VENV) dist build target .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f src/tetrarch/_native*.so
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+packages: # what the tests need of the system
+	@tools/test-packages
+
+$(VENV)/.stamp-tools: pyproject.toml tools/check-host
+	@PYTHON=$(PYTHON) tools/check-host
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "maturin>=1.8,<2"
+	@touch $@
+
+# Python code runs from src/ and needs no building.
+$(VENV)/.stamp-package: $(VENV)/.stamp-tools $(RUST_SOURCES)
+	@PYTHON=$(PYTHON) tools/check-host
+	$(BIN)/maturin develop --release --locked --extras dev
+	@touch $@

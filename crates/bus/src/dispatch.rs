@@ -1,0 +1,50 @@
+//! What each exit means. The whole map between CPU and devices is one match.
+
+use tetrarch_engine::{Exit, Reply};
+
+use crate::{Bus, DeviceError, Handler};
+
+/// Why a run loop came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// HLT that no interrupt can end.
+    Halted,
+    /// Triple fault.
+    Shutdown,
+    /// [`crate::RunControl::request_stop`], or another vCPU came to its end.
+    Stopped,
+}
+
+/// What the run loop does after an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Answer {
+        reply: Reply,
+        by: Handler,
+    },
+    Stop(StopReason),
+    /// Look whether somebody wants something of this vCPU, then go on.
+    LookUp,
+}
+
+pub fn dispatch(exit: Exit, bus: &Bus) -> Result<Step, DeviceError> {
+    Ok(match exit {
+        Exit::PortIn { port, size } => {
+            let answer = bus.port_in(port, size)?;
+            Step::Answer { reply: Reply::Value(answer.value), by: answer.by }
+        }
+        Exit::PortOut { port, size, data } => {
+            Step::Answer { reply: Reply::Done, by: bus.port_out(port, size, data)? }
+        }
+        Exit::MmioRead { address, size } => {
+            let answer = bus.mmio_read(address, size)?;
+            Step::Answer { reply: Reply::Value(answer.value), by: answer.by }
+        }
+        Exit::MmioWrite { address, size, data } => {
+            Step::Answer { reply: Reply::Done, by: bus.mmio_write(address, size, data)? }
+        }
+        Exit::Halt => Step::Stop(StopReason::Halted),
+        Exit::Shutdown => Step::Stop(StopReason::Shutdown),
+        Exit::Kicked => Step::LookUp,
+    })
+}

@@ -1,0 +1,82 @@
+//! The run loop of one vCPU.
+
+use std::sync::Arc;
+
+use tetrarch_engine::{EngineError, Exit, Reply, Vcpu};
+
+use crate::{Bus, DeviceError, RunControl, Seat, Step, StopReason, dispatch, tsc::ticks};
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Stops the machine's other vCPUs on every way out, a panic included, except
+/// where the end came to all of them at once.
+struct StopOthers<'a> {
+    control: &'a RunControl,
+    seat: &'a Arc<Seat>,
+    armed: bool,
+}
+
+impl Drop for StopOthers<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.control.stop_others(self.seat);
+        }
+    }
+}
+
+/// Runs a vCPU until the guest ends, somebody asks for a stop, or something
+/// fails; then the machine's other vCPUs are stopped too.
+///
+/// `looked_up` is called at each kick, for what the thread itself must see to
+/// (signals); its error ends the run as a device's does. All ends leave the
+/// vCPU between two instructions, so that it can run again; an instruction
+/// whose device failed has then read all ones.
+pub fn run_vcpu(
+    vcpu: &mut dyn Vcpu,
+    bus: &Bus,
+    control: &RunControl,
+    seat: &Arc<Seat>,
+    looked_up: &mut dyn FnMut() -> Result<(), DeviceError>,
+) -> Result<StopReason, RunError> {
+    let counters = &seat.counters;
+    let mut others = StopOthers { control, seat, armed: true };
+    let mut last = ticks();
+    loop {
+        if seat.take_stop() {
+            others.armed = false;
+            return Ok(StopReason::Stopped);
+        }
+        let exit = vcpu.run()?;
+        counters.count(&exit);
+        let exited = ticks();
+        let step = dispatch(exit, bus);
+        let answered = ticks();
+        counters.run_ticks.add(answered.saturating_sub(last));
+        last = answered;
+        match step {
+            Ok(Step::Answer { reply, by }) => {
+                counters.count_access(by, answered.saturating_sub(exited));
+                vcpu.reply(reply);
+            }
+            Ok(Step::Stop(reason)) => return Ok(reason),
+            Ok(Step::LookUp) => looked_up()?,
+            Err(error) => {
+                vcpu.reply(match exit {
+                    Exit::PortIn { .. } | Exit::MmioRead { .. } => Reply::Value(u64::MAX),
+                    _ => Reply::Done,
+                });
+                return Err(error.into());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

@@ -1,0 +1,108 @@
+//! Which guest memory has been translated.
+//!
+//! One word a guest page, one bit for each 64 bytes of it. A write that meets a
+//! set bit makes the translations of the page invalid; who writes only notes
+//! the page here, and each vCPU drops its translations before it goes on.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use tetrarch_memory::{GuestMemory, GuestPhys, PAGE_SHIFT, PAGE_SIZE, WriteObserver};
+
+pub struct CodeMap {
+    /// (first page, lines of each page) of every region.
+    regions: Vec<(u64, Box<[AtomicU64]>)>,
+    listeners: Mutex<Vec<Listener>>,
+}
+
+/// A vCPU that runs translations.
+struct Listener {
+    written: Vec<u64>,
+    /// Raises the vCPU's request flag.
+    notify: Box<dyn Fn() + Send + Sync>,
+}
+
+/// The lines that `len` bytes at `offset` of a page touch.
+pub fn lines(offset: u64, len: u64) -> u64 {
+    debug_assert!(len >= 1 && offset + len <= PAGE_SIZE);
+    let (first, last) = (offset >> 6, (offset + len - 1) >> 6);
+    (u64::MAX >> (63 - last)) & (u64::MAX << first)
+}
+
+impl CodeMap {
+    pub fn new(memory: &GuestMemory) -> Self {
+        let regions = memory
+            .regions()
+            .iter()
+            .map(|region| {
+                let pages = (0..region.len >> PAGE_SHIFT).map(|_| AtomicU64::new(0)).collect();
+                (region.start.page(), pages)
+            })
+            .collect();
+        Self { regions, listeners: Mutex::default() }
+    }
+
+    /// Registers a vCPU: what raises its request flag. Returns its number here.
+    pub fn add_listener(&self, notify: Box<dyn Fn() + Send + Sync>) -> usize {
+        let mut listeners = self.listeners.lock();
+        listeners.push(Listener { written: Vec::new(), notify });
+        listeners.len() - 1
+    }
+
+    fn page(&self, page: u64) -> Option<&AtomicU64> {
+        self.regions.iter().find_map(|(first, pages)| pages.get(page.wrapping_sub(*first) as usize))
+    }
+
+    /// Whether any byte of the page has been translated.
+    #[inline]
+    pub fn has_code(&self, address: GuestPhys) -> bool {
+        self.page(address.page()).is_some_and(|lines| lines.load(Ordering::Acquire) != 0)
+    }
+
+    /// Marks lines as translated. True if the page had none before.
+    pub fn mark(&self, page: u64, lines: u64) -> bool {
+        self.page(page).is_some_and(|word| word.fetch_or(lines, Ordering::AcqRel) == 0)
+    }
+
+    pub fn clear(&self, page: u64) {
+        if let Some(word) = self.page(page) {
+            word.store(0, Ordering::Release);
+        }
+    }
+
+    /// Notes a write of `len` bytes inside one page, after the bytes are there.
+    #[inline]
+    pub fn wrote(&self, address: GuestPhys, len: u64) {
+        let Some(word) = self.page(address.page()) else { return };
+        if word.load(Ordering::Acquire) & lines(address.page_offset(), len) != 0 {
+            for listener in self.listeners.lock().iter_mut() {
+                if listener.written.last() != Some(&address.page()) {
+                    listener.written.push(address.page());
+                }
+                (listener.notify)();
+            }
+        }
+    }
+
+    /// Takes the pages whose translations are out of date for this listener.
+    pub fn take_written(&self, listener: usize) -> Vec<u64> {
+        let mut listeners = self.listeners.lock();
+        listeners.get_mut(listener).map(|l| std::mem::take(&mut l.written)).unwrap_or_default()
+    }
+}
+
+/// Tells the code map of what devices write.
+pub struct DeviceWrites(pub std::sync::Arc<CodeMap>);
+
+impl WriteObserver for DeviceWrites {
+    fn written(&self, address: GuestPhys, length: u64) {
+        let mut at = address;
+        let mut left = length;
+        while left > 0 {
+            let len = left.min(PAGE_SIZE - at.page_offset());
+            self.0.wrote(at, len);
+            at = at.offset(len);
+            left -= len;
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! One vCPU as the interpreter and the run loop see it: state, memory access
+//! and the log of answered exits.
+
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use tetrarch_engine::Clock;
+use tetrarch_memory::GuestMemory;
+
+use crate::codemap::CodeMap;
+use crate::cpuid::CpuidTable;
+use crate::irqchip::IrqChip;
+use crate::msr::MsrFile;
+use crate::replay::Replay;
+use crate::state::{CpuState, attr, cr, flag, seg};
+use crate::tlb::Tlb;
+
+/// What the vCPUs of a VM share.
+pub struct VmShared {
+    pub memory: Arc<GuestMemory>,
+    pub code: Arc<CodeMap>,
+    pub irqchip: Arc<IrqChip>,
+    pub clock: Arc<Clock>,
+    pub cpuid: CpuidTable,
+    pub tsc_hz: u64,
+}
+
+/// Bits of the mode word: all that the meaning of code bytes depends on.
+pub mod mode {
+    pub const USER: u32 = 1 << 0;
+    /// The translator takes this mode; all others are interpreted.
+    pub const TRANSLATE: u32 = 1 << 1;
+    /// x87 instructions run (CR0.EM and CR0.TS clear).
+    pub const FPU: u32 = 1 << 2;
+    /// SSE instructions run (FPU and CR4.OSFXSR).
+    pub const SSE: u32 = 1 << 3;
+    pub const AVX: u32 = 1 << 4;
+    pub const DF: u32 = 1 << 5;
+    /// RDTSC runs at this privilege level.
+    pub const TSC: u32 = 1 << 6;
+    pub const FSGSBASE: u32 = 1 << 7;
+    /// SYSCALL and SYSRET run (EFER.SCE).
+    pub const SYSCALL: u32 = 1 << 8;
+}
+
+/// The state lives in the block that GS points to; this is its one owner.
+pub struct StateRef(NonNull<CpuState>);
+
+// SAFETY: the state belongs to one vCPU, which belongs to one thread at a time.
+unsafe impl Send for StateRef {}
+
+impl Deref for StateRef {
+    type Target = CpuState;
+
+    #[inline]
+    fn deref(&self) -> &CpuState {
+        // SAFETY: the pointer is into the `StateBlock` of the `Cpu` that owns us.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl DerefMut for StateRef {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut CpuState {
+        // SAFETY: as above, and `&mut self` is the only way to it.
+        unsafe { self.0.as_mut() }
+    }
+}
+
+/// Event counts of one vCPU.
+#[derive(Default, Clone, Copy)]
+pub struct Counts {
+    pub interpreted: u64,
+    pub blocks: u64,
+    pub instructions: u64,
+    pub links: u64,
+    pub entries: u64,
+    pub lookups: u64,
+    pub tlb_misses: u64,
+    pub page_faults: u64,
+    pub exceptions: u64,
+    pub interrupts: u64,
+    pub invalidations: u64,
+    pub cache_flushes: u64,
+    pub halts: u64,
+    pub slow_accesses: u64,
+    pub halted_ns: u64,
+    pub translate_tsc: u64,
+    pub code_tsc: u64,
+    pub run_tsc: u64,
+}
+
+pub struct Cpu {
+    pub id: usize,
+    pub st: StateRef,
+    pub tlb: Tlb,
+    pub vm: Arc<VmShared>,
+    /// Model-specific registers that are only stored.
+    pub msrs: MsrFile,
+    pub replay: Replay,
+    pub counts: Counts,
+    /// The last instruction written by this vCPU touched translated code.
+    pub code_written: bool,
+}
+
+impl Cpu {
+    pub fn new(id: usize, vm: Arc<VmShared>) -> std::io::Result<Self> {
+        let tlb = Tlb::new()?;
+        let st = NonNull::new(tlb.block.state_ptr()).ok_or_else(std::io::Error::last_os_error)?;
+        let mut cpu = Self {
+            id,
+            st: StateRef(st),
+            tlb,
+            vm,
+            msrs: MsrFile::new(),
+            replay: Replay::default(),
+            counts: Counts::default(),
+            code_written: false,
+        };
+        cpu.reset();
+        Ok(cpu)
+    }
+
+    /// The state after RESET (Intel SDM 3A, table 10-1).
+    pub fn reset(&mut self) {
+        use tetrarch_engine::{Segment, SegmentTable};
+        let data = attr::P | attr::S | attr::RW | attr::ACCESSED;
+        let st = &mut *self.st;
+        st.gpr = [0; 16];
+        st.gpr[crate::state::reg::RDX] = u64::from(self.vm.cpuid.signature());
+        st.rip = 0xFFF0;
+        st.set_rflags(flag::FIXED);
+        st.seg = [Segment { base: 0, limit: 0xFFFF, attributes: data, selector: 0 }; 8];
+        st.seg[seg::CS].base = 0xFFFF_0000;
+        st.seg[seg::CS].selector = 0xF000;
+        st.seg[seg::CS].attributes = data | attr::CODE;
+        st.seg[seg::LDT].attributes = attr::P | 2;
+        st.seg[seg::TR].attributes = attr::P | 11;
+        st.gdt = SegmentTable { base: 0, limit: 0xFFFF };
+        st.idt = SegmentTable { base: 0, limit: 0xFFFF };
+        st.cr0 = cr::CR0_ET | cr::CR0_CD | cr::CR0_NW;
+        st.cr2 = 0;
+        st.cr3 = 0;
+        st.cr4 = 0;
+        st.efer = 0;
+        st.xcr0 = 1;
+        st.dr = [0; 8];
+        st.dr[6] = 0xFFFF_0FF0;
+        st.dr[7] = 0x400;
+        st.cpl = 0;
+        st.shadow = 0;
+        st.nmi_blocked = 0;
+        st.halted = 0;
+        self.msrs = MsrFile::new();
+        let st = &mut *self.st;
+        st.vec = Default::default();
+        crate::fpu::reset(st);
+        self.tlb.flush(true);
+        self.update_mode();
+    }
+
+    /// Recomputes what follows from control registers, CS and flags. To be
+    /// called after any change of them.
+    pub fn update_mode(&mut self) {
+        let st = &mut *self.st;
+        let user = st.cpl == 3;
+        let mut word = 0;
+        let fpu = st.cr0 & (cr::CR0_EM | cr::CR0_TS) == 0;
+        let sse = fpu && st.cr4 & cr::CR4_OSFXSR != 0;
+        let avx = sse && st.cr4 & cr::CR4_OSXSAVE != 0 && st.xcr0 & 6 == 6;
+        st.avx = u8::from(avx);
+        for (on, bit) in [
+            (user, mode::USER),
+            (fpu, mode::FPU),
+            (sse, mode::SSE),
+            (avx, mode::AVX),
+            (st.flags & flag::DF != 0, mode::DF),
+            (!user || st.cr4 & cr::CR4_TSD == 0, mode::TSC),
+            (st.cr4 & cr::CR4_FSGSBASE != 0, mode::FSGSBASE),
+            (st.efer & cr::EFER_SCE != 0, mode::SYSCALL),
+        ] {
+            if on {
+                word |= bit;
+            }
+        }
+        let alignment_checks =
+            user && st.cr0 & cr::CR0_AM != 0 && st.flags & flag::AC != 0;
+        // A hardware breakpoint in DR7 needs the interpreter's checks, as TF does.
+        let debug = st.flags & flag::TF != 0 || st.dr[7] & 0xFF != 0;
+        if st.code64()
+            && st.cr0 & cr::CR0_PG != 0
+            && (user || st.cpl == 0)
+            && !alignment_checks
+            && !debug
+        {
+            word |= mode::TRANSLATE;
+        }
+        st.mode = word;
+    }
+
+    #[inline]
+    pub fn user(&self) -> bool {
+        self.st.cpl == 3
+    }
+
+    /// The guest's time-stamp counter: the host's, moved by what the guest wrote.
+    #[inline]
+    pub fn tsc(&self) -> u64 {
+        // SAFETY: RDTSC exists on every x86-64 CPU.
+        unsafe { core::arch::x86_64::_rdtsc() }.wrapping_add(self.st.tsc_offset)
+    }
+
+    pub fn now_ns(&self) -> u64 {
+        self.vm.clock.now_ns()
+    }
+}

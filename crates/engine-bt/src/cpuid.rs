@@ -1,0 +1,594 @@
+//! What the guest's CPU says it is.
+//!
+//! The policy: a subset of the host's features, since user-level instructions
+//! run on the host, cut to what this engine implements. Vendor, family, model
+//! and stepping are the host's, since they choose among the guest's
+//! workarounds; the brand string names the engine. Leaves are those of Intel
+//! SDM 2A "CPUID" and AMD APM 3, appendix E.
+//!
+//! Hidden for good reason: SMAP, UMIP, PKU, LA57, PCID, INVPCID, MPX, TSX,
+//! AVX-512, AMX, CET, MONITOR, VMX, SVM, RDPID, XSAVES and the PMU.
+
+use core::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+
+use iced_x86::CpuidFeature;
+
+use crate::cpu::Cpu;
+use crate::mmu::PHYS_BITS;
+use crate::state::cr;
+
+/// Who made the CPU; some instructions and MSRs differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vendor {
+    Intel,
+    /// AMD, and Hygon, which follows it.
+    Amd,
+}
+
+/// Frequency of the local APIC timer that leaf 0x4000_0010 announces.
+const APIC_BUS_KHZ: u32 = 1_000_000;
+const MAX_BASIC: u32 = 0xD;
+const HYPERVISOR: u32 = 0x4000_0000;
+const MAX_HYPERVISOR: u32 = 0x4000_0010;
+const EXTENDED: u32 = 0x8000_0000;
+
+/// Feature bits that may pass from the host, by register of a leaf.
+mod bits {
+    /// Bits by number.
+    const fn set(list: &[u32]) -> u32 {
+        let mut value = 0;
+        let mut index = 0;
+        while index < list.len() {
+            value |= 1 << list[index];
+            index += 1;
+        }
+        value
+    }
+
+    // Leaf 1, ECX.
+    pub const FMA: u32 = 1 << 12;
+    pub const X2APIC: u32 = 1 << 21;
+    pub const TSC_DEADLINE: u32 = 1 << 24;
+    pub const AES: u32 = 1 << 25;
+    pub const XSAVE: u32 = 1 << 26;
+    pub const OSXSAVE: u32 = 1 << 27;
+    pub const AVX: u32 = 1 << 28;
+    pub const F16C: u32 = 1 << 29;
+    pub const HYPERVISOR: u32 = 1 << 31;
+    /// SSE3 PCLMULQDQ SSSE3 FMA CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX
+    /// F16C RDRAND.
+    pub const L1_ECX: u32 = set(&[0, 1, 9, 12, 13, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
+    // Leaf 1, EDX.
+    pub const APIC: u32 = 1 << 9;
+    pub const HTT: u32 = 1 << 28;
+    /// FPU DE PSE TSC MSR PAE MCE CX8 SEP MTRR PGE MCA CMOV PAT PSE36 CLFLUSH
+    /// MMX FXSR SSE SSE2.
+    pub const L1_EDX: u32 =
+        set(&[0, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26]);
+    // Leaf 7.
+    pub const AVX2: u32 = 1 << 5;
+    pub const FSGSBASE: u32 = 1 << 0;
+    pub const SMEP: u32 = 1 << 7;
+    /// BMI1 AVX2 BMI2 ERMS RDSEED ADX CLFLUSHOPT CLWB SHA.
+    pub const L7_EBX: u32 = set(&[3, 5, 8, 9, 18, 19, 23, 24, 29]);
+    /// GFNI VAES VPCLMULQDQ.
+    pub const L7_ECX: u32 = set(&[8, 9, 10]);
+    pub const VAES: u32 = 1 << 9;
+    pub const VPCLMULQDQ: u32 = 1 << 10;
+    /// FSRM.
+    pub const L7_EDX: u32 = set(&[4]);
+    /// IBRS and IBPB, ARCH_CAPABILITIES.
+    pub const L7_EDX_INTEL: u32 = set(&[26, 29]);
+    /// XSAVEOPT XSAVEC.
+    pub const XSAVE_EAX: u32 = set(&[0, 1]);
+    // Leaf 0x8000_0001.
+    pub const CMP_LEGACY: u32 = 1 << 1;
+    /// LAHF ABM PREFETCHW.
+    pub const E1_ECX: u32 = set(&[0, 5, 8]);
+    /// MISALIGNSSE TOPOEXT.
+    pub const E1_ECX_AMD: u32 = set(&[7, 22]);
+    /// SYSCALL NX PDPE1GB RDTSCP LM.
+    pub const E1_EDX: u32 = set(&[11, 20, 26, 27, 29]);
+    /// AMD repeats the low bits of leaf 1 and has MMXEXT and FXSR_OPT.
+    pub const E1_EDX_AMD_SAME: u32 = 0x0183_F3FF;
+    pub const E1_EDX_AMD: u32 = set(&[22, 25]);
+    /// What the engine adds on any host: it runs in software.
+    pub const E1_EDX_ALWAYS: u32 = set(&[11, 20, 29]);
+    /// XSAVE stores the x87 error pointers always.
+    pub const E8_EBX_HOST: u32 = set(&[2]);
+    /// SSB_NO BTC_NO. Translated code gives the guest's user no way to the
+    /// guest kernel's memory by these.
+    pub const E8_EBX: u32 = set(&[26, 29]);
+    /// NoNestedDataBp, LFENCE serialises, null selectors clear the base,
+    /// automatic IBRS, SRSO_NO, SRSO_USER_KERNEL_NO.
+    pub const E21_EAX: u32 = set(&[0, 2, 6, 8, 29, 30]);
+    /// TSA_SQ_NO TSA_L1_NO.
+    pub const E21_ECX: u32 = set(&[1, 2]);
+}
+
+/// IA32_ARCH_CAPABILITIES: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO,
+/// MDS_NO, PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, BHI_NO,
+/// PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO (Intel SDM 4, table 2-2). The guest's
+/// mitigations would act on no real hardware: its kernel's memory is not mapped
+/// where its user code runs, and VERW reaches no buffer.
+pub const ARCH_CAPABILITIES: u64 =
+    0x7B | 1 << 8 | 1 << 13 | 1 << 14 | 1 << 15 | 1 << 20 | 1 << 24 | 1 << 26 | 1 << 27 | 1 << 62;
+
+/// Answers of CPUID that are the same for all vCPUs, and what follows from them.
+pub struct CpuidTable {
+    vendor: Vendor,
+    vcpus: u32,
+    tsc_khz: u32,
+    /// Leaf 0 and 0x8000_0000: EBX, ECX, EDX.
+    vendor_string: [u32; 3],
+    l1: [u32; 4],
+    l7: [u32; 4],
+    xsave_eax: u32,
+    e1: [u32; 4],
+    e8_ebx: u32,
+    brand: [u32; 12],
+    /// Leaf 2, leaf 4 (Intel), 0x8000_0005, 0x8000_0006, 0x8000_001D (AMD).
+    leaf2: [u32; 4],
+    e5: [u32; 4],
+    e6: [u32; 4],
+    caches: Vec<[u32; 4]>,
+}
+
+/// The host's answer; zeros where it has no such leaf.
+fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
+    // Newer compilers have them as safe functions.
+    #[allow(unused_unsafe)]
+    // SAFETY: CPUID exists on every x86-64 CPU.
+    let (max, r) = unsafe { (__cpuid(leaf & 0x8000_0000).eax, __cpuid_count(leaf, subleaf)) };
+    if leaf > max {
+        return [0; 4];
+    }
+    [r.eax, r.ebx, r.ecx, r.edx]
+}
+
+/// XCR0 of the host: what its kernel lets us use.
+fn host_xcr0(l1_ecx: u32) -> u64 {
+    if l1_ecx & bits::OSXSAVE == 0 {
+        return 0;
+    }
+    // SAFETY: CPUID says that XGETBV is enabled.
+    unsafe { read_xcr0() }
+}
+
+/// # Safety
+/// CR4.OSXSAVE must be set.
+#[target_feature(enable = "xsave")]
+unsafe fn read_xcr0() -> u64 {
+    // SAFETY: the caller's promise.
+    unsafe { _xgetbv(0) }
+}
+
+/// "Tetrarch bt on" and the host's brand, as much as fits 47 bytes and a NUL.
+fn brand(host_brand: &str) -> [u32; 12] {
+    let host_brand = host_brand.split_whitespace().collect::<Vec<_>>().join(" ");
+    let text = format!("Tetrarch bt on {host_brand}");
+    let mut bytes = [0u8; 48];
+    let len = text.len().min(47);
+    bytes[..len].copy_from_slice(&text.as_bytes()[..len]);
+    let mut words = [0; 12];
+    for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(4)) {
+        *word = u32::from_le_bytes([chunk[0], chunk[1], chunk[2], chunk[3]]);
+    }
+    words
+}
+
+fn host_brand() -> String {
+    let bytes: Vec<u8> = (0x8000_0002..=0x8000_0004)
+        .flat_map(|leaf| host(leaf, 0))
+        .flat_map(u32::to_le_bytes)
+        .take_while(|&byte| byte != 0)
+        .map(|byte| if byte.is_ascii_graphic() { byte } else { b' ' })
+        .collect();
+    String::from_utf8_lossy(&bytes).trim().to_owned()
+}
+
+impl CpuidTable {
+    /// The table for this host. APIC IDs are the vCPU numbers.
+    pub fn new(vcpus: u32, tsc_hz: u64) -> Self {
+        let leaf0 = host(0, 0);
+        let vendor_string = [leaf0[1], leaf0[2], leaf0[3]];
+        // "GenuineIntel"; whatever else is x86-64 follows AMD.
+        let intel = leaf0[1] == u32::from_le_bytes(*b"Genu");
+        let vendor = if intel { Vendor::Intel } else { Vendor::Amd };
+
+        let host1 = host(1, 0);
+        let host7 = host(7, 0);
+        let host_e1 = host(0x8000_0001, 0);
+        let xcr0 = host_xcr0(host1[2]);
+        let xsave = host1[2] & bits::XSAVE != 0 && xcr0 & 3 == 3;
+        let avx = xsave && xcr0 & 7 == 7;
+
+        let mut ecx = host1[2] & bits::L1_ECX;
+        if !xsave {
+            ecx &= !bits::XSAVE;
+        }
+        let mut l7 = [0, host7[1] & bits::L7_EBX, host7[2] & bits::L7_ECX, host7[3] & bits::L7_EDX];
+        if !avx {
+            ecx &= !(bits::AVX | bits::FMA | bits::F16C);
+            l7[1] &= !bits::AVX2;
+            l7[2] &= !(bits::VAES | bits::VPCLMULQDQ);
+        }
+        ecx |= bits::HYPERVISOR | bits::X2APIC | bits::TSC_DEADLINE;
+        l7[1] |= bits::FSGSBASE | bits::SMEP;
+        let mut edx = host1[3] & bits::L1_EDX | bits::APIC;
+        if vcpus > 1 {
+            edx |= bits::HTT;
+        }
+        // CLFLUSH works on 64-byte lines; initial APIC ID comes at the query.
+        let l1 = [host1[0], 8 << 8 | (vcpus & 0xFF) << 16, ecx, edx];
+
+        let mut e1 = [0, 0, host_e1[2] & bits::E1_ECX, host_e1[3] & bits::E1_EDX];
+        e1[3] |= bits::E1_EDX_ALWAYS;
+        let mut e8_ebx = 0;
+        if intel {
+            l7[3] |= bits::L7_EDX_INTEL;
+        } else {
+            e1[0] = host_e1[0];
+            e1[2] |= host_e1[2] & bits::E1_ECX_AMD;
+            if vcpus > 1 {
+                e1[2] |= bits::CMP_LEGACY;
+            }
+            e1[3] |= host_e1[3] & bits::E1_EDX_AMD | edx & bits::E1_EDX_AMD_SAME;
+            e8_ebx = bits::E8_EBX | host(0x8000_0008, 0)[1] & bits::E8_EBX_HOST;
+        }
+
+        let cache_leaf = if intel { 4 } else { 0x8000_001D };
+        let caches = (0..8)
+            .map(|index| host(cache_leaf, index))
+            .take_while(|leaf| leaf[0] & 0x1F != 0)
+            .map(|mut leaf| {
+                // One CPU shares each cache (EAX[25:14]); Intel puts the cores
+                // of the package, less one, above that.
+                leaf[0] &= 0x3FFF;
+                if intel {
+                    leaf[0] |= (vcpus.saturating_sub(1) & 0x3F) << 26;
+                }
+                leaf
+            })
+            .collect();
+
+        let mut e6 = host(0x8000_0006, 0);
+        if intel {
+            e6 = [0, 0, e6[2], 0];
+        }
+        Self {
+            vendor,
+            vcpus,
+            tsc_khz: (tsc_hz / 1000) as u32,
+            vendor_string,
+            l1,
+            l7,
+            xsave_eax: if xsave { host(0xD, 1)[0] & bits::XSAVE_EAX } else { 0 },
+            e1,
+            e8_ebx,
+            brand: brand(&host_brand()),
+            leaf2: if intel { host(2, 0) } else { [0; 4] },
+            e5: if intel { [0; 4] } else { host(0x8000_0005, 0) },
+            e6,
+            caches,
+        }
+    }
+
+    pub fn vendor(&self) -> Vendor {
+        self.vendor
+    }
+
+    /// Family, model and stepping: EAX of leaf 1, and EDX after RESET.
+    pub fn signature(&self) -> u32 {
+        self.l1[0]
+    }
+
+    /// The bits that XCR0 may have; 0 where XSAVE is hidden.
+    pub fn xcr0_mask(&self) -> u64 {
+        if self.l1[2] & bits::XSAVE == 0 {
+            0
+        } else if self.l1[2] & bits::AVX == 0 {
+            3
+        } else {
+            7
+        }
+    }
+
+    /// Whether CR4 bit for XSAVE may be set.
+    pub fn xsave(&self) -> bool {
+        self.xcr0_mask() != 0
+    }
+
+    /// Bytes of the standard-format XSAVE area for `xcr0` (Intel SDM 1, 13.4).
+    pub fn xsave_size(xcr0: u64) -> u32 {
+        if xcr0 & 4 != 0 { 832 } else { 576 }
+    }
+
+    pub fn query(&self, leaf: u32, subleaf: u32, cpu: &Cpu) -> [u32; 4] {
+        let apic_id = cpu.id as u32;
+        let mut r = self.fixed(leaf, subleaf, apic_id);
+        match leaf {
+            1 => {
+                if cpu.st.cr4 & cr::CR4_OSXSAVE != 0 {
+                    r[2] |= bits::OSXSAVE;
+                }
+                if !self.apic_enabled(cpu) {
+                    r[3] &= !bits::APIC;
+                }
+            }
+            0xD if subleaf == 0 && self.xsave() => r[1] = Self::xsave_size(cpu.st.xcr0),
+            0xD if subleaf == 1 && self.xsave_eax & 2 != 0 => {
+                r[1] = Self::xsave_size(cpu.st.xcr0);
+            }
+            EXTENDED_FEATURES if self.vendor == Vendor::Amd && !self.apic_enabled(cpu) => {
+                r[3] &= !bits::APIC;
+            }
+            // Intel reports SYSCALL in 64-bit mode only.
+            EXTENDED_FEATURES if self.vendor == Vendor::Intel && !cpu.st.code64() => {
+                r[3] &= !(1 << 11);
+            }
+            _ => {}
+        }
+        r
+    }
+
+    fn apic_enabled(&self, cpu: &Cpu) -> bool {
+        const GLOBAL_ENABLE: u64 = 1 << 11;
+        cpu.vm.irqchip.apic_base(cpu.id) & GLOBAL_ENABLE != 0
+    }
+
+    /// Bits of an APIC ID that tell the vCPUs apart.
+    fn id_bits(&self) -> u32 {
+        self.vcpus.max(1).next_power_of_two().trailing_zeros()
+    }
+
+    fn max_extended(&self) -> u32 {
+        match self.vendor {
+            Vendor::Intel => 0x8000_0008,
+            Vendor::Amd => 0x8000_0021,
+        }
+    }
+
+    /// All that does not depend on the state of the vCPU.
+    fn fixed(&self, leaf: u32, subleaf: u32, apic_id: u32) -> [u32; 4] {
+        let amd = self.vendor == Vendor::Amd;
+        let [b, c, d] = self.vendor_string;
+        match leaf {
+            0 => [MAX_BASIC, b, c, d],
+            1 => {
+                let [eax, ebx, ecx, edx] = self.l1;
+                [eax, ebx | (apic_id & 0xFF) << 24, ecx, edx]
+            }
+            2 => self.leaf2,
+            4 if !amd => self.caches.get(subleaf as usize).copied().unwrap_or([0; 4]),
+            // ARAT: the APIC timer never stops.
+            6 => [1 << 2, 0, 0, 0],
+            7 if subleaf == 0 => self.l7,
+            0xB => match subleaf {
+                0 => [0, 1, 1 << 8, apic_id],
+                1 => [self.id_bits(), self.vcpus, 2 << 8 | 1, apic_id],
+                _ => [0, 0, subleaf & 0xFF, apic_id],
+            },
+            0xD if self.xsave() => match subleaf {
+                0 => [self.xcr0_mask() as u32, 0, Self::xsave_size(self.xcr0_mask()), 0],
+                1 => [self.xsave_eax, 0, 0, 0],
+                2 if self.xcr0_mask() & 4 != 0 => [256, 576, 0, 0],
+                _ => [0; 4],
+            },
+            HYPERVISOR => {
+                let word = |at: usize| {
+                    let s = b"TetrarchBT  ";
+                    u32::from_le_bytes([s[at], s[at + 1], s[at + 2], s[at + 3]])
+                };
+                [MAX_HYPERVISOR, word(0), word(4), word(8)]
+            }
+            MAX_HYPERVISOR => [self.tsc_khz, APIC_BUS_KHZ, 0, 0],
+            EXTENDED if amd => [self.max_extended(), b, c, d],
+            EXTENDED => [self.max_extended(), 0, 0, 0],
+            EXTENDED_FEATURES => self.e1,
+            0x8000_0002..=0x8000_0004 => {
+                let at = (leaf - 0x8000_0002) as usize * 4;
+                [self.brand[at], self.brand[at + 1], self.brand[at + 2], self.brand[at + 3]]
+            }
+            0x8000_0005 => self.e5,
+            0x8000_0006 => self.e6,
+            // The TSC is invariant.
+            0x8000_0007 => [0, 0, 0, 1 << 8],
+            0x8000_0008 => {
+                let size = 48 << 8 | PHYS_BITS;
+                if amd {
+                    let cores = self.vcpus.saturating_sub(1) & 0xFF;
+                    [size, self.e8_ebx, self.id_bits() << 12 | cores, 0]
+                } else {
+                    [size, 0, 0, 0]
+                }
+            }
+            0x8000_001D if amd && self.e1[2] & TOPOEXT != 0 => {
+                self.caches.get(subleaf as usize).copied().unwrap_or([0; 4])
+            }
+            // One thread a core, one node.
+            0x8000_001E if amd && self.e1[2] & TOPOEXT != 0 => [apic_id, apic_id & 0xFF, 0, 0],
+            0x8000_0021 if amd => [bits::E21_EAX, 0, bits::E21_ECX, 0],
+            _ => [0; 4],
+        }
+    }
+
+    /// Whether instructions of this feature run; if not, they are #UD.
+    pub fn feature_exposed(&self, feature: CpuidFeature) -> bool {
+        use CpuidFeature as F;
+        let l1c = |bit: u32| self.l1[2] >> bit & 1 != 0;
+        let l7b = |bit: u32| self.l7[1] >> bit & 1 != 0;
+        let l7c = |bit: u32| self.l7[2] >> bit & 1 != 0;
+        let e1c = |bit: u32| self.e1[2] >> bit & 1 != 0;
+        let e1d = |bit: u32| self.e1[3] >> bit & 1 != 0;
+        match feature {
+            F::INTEL8086
+            | F::INTEL8086_ONLY
+            | F::INTEL186
+            | F::INTEL286
+            | F::INTEL386
+            | F::INTEL486
+            | F::X64
+            | F::CPUID
+            | F::CX8
+            | F::CMOV
+            | F::CLFSH
+            | F::FPU
+            | F::FPU287
+            | F::FPU387
+            | F::FXSR
+            | F::MMX
+            | F::MSR
+            | F::MULTIBYTENOP
+            | F::PAUSE
+            | F::RDPMC
+            | F::SEP
+            | F::SMM
+            | F::SSE
+            | F::SSE2
+            | F::SYSCALL
+            | F::TSC
+            | F::FSGSBASE => true,
+            // Encoded as hints that do nothing on a CPU without the feature.
+            F::CET_IBT | F::CLDEMOTE | F::MPX | F::PREFETCHITI | F::PREFETCHW | F::PREFETCHWT1 => {
+                true
+            }
+            F::SSE3 => l1c(0),
+            F::PCLMULQDQ => l1c(1),
+            F::SSSE3 => l1c(9),
+            F::FMA => l1c(12),
+            F::CMPXCHG16B => l1c(13),
+            F::SSE4_1 => l1c(19),
+            F::SSE4_2 => l1c(20),
+            F::MOVBE => l1c(22),
+            F::POPCNT => l1c(23),
+            F::AES => l1c(25),
+            F::XSAVE => l1c(26),
+            F::AVX => l1c(28),
+            F::F16C => l1c(29),
+            F::RDRAND => l1c(30),
+            F::BMI1 => l7b(3),
+            F::AVX2 => l7b(5),
+            F::BMI2 => l7b(8),
+            F::RDSEED => l7b(18),
+            F::ADX => l7b(19),
+            F::CLFLUSHOPT => l7b(23),
+            F::CLWB => l7b(24),
+            F::SHA => l7b(29),
+            F::GFNI => l7c(8),
+            F::VAES => l7c(9),
+            F::VPCLMULQDQ => l7c(10),
+            F::XSAVEOPT => self.xsave_eax & 1 != 0,
+            F::XSAVEC => self.xsave_eax & 2 != 0,
+            F::LZCNT => e1c(5),
+            F::RDTSCP => e1d(27),
+            _ => false,
+        }
+    }
+}
+
+const EXTENDED_FEATURES: u32 = 0x8000_0001;
+const TOPOEXT: u32 = 1 << 22;
+
+/// CPUID: EAX and ECX in, EAX EBX ECX EDX out.
+pub fn execute(cpu: &mut Cpu) {
+    use crate::state::reg;
+    let (leaf, subleaf) = (cpu.st.gpr[reg::RAX] as u32, cpu.st.gpr[reg::RCX] as u32);
+    let vm = std::sync::Arc::clone(&cpu.vm);
+    let [a, b, c, d] = vm.cpuid.query(leaf, subleaf, cpu);
+    let gpr = &mut cpu.st.gpr;
+    gpr[reg::RAX] = u64::from(a);
+    gpr[reg::RBX] = u64::from(b);
+    gpr[reg::RCX] = u64::from(c);
+    gpr[reg::RDX] = u64::from(d);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(vcpus: u32) -> CpuidTable {
+        CpuidTable::new(vcpus, 2_600_000_000)
+    }
+
+    #[test]
+    fn brand_names_the_engine_and_ends_in_nul() {
+        let words = brand("A very  long processor name that does not fit the leaf");
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        assert!(bytes.starts_with(b"Tetrarch bt on A very long"));
+        assert_eq!(bytes[47], 0);
+    }
+
+    #[test]
+    fn features_are_a_subset_of_the_host() {
+        let t = table(1);
+        let software = bits::HYPERVISOR | bits::X2APIC | bits::TSC_DEADLINE;
+        assert_eq!(t.l1[2] & !host(1, 0)[2] & !software, 0);
+        let software = bits::FSGSBASE | bits::SMEP;
+        assert_eq!(t.l7[1] & !host(7, 0)[1] & !software, 0);
+        assert_eq!(t.l7[2] & !host(7, 0)[2], 0);
+    }
+
+    #[test]
+    fn hidden_features_stay_hidden() {
+        let t = table(2);
+        let l7 = t.fixed(7, 0, 0);
+        for bit in [2, 4, 10, 11, 14, 16, 17, 20, 21, 28, 30, 31] {
+            assert_eq!(l7[1] >> bit & 1, 0, "leaf 7 EBX bit {bit}");
+        }
+        for bit in [1, 2, 3, 7, 16, 22] {
+            assert_eq!(l7[2] >> bit & 1, 0, "leaf 7 ECX bit {bit}");
+        }
+        let l1 = t.fixed(1, 0, 0);
+        for bit in [3, 5, 6, 17] {
+            assert_eq!(l1[2] >> bit & 1, 0, "leaf 1 ECX bit {bit}");
+        }
+        assert_eq!(l1[3] >> 1 & 1, 0, "VME");
+        assert_eq!(t.fixed(0x8000_0001, 0, 0)[2] >> 2 & 1, 0, "SVM");
+        for feature in [CpuidFeature::AVX512F, CpuidFeature::SMAP, CpuidFeature::VMX] {
+            assert!(!t.feature_exposed(feature));
+        }
+    }
+
+    #[test]
+    fn xsave_leaf_agrees_with_the_mask() {
+        let t = table(1);
+        if t.xsave() {
+            let leaf = t.fixed(0xD, 0, 0);
+            assert_eq!(u64::from(leaf[0]), t.xcr0_mask());
+            assert_eq!(leaf[2], CpuidTable::xsave_size(t.xcr0_mask()));
+            let avx = t.fixed(0xD, 2, 0);
+            if t.xcr0_mask() & 4 != 0 {
+                assert_eq!(avx[0] + avx[1], 832);
+            } else {
+                assert_eq!(avx, [0; 4]);
+            }
+        }
+    }
+
+    #[test]
+    fn topology_tells_vcpus_apart() {
+        let t = table(3);
+        assert_eq!(t.fixed(1, 0, 2)[1] >> 24, 2);
+        assert_eq!(t.fixed(0xB, 1, 2), [2, 3, 0x201, 2]);
+        assert_eq!(t.fixed(0xB, 2, 2)[2], 2);
+        assert_eq!(table(1).fixed(0xB, 1, 0)[0], 0);
+    }
+
+    #[test]
+    fn hypervisor_leaf_announces_the_clocks() {
+        let t = table(1);
+        let leaf = t.fixed(HYPERVISOR, 0, 0);
+        let name: Vec<u8> = leaf[1..].iter().flat_map(|w| w.to_le_bytes()).collect();
+        assert_eq!(name, b"TetrarchBT  ");
+        assert_eq!(t.fixed(leaf[0], 0, 0)[..2], [2_600_000, 1_000_000]);
+    }
+
+    #[test]
+    fn leaves_past_the_end_are_zero() {
+        let t = table(1);
+        for leaf in [0xE, 0x15, 0x1F, 0x4000_0001, 0x8000_0040, u32::MAX] {
+            assert_eq!(t.fixed(leaf, 0, 0), [0; 4], "{leaf:#x}");
+        }
+    }
+}

@@ -1,0 +1,568 @@
+//! x87, MMX, SSE, AVX and their kin, run on the host CPU.
+//!
+//! The instruction is encoded again with its memory operand replaced by a
+//! bounce buffer in the state block, which GS reaches without a base register,
+//! so every guest register keeps the host register of its own name. What is
+//! left of the instruction's meaning is done here: whether it may run at all,
+//! and its memory access with the checks of the guest's MMU.
+//!
+//! - [`arena`]: executable memory and the switch to guest registers
+//! - [`masked`]: gathers and masked moves, whose accesses depend on data
+
+mod arena;
+mod masked;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::mem::offset_of;
+use std::sync::atomic::{Ordering, fence};
+
+use iced_x86::{
+    Code, CpuidFeature, Encoder, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
+    Mnemonic, OpAccess, OpCodeTableKind, OpKind, Register,
+};
+
+use super::{Flow, operand, xsave};
+use crate::cpu::Cpu;
+use crate::fault::{Fault, R, Stop, gp, ud, vector};
+use crate::fpu;
+use crate::signals;
+use crate::state::{CpuState, cr, reg};
+
+pub use arena::{fault_exit, set_gs_base, thunk_range_contains};
+
+const BOUNCE: usize = offset_of!(CpuState, bounce);
+/// The largest memory operand: a YMM register.
+const BOUNCE_BYTES: usize = 32;
+const _: () = assert!(BOUNCE.is_multiple_of(64) && size_of::<[u64; 16]>() >= BOUNCE_BYTES);
+
+/// What an instruction needs of the CPU's mode.
+pub mod class {
+    pub const X87: u8 = 1;
+    pub const WAIT: u8 = 2;
+    pub const MMX: u8 = 4;
+    pub const SSE: u8 = 8;
+    pub const AVX: u8 = 16;
+    /// Encoded by VEX: protected mode only.
+    pub const VEX: u8 = 32;
+}
+
+/// #UD and #NM by the control registers (Intel SDM 2, 2.4 and 2.5; SDM 3A, 2.5).
+pub fn check_mode(cpu: &Cpu, class: u8) -> R<()> {
+    let st = &*cpu.st;
+    let em = st.cr0 & cr::CR0_EM != 0;
+    let ts = st.cr0 & cr::CR0_TS != 0;
+    if class & class::VEX != 0 && (!st.protected() || st.vm86()) {
+        return ud();
+    }
+    let avx = st.cr4 & cr::CR4_OSXSAVE != 0 && st.xcr0 & fpu::component::ALL == fpu::component::ALL;
+    if class & class::AVX != 0 && !avx
+        || class & class::SSE != 0 && (em || st.cr4 & cr::CR4_OSFXSR == 0)
+        || class & class::MMX != 0 && em
+    {
+        return ud();
+    }
+    let absent = class & class::X87 != 0 && (em || ts)
+        || class & class::WAIT != 0 && ts && st.cr0 & cr::CR0_MP != 0
+        || class & (class::MMX | class::SSE | class::AVX) != 0 && ts;
+    if absent { Err(Fault::new(vector::NM).into()) } else { Ok(()) }
+}
+
+/// An instruction made ready to run.
+#[derive(Clone, Copy)]
+struct Thunk {
+    code: usize,
+    class: u8,
+    /// Bytes of the memory operand; 0 without one.
+    size: u8,
+    reads: bool,
+    writes: bool,
+    /// #GP(0) unless the operand is aligned to this.
+    aligned: u8,
+    /// Alignment that EFLAGS.AC asks for.
+    natural: u8,
+    /// The register that stands in for RSP.
+    stand_in: Option<u8>,
+    /// Stores nothing if it raises an unmasked x87 exception.
+    x87_store: bool,
+}
+
+/// Hashes the few words of an [`Instruction`].
+#[derive(Default)]
+struct WordHasher(u64);
+
+impl WordHasher {
+    fn add(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x517C_C1B7_2722_0A95);
+    }
+}
+
+impl Hasher for WordHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for part in bytes.chunks(8) {
+            self.add(part.iter().fold(0, |value, &byte| value << 8 | u64::from(byte)));
+        }
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        self.add(u64::from(value));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.add(value);
+    }
+
+    fn write_usize(&mut self, value: usize) {
+        self.add(value as u64);
+    }
+}
+
+/// The thunks of a thread, by instruction without its memory operand. `None`:
+/// not an instruction for us.
+struct Cache {
+    thunks: HashMap<Instruction, Option<Thunk>, BuildHasherDefault<WordHasher>>,
+    slab: Option<arena::Slab>,
+    infos: InstructionInfoFactory,
+}
+
+/// Instructions remembered, also those that are not ours.
+const CACHE_ENTRIES: usize = 4096;
+
+thread_local! {
+    static CACHE: RefCell<Cache> = RefCell::new(Cache {
+        thunks: HashMap::default(),
+        slab: None,
+        infos: InstructionInfoFactory::new(),
+    });
+}
+
+/// Why there is no thunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Missing {
+    /// The instruction is not run natively.
+    Foreign,
+    /// The host gives no executable memory.
+    Memory,
+}
+
+/// Runs the instruction if it is one for the host CPU.
+pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
+    let done = xsave::execute(cpu, i).or_else(|| hint(cpu, i)).or_else(|| masked::execute(cpu, i));
+    let done = match done {
+        Some(done) => done,
+        None => match find(i) {
+            Ok(thunk) => run(cpu, i, thunk),
+            Err(Missing::Foreign) => return None,
+            Err(Missing::Memory) => Err(Stop::Shutdown),
+        },
+    };
+    Some(done.map(|()| Flow::Next))
+}
+
+/// Instructions that only order or announce memory accesses.
+fn hint(cpu: &mut Cpu, i: &Instruction) -> Option<R<()>> {
+    match i.mnemonic() {
+        Mnemonic::Prefetchnta
+        | Mnemonic::Prefetcht0
+        | Mnemonic::Prefetcht1
+        | Mnemonic::Prefetcht2
+        | Mnemonic::Prefetchw
+        | Mnemonic::Prefetch => Some(Ok(())),
+        Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence => {
+            fence(Ordering::SeqCst);
+            Some(Ok(()))
+        }
+        // Checked as a load of one byte (SDM 2, CLFLUSH).
+        Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => Some(line(cpu, i)),
+        _ => None,
+    }
+}
+
+fn line(cpu: &mut Cpu, i: &Instruction) -> R<()> {
+    let address = operand::effective_address(cpu, i);
+    let address = operand::linear(cpu, i.memory_segment(), address, 1, false)?;
+    let user = cpu.user();
+    cpu.load(address, 1, user)?;
+    fence(Ordering::SeqCst);
+    Ok(())
+}
+
+/// The instruction as it runs, up to the choice of a register for RSP.
+fn canonical(i: &Instruction) -> Instruction {
+    let mut new = *i;
+    new.set_has_lock_prefix(false);
+    new.set_has_xacquire_prefix(false);
+    new.set_has_xrelease_prefix(false);
+    new.set_has_rep_prefix(false);
+    new.set_has_repne_prefix(false);
+    new.set_segment_prefix(Register::None);
+    if has_memory(i) {
+        new.set_segment_prefix(Register::GS);
+        new.set_memory_base(Register::None);
+        new.set_memory_index(Register::None);
+        new.set_memory_index_scale(1);
+        new.set_memory_displacement64(BOUNCE as u64);
+        new.set_memory_displ_size(8);
+    }
+    new
+}
+
+fn has_memory(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Memory)
+}
+
+fn find(i: &Instruction) -> Result<Thunk, Missing> {
+    let key = canonical(i);
+    CACHE.with_borrow_mut(|cache| {
+        if let Some(known) = cache.thunks.get(&key) {
+            return known.ok_or(Missing::Foreign);
+        }
+        if cache.thunks.len() >= CACHE_ENTRIES {
+            cache.clear();
+        }
+        let thunk = match cache.build(&key) {
+            Ok(thunk) => Some(thunk),
+            Err(Missing::Foreign) => None,
+            Err(Missing::Memory) => return Err(Missing::Memory),
+        };
+        cache.thunks.insert(key, thunk);
+        thunk.ok_or(Missing::Foreign)
+    })
+}
+
+impl Cache {
+    fn clear(&mut self) {
+        self.thunks.clear();
+        if let Some(slab) = &mut self.slab {
+            slab.clear();
+        }
+    }
+
+    fn build(&mut self, i: &Instruction) -> Result<Thunk, Missing> {
+        let class = classify(i).ok_or(Missing::Foreign)?;
+        let info = self.infos.info(i);
+        let mut thunk = Thunk {
+            code: 0,
+            class,
+            size: 0,
+            reads: false,
+            writes: false,
+            aligned: 1,
+            natural: 1,
+            stand_in: None,
+            x87_store: false,
+        };
+        if has_memory(i) {
+            let size = i.memory_size().size();
+            let [memory] = info.used_memory() else { return Err(Missing::Foreign) };
+            if size == 0 || size > BOUNCE_BYTES {
+                return Err(Missing::Foreign);
+            }
+            let access = memory.access();
+            thunk.size = size as u8;
+            thunk.reads = matches!(
+                access,
+                OpAccess::Read
+                    | OpAccess::CondRead
+                    | OpAccess::ReadWrite
+                    | OpAccess::ReadCondWrite
+                    | OpAccess::CondWrite
+            );
+            thunk.writes = matches!(
+                access,
+                OpAccess::Write
+                    | OpAccess::CondWrite
+                    | OpAccess::ReadWrite
+                    | OpAccess::ReadCondWrite
+            );
+            thunk.aligned = if must_align(i, class) { thunk.size } else { 1 };
+            thunk.natural = match size {
+                2 | 4 | 8 => thunk.size,
+                10 => 8,
+                _ => 1,
+            };
+            thunk.x87_store = matches!(
+                i.mnemonic(),
+                Mnemonic::Fst
+                    | Mnemonic::Fstp
+                    | Mnemonic::Fist
+                    | Mnemonic::Fistp
+                    | Mnemonic::Fisttp
+                    | Mnemonic::Fbstp
+            );
+        } else if !info.used_memory().is_empty() {
+            return Err(Missing::Foreign);
+        }
+        // RSP is the host's stack: another register, unused here, stands in.
+        let mut new = *i;
+        let full = |register: Register| register.full_register();
+        let mut used: Vec<Register> =
+            info.used_registers().iter().map(|used| full(used.register())).collect();
+        used.extend((0..i.op_count()).map(|op| full(i.op_register(op))));
+        if used.contains(&Register::RSP) {
+            let stand_in =
+                (8..16).find(|&n| !used.contains(&(Register::RAX + n))).ok_or(Missing::Foreign)?;
+            for op in 0..i.op_count() {
+                let register = i.op_register(op);
+                if i.op_kind(op) == OpKind::Register && full(register) == Register::RSP {
+                    let first = match register.size() {
+                        8 => Register::RAX,
+                        4 => Register::EAX,
+                        2 => Register::AX,
+                        _ => return Err(Missing::Foreign),
+                    };
+                    new.set_op_register(op, first + stand_in);
+                }
+            }
+            thunk.stand_in = Some(stand_in as u8);
+        }
+        let mut encoder = Encoder::new(64);
+        encoder.encode(&new, 0).map_err(|_| Missing::Foreign)?;
+        let bytes = encoder.take_buffer();
+        if self.slab.is_none() {
+            self.slab = arena::Slab::new();
+        }
+        let slab = self.slab.as_mut().ok_or(Missing::Memory)?;
+        thunk.code = match slab.add(&bytes) {
+            Some(code) => code,
+            None => {
+                self.thunks.clear();
+                slab.clear();
+                slab.add(&bytes).ok_or(Missing::Memory)?
+            }
+        };
+        Ok(thunk)
+    }
+}
+
+/// Whether the operands, and nothing but them, are what the instruction touches,
+/// and what it needs of the mode. `None`: not an instruction for us.
+fn classify(i: &Instruction) -> Option<u8> {
+    let vex = match i.encoding() {
+        EncodingKind::Legacy => false,
+        EncodingKind::VEX => true,
+        _ => return None,
+    };
+    if i.flow_control() != FlowControl::Next
+        || i.is_privileged()
+        || i.is_stack_instruction()
+        || i.is_string_instruction()
+        || i.is_save_restore_instruction()
+        || i.is_vsib()
+    {
+        return None;
+    }
+    let code = i.op_code();
+    if code.table() == OpCodeTableKind::Normal && !vex {
+        let first = if code.op_code_len() == 2 { code.op_code() >> 8 } else { code.op_code() };
+        match first {
+            0xD8..=0xDF => return Some(class::X87),
+            0x9B => return Some(class::WAIT),
+            _ => {}
+        }
+    }
+    let mut class = if vex { class::VEX } else { 0 };
+    for op in 0..i.op_count() {
+        if i.op_kind(op) != OpKind::Register {
+            continue;
+        }
+        let register = i.op_register(op);
+        if register.is_mm() {
+            class |= class::MMX;
+        } else if register.is_xmm() || register.is_ymm() {
+            class |= if vex { class::AVX } else { class::SSE };
+        } else if !register.is_gpr() {
+            return None;
+        }
+    }
+    match i.mnemonic() {
+        Mnemonic::Emms => class |= class::MMX,
+        Mnemonic::Vzeroall | Mnemonic::Vzeroupper => class |= class::AVX,
+        // VMREAD and the like have general registers too: name what is known.
+        _ if class & !class::VEX == 0 => {
+            let known = i.cpuid_features().iter().all(|feature| {
+                matches!(
+                    feature,
+                    CpuidFeature::BMI1
+                        | CpuidFeature::BMI2
+                        | CpuidFeature::ADX
+                        | CpuidFeature::LZCNT
+                        | CpuidFeature::POPCNT
+                        | CpuidFeature::MOVBE
+                        | CpuidFeature::SSE4_2
+                )
+            });
+            if (!known || i.cpuid_features().is_empty()) && i.mnemonic() != Mnemonic::Movnti {
+                return None;
+            }
+        }
+        _ => {}
+    }
+    Some(class)
+}
+
+/// Whether a misaligned memory operand is #GP(0) (Intel SDM 2, 2.4: types 1, 2
+/// and 4 of the exception classes; SDM 1, 14.9 for AVX).
+fn must_align(i: &Instruction, class: u8) -> bool {
+    if class & class::SSE != 0 {
+        return i.memory_size().size() >= 16
+            && !matches!(
+                i.mnemonic(),
+                Mnemonic::Movups
+                    | Mnemonic::Movupd
+                    | Mnemonic::Movdqu
+                    | Mnemonic::Lddqu
+                    | Mnemonic::Pcmpestri
+                    | Mnemonic::Pcmpestri64
+                    | Mnemonic::Pcmpestrm
+                    | Mnemonic::Pcmpestrm64
+                    | Mnemonic::Pcmpistri
+                    | Mnemonic::Pcmpistrm
+            );
+    }
+    matches!(
+        i.mnemonic(),
+        Mnemonic::Vmovaps
+            | Mnemonic::Vmovapd
+            | Mnemonic::Vmovdqa
+            | Mnemonic::Vmovntps
+            | Mnemonic::Vmovntpd
+            | Mnemonic::Vmovntdq
+            | Mnemonic::Vmovntdqa
+    )
+}
+
+fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
+    check_mode(cpu, thunk.class)?;
+    let (size, user) = (usize::from(thunk.size), cpu.user());
+    let mut linear = 0;
+    if size != 0 {
+        let offset = operand::effective_address(cpu, i);
+        linear = operand::linear(cpu, i.memory_segment(), offset, size, thunk.writes)?;
+        if linear & (u64::from(thunk.aligned) - 1) != 0 {
+            return gp(0);
+        }
+        operand::check_alignment(cpu, linear, usize::from(thunk.natural))?;
+        if thunk.writes {
+            cpu.probe_write(linear, size, user)?;
+        }
+        if thunk.reads {
+            let mut bytes = [0; BOUNCE_BYTES];
+            load(cpu, linear, &mut bytes[..size], user)?;
+            set_bounce(&mut cpu.st, &bytes);
+        }
+    }
+    // A store to a device stops the instruction after its x87 side effects; they
+    // must not happen twice.
+    let ram = cpu.tlb.lookup(linear, user, true).is_some() && linear & 0xFFF <= 0x1000 - 10;
+    let undo = (thunk.x87_store && !ram).then(|| fpu::x87(&cpu.st));
+    let stored = if thunk.class & (class::X87 | class::MMX | class::WAIT) != 0 {
+        fpu::with_loaded(&mut cpu.st, |st| {
+            enter(st, thunk).map(|()| !(thunk.x87_store && store_suppressed()))
+        })
+    } else {
+        enter(&mut cpu.st, thunk).map(|()| true)
+    };
+    let stored = stored.map_err(|host| host_fault(cpu, host))?;
+    if thunk.writes && stored {
+        let bytes = bounce(&cpu.st);
+        let result = match size {
+            1 | 2 | 4 | 8 => cpu.store(linear, size, cpu.st.bounce[0], user),
+            _ => cpu.store_bytes(linear, &bytes[..size], user),
+        };
+        if let (Err(_), Some(undo)) = (&result, undo) {
+            fpu::set_x87(&mut cpu.st, &undo.0);
+        }
+        return result;
+    }
+    Ok(())
+}
+
+/// Loads an operand, in one access where the CPU would make one.
+fn load(cpu: &mut Cpu, linear: u64, bytes: &mut [u8], user: bool) -> R<()> {
+    match bytes.len() {
+        size @ (1 | 2 | 4 | 8) => {
+            let value = cpu.load(linear, size, user)?;
+            bytes.copy_from_slice(&value.to_le_bytes()[..size]);
+            Ok(())
+        }
+        _ => cpu.load_bytes(linear, bytes, user),
+    }
+}
+
+fn set_bounce(st: &mut CpuState, bytes: &[u8; BOUNCE_BYTES]) {
+    for (quad, part) in st.bounce.iter_mut().zip(bytes.chunks_exact(8)) {
+        *quad = part.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
+    }
+}
+
+fn bounce(st: &CpuState) -> [u8; BOUNCE_BYTES] {
+    let mut bytes = [0; BOUNCE_BYTES];
+    for (part, quad) in bytes.chunks_exact_mut(8).zip(&st.bounce) {
+        part.copy_from_slice(&quad.to_le_bytes());
+    }
+    bytes
+}
+
+/// Runs the thunk with guest registers. The error is the host's exception.
+fn enter(st: &mut CpuState, thunk: Thunk) -> Result<(), u8> {
+    let stand_in = thunk.stand_in.map(usize::from);
+    if let Some(stand_in) = stand_in {
+        st.gpr.swap(reg::RSP, stand_in);
+    }
+    // SAFETY: `find` made the thunk on this thread, just now; `classify` and the
+    // new encoding leave it the registers and the bounce buffer.
+    let done = unsafe { arena::run(st, thunk.code) };
+    if let Some(stand_in) = stand_in {
+        st.gpr.swap(reg::RSP, stand_in);
+    }
+    if done { Ok(()) } else { Err(signals::cause(st).vector) }
+}
+
+/// Whether the x87 store that just ran has raised an unmasked invalid operation,
+/// overflow or underflow: it has then stored nothing (Intel SDM 1, 8.5).
+fn store_suppressed() -> bool {
+    let (mut fcw, mut fsw) = (0u16, 0u16);
+    // SAFETY: both store to locals and raise nothing.
+    unsafe {
+        std::arch::asm!("fnstcw [{}]", "fnstsw [{}]",
+            in(reg) &raw mut fcw, in(reg) &raw mut fsw, options(nostack));
+    }
+    fsw & !fcw & 0b1_1001 != 0
+}
+
+/// The guest's exception for one that the host raised.
+fn host_fault(cpu: &Cpu, host: u8) -> Stop {
+    let guest = match host {
+        // Without CR4.OSXMMEXCPT it is #UD (SDM 3A, 2.5).
+        vector::XM if cpu.st.cr4 & cr::CR4_OSXMMEXCPT == 0 => vector::UD,
+        vector::XM | vector::MF | vector::DE => host,
+        vector::GP => return Fault::with_error(vector::GP, 0).into(),
+        _ => vector::UD,
+    };
+    Fault::new(guest).into()
+}
+
+/// Raises a pending x87 exception, as waiting instructions do first.
+pub fn wait(cpu: &mut Cpu) -> R<()> {
+    let mut wait = Instruction::default();
+    wait.set_code(Code::Wait);
+    run_registers(cpu, &wait)
+}
+
+/// Runs an instruction without a memory operand.
+fn run_registers(cpu: &mut Cpu, i: &Instruction) -> R<()> {
+    match find(i) {
+        Ok(thunk) => run(cpu, i, thunk),
+        Err(Missing::Foreign) => ud(),
+        Err(Missing::Memory) => Err(Stop::Shutdown),
+    }
+}
+
+#[cfg(test)]
+mod tests;

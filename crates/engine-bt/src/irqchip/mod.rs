@@ -1,0 +1,782 @@
+//! The interrupt controllers of a PC: a local APIC for each vCPU (Intel SDM volume 3A, chapter
+//! 11), one I/O APIC (82093AA), two 8259A and an 8254, wired as the MultiProcessor Specification
+//! 1.4, 3.6.2 shows, with the ISA timer at I/O APIC pin 2.
+//!
+//! Time comes in with each call, as nanoseconds of the machine clock; nothing here reads a
+//! clock, sleeps or starts a thread. The engine asks [`IrqChip::next_deadline`] how long a vCPU
+//! may sleep and calls [`IrqChip::run_timers`] when that has passed.
+//!
+//! Locks: `legacy` (PIC, PIT, I/O APIC) first, then at most one local APIC. [`Wake::wake`] is
+//! called with none held. What a vCPU asks in every loop (`pending`, `next_deadline`) and what a
+//! sender must know to find its targets are atomics, published before the lock they summarise is
+//! released.
+
+mod codec;
+mod ioapic;
+mod lapic;
+mod pic;
+mod pit;
+#[cfg(test)]
+mod tests;
+mod timer;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use codec::{Reader, Writer};
+use ioapic::IoApic;
+use lapic::{Action, Icr, Lapic, Route};
+use pic::Pic;
+use pit::Pit;
+
+const MAGIC: &[u8; 4] = b"TIRQ";
+const FORMAT: u32 = 1;
+
+const MSR_APIC_BASE: u32 = 0x1b;
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+const MSR_X2APIC_FIRST: u32 = 0x800;
+const MSR_X2APIC_LAST: u32 = 0x8ff;
+
+/// Destinations that mean every local APIC, in an 8-bit and in a 32-bit message.
+const BROADCAST: u32 = 0xff;
+const BROADCAST_WIDE: u32 = u32::MAX;
+
+/// ISA IRQ 0 is wired to this I/O APIC pin; the MADT says so.
+const TIMER_PIN: usize = 2;
+
+const NEVER: u64 = u64::MAX;
+
+/// How the engine learns that a vCPU may have something new to look at.
+pub trait Wake: Send + Sync {
+    /// Called with no lock of the interrupt chip held, from any thread, the vCPU's own included.
+    fn wake(&self, vcpu: usize);
+}
+
+/// What reaches a processor beside maskable interrupts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    Nmi,
+    /// Reset to the INIT state. The local APIC has been reset by the time this is returned.
+    Init,
+    /// Start in real mode at this page.
+    Sipi(u8),
+}
+
+/// Delivery modes, as in the ICR, redirection entries and MSI data (SDM 11.6.1, 11.11.2).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Delivery {
+    Fixed,
+    LowestPriority,
+    Smi,
+    Reserved,
+    Nmi,
+    Init,
+    Startup,
+    ExtInt,
+}
+
+impl Delivery {
+    /// The lowest three bits.
+    fn from_bits(bits: u32) -> Self {
+        match bits & 7 {
+            0 => Self::Fixed,
+            1 => Self::LowestPriority,
+            2 => Self::Smi,
+            3 => Self::Reserved,
+            4 => Self::Nmi,
+            5 => Self::Init,
+            6 => Self::Startup,
+            _ => Self::ExtInt,
+        }
+    }
+
+    /// Whether the vector field is the interrupt's vector, which an EOI will answer.
+    fn has_vector(self) -> bool {
+        matches!(self, Self::Fixed | Self::LowestPriority)
+    }
+}
+
+/// An interrupt message on its way to the local APICs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Message {
+    dest: u32,
+    /// The destination has 32 bits; from an x2APIC only.
+    wide: bool,
+    logical: bool,
+    mode: Delivery,
+    vector: u8,
+    /// Level triggered: its EOI is reported to the I/O APIC.
+    level: bool,
+}
+
+/// vCPUs to wake once the locks are released.
+#[derive(Default)]
+struct WakeSet {
+    low: u64,
+    rest: Vec<usize>,
+}
+
+impl WakeSet {
+    fn add(&mut self, vcpu: usize) {
+        if vcpu < 64 {
+            self.low |= 1 << vcpu;
+        } else {
+            self.rest.push(vcpu);
+        }
+    }
+
+    fn wake(mut self, wake: &dyn Wake) {
+        while self.low != 0 {
+            wake.wake(self.low.trailing_zeros() as usize);
+            self.low &= self.low - 1;
+        }
+        for vcpu in self.rest {
+            wake.wake(vcpu);
+        }
+    }
+}
+
+/// One vCPU's local APIC and what others may know about it without its lock.
+struct Cpu {
+    lapic: Mutex<Lapic>,
+    pending: AtomicBool,
+    event: AtomicBool,
+    takes_pic: AtomicBool,
+    /// A [`Route`].
+    route: AtomicU64,
+    deadline: AtomicU64,
+}
+
+/// Sequentially consistent, because a sleeper checks these after it announced its sleep and the
+/// waker looks for that announcement after this store. Unchanged values skip the costly store.
+fn publish_bool(cell: &AtomicBool, value: bool) {
+    if cell.load(Ordering::Relaxed) != value {
+        cell.store(value, Ordering::SeqCst);
+    }
+}
+
+fn publish_u64(cell: &AtomicU64, value: u64) {
+    if cell.load(Ordering::Relaxed) != value {
+        cell.store(value, Ordering::SeqCst);
+    }
+}
+
+impl Cpu {
+    fn new(lapic: Lapic) -> Self {
+        let cpu = Self {
+            pending: AtomicBool::new(false),
+            event: AtomicBool::new(false),
+            takes_pic: AtomicBool::new(false),
+            route: AtomicU64::new(0),
+            deadline: AtomicU64::new(NEVER),
+            lapic: Mutex::new(lapic),
+        };
+        cpu.publish(&cpu.lapic.lock());
+        cpu
+    }
+
+    /// Called with the lock held, after each change.
+    fn publish(&self, lapic: &Lapic) {
+        publish_bool(&self.pending, lapic.pending());
+        publish_bool(&self.event, lapic.has_event());
+        publish_bool(&self.takes_pic, lapic.takes_pic());
+        publish_u64(&self.route, lapic.route().bits());
+        publish_u64(&self.deadline, lapic.deadline().unwrap_or(NEVER));
+    }
+
+    fn route(&self) -> Route {
+        Route::from_bits(self.route.load(Ordering::SeqCst))
+    }
+}
+
+/// Everything that the machine has once.
+struct Legacy {
+    pic: Pic,
+    pit: Pit,
+    ioapic: IoApic,
+    /// Lines as [`IrqChip::irq_line`] last drove them.
+    lines: u32,
+    /// The timer's line as last driven.
+    timer_out: bool,
+}
+
+impl Legacy {
+    fn new() -> Self {
+        let mut legacy = Self {
+            pic: Pic::new(),
+            pit: Pit::new(),
+            ioapic: IoApic::new(),
+            lines: 0,
+            timer_out: false,
+        };
+        legacy.settle_timer(false, &mut |_| false);
+        // As firmware leaves the pair: the PC's vectors, everything masked. Initialising it also
+        // forgets the edge of the timer's idle output.
+        for (command, base, wiring) in [(0x20, 0x08, 4), (0xa0, 0x70, 2)] {
+            legacy.pic.write(command, 0x11);
+            for value in [base, wiring, 1, 0xff] {
+                legacy.pic.write(command + 1, value);
+            }
+        }
+        legacy
+    }
+
+    fn line(&self, gsi: u32) -> bool {
+        self.lines >> gsi & 1 != 0
+    }
+
+    fn drive_timer(&mut self, level: bool, send: &mut dyn FnMut(&Message) -> bool) {
+        self.timer_out = level;
+        let isa = level || self.line(0);
+        self.pic.set_line(0, isa);
+        let pin = isa || self.line(TIMER_PIN as u32);
+        self.ioapic.set_line(TIMER_PIN, pin, send);
+    }
+
+    /// Brings the timer's line to its present level, through a rising edge if it `rose`.
+    fn settle_timer(&mut self, rose: bool, send: &mut dyn FnMut(&Message) -> bool) {
+        if rose {
+            self.drive_timer(false, send);
+            self.drive_timer(true, send);
+        }
+        let out = self.pit.irq0();
+        if out != self.timer_out {
+            self.drive_timer(out, send);
+        }
+    }
+
+    fn sync(&mut self, now_ns: u64, send: &mut dyn FnMut(&Message) -> bool) {
+        let rose = self.pit.sync(now_ns);
+        self.settle_timer(rose, send);
+    }
+
+    fn set_line(&mut self, gsi: u32, level: bool, send: &mut dyn FnMut(&Message) -> bool) {
+        if level {
+            self.lines |= 1 << gsi;
+        } else {
+            self.lines &= !(1 << gsi);
+        }
+        if gsi == 0 || gsi == TIMER_PIN as u32 {
+            self.drive_timer(self.timer_out, send);
+            return;
+        }
+        if let Ok(irq @ 0..=15) = u8::try_from(gsi) {
+            self.pic.set_line(irq, level);
+        }
+        self.ioapic.set_line(gsi as usize, level, send);
+    }
+
+    fn save(&self, w: &mut Writer) {
+        w.section(*b"PIC ", |w| self.pic.save(w));
+        w.section(*b"PIT ", |w| self.pit.save(w));
+        w.section(*b"IOAP", |w| self.ioapic.save(w));
+        w.section(*b"LINE", |w| {
+            w.u32(self.lines);
+            w.bool(self.timer_out);
+        });
+    }
+
+    fn load(r: &mut Reader) -> Result<Self, String> {
+        let pic = r.section(*b"PIC ", Pic::load)?;
+        let pit = r.section(*b"PIT ", Pit::load)?;
+        let ioapic = r.section(*b"IOAP", IoApic::load)?;
+        let (lines, timer_out) = r.section(*b"LINE", |r| Ok((r.u32()?, r.bool()?)))?;
+        Ok(Self { pic, pit, ioapic, lines: lines & ((1 << ioapic::PINS) - 1), timer_out })
+    }
+}
+
+fn is_port(port: u16) -> bool {
+    matches!(port, 0x20 | 0x21 | 0x40..=0x43 | 0x61 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1)
+}
+
+fn is_pit(port: u16) -> bool {
+    matches!(port, 0x40..=0x43 | 0x61)
+}
+
+/// The interrupt controllers of one machine. Every method may be called from any thread; what
+/// names a `vcpu` that does not exist has no effect.
+pub struct IrqChip {
+    tsc_hz: u64,
+    wake: Arc<dyn Wake>,
+    cpus: Vec<Cpu>,
+    legacy: Mutex<Legacy>,
+    /// The PIC's INTR.
+    intr: AtomicBool,
+    /// When the PIT's channel 0 next interrupts.
+    pit_deadline: AtomicU64,
+    /// Where the search for the lowest priority begins, so that equals take turns.
+    turn: AtomicUsize,
+}
+
+impl IrqChip {
+    pub fn new(vcpus: usize, tsc_hz: u64, wake: Arc<dyn Wake>) -> Self {
+        let cpus = (0..vcpus).map(|id| Cpu::new(Lapic::new(id as u32, tsc_hz))).collect();
+        Self {
+            tsc_hz,
+            wake,
+            cpus,
+            legacy: Mutex::new(Legacy::new()),
+            intr: AtomicBool::new(false),
+            pit_deadline: AtomicU64::new(NEVER),
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    /// Puts the bootstrap processor into virtual wire mode, as firmware leaves it: the local
+    /// APIC enabled, the PIC through LINT0, NMI at LINT1. For boots without firmware.
+    pub fn set_virtual_wire(&self) {
+        self.with_lapic(0, Lapic::set_virtual_wire);
+    }
+
+    // Locking.
+
+    /// Runs `f` on a vCPU's local APIC and wakes the vCPU if that gave it something to do.
+    fn with_lapic<R>(&self, vcpu: usize, f: impl FnOnce(&mut Lapic) -> R) -> Option<R> {
+        let cpu = self.cpus.get(vcpu)?;
+        let signalled = || self.pending(vcpu) || cpu.event.load(Ordering::SeqCst);
+        let mut lapic = cpu.lapic.lock();
+        let before = signalled();
+        let result = f(&mut lapic);
+        cpu.publish(&lapic);
+        drop(lapic);
+        if !before && signalled() {
+            self.wake.wake(vcpu);
+        }
+        Some(result)
+    }
+
+    /// Runs `f` on the shared controllers; its second argument sends interrupt messages.
+    fn with_legacy<R>(
+        &self,
+        f: impl FnOnce(&mut Legacy, &mut dyn FnMut(&Message) -> bool) -> R,
+    ) -> R {
+        let mut wakes = WakeSet::default();
+        let mut legacy = self.legacy.lock();
+        let result = f(&mut legacy, &mut |message| self.deliver(message, &mut wakes));
+        self.publish_legacy(&legacy, &mut wakes);
+        drop(legacy);
+        wakes.wake(&*self.wake);
+        result
+    }
+
+    fn publish_legacy(&self, legacy: &Legacy, wakes: &mut WakeSet) {
+        let intr = legacy.pic.output();
+        let rose = intr && !self.intr.load(Ordering::Relaxed);
+        publish_bool(&self.intr, intr);
+        if rose {
+            self.raise_intr(wakes);
+        }
+        let deadline = legacy.pit.next_deadline().unwrap_or(NEVER);
+        if deadline < self.pit_deadline.load(Ordering::Relaxed) {
+            // vCPU 0 keeps this time and may be asleep until a later one.
+            wakes.add(0);
+        }
+        publish_u64(&self.pit_deadline, deadline);
+    }
+
+    fn raise_intr(&self, wakes: &mut WakeSet) {
+        for (index, cpu) in self.cpus.iter().enumerate() {
+            if cpu.takes_pic.load(Ordering::SeqCst) {
+                wakes.add(index);
+            }
+        }
+        // LINT0 may turn INTR into a fixed interrupt or NMI instead of an INTA cycle.
+        if let Some(cpu) = self.cpus.first() {
+            let mut lapic = cpu.lapic.lock();
+            lapic.local_interrupt(lapic::LVT_LINT0);
+            cpu.publish(&lapic);
+            if lapic.pending() || lapic.has_event() {
+                wakes.add(0);
+            }
+        }
+    }
+
+    // Messages.
+
+    /// Delivers to every target; true if at least one took it. Only targets are locked.
+    fn deliver(&self, message: &Message, wakes: &mut WakeSet) -> bool {
+        let broadcast = if message.wide { BROADCAST_WIDE } else { BROADCAST };
+        let everyone = message.dest == broadcast;
+        if !everyone && !message.logical {
+            return self.deliver_to(message.dest as usize, message, wakes);
+        }
+        let matches = |cpu: &Cpu| everyone || cpu.route().matches_logical(message.dest);
+        if message.mode == Delivery::LowestPriority {
+            return match self.lowest_priority(matches) {
+                Some(index) => self.deliver_to(index, message, wakes),
+                None => false,
+            };
+        }
+        let mut taken = false;
+        for (index, cpu) in self.cpus.iter().enumerate() {
+            if matches(cpu) {
+                taken |= self.deliver_to(index, message, wakes);
+            }
+        }
+        taken
+    }
+
+    fn lowest_priority(&self, matches: impl Fn(&Cpu) -> bool) -> Option<usize> {
+        let count = self.cpus.len();
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        (0..count)
+            .map(|step| (turn % count + step) % count)
+            .filter(|&index| matches(&self.cpus[index]))
+            .filter_map(|index| Some((self.cpus[index].route().arbitration()?, index)))
+            .min_by_key(|&(priority, _)| priority)
+            .map(|(_, index)| index)
+    }
+
+    fn deliver_to(&self, index: usize, message: &Message, wakes: &mut WakeSet) -> bool {
+        let Some(cpu) = self.cpus.get(index).filter(|cpu| cpu.route().enabled()) else {
+            return false;
+        };
+        let mut lapic = cpu.lapic.lock();
+        let taken = lapic.receive(message.mode, message.vector, message.level);
+        cpu.publish(&lapic);
+        // Refused messages count, too: they may have raised the error interrupt.
+        if lapic.pending() || lapic.has_event() {
+            wakes.add(index);
+        }
+        taken
+    }
+
+    fn perform(&self, vcpu: usize, action: Action) {
+        match action {
+            Action::None => {}
+            Action::Eoi(vector) => {
+                self.with_legacy(|legacy, send| legacy.ioapic.eoi(vector, send));
+            }
+            Action::Ipi(icr) => self.send_ipi(vcpu, icr),
+        }
+    }
+
+    fn send_ipi(&self, from: usize, icr: Icr) {
+        let mode = Delivery::from_bits(icr.low >> 8);
+        let deassert = icr.low & 1 << 14 == 0 && icr.low & 1 << 15 != 0;
+        match mode {
+            // The INIT level de-assert only synchronised arbitration IDs (11.6.1).
+            Delivery::Init if deassert => return,
+            // Not for the ICR (table 11-3).
+            Delivery::Reserved | Delivery::ExtInt => return,
+            _ => {}
+        }
+        let message = Message {
+            dest: icr.dest,
+            wide: icr.wide,
+            logical: icr.low & 1 << 11 != 0,
+            mode,
+            vector: icr.low as u8,
+            level: false,
+        };
+        let mut wakes = WakeSet::default();
+        match icr.low >> 18 & 3 {
+            0 => {
+                self.deliver(&message, &mut wakes);
+            }
+            1 => {
+                self.deliver_to(from, &message, &mut wakes);
+            }
+            shorthand => {
+                for index in 0..self.cpus.len() {
+                    if shorthand == 2 || index != from {
+                        self.deliver_to(index, &message, &mut wakes);
+                    }
+                }
+            }
+        }
+        wakes.wake(&*self.wake);
+    }
+
+    /// A message-signalled interrupt (11.11): a write of `data` to `address`.
+    pub fn msi(&self, address: u64, data: u32) {
+        if address >> 20 != 0xfee {
+            return;
+        }
+        let level = data & 1 << 15 != 0;
+        if level && data & 1 << 14 == 0 {
+            // De-assertion of a level: nothing follows it.
+            return;
+        }
+        let logical = address & 4 != 0;
+        let redirect = address & 8 != 0;
+        let mode = match Delivery::from_bits(data >> 8) {
+            // The redirection hint asks for one processor of the logical set.
+            Delivery::Fixed if logical && redirect => Delivery::LowestPriority,
+            mode => mode,
+        };
+        let message = Message {
+            dest: (address >> 12 & 0xff) as u32,
+            wide: false,
+            logical,
+            mode,
+            vector: data as u8,
+            level,
+        };
+        let mut wakes = WakeSet::default();
+        self.deliver(&message, &mut wakes);
+        wakes.wake(&*self.wake);
+    }
+
+    /// Drives line `gsi` (0..=23). Lines 0-15 are ISA interrupts as well; 0 arrives at I/O APIC
+    /// pin 2.
+    pub fn irq_line(&self, gsi: u32, level: bool, now_ns: u64) {
+        if gsi as usize >= ioapic::PINS {
+            return;
+        }
+        self.with_legacy(|legacy, send| {
+            if now_ns >= self.pit_deadline.load(Ordering::Relaxed) {
+                legacy.sync(now_ns, send);
+            }
+            legacy.set_line(gsi, level, send);
+        });
+    }
+
+    // Registers.
+
+    /// None if the port is not one of the chip's. Wider accesses are split into bytes, those
+    /// beyond the chip's ports read as ones.
+    pub fn port_read(&self, port: u16, size: u8, now_ns: u64) -> Option<u32> {
+        if !is_port(port) {
+            return None;
+        }
+        Some(self.with_legacy(|legacy, send| {
+            let mut value = 0;
+            for index in 0..size.clamp(1, 4) {
+                let byte = match port.wrapping_add(u16::from(index)) {
+                    port if is_pit(port) => {
+                        legacy.sync(now_ns, send);
+                        legacy.pit.read(port)
+                    }
+                    port if is_port(port) => legacy.pic.read(port),
+                    _ => 0xff,
+                };
+                value |= u32::from(byte) << (8 * index);
+            }
+            value
+        }))
+    }
+
+    /// False if the port is not one of the chip's.
+    pub fn port_write(&self, port: u16, size: u8, value: u32, now_ns: u64) -> bool {
+        if !is_port(port) {
+            return false;
+        }
+        self.with_legacy(|legacy, send| {
+            for index in 0..size.clamp(1, 4) {
+                let byte = (value >> (8 * index)) as u8;
+                let port = port.wrapping_add(u16::from(index));
+                if is_pit(port) {
+                    legacy.sync(now_ns, send);
+                    legacy.pit.write(port, byte);
+                    legacy.settle_timer(false, send);
+                } else if is_port(port) {
+                    legacy.pic.write(port, byte);
+                }
+            }
+        });
+        true
+    }
+
+    /// A 32-bit read at `offset` in the xAPIC page.
+    pub fn lapic_read(&self, vcpu: usize, offset: u32, now_ns: u64) -> u32 {
+        self.with_lapic(vcpu, |lapic| lapic.mmio_read(offset, now_ns)).unwrap_or(0)
+    }
+
+    /// A 32-bit write at `offset` in the xAPIC page.
+    pub fn lapic_write(&self, vcpu: usize, offset: u32, value: u32, now_ns: u64, tsc: u64) {
+        let action = self.with_lapic(vcpu, |lapic| lapic.mmio_write(offset, value, now_ns, tsc));
+        self.perform(vcpu, action.unwrap_or(Action::None));
+    }
+
+    pub fn ioapic_read(&self, offset: u32) -> u32 {
+        self.legacy.lock().ioapic.read(offset)
+    }
+
+    pub fn ioapic_write(&self, offset: u32, value: u32) {
+        self.with_legacy(|legacy, send| legacy.ioapic.write(offset, value, send));
+    }
+
+    /// Reads IA32_APIC_BASE, IA32_TSC_DEADLINE or an x2APIC register. Err is #GP.
+    #[allow(clippy::result_unit_err)] // There is one way to fail, and it is the guest's.
+    pub fn apic_msr_read(&self, vcpu: usize, msr: u32, now_ns: u64, tsc: u64) -> Result<u64, ()> {
+        self.with_lapic(vcpu, |lapic| match msr {
+            MSR_APIC_BASE => Ok(lapic.base()),
+            MSR_TSC_DEADLINE => Ok(lapic.tsc_deadline(now_ns, tsc)),
+            MSR_X2APIC_FIRST..=MSR_X2APIC_LAST => lapic.x2apic_read(msr - MSR_X2APIC_FIRST, now_ns),
+            _ => Err(()),
+        })
+        .unwrap_or(Err(()))
+    }
+
+    /// Writes one of the same registers. Err is #GP.
+    #[allow(clippy::result_unit_err)] // There is one way to fail, and it is the guest's.
+    pub fn apic_msr_write(
+        &self,
+        vcpu: usize,
+        msr: u32,
+        value: u64,
+        now_ns: u64,
+        tsc: u64,
+    ) -> Result<(), ()> {
+        let action = self
+            .with_lapic(vcpu, |lapic| match msr {
+                MSR_APIC_BASE => lapic.set_base(value).map(|()| Action::None),
+                MSR_TSC_DEADLINE => {
+                    lapic.set_tsc_deadline(value, now_ns, tsc);
+                    Ok(Action::None)
+                }
+                MSR_X2APIC_FIRST..=MSR_X2APIC_LAST => {
+                    lapic.x2apic_write(msr - MSR_X2APIC_FIRST, value, now_ns, tsc)
+                }
+                _ => Err(()),
+            })
+            .unwrap_or(Err(()))?;
+        self.perform(vcpu, action);
+        Ok(())
+    }
+
+    pub fn apic_base(&self, vcpu: usize) -> u64 {
+        match self.cpus.get(vcpu) {
+            Some(cpu) => cpu.lapic.lock().base(),
+            None => 0,
+        }
+    }
+
+    /// CR8: the upper half of the task priority (SDM 11.8.6).
+    pub fn cr8(&self, vcpu: usize) -> u8 {
+        match self.cpus.get(vcpu) {
+            Some(cpu) => cpu.lapic.lock().tpr() >> 4,
+            None => 0,
+        }
+    }
+
+    pub fn set_cr8(&self, vcpu: usize, v: u8) {
+        self.with_lapic(vcpu, |lapic| lapic.set_tpr(v << 4));
+    }
+
+    // The vCPU's side.
+
+    /// Whether an external interrupt can be delivered now. Takes no lock.
+    pub fn pending(&self, vcpu: usize) -> bool {
+        let Some(cpu) = self.cpus.get(vcpu) else {
+            return false;
+        };
+        cpu.pending.load(Ordering::SeqCst)
+            || self.intr.load(Ordering::SeqCst) && cpu.takes_pic.load(Ordering::SeqCst)
+    }
+
+    /// Acknowledges the interrupt to deliver: the PIC's first, as it has no priority to compare.
+    /// None if it went away since [`IrqChip::pending`] was asked.
+    pub fn accept(&self, vcpu: usize) -> Option<u8> {
+        let cpu = self.cpus.get(vcpu)?;
+        if self.intr.load(Ordering::SeqCst) && cpu.takes_pic.load(Ordering::SeqCst) {
+            let vector = self.with_legacy(|legacy, _| {
+                // Another vCPU may have been first: no spurious interrupt for that.
+                legacy.pic.output().then(|| legacy.pic.inta())
+            });
+            if vector.is_some() {
+                return vector;
+            }
+        }
+        if !cpu.pending.load(Ordering::SeqCst) {
+            return None;
+        }
+        let ext_int = self.with_lapic(vcpu, Lapic::take_ext_int)?;
+        if ext_int {
+            return Some(self.with_legacy(|legacy, _| legacy.pic.inta()));
+        }
+        self.with_lapic(vcpu, Lapic::accept)?
+    }
+
+    /// The next INIT, SIPI or NMI, in this order.
+    pub fn take_event(&self, vcpu: usize) -> Option<Event> {
+        let cpu = self.cpus.get(vcpu)?;
+        if !cpu.event.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.with_lapic(vcpu, Lapic::take_event)?
+    }
+
+    // Time.
+
+    /// When [`IrqChip::run_timers`] has something to do for this vCPU, in ns of the machine
+    /// clock. vCPU 0 keeps the PIT's time.
+    pub fn next_deadline(&self, vcpu: usize) -> Option<u64> {
+        let mut deadline = self.cpus.get(vcpu)?.deadline.load(Ordering::SeqCst);
+        if vcpu == 0 {
+            deadline = deadline.min(self.pit_deadline.load(Ordering::SeqCst));
+        }
+        (deadline != NEVER).then_some(deadline)
+    }
+
+    /// Fires what is due. A periodic timer that missed ticks fires once and keeps its phase.
+    pub fn run_timers(&self, vcpu: usize, now_ns: u64, tsc: u64) {
+        let Some(cpu) = self.cpus.get(vcpu) else {
+            return;
+        };
+        if now_ns >= cpu.deadline.load(Ordering::SeqCst) {
+            self.with_lapic(vcpu, |lapic| lapic.run_timer(now_ns, tsc));
+        }
+        if vcpu == 0 && now_ns >= self.pit_deadline.load(Ordering::SeqCst) {
+            self.with_legacy(|legacy, send| legacy.sync(now_ns, send));
+        }
+    }
+
+    // Snapshots.
+
+    /// All guest-visible state. Exact only while no vCPU runs. Times are of the machine clock.
+    pub fn save(&self) -> Vec<u8> {
+        let mut w = Writer::default();
+        w.bytes(MAGIC);
+        w.u32(FORMAT);
+        w.u32(self.cpus.len() as u32);
+        self.legacy.lock().save(&mut w);
+        for cpu in &self.cpus {
+            let lapic = cpu.lapic.lock();
+            w.section(*b"LAPC", |w| lapic.save(w));
+        }
+        w.finish()
+    }
+
+    /// Takes over what [`IrqChip::save`] gave, from a machine with as many vCPUs. On an error
+    /// nothing has changed. Every vCPU is woken.
+    pub fn load(&self, data: &[u8]) -> Result<(), String> {
+        let mut r = Reader::new(data);
+        if r.bytes(MAGIC.len())? != MAGIC {
+            return Err("not the state of an interrupt chip".into());
+        }
+        let format = r.u32()?;
+        if format != FORMAT {
+            return Err(format!("format {format}, only {FORMAT} is known"));
+        }
+        let vcpus = r.u32()?;
+        if vcpus as usize != self.cpus.len() {
+            return Err(format!("{vcpus} vCPUs, the machine has {}", self.cpus.len()));
+        }
+        let legacy = Legacy::load(&mut r)?;
+        let lapics = (0..vcpus)
+            .map(|id| r.section(*b"LAPC", |r| Lapic::load(id, self.tsc_hz, r)))
+            .collect::<Result<Vec<_>, _>>()?;
+        r.end()?;
+
+        let mut wakes = WakeSet::default();
+        let mut current = self.legacy.lock();
+        *current = legacy;
+        for (index, (cpu, lapic)) in self.cpus.iter().zip(lapics).enumerate() {
+            let mut current = cpu.lapic.lock();
+            *current = lapic;
+            cpu.publish(&current);
+            wakes.add(index);
+        }
+        // Not publish_legacy: INTR has not risen, it is as it was when saved.
+        publish_bool(&self.intr, current.pic.output());
+        let deadline = current.pit.next_deadline().unwrap_or(NEVER);
+        publish_u64(&self.pit_deadline, deadline);
+        drop(current);
+        wakes.wake(&*self.wake);
+        Ok(())
+    }
+}

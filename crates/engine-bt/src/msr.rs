@@ -1,0 +1,405 @@
+//! Model-specific registers (Intel SDM 4; AMD APM 2, appendix A).
+//!
+//! Those that Linux, the BSDs and firmware touch on a CPU with our CPUID;
+//! anything else is #GP(0), as on hardware.
+
+use crate::cpu::Cpu;
+use crate::cpuid::{ARCH_CAPABILITIES, Vendor};
+use crate::fault::{R, gp};
+use crate::mmu::{PHYS_BITS, canonical};
+use crate::state::{cr, seg};
+
+pub mod index {
+    pub const TSC: u32 = 0x10;
+    pub const PLATFORM_ID: u32 = 0x17;
+    pub const APIC_BASE: u32 = 0x1B;
+    pub const FEATURE_CONTROL: u32 = 0x3A;
+    pub const SPEC_CTRL: u32 = 0x48;
+    pub const PRED_CMD: u32 = 0x49;
+    pub const MICROCODE_UPDATE: u32 = 0x79;
+    pub const MICROCODE_REVISION: u32 = 0x8B;
+    pub const MTRR_CAP: u32 = 0xFE;
+    pub const ARCH_CAPABILITIES: u32 = 0x10A;
+    pub const SYSENTER_CS: u32 = 0x174;
+    pub const SYSENTER_ESP: u32 = 0x175;
+    pub const SYSENTER_EIP: u32 = 0x176;
+    pub const MCG_CAP: u32 = 0x179;
+    pub const MCG_STATUS: u32 = 0x17A;
+    pub const MISC_ENABLE: u32 = 0x1A0;
+    pub const DEBUG_CONTROL: u32 = 0x1D9;
+    pub const MTRR_VARIABLE: u32 = 0x200;
+    pub const MTRR_FIXED_64K: u32 = 0x250;
+    pub const MTRR_FIXED_16K: u32 = 0x258;
+    pub const MTRR_FIXED_4K: u32 = 0x268;
+    pub const PAT: u32 = 0x277;
+    pub const MTRR_DEFAULT_TYPE: u32 = 0x2FF;
+    pub const TSC_DEADLINE: u32 = 0x6E0;
+    pub const X2APIC: u32 = 0x800;
+    pub const EFER: u32 = 0xC000_0080;
+    pub const STAR: u32 = 0xC000_0081;
+    pub const LSTAR: u32 = 0xC000_0082;
+    pub const CSTAR: u32 = 0xC000_0083;
+    pub const SFMASK: u32 = 0xC000_0084;
+    pub const FS_BASE: u32 = 0xC000_0100;
+    pub const GS_BASE: u32 = 0xC000_0101;
+    pub const KERNEL_GS_BASE: u32 = 0xC000_0102;
+    pub const TSC_AUX: u32 = 0xC000_0103;
+    pub const PERF_EVENT_SELECT: u32 = 0xC001_0000;
+    pub const SYSCFG: u32 = 0xC001_0010;
+    pub const HWCR: u32 = 0xC001_0015;
+    pub const TOP_MEM: u32 = 0xC001_001A;
+    pub const TOP_MEM2: u32 = 0xC001_001D;
+    pub const INT_PENDING: u32 = 0xC001_0055;
+    pub const PERF_CORE: u32 = 0xC001_0200;
+    pub const LS_CFG: u32 = 0xC001_1020;
+    pub const DE_CFG: u32 = 0xC001_1029;
+}
+
+/// EFER.AutomaticIBRSEn (AMD APM 2, 3.1.7): stored, there is nothing to do.
+pub const EFER_AUTO_IBRS: u64 = 1 << 21;
+const VARIABLE_MTRRS: usize = 8;
+/// HWCR.TscFreqSel: the TSC counts at the P0 frequency; read-only.
+const HWCR_TSC_FREQ: u64 = 1 << 24;
+/// DE_CFG: LFENCE is always serialising.
+const DE_CFG_LFENCE: u64 = 1 << 1;
+/// MISC_ENABLE: fast strings; no branch trace store, no PEBS.
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+const MISC_ENABLE_FIXED: u64 = 1 << 11 | 1 << 12;
+
+/// MSRs that are only stored.
+pub struct MsrFile {
+    pub pat: u64,
+    pub mtrr_default_type: u64,
+    pub mtrr_fixed: [u64; 11],
+    pub mtrr_variable: [u64; 2 * VARIABLE_MTRRS],
+    pub misc_enable: u64,
+    pub spec_ctrl: u64,
+    pub mcg_status: u64,
+    pub hwcr: u64,
+    pub syscfg: u64,
+    pub top_mem: u64,
+    pub top_mem2: u64,
+    pub ls_cfg: u64,
+}
+
+impl MsrFile {
+    /// The values after RESET, but for the MTRRs: on (E), all write-back, as
+    /// firmware leaves them. A kernel that is loaded without firmware needs
+    /// that, since with MTRRs off Linux gives up PAT as well.
+    pub fn new() -> Self {
+        Self {
+            // WB WT UC- UC, twice (SDM 3A, 12.12.4).
+            pat: 0x0007_0406_0007_0406,
+            mtrr_default_type: 1 << 11 | 6,
+            mtrr_fixed: [0; 11],
+            mtrr_variable: [0; 2 * VARIABLE_MTRRS],
+            misc_enable: MISC_ENABLE_FAST_STRING,
+            spec_ctrl: 0,
+            mcg_status: 0,
+            hwcr: 0,
+            syscfg: 0,
+            top_mem: 0,
+            top_mem2: 0,
+            ls_cfg: 0,
+        }
+    }
+}
+
+impl Default for MsrFile {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Memory types that MTRRs and, with `UC-`, the PAT can hold.
+fn memory_type(value: u64, pat: bool) -> bool {
+    matches!(value, 0 | 1 | 4 | 5 | 6) || pat && value == 7
+}
+
+fn memory_types(value: u64, pat: bool) -> bool {
+    value.to_le_bytes().iter().all(|&byte| memory_type(u64::from(byte), pat))
+}
+
+fn fixed_mtrr(number: u32) -> Option<usize> {
+    match number {
+        index::MTRR_FIXED_64K => Some(0),
+        n if n & !1 == index::MTRR_FIXED_16K => Some(1 + (n & 1) as usize),
+        n if n & !7 == index::MTRR_FIXED_4K => Some(3 + (n & 7) as usize),
+        _ => None,
+    }
+}
+
+fn variable_mtrr(number: u32) -> Option<usize> {
+    let at = number.wrapping_sub(index::MTRR_VARIABLE) as usize;
+    (at < 2 * VARIABLE_MTRRS).then_some(at)
+}
+
+/// Chip configuration that kernels read and write back without a check of
+/// CPUID: CLK_CTL, NB_CFG, the PCI configuration window, SMRAM, BU_CFG2, DC_CFG,
+/// TW_CFG, EX_CFG. There is nothing behind them.
+fn amd_ignored(number: u32) -> bool {
+    matches!(
+        number,
+        0xC001_001B
+            | 0xC001_001F
+            | 0xC001_0058
+            | 0xC001_0112
+            | 0xC001_0113
+            | 0xC001_102A
+            | 0xC001_1022
+            | 0xC001_1023
+            | 0xC001_102C
+    )
+}
+
+/// Event selects and counters of AMD's PMU. Each family since K7 has the first
+/// four, so they are not #GP, but they count nothing.
+fn amd_perf(number: u32) -> bool {
+    (index::PERF_EVENT_SELECT..index::PERF_EVENT_SELECT + 8).contains(&number)
+        || (index::PERF_CORE..index::PERF_CORE + 12).contains(&number)
+}
+
+fn is_apic(number: u32) -> bool {
+    number == index::APIC_BASE
+        || number == index::TSC_DEADLINE
+        || (index::X2APIC..index::X2APIC + 0x100).contains(&number)
+}
+
+/// RDMSR.
+pub fn read(cpu: &mut Cpu, number: u32) -> R<u64> {
+    if is_apic(number) {
+        let (now, tsc) = (cpu.now_ns(), cpu.tsc());
+        return match cpu.vm.irqchip.apic_msr_read(cpu.id, number, now, tsc) {
+            Ok(value) => Ok(value),
+            Err(()) => gp(0),
+        };
+    }
+    let (st, msrs) = (&*cpu.st, &cpu.msrs);
+    let value = match number {
+        index::TSC => cpu.tsc(),
+        index::TSC_AUX => st.tsc_aux,
+        index::EFER => st.efer,
+        index::STAR => st.star,
+        index::LSTAR => st.lstar,
+        index::CSTAR => st.cstar,
+        index::SFMASK => st.sfmask,
+        index::FS_BASE => st.seg[seg::FS].base,
+        index::GS_BASE => st.seg[seg::GS].base,
+        index::KERNEL_GS_BASE => st.kernel_gs_base,
+        index::SYSENTER_CS => st.sysenter_cs,
+        index::SYSENTER_ESP => st.sysenter_esp,
+        index::SYSENTER_EIP => st.sysenter_eip,
+        index::PAT => msrs.pat,
+        // Fixed ranges, write-combining, and the variable ranges.
+        index::MTRR_CAP => 1 << 10 | 1 << 8 | VARIABLE_MTRRS as u64,
+        index::MTRR_DEFAULT_TYPE => msrs.mtrr_default_type,
+        // No banks.
+        index::MCG_CAP => 0,
+        index::MCG_STATUS => msrs.mcg_status,
+        index::DEBUG_CONTROL => 0,
+        _ => {
+            if let Some(at) = fixed_mtrr(number) {
+                msrs.mtrr_fixed[at]
+            } else if let Some(at) = variable_mtrr(number) {
+                msrs.mtrr_variable[at]
+            } else {
+                return match cpu.vm.cpuid.vendor() {
+                    Vendor::Intel => read_intel(cpu, number),
+                    Vendor::Amd => read_amd(cpu, number),
+                };
+            }
+        }
+    };
+    Ok(value)
+}
+
+fn read_intel(cpu: &Cpu, number: u32) -> R<u64> {
+    Ok(match number {
+        index::PLATFORM_ID => 0,
+        // Locked: no VMX, no SGX.
+        index::FEATURE_CONTROL => 1,
+        index::SPEC_CTRL => cpu.msrs.spec_ctrl,
+        // No known bad microcode has the highest revision.
+        index::MICROCODE_REVISION => 0xFFFF_FFFF << 32,
+        index::ARCH_CAPABILITIES => ARCH_CAPABILITIES,
+        index::MISC_ENABLE => cpu.msrs.misc_enable | MISC_ENABLE_FIXED,
+        _ => return gp(0),
+    })
+}
+
+fn read_amd(cpu: &Cpu, number: u32) -> R<u64> {
+    Ok(match number {
+        index::MICROCODE_REVISION => 0xFFFF_FFFF,
+        index::HWCR => cpu.msrs.hwcr | HWCR_TSC_FREQ,
+        index::SYSCFG => cpu.msrs.syscfg,
+        index::TOP_MEM => cpu.msrs.top_mem,
+        index::TOP_MEM2 => cpu.msrs.top_mem2,
+        index::LS_CFG => cpu.msrs.ls_cfg,
+        index::DE_CFG => DE_CFG_LFENCE,
+        index::INT_PENDING => 0,
+        n if amd_perf(n) || amd_ignored(n) => 0,
+        _ => return gp(0),
+    })
+}
+
+/// WRMSR.
+pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
+    if is_apic(number) {
+        let (now, tsc) = (cpu.now_ns(), cpu.tsc());
+        let old_base = cpu.vm.irqchip.apic_base(cpu.id);
+        if cpu.vm.irqchip.apic_msr_write(cpu.id, number, value, now, tsc).is_err() {
+            return gp(0);
+        }
+        // The page of the APIC has moved, which no TLB entry may outlive.
+        if number == index::APIC_BASE && old_base != cpu.vm.irqchip.apic_base(cpu.id) {
+            cpu.tlb.flush(true);
+        }
+        return Ok(());
+    }
+    match number {
+        index::LSTAR
+        | index::CSTAR
+        | index::FS_BASE
+        | index::GS_BASE
+        | index::KERNEL_GS_BASE
+        | index::SYSENTER_ESP
+        | index::SYSENTER_EIP
+            if !canonical(value) =>
+        {
+            return gp(0);
+        }
+        index::TSC => {
+            let now = cpu.tsc();
+            cpu.st.tsc_offset = cpu.st.tsc_offset.wrapping_add(value.wrapping_sub(now));
+        }
+        // Upper bits are reserved; AMD ignores them.
+        index::TSC_AUX => cpu.st.tsc_aux = value & 0xFFFF_FFFF,
+        index::EFER => return write_efer(cpu, value),
+        index::STAR => cpu.st.star = value,
+        index::LSTAR => cpu.st.lstar = value,
+        index::CSTAR => cpu.st.cstar = value,
+        index::SFMASK => cpu.st.sfmask = value & 0xFFFF_FFFF,
+        index::FS_BASE => cpu.st.seg[seg::FS].base = value,
+        index::GS_BASE => cpu.st.seg[seg::GS].base = value,
+        index::KERNEL_GS_BASE => cpu.st.kernel_gs_base = value,
+        index::SYSENTER_CS => cpu.st.sysenter_cs = value & 0xFFFF_FFFF,
+        index::SYSENTER_ESP => cpu.st.sysenter_esp = value,
+        index::SYSENTER_EIP => cpu.st.sysenter_eip = value,
+        index::PAT => {
+            if !memory_types(value, true) {
+                return gp(0);
+            }
+            cpu.msrs.pat = value;
+        }
+        index::MTRR_DEFAULT_TYPE => {
+            if value & !0xCFF != 0 || !memory_type(value & 0xFF, false) {
+                return gp(0);
+            }
+            cpu.msrs.mtrr_default_type = value;
+        }
+        index::MCG_STATUS => cpu.msrs.mcg_status = value & 7,
+        // Without LBR and BTS there is nothing to switch on.
+        index::DEBUG_CONTROL => {}
+        index::MICROCODE_UPDATE => {}
+        _ => {
+            if let Some(at) = fixed_mtrr(number) {
+                if !memory_types(value, false) {
+                    return gp(0);
+                }
+                cpu.msrs.mtrr_fixed[at] = value;
+            } else if let Some(at) = variable_mtrr(number) {
+                // Even: base and type. Odd: mask and valid bit.
+                let low = if at & 1 == 0 { 0xFF } else { 0x800 };
+                let allowed = (1 << PHYS_BITS) - 0x1000 | low;
+                if value & !allowed != 0 || at & 1 == 0 && !memory_type(value & 0xFF, false) {
+                    return gp(0);
+                }
+                cpu.msrs.mtrr_variable[at] = value;
+            } else {
+                return match cpu.vm.cpuid.vendor() {
+                    Vendor::Intel => write_intel(cpu, number, value),
+                    Vendor::Amd => write_amd(cpu, number, value),
+                };
+            }
+        }
+    }
+    Ok(())
+}
+
+fn write_intel(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
+    match number {
+        // IBRS only: there is no STIBP or SSBD in our CPUID.
+        index::SPEC_CTRL if value & !1 == 0 => cpu.msrs.spec_ctrl = value,
+        index::PRED_CMD if value & !1 == 0 => {}
+        // Software writes 0 before it asks for the revision.
+        index::MICROCODE_REVISION => {}
+        index::MISC_ENABLE => cpu.msrs.misc_enable = value & !MISC_ENABLE_FIXED,
+        _ => return gp(0),
+    }
+    Ok(())
+}
+
+fn write_amd(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
+    match number {
+        index::MICROCODE_REVISION => {}
+        index::HWCR => cpu.msrs.hwcr = value & !HWCR_TSC_FREQ,
+        index::SYSCFG => cpu.msrs.syscfg = value,
+        index::TOP_MEM => cpu.msrs.top_mem = value,
+        index::TOP_MEM2 => cpu.msrs.top_mem2 = value,
+        index::LS_CFG => cpu.msrs.ls_cfg = value,
+        // The one bit of it that matters is fixed.
+        index::DE_CFG | index::INT_PENDING => {}
+        n if amd_perf(n) || amd_ignored(n) => {}
+        _ => return gp(0),
+    }
+    Ok(())
+}
+
+/// EFER (SDM 3A, 2.2.1; APM 2, 3.1.7). LMA is not writable; LME cannot change
+/// while paging is on.
+fn write_efer(cpu: &mut Cpu, value: u64) -> R<()> {
+    let mut allowed = cr::EFER_SCE | cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE;
+    if cpu.vm.cpuid.vendor() == Vendor::Amd {
+        allowed |= EFER_AUTO_IBRS;
+    }
+    let old = cpu.st.efer;
+    if value & !allowed != 0 || (value ^ old) & cr::EFER_LME != 0 && cpu.st.cr0 & cr::CR0_PG != 0 {
+        return gp(0);
+    }
+    cpu.st.efer = value & !cr::EFER_LMA | old & cr::EFER_LMA;
+    if (cpu.st.efer ^ old) & cr::EFER_NXE != 0 {
+        cpu.tlb.flush(true);
+    }
+    cpu.update_mode();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_types_are_checked() {
+        assert!(memory_types(0x0007_0406_0007_0406, true));
+        assert!(!memory_types(0x0007_0406_0007_0406, false));
+        assert!(!memory_types(2, true));
+        assert!(memory_types(0x0606_0606_0606_0606, false));
+    }
+
+    #[test]
+    fn mtrr_numbers() {
+        assert_eq!(fixed_mtrr(0x250), Some(0));
+        assert_eq!(fixed_mtrr(0x251), None);
+        assert_eq!(fixed_mtrr(0x259), Some(2));
+        assert_eq!(fixed_mtrr(0x268), Some(3));
+        assert_eq!(fixed_mtrr(0x26F), Some(10));
+        assert_eq!(variable_mtrr(0x20F), Some(15));
+        assert_eq!(variable_mtrr(0x210), None);
+    }
+
+    #[test]
+    fn apic_registers_are_the_chips() {
+        assert!(is_apic(0x1B) && is_apic(0x6E0) && is_apic(0x800) && is_apic(0x8FF));
+        assert!(!is_apic(0x900) && !is_apic(0x7FF));
+    }
+}

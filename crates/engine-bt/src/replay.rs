@@ -1,0 +1,61 @@
+//! Answers of the machine to an instruction that is not finished.
+//!
+//! An instruction that reads a port or memory that is not RAM stops with an
+//! exit. When the answer is there the instruction is run again from its start:
+//! accesses that were answered are taken from this log, in order, and the first
+//! new one stops it once more. An instruction so needs no suspended state.
+
+use tetrarch_engine::Exit;
+
+use crate::fault::{R, Stop};
+
+#[derive(Default)]
+pub struct Replay {
+    answers: Vec<u64>,
+    next: usize,
+    asked: bool,
+}
+
+impl Replay {
+    /// Called at the start of each attempt to run an instruction.
+    #[inline]
+    pub fn rewind(&mut self) {
+        self.next = 0;
+    }
+
+    /// Called when the instruction (or one iteration of REP) is finished.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.next = 0;
+        self.asked = false;
+        self.answers.clear();
+    }
+
+    /// The answer to `exit`, or the exit itself where there is none yet.
+    pub fn ask(&mut self, exit: Exit) -> R<u64> {
+        if let Some(&answer) = self.answers.get(self.next) {
+            self.next += 1;
+            return Ok(answer);
+        }
+        self.asked = true;
+        Err(Stop::Exit(exit))
+    }
+
+    /// Records the machine's answer to the exit that stopped the instruction.
+    pub fn answer(&mut self, value: u64) {
+        if std::mem::take(&mut self.asked) {
+            self.answers.push(value);
+        }
+    }
+
+    /// Whether an instruction waits for answers or has some of them.
+    #[inline]
+    pub fn in_progress(&self) -> bool {
+        !self.answers.is_empty()
+    }
+
+    /// Whether an exit has been handed out and not been answered.
+    pub fn unanswered(&self) -> bool {
+        self.asked
+    }
+}

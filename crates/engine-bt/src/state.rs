@@ -1,0 +1,249 @@
+//! The state of one vCPU as translated code sees it.
+//!
+//! Translated code reaches this block through the host's GS base, so the layout
+//! is C and every offset is a constant of the emitter. While translated code
+//! runs, general registers, arithmetic flags, x87 and vector registers are live
+//! in the host CPU; whenever Rust code runs, `gpr`, `rip`, `flags` and `vec`
+//! are the truth, while x87 and MXCSR stay in the host CPU between
+//! [`crate::fpu::load`] and [`crate::fpu::unload`].
+
+use std::sync::atomic::AtomicU8;
+
+use tetrarch_engine::{Segment, SegmentTable};
+
+/// RFLAGS bits (Intel SDM 1, 3.4.3).
+pub mod flag {
+    pub const CF: u64 = 1 << 0;
+    pub const FIXED: u64 = 1 << 1;
+    pub const PF: u64 = 1 << 2;
+    pub const AF: u64 = 1 << 4;
+    pub const ZF: u64 = 1 << 6;
+    pub const SF: u64 = 1 << 7;
+    pub const TF: u64 = 1 << 8;
+    pub const IF: u64 = 1 << 9;
+    pub const DF: u64 = 1 << 10;
+    pub const OF: u64 = 1 << 11;
+    pub const IOPL: u64 = 3 << 12;
+    pub const NT: u64 = 1 << 14;
+    pub const RF: u64 = 1 << 16;
+    pub const VM: u64 = 1 << 17;
+    pub const AC: u64 = 1 << 18;
+    pub const VIF: u64 = 1 << 19;
+    pub const VIP: u64 = 1 << 20;
+    pub const ID: u64 = 1 << 21;
+    /// The six arithmetic flags.
+    pub const ARITH: u64 = CF | PF | AF | ZF | SF | OF;
+}
+
+/// Control register and EFER bits (Intel SDM 3A, 2.5; AMD APM 2, 3.1.7).
+pub mod cr {
+    pub const CR0_PE: u64 = 1 << 0;
+    pub const CR0_MP: u64 = 1 << 1;
+    pub const CR0_EM: u64 = 1 << 2;
+    pub const CR0_TS: u64 = 1 << 3;
+    pub const CR0_ET: u64 = 1 << 4;
+    pub const CR0_NE: u64 = 1 << 5;
+    pub const CR0_WP: u64 = 1 << 16;
+    pub const CR0_AM: u64 = 1 << 18;
+    pub const CR0_NW: u64 = 1 << 29;
+    pub const CR0_CD: u64 = 1 << 30;
+    pub const CR0_PG: u64 = 1 << 31;
+    pub const CR4_VME: u64 = 1 << 0;
+    pub const CR4_PVI: u64 = 1 << 1;
+    pub const CR4_TSD: u64 = 1 << 2;
+    pub const CR4_DE: u64 = 1 << 3;
+    pub const CR4_PSE: u64 = 1 << 4;
+    pub const CR4_PAE: u64 = 1 << 5;
+    pub const CR4_MCE: u64 = 1 << 6;
+    pub const CR4_PGE: u64 = 1 << 7;
+    pub const CR4_PCE: u64 = 1 << 8;
+    pub const CR4_OSFXSR: u64 = 1 << 9;
+    pub const CR4_OSXMMEXCPT: u64 = 1 << 10;
+    pub const CR4_FSGSBASE: u64 = 1 << 16;
+    pub const CR4_OSXSAVE: u64 = 1 << 18;
+    pub const CR4_SMEP: u64 = 1 << 20;
+    pub const EFER_SCE: u64 = 1 << 0;
+    pub const EFER_LME: u64 = 1 << 8;
+    pub const EFER_LMA: u64 = 1 << 10;
+    pub const EFER_NXE: u64 = 1 << 11;
+}
+
+/// Indices into [`CpuState::seg`].
+pub mod seg {
+    pub const ES: usize = 0;
+    pub const CS: usize = 1;
+    pub const SS: usize = 2;
+    pub const DS: usize = 3;
+    pub const FS: usize = 4;
+    pub const GS: usize = 5;
+    pub const LDT: usize = 6;
+    pub const TR: usize = 7;
+}
+
+/// Indices into [`CpuState::gpr`].
+pub mod reg {
+    pub const RAX: usize = 0;
+    pub const RCX: usize = 1;
+    pub const RDX: usize = 2;
+    pub const RBX: usize = 3;
+    pub const RSP: usize = 4;
+    pub const RBP: usize = 5;
+    pub const RSI: usize = 6;
+    pub const RDI: usize = 7;
+}
+
+/// What other threads may write while the vCPU runs.
+#[derive(Default)]
+#[repr(C, align(64))]
+pub struct Shared {
+    /// Something wants the run loop's attention: polled by translated code.
+    pub request: AtomicU8,
+    /// An interrupt waits for IF: polled where translated code sets IF.
+    pub irq_wait: AtomicU8,
+}
+
+/// One vector register: YMM, low quadword first.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C, align(32))]
+pub struct Ymm(pub [u64; 4]);
+
+/// The 512-byte FXSAVE image.
+#[repr(C, align(64))]
+pub struct FxImage(pub [u8; 512]);
+
+#[repr(C, align(4096))]
+pub struct CpuState {
+    pub gpr: [u64; 16],
+    pub rip: u64,
+    /// RFLAGS without IF, which has a byte of its own so that CLI and STI are
+    /// one store that leaves the arithmetic flags alone.
+    pub flags: u64,
+    pub iflag: u8,
+    /// The next instruction runs without interrupts (STI, MOV SS, POP SS).
+    pub shadow: u8,
+    pub cpl: u8,
+    pub nmi_blocked: u8,
+    pub halted: u8,
+    /// Whether the guest may use AVX (CR4.OSXSAVE and XCR0[2:1] = 3).
+    pub avx: u8,
+    /// The mode word by which translations are keyed; see [`crate::cpu::Mode`].
+    pub mode: u32,
+    /// Arithmetic flags saved around a memory access: AH by LAHF, AL by SETO.
+    pub saved_flags: u32,
+    /// Which exit of which block left translated code.
+    pub site: u32,
+    pub exit_kind: u32,
+    /// An indirect branch target, or the host address of a failed access.
+    pub address: u64,
+    /// Host RFLAGS when translated code was left.
+    pub exit_flags: u64,
+    pub scratch: [u64; 4],
+    pub host_rsp: u64,
+    /// The [`crate::cpu::Cpu`] that owns this state, for calls out of translated code.
+    pub cpu: u64,
+    pub host_mxcsr: u32,
+    /// The guest's MXCSR while Rust code runs.
+    pub mxcsr: u32,
+    /// The host's x87 control word while the guest's x87 state is loaded.
+    pub host_fcw: u32,
+    /// The guest's x87 state is in the host CPU, not in `fx`.
+    pub fpu_loaded: u32,
+    pub seg: [Segment; 8],
+    pub gdt: SegmentTable,
+    pub idt: SegmentTable,
+    pub cr0: u64,
+    pub cr2: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    pub xcr0: u64,
+    pub dr: [u64; 8],
+    pub tsc_offset: u64,
+    pub tsc_aux: u64,
+    pub star: u64,
+    pub lstar: u64,
+    pub cstar: u64,
+    pub sfmask: u64,
+    pub kernel_gs_base: u64,
+    pub sysenter_cs: u64,
+    pub sysenter_esp: u64,
+    pub sysenter_eip: u64,
+    /// Vector registers while Rust code runs.
+    pub vec: [Ymm; 16],
+    /// x87, MXCSR (and room for XMM) while the host's own FPU state is loaded.
+    pub fx: FxImage,
+    /// Where the native executor puts memory operands.
+    pub bounce: [u64; 16],
+}
+
+impl CpuState {
+    /// RFLAGS as the guest sees it.
+    #[inline]
+    pub fn rflags(&self) -> u64 {
+        self.flags | u64::from(self.iflag) << 9
+    }
+
+    #[inline]
+    pub fn set_rflags(&mut self, value: u64) {
+        self.flags = value & !flag::IF | flag::FIXED;
+        self.iflag = (value >> 9 & 1) as u8;
+    }
+
+    /// Replaces the arithmetic flags in `mask` by those of `value`.
+    #[inline]
+    pub fn update_flags(&mut self, mask: u64, value: u64) {
+        self.flags = self.flags & !mask | value & mask;
+    }
+
+    #[inline]
+    pub fn long_mode(&self) -> bool {
+        self.efer & cr::EFER_LMA != 0
+    }
+
+    /// 64-bit mode: long mode with CS.L.
+    #[inline]
+    pub fn code64(&self) -> bool {
+        self.long_mode() && self.seg[seg::CS].attributes & attr::L != 0
+    }
+
+    #[inline]
+    pub fn protected(&self) -> bool {
+        self.cr0 & cr::CR0_PE != 0
+    }
+
+    #[inline]
+    pub fn vm86(&self) -> bool {
+        self.flags & flag::VM != 0
+    }
+
+    /// Width of addresses and of RIP: 16, 32 or 64 bits.
+    #[inline]
+    pub fn code_bits(&self) -> u32 {
+        if self.code64() {
+            64
+        } else if self.seg[seg::CS].attributes & attr::DB != 0 {
+            32
+        } else {
+            16
+        }
+    }
+}
+
+/// Bits of [`Segment::attributes`].
+pub mod attr {
+    pub const TYPE: u32 = 0xF;
+    pub const ACCESSED: u32 = 1;
+    /// Data: writable. Code: readable.
+    pub const RW: u32 = 2;
+    /// Data: expand down. Code: conforming.
+    pub const DC: u32 = 4;
+    pub const CODE: u32 = 8;
+    pub const S: u32 = 1 << 4;
+    pub const DPL_SHIFT: u32 = 5;
+    pub const P: u32 = 1 << 7;
+    pub const AVL: u32 = 1 << 12;
+    pub const L: u32 = 1 << 13;
+    pub const DB: u32 = 1 << 14;
+    pub const G: u32 = 1 << 15;
+    pub const UNUSABLE: u32 = 1 << 16;
+}

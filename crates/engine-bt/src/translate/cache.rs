@@ -1,0 +1,339 @@
+//! The code cache: translations, how they are found and how they die.
+//!
+//! A translation belongs to a guest linear address, the physical page that was
+//! mapped there, and the mode word. The pair (linear page, physical page) at a
+//! privilege has a number, its *exec id*; the vCPU's exec table holds the id of
+//! what is mapped at each page now. A jump into another page is linked directly
+//! and guarded by one compare of the exec table with the id it was linked for,
+//! so links survive address-space switches and die with a change of mapping.
+//! Dropping a page retires its ids: every link into it then misses by itself.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use super::builder::Built;
+use super::code_memory::CodeMemory;
+use super::stubs::{self, Stubs};
+use crate::signals;
+
+/// Room for translations. A full cache starts over.
+const CACHE_BYTES: usize = 192 << 20;
+
+/// No translation is longer: 64 instructions with every part at its largest.
+pub const MAX_BLOCK_BYTES: usize = 64 << 10;
+
+/// The guest's state at a place in a translation.
+#[derive(Clone, Copy, Debug)]
+pub struct MapEntry {
+    /// Offset of the first host byte of the instruction in the block.
+    pub offset: u32,
+    /// Distance of the instruction from the block's first.
+    pub rip: u16,
+    /// The arithmetic flags are in `saved_flags`, not in the host's flags.
+    pub saved: bool,
+}
+
+pub struct Block {
+    pub rip: u64,
+    pub id: u32,
+    pub mode: u32,
+    /// Offsets in the cache.
+    pub start: u32,
+    /// Entry with the flags put aside; the plain entry is `start + entry`.
+    pub indirect_entry: u32,
+    pub entry: u32,
+    /// Arithmetic flags that the block needs on entry.
+    pub flags_in: u32,
+    pub map: Box<[MapEntry]>,
+    pub live: bool,
+}
+
+/// A place where translated code leaves with a site number.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// Where the guest goes on.
+    pub rip: u64,
+    pub saved: bool,
+    pub link: Option<Link>,
+    /// Set where the instruction's second page was not as translated.
+    pub straddles: bool,
+}
+
+/// A direct branch that can be patched to its target.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Offset in the cache of the jump's rel32.
+    pub jump: u32,
+    /// Offset of the exec id's immediate, where the target is in another page.
+    pub guard: Option<u32>,
+    /// Arithmetic flags that the source did not keep.
+    pub dead: u32,
+}
+
+/// A page of guest code as mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ExecPage {
+    pub linear: u64,
+    pub physical: u64,
+    pub user: bool,
+}
+
+#[derive(Default)]
+struct CodePage {
+    blocks: Vec<u32>,
+    ids: Vec<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    rip: u64,
+    id: u32,
+    mode: u32,
+}
+
+pub struct Cache {
+    memory: CodeMemory,
+    signal_slot: usize,
+    pub stubs: Stubs,
+    first: usize,
+    next: usize,
+    blocks: Vec<Block>,
+    pub exits: Vec<Exit>,
+    directory: HashMap<Key, u32, BuildHasherDefault<MixHasher>>,
+    pages: HashMap<u64, CodePage, BuildHasherDefault<MixHasher>>,
+    ids: HashMap<ExecPage, u32, BuildHasherDefault<MixHasher>>,
+    exec_pages: Vec<ExecPage>,
+}
+
+impl Cache {
+    /// Whether the host gives executable memory.
+    pub fn probe() -> std::io::Result<()> {
+        CodeMemory::new(4096).map(drop)
+    }
+
+    pub fn new() -> std::io::Result<Self> {
+        let mut memory = CodeMemory::new(CACHE_BYTES)?;
+        let avx = crate::fpu::host_avx();
+        let (bytes, stubs) = stubs::assemble(memory.run_address(0), avx, crate::vcpu::fill)
+            .map_err(std::io::Error::other)?;
+        memory.write(0, &bytes);
+        let first = bytes.len().next_multiple_of(64);
+        // A fault in the stubs themselves is ours and must not look like a guest's.
+        let (start, end) = (memory.run_address(first), memory.run_address(memory.len()));
+        let signal_slot = signals::add_code(start, end, stubs.leave_signal)
+            .ok_or_else(|| std::io::Error::other("too many VMs in one process"))?;
+        let none = ExecPage { linear: u64::MAX, physical: u64::MAX, user: false };
+        Ok(Self {
+            memory,
+            signal_slot,
+            stubs,
+            first,
+            next: first,
+            blocks: Vec::new(),
+            exits: Vec::new(),
+            directory: HashMap::default(),
+            pages: HashMap::default(),
+            ids: HashMap::default(),
+            exec_pages: vec![none],
+        })
+    }
+
+    /// True if a block may not fit any more: the caller must `clear` first.
+    pub fn is_full(&self) -> bool {
+        self.memory.len() - self.next < MAX_BLOCK_BYTES
+    }
+
+    /// Forgets everything. The caller has made sure that nobody runs in it and
+    /// flushes its own tables. Returns the physical pages that held code.
+    pub fn clear(&mut self) -> Vec<u64> {
+        self.next = self.first;
+        self.blocks.clear();
+        self.exits.clear();
+        self.directory.clear();
+        self.ids.clear();
+        self.exec_pages.truncate(1);
+        self.pages.drain().map(|(page, _)| page).collect()
+    }
+
+    pub fn exec_page(&self, id: u32) -> Option<ExecPage> {
+        self.exec_pages.get(id as usize).copied()
+    }
+
+    /// The id of a page as mapped now.
+    pub fn exec_id(&mut self, page: ExecPage) -> u32 {
+        if let Some(&id) = self.ids.get(&page) {
+            return id;
+        }
+        let id = self.exec_pages.len() as u32;
+        self.exec_pages.push(page);
+        self.ids.insert(page, id);
+        self.pages.entry(page.physical >> 12).or_default().ids.push(id);
+        id
+    }
+
+    pub fn find(&self, rip: u64, id: u32, mode: u32) -> Option<u32> {
+        self.directory.get(&Key { rip, id, mode }).copied()
+    }
+
+    pub fn block(&self, index: u32) -> &Block {
+        &self.blocks[index as usize]
+    }
+
+    /// Where the block is entered with the flags in the host's flags.
+    pub fn entry(&self, index: u32) -> u64 {
+        let block = self.block(index);
+        self.memory.run_address((block.start + block.entry) as usize)
+    }
+
+    /// Where the block is entered with the flags in `saved_flags`.
+    pub fn indirect_entry(&self, index: u32) -> u64 {
+        let block = self.block(index);
+        self.memory.run_address((block.start + block.indirect_entry) as usize)
+    }
+
+    /// Stores a translation. `second` is the physical page of the tail of an
+    /// instruction that crosses pages.
+    pub fn insert(&mut self, id: u32, mode: u32, built: &mut Built, second: Option<u64>) -> u32 {
+        let start = self.next;
+        let base = self.memory.run_address(start);
+        for &(place, target) in &built.outward {
+            let relative = target.wrapping_sub(base + u64::from(place) + 4) as u32;
+            let place = place as usize;
+            built.code[place..place + 4].copy_from_slice(&relative.to_le_bytes());
+        }
+        let first_exit = self.exits.len() as u32;
+        for place in &built.exit_numbers {
+            let place = *place as usize;
+            let mut number = [0; 4];
+            number.copy_from_slice(&built.code[place..place + 4]);
+            let number = u32::from_le_bytes(number) + first_exit;
+            built.code[place..place + 4].copy_from_slice(&number.to_le_bytes());
+        }
+        for exit in &built.exits {
+            let mut exit = *exit;
+            if let Some(link) = &mut exit.link {
+                link.jump += start as u32;
+                link.guard = link.guard.map(|guard| guard + start as u32);
+            }
+            self.exits.push(exit);
+        }
+        self.memory.write(start, &built.code);
+        self.next = (start + built.code.len()).next_multiple_of(16);
+
+        let index = self.blocks.len() as u32;
+        let physical = self.exec_pages[id as usize].physical;
+        self.blocks.push(Block {
+            rip: built.rip,
+            id,
+            mode,
+            start: start as u32,
+            indirect_entry: built.indirect_entry,
+            entry: built.entry,
+            flags_in: built.flags_in,
+            map: built.map.as_slice().into(),
+            live: true,
+        });
+        self.directory.insert(Key { rip: built.rip, id, mode }, index);
+        self.pages.entry(physical >> 12).or_default().blocks.push(index);
+        if let Some(second) = second {
+            self.pages.entry(second >> 12).or_default().blocks.push(index);
+        }
+        index
+    }
+
+    /// Lets a direct branch go to `target` by itself from now on.
+    pub fn link(&mut self, exit: &Exit, target: u32) {
+        let Some(link) = exit.link else { return };
+        let block = self.block(target);
+        if link.dead & block.flags_in != 0 {
+            return;
+        }
+        let entry = if exit.saved { block.indirect_entry } else { block.entry };
+        let to = block.start + entry;
+        let id = block.id;
+        // The guard comes last: until it matches, the jump is not reached.
+        self.memory.patch(link.jump as usize, to.wrapping_sub(link.jump + 4));
+        if let Some(guard) = link.guard {
+            self.memory.patch(guard as usize, id);
+        }
+    }
+
+    /// The instruction that a host address belongs to.
+    pub fn instruction_at(&self, address: u64) -> Option<(u64, bool)> {
+        let offset = self.memory.offset_of(address)? as u32;
+        let index = self.blocks.partition_point(|block| block.start <= offset).checked_sub(1)?;
+        let block = &self.blocks[index];
+        let inside = offset - block.start;
+        let entry = block.map.partition_point(|entry| entry.offset <= inside).checked_sub(1)?;
+        let entry = block.map[entry];
+        Some((block.rip.wrapping_add(u64::from(entry.rip)), entry.saved))
+    }
+
+    /// Drops the translations of a physical page. `gone` sees each block; the
+    /// result is the mappings that were retired. What a vCPU's tables hold of
+    /// either must go.
+    pub fn drop_page(&mut self, page: u64, mut gone: impl FnMut(&Block)) -> Vec<ExecPage> {
+        let Some(code) = self.pages.remove(&page) else { return Vec::new() };
+        for index in code.blocks {
+            let block = &mut self.blocks[index as usize];
+            if !std::mem::take(&mut block.live) {
+                continue;
+            }
+            let key = Key { rip: block.rip, id: block.id, mode: block.mode };
+            if self.directory.get(&key) == Some(&index) {
+                self.directory.remove(&key);
+            }
+            gone(block);
+        }
+        let retired = code.ids.iter().map(|&id| self.exec_pages[id as usize]);
+        retired
+            .inspect(|page| {
+                self.ids.remove(page);
+            })
+            .collect()
+    }
+
+    /// Drops one block from the directory: it can no longer be found.
+    pub fn forget(&mut self, rip: u64, id: u32, mode: u32) {
+        self.directory.remove(&Key { rip, id, mode });
+    }
+
+    pub fn used_bytes(&self) -> usize {
+        self.next - self.first
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        signals::remove_code(self.signal_slot);
+    }
+}
+
+/// Keys are made by us from page numbers and addresses, so one multiplication
+/// is hash enough; a guest that makes them collide slows only itself down.
+#[derive(Default)]
+pub struct MixHasher(u64);
+
+impl Hasher for MixHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 29
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(u64::from(value));
+    }
+
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(u64::from(value));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+}

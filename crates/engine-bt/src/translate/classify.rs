@@ -1,0 +1,306 @@
+//! What the translator does with an instruction.
+
+use iced_x86::{
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpKind, Register,
+};
+
+use super::builder::Source;
+use crate::cpu::mode;
+use crate::state::seg;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// No effect at all: NOP, ENDBR, prefetches.
+    Nothing,
+    /// Copied with its operands replaced.
+    Copy,
+    Lea,
+    Push,
+    Pop,
+    Leave,
+    Pushf,
+    Cli,
+    Sti,
+    Swapgs,
+    Rdtsc,
+    /// RDFSBASE, RDGSBASE.
+    ReadBase(usize),
+    Jmp,
+    Jcc,
+    Loop,
+    Call,
+    JmpIndirect,
+    CallIndirect,
+    Ret,
+    /// Left to the interpreter.
+    Interpret,
+}
+
+impl Kind {
+    pub fn ends_block(self) -> bool {
+        matches!(
+            self,
+            Kind::Jmp
+                | Kind::Jcc
+                | Kind::Loop
+                | Kind::Call
+                | Kind::JmpIndirect
+                | Kind::CallIndirect
+                | Kind::Ret
+                | Kind::Interpret
+        )
+    }
+}
+
+pub fn classify(
+    i: &Instruction,
+    source: &Source<'_>,
+    _info: &mut InstructionInfoFactory,
+) -> Kind {
+    let mode = source.mode;
+    let kernel = mode & mode::USER == 0;
+    if !i.cpuid_features().iter().all(|&feature| source.cpuid.feature_exposed(feature)) {
+        return Kind::Interpret;
+    }
+    match i.flow_control() {
+        FlowControl::Next => {}
+        FlowControl::UnconditionalBranch => {
+            return match i.code() {
+                Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Kind::Jmp,
+                _ => Kind::Interpret,
+            };
+        }
+        FlowControl::ConditionalBranch => return conditional(i),
+        FlowControl::Call => {
+            return if i.code() == Code::Call_rel32_64 { Kind::Call } else { Kind::Interpret };
+        }
+        FlowControl::IndirectBranch => {
+            return if i.code() == Code::Jmp_rm64 { Kind::JmpIndirect } else { Kind::Interpret };
+        }
+        FlowControl::IndirectCall => {
+            return if i.code() == Code::Call_rm64 { Kind::CallIndirect } else { Kind::Interpret };
+        }
+        FlowControl::Return => {
+            return match i.code() {
+                Code::Retnq | Code::Retnq_imm16 => Kind::Ret,
+                _ => Kind::Interpret,
+            };
+        }
+        _ => return Kind::Interpret,
+    }
+    use Mnemonic as M;
+    match i.mnemonic() {
+        M::Nop | M::Endbr64 | M::Endbr32 | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1
+        | M::Prefetcht2 | M::Prefetchw | M::Prefetch | M::Reservednop => Kind::Nothing,
+        M::Lea => {
+            if i.op0_register().size() >= 4 { Kind::Lea } else { Kind::Interpret }
+        }
+        M::Push => match i.code() {
+            Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm32 | Code::Pushq_imm8 => Kind::Push,
+            _ => Kind::Interpret,
+        },
+        M::Pop => match i.code() {
+            Code::Pop_r64 => Kind::Pop,
+            Code::Pop_rm64 if i.op0_kind() == OpKind::Register => Kind::Pop,
+            _ => Kind::Interpret,
+        },
+        M::Leave if i.code() == Code::Leaveq => Kind::Leave,
+        M::Pushfq => Kind::Pushf,
+        M::Cli if kernel => Kind::Cli,
+        M::Sti if kernel => Kind::Sti,
+        M::Swapgs if kernel => Kind::Swapgs,
+        M::Rdtsc if kernel || mode & mode::TSC != 0 => Kind::Rdtsc,
+        M::Rdfsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::FS),
+        M::Rdgsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::GS),
+        _ => copy(i, mode),
+    }
+}
+
+fn conditional(i: &Instruction) -> Kind {
+    if i.is_jcc_short_or_near() {
+        let near64 = matches!(i.op0_kind(), OpKind::NearBranch64);
+        return if near64 { Kind::Jcc } else { Kind::Interpret };
+    }
+    match i.code() {
+        Code::Jrcxz_rel8_64 | Code::Jecxz_rel8_64 | Code::Loop_rel8_64_RCX
+        | Code::Loop_rel8_64_ECX => Kind::Loop,
+        _ => Kind::Interpret,
+    }
+}
+
+/// Whether an instruction does nothing but read and write its operands, fixed
+/// general registers and flags, so that running it anywhere is the same.
+fn copy(i: &Instruction, mode: u32) -> Kind {
+    if !(copied_integer(i) || copied_vector(i)) {
+        return Kind::Interpret;
+    }
+    let vector = uses_vector(i);
+    let needed = match (vector, i.encoding()) {
+        (Vector::None, _) => 0,
+        (Vector::X87, _) => mode::FPU,
+        (Vector::Sse, EncodingKind::VEX) => mode::AVX,
+        (Vector::Sse, _) => mode::SSE,
+    };
+    if mode & needed != needed || i.encoding() == EncodingKind::EVEX {
+        return Kind::Interpret;
+    }
+    for op in 0..i.op_count() {
+        match i.op_kind(op) {
+            OpKind::Memory => {
+                let size = i.memory_size().size();
+                if size == 0 || size > 64 || i.is_vsib() {
+                    return Kind::Interpret;
+                }
+                // The other segments have no effect in 64-bit mode.
+            }
+            OpKind::Register if i.op_register(op).is_segment_register() => return Kind::Interpret,
+            OpKind::Register
+            | OpKind::Immediate8
+            | OpKind::Immediate8_2nd
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64 => {}
+            _ => return Kind::Interpret,
+        }
+    }
+    Kind::Copy
+}
+
+enum Vector {
+    None,
+    X87,
+    Sse,
+}
+
+fn uses_vector(i: &Instruction) -> Vector {
+    let mut vector = Vector::None;
+    for &feature in i.cpuid_features() {
+        use CpuidFeature as F;
+        match feature {
+            F::FPU | F::FPU287
+            | F::FPU287XL_ONLY | F::FPU387 | F::FPU387SL_ONLY | F::MMX => vector = Vector::X87,
+            F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::SSE4A | F::AES
+            | F::PCLMULQDQ | F::SHA | F::AVX | F::AVX2 | F::FMA | F::F16C | F::GFNI | F::VAES
+            | F::VPCLMULQDQ => return Vector::Sse,
+            _ => {}
+        }
+    }
+    // FISTTP came with SSE3 but is an x87 instruction.
+    vector
+}
+
+fn copied_vector(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    if matches!(uses_vector(i), Vector::None) {
+        return false;
+    }
+    // What has operands beside those in its encoding, tells where it runs, or
+    // is not all or nothing.
+    !matches!(
+        i.mnemonic(),
+        M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Fnsave
+            | M::Fsave
+            | M::Frstor
+            | M::Fnstenv
+            | M::Fstenv
+            | M::Fldenv
+            | M::Maskmovdqu
+            | M::Maskmovq
+            | M::Vmaskmovdqu
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Clflush
+            | M::Monitor
+            | M::Mwait
+            | M::Fisttp
+            | M::Ldmxcsr
+            | M::Vldmxcsr
+    )
+}
+
+fn copied_integer(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    match i.mnemonic() {
+        // MOV of segment, control and debug registers is not for here, nor is
+        // the form with a 64-bit absolute address.
+        M::Mov => !matches!(
+            i.code(),
+            Code::Mov_AL_moffs8
+                | Code::Mov_AX_moffs16
+                | Code::Mov_EAX_moffs32
+                | Code::Mov_RAX_moffs64
+                | Code::Mov_moffs8_AL
+                | Code::Mov_moffs16_AX
+                | Code::Mov_moffs32_EAX
+                | Code::Mov_moffs64_RAX
+        ) && (0..i.op_count()).all(|op| {
+            i.op_kind(op) != OpKind::Register || i.op_register(op).is_gpr()
+        }),
+        // A bit offset in a register reaches outside the operand.
+        M::Bt | M::Bts | M::Btr | M::Btc => {
+            i.op0_kind() != OpKind::Memory || i.op1_kind() != OpKind::Register
+        }
+        M::Movsxd => i.op0_register().size() >= 4,
+        M::Nop | M::Movzx | M::Movsx | M::Xchg | M::Xadd | M::Cmpxchg | M::Cmpxchg8b
+        | M::Cmpxchg16b | M::Add | M::Or | M::Adc | M::Sbb | M::And | M::Sub | M::Xor | M::Cmp
+        | M::Test | M::Inc | M::Dec | M::Neg | M::Not | M::Mul | M::Imul | M::Div | M::Idiv
+        | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shl | M::Sal | M::Shr | M::Sar | M::Shld
+        | M::Shrd | M::Bsf | M::Bsr | M::Tzcnt | M::Lzcnt | M::Popcnt | M::Bswap | M::Movbe
+        | M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo | M::Lahf | M::Sahf | M::Clc
+        | M::Stc | M::Cmc | M::Pause | M::Mfence | M::Lfence | M::Sfence | M::Movnti
+        | M::Crc32 | M::Andn | M::Bextr | M::Blsi | M::Blsmsk | M::Blsr | M::Bzhi | M::Mulx
+        | M::Pdep | M::Pext | M::Rorx | M::Sarx | M::Shlx | M::Shrx | M::Adcx | M::Adox
+        | M::Rdrand | M::Rdseed => true,
+        mnemonic => is_cmov(mnemonic) || is_setcc(mnemonic),
+    }
+}
+
+fn is_cmov(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Cmova | M::Cmovae | M::Cmovb | M::Cmovbe | M::Cmove | M::Cmovg | M::Cmovge | M::Cmovl
+            | M::Cmovle | M::Cmovne | M::Cmovno | M::Cmovnp | M::Cmovns | M::Cmovo | M::Cmovp
+            | M::Cmovs
+    )
+}
+
+fn is_setcc(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Seta | M::Setae | M::Setb | M::Setbe | M::Sete | M::Setg | M::Setge | M::Setl
+            | M::Setle | M::Setne | M::Setno | M::Setnp | M::Setns | M::Seto | M::Setp | M::Sets
+    )
+}
+
+/// Whether a shift or rotate may leave the flags as they were.
+pub fn keeps_flags_sometimes(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    if !matches!(
+        i.mnemonic(),
+        M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shl | M::Sal | M::Shr | M::Sar | M::Shld | M::Shrd
+    ) {
+        return false;
+    }
+    let last = i.op_count() - 1;
+    match i.op_kind(last) {
+        OpKind::Register => i.op_register(last) == Register::CL,
+        _ => {
+            let wide = i.op_kind(0) == OpKind::Register && i.op0_register().size() == 8
+                || i.op_kind(0) == OpKind::Memory && i.memory_size().size() == 8;
+            i.immediate(last) & if wide { 63 } else { 31 } == 0
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Memory for translated code: one memfd, mapped once to write and once to run.
+//!
+//! Nothing is ever writable and executable at the same address.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+pub struct CodeMemory {
+    write: *mut u8,
+    run: *mut u8,
+    len: usize,
+}
+
+// SAFETY: plain memory; who writes it holds the lock of the cache that owns it.
+unsafe impl Send for CodeMemory {}
+// SAFETY: as above; shared references only read addresses.
+unsafe impl Sync for CodeMemory {}
+
+impl CodeMemory {
+    pub fn new(len: usize) -> std::io::Result<Self> {
+        // SAFETY: the name is a NUL-terminated string; the result is checked.
+        let fd = unsafe { libc::memfd_create(c"tetrarch-code".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new and ours.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: a plain call on our descriptor.
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), len as libc::off_t) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        let map = |prot| {
+            // SAFETY: a shared mapping at an address of the kernel's choice.
+            let at = unsafe {
+                libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, fd.as_raw_fd(), 0)
+            };
+            if at == libc::MAP_FAILED {
+                Err(std::io::Error::last_os_error())
+            } else {
+                Ok(at.cast::<u8>())
+            }
+        };
+        let write = map(libc::PROT_READ | libc::PROT_WRITE)?;
+        let run = map(libc::PROT_READ | libc::PROT_EXEC).inspect_err(|_| {
+            // SAFETY: the mapping was just made and is used by nobody.
+            unsafe { libc::munmap(write.cast(), len) };
+        })?;
+        Ok(Self { write, run, len })
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address at which the byte at `offset` runs.
+    pub fn run_address(&self, offset: usize) -> u64 {
+        self.run as u64 + offset as u64
+    }
+
+    /// The offset of an address in the executable mapping.
+    pub fn offset_of(&self, address: u64) -> Option<usize> {
+        let offset = address.wrapping_sub(self.run as u64) as usize;
+        (offset < self.len).then_some(offset)
+    }
+
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) {
+        assert!(offset <= self.len && bytes.len() <= self.len - offset);
+        // SAFETY: the range was checked, and `bytes` is not in this mapping.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.add(offset), bytes.len());
+        }
+    }
+
+    /// Replaces four aligned bytes of code that another vCPU may be running:
+    /// it sees the old or the new value, never a mix.
+    pub fn patch(&mut self, offset: usize, value: u32) {
+        assert!(offset <= self.len - 4);
+        // SAFETY: in range; an x86 store that does not cross a cache line is
+        // seen whole, and the emitter aligns what is patched while it may run.
+        unsafe { self.write.add(offset).cast::<u32>().write_unaligned(value) };
+    }
+}
+
+impl Drop for CodeMemory {
+    fn drop(&mut self) {
+        // SAFETY: both mappings are ours; no vCPU runs when the cache goes.
+        unsafe {
+            libc::munmap(self.write.cast(), self.len);
+            libc::munmap(self.run.cast(), self.len);
+        }
+    }
+}

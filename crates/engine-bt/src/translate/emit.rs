@@ -1,0 +1,387 @@
+//! Machine code for the fixed patterns of a translation.
+//!
+//! Everything with a guest operand goes through iced's encoder; what is written
+//! here by hand are the few sequences that stand in every block, so that their
+//! length and flag effects are in sight.
+
+use std::mem::offset_of;
+
+use iced_x86::{Encoder, Instruction};
+
+use crate::block::{SHARED_OFFSET, TLB_ENTRIES, tlb_index, tlb_offset};
+use crate::state::{CpuState, Shared};
+
+/// Host register numbers by their encoding.
+pub const RAX: u8 = 0;
+pub const R13: u8 = 13;
+pub const R14: u8 = 14;
+/// Holds the guest's rsp.
+pub const R15: u8 = 15;
+
+pub const REQUEST: usize = SHARED_OFFSET + offset_of!(Shared, request);
+pub const IRQ_WAIT: usize = SHARED_OFFSET + offset_of!(Shared, irq_wait);
+
+pub const fn gpr_offset(guest: u8) -> usize {
+    offset_of!(CpuState, gpr) + guest as usize * 8
+}
+
+/// Condition codes as in Jcc opcodes.
+pub mod cc {
+    pub const NE: u8 = 5;
+    pub const A: u8 = 7;
+}
+
+/// A base + index * scale + displacement in host registers.
+#[derive(Clone, Copy, Debug)]
+pub struct Address {
+    pub base: Option<u8>,
+    pub index: Option<u8>,
+    pub scale: u8,
+    pub disp: i32,
+}
+
+/// Code under construction. Jumps out of it are recorded as (offset of rel32,
+/// absolute target) and resolved when the block gets its address.
+pub struct Emitter {
+    pub code: Vec<u8>,
+    pub outward: Vec<(u32, u64)>,
+    encoder: Encoder,
+    bmi2: bool,
+}
+
+impl Emitter {
+    pub fn new(bmi2: bool) -> Self {
+        Self { code: Vec::new(), outward: Vec::new(), encoder: Encoder::new(64), bmi2 }
+    }
+
+    pub fn clear(&mut self) {
+        self.code.clear();
+        self.outward.clear();
+    }
+
+    pub fn pos(&self) -> u32 {
+        self.code.len() as u32
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.code.extend_from_slice(bytes);
+    }
+
+    fn imm32(&mut self, value: u32) {
+        self.bytes(&value.to_le_bytes());
+    }
+
+    /// Encodes a guest instruction whose operands are already the host's.
+    /// False if it has no encoding (a high-byte register beside r8-r15).
+    pub fn instruction(&mut self, instruction: &Instruction) -> bool {
+        match self.encoder.encode(instruction, 0) {
+            Ok(_) => {
+                let buffer = self.encoder.take_buffer();
+                self.bytes(&buffer);
+                self.encoder.set_buffer({
+                    let mut buffer = buffer;
+                    buffer.clear();
+                    buffer
+                });
+                true
+            }
+            Err(_) => {
+                drop(self.encoder.take_buffer());
+                false
+            }
+        }
+    }
+
+    /// opcode reg, gs:[offset] in its plain absolute form.
+    fn gs(&mut self, wide: bool, opcode: &[u8], reg: u8, offset: usize) {
+        self.bytes(&[0x65, 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2]);
+        self.bytes(opcode);
+        self.bytes(&[(reg & 7) << 3 | 4, 0x25]);
+        self.imm32(offset as u32);
+    }
+
+    pub fn load(&mut self, reg: u8, offset: usize) {
+        self.gs(true, &[0x8B], reg, offset);
+    }
+
+    pub fn store(&mut self, offset: usize, reg: u8) {
+        self.gs(true, &[0x89], reg, offset);
+    }
+
+    pub fn load32(&mut self, reg: u8, offset: usize) {
+        self.gs(false, &[0x8B], reg, offset);
+    }
+
+    pub fn store32(&mut self, offset: usize, reg: u8) {
+        self.gs(false, &[0x89], reg, offset);
+    }
+
+    /// movzx reg, byte gs:[offset]
+    pub fn load8(&mut self, reg: u8, offset: usize) {
+        self.gs(false, &[0x0F, 0xB6], reg, offset);
+    }
+
+    pub fn store8_imm(&mut self, offset: usize, value: u8) {
+        self.gs(false, &[0xC6], 0, offset);
+        self.bytes(&[value]);
+    }
+
+    pub fn store32_imm(&mut self, offset: usize, value: u32) {
+        self.gs(false, &[0xC7], 0, offset);
+        self.imm32(value);
+    }
+
+    pub fn cmp8_imm(&mut self, offset: usize, value: u8) {
+        self.gs(false, &[0x80], 7, offset);
+        self.bytes(&[value]);
+    }
+
+    /// cmp dword gs:[offset], imm32. Returns where the immediate is.
+    pub fn cmp32_imm(&mut self, offset: usize, value: u32) -> u32 {
+        self.gs(false, &[0x81], 7, offset);
+        self.imm32(value);
+        self.pos() - 4
+    }
+
+    pub fn add_gs(&mut self, reg: u8, offset: usize) {
+        self.gs(true, &[0x03], reg, offset);
+    }
+
+    /// mov reg, value in its shortest form. Leaves the flags.
+    pub fn mov_imm(&mut self, reg: u8, value: u64) {
+        let b = reg >> 3;
+        if let Ok(low) = u32::try_from(value) {
+            if b != 0 {
+                self.bytes(&[0x41]);
+            }
+            self.bytes(&[0xB8 | reg & 7]);
+            self.imm32(low);
+        } else if value as i64 == i64::from(value as i32) {
+            self.bytes(&[0x48 | b, 0xC7, 0xC0 | reg & 7]);
+            self.imm32(value as u32);
+        } else {
+            self.bytes(&[0x48 | b, 0xB8 | reg & 7]);
+            self.bytes(&value.to_le_bytes());
+        }
+    }
+
+    fn rr(&mut self, wide: bool, opcode: u8, rm: u8, reg: u8) {
+        let rex = 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2 | rm >> 3;
+        self.bytes(&[rex, opcode, 0xC0 | (reg & 7) << 3 | rm & 7]);
+    }
+
+    pub fn mov(&mut self, to: u8, from: u8) {
+        self.rr(true, 0x89, to, from);
+    }
+
+    pub fn or(&mut self, to: u8, from: u8) {
+        self.rr(true, 0x09, to, from);
+    }
+
+    pub fn add(&mut self, to: u8, from: u8) {
+        self.rr(true, 0x01, to, from);
+    }
+
+    pub fn shl_imm(&mut self, reg: u8, count: u8) {
+        self.bytes(&[0x48 | reg >> 3, 0xC1, 0xE0 | reg & 7, count]);
+    }
+
+    pub fn shr_imm(&mut self, reg: u8, count: u8) {
+        self.bytes(&[0x48 | reg >> 3, 0xC1, 0xE8 | reg & 7, count]);
+    }
+
+    pub fn and32_imm(&mut self, reg: u8, value: u32) {
+        self.bytes(&[0x40 | reg >> 3, 0x81, 0xE0 | reg & 7]);
+        self.imm32(value);
+    }
+
+    /// lea reg, [address]; 32 bits wide if not `wide`. Leaves the flags.
+    pub fn lea(&mut self, wide: bool, reg: u8, address: Address) {
+        let base = address.base;
+        let index = address.index;
+        let rex = 0x40
+            | u8::from(wide) << 3
+            | (reg >> 3) << 2
+            | index.map_or(0, |i| (i >> 3) << 1)
+            | base.map_or(0, |b| b >> 3);
+        self.bytes(&[rex, 0x8D]);
+        self.mem_operand(reg, address);
+    }
+
+    /// ModRM, SIB and displacement for `address`.
+    fn mem_operand(&mut self, reg: u8, address: Address) {
+        let Address { base, index, scale, disp } = address;
+        let reg = (reg & 7) << 3;
+        let scale_bits = scale.trailing_zeros() as u8;
+        let Some(base) = base else {
+            // No base: SIB with disp32.
+            let index = index.map_or(4, |i| i & 7);
+            self.bytes(&[reg | 4, scale_bits << 6 | index << 3 | 5]);
+            self.imm32(disp as u32);
+            return;
+        };
+        let short = i8::try_from(disp).is_ok();
+        // rbp and r13 as base always have a displacement.
+        let mode = if disp == 0 && base & 7 != 5 {
+            0
+        } else if short {
+            0x40
+        } else {
+            0x80
+        };
+        match index {
+            None if base & 7 != 4 => self.bytes(&[mode | reg | base & 7]),
+            _ => {
+                let index = index.map_or(4, |i| i & 7);
+                self.bytes(&[mode | reg | 4, scale_bits << 6 | index << 3 | base & 7]);
+            }
+        }
+        match mode {
+            0 => {}
+            0x40 => self.bytes(&[disp as u8]),
+            _ => self.imm32(disp as u32),
+        }
+    }
+
+    /// mov reg, [base + disp]
+    pub fn load_at(&mut self, reg: u8, base: u8, disp: i32) {
+        self.bytes(&[0x48 | (reg >> 3) << 2 | base >> 3, 0x8B]);
+        self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp });
+    }
+
+    /// mov [base + disp], reg
+    pub fn store_at(&mut self, base: u8, disp: i32, reg: u8) {
+        self.bytes(&[0x48 | (reg >> 3) << 2 | base >> 3, 0x89]);
+        self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp });
+    }
+
+    /// mov qword [base + disp], sign-extended imm32
+    pub fn store_imm_at(&mut self, base: u8, disp: i32, value: i32) {
+        self.bytes(&[0x48 | base >> 3, 0xC7]);
+        self.mem_operand(0, Address { base: Some(base), index: None, scale: 1, disp });
+        self.imm32(value as u32);
+    }
+
+    /// Jcc rel32 with the target open. Returns where rel32 is.
+    pub fn jcc(&mut self, condition: u8) -> u32 {
+        self.bytes(&[0x0F, 0x80 | condition]);
+        self.imm32(0);
+        self.pos() - 4
+    }
+
+    /// JMP rel32 with the target open. Returns where rel32 is.
+    pub fn jmp(&mut self) -> u32 {
+        self.bytes(&[0xE9]);
+        self.imm32(0);
+        self.pos() - 4
+    }
+
+    pub fn call(&mut self) -> u32 {
+        self.bytes(&[0xE8]);
+        self.imm32(0);
+        self.pos() - 4
+    }
+
+    /// JRCXZ over the next instructions. Returns where rel8 is.
+    pub fn jrcxz(&mut self, address32: bool) -> u32 {
+        if address32 {
+            self.bytes(&[0x67]);
+        }
+        self.bytes(&[0xE3, 0]);
+        self.pos() - 1
+    }
+
+    /// Lets the rel32 at `place` point here.
+    pub fn bind(&mut self, place: u32) {
+        let here = self.pos();
+        self.bind_to(place, here);
+    }
+
+    pub fn bind_to(&mut self, place: u32, target: u32) {
+        let relative = target.wrapping_sub(place + 4);
+        self.code[place as usize..place as usize + 4].copy_from_slice(&relative.to_le_bytes());
+    }
+
+    pub fn bind8(&mut self, place: u32) {
+        self.code[place as usize] = (self.pos() - place - 1) as u8;
+    }
+
+    /// Lets the rel32 at `place` point to an address outside the block.
+    pub fn bind_outward(&mut self, place: u32, target: u64) {
+        self.outward.push((place, target));
+    }
+
+    /// Puts the arithmetic flags aside. Uses `scratch`; leaves everything else.
+    pub fn save_flags(&mut self, scratch: u8) {
+        self.mov(scratch, RAX);
+        self.bytes(&[0x9F]); // lahf
+        self.bytes(&[0x0F, 0x90, 0xC0]); // seto al
+        self.store32(offset_of!(CpuState, saved_flags), RAX);
+        self.mov(RAX, scratch);
+    }
+
+    /// Brings the arithmetic flags back. Uses `scratch`.
+    pub fn restore_flags(&mut self, scratch: u8) {
+        self.mov(scratch, RAX);
+        self.load32(RAX, offset_of!(CpuState, saved_flags));
+        self.bytes(&[0x04, 0x7F]); // add al, 127: overflows if AL is 1
+        self.bytes(&[0x9E]); // sahf
+        self.mov(RAX, scratch);
+    }
+
+    /// Checks the access at the linear address in r14 and turns r14 into the
+    /// host address. Clobbers r13 and the flags. Returns the rel32 of the miss.
+    pub fn check(&mut self, size: u32, user: bool, write: bool) -> u32 {
+        let table = tlb_offset(user, write) as u32;
+        if self.bmi2 {
+            self.bytes(&[0xC4, 0x43, 0xFB, 0xF0, 0xEE, 8]); // rorx r13, r14, 8
+        } else {
+            self.mov(R13, R14);
+            self.shr_imm(R13, 8);
+        }
+        self.and32_imm(R13, (TLB_ENTRIES as u32 - 1) << 4);
+        self.bytes(&[0x65, 0x4D, 0x2B, 0xB5]); // sub r14, gs:[r13 + tag]
+        self.imm32(table);
+        self.bytes(&[0x49, 0x81, 0xFE]); // cmp r14, 4096 - size
+        self.imm32(4096 - size);
+        let miss = self.jcc(cc::A);
+        self.bytes(&[0x65, 0x4D, 0x03, 0xB5]); // add r14, gs:[r13 + host]
+        self.imm32(table + 8);
+        miss
+    }
+
+    /// The same for an address known now. r14 becomes the host's page.
+    pub fn check_constant(&mut self, page: u64, user: bool, write: bool) -> u32 {
+        let entry = tlb_offset(user, write) + tlb_index(page) * 16;
+        if page as i64 == i64::from(page as i32) {
+            self.gs(true, &[0x81], 7, entry);
+            self.imm32(page as u32);
+        } else {
+            self.mov_imm(R13, page);
+            self.gs(true, &[0x39], R13, entry);
+        }
+        let miss = self.jcc(cc::NE);
+        self.load(R14, entry + 8);
+        miss
+    }
+
+    /// Looks the guest address in r13 up in the table of branch targets and
+    /// jumps there. Clobbers r14 and the flags. Returns the rel32s of the miss
+    /// and of the request exit.
+    pub fn indirect(&mut self, table: usize) -> (u32, u32) {
+        self.bytes(&[0x45, 0x0F, 0xB7, 0xF5]); // movzx r14d, r13w
+        self.bytes(&[0x41, 0xC1, 0xE6, 4]); // shl r14d, 4
+        self.bytes(&[0x65, 0x4D, 0x3B, 0xAE]); // cmp r13, gs:[r14 + target]
+        self.imm32(table as u32);
+        let miss = self.jcc(cc::NE);
+        self.cmp8_imm(REQUEST, 0);
+        let request = self.jcc(cc::NE);
+        self.bytes(&[0x65, 0x41, 0xFF, 0xA6]); // jmp gs:[r14 + host]
+        self.imm32(table as u32 + 8);
+        (miss, request)
+    }
+
+    pub fn raw(&mut self, bytes: &[u8]) {
+        self.bytes(bytes);
+    }
+}

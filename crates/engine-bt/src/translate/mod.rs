@@ -1,0 +1,14 @@
+//! The translator: x86-64 to x86-64, for 64-bit guest code.
+//!
+//! [`classify`] decides what happens to each instruction, [`liveness`] which
+//! flags matter, [`builder`] makes a block of host code from the two with the
+//! patterns of [`emit`], [`cache`] keeps blocks and links them, [`stubs`] leads
+//! into and out of them.
+
+pub mod builder;
+pub mod cache;
+mod classify;
+mod code_memory;
+mod emit;
+mod liveness;
+pub mod stubs;

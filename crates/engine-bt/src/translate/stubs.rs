@@ -1,0 +1,243 @@
+//! The fixed pieces of code through which Rust enters and leaves translations.
+//!
+//! Register use in translated code: rax-rdi and r8-r12 are the guest's own;
+//! r15 is the guest's rsp; r13 and r14 are scratch; the guest's r13-r15 live in
+//! the state block. GS is the state block. rsp is the host's stack.
+
+use std::mem::offset_of;
+
+use iced_x86::code_asm::*;
+
+use crate::block::tlb_offset;
+use crate::state::CpuState;
+
+/// Why translated code was left; in [`CpuState::exit_kind`].
+pub mod exit_kind {
+    /// A direct branch that is not linked yet: `site` is the link.
+    pub const LINK: u32 = 1;
+    /// An indirect branch that missed: `address` is the guest target.
+    pub const BRANCH: u32 = 2;
+    /// The instruction at `site` is for the interpreter.
+    pub const INTERPRET: u32 = 3;
+    /// A memory access missed and cannot hit: `address` is a host address in
+    /// the block, which tells the instruction. It is for the interpreter.
+    pub const SLOW: u32 = 4;
+    /// A signal at host address `scratch[2]`: likewise.
+    pub const SIGNAL: u32 = 5;
+    /// The request flag was seen; `site` tells the instruction to go on at.
+    pub const REQUEST: u32 = 6;
+    /// The request flag was seen at an indirect branch to `address`.
+    pub const REQUEST_BRANCH: u32 = 7;
+}
+
+/// Addresses of the stubs.
+#[derive(Clone, Copy, Default)]
+pub struct Stubs {
+    /// `extern "sysv64" fn(code)`: runs translated code until it leaves.
+    pub enter: u64,
+    pub leave_link: u64,
+    pub leave_branch: u64,
+    pub leave_interpret: u64,
+    pub leave_request: u64,
+    pub leave_request_branch: u64,
+    /// Where the signal handler continues.
+    pub leave_signal: u64,
+    /// Fill the TLB for the access whose index is in r13 and whose offset from
+    /// the tag is in r14. Indexed by user * 2 + write.
+    pub fill: [u64; 4],
+    /// The same with the linear address in r14.
+    pub fill_address: [u64; 4],
+}
+
+const fn gpr(index: usize) -> usize {
+    offset_of!(CpuState, gpr) + index * 8
+}
+
+fn at(offset: usize) -> AsmMemoryOperand {
+    qword_ptr(offset as i32 as i64 as u64).gs()
+}
+
+fn at32(offset: usize) -> AsmMemoryOperand {
+    dword_ptr(offset as u64).gs()
+}
+
+/// Host registers that hold guest registers, with the guest's number.
+const LIVE: [(AsmRegister64, usize); 13] = [
+    (rax, 0),
+    (rcx, 1),
+    (rdx, 2),
+    (rbx, 3),
+    (r15, 4),
+    (rbp, 5),
+    (rsi, 6),
+    (rdi, 7),
+    (r8, 8),
+    (r9, 9),
+    (r10, 10),
+    (r11, 11),
+    (r12, 12),
+];
+
+const XMM: [AsmRegisterXmm; 16] = [
+    xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7, xmm8, xmm9, xmm10, xmm11, xmm12, xmm13, xmm14,
+    xmm15,
+];
+const YMM: [AsmRegisterYmm; 16] = [
+    ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13, ymm14,
+    ymm15,
+];
+
+fn vector_state(a: &mut CodeAssembler, avx: bool, store: bool) -> Result<(), IcedError> {
+    for index in 0..16 {
+        let offset = (offset_of!(CpuState, vec) + index * 32) as u64;
+        match (avx, store) {
+            (true, true) => a.vmovdqu(ymmword_ptr(offset).gs(), YMM[index])?,
+            (true, false) => a.vmovdqu(YMM[index], ymmword_ptr(offset).gs())?,
+            (false, true) => a.movups(xmmword_ptr(offset).gs(), XMM[index])?,
+            (false, false) => a.movups(XMM[index], xmmword_ptr(offset).gs())?,
+        }
+    }
+    if avx && store {
+        // Rust code is compiled for SSE: dirty upper halves would slow it down.
+        a.vzeroupper()?;
+    }
+    Ok(())
+}
+
+type IcedError = iced_x86::IcedError;
+
+/// Called by the fill stubs. Returns whether the access can be tried again.
+pub type Fill = extern "sysv64" fn(cpu: u64, linear: u64, write: u64) -> u64;
+
+/// Assembles the stubs for address `base`. Returns their bytes and addresses.
+pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    let callee_saved = [rbx, rbp, r12, r13, r14, r15];
+    const FLAGS: i32 = crate::state::flag::ARITH as i32;
+
+    let mut enter = a.create_label();
+    a.set_label(&mut enter)?;
+    for register in callee_saved {
+        a.push(register)?;
+    }
+    a.sub(rsp, 8)?;
+    a.mov(at(offset_of!(CpuState, host_rsp)), rsp)?;
+    a.mov(at(offset_of!(CpuState, scratch)), rdi)?;
+    a.ldmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
+    vector_state(&mut a, avx, false)?;
+    a.mov(rax, at(offset_of!(CpuState, flags)))?;
+    a.and(eax, FLAGS)?;
+    a.push(rax)?;
+    a.popfq()?;
+    for (host, guest) in LIVE {
+        a.mov(host, at(gpr(guest)))?;
+    }
+    a.jmp(at(offset_of!(CpuState, scratch)))?;
+
+    // Every way out ends here, with the kind stored.
+    let mut leave = a.create_label();
+    a.set_label(&mut leave)?;
+    for (host, guest) in LIVE {
+        a.mov(at(gpr(guest)), host)?;
+    }
+    a.mov(rsp, at(offset_of!(CpuState, host_rsp)))?;
+    a.pushfq()?;
+    a.pop(rax)?;
+    a.mov(at(offset_of!(CpuState, exit_flags)), rax)?;
+    vector_state(&mut a, avx, true)?;
+    a.stmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
+    a.ldmxcsr(at32(offset_of!(CpuState, host_mxcsr)))?;
+    a.add(rsp, 8)?;
+    for register in callee_saved.iter().rev() {
+        a.pop(*register)?;
+    }
+    a.ret()?;
+
+    let kinds = [
+        exit_kind::LINK,
+        exit_kind::BRANCH,
+        exit_kind::INTERPRET,
+        exit_kind::REQUEST,
+        exit_kind::REQUEST_BRANCH,
+        exit_kind::SIGNAL,
+    ];
+    let mut leaves = Vec::new();
+    for kind in kinds {
+        let mut label = a.create_label();
+        a.set_label(&mut label)?;
+        a.mov(at32(offset_of!(CpuState, exit_kind)), kind as i32)?;
+        if kind == exit_kind::BRANCH || kind == exit_kind::REQUEST_BRANCH {
+            a.mov(at(offset_of!(CpuState, address)), r13)?;
+        }
+        a.jmp(leave)?;
+        leaves.push(label);
+    }
+
+    // A TLB miss: the caller-saved guest registers and the vectors are put
+    // aside, Rust walks the page tables, and the access is tried again.
+    let caller_saved = [0, 1, 2, 6, 7, 8, 9, 10, 11];
+    let mut fills = Vec::new();
+    let mut fill_addresses = Vec::new();
+    for (user, write) in [(false, false), (false, true), (true, false), (true, true)] {
+        let mut with_index = a.create_label();
+        a.set_label(&mut with_index)?;
+        let tag = qword_ptr(r13 + tlb_offset(user, write) as i32).gs();
+        a.add(r14, tag)?;
+        let mut with_address = a.create_label();
+        a.set_label(&mut with_address)?;
+        // The return address goes where SLOW exits tell their place.
+        a.pop(r13)?;
+        a.mov(at(offset_of!(CpuState, address)), r13)?;
+        for (host, guest) in LIVE {
+            if caller_saved.contains(&guest) {
+                a.mov(at(gpr(guest)), host)?;
+            }
+        }
+        vector_state(&mut a, avx, true)?;
+        a.stmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
+        a.ldmxcsr(at32(offset_of!(CpuState, host_mxcsr)))?;
+        a.mov(at(offset_of!(CpuState, scratch) + 8), rsp)?;
+        a.mov(rsp, at(offset_of!(CpuState, host_rsp)))?;
+        a.mov(rdi, at(offset_of!(CpuState, cpu)))?;
+        a.mov(rsi, r14)?;
+        a.mov(edx, write as u32)?;
+        a.mov(rax, fill as usize as u64)?;
+        a.call(rax)?;
+        a.mov(r14, rax)?;
+        a.mov(rsp, at(offset_of!(CpuState, scratch) + 8))?;
+        a.ldmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
+        vector_state(&mut a, avx, false)?;
+        for (host, guest) in LIVE {
+            if caller_saved.contains(&guest) {
+                a.mov(host, at(gpr(guest)))?;
+            }
+        }
+        a.test(r14, r14)?;
+        let mut failed = a.create_label();
+        a.jz(failed)?;
+        a.jmp(at(offset_of!(CpuState, address)))?;
+        a.set_label(&mut failed)?;
+        a.mov(at32(offset_of!(CpuState, exit_kind)), exit_kind::SLOW as i32)?;
+        a.jmp(leave)?;
+        fills.push(with_index);
+        fill_addresses.push(with_address);
+    }
+
+    let done = a.assemble_options(base, iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
+    let address = |label: &CodeLabel| done.label_ip(label);
+    let mut stubs = Stubs {
+        enter: address(&enter)?,
+        leave_link: address(&leaves[0])?,
+        leave_branch: address(&leaves[1])?,
+        leave_interpret: address(&leaves[2])?,
+        leave_request: address(&leaves[3])?,
+        leave_request_branch: address(&leaves[4])?,
+        leave_signal: address(&leaves[5])?,
+        ..Stubs::default()
+    };
+    for index in 0..4 {
+        stubs.fill[index] = address(&fills[index])?;
+        stubs.fill_address[index] = address(&fill_addresses[index])?;
+    }
+    Ok((done.inner.code_buffer, stubs))
+}

@@ -1,0 +1,152 @@
+//! One virtual machine: what its vCPUs share, and the contract's `Vm`.
+
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+use tetrarch_engine::{Clock, EngineError, Vcpu, Vm};
+use tetrarch_memory::GuestMemory;
+
+use crate::codemap::{CodeMap, DeviceWrites};
+use crate::cpu::VmShared;
+use crate::cpuid::CpuidTable;
+use crate::irqchip::IrqChip;
+use crate::translate::cache::Cache;
+use crate::vcpu::BtVcpu;
+use crate::wake::Bells;
+
+/// Choices for a VM of this engine.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub vcpus: u32,
+    /// Without it every instruction is interpreted.
+    pub translate: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { vcpus: 1, translate: true }
+    }
+}
+
+/// The most vCPUs that this engine runs today.
+pub const MAX_VCPUS: u32 = 1;
+
+/// Whether the engine can run on this host, or why not.
+pub fn available() -> Result<(), String> {
+    for (name, there) in [
+        ("SSE4.2", std::arch::is_x86_feature_detected!("sse4.2")),
+        ("POPCNT", std::arch::is_x86_feature_detected!("popcnt")),
+        ("CMPXCHG16B", std::arch::is_x86_feature_detected!("cmpxchg16b")),
+    ] {
+        if !there {
+            return Err(format!("the host CPU lacks {name}, which the translator needs"));
+        }
+    }
+    Cache::probe().map_err(|error| {
+        format!("the host gives no executable memory ({error}); allow memfd mappings with PROT_EXEC")
+    })
+}
+
+pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>, EngineError> {
+    if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
+        return Err(EngineError::Refused(format!(
+            "engine bt runs {MAX_VCPUS} vCPU, not {}; use --cpus {MAX_VCPUS}",
+            config.vcpus
+        )));
+    }
+    available().map_err(EngineError::Unavailable)?;
+    let tsc_hz = tsc_hz();
+    let code = Arc::new(CodeMap::new(&memory));
+    memory.set_observer(Box::new(DeviceWrites(Arc::clone(&code))));
+    let bells = Arc::new(Bells::new(config.vcpus as usize));
+    let irqchip = Arc::new(IrqChip::new(config.vcpus as usize, tsc_hz, Arc::clone(&bells) as _));
+    irqchip.set_virtual_wire();
+    let shared = Arc::new(VmShared {
+        memory,
+        code,
+        irqchip,
+        clock: Arc::new(Clock::new()),
+        cpuid: CpuidTable::new(config.vcpus, tsc_hz),
+        tsc_hz,
+    });
+    let cache = if config.translate {
+        let cache = Cache::new().map_err(|error| {
+            EngineError::Unavailable(format!("no memory for translated code: {error}"))
+        })?;
+        Some(Arc::new(Mutex::new(cache)))
+    } else {
+        None
+    };
+    Ok(Arc::new(BtVm { shared, cache, bells, config, created: Mutex::default() }))
+}
+
+/// Ticks of the host's TSC in a second (measured once a process).
+fn tsc_hz() -> u64 {
+    static HZ: OnceLock<u64> = OnceLock::new();
+    *HZ.get_or_init(|| {
+        let sample = || {
+            // The shortest of some tries has the least between its two reads.
+            (0..16)
+                .map(|_| {
+                    let at = std::time::Instant::now();
+                    // SAFETY: RDTSC exists on every x86-64 CPU.
+                    let tsc = unsafe { core::arch::x86_64::_rdtsc() };
+                    (at.elapsed(), at, tsc)
+                })
+                .min_by_key(|(took, ..)| *took)
+                .map(|(took, at, tsc)| (at + took, tsc))
+        };
+        let Some((start, first)) = sample() else { return 1_000_000_000 };
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let Some((end, last)) = sample() else { return 1_000_000_000 };
+        let ns = (end - start).as_nanos().max(1);
+        (u128::from(last - first) * 1_000_000_000 / ns) as u64
+    })
+}
+
+struct BtVm {
+    shared: Arc<VmShared>,
+    cache: Option<Arc<Mutex<Cache>>>,
+    bells: Arc<Bells>,
+    config: Config,
+    created: Mutex<Vec<u32>>,
+}
+
+impl Vm for BtVm {
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, EngineError> {
+        if id >= self.config.vcpus {
+            return Err(EngineError::Refused(format!(
+                "vCPU {id} does not exist: the VM has {}",
+                self.config.vcpus
+            )));
+        }
+        let mut created = self.created.lock();
+        if created.contains(&id) {
+            return Err(EngineError::Refused(format!("vCPU {id} exists already")));
+        }
+        let vcpu = BtVcpu::new(id as usize, Arc::clone(&self.shared), self.cache.clone())?;
+        self.bells.set(id as usize, vcpu.bell());
+        created.push(id);
+        Ok(Box::new(vcpu))
+    }
+
+    fn irq_line(&self, gsi: u32, level: bool) {
+        self.shared.irqchip.irq_line(gsi, level, self.shared.clock.now_ns());
+    }
+
+    fn msi(&self, address: u64, data: u32) {
+        self.shared.irqchip.msi(address, data);
+    }
+
+    fn clock(&self) -> &Arc<Clock> {
+        &self.shared.clock
+    }
+
+    fn save_irqchip(&self) -> Vec<u8> {
+        self.shared.irqchip.save()
+    }
+
+    fn load_irqchip(&self, data: &[u8]) -> Result<(), EngineError> {
+        self.shared.irqchip.load(data).map_err(EngineError::Refused)
+    }
+}

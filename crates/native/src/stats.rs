@@ -1,0 +1,46 @@
+//! The counters of a machine as `Vm.stats` shows them.
+
+use std::collections::BTreeMap;
+
+use crate::machine::Machine;
+
+pub type Stats = BTreeMap<&'static str, BTreeMap<&'static str, u64>>;
+
+/// Sums over all vCPUs. Those of the run loop are live, those of a running
+/// vCPU's engine as of its last stop.
+pub fn collect(machine: &Machine) -> Stats {
+    let mut stats = Stats::new();
+    let mut add = |group, name, value: u64| {
+        let sum = stats.entry(group).or_default().entry(name).or_default();
+        *sum = sum.saturating_add(value);
+    };
+    let scale = |ticks| machine.scale.nanoseconds(ticks);
+    for slot in &machine.vcpus {
+        let counted = slot.seat.counters.stats();
+        for (group, name, value) in [
+            ("exits", "port_in", counted.port_in),
+            ("exits", "port_out", counted.port_out),
+            ("exits", "mmio_read", counted.mmio_read),
+            ("exits", "mmio_write", counted.mmio_write),
+            ("exits", "halt", counted.halt),
+            ("exits", "shutdown", counted.shutdown),
+            ("exits", "kicked", counted.kicked),
+            ("accesses", "unclaimed", counted.nobody),
+            ("accesses", "rust", counted.native),
+            ("accesses", "python", counted.python),
+            ("time_ns", "run", scale(counted.run_ticks)),
+            ("time_ns", "devices", scale(counted.native_ticks)),
+            ("time_ns", "python", scale(counted.python_ticks)),
+        ] {
+            add(group, name, value);
+        }
+        for (group, name, value) in slot.counters() {
+            add(group, name, value);
+        }
+    }
+    let crossings: Vec<_> =
+        machine.devices.lock().iter().map(|device| device.crossings()).collect();
+    add("python", "reads", crossings.iter().map(|(reads, _)| reads).sum());
+    add("python", "writes", crossings.iter().map(|(_, writes)| writes).sum());
+    stats
+}

@@ -1,0 +1,108 @@
+//! `tetrarch._native.Vcpu`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use tetrarch_bus::{DeviceError, StopReason};
+use tetrarch_engine::EngineError;
+
+use crate::dump::dump;
+use crate::error::Failure;
+use crate::machine::{Machine, VcpuSlot};
+use crate::registers::State;
+use crate::vm::Vm;
+
+/// How long Ctrl-C may go unnoticed when a vCPU runs on Python's main thread.
+const SIGNAL_CHECK: Duration = Duration::from_millis(100);
+
+/// One virtual CPU.
+#[pyclass(frozen, module = "tetrarch._native")]
+pub struct Vcpu {
+    vm: Py<Vm>,
+    slot: Arc<VcpuSlot>,
+}
+
+impl Vcpu {
+    pub fn new(vm: Py<Vm>, slot: Arc<VcpuSlot>) -> Self {
+        Self { vm, slot }
+    }
+}
+
+#[pymethods]
+impl Vcpu {
+    fn run(&self, py: Python<'_>) -> Result<&'static str, Failure> {
+        let on_main_thread = on_main_thread(py)?;
+        let (slot, machine) = (&self.slot, &self.vm.get().machine);
+        let reason = py.detach(|| {
+            if on_main_thread {
+                run_with_signals(slot, machine)
+            } else {
+                slot.run(machine, &mut || Ok(()))
+            }
+        })?;
+        Ok(match reason {
+            StopReason::Halted => "halted",
+            StopReason::Shutdown => "shutdown",
+            StopReason::Stopped => "stopped",
+        })
+    }
+
+    fn regs(&self) -> Result<BTreeMap<String, u64>, Failure> {
+        self.slot.with(|vcpu| State::of(vcpu).values())
+    }
+
+    fn set_regs(&self, values: BTreeMap<String, u64>) -> Result<(), Failure> {
+        self.slot.with(|vcpu| {
+            let old = State::of(vcpu);
+            let mut new = old;
+            new.set(values).map_err(Failure::refused)?;
+            Ok(new.store(&old, vcpu)?)
+        })?
+    }
+
+    fn dump(&self) -> Result<String, Failure> {
+        self.slot.with(dump)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<tetrarch._native.Vcpu {}>", self.slot.id)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.vm)
+    }
+}
+
+/// Python handles signals on its main thread alone.
+fn on_main_thread(py: Python<'_>) -> PyResult<bool> {
+    let threading = py.import("threading")?;
+    let main = threading.call_method0("main_thread")?.getattr("ident")?;
+    threading.call_method0("get_ident")?.eq(main)
+}
+
+/// Runs a vCPU on the main thread. A signal's handler must run here, so the
+/// guest is left now and then to let it.
+fn run_with_signals(slot: &VcpuSlot, machine: &Machine) -> Result<StopReason, Failure> {
+    let mut check = || match Python::try_attach(|py| py.check_signals()) {
+        Some(Err(raised)) => Err(DeviceError::new(raised)),
+        _ => Ok(()),
+    };
+    std::thread::scope(|scope| {
+        // Dropped on every way out of this closure, which ends the ticker.
+        let (_end, ended) = channel::<()>();
+        let ticker = move || {
+            while ended.recv_timeout(SIGNAL_CHECK) == Err(RecvTimeoutError::Timeout) {
+                slot.seat.kick();
+            }
+        };
+        std::thread::Builder::new()
+            .name("tetrarch-signals".into())
+            .spawn_scoped(scope, ticker)
+            .map_err(|error| EngineError::Unavailable(format!("no thread to be had: {error}")))?;
+        slot.run(machine, &mut check)
+    })
+}

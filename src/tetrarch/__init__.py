@@ -1,0 +1,51 @@
+"""Tetrarch: virtual machines from Python, with or without hardware virtualization."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tetrarch._native import EngineError, GuestMemoryError, __version__
+    from tetrarch.console import ExpectTimeout, MemoryConsole
+    from tetrarch.errors import TetrarchError
+    from tetrarch.machine import ExitStatus, Machine, StopReason, engines
+
+__all__ = [
+    "EngineError",
+    "ExitStatus",
+    "ExpectTimeout",
+    "GuestMemoryError",
+    "Machine",
+    "MemoryConsole",
+    "StopReason",
+    "TetrarchError",
+    "__version__",
+    "engines",
+]
+
+# Names are imported when they are first used: `tetrarch --version` and the
+# start of `tetrarch run` need few of them.
+_HOMES = {
+    "__version__": "tetrarch._native",
+    "EngineError": "tetrarch._native",
+    "ExitStatus": "tetrarch.machine",
+    "ExpectTimeout": "tetrarch.console",
+    "GuestMemoryError": "tetrarch._native",
+    "Machine": "tetrarch.machine",
+    "MemoryConsole": "tetrarch.console",
+    "StopReason": "tetrarch.machine",
+    "TetrarchError": "tetrarch.errors",
+    "engines": "tetrarch.machine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m tetrarch`` is ``tetrarch``."""
+
+from tetrarch.cli import main
+
+main()

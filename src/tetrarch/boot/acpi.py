@@ -1,0 +1,209 @@
+"""The ACPI tables of a small PC (ACPI 6.5): what the machine has, said once more for its kernel."""
+
+import struct
+from typing import Final
+
+from tetrarch.boot import aml
+from tetrarch.boot.layout import ACPI_BASE, ACPI_END, align_up
+from tetrarch.devices import acpi_pm, i8042, reset_cf9, rtc_cmos, uart16550
+from tetrarch.errors import ConfigError
+
+__all__ = ["IOAPIC_BASE", "LAPIC_BASE", "build_acpi"]
+
+IOAPIC_BASE: Final = 0xFEC0_0000
+LAPIC_BASE: Final = 0xFEE0_0000
+
+OEM_ID: Final = b"TETRA "
+OEM_TABLE_ID: Final = b"TETRARCH"
+CREATOR_ID: Final = b"TTRA"
+HEADER: Final = struct.Struct("<4sIBB6s8sI4sI")
+
+#: APIC IDs from here on are told as x2APIC entries: 255 is the xAPIC's broadcast (5.2.12.12).
+FIRST_X2APIC_ID: Final = 255
+
+# FADT fixed feature flags, table 5.10.
+WBINVD: Final = 1 << 0
+PROC_C1: Final = 1 << 2
+SLP_BUTTON: Final = 1 << 5  # set: not in the fixed registers. PWR_BUTTON is 0: it is there.
+FIX_RTC: Final = 1 << 6
+TMR_VAL_EXT: Final = 1 << 8
+RESET_REG_SUP: Final = 1 << 10
+
+# IA-PC boot architecture flags, table 5.11.
+LEGACY_DEVICES: Final = 1 << 0
+HAS_8042: Final = 1 << 1
+NO_VGA: Final = 1 << 2
+
+#: Larger than ACPI lets a usable C2 and C3 state have.
+NO_C2: Final = 101
+NO_C3: Final = 1001
+
+# MADT interrupt flags, table 5.26.
+ACTIVE_HIGH: Final = 1
+LEVEL: Final = 3 << 2
+
+
+def _checksum(data: bytes | bytearray) -> int:
+    return -sum(data) & 0xFF
+
+
+def _table(signature: bytes, revision: int, body: bytes) -> bytes:
+    length = HEADER.size + len(body)
+    header = HEADER.pack(signature, length, revision, 0, OEM_ID, OEM_TABLE_ID, 1, CREATOR_ID, 1)
+    table = bytearray(header + body)
+    table[9] = _checksum(table)
+    return bytes(table)
+
+
+def _io_register(port: int, bits: int, access_bits: int) -> bytes:
+    """A generic address (5.2.3.2) in I/O space."""
+    access = {8: 1, 16: 2, 32: 3}[access_bits]
+    return struct.pack("<BBBBQ", 1, bits, 0, access, port)
+
+
+def _fadt(facs: int, dsdt: int) -> bytes:
+    event = acpi_pm.PORT_BASE + acpi_pm.PM1_EVENT
+    control = acpi_pm.PORT_BASE + acpi_pm.PM1_CONTROL
+    timer = acpi_pm.PORT_BASE + acpi_pm.PM_TIMER
+    table = bytearray(276)
+
+    def put(form: str, offset: int, *values: int) -> None:
+        struct.pack_into("<" + form, table, offset, *values)
+
+    put("II", 36, facs, dsdt)
+    put("B", 45, 0)  # preferred profile: unspecified
+    put("H", 46, acpi_pm.GSI)
+    # SMI_CMD at 48 stays 0: always in ACPI mode.
+    put("I", 56, event)
+    put("I", 64, control)
+    put("I", 76, timer)
+    put("BB", 88, 4, 2)
+    put("B", 91, 4)
+    put("HH", 96, NO_C2, NO_C3)
+    put("B", 108, rtc_cmos.CENTURY)
+    put("H", 109, LEGACY_DEVICES | HAS_8042 | NO_VGA)
+    flags = WBINVD | PROC_C1 | SLP_BUTTON | FIX_RTC | TMR_VAL_EXT | RESET_REG_SUP
+    put("I", 112, flags)
+    table[116:128] = _io_register(reset_cf9.PORT_BASE, 8, 8)
+    put("B", 128, reset_cf9.RESET_VALUE)
+    put("B", 131, 0)  # minor revision
+    # X_FIRMWARE_CTRL stays 0: FIRMWARE_CTRL is used then, never both (5.2.9).
+    put("Q", 140, dsdt)
+    table[148:160] = _io_register(event, 32, 16)
+    table[172:184] = _io_register(control, 16, 16)
+    table[208:220] = _io_register(timer, 32, 32)
+    return _table(b"FACP", 6, bytes(table[HEADER.size :]))
+
+
+def _facs() -> bytes:
+    return struct.pack("<4sIIIIIQB", b"FACS", 64, 0, 0, 0, 0, 0, 2).ljust(64, b"\0")
+
+
+def _madt(vcpus: int) -> bytes:
+    entries = bytearray()
+    for apic_id in range(vcpus):
+        if apic_id < FIRST_X2APIC_ID:
+            entries += struct.pack("<BBBBI", 0, 8, apic_id, apic_id, 1)
+        else:
+            entries += struct.pack("<BBHIII", 9, 16, 0, apic_id, 1, apic_id)
+    entries += struct.pack("<BBBBII", 1, 12, 0, 0, IOAPIC_BASE, 0)
+    # The PIT is on pin 2 of the IOAPIC, where the cascade of the PICs would be.
+    entries += struct.pack("<BBBBIH", 2, 10, 0, 0, 2, 0)
+    sci = acpi_pm.GSI
+    entries += struct.pack("<BBBBIH", 2, 10, 0, sci, sci, ACTIVE_HIGH | LEVEL)
+    # LINT1 of every processor is NMI.
+    entries += struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1)
+    if vcpus > FIRST_X2APIC_ID:
+        entries += struct.pack("<BBHIB3x", 10, 12, 0, 0xFFFF_FFFF, 1)
+    pcat_compat = 1
+    return _table(b"APIC", 5, struct.pack("<II", LAPIC_BASE, pcat_compat) + entries)
+
+
+def _pnp(path: str, hid: str, *descriptors: bytes, uid: int = 0) -> bytes:
+    return aml.device(
+        path,
+        aml.name("_HID", aml.eisa_id(hid)),
+        aml.name("_UID", aml.integer(uid)),
+        aml.name("_STA", aml.integer(0x0F)),
+        aml.name("_CRS", aml.resources(*descriptors)),
+    )
+
+
+def _dsdt() -> bytes:
+    port, line = aml.io_port, aml.irq
+    devices = (
+        _pnp("PIC", "PNP0000", port(0x20, 2), port(0xA0, 2), port(0x4D0, 2), line(2)),
+        _pnp("TMR", "PNP0100", port(0x40, 4), line(0)),
+        _pnp("SPKR", "PNP0800", port(0x61, 1)),
+        _pnp(
+            "RTC",
+            "PNP0B00",
+            port(rtc_cmos.PORT_BASE, rtc_cmos.PORTS),
+            line(rtc_cmos.GSI),
+        ),
+        _pnp(
+            "KBD",
+            "PNP0303",
+            port(i8042.DATA_PORT, 1),
+            port(i8042.STATUS_PORT, 1),
+            line(i8042.GSI),
+        ),
+        _pnp(
+            "COM1",
+            "PNP0501",
+            port(uart16550.PORT_BASE, uart16550.PORTS),
+            line(uart16550.GSI),
+            uid=1,
+        ),
+        # Motherboard resources: what is taken and has no driver of its own.
+        _pnp(
+            "MBRD",
+            "PNP0C02",
+            port(acpi_pm.PORT_BASE, acpi_pm.PORTS),
+            port(reset_cf9.PORT_BASE, reset_cf9.PORTS),
+            aml.memory32(IOAPIC_BASE, 0x1000),
+            aml.memory32(LAPIC_BASE, 0x1000),
+        ),
+    )
+    s5 = aml.integer(acpi_pm.S5_TYPE)
+    zero = aml.integer(0)
+    body = aml.scope("\\_SB", *devices) + aml.name("\\_S5", aml.package(s5, s5, zero, zero))
+    return _table(b"DSDT", 2, body)
+
+
+def _xsdt(tables: list[int]) -> bytes:
+    return _table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables))
+
+
+def _rsdp(xsdt: int) -> bytes:
+    # No RSDT: every kernel that knows revision 2 takes the XSDT.
+    rsdp = bytearray(struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, 0, 36, xsdt, 0))
+    rsdp[8] = _checksum(rsdp[:20])
+    rsdp[32] = _checksum(rsdp)
+    return bytes(rsdp)
+
+
+def build_acpi(vcpus: int) -> tuple[int, list[tuple[int, bytes]]]:
+    """The address of the RSDP, and (address, table) of all tables, the RSDP among them."""
+    if vcpus < 1:
+        raise ConfigError(f"a machine with {vcpus} CPUs cannot be; give at least 1")
+    tables: list[tuple[int, bytes]] = []
+    at = ACPI_BASE + 64  # the RSDP comes first, on a 16-byte boundary
+
+    def place(data: bytes) -> int:
+        nonlocal at
+        address = at
+        # 64: what the FACS asks for (5.2.10).
+        at = align_up(at + len(data), 64)
+        if at > ACPI_END:
+            raise ConfigError(
+                f"the ACPI tables for {vcpus} CPUs exceed their {ACPI_END - ACPI_BASE >> 10} KiB; "
+                "give the machine fewer CPUs"
+            )
+        tables.append((address, data))
+        return address
+
+    facs = place(_facs())
+    fadt = place(_fadt(facs, place(_dsdt())))
+    xsdt = place(_xsdt([fadt, place(_madt(vcpus))]))
+    return ACPI_BASE, [(ACPI_BASE, _rsdp(xsdt)), *tables]

@@ -1,0 +1,126 @@
+"""ACPI Machine Language by small functions that return bytes (ACPI 6.5, chapter 20)."""
+
+import struct
+from typing import Final
+
+__all__ = [
+    "device",
+    "eisa_id",
+    "end_tag",
+    "integer",
+    "io_port",
+    "irq",
+    "memory32",
+    "name",
+    "package",
+    "resources",
+    "scope",
+    "string",
+]
+
+ZERO_OP: Final = b"\x00"
+ONE_OP: Final = b"\x01"
+NAME_OP: Final = b"\x08"
+STRING_PREFIX: Final = b"\x0d"
+SCOPE_OP: Final = b"\x10"
+BUFFER_OP: Final = b"\x11"
+PACKAGE_OP: Final = b"\x12"
+DEVICE_OP: Final = b"\x5b\x82"
+DUAL_PREFIX: Final = b"\x2e"
+MULTI_PREFIX: Final = b"\x2f"
+
+
+def integer(value: int) -> bytes:
+    if value == 0:
+        return ZERO_OP
+    if value == 1:
+        return ONE_OP
+    for prefix, form in ((0x0A, "B"), (0x0B, "H"), (0x0C, "I"), (0x0E, "Q")):
+        if 0 <= value < 1 << 8 * struct.calcsize(form):
+            return struct.pack(f"<B{form}", prefix, value)
+    raise ValueError(f"{value} is no 64-bit unsigned integer")
+
+
+def string(text: str) -> bytes:
+    return STRING_PREFIX + text.encode("ascii") + b"\0"
+
+
+def eisa_id(text: str) -> bytes:
+    """``PNP0501`` as the integer that _HID takes (19.3.4)."""
+    vendor = 0
+    for letter in text[:3]:
+        vendor = vendor << 5 | ord(letter) - 0x40
+    packed = vendor << 16 | int(text[3:], 16)
+    return integer(int.from_bytes(packed.to_bytes(4, "big"), "little"))
+
+
+def name_string(path: str) -> bytes:
+    """``COM1``, ``_SB.COM1`` or ``\\_SB``: segments are padded with underscores (20.2.2)."""
+    root = b"\\" if path.startswith("\\") else b""
+    segments = [segment.encode("ascii").ljust(4, b"_") for segment in path.lstrip("\\").split(".")]
+    if len(segments) == 1:
+        prefix = b""
+    elif len(segments) == 2:
+        prefix = DUAL_PREFIX
+    else:
+        prefix = MULTI_PREFIX + bytes([len(segments)])
+    return root + prefix + b"".join(segments)
+
+
+def with_length(body: bytes) -> bytes:
+    """PkgLength (20.2.4), which counts itself, and the body."""
+    if len(body) + 1 < 1 << 6:
+        return bytes([len(body) + 1]) + body
+    for extra in (1, 2, 3):
+        total = len(body) + 1 + extra
+        if total < 1 << 4 + 8 * extra:
+            first = extra << 6 | total & 0xF
+            return bytes([first]) + (total >> 4).to_bytes(extra, "little") + body
+    raise ValueError(f"{len(body)} bytes are too long for an AML package")
+
+
+def name(path: str, value: bytes) -> bytes:
+    return NAME_OP + name_string(path) + value
+
+
+def scope(path: str, *terms: bytes) -> bytes:
+    return SCOPE_OP + with_length(name_string(path) + b"".join(terms))
+
+
+def device(path: str, *terms: bytes) -> bytes:
+    return DEVICE_OP + with_length(name_string(path) + b"".join(terms))
+
+
+def package(*elements: bytes) -> bytes:
+    return PACKAGE_OP + with_length(bytes([len(elements)]) + b"".join(elements))
+
+
+def buffer(data: bytes) -> bytes:
+    return BUFFER_OP + with_length(integer(len(data)) + data)
+
+
+# Resource descriptors, ACPI 6.5, 6.4.
+
+
+def io_port(base: int, length: int) -> bytes:
+    """I/O port descriptor (6.4.2.5), 16-bit decode, fixed place."""
+    return struct.pack("<BBHHBB", 0x47, 1, base, base, 1, length)
+
+
+def irq(line: int) -> bytes:
+    """IRQ descriptor without flags (6.4.2.1): edge-triggered, active high."""
+    return struct.pack("<BH", 0x22, 1 << line)
+
+
+def memory32(base: int, length: int) -> bytes:
+    """32-bit fixed memory range (6.4.3.4), read-write."""
+    return struct.pack("<BHBII", 0x86, 9, 1, base, length)
+
+
+def end_tag() -> bytes:
+    """End tag (6.4.2.9); a checksum of 0 counts as valid."""
+    return b"\x79\x00"
+
+
+def resources(*descriptors: bytes) -> bytes:
+    return buffer(b"".join(descriptors) + end_tag())

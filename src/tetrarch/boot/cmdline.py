@@ -1,0 +1,26 @@
+"""The kernel command line: checked and written to its place."""
+
+from typing import Final
+
+from tetrarch.boot.layout import CMDLINE_BASE, CMDLINE_SPACE, GuestMemory
+from tetrarch.errors import BootError
+
+__all__ = ["LINUX_LIMIT", "write_cmdline"]
+
+#: Linux on x86 keeps 2048 bytes with the final zero (COMMAND_LINE_SIZE) and cuts the rest off.
+LINUX_LIMIT: Final = 2047
+
+
+def write_cmdline(vm: GuestMemory, cmdline: str, limit: int) -> int:
+    """Writes it with its final zero; the address. ``limit`` does not count the zero."""
+    data = cmdline.encode("utf-8", "surrogateescape")
+    if b"\0" in data:
+        raise BootError("the kernel command line holds a zero byte; remove it")
+    limit = min(limit, CMDLINE_SPACE - 1)
+    if len(data) > limit:
+        raise BootError(
+            f"the kernel command line is {len(data)} bytes long, this kernel takes {limit}; "
+            "shorten --append"
+        )
+    vm.write_memory(CMDLINE_BASE, data + b"\0")
+    return CMDLINE_BASE

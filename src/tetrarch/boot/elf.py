@@ -1,0 +1,112 @@
+"""A strict reader of what booting needs from an ELF64 file: segments and notes."""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from tetrarch.boot.layout import align_up
+from tetrarch.boot.source import Source
+
+__all__ = ["MAGIC", "Elf", "Note", "Segment", "parse_elf"]
+
+MAGIC: Final = b"\x7fELF"
+CLASS_32: Final = 1
+CLASS_64: Final = 2
+DATA_LSB: Final = 1
+ET_EXEC: Final = 2
+ET_DYN: Final = 3
+EM_X86_64: Final = 62
+PT_LOAD: Final = 1
+PT_NOTE: Final = 4
+EHDR: Final = struct.Struct("<16sHHIQQQIHHHHHH")
+PHDR: Final = struct.Struct("<IIQQQQQQ")
+#: Linux has five program headers; a bound keeps a damaged file from costing time.
+MAX_SEGMENTS: Final = 256
+#: Linux's .notes has a few hundred bytes.
+MAX_NOTES_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    type: int
+    offset: int
+    physical: int
+    file_size: int
+    memory_size: int
+    alignment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    name: bytes
+    type: int
+    desc: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Elf:
+    entry: int
+    segments: tuple[Segment, ...]
+    source: Source
+
+    @property
+    def loads(self) -> list[Segment]:
+        return [s for s in self.segments if s.type == PT_LOAD and s.memory_size]
+
+    def notes(self) -> Iterator[Note]:
+        for segment in self.segments:
+            if segment.type == PT_NOTE:
+                yield from _notes(self.source, segment)
+
+
+def _notes(source: Source, segment: Segment) -> Iterator[Note]:
+    if segment.file_size > MAX_NOTES_BYTES:
+        raise source.error("has a note segment of absurd size; it is damaged")
+    data = source.read(segment.offset, segment.file_size)
+    # gABI: 4-byte alignment; GNU property notes use 8 and say so in p_align.
+    alignment = 8 if segment.alignment == 8 else 4
+    at = 0
+    while at + 12 <= len(data):
+        name_size, desc_size, kind = struct.unpack_from("<III", data, at)
+        desc = align_up(at + 12 + name_size, alignment)
+        end = desc + desc_size
+        if end > len(data):
+            raise source.error("has a note that reaches out of its segment; it is damaged")
+        name = data[at + 12 : at + 12 + name_size].rstrip(b"\0")
+        yield Note(name, kind, data[desc:end])
+        at = align_up(end, alignment)
+
+
+def parse_elf(source: Source) -> Elf:
+    """Checks the headers; every segment returned lies within the file."""
+    ident = source.read(0, min(source.size, EHDR.size))
+    if ident[:4] != MAGIC:
+        raise source.error("is not an ELF file")
+    if len(ident) < EHDR.size:
+        raise source.error("is cut short within its ELF header; get the file again")
+    if ident[4] == CLASS_32:
+        raise source.error("is a 32-bit ELF file; use an x86-64 kernel")
+    if ident[4] != CLASS_64 or ident[5] != DATA_LSB:
+        raise source.error("is not a little-endian 64-bit ELF file; use an x86-64 kernel")
+    (_, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _) = EHDR.unpack(ident)
+    if machine != EM_X86_64:
+        raise source.error(f"is for another processor (ELF machine {machine}); use an x86-64 one")
+    if kind not in (ET_EXEC, ET_DYN):
+        raise source.error("is an ELF file, but no executable; name a vmlinux")
+    if phentsize != PHDR.size or not 0 < phnum <= MAX_SEGMENTS:
+        raise source.error("has no usable ELF program headers; name a linked vmlinux")
+    table = source.read(phoff, phnum * PHDR.size)
+    segments = []
+    for p_type, _, offset, _, physical, file_size, memory_size, alignment in PHDR.iter_unpack(
+        table
+    ):
+        if p_type in (PT_LOAD, PT_NOTE) and offset + file_size > source.size:
+            raise source.error(
+                f"is cut short: {offset + file_size} bytes are needed, it has {source.size}; "
+                "get the file again"
+            )
+        if p_type == PT_LOAD and file_size > memory_size:
+            raise source.error("has a segment larger in the file than in memory; it is damaged")
+        segments.append(Segment(p_type, offset, physical, file_size, memory_size, alignment))
+    return Elf(entry, tuple(segments), source)

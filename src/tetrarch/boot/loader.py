@@ -1,0 +1,56 @@
+"""Loading a kernel: what kind of file it is decides the boot protocol."""
+
+import os
+from typing import Final
+
+from tetrarch.boot import elf
+from tetrarch.boot.bzimage import HEADER_MAX, is_bzimage, load_bzimage
+from tetrarch.boot.layout import GuestMemory
+from tetrarch.boot.pvh import load_pvh
+from tetrarch.boot.source import Source
+from tetrarch.errors import BootError
+
+__all__ = ["load_kernel"]
+
+COMPRESSED: Final = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\x02\x21\x4c\x18": "lz4",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\x89LZO": "lzop",
+    b"\x5d\0\0": "lzma",
+}
+
+
+def load_kernel(
+    vm: GuestMemory,
+    kernel_path: str | os.PathLike[str],
+    initrd_path: str | os.PathLike[str] | None,
+    cmdline: str,
+    acpi_rsdp: int,
+) -> dict[str, int]:
+    """Loads kernel, initrd and command line; the registers to start the first vCPU with.
+
+    Takes a bzImage (Linux's 64-bit boot protocol) or an ELF vmlinux with a PVH entry.
+    Raises ``BootError``.
+    """
+    with Source.open(kernel_path, "kernel") as source:
+        start = source.read(0, min(source.size, HEADER_MAX))
+        if start.startswith(elf.MAGIC):
+            return load_pvh(vm, source, initrd_path, cmdline, acpi_rsdp)
+        if is_bzimage(start):
+            return load_bzimage(vm, source, initrd_path, cmdline, acpi_rsdp)
+        raise _unknown(source, start)
+
+
+def _unknown(source: Source, start: bytes) -> BootError:
+    for magic, name in COMPRESSED.items():
+        if start.startswith(magic):
+            return source.error(f"is a {name} file, no kernel image; unpack it first")
+    if start.startswith(b"070701"):
+        return source.error("is a cpio archive, which looks like an initrd; pass it as --initrd")
+    if start.startswith(b"MZ"):
+        return source.error("is an EFI program, but no x86 bzImage; use an x86-64 vmlinuz")
+    return source.error("is no kernel; name a bzImage (vmlinuz) or an ELF vmlinux")

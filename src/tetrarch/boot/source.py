@@ -1,0 +1,140 @@
+"""Files to boot from: opened, measured and read with errors in the user's words."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, Final
+
+from tetrarch.boot.layout import (
+    LOW_RAM_MAX,
+    PAGE_SIZE,
+    GuestMemory,
+    align_down,
+    align_up,
+    mib_up,
+    total_ram,
+)
+from tetrarch.errors import BootError
+
+__all__ = ["Source", "copy_to_guest", "load_initrd", "place_initrd", "zero_guest"]
+
+#: Large enough to make the per-call cost vanish, small enough to stay in cache and out of swap.
+CHUNK: Final = 1 << 20
+
+
+class Source:
+    """A seekable file of known size; reads are bounded and never short.
+
+    Read, not mapped: a mapped file that shrinks while it is used would kill the process
+    with SIGBUS.
+    """
+
+    def __init__(self, file: BinaryIO, size: int, what: str, path: str) -> None:
+        self._file = file
+        self.size = size
+        self.what = what
+        self.path = path
+
+    def error(self, cause: str) -> BootError:
+        return BootError(f"{self.what} {self.path}: {cause}")
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise self.error(
+                f"is cut short: {offset + length} bytes are needed, it has {self.size}; "
+                "get the file again"
+            )
+        try:
+            self._file.seek(offset)
+            data = self._file.read(length)
+        except OSError as error:
+            raise self.error(f"cannot be read: {error.strerror or error}") from error
+        if len(data) != length:
+            raise self.error("got shorter while it was read; try again when it is complete")
+        return data
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | os.PathLike[str], what: str) -> "Iterator[Source]":
+        name = os.fspath(path)
+        try:
+            # O_NONBLOCK: a FIFO without a writer must give an error, not wait for ever.
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
+            cause = error.strerror if isinstance(error, OSError) else str(error)
+            if isinstance(error, FileNotFoundError):
+                cause = "no such file; check the path"
+            elif isinstance(error, PermissionError):
+                cause = (
+                    "no permission to read it; make it readable (Debian's kernels in /boot "
+                    "are readable, some initrds only by root)"
+                )
+            raise BootError(f"{what} {name}: {cause}") from error
+        try:
+            info = os.fstat(fd)
+            if stat.S_ISDIR(info.st_mode):
+                raise BootError(f"{what} {name}: is a directory; name the file in it")
+            if not stat.S_ISREG(info.st_mode):
+                raise BootError(f"{what} {name}: is not a regular file; copy it to one first")
+            if info.st_size == 0:
+                raise BootError(f"{what} {name}: is empty; get the file again")
+            with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
+                yield cls(file, info.st_size, what, name)
+        finally:
+            os.close(fd)
+
+
+def copy_to_guest(vm: GuestMemory, address: int, source: Source, offset: int, length: int) -> None:
+    done = 0
+    while done < length:
+        chunk = source.read(offset + done, min(CHUNK, length - done))
+        vm.write_memory(address + done, chunk)
+        done += len(chunk)
+
+
+def zero_guest(vm: GuestMemory, address: int, length: int) -> None:
+    zeros = bytes(min(CHUNK, length))
+    done = 0
+    while done < length:
+        step = min(CHUNK, length - done)
+        vm.write_memory(address + done, zeros[:step])
+        done += step
+
+
+def place_initrd(vm: GuestMemory, source: Source, floor: int, ceiling: int) -> int:
+    """The highest page-aligned address in [floor, ceiling) where the initrd fits.
+
+    High, because the kernel unpacks and relocates itself upwards from its load address.
+    """
+    address = align_down(ceiling - source.size, PAGE_SIZE)
+    if address >= align_up(floor, PAGE_SIZE):
+        return address
+    size = mib_up(source.size)
+    needed = align_up(floor, PAGE_SIZE) + align_up(source.size, PAGE_SIZE)
+    if needed > LOW_RAM_MAX:
+        raise source.error(
+            f"is {size} MiB; kernel and initrd must fit below "
+            f"{mib_up(LOW_RAM_MAX)} MiB with any memory size; use a smaller initrd"
+        )
+    if needed <= total_ram(vm):
+        raise source.error(
+            f"is {size} MiB, but this kernel takes an initrd only below address {ceiling:#x}; "
+            "use a smaller initrd or a newer kernel"
+        )
+    raise source.error(
+        f"is {size} MiB and does not fit beside the kernel into {mib_up(total_ram(vm))} MiB of "
+        f"memory; give the machine at least --memory {mib_up(needed)}M, and room to unpack it"
+    )
+
+
+def load_initrd(
+    vm: GuestMemory, path: str | os.PathLike[str] | None, floor: int, ceiling: int
+) -> tuple[int, int]:
+    """Writes the initrd; (address, size), or (0, 0) without one."""
+    if path is None:
+        return 0, 0
+    with Source.open(path, "initrd") as source:
+        address = place_initrd(vm, source, floor, ceiling)
+        copy_to_guest(vm, address, source, 0, source.size)
+        return address, source.size

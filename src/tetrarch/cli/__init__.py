@@ -1,0 +1,5 @@
+"""The program ``tetrarch``."""
+
+from tetrarch.cli.entry import main
+
+__all__ = ["main"]

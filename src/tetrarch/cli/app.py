@@ -1,0 +1,169 @@
+"""The commands and their options. What they do is imported when they are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Virtual machines for x86-64 Linux guests, with or without hardware virtualization.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+image_app = typer.Typer(
+    help="Guests to run: fetch, build, list.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(image_app, name="image")
+
+ImageName = Annotated[
+    str,
+    typer.Argument(
+        metavar="[NAME]",
+        help="debian (cloud kernel), debian-amd64, debian-rt, or a linux-image package.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from tetrarch import __version__
+
+        print(f"tetrarch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
+    ] = False,
+) -> None:
+    """Virtual machines for x86-64 Linux guests, with or without hardware virtualization."""
+
+
+@app.command()
+def run(
+    engine: Annotated[
+        str, typer.Option(metavar="auto|bt|kvm", help="What runs the guest's instructions.")
+    ] = "auto",
+    kernel: Annotated[
+        str | None, typer.Option(metavar="FILE", help="bzImage or ELF vmlinux [default: Debian's].")
+    ] = None,
+    initrd: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Initial RAM disk for the kernel.")
+    ] = None,
+    append: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help='The whole kernel command line [default: "console=ttyS0 quiet"].'
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A cached guest to run, as image pull names it."),
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="512M, 2G, or a number of MiB.")
+    ] = "512M",
+    cpus: Annotated[str, typer.Option(metavar="N", help="Virtual CPUs: 1.")] = "1",
+    console: Annotated[
+        str,
+        typer.Option(
+            metavar="stdio|none|file=PATH|socket=PATH",
+            help="Where the guest's serial console goes. Ctrl-] leaves stdio.",
+        ),
+    ] = "stdio",
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Stop the guest then; exit code 124."),
+    ] = None,
+    debug_exit: Annotated[
+        bool,
+        typer.Option("--debug-exit", help="A value V written to port 0xf4 ends with (V << 1) | 1."),
+    ] = False,
+    name: Annotated[
+        str, typer.Option(metavar="NAME", help="A name for the machine, for reports.")
+    ] = "tetrarch",
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show counters on standard error at the end.")
+    ] = False,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="A last line on standard error with status and counters."),
+    ] = False,
+) -> int:
+    """Run a guest; without --kernel, a Debian kernel to a shell.
+
+    Exit codes: 0 the guest powered off, reset itself or was left; 1 an error of ours;
+    2 bad usage; 3 the guest crashed; 124 the timeout passed.
+    """
+    from tetrarch.cli.run import RunOptions, run_guest
+
+    return run_guest(
+        RunOptions(
+            engine=engine,
+            kernel=kernel,
+            initrd=initrd,
+            append=append,
+            image=image,
+            memory=memory,
+            cpus=cpus,
+            console=console,
+            timeout=timeout,
+            debug_exit=debug_exit,
+            name=name,
+            stats=stats,
+            json=json,
+        )
+    )
+
+
+@app.command()
+def engines(json: Json = False) -> None:
+    """Show what can run guests on this host, and why the rest cannot."""
+    from tetrarch.cli.reports import show_engines
+
+    show_engines(json)
+
+
+@image_app.command("pull")
+def image_pull(name: ImageName = "debian", json: Json = False) -> None:
+    """Fetch the newest version by apt, without root, and build the guest."""
+    from tetrarch.cli.images import pull
+
+    pull(name, json)
+
+
+@image_app.command("ls")
+def image_ls(json: Json = False) -> None:
+    """List the cached guests."""
+    from tetrarch.cli.images import show
+
+    show(json)
+
+
+@image_app.command("build")
+def image_build(
+    name: ImageName = "debian",
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the initramfs there [default: the cache]."),
+    ] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Files to lay over it; needs --output."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Build the initramfs from the cached packages, without network."""
+    from tetrarch.cli.images import build
+
+    build(name, output, overlay, json)

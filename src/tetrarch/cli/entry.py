@@ -1,0 +1,107 @@
+"""From the shell to a command and back: arguments, errors, exit codes.
+
+Whatever goes wrong reaches the user as one line on standard error and as the
+exit code: 1 for an error of ours or of the host, 2 for bad usage, 128 + N for
+signal N. What a guest's end gives is in machine/status.py. With
+TETRARCH_DEBUG=1 in the environment a traceback comes before the line.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+__all__ = ["Terminated", "fail", "main"]
+
+FAILURE = 1
+BAD_USAGE = 2
+
+
+class Terminated(BaseException):
+    """A signal asked us to end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def main() -> NoReturn:
+    """The console script."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _terminate)
+    code = run_cli(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read us has gone; the interpreter would complain at its exit too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def run_cli(arguments: Sequence[str]) -> int:
+    """Runs one command; the exit code."""
+    from typer.exceptions import Abort, Exit, TyperException
+    from typer.main import get_command
+
+    from tetrarch.cli.app import app
+    from tetrarch.errors import ConfigError, TetrarchError
+
+    try:
+        command = get_command(app)
+        result = command.main(list(arguments), prog_name="tetrarch", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except Exit as request:
+        return request.exit_code
+    except TyperException as error:
+        return _usage_error(error)
+    except ConfigError as error:
+        return fail(str(error), BAD_USAGE)
+    except TetrarchError as error:
+        return fail(str(error))
+    except (KeyboardInterrupt, Abort):
+        return fail("ended by SIGINT", 128 + signal.SIGINT)
+    except Terminated as request:
+        return fail(f"ended by {signal.Signals(request.signum).name}", 128 + request.signum)
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        return fail(f"{named}{error.strerror or error}; check the file system and its rights")
+    except Exception as error:
+        return fail(
+            f"internal error: {type(error).__name__}: {error}; "
+            "please report it with what TETRARCH_DEBUG=1 shows"
+        )
+
+
+def fail(message: str, code: int = FAILURE) -> int:
+    """Says what went wrong, in one line."""
+    if os.environ.get("TETRARCH_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+    print(f"tetrarch: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _usage_error(error: Exception) -> int:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "tetrarch"
+    message = getattr(error, "format_message", lambda: str(error))()
+    if not message.strip():  # a bare "tetrarch": typer has printed the help
+        return BAD_USAGE
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message, file=sys.stderr)
+        return BAD_USAGE
+    return fail(f"{message.rstrip('.')}; see {command} --help", BAD_USAGE)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    # Once is enough: what follows restores the terminal and must not be cut short.
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    raise Terminated(signum)

@@ -1,0 +1,37 @@
+"""What commands that report print: for people, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+
+__all__ = ["show_engines", "show_stats"]
+
+
+def show_engines(as_json: bool) -> None:
+    from tetrarch.machine.selection import engines
+
+    found = engines()
+    if as_json:
+        rows = [{**asdict(info), "available": info.available} for info in found]
+        print(json.dumps(rows, indent=2))
+        return
+    for info in found:
+        state = "available" if info.reason is None else f"not available: {info.reason}"
+        print(f"{info.name:<4} {state}")
+        print(f"     {info.description}")
+
+
+def show_stats(stats: Mapping[str, Mapping[str, int]], uptime: float) -> None:
+    """Counters by group, on standard error: standard output is the guest's."""
+    lines = [f"ran for {uptime:.3f} s"]
+    for group, counters in stats.items():
+        lines.append(group)
+        for name, value in sorted(counters.items(), key=lambda item: -item[1]):
+            if group == "time_ns":
+                lines.append(f"  {name:<28} {value / 1e9:>16.3f} s")
+            else:
+                lines.append(f"  {name:<28} {value:>16,}")
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,44 @@
+"""What a serial line needs of its other end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from tetrarch.errors import HostError
+
+Receive = Callable[[bytes], None]
+"""Takes what was typed. May block while the guest does not read."""
+
+Leave = Callable[[], None]
+"""The user wants out of the console."""
+
+
+class ConsoleError(HostError):
+    """The console's other end cannot be opened or has gone."""
+
+
+class ConsoleBackend(Protocol):
+    """The other end of a serial line.
+
+    ``write`` is called on a vCPU's thread, from ``start`` until ``close``.
+    What it raises stops the machine and comes out of ``Machine.run``.
+    """
+
+    def start(self, receive: Receive, leave: Leave) -> None: ...
+    def write(self, data: bytes) -> None: ...
+    def close(self) -> None:
+        """Gives back what start() took. May be called twice, or without start()."""
+
+
+class NullConsole:
+    """Drops what the guest says and types nothing."""
+
+    def start(self, receive: Receive, leave: Leave) -> None:
+        pass
+
+    def write(self, data: bytes) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

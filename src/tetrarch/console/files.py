@@ -1,0 +1,150 @@
+"""The guest's serial line in a file, or on a Unix socket for one client at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+
+from tetrarch.console.backend import ConsoleError, Leave, Receive
+
+_READ_BYTES = 4096
+# What a client that comes late still sees of the output: a boot log and more.
+_BACKLOG_BYTES_MAX = 256 << 10
+# A client that reads nothing for this long is dropped; the guest must not hang on it.
+_CLIENT_TIMEOUT_S = 2.0
+
+
+class FileConsole:
+    """Writes the output to a file, which is emptied first. Nothing is typed."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            raise ConsoleError(
+                f"cannot write the console to {path}: {error.strerror}; name another file"
+            ) from error
+        self._path = path
+
+    def start(self, receive: Receive, leave: Leave) -> None:
+        pass
+
+    def write(self, data: bytes) -> None:
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) or 0 :]
+        except OSError as error:
+            raise ConsoleError(
+                f"cannot write the console to {self._path}: {error.strerror}; free the space"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class SocketConsole:
+    """Listens on a Unix socket. A client gets what it missed, then what comes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # _lock guards the client and the backlog.
+        self._lock = threading.Lock()
+        self._client: socket.socket | None = None
+        self._backlog = bytearray()
+        self._closed = False
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _remove_stale(path)
+            self._listener.bind(str(path))
+            os.chmod(path, 0o600)
+            self._listener.listen(1)
+        except OSError as error:
+            self._listener.close()
+            reason = error.strerror or str(error)
+            raise ConsoleError(
+                f"cannot listen for the console on {path}: {reason}; name another path"
+            ) from error
+
+    def start(self, receive: Receive, leave: Leave) -> None:
+        threading.Thread(
+            target=self._serve, args=(receive,), name="console-socket", daemon=True
+        ).start()
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            self._backlog += data
+            if len(self._backlog) > 2 * _BACKLOG_BYTES_MAX:
+                del self._backlog[:-_BACKLOG_BYTES_MAX]
+            if self._client is not None:
+                self._send(self._client, data)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._client is not None:
+                _hang_up(self._client)
+        _hang_up(self._listener)
+        self._path.unlink(missing_ok=True)
+
+    def _serve(self, receive: Receive) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # close() was called
+                return
+            client.settimeout(_CLIENT_TIMEOUT_S)
+            with self._lock:
+                if self._closed:
+                    _hang_up(client)
+                    return
+                self._client = client
+                self._send(client, bytes(self._backlog[-_BACKLOG_BYTES_MAX:]))
+            self._read(client, receive)
+            with self._lock:
+                self._client = None
+            _hang_up(client)
+
+    def _read(self, client: socket.socket, receive: Receive) -> None:
+        while True:
+            try:
+                data = client.recv(_READ_BYTES)
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+            if not data:
+                return
+            receive(data)
+
+    def _send(self, client: socket.socket, data: bytes) -> None:
+        try:
+            client.sendall(data)
+        except OSError:
+            # recv() in _serve sees the end and makes room for the next client.
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes the socket of a run that was killed; one that answers stays."""
+    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+
+
+def _hang_up(end: socket.socket) -> None:
+    # shutdown() wakes a thread that sits in accept() or recv(); close() does not.
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()

@@ -1,0 +1,117 @@
+"""A console for programs: wait for what the guest prints, type what it should read."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+from tetrarch.console.backend import Leave, Receive
+from tetrarch.errors import TetrarchError
+
+# What is kept of a guest that prints without end; a boot log is under 100 KiB.
+_KEPT_BYTES_MAX = 4 << 20
+# How much of the output an error message shows.
+_SHOWN_CHARS = 400
+
+
+class ExpectTimeout(TetrarchError, TimeoutError):
+    """The guest did not print what was expected."""
+
+
+class MemoryConsole:
+    """Keeps the guest's output, and lets a program wait for parts of it.
+
+    Bytes that are not UTF-8 show as U+FFFD in the text that comes back.
+    """
+
+    def __init__(self) -> None:
+        # _changed guards all below it.
+        self._changed = threading.Condition()
+        self._output = bytearray()
+        self._dropped = 0
+        self._read_to = 0
+        self._closed = False
+        self._receive: Receive | None = None
+        self._early: list[bytes] = []
+
+    def start(self, receive: Receive, leave: Leave) -> None:
+        with self._changed:
+            self._receive = receive
+            early, self._early = self._early, []
+        for data in early:
+            receive(data)
+
+    def write(self, data: bytes) -> None:
+        with self._changed:
+            self._output += data
+            excess = len(self._output) - _KEPT_BYTES_MAX
+            if excess > 0:
+                # In large steps, so that the buffer is not moved for each byte.
+                excess += _KEPT_BYTES_MAX // 4
+                del self._output[:excess]
+                self._dropped += excess
+                self._read_to = max(self._read_to, self._dropped)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def send(self, data: str | bytes) -> None:
+        """Types into the guest; Enter is "\\n". Before the start it is kept until then."""
+        raw = data.encode() if isinstance(data, str) else data
+        with self._changed:
+            receive = self._receive
+            if receive is None:
+                self._early.append(raw)
+                return
+        receive(raw)
+
+    def read(self) -> str:
+        """What the guest printed since the last read() or expect(). Does not wait."""
+        with self._changed:
+            return self._take(len(self._output))
+
+    def expect(self, pattern: str | re.Pattern[str], timeout: float = 60.0) -> str:
+        """Waits until the guest prints ``pattern``; gives all up to its end.
+
+        A string stands for itself; for a regular expression give a compiled one.
+        What comes back is not seen again by the next read() or expect().
+
+        Raises ExpectTimeout when it does not come in ``timeout`` seconds, or when
+        the machine ended without it; the message shows the end of the output.
+        """
+        regex = re.compile(re.escape(pattern)) if isinstance(pattern, str) else pattern
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                text = self._unread().decode("utf-8", "surrogateescape")
+                match = regex.search(text)
+                if match is not None:
+                    # The escapes make positions in the text and in the bytes exact.
+                    length = len(text[: match.end()].encode("utf-8", "surrogateescape"))
+                    return self._take(self._read_to - self._dropped + length)
+                left = deadline - time.monotonic()
+                if self._closed or left <= 0:
+                    reason = "the machine ended" if self._closed else f"{timeout:g} s passed"
+                    tail = self._unread().decode("utf-8", "replace")[-_SHOWN_CHARS:]
+                    raise ExpectTimeout(
+                        f"{reason} without {regex.pattern!r} on the console; it ends in {tail!r}"
+                    )
+                self._changed.wait(left)
+
+    @property
+    def text(self) -> str:
+        """All output that is kept: the last 3 MiB at least."""
+        with self._changed:
+            return self._output.decode("utf-8", "replace")
+
+    def _unread(self) -> bytes:
+        return bytes(self._output[self._read_to - self._dropped :])
+
+    def _take(self, end: int) -> str:
+        start = self._read_to - self._dropped
+        self._read_to = self._dropped + end
+        return self._output[start:end].decode("utf-8", "replace")

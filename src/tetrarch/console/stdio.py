@@ -1,0 +1,91 @@
+"""The guest's serial line on our own standard input and output."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+
+from tetrarch.console.backend import ConsoleError, Leave, Receive
+from tetrarch.console.terminal import RawTerminal
+
+# Ctrl-], as telnet has it: rarely needed in a guest, and one key.
+LEAVE_KEY = b"\x1d"
+_READ_BYTES = 4096
+
+
+class StdioConsole:
+    """A terminal becomes raw; anything else is a plain pipe, both ways."""
+
+    def __init__(self, input_fd: int = 0, output_fd: int = 1) -> None:
+        self._in = input_fd
+        self._out = output_fd
+        self._terminal = RawTerminal(input_fd) if _is_tty(input_fd) else None
+        self._wake_reader, self._wake_writer = os.pipe()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def interactive(self) -> bool:
+        return self._terminal is not None
+
+    def start(self, receive: Receive, leave: Leave) -> None:
+        if self._terminal is not None:
+            self._terminal.enter()
+        self._thread = threading.Thread(
+            target=self._read, args=(receive, leave), name="console-input", daemon=True
+        )
+        self._thread.start()
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self._out, view) :]
+            except BlockingIOError:
+                # Whoever shares the terminal with us made it non-blocking.
+                select.select((), (self._out,), ())
+            except OSError as error:
+                raise ConsoleError(
+                    f"cannot write the console to standard output: {error.strerror}; "
+                    "keep its reader open, or use --console file=PATH"
+                ) from error
+
+    def close(self) -> None:
+        if self._wake_writer >= 0:
+            os.close(self._wake_writer)
+            self._wake_writer = -1
+        # receive() may block on a guest that does not read: the thread is a daemon.
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(0.2)
+        if self._terminal is not None:
+            self._terminal.restore()
+
+    def _read(self, receive: Receive, leave: Leave) -> None:
+        while True:
+            try:
+                ready, _, _ = select.select((self._in, self._wake_reader), (), ())
+                if self._wake_reader in ready:
+                    return
+                data = os.read(self._in, _READ_BYTES)
+            except BlockingIOError:
+                continue
+            except (OSError, ValueError):  # closed, or the terminal hung up
+                data = b""
+            if not data:
+                if self._terminal is not None:
+                    leave()
+                return
+            if self._terminal is not None and LEAVE_KEY in data:
+                receive(data[: data.index(LEAVE_KEY)])
+                leave()
+                return
+            with contextlib.suppress(BrokenPipeError):
+                receive(data)
+
+
+def _is_tty(fd: int) -> bool:
+    try:
+        return os.isatty(fd)
+    except OSError:
+        return False

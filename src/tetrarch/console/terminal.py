@@ -1,0 +1,103 @@
+"""The user's terminal in raw mode, and back again on every way out.
+
+A program that dies with the terminal raw leaves its user a shell that echoes
+nothing. Three nets catch that: close() in a finally clause, an atexit hook for
+what gets past it, and for the deaths that run no code of ours (SIGKILL, a
+segmentation fault) a guardian: a child process that holds the other end of a
+pipe and puts the terminal back when the pipe ends without a farewell.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import termios
+import tty
+from types import FrameType
+from typing import Any
+
+_FAREWELL = b"."
+# termios.tcgetattr(3): [iflag, oflag, cflag, lflag, ispeed, ospeed, cc].
+_Attributes = list[Any]
+
+
+class RawTerminal:
+    """Raw mode on one terminal, from enter() until restore()."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._saved: _Attributes | None = None
+        self._guardian: _Guardian | None = None
+        self._old_continue: Any = None
+
+    def enter(self) -> None:
+        if self._saved is not None:
+            return
+        saved: _Attributes = termios.tcgetattr(self._fd)
+        self._guardian = _Guardian(self._fd, saved)
+        self._saved = saved
+        atexit.register(self.restore)
+        # A shell that had us stopped has set the terminal as it likes it.
+        self._old_continue = signal.signal(signal.SIGCONT, self._continued)
+        tty.setraw(self._fd, termios.TCSANOW)
+
+    def restore(self) -> None:
+        saved, self._saved = self._saved, None
+        if saved is None:
+            return
+        signal.signal(signal.SIGCONT, self._old_continue or signal.SIG_DFL)
+        _set_attributes(self._fd, saved)
+        atexit.unregister(self.restore)
+        if self._guardian is not None:
+            self._guardian.dismiss()
+
+    def _continued(self, signum: int, frame: FrameType | None) -> None:
+        if self._saved is not None:
+            with contextlib.suppress(termios.error):
+                tty.setraw(self._fd, termios.TCSANOW)
+
+
+class _Guardian:
+    """A child process that outlives us if we die without a word."""
+
+    def __init__(self, fd: int, saved: _Attributes) -> None:
+        reader, self._writer = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            # Only os._exit may leave this branch: the parent's stack is not ours.
+            try:
+                os.close(self._writer)
+                _guard(reader, fd, saved)
+            finally:
+                os._exit(0)
+        os.close(reader)
+
+    def dismiss(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._writer, _FAREWELL)
+        os.close(self._writer)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+
+def _guard(reader: int, fd: int, saved: _Attributes) -> None:
+    # Its own process group, so that a signal to the parent's group spares it;
+    # from there tcsetattr raises SIGTTOU, which must be ignored to succeed.
+    os.setpgid(0, 0)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU, signal.SIGCONT):
+        signal.signal(signum, signal.SIG_IGN)
+    # It must not hold a pipe open that somebody waits on for its end.
+    keep = {reader, fd}
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+    if os.read(reader, 1) != _FAREWELL:
+        _set_attributes(fd, saved)
+
+
+def _set_attributes(fd: int, attributes: _Attributes) -> None:
+    with contextlib.suppress(termios.error):  # the terminal may have hung up
+        termios.tcsetattr(fd, termios.TCSANOW, attributes)

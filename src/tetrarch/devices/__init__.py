@@ -1,0 +1,21 @@
+"""The devices of a small PC, each a register core and an adapter to a machine."""
+
+from tetrarch.devices.acpi_pm import AcpiPm, AcpiPmCore
+from tetrarch.devices.debug_exit import DebugExit
+from tetrarch.devices.i8042 import I8042, I8042Core
+from tetrarch.devices.reset_cf9 import ResetCf9
+from tetrarch.devices.rtc_cmos import RtcCmos, RtcCmosCore
+from tetrarch.devices.uart16550 import Uart16550, UartCore
+
+__all__ = [
+    "I8042",
+    "AcpiPm",
+    "AcpiPmCore",
+    "DebugExit",
+    "I8042Core",
+    "ResetCf9",
+    "RtcCmos",
+    "RtcCmosCore",
+    "Uart16550",
+    "UartCore",
+]

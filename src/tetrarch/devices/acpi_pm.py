@@ -1,0 +1,191 @@
+"""ACPI fixed hardware: PM1a event and control blocks and the PM timer (ACPI 6.5, 4.8)."""
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from tetrarch.devices import _state
+from tetrarch.devices._access import MAX_ACCESS, all_ones
+from tetrarch.devices._line import IrqLine
+
+__all__ = [
+    "GSI",
+    "PM1_CONTROL",
+    "PM1_EVENT",
+    "PM_TIMER",
+    "PORTS",
+    "PORT_BASE",
+    "S5_TYPE",
+    "AcpiPm",
+    "AcpiPmCore",
+]
+
+PORT_BASE: Final = 0x600
+PORTS: Final = 12
+GSI: Final = 9
+#: The blocks as offsets from PORT_BASE.
+PM1_EVENT: Final = 0
+PM1_CONTROL: Final = 4
+PM_TIMER: Final = 8
+#: SLP_TYP of soft-off, as the DSDT's \_S5 says.
+S5_TYPE: Final = 5
+
+TIMER_HZ: Final = 3_579_545
+NS_PER_S: Final = 1_000_000_000
+
+# PM1 status and enable, tables 4.10 and 4.11.
+TMR: Final = 1 << 0
+GBL: Final = 1 << 5
+PWRBTN: Final = 1 << 8
+SLPBTN: Final = 1 << 9
+RTC: Final = 1 << 10
+WAK: Final = 1 << 15
+EVENTS: Final = TMR | GBL | PWRBTN | SLPBTN | RTC
+STATUS_BITS: Final = EVENTS | WAK
+
+# PM1 control, table 4.13.
+SCI_EN: Final = 1 << 0
+BM_RLD: Final = 1 << 1
+SLP_TYP_SHIFT: Final = 10
+SLP_TYP: Final = 7 << SLP_TYP_SHIFT
+SLP_EN: Final = 1 << 13
+
+
+class AcpiPmCore:
+    """The registers. Time comes with each call, in ns of the machine's clock."""
+
+    def __init__(self) -> None:
+        self._status = 0
+        self._enable = 0
+        # There is no SMI: the machine is in ACPI mode from the start.
+        self._control = SCI_EN
+        self._last_timer = 0
+        self._sleep: int | None = None
+
+    @property
+    def irq(self) -> bool:
+        return bool(self._status & self._enable & EVENTS)
+
+    def power_button(self) -> None:
+        self._status |= PWRBTN
+
+    def take_sleep(self) -> int | None:
+        """The SLP_TYP that the guest went to sleep with since the last call."""
+        sleep, self._sleep = self._sleep, None
+        return sleep
+
+    def advance(self, now_ns: int) -> int:
+        """The PM timer's count; sets TMR_STS when its top bit has changed (4.8.2.1)."""
+        ticks = max(now_ns, 0) * TIMER_HZ // NS_PER_S
+        if ticks >> 31 != self._last_timer >> 31:
+            self._status |= TMR
+        self._last_timer = ticks
+        return ticks & 0xFFFF_FFFF
+
+    def read(self, offset: int, size: int, now_ns: int) -> int:
+        timer = self.advance(now_ns)
+        # One image for any width, so that a 4-byte timer read is one moment.
+        image = self._status | self._enable << 16 | self._control << 32 | 0xFFFF << 48
+        image |= timer << 64
+        if not 0 <= offset < PORTS:
+            return all_ones(size)
+        # Beyond the block the bus reads ones.
+        image |= ((1 << 8 * MAX_ACCESS) - 1) << 8 * PORTS
+        return image >> 8 * offset & all_ones(size)
+
+    def write(self, offset: int, size: int, value: int, now_ns: int) -> None:
+        self.advance(now_ns)
+        for index in range(min(size, MAX_ACCESS)):
+            self._write_byte(offset + index, value >> 8 * index & 0xFF)
+
+    def _write_byte(self, offset: int, value: int) -> None:
+        match offset:
+            case 0 | 1:
+                self._status &= ~(value << 8 * offset)
+            case 2 | 3:
+                shift = 8 * (offset - 2)
+                enable = self._enable & ~(0xFF << shift) | value << shift
+                self._enable = enable & EVENTS
+            case 4:
+                self._control = self._control & ~BM_RLD | value & BM_RLD
+            case 5:
+                word = value << 8
+                self._control = self._control & ~SLP_TYP | word & SLP_TYP
+                if word & SLP_EN:
+                    self._sleep = (word & SLP_TYP) >> SLP_TYP_SHIFT
+            case _:
+                pass  # the timer is read-only
+
+    def save(self) -> _state.State:
+        return {
+            "device": "acpi_pm",
+            "version": 1,
+            "status": self._status,
+            "enable": self._enable,
+            "control": self._control,
+            "last_timer": self._last_timer,
+        }
+
+    def load(self, state: _state.State) -> None:
+        _state.check(state, "acpi_pm", 1)
+        self._status = int(state["status"]) & STATUS_BITS
+        self._enable = int(state["enable"]) & EVENTS
+        self._control = int(state["control"]) & (BM_RLD | SLP_TYP) | SCI_EN
+        self._last_timer = max(int(state["last_timer"]), 0)
+        self._sleep = None
+
+
+class AcpiPm:
+    """The fixed hardware on a machine, at PORT_BASE; ``irq`` is the SCI.
+
+    The timer's own event is raised when the guest next touches the block: Linux never enables it.
+    """
+
+    def __init__(
+        self,
+        irq: Callable[[bool], None],
+        clock_ns: Callable[[], int],
+        poweroff: Callable[[], None],
+    ) -> None:
+        self._core = AcpiPmCore()
+        self._clock_ns = clock_ns
+        self._poweroff = poweroff
+        self._lock = threading.Lock()
+        self._line = IrqLine(irq, self._wanted)
+
+    def _wanted(self) -> bool:
+        with self._lock:
+            return self._core.irq
+
+    def press_power_button(self) -> None:
+        """Asks the guest to shut down; from any thread."""
+        with self._lock:
+            self._core.power_button()
+        self._line.update()
+
+    def read(self, offset: int, size: int) -> int:
+        now = self._clock_ns()
+        with self._lock:
+            value = self._core.read(offset, size, now)
+            moved = self._core.irq
+        if moved:
+            self._line.update()
+        return value
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        now = self._clock_ns()
+        with self._lock:
+            self._core.write(offset, size, value, now)
+            sleep = self._core.take_sleep()
+        self._line.update()
+        if sleep == S5_TYPE:
+            self._poweroff()
+
+    def save(self) -> _state.State:
+        with self._lock:
+            return self._core.save()
+
+    def load(self, state: _state.State) -> None:
+        with self._lock:
+            self._core.load(state)
+        self._line.update()

@@ -1,0 +1,34 @@
+"""Guests to run: where they come from, how they are built, where they are kept."""
+
+from tetrarch.images.archive import ArchiveError
+from tetrarch.images.cache import Cache, CachedGuest, CacheError
+from tetrarch.images.default_guest import DEFAULT_APPEND
+from tetrarch.images.initramfs import Initramfs
+from tetrarch.images.progress import Reporter, TerminalReporter
+from tetrarch.images.pull import (
+    DEFAULT_IMAGE,
+    IMAGES,
+    UnknownImageError,
+    build,
+    ensure,
+    pull,
+    rebuild,
+)
+
+__all__ = [
+    "DEFAULT_APPEND",
+    "DEFAULT_IMAGE",
+    "IMAGES",
+    "ArchiveError",
+    "Cache",
+    "CacheError",
+    "CachedGuest",
+    "Initramfs",
+    "Reporter",
+    "TerminalReporter",
+    "UnknownImageError",
+    "build",
+    "ensure",
+    "pull",
+    "rebuild",
+]

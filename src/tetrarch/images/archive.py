@@ -1,0 +1,277 @@
+"""Packages of the Debian archive, fetched through the host's own apt.
+
+apt does what must not be done twice: it knows the mirrors and proxies that the
+host is configured for, checks the signature of the archive's index and the
+checksum of each package. Nothing here needs root, and nothing is installed:
+``apt-get download`` puts a package into our cache.
+
+The host's package lists may be missing (container images ship without them)
+or old (the archive then no longer has the version they name). In that case we
+keep lists of our own: a private apt state directory in the cache, with the
+system's sources and keys, which ``apt-get update`` may write without root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tetrarch.errors import ImageError
+
+# A meta package names the current kernel in its dependencies; the kernel's own
+# package has the version in its name.
+_REAL_KERNEL = re.compile(r"^(linux-image-\d[^ (|]*)")
+_META_DEPTH_MAX = 4
+_POLL_S = 0.1
+
+# What apt says when it could not reach a mirror at all (apt-pkg/acquire-worker.cc
+# and the connect method), with LC_ALL=C.
+_NETWORK_SIGNS = (
+    "Temporary failure resolving",
+    "Could not resolve",
+    "Could not connect",
+    "Unable to connect",
+    "Connection timed out",
+    "Connection failed",
+    "Network is unreachable",
+    "Failed to fetch",
+)
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes so far, bytes in all)."""
+
+
+class ArchiveError(ImageError):
+    """A package could not be fetched or opened."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package version as the signed index describes it."""
+
+    name: str
+    version: str
+    size: int
+    sha256: str
+
+    @property
+    def filename(self) -> str:
+        """The name ``apt-get download`` gives: the epoch's colon is escaped."""
+        return f"{self.name}_{self.version.replace(':', '%3a')}_amd64.deb"
+
+
+class Archive:
+    """The Debian archive, seen through apt."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self._private = False
+
+    def resolve(self, name: str) -> Package:
+        """The package to fetch for ``name``: for a meta package, the real kernel."""
+        self._require_apt()
+        try:
+            return self._resolve(name)
+        except ArchiveError:
+            if self._private:
+                raise
+        self.refresh()
+        return self._resolve(name)
+
+    def refresh(self) -> None:
+        """Fetches package lists into our private state; from then on they are used."""
+        self._require_apt()
+        self._private = True
+        for part in ("lists/partial", "cache/archives/partial"):
+            (self._state_dir / part).mkdir(parents=True, exist_ok=True)
+        done = self._run("apt-get", ["update", "-q"])
+        if done.returncode != 0 or _network_is_down(done.stderr):
+            raise ArchiveError(
+                f"apt could not fetch the package lists: {_first_complaint(done.stderr)}; "
+                "check the network and apt's sources, or give --kernel and --initrd"
+            )
+
+    def download(self, package: Package, directory: Path, progress: Progress) -> Path:
+        """Puts the package into ``directory`` and gives its path. A present one stays."""
+        target = directory / package.filename
+        if target.is_file() and sha256_of(target) == package.sha256:
+            return target
+        self._require_apt()
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch = directory / f".fetch-{os.getpid()}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            complaint = self._fetch(package, scratch, progress)
+            fetched = next(scratch.glob("*.deb"), None)
+            if complaint is not None or fetched is None:
+                raise ArchiveError(
+                    f"apt could not download {package.name}: {complaint or 'no file came'}; "
+                    "check the network, or give --kernel and --initrd"
+                )
+            if sha256_of(fetched) != package.sha256:
+                raise ArchiveError(
+                    f"{package.name}: the file does not have the checksum of the signed index; "
+                    "try again, and check apt's proxy if it happens again"
+                )
+            os.replace(fetched, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return target
+
+    def _fetch(self, package: Package, scratch: Path, progress: Progress) -> str | None:
+        """Runs ``apt-get download``; gives apt's complaint if it failed."""
+        command = self._command("apt-get", ["download", "-q", f"{package.name}={package.version}"])
+        with subprocess.Popen(
+            command,
+            cwd=scratch,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                while process.poll() is None:
+                    progress(_bytes_in(scratch), package.size)
+                    time.sleep(_POLL_S)
+            except BaseException:
+                process.terminate()
+                raise
+            stderr = process.stderr.read() if process.stderr else ""
+        if process.returncode != 0:
+            return _first_complaint(stderr)
+        progress(package.size, package.size)
+        return None
+
+    def _resolve(self, name: str) -> Package:
+        asked = name
+        for _ in range(_META_DEPTH_MAX):
+            fields = self._show(name, asked)
+            real = next(
+                (
+                    match[1]
+                    for item in fields.get("Depends", "").split(",")
+                    if (match := _REAL_KERNEL.match(item.strip()))
+                ),
+                None,
+            )
+            if real is None or real == name:
+                return _package(name, fields)
+            name = real
+        raise ArchiveError(f"{asked}: the meta packages of the archive name each other in a circle")
+
+    def _show(self, name: str, asked: str) -> dict[str, str]:
+        done = self._run("apt-cache", ["show", "--no-all-versions", name])
+        fields: dict[str, str] = {}
+        for line in done.stdout.splitlines():
+            if not line.strip() and fields:
+                break
+            key, colon, value = line.partition(": ")
+            if colon and not line.startswith(" "):
+                fields[key] = value
+        if done.returncode != 0 or "Filename" not in fields:
+            raise ArchiveError(
+                f"the archive that apt is set up for has no package {asked}; "
+                "name a linux-image package of Debian, or give --kernel and --initrd"
+            )
+        return fields
+
+    def _run(self, program: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self._command(program, arguments),
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def _command(self, program: str, arguments: Sequence[str]) -> list[str]:
+        options = [
+            # A package whose index no trusted key has signed is refused, whatever
+            # the host's configuration says.
+            "APT::Get::AllowUnauthenticated=false",
+            "Acquire::AllowInsecureRepositories=false",
+            # apt as root drops to the user _apt, who cannot write into our cache.
+            "APT::Sandbox::User=root",
+            "Acquire::Languages=none",
+        ]
+        if self._private:
+            options += [
+                f"Dir::State={self._state_dir}",
+                f"Dir::State::lists={self._state_dir}/lists",
+                "Dir::State::status=/var/lib/dpkg/status",
+                f"Dir::Cache={self._state_dir}/cache",
+            ]
+        return [program, *(part for option in options for part in ("-o", option)), *arguments]
+
+    def _require_apt(self) -> None:
+        for program in ("apt-get", "apt-cache", "dpkg-deb"):
+            if shutil.which(program) is None:
+                raise ArchiveError(
+                    f"no {program} on this host, so no Debian kernel can be fetched; "
+                    "give --kernel and --initrd, or install apt and dpkg"
+                )
+
+
+def unpack(deb: Path, directory: Path) -> None:
+    """Unpacks the files of a package, without its scripts."""
+    done = subprocess.run(
+        ["dpkg-deb", "--extract", str(deb), str(directory)],
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        reason = _first_complaint(done.stderr)
+        raise ArchiveError(f"cannot unpack {deb.name}: {reason}; remove {deb} and try again")
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _package(name: str, fields: dict[str, str]) -> Package:
+    try:
+        return Package(name, fields["Version"], int(fields["Size"]), fields["SHA256"])
+    except (KeyError, ValueError) as error:
+        raise ArchiveError(f"the archive's index has no usable entry for {name}") from error
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+
+
+def _bytes_in(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # renamed between the listing and the look
+            continue
+    return total
+
+
+def _network_is_down(stderr: str) -> bool:
+    # apt-get update ends with 0 when it only failed to fetch.
+    return any(sign in stderr for sign in _NETWORK_SIGNS)
+
+
+def _first_complaint(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    for prefix in ("E: ", "W: "):
+        for line in lines:
+            if line.startswith(prefix):
+                return line.removeprefix(prefix).rstrip(".")
+    return lines[-1] if lines else "no reason given"

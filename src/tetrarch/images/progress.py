@@ -1,0 +1,67 @@
+"""Tells the user how far a download is, on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Reporter:
+    """Says nothing: for use from a program."""
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def transfer(self, title: str, size: int) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: None
+
+
+class TerminalReporter(Reporter):
+    """Progress bars on a terminal; one line per download elsewhere."""
+
+    def __init__(self) -> None:
+        self._interactive = sys.stderr.isatty()
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        if not self._interactive:
+            yield
+            return
+        from rich.console import Console
+
+        with Console(stderr=True).status(title):
+            yield
+
+    @contextmanager
+    def transfer(self, title: str, size: int) -> Iterator[Callable[[int, int], None]]:
+        if not self._interactive:
+            print(f"Fetching {title} ({size / 1e6:.1f} MB)", file=sys.stderr, flush=True)
+            yield lambda done, total: None
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        ) as bar:
+            task = bar.add_task(title, total=size)
+
+            def advance(done: int, total: int) -> None:
+                bar.update(task, completed=min(done, total), total=total)
+
+            yield advance

@@ -1,0 +1,144 @@
+"""From a name to a guest in the cache: fetch what is missing, build, store."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tetrarch.errors import ConfigError, ImageError
+from tetrarch.images.archive import Archive, ArchiveError, Package, sha256_of
+from tetrarch.images.cache import Cache, CachedGuest
+from tetrarch.images.default_guest import (
+    BUSYBOX_PACKAGE,
+    RECIPE_VERSION,
+    BuiltGuest,
+    build_guest,
+)
+from tetrarch.images.progress import Reporter
+
+DEFAULT_IMAGE = "debian"
+
+# The names a user types, and the meta package of Debian behind each.
+IMAGES = {
+    "debian": "linux-image-cloud-amd64",
+    "debian-amd64": "linux-image-amd64",
+    "debian-rt": "linux-image-rt-amd64",
+}
+
+_PACKAGE_NAME = re.compile(r"^linux-image-[a-z0-9][a-z0-9.+-]*$")
+
+
+class UnknownImageError(ConfigError):
+    """A name that is no image of ours and no Debian kernel package."""
+
+
+def package_of(name: str) -> str:
+    """The Debian package that an image name stands for."""
+    if name in IMAGES:
+        return IMAGES[name]
+    if _PACKAGE_NAME.match(name):
+        return name
+    raise UnknownImageError(
+        f"no image is called {name!r}; there are {', '.join(IMAGES)}, "
+        "and any linux-image package of Debian"
+    )
+
+
+def ensure(cache: Cache, name: str, reporter: Reporter) -> CachedGuest:
+    """The cached guest, without network if it is there; else it is pulled."""
+    package_of(name)
+    guest = cache.find(name)
+    if guest is not None and guest.manifest.recipe == RECIPE_VERSION:
+        return guest
+    with cache.lock():
+        guest = cache.find(name)  # another run may have built it while we waited
+        if guest is not None and guest.manifest.recipe == RECIPE_VERSION:
+            return guest
+        if guest is not None and _packages_are_whole(cache, guest):
+            return _rebuild(cache, guest)
+        return _pull(cache, name, reporter)
+
+
+def pull(cache: Cache, name: str, reporter: Reporter) -> CachedGuest:
+    """Fetches the newest version that apt knows, and builds the guest from it."""
+    package_of(name)
+    with cache.lock():
+        return _pull(cache, name, reporter)
+
+
+def rebuild(cache: Cache, name: str) -> CachedGuest:
+    """Builds the cached guest anew from the cached packages, without network."""
+    with cache.lock():
+        return _rebuild(cache, _with_packages(cache, name))
+
+
+def build(cache: Cache, name: str, overlay: Path | None) -> BuiltGuest:
+    """Builds from the cached packages, without network; the cache stays as it is."""
+    if overlay is not None and not overlay.is_dir():
+        raise ImageError(f"{overlay} is no directory; name one whose files go into the initramfs")
+    return build_guest(*_debs(cache, _with_packages(cache, name)), overlay=overlay)
+
+
+def _with_packages(cache: Cache, name: str) -> CachedGuest:
+    package_of(name)
+    guest = cache.find(name)
+    if guest is None or not _packages_are_whole(cache, guest):
+        raise ArchiveError(
+            f"the packages of {name} are not in the cache; run: tetrarch image pull {name}"
+        )
+    return guest
+
+
+def _pull(cache: Cache, name: str, reporter: Reporter) -> CachedGuest:
+    archive = Archive(cache.apt)
+    with reporter.step(f"Looking up {package_of(name)}"):
+        kernel = archive.resolve(package_of(name))
+        busybox = archive.resolve(BUSYBOX_PACKAGE)
+    known = cache.find(name)
+    if (
+        known is not None
+        and known.manifest.recipe == RECIPE_VERSION
+        and known.manifest.packages == {p.filename: p.sha256 for p in (kernel, busybox)}
+    ):
+        return known
+    try:
+        debs = [_download(archive, cache, package, reporter) for package in (kernel, busybox)]
+    except ArchiveError:
+        # The lists may name versions that the mirror has since dropped.
+        archive.refresh()
+        kernel = archive.resolve(package_of(name))
+        busybox = archive.resolve(BUSYBOX_PACKAGE)
+        debs = [_download(archive, cache, package, reporter) for package in (kernel, busybox)]
+    with reporter.step(f"Building the initramfs for {kernel.name}"):
+        built = build_guest(debs[0], debs[1])
+        return cache.store(
+            name,
+            built,
+            package=kernel.name,
+            version=kernel.version,
+            packages={package.filename: package.sha256 for package in (kernel, busybox)},
+        )
+
+
+def _download(archive: Archive, cache: Cache, package: Package, reporter: Reporter) -> Path:
+    with reporter.transfer(f"{package.name} {package.version}", package.size) as progress:
+        return archive.download(package, cache.packages, progress)
+
+
+def _rebuild(cache: Cache, guest: CachedGuest) -> CachedGuest:
+    manifest = guest.manifest
+    built = build_guest(*_debs(cache, guest))
+    return cache.store(manifest.name, built, manifest.package, manifest.version, manifest.packages)
+
+
+def _debs(cache: Cache, guest: CachedGuest) -> tuple[Path, Path]:
+    kernel, busybox = (cache.packages / file for file in guest.manifest.packages)
+    return kernel, busybox
+
+
+def _packages_are_whole(cache: Cache, guest: CachedGuest) -> bool:
+    packages = guest.manifest.packages
+    return len(packages) == 2 and all(
+        (cache.packages / file).is_file() and sha256_of(cache.packages / file) == digest
+        for file, digest in packages.items()
+    )

@@ -1,0 +1,118 @@
+"""What a machine is made of, checked before anything is made.
+
+The same model serves ``Machine(...)`` and the command line; what is wrong with
+it is one line that names the option, the cause and the mend.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tetrarch.errors import ConfigError
+
+__all__ = ["MIB", "MachineConfig", "make_config", "parse_size"]
+
+MIB = 1 << 20
+PAGE_SIZE = 4096
+
+DEFAULT_MEMORY = 512 * MIB
+# The boot data below 1 MiB and the smallest of kernels; less cannot start.
+MEMORY_MIN = 4 * MIB
+# 46 bits of physical address is what Linux on x86 takes with 4-level paging
+# (Documentation/x86/x86_64/mm.rst); no host of ours has as much.
+MEMORY_MAX = 1 << 46
+VCPUS_MAX = 1
+
+_SIZE = re.compile(r"^(\d+)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
+_UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(value: object) -> int:
+    """Bytes in "512M", "2G", or a bare number, which counts MiB."""
+    match = None if isinstance(value, bool) else _SIZE.match(str(value).strip())
+    if match is None:
+        raise ValueError(f"{value!r} is no size; write 512M, 2G or a number of MiB")
+    size = int(match[1]) * _UNITS[match[2].upper()]
+    if size % PAGE_SIZE:
+        raise ValueError(f"{value!r} is no multiple of 4 KiB; round it up")
+    if size < MEMORY_MIN:
+        raise ValueError(
+            f"{value!r} is too little for a machine; give {MEMORY_MIN // MIB}M or more"
+        )
+    if size > MEMORY_MAX:
+        raise ValueError(f"{value!r} is more than a machine can address; give less than 64T")
+    return size
+
+
+def _cpu_count(value: object) -> int:
+    if isinstance(value, bool) or not str(value).isdecimal() or int(str(value)) < 1:
+        raise ValueError(f"{value!r} is no number of CPUs; give 1")
+    count = int(str(value))
+    if count > VCPUS_MAX:
+        raise ValueError(f"{count} CPUs are more than this version can run; give 1")
+    return count
+
+
+def _text(value: object) -> object:
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("it holds a zero byte; remove it")
+    return value
+
+
+def _path(value: object) -> object:
+    if value == "" or (isinstance(value, str) and "\0" in value):
+        raise ValueError(f"{value!r} is no file name; name a file")
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_path)]
+
+
+class MachineConfig(BaseModel):
+    """One machine, as its user describes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kernel: FilePath | None = None
+    """bzImage or ELF vmlinux; None is the default guest."""
+    initrd: FilePath | None = None
+    append: Annotated[str, BeforeValidator(_text)] | None = None
+    """The kernel's whole command line; None is the default one."""
+    memory: Annotated[int, BeforeValidator(parse_size)] = Field(
+        default=DEFAULT_MEMORY, validate_default=False
+    )
+    """In bytes; "512M", "2G", or a bare number of MiB when given."""
+    cpus: Annotated[int, BeforeValidator(_cpu_count)] = 1
+    engine: Literal["auto", "bt", "kvm"] = "auto"
+    debug_exit: bool = False
+    """A port 0xF4 with which the guest ends the run with a value."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "tetrarch"
+
+
+_MENDS = {
+    "engine": "{value!r} is no engine; there are auto, bt and kvm",
+    "name": "{value!r} is no name; use up to 64 letters, digits, '.', '_' and '-'",
+    "debug_exit": "{value!r} is neither true nor false",
+}
+
+
+def make_config(values: dict[str, Any]) -> MachineConfig:
+    """The checked configuration. Raises ConfigError with one line."""
+    try:
+        return MachineConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    option = str(first["loc"][0]) if first["loc"] else "configuration"
+    if first["type"] == "extra_forbidden":
+        return f"{option}: there is no such option"
+    if option in _MENDS:
+        return f"{option}: {_MENDS[option].format(value=first['input'])}"
+    return f"{option}: {first['msg'].removeprefix('Value error, ')}"

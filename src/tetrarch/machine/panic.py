@@ -1,0 +1,98 @@
+"""Sees that a Linux guest has panicked and will stay so.
+
+With reboot off (panic=0, the kernel's default) a panic ends in a loop that
+never halts and never leaves the kernel (Linux, kernel/panic.c: panic() prints
+"---[ end Kernel panic - not syncing: ..." and then delays forever), so the CPU
+shows nothing: no triple fault, no halt with interrupts off. The line on the
+console is the only sign, and anybody may print such a line: a log file shown
+with cat has it too. So the line only raises a suspicion. It holds while
+
+- nothing more comes on the console (a panicked kernel is silent after it),
+- the vCPU is busy (an idle guest is not, its shell waits in HLT), and
+- the vCPU is found in the kernel, ring 0, again and again.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["PanicWatch"]
+
+_PANIC_LINE = re.compile(
+    rb"^(?:\[ *\d+\.\d+\](?:\[[^]]*\])? )?---\[ end (Kernel panic - not syncing: .*?) \]---\s*$"
+)
+# A console line is rarely longer; the rest of a longer one is not looked at.
+_LINE_BYTES_MAX = 1024
+# One check a quarter of a second; this many in a row make a panic of a suspicion.
+_INTERVAL_S = 0.25
+_CHECKS = 4
+# Far above an idle guest and far below a spinning one, whose thread may have to
+# share its host CPU.
+_BUSY_SHARE = 0.2
+
+
+class PanicWatch:
+    """Follows the console's output; calls ``on_panic`` with the panic's message.
+
+    ``cpu_time`` is the processor time of the vCPU's thread in seconds;
+    ``in_kernel`` looks where the vCPU is.
+    """
+
+    def __init__(
+        self,
+        cpu_time: Callable[[], float],
+        in_kernel: Callable[[], bool],
+        on_panic: Callable[[str], None],
+        interval: float = _INTERVAL_S,
+    ) -> None:
+        self._cpu_time = cpu_time
+        self._in_kernel = in_kernel
+        self._on_panic = on_panic
+        self._interval = interval
+        self._line = bytearray()
+        # Written by the vCPU's thread, read by the checking thread: one reference.
+        self._suspicion: str | None = None
+        self._closed = threading.Event()
+
+    def feed(self, data: bytes) -> None:
+        """Takes output of the guest, on the vCPU's thread."""
+        for byte in data:
+            if byte == 0x0A:
+                self._end_line()
+            elif byte != 0x0D:
+                self._suspicion = None
+                if len(self._line) < _LINE_BYTES_MAX:
+                    self._line.append(byte)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _end_line(self) -> None:
+        line = bytes(self._line)
+        self._line.clear()
+        match = _PANIC_LINE.match(line)
+        if match is not None:
+            suspicion = match[1].decode("utf-8", "replace")
+            self._suspicion = suspicion
+            threading.Thread(
+                target=self._check, args=(suspicion,), name="panic-watch", daemon=True
+            ).start()
+
+    def _check(self, suspicion: str) -> None:
+        good = 0
+        while good < _CHECKS:
+            cpu_before, wall_before = self._cpu_time(), time.monotonic()
+            if self._closed.wait(self._interval) or self._suspicion is not suspicion:
+                return
+            busy = (self._cpu_time() - cpu_before) / (time.monotonic() - wall_before)
+            if busy < _BUSY_SHARE:
+                good = 0  # idle, or crowded out by others: look again
+            elif self._in_kernel():
+                good += 1
+            else:
+                return  # a program runs: the line was only text
+        if not self._closed.is_set() and self._suspicion is suspicion:
+            self._on_panic(suspicion)

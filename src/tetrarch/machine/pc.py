@@ -1,0 +1,106 @@
+"""The small PC: which devices there are, where they are, how they are wired.
+
+    memory      0 up to 3 GiB, the rest from 4 GiB     RAM
+                0xFEC00000, 0xFEE00000                 IOAPIC, LAPIC: in the engine
+    ports       0x020 0x0A0 0x4D0, 0x040 0x061         PICs, PIT: in the engine
+                the rows of the table below            devices of ours
+
+What nobody claims reads as ones, and writes to it are lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from tetrarch.devices import (
+    I8042,
+    AcpiPm,
+    DebugExit,
+    ResetCf9,
+    RtcCmos,
+    Uart16550,
+    acpi_pm,
+    debug_exit,
+    i8042,
+    reset_cf9,
+    rtc_cmos,
+    uart16550,
+)
+from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.status import ExitStatus, StopReason
+
+if TYPE_CHECKING:
+    from tetrarch._native import Device
+
+if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
+    from tetrarch._native import Device, Vm
+
+__all__ = ["Pc", "assemble_pc"]
+
+
+class PortRange(NamedTuple):
+    base: int
+    length: int
+    device: Device
+
+
+@dataclass(frozen=True)
+class Pc:
+    """The devices of one PC that its machine talks to."""
+
+    uart: Uart16550
+    rtc: RtcCmos
+    acpi: AcpiPm
+    ports: tuple[PortRange, ...]
+
+    def close(self) -> None:
+        """Ends what runs beside the vCPUs."""
+        self.rtc.close()
+
+
+def assemble_pc(
+    vm: Vm,
+    config: MachineConfig,
+    output: Callable[[bytes], None],
+    end: Callable[[ExitStatus], None],
+) -> Pc:
+    """Makes the devices and attaches them to ``vm``.
+
+    ``output`` takes what the serial line sends; ``end`` is called, on a vCPU's
+    thread, when the guest switches the machine off or resets it.
+    """
+
+    def line(gsi: int) -> Callable[[bool], None]:
+        return lambda level: vm.irq_line(gsi, level)
+
+    def power_off() -> None:
+        end(ExitStatus(StopReason.POWERED_OFF, "by ACPI"))
+
+    def reset(by: str) -> Callable[[], None]:
+        return lambda: end(ExitStatus(StopReason.RESET, f"by {by}"))
+
+    def leave(value: int) -> None:
+        end(ExitStatus(StopReason.DEBUG_EXIT, value=value))
+
+    uart = Uart16550(line(uart16550.GSI), output)
+    rtc = RtcCmos(line(rtc_cmos.GSI), vm.clock_ns, vm.ram)
+    keyboard = I8042(line(i8042.GSI), reset("the keyboard controller"))
+    acpi = AcpiPm(line(acpi_pm.GSI), vm.clock_ns, power_off)
+    reset_control = ResetCf9(reset("port 0xCF9"))
+
+    ports = [
+        PortRange(i8042.DATA_PORT, 1, keyboard.data),  # GSI 1
+        PortRange(i8042.STATUS_PORT, 1, keyboard.status),
+        PortRange(rtc_cmos.PORT_BASE, rtc_cmos.PORTS, rtc),  # GSI 8
+        PortRange(uart16550.PORT_BASE, uart16550.PORTS, uart),  # GSI 4
+        PortRange(acpi_pm.PORT_BASE, acpi_pm.PORTS, acpi),  # GSI 9, level
+        PortRange(reset_cf9.PORT_BASE, reset_cf9.PORTS, reset_control),
+    ]
+    if config.debug_exit:
+        ports.append(PortRange(debug_exit.PORT_BASE, debug_exit.PORTS, DebugExit(leave)))
+
+    for base, length, device in ports:
+        vm.attach_ports(base, length, device)
+    return Pc(uart, rtc, acpi, tuple(ports))

@@ -1,0 +1,112 @@
+"""A machine whose CPU is a Python function.
+
+It stands in for ``tetrarch._native.Vm`` where a test is about devices, about
+how a machine ends, or about anything else that needs no instruction.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a protocol: of the stub file alone
+    from tetrarch._native import Device
+
+__all__ = ["ScriptedVcpu", "ScriptedVm"]
+
+
+Script = Callable[["ScriptedVm"], str]
+
+
+class ScriptedVm:
+    """Memory, ports and interrupt lines; ``script`` is what the vCPU does in run()."""
+
+    def __init__(self, script: Script, memory: int = 16 << 20) -> None:
+        self.script = script
+        self.lines: list[tuple[int, bool]] = []
+        """Each change of an interrupt line: (GSI, level)."""
+        self.registers = {"idtr_limit": 0xFFF, "cs_selector": 0x10}
+        self._memory = bytearray(memory)
+        self._ports: list[tuple[int, int, Device]] = []
+        self._stop = threading.Event()
+        self._begun = time.monotonic_ns()
+
+    @property
+    def ram(self) -> list[tuple[int, int]]:
+        return [(0, len(self._memory))]
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        return bytes(self._memory[address : address + length])
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        self._memory[address : address + len(data)] = data
+
+    def attach_ports(self, base: int, length: int, device: Device) -> None:
+        self._ports.append((base, length, device))
+
+    def attach_mmio(self, base: int, length: int, device: Device) -> None:
+        raise ValueError("a scripted machine has ports only")
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        self.lines.append((gsi, level))
+
+    def msi(self, address: int, data: int) -> None:
+        pass
+
+    def clock_ns(self) -> int:
+        return time.monotonic_ns() - self._begun
+
+    def vcpu(self, index: int) -> ScriptedVcpu:
+        return ScriptedVcpu(self)
+
+    def request_stop(self) -> None:
+        self._stop.set()
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        return {"exits": {"io": 0}}
+
+    # What a script uses.
+
+    def port_out(self, port: int, value: int, size: int = 1) -> None:
+        for base, length, device in self._ports:
+            if base <= port < base + length:
+                device.write(port - base, size, value)
+
+    def port_in(self, port: int, size: int = 1) -> int:
+        for base, length, device in self._ports:
+            if base <= port < base + length:
+                return device.read(port - base, size)
+        return (1 << 8 * size) - 1
+
+    def wait_for_stop(self) -> str:
+        """As an idle guest: sleeps until it is stopped."""
+        self._stop.wait()
+        return "stopped"
+
+    def spin_until_stop(self) -> str:
+        """As a guest in an endless loop."""
+        while not self._stop.is_set():
+            pass
+        return "stopped"
+
+
+class ScriptedVcpu:
+    """Runs the machine's script."""
+
+    def __init__(self, vm: ScriptedVm) -> None:
+        self._vm = vm
+
+    def run(self) -> str:
+        self._vm._stop.clear()
+        return self._vm.script(self._vm)
+
+    def regs(self) -> dict[str, int]:
+        return dict(self._vm.registers)
+
+    def set_regs(self, values: dict[str, int]) -> None:
+        self._vm.registers.update(values)
+
+    def dump(self) -> str:
+        return "RIP=0000000000000000"

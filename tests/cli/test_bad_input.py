@@ -1,0 +1,83 @@
+"""Whatever a user does wrong gives one clear line and the right exit code."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Cli
+from tests.machine import guests
+
+from tetrarch.testing import pvh_kernel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--engine", "tcg"], 2, "'tcg' is no engine"),
+        (["--engine", "kvm"], 1, "use --engine bt"),
+        (["--bogus"], 2, "--bogus"),
+        (["extra"], 2, "extra"),
+        (["--memory", "lots"], 2, "'lots' is no size"),
+        (["--memory", "0"], 2, "too little"),
+        (["--cpus", "2"], 2, "give 1"),
+        (["--timeout", "0"], 2, "no time to wait"),
+        (["--timeout", "nan"], 2, "no time to wait"),
+        (["--timeout", "soon"], 2, "--timeout"),
+        (["--console", "tape"], 2, "'tape' is no console"),
+        (["--console", "file="], 2, "is no console"),
+        (["--image", "debian", "--kernel", "x"], 2, "give one of them"),
+        (["--kernel", "/nonexistent"], 1, "/nonexistent"),
+        (["--kernel", "/"], 1, "is a directory"),
+        (["--kernel", "/dev/zero"], 1, "/dev/zero"),
+        (["--image", "nope"], 2, "no image is called 'nope'"),
+    ],
+)
+def test_bad_run_option(cli: Cli, arguments: list[str], code: int, message: str) -> None:
+    done = cli("run", *arguments)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_unknown_command(cli: Cli) -> None:
+    done = cli("fly")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 4096, 1 << 20])
+def test_random_file_as_kernel(cli: Cli, tmp_path: Path, size: int) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(random.Random(size).randbytes(size))
+    done = cli("run", "--kernel", kernel)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
+def test_initrd_larger_than_memory(cli: Cli, tmp_path: Path) -> None:
+    kernel, initrd = tmp_path / "kernel", tmp_path / "initrd"
+    kernel.write_bytes(pvh_kernel(guests.POWER_OFF))
+    with initrd.open("wb") as file:
+        file.truncate(64 << 20)
+    done = cli("run", "--kernel", kernel, "--initrd", initrd, "--memory", "16M")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "initrd" in done.stderr
+
+
+def test_memory_that_no_host_has(cli: Cli, tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(guests.POWER_OFF))
+    done = cli("run", "--kernel", kernel, "--memory", "60T")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "--memory" in done.stderr
+
+
+def test_no_apt_and_no_cached_guest(cli: Cli, tmp_path: Path) -> None:
+    done = cli("run", PATH=str(tmp_path))
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "no apt-get" in done.stderr
+
+
+def test_cache_in_a_place_that_cannot_be(cli: Cli) -> None:
+    done = cli("image", "pull", XDG_CACHE_HOME=os.devnull)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)

@@ -1,0 +1,122 @@
+"""``tetrarch run`` with guests of a few bytes: output, exit codes, terminal."""
+
+import json
+import os
+import signal
+import sys
+import termios
+from pathlib import Path
+
+import pexpect
+import pytest
+from tests.cli.conftest import Cli
+from tests.machine import guests
+
+from tetrarch.testing import pvh_kernel
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "exit_code"),
+    [
+        (guests.POWER_OFF, [], 0),
+        (guests.TRIPLE_FAULT_ON_PURPOSE, [], 0),
+        (guests.TRIPLE_FAULT, [], 3),
+        (guests.JUMP_TO_NOWHERE, [], 3),
+        (guests.ENDLESS_LOOP, ["--timeout", "0.3"], 124),
+        (guests.DEBUG_EXIT_16, ["--debug-exit"], 33),
+    ],
+    ids=["power-off", "reset", "ud2", "nowhere", "timeout", "debug-exit"],
+)
+def test_exit_codes(
+    cli: Cli, tmp_path: Path, code: bytes, options: list[str], exit_code: int
+) -> None:
+    done = cli("run", "--engine", "bt", "--kernel", write(tmp_path, code), *options)
+    assert done.returncode == exit_code
+    assert done.stdout == ""
+    assert done.stderr.startswith("tetrarch: engine bt (")
+
+
+def test_standard_output_is_the_guests_alone(cli: Cli, tmp_path: Path) -> None:
+    kernel = write(tmp_path, guests.say(b"hello\r\n") + guests.POWER_OFF)
+    done = cli("run", "--kernel", kernel, "--stats")
+    assert done.stdout == "hello\n"
+    assert "exits" in done.stderr
+
+
+def test_crash_dump_goes_to_standard_error(cli: Cli, tmp_path: Path) -> None:
+    done = cli("run", "--kernel", write(tmp_path, guests.TRIPLE_FAULT))
+    assert "tetrarch: the guest crashed: triple fault" in done.stderr
+    assert "rip" in done.stderr.lower()
+
+
+def test_json_report_is_the_last_line(cli: Cli, tmp_path: Path) -> None:
+    done = cli("run", "--kernel", write(tmp_path, guests.POWER_OFF), "--json", "--name", "one")
+    report = json.loads(done.stderr.splitlines()[-1])
+    assert report["status"] == "powered-off"
+    assert (report["name"], report["engine"], report["exit_code"]) == ("one", "bt", 0)
+
+
+def test_console_into_a_file(cli: Cli, tmp_path: Path) -> None:
+    kernel = write(tmp_path, guests.say(b"to a file") + guests.POWER_OFF)
+    done = cli("run", "--kernel", kernel, "--console", f"file={tmp_path / 'log'}")
+    assert done.stdout == ""
+    assert (tmp_path / "log").read_bytes() == b"to a file"
+
+
+def test_engines_as_json(cli: Cli) -> None:
+    rows = {row["name"]: row for row in json.loads(cli("engines", "--json").stdout)}
+    assert rows["bt"]["available"]
+    assert rows["kvm"]["reason"]
+
+
+def test_empty_cache_is_listed(cli: Cli) -> None:
+    assert json.loads(cli("image", "ls", "--json").stdout) == []
+
+
+def spawn_echo(tmp_path: Path) -> "pexpect.spawn[str]":
+    kernel = write(tmp_path, guests.say(b"ready") + guests.ECHO)
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "tetrarch", "run", "--kernel", str(kernel)],
+        encoding="utf-8",
+        timeout=30,
+    )
+    child.expect("ready")
+    return child
+
+
+def write(tmp_path: Path, code: bytes) -> Path:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(code))
+    return kernel
+
+
+def echoes(fd: int) -> bool:
+    return bool(termios.tcgetattr(fd)[3] & termios.ECHO)
+
+
+def test_leave_key_ends_the_run_and_restores_the_terminal(tmp_path: Path) -> None:
+    # This end of the pseudo-terminal shows the attributes of the other.
+    child = spawn_echo(tmp_path)
+    assert not echoes(child.child_fd)
+    child.send("a\x03b")  # Ctrl-C is the guest's
+    child.expect_exact("a\x03b")
+    child.send("\x1d")
+    child.expect("was stopped")
+    child.wait()
+    assert child.exitstatus == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_terminal_is_restored_when_a_signal_ends_us(tmp_path: Path, signum: signal.Signals) -> None:
+    # A shell between us and the program keeps the terminal open after its end.
+    kernel = write(tmp_path, guests.say(b"ready") + guests.ECHO)
+    shell = pexpect.spawn("/bin/bash", ["--norc", "-i"], encoding="utf-8", timeout=30)
+    show_echo = "stty -a | tr ' ;' '\\n\\n' | grep 'echo$'"
+    shell.sendline(f"{sys.executable} -m tetrarch run --kernel {kernel}; echo rc=$?; {show_echo}")
+    shell.expect("ready")
+    children = Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signum)
+    shell.expect(r"rc=\d+")
+    shell.expect(r"[^-]echo\r")
+    shell.close(force=True)

@@ -1,0 +1,305 @@
+"""The UART, driven as Linux's 8250 driver does and by the data sheet."""
+
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tetrarch.devices.uart16550 import Uart16550, UartCore
+from tetrarch.errors import StateError
+
+DATA, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
+FCR = IIR
+
+
+class Line:
+    def __init__(self) -> None:
+        self.level = False
+        self.edges = 0
+
+    def __call__(self, level: bool) -> None:
+        assert level != self.level
+        self.level = level
+        self.edges += level
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.line = Line()
+        self.sent = bytearray()
+        self.uart = Uart16550(self.line, self.sent.extend)
+
+    def raised(self) -> bool:
+        return self.line.level
+
+    def get(self, offset: int) -> int:
+        return self.uart.read(offset, 1)
+
+    def put(self, offset: int, value: int) -> None:
+        self.uart.write(offset, 1, value)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_linux_autoconfig_finds_a_16550a(bench: Bench) -> None:
+    # drivers/tty/serial/8250/8250_port.c, autoconfig() and autoconfig_16550a(), step by step.
+    bench.put(IER, 0)
+    assert bench.get(IER) & 0x0F == 0
+    bench.put(IER, 0x0F)
+    assert bench.get(IER) & 0x0F == 0x0F
+    bench.put(IER, 0)
+
+    bench.put(MCR, 0x10 | 0x0A)
+    assert bench.get(MSR) & 0xF0 == 0x90
+    bench.put(MCR, 0)
+
+    bench.put(LCR, 0xBF)
+    bench.put(FCR, 0)  # EFR on later chips
+    bench.put(LCR, 0)
+    bench.put(FCR, 1)
+    assert bench.get(IIR) >> 6 == 3
+    bench.put(LCR, 0x80)
+    assert bench.get(IIR) != 0  # no EFR: not a 16650
+    bench.put(LCR, 0xBF)
+    assert bench.get(IIR) != 0
+
+    bench.put(LCR, 0)
+    bench.put(FCR, 1)
+    without = bench.get(IIR) >> 5
+    bench.put(FCR, 0)
+    bench.put(LCR, 0x80)
+    bench.put(FCR, 0x21)
+    assert (without, bench.get(IIR) >> 5) == (6, 6)  # no 64-byte FIFO: not a TI16750
+    bench.put(LCR, 0)
+    bench.put(IER, 0x40)
+    assert not bench.get(IER) & 0x40  # no UUE bit: not an XScale
+
+
+def test_linux_thre_and_txen_tests_find_no_bugs(bench: Bench) -> None:
+    for _ in range(2):
+        bench.put(IER, 0x02)
+        assert bench.get(IIR) & 0x0F == 0x02
+        bench.put(IER, 0)
+    bench.put(IER, 0x02)
+    assert bench.get(LSR) & 0x60 == 0x60
+    assert not bench.get(IIR) & 1
+    bench.put(IER, 0)
+
+
+def test_transmitted_bytes_reach_the_output_in_order(bench: Bench) -> None:
+    for byte in b"hello":
+        bench.put(DATA, byte)
+    assert bench.sent == b"hello"
+
+
+def test_thre_interrupt_goes_by_reading_iir_and_comes_by_writing(bench: Bench) -> None:
+    bench.put(IER, 0x02)
+    assert bench.raised()
+    assert bench.get(IIR) == 0x02
+    assert not bench.raised()
+    assert bench.get(IIR) == 0x01
+    bench.put(DATA, 0x41)
+    assert bench.raised()
+    assert bench.line.edges == 2
+
+
+def test_received_data_interrupts_until_it_is_read(bench: Bench) -> None:
+    bench.put(FCR, 0x01)
+    bench.put(IER, 0x01)
+    bench.uart.receive(b"ab")
+    assert bench.raised()
+    assert bench.get(IIR) == 0xC4
+    assert bench.get(LSR) & 1
+    assert [bench.get(DATA), bench.get(DATA)] == [*b"ab"]
+    assert not bench.raised()
+    assert not bench.get(LSR) & 1
+
+
+def test_below_the_trigger_level_it_is_a_timeout(bench: Bench) -> None:
+    bench.put(FCR, 0xC1)  # 14 bytes
+    bench.put(IER, 0x01)
+    bench.uart.receive(b"x" * 13)
+    assert bench.get(IIR) == 0xCC
+    bench.uart.receive(b"x")
+    assert bench.get(IIR) == 0xC4
+
+
+def test_interrupts_come_by_priority() -> None:
+    core = UartCore()
+    core.write(FCR, 0x01)
+    core.write(MCR, 0x1F)
+    core.write(MCR, 0x0F)  # loop left: modem inputs have changed
+    core.write(IER, 0x0F)
+    core.receive(b"x" * 17)
+    assert core.read(IIR) == 0xC6
+    assert core.read(LSR) & 0x02
+    assert core.read(IIR) == 0xC4
+    for _ in range(16):
+        core.read(DATA)
+    assert core.read(IIR) == 0xC2
+    assert core.read(IIR) == 0xC0
+    core.read(MSR)
+    assert core.read(IIR) == 0xC1
+    assert not core.irq
+
+
+def test_overrun_without_fifo_keeps_the_newest_byte() -> None:
+    core = UartCore()
+    core.receive(b"ab")
+    assert core.read(LSR) & 0x03 == 0x03
+    assert core.read(LSR) & 0x03 == 0x01
+    assert core.read(DATA) == ord("b")
+
+
+def test_overrun_with_fifo_keeps_the_oldest_bytes() -> None:
+    core = UartCore()
+    core.write(FCR, 0x01)
+    core.receive(bytes(range(20)))
+    assert core.read(LSR) & 0x02
+    assert [core.read(DATA) for _ in range(16)] == list(range(16))
+
+
+def test_input_beyond_the_fifo_waits_and_nothing_is_lost(bench: Bench) -> None:
+    text = bytes(range(256)) * 8
+    bench.put(FCR, 0x01)
+    bench.uart.receive(text)
+    got = bytearray()
+    while bench.get(LSR) & 0x01:
+        got.append(bench.get(DATA))
+    assert got == text
+    assert bench.uart.queued == 0
+    assert not bench.get(LSR) & 0x02
+
+
+def test_input_before_the_driver_starts_is_not_lost(bench: Bench) -> None:
+    bench.uart.receive(b"early input")
+    # As Linux: probe with MCR, port startup clears the FIFOs and throws a byte away,
+    # then raises DTR and RTS.
+    bench.put(MCR, 0)
+    bench.put(FCR, 0x01)
+    bench.put(FCR, 0x07)
+    bench.put(FCR, 0x00)
+    bench.get(LSR)
+    bench.get(DATA)
+    bench.put(FCR, 0x81)
+    bench.put(IER, 0x05)
+    bench.put(MCR, 0x0B)
+    got = bytearray()
+    while bench.get(LSR) & 0x01:
+        got.append(bench.get(DATA))
+    assert got == b"early input"
+
+
+def test_without_rts_nothing_is_received(bench: Bench) -> None:
+    bench.put(MCR, 0x01)
+    bench.uart.receive(b"x")
+    assert not bench.get(LSR) & 0x01
+    bench.put(MCR, 0x03)
+    assert bench.get(LSR) & 0x01
+
+
+def test_guest_that_only_enables_the_interrupt_receives(bench: Bench) -> None:
+    # As xv6: MCR 0, IER 1.
+    bench.put(MCR, 0)
+    bench.uart.receive(b"x")
+    bench.put(IER, 0x01)
+    assert bench.raised()
+    assert bench.get(DATA) == ord("x")
+
+
+def test_loopback_returns_what_is_sent_and_sends_nothing(bench: Bench) -> None:
+    bench.put(FCR, 0x01)
+    bench.put(MCR, 0x10)
+    bench.put(DATA, 0x5A)
+    assert bench.get(DATA) == 0x5A
+    assert bench.sent == b""
+
+
+def test_modem_status_deltas_clear_by_reading(bench: Bench) -> None:
+    bench.put(MCR, 0x10)
+    bench.get(MSR)
+    bench.put(MCR, 0x14)  # OUT1 raises RI: no trailing edge yet
+    assert bench.get(MSR) == 0x40
+    bench.put(MCR, 0x10)
+    assert bench.get(MSR) == 0x04
+    assert bench.get(MSR) == 0x00
+
+
+def test_divisor_latch_hides_data_and_ier(bench: Bench) -> None:
+    bench.put(LCR, 0x83)
+    bench.put(DATA, 0x0C)
+    bench.put(IER, 0x01)
+    assert (bench.get(DATA), bench.get(IER)) == (0x0C, 0x01)
+    bench.put(LCR, 0x03)
+    assert bench.get(IER) == 0
+    assert bench.sent == b""
+
+
+def test_scratch_register_keeps_its_value(bench: Bench) -> None:
+    bench.put(SCR, 0xA5)
+    assert bench.get(SCR) == 0xA5
+
+
+def test_wide_access_is_a_row_of_byte_accesses(bench: Bench) -> None:
+    bench.uart.write(DATA, 2, 0x0241)
+    assert bench.sent == b"A"
+    assert bench.get(IER) == 0x02
+    assert bench.uart.read(SCR, 2) == 0xFF00
+
+
+def test_saved_state_continues_where_it_was(bench: Bench) -> None:
+    bench.put(FCR, 0x01)
+    bench.put(IER, 0x01)
+    bench.uart.receive(b"0123456789abcdefgh")
+    other = Bench()
+    other.uart.load(bench.uart.save())
+    assert other.raised()
+    assert bytes(other.get(DATA) for _ in range(18)) == b"0123456789abcdefgh"
+
+
+def test_state_of_another_version_is_refused(bench: Bench) -> None:
+    with pytest.raises(StateError, match="version 9"):
+        bench.uart.load(bench.uart.save() | {"version": 9})
+
+
+def test_input_from_another_thread_all_arrives(bench: Bench) -> None:
+    bench.put(FCR, 0x01)
+    bench.put(IER, 0x01)
+    text = bytes(i & 0xFF for i in range(5000))
+
+    def feed() -> None:
+        for i in range(0, len(text), 7):
+            bench.uart.receive(text[i : i + 7])
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    got = bytearray()
+    while len(got) < len(text):
+        if bench.get(LSR) & 1:
+            got.append(bench.get(DATA))
+    thread.join()
+    assert got == text
+    assert not bench.raised()
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-2, 9), st.integers(0, 255), st.booleans(), st.binary(max_size=20))
+    )
+)
+def test_line_follows_iir_whatever_the_guest_does(steps: list[Any]) -> None:
+    bench = Bench()
+    for offset, value, is_write, data in steps:
+        if is_write:
+            bench.put(offset, value)
+        else:
+            bench.get(offset)
+        bench.uart.receive(data)
+        level = bench.raised()
+        if not bench.uart.save()["lcr"] & 0x80:
+            assert level == (not bench.get(IIR) & 1)

@@ -1,0 +1,32 @@
+"""Guests of a few bytes: 32-bit code as the PVH entry starts it, at 1 MiB."""
+
+# mov edx, 0x604 ; mov eax, 0x3400 ; out dx, ax ; jmp $
+POWER_OFF = bytes.fromhex("ba04060000 b800340000 66ef ebfe")
+# mov al, 0xfe ; out 0x64, al ; jmp $
+KEYBOARD_RESET = bytes.fromhex("b0fe e664 ebfe")
+# mov edx, 0xcf9 ; mov al, 6 ; out dx, al ; jmp $
+CF9_RESET = bytes.fromhex("baf90c0000 b006 ee ebfe")
+# lidt [0x100008] ; int3 ; 0x100008: six bytes of 0
+TRIPLE_FAULT_ON_PURPOSE = bytes.fromhex("0f011d08001000 cc 000000000000")
+# ud2, with no IDT of the guest's
+TRIPLE_FAULT = bytes.fromhex("0f0b")
+# mov eax, 0xdeadbeef ; jmp eax
+JUMP_TO_NOWHERE = bytes.fromhex("b8efbeadde ffe0")
+# cli ; hlt ; jmp $-1
+HALT_FOREVER = bytes.fromhex("fa f4 ebfd")
+# jmp $
+ENDLESS_LOOP = bytes.fromhex("ebfe")
+# mov al, 0x10 ; out 0xf4, al ; jmp $
+DEBUG_EXIT_16 = bytes.fromhex("b010 e6f4 ebfe")
+# mov edx, 0x500 ; in al, dx ; inc al ; out dx, al ; POWER_OFF
+ANSWER_PORT_500 = bytes.fromhex("ba00050000 ec fec0 ee") + POWER_OFF
+# mov al, [0xd0000000] ; inc al ; mov [0xd0000004], al ; POWER_OFF
+ANSWER_MMIO = bytes.fromhex("a0000000d0 fec0 a2040000d0") + POWER_OFF
+# wait: mov edx, 0x3fd ; in al, dx ; test al, 1 ; jz wait
+# mov edx, 0x3f8 ; in al, dx ; out dx, al ; jmp wait
+ECHO = bytes.fromhex("bafd030000 ec a801 74f6 baf8030000 ec ee ebed")
+
+
+def say(text: bytes) -> bytes:
+    """Prints on COM1: mov edx, 0x3f8, then for each byte mov al, byte ; out dx, al."""
+    return bytes.fromhex("baf8030000") + b"".join(b"\xb0%c\xee" % byte for byte in text)

@@ -1,0 +1,129 @@
+"""Whole machines on the real engine, with guests of a few bytes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.machine import guests
+
+from tetrarch import Machine, StopReason
+from tetrarch.testing import pvh_kernel
+
+Make = Callable[..., Machine]
+
+# Each guest needs well under a second; a slow host may need more.
+LIMIT_S = 30
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def make(code: bytes, **options: object) -> Machine:
+        kernel = tmp_path / "kernel"
+        kernel.write_bytes(pvh_kernel(code))
+        return Machine(kernel=kernel, engine="bt", memory="16M", **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "exit_code"),
+    [
+        (guests.POWER_OFF, StopReason.POWERED_OFF, 0),
+        (guests.KEYBOARD_RESET, StopReason.RESET, 0),
+        (guests.CF9_RESET, StopReason.RESET, 0),
+        (guests.TRIPLE_FAULT_ON_PURPOSE, StopReason.RESET, 0),
+        (guests.TRIPLE_FAULT, StopReason.CRASHED, 3),
+        (guests.JUMP_TO_NOWHERE, StopReason.CRASHED, 3),
+        (guests.HALT_FOREVER, StopReason.CRASHED, 3),
+    ],
+    ids=["acpi", "keyboard", "cf9", "empty-idt", "ud2", "nowhere", "halt"],
+)
+def test_each_end_has_its_reason_and_code(
+    make: Make, code: bytes, reason: StopReason, exit_code: int
+) -> None:
+    status = make(code).run(LIMIT_S)
+    assert (status.reason, status.code) == (reason, exit_code)
+    assert bool(status.dump) == (reason is StopReason.CRASHED)
+
+
+def test_debug_exit_gives_the_value_as_qemu_does(make: Make) -> None:
+    status = make(guests.DEBUG_EXIT_16, debug_exit=True).run(LIMIT_S)
+    assert (status.reason, status.value, status.code) == (StopReason.DEBUG_EXIT, 16, 33)
+
+
+def test_endless_loop_is_stopped_at_the_timeout(make: Make) -> None:
+    status = make(guests.ENDLESS_LOOP).run(0.2)
+    assert (status.reason, status.code) == (StopReason.TIMEOUT, 124)
+
+
+def test_endless_loop_is_stopped_from_outside(make: Make) -> None:
+    with make(guests.ENDLESS_LOOP) as vm:
+        vm.start()
+        vm.stop()
+        assert vm.wait().reason is StopReason.STOPPED
+
+
+def test_console_shows_what_the_guest_prints(make: Make) -> None:
+    with make(guests.say(b"login: ") + guests.POWER_OFF) as vm:
+        vm.start()
+        assert vm.console.expect("login:", timeout=LIMIT_S) == "login:"
+
+
+def test_console_types_into_the_guest(make: Make) -> None:
+    with make(guests.ECHO) as vm:
+        vm.start()
+        vm.console.send("a line longer than the FIFO of the UART\n")
+        vm.console.expect("FIFO of the UART\n", timeout=LIMIT_S)
+
+
+class Recorder:
+    """Reads as 0x41 and keeps what is written."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, int, int]] = []
+
+    def read(self, offset: int, size: int) -> int:
+        return 0x41
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.writes.append((offset, size, value))
+
+
+def test_own_device_answers_on_ports(make: Make) -> None:
+    device = Recorder()
+    vm = make(guests.ANSWER_PORT_500)
+    vm.attach_ports(0x500, 8, device)
+    assert vm.run(LIMIT_S).ok
+    assert device.writes == [(0, 1, 0x42)]
+
+
+def test_own_device_answers_on_mmio(make: Make) -> None:
+    device = Recorder()
+    vm = make(guests.ANSWER_MMIO)
+    vm.attach_mmio(0xD000_0000, 0x1000, device)
+    assert vm.run(LIMIT_S).ok
+    assert device.writes == [(4, 1, 0x42)]
+
+
+class Broken(Recorder):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def read(self, offset: int, size: int) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_exception_in_a_device_comes_out_of_run(make: Make, error: BaseException) -> None:
+    vm = make(guests.ANSWER_PORT_500)
+    vm.attach_ports(0x500, 8, Broken(error))
+    with pytest.raises(type(error)) as raised:
+        vm.run(LIMIT_S)
+    assert raised.value is error
+
+
+def test_stats_count_exits(make: Make) -> None:
+    vm = make(guests.POWER_OFF)
+    vm.run(LIMIT_S)
+    assert vm.stats()["exits"]["port_out"] >= 1
