@@ -310,7 +310,7 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
             } else if let Some(at) = variable_mtrr(number) {
                 // Even: base and type. Odd: mask and valid bit.
                 let low = if at & 1 == 0 { 0xFF } else { 0x800 };
-                let allowed = (1 << PHYS_BITS) - 0x1000 | low;
+                let allowed = ((1 << PHYS_BITS) - 0x1000) | low;
                 if value & !allowed != 0 || at & 1 == 0 && !memory_type(value & 0xFF, false) {
                     return gp(0);
                 }

@@ -244,7 +244,6 @@ impl BtVcpu {
 
     /// Interprets one instruction.
     fn step(&mut self) -> Option<Exit> {
-        self.cpu.counts.interpreted += 1;
         match interp::step(&mut self.cpu) {
             Ok(()) => None,
             Err(stop) => self.stopped(stop),

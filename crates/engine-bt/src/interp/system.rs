@@ -68,10 +68,9 @@ fn own(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
         _ => match i.mnemonic() {
             M::Lmsw => lmsw(cpu, i),
             M::Smsw => smsw(cpu, i),
-            M::Clts => privileged(cpu).and_then(|()| {
+            M::Clts => privileged(cpu).map(|()| {
                 cpu.st.cr0 &= !cr::CR0_TS;
                 cpu.update_mode();
-                Ok(())
             }),
             M::Lgdt => load_table(cpu, i).map(|table| cpu.st.gdt = table),
             M::Lidt => load_table(cpu, i).map(|table| cpu.st.idt = table),
