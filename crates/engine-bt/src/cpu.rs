@@ -36,8 +36,7 @@ pub mod mode {
     /// SSE instructions run (FPU and CR4.OSFXSR).
     pub const SSE: u32 = 1 << 3;
     pub const AVX: u32 = 1 << 4;
-    pub const DF: u32 = 1 << 5;
-    /// RDTSC runs at this privilege level.
+    /// RDTSC runs in user mode.
     pub const TSC: u32 = 1 << 6;
     pub const FSGSBASE: u32 = 1 << 7;
     /// SYSCALL and SYSRET run (EFER.SCE).
@@ -175,8 +174,7 @@ impl Cpu {
             (fpu, mode::FPU),
             (sse, mode::SSE),
             (avx, mode::AVX),
-            (st.flags & flag::DF != 0, mode::DF),
-            (!user || st.cr4 & cr::CR4_TSD == 0, mode::TSC),
+            (st.cr4 & cr::CR4_TSD == 0, mode::TSC),
             (st.cr4 & cr::CR4_FSGSBASE != 0, mode::FSGSBASE),
             (st.efer & cr::EFER_SCE != 0, mode::SYSCALL),
         ] {
@@ -186,17 +184,24 @@ impl Cpu {
         }
         let alignment_checks =
             user && st.cr0 & cr::CR0_AM != 0 && st.flags & flag::AC != 0;
+        let backward = st.flags & flag::DF != 0;
         // A hardware breakpoint in DR7 needs the interpreter's checks, as TF does.
         let debug = st.flags & flag::TF != 0 || st.dr[7] & 0xFF != 0;
         if st.code64()
             && st.cr0 & cr::CR0_PG != 0
             && (user || st.cpl == 0)
             && !alignment_checks
+            && !backward
             && !debug
         {
             word |= mode::TRANSLATE;
         }
+        let changed = (st.mode ^ word) & !(mode::USER | mode::TRANSLATE);
         st.mode = word;
+        if changed != 0 {
+            // Branch targets are looked up by address and privilege alone.
+            self.tlb.flush_branches();
+        }
     }
 
     #[inline]

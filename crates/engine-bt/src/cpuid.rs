@@ -9,9 +9,10 @@
 //! Hidden for good reason: SMAP, UMIP, PKU, LA57, PCID, INVPCID, MPX, TSX,
 //! AVX-512, AMX, CET, MONITOR, VMX, SVM, RDPID, XSAVES and the PMU.
 
-use core::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+use core::arch::x86_64::_xgetbv;
 
 use iced_x86::CpuidFeature;
+use tetrarch_engine::cpuid::{Topology, brand, host, host_brand, host_is_intel};
 
 use crate::cpu::Cpu;
 use crate::mmu::PHYS_BITS;
@@ -117,7 +118,7 @@ pub const ARCH_CAPABILITIES: u64 =
 /// Answers of CPUID that are the same for all vCPUs, and what follows from them.
 pub struct CpuidTable {
     vendor: Vendor,
-    vcpus: u32,
+    topology: Topology,
     tsc_khz: u32,
     /// Leaf 0 and 0x8000_0000: EBX, ECX, EDX.
     vendor_string: [u32; 3],
@@ -132,18 +133,6 @@ pub struct CpuidTable {
     e5: [u32; 4],
     e6: [u32; 4],
     caches: Vec<[u32; 4]>,
-}
-
-/// The host's answer; zeros where it has no such leaf.
-fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
-    // Newer compilers have them as safe functions.
-    #[allow(unused_unsafe)]
-    // SAFETY: CPUID exists on every x86-64 CPU.
-    let (max, r) = unsafe { (__cpuid(leaf & 0x8000_0000).eax, __cpuid_count(leaf, subleaf)) };
-    if leaf > max {
-        return [0; 4];
-    }
-    [r.eax, r.ebx, r.ecx, r.edx]
 }
 
 /// XCR0 of the host: what its kernel lets us use.
@@ -163,37 +152,13 @@ unsafe fn read_xcr0() -> u64 {
     unsafe { _xgetbv(0) }
 }
 
-/// "Tetrarch bt on" and the host's brand, as much as fits 47 bytes and a NUL.
-fn brand(host_brand: &str) -> [u32; 12] {
-    let host_brand = host_brand.split_whitespace().collect::<Vec<_>>().join(" ");
-    let text = format!("Tetrarch bt on {host_brand}");
-    let mut bytes = [0u8; 48];
-    let len = text.len().min(47);
-    bytes[..len].copy_from_slice(&text.as_bytes()[..len]);
-    let mut words = [0; 12];
-    for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(4)) {
-        *word = u32::from_le_bytes([chunk[0], chunk[1], chunk[2], chunk[3]]);
-    }
-    words
-}
-
-fn host_brand() -> String {
-    let bytes: Vec<u8> = (0x8000_0002..=0x8000_0004)
-        .flat_map(|leaf| host(leaf, 0))
-        .flat_map(u32::to_le_bytes)
-        .take_while(|&byte| byte != 0)
-        .map(|byte| if byte.is_ascii_graphic() { byte } else { b' ' })
-        .collect();
-    String::from_utf8_lossy(&bytes).trim().to_owned()
-}
-
 impl CpuidTable {
     /// The table for this host. APIC IDs are the vCPU numbers.
     pub fn new(vcpus: u32, tsc_hz: u64) -> Self {
         let leaf0 = host(0, 0);
         let vendor_string = [leaf0[1], leaf0[2], leaf0[3]];
-        // "GenuineIntel"; whatever else is x86-64 follows AMD.
-        let intel = leaf0[1] == u32::from_le_bytes(*b"Genu");
+        let topology = Topology { vcpus };
+        let intel = host_is_intel();
         let vendor = if intel { Vendor::Intel } else { Vendor::Amd };
 
         let host1 = host(1, 0);
@@ -219,8 +184,8 @@ impl CpuidTable {
         if vcpus > 1 {
             edx |= bits::HTT;
         }
-        // CLFLUSH works on 64-byte lines; initial APIC ID comes at the query.
-        let l1 = [host1[0], 8 << 8 | (vcpus & 0xFF) << 16, ecx, edx];
+        // The initial APIC ID comes at the query.
+        let l1 = [host1[0], 0, ecx, edx];
 
         let mut e1 = [0, 0, host_e1[2] & bits::E1_ECX, host_e1[3] & bits::E1_EDX];
         e1[3] |= bits::E1_EDX_ALWAYS;
@@ -241,15 +206,7 @@ impl CpuidTable {
         let caches = (0..8)
             .map(|index| host(cache_leaf, index))
             .take_while(|leaf| leaf[0] & 0x1F != 0)
-            .map(|mut leaf| {
-                // One CPU shares each cache (EAX[25:14]); Intel puts the cores
-                // of the package, less one, above that.
-                leaf[0] &= 0x3FFF;
-                if intel {
-                    leaf[0] |= (vcpus.saturating_sub(1) & 0x3F) << 26;
-                }
-                leaf
-            })
+            .map(|leaf| topology.cache(leaf, intel))
             .collect();
 
         let mut e6 = host(0x8000_0006, 0);
@@ -258,7 +215,7 @@ impl CpuidTable {
         }
         Self {
             vendor,
-            vcpus,
+            topology,
             tsc_khz: (tsc_hz / 1000) as u32,
             vendor_string,
             l1,
@@ -266,7 +223,7 @@ impl CpuidTable {
             xsave_eax: if xsave { host(0xD, 1)[0] & bits::XSAVE_EAX } else { 0 },
             e1,
             e8_ebx,
-            brand: brand(&host_brand()),
+            brand: brand("bt", &host_brand()),
             leaf2: if intel { host(2, 0) } else { [0; 4] },
             e5: if intel { [0; 4] } else { host(0x8000_0005, 0) },
             e6,
@@ -337,11 +294,6 @@ impl CpuidTable {
         cpu.vm.irqchip.apic_base(cpu.id) & GLOBAL_ENABLE != 0
     }
 
-    /// Bits of an APIC ID that tell the vCPUs apart.
-    fn id_bits(&self) -> u32 {
-        self.vcpus.max(1).next_power_of_two().trailing_zeros()
-    }
-
     fn max_extended(&self) -> u32 {
         match self.vendor {
             Vendor::Intel => 0x8000_0008,
@@ -356,19 +308,15 @@ impl CpuidTable {
         match leaf {
             0 => [MAX_BASIC, b, c, d],
             1 => {
-                let [eax, ebx, ecx, edx] = self.l1;
-                [eax, ebx | (apic_id & 0xFF) << 24, ecx, edx]
+                let [eax, _, ecx, edx] = self.l1;
+                [eax, self.topology.leaf_1_ebx(apic_id), ecx, edx]
             }
             2 => self.leaf2,
             4 if !amd => self.caches.get(subleaf as usize).copied().unwrap_or([0; 4]),
             // ARAT: the APIC timer never stops.
             6 => [1 << 2, 0, 0, 0],
             7 if subleaf == 0 => self.l7,
-            0xB => match subleaf {
-                0 => [0, 1, 1 << 8, apic_id],
-                1 => [self.id_bits(), self.vcpus, 2 << 8 | 1, apic_id],
-                _ => [0, 0, subleaf & 0xFF, apic_id],
-            },
+            0xB => self.topology.leaf_b(subleaf, apic_id),
             0xD if self.xsave() => match subleaf {
                 0 => [self.xcr0_mask() as u32, 0, Self::xsave_size(self.xcr0_mask()), 0],
                 1 => [self.xsave_eax, 0, 0, 0],
@@ -397,8 +345,7 @@ impl CpuidTable {
             0x8000_0008 => {
                 let size = 48 << 8 | PHYS_BITS;
                 if amd {
-                    let cores = self.vcpus.saturating_sub(1) & 0xFF;
-                    [size, self.e8_ebx, self.id_bits() << 12 | cores, 0]
+                    [size, self.e8_ebx, self.topology.leaf_8000_0008_ecx(), 0]
                 } else {
                     [size, 0, 0, 0]
                 }
@@ -406,8 +353,9 @@ impl CpuidTable {
             0x8000_001D if amd && self.e1[2] & TOPOEXT != 0 => {
                 self.caches.get(subleaf as usize).copied().unwrap_or([0; 4])
             }
-            // One thread a core, one node.
-            0x8000_001E if amd && self.e1[2] & TOPOEXT != 0 => [apic_id, apic_id & 0xFF, 0, 0],
+            0x8000_001E if amd && self.e1[2] & TOPOEXT != 0 => {
+                self.topology.leaf_8000_001e(apic_id)
+            }
             0x8000_0021 if amd => [bits::E21_EAX, 0, bits::E21_ECX, 0],
             _ => [0; 4],
         }
@@ -509,14 +457,6 @@ mod tests {
 
     fn table(vcpus: u32) -> CpuidTable {
         CpuidTable::new(vcpus, 2_600_000_000)
-    }
-
-    #[test]
-    fn brand_names_the_engine_and_ends_in_nul() {
-        let words = brand("A very  long processor name that does not fit the leaf");
-        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-        assert!(bytes.starts_with(b"Tetrarch bt on A very long"));
-        assert_eq!(bytes[47], 0);
     }
 
     #[test]

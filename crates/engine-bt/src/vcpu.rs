@@ -124,9 +124,9 @@ impl BtVcpu {
                 }
                 continue;
             }
-            match self.resolve(self.cpu.st.rip) {
-                Ok(Some(index)) => {
-                    if let Some(exit) = self.run_translated(index)? {
+            match self.host_entry() {
+                Ok(Some(entry)) => {
+                    if let Some(exit) = self.run_translated(entry)? {
                         return Ok(exit);
                     }
                 }
@@ -281,6 +281,23 @@ impl BtVcpu {
     }
 
     // --- translated code ---
+
+    /// Where to enter translated code for RIP. `None`: to be interpreted.
+    fn host_entry(&mut self) -> Result<Option<u64>, Fault> {
+        let rip = self.cpu.st.rip;
+        let user = self.cpu.user();
+        let known = self.cpu.tlb.block.branches(user)[branch_index(rip)];
+        if known.target == rip {
+            return Ok(Some(known.host));
+        }
+        let Some(index) = self.resolve(rip)? else { return Ok(None) };
+        let Some(translator) = &self.translator else { return Ok(None) };
+        let host = translator.cache.lock().indirect_entry(index);
+        // Kernel addresses are the same everywhere only by the guest's own
+        // promise, so the entry goes with the next flush.
+        self.cpu.tlb.fill_branch(rip, host, user, false);
+        Ok(Some(host))
+    }
 
     /// The block at `rip`, translated if need be. `None`: to be interpreted.
     fn resolve(&mut self, rip: u64) -> Result<Option<u32>, Fault> {
@@ -449,11 +466,12 @@ impl BtVcpu {
         }
     }
 
-    /// Runs translated code from a block until it leaves, and serves the leave.
-    fn run_translated(&mut self, index: u32) -> Result<Option<Exit>, EngineError> {
+    /// Runs translated code from `entry` until it leaves, and serves the leave.
+    fn run_translated(&mut self, entry: u64) -> Result<Option<Exit>, EngineError> {
         let Some(translator) = &self.translator else { return Ok(None) };
-        let entry = translator.cache.lock().entry(index);
         let start = rdtsc();
+        let flags = self.cpu.st.flags;
+        self.cpu.st.saved_flags = ((flags & 0xD7) << 8 | flags >> 11 & 1) as u32;
         let address = &raw mut *self.cpu as u64;
         self.cpu.st.cpu = address;
         // SAFETY: `enter` is the stub assembled for this purpose; GS is this
@@ -474,7 +492,7 @@ impl BtVcpu {
             exit_kind::BRANCH => {
                 let target = self.cpu.st.address;
                 self.continue_at(target, true);
-                self.enter_branch(target)
+                Ok(None)
             }
             exit_kind::REQUEST_BRANCH => {
                 self.continue_at(self.cpu.st.address, true);
@@ -534,23 +552,6 @@ impl BtVcpu {
                     && flushes == self.cpu.counts.cache_flushes
                 {
                     translator.cache.lock().link(exit, index);
-                }
-                Ok(None)
-            }
-            Ok(None) => Ok(self.step()),
-            Err(fault) => Ok(self.deliver(fault)),
-        }
-    }
-
-    fn enter_branch(&mut self, target: u64) -> Result<Option<Exit>, EngineError> {
-        match self.resolve(target) {
-            Ok(Some(index)) => {
-                if let Some(translator) = &self.translator {
-                    let host = translator.cache.lock().indirect_entry(index);
-                    let user = self.cpu.user();
-                    // Kernel addresses are the same everywhere only by the guest's
-                    // own promise, so the entry goes with the next flush.
-                    self.cpu.tlb.fill_branch(target, host, user, false);
                 }
                 Ok(None)
             }

@@ -6,6 +6,7 @@
 //! controllers; whoever calls them holds memory, buses and devices.
 
 mod clock;
+pub mod cpuid;
 mod exit;
 mod registers;
 

@@ -15,7 +15,7 @@ use crate::state::{attr, cr, flag, reg, seg};
 
 const R11: usize = 11;
 /// What SYSRET takes from R11: all but RF, VM and reserved bits.
-const SYSRET_FLAGS: u64 = 0x3C_7FD7;
+pub const SYSRET_FLAGS: u64 = 0x3C_7FD7;
 
 /// Width of the code that a fixed code segment holds.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -46,7 +46,13 @@ fn flat_code(selector: u16, cpl: u8, width: Width) -> Segment {
     Segment { base: 0, limit: 0xFFFF_FFFF, attributes, selector }
 }
 
-fn flat_stack(selector: u16, cpl: u8) -> Segment {
+/// What SYSCALL and SYSRET load into CS for 64-bit code.
+pub fn flat_code64(selector: u16, cpl: u8) -> Segment {
+    flat_code(selector, cpl, Width::Bits64)
+}
+
+/// What they load into SS.
+pub fn flat_stack(selector: u16, cpl: u8) -> Segment {
     let kind = attr::RW | attr::ACCESSED | attr::S | attr::P | attr::G | attr::DB;
     let attributes = kind | u32::from(cpl) << attr::DPL_SHIFT;
     Segment { base: 0, limit: 0xFFFF_FFFF, attributes, selector }

@@ -179,12 +179,6 @@ impl Cache {
         &self.blocks[index as usize]
     }
 
-    /// Where the block is entered with the flags in the host's flags.
-    pub fn entry(&self, index: u32) -> u64 {
-        let block = self.block(index);
-        self.memory.run_address((block.start + block.entry) as usize)
-    }
-
     /// Where the block is entered with the flags in `saved_flags`.
     pub fn indirect_entry(&self, index: u32) -> u64 {
         let block = self.block(index);

@@ -1,13 +1,14 @@
 //! What the translator does with an instruction.
 
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
-    OpKind, Register,
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register,
 };
+
+use std::mem::offset_of;
 
 use super::builder::Source;
 use crate::cpu::mode;
-use crate::state::seg;
+use crate::state::{CpuState, seg};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -26,6 +27,21 @@ pub enum Kind {
     Rdtsc,
     /// RDFSBASE, RDGSBASE.
     ReadBase(usize),
+    Rdtscp,
+    Syscall,
+    Sysret,
+    /// MOVS or STOS, with or without REP.
+    String {
+        size: u8,
+        moves: bool,
+    },
+    /// A bit test with the offset in a register and a memory operand.
+    BitString,
+    /// MOV from a segment register, to a register or to memory.
+    ReadSelector(usize),
+    StoreSelector(usize),
+    /// MOV from a control register that is state at this offset.
+    ReadControl(usize),
     Jmp,
     Jcc,
     Loop,
@@ -48,16 +64,14 @@ impl Kind {
                 | Kind::JmpIndirect
                 | Kind::CallIndirect
                 | Kind::Ret
+                | Kind::Syscall
+                | Kind::Sysret
                 | Kind::Interpret
         )
     }
 }
 
-pub fn classify(
-    i: &Instruction,
-    source: &Source<'_>,
-    _info: &mut InstructionInfoFactory,
-) -> Kind {
+pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
     let mode = source.mode;
     let kernel = mode & mode::USER == 0;
     if !i.cpuid_features().iter().all(|&feature| source.cpuid.feature_exposed(feature)) {
@@ -73,13 +87,21 @@ pub fn classify(
         }
         FlowControl::ConditionalBranch => return conditional(i),
         FlowControl::Call => {
-            return if i.code() == Code::Call_rel32_64 { Kind::Call } else { Kind::Interpret };
+            return match i.code() {
+                Code::Call_rel32_64 => Kind::Call,
+                Code::Syscall if mode & mode::SYSCALL != 0 => Kind::Syscall,
+                _ => Kind::Interpret,
+            };
         }
         FlowControl::IndirectBranch => {
             return if i.code() == Code::Jmp_rm64 { Kind::JmpIndirect } else { Kind::Interpret };
         }
         FlowControl::IndirectCall => {
             return if i.code() == Code::Call_rm64 { Kind::CallIndirect } else { Kind::Interpret };
+        }
+        // SYSCALL and SYSRET count as a call and a return.
+        FlowControl::Return if i.code() == Code::Sysretq && kernel => {
+            return if mode & mode::SYSCALL != 0 { Kind::Sysret } else { Kind::Interpret };
         }
         FlowControl::Return => {
             return match i.code() {
@@ -93,6 +115,8 @@ pub fn classify(
     match i.mnemonic() {
         M::Nop | M::Endbr64 | M::Endbr32 | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1
         | M::Prefetcht2 | M::Prefetchw | M::Prefetch | M::Reservednop => Kind::Nothing,
+        // Translated code runs with DF clear.
+        M::Cld => Kind::Nothing,
         M::Lea => {
             if i.op0_register().size() >= 4 { Kind::Lea } else { Kind::Interpret }
         }
@@ -111,9 +135,63 @@ pub fn classify(
         M::Sti if kernel => Kind::Sti,
         M::Swapgs if kernel => Kind::Swapgs,
         M::Rdtsc if kernel || mode & mode::TSC != 0 => Kind::Rdtsc,
+        M::Rdtscp if kernel || mode & mode::TSC != 0 => Kind::Rdtscp,
+        M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
+            string(i)
+        }
+        // MOVSD is also an SSE2 instruction.
+        M::Movsd if i.is_string_instruction() => string(i),
+        M::Bt | M::Bts | M::Btr | M::Btc
+            if i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register =>
+        {
+            Kind::BitString
+        }
+        M::Mov if i.op1_kind() == OpKind::Register => match i.op1_register() {
+            Register::CR0 if kernel => Kind::ReadControl(offset_of!(CpuState, cr0)),
+            Register::CR2 if kernel => Kind::ReadControl(offset_of!(CpuState, cr2)),
+            Register::CR3 if kernel => Kind::ReadControl(offset_of!(CpuState, cr3)),
+            Register::CR4 if kernel => Kind::ReadControl(offset_of!(CpuState, cr4)),
+            register if register.is_segment_register() => selector(i, register),
+            _ => copy(i, mode),
+        },
         M::Rdfsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::FS),
         M::Rdgsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::GS),
         _ => copy(i, mode),
+    }
+}
+
+/// MOVS and STOS on flat 64-bit addresses.
+fn string(i: &Instruction) -> Kind {
+    let (mut size, mut moves) = (0, false);
+    for op in 0..i.op_count() {
+        match i.op_kind(op) {
+            OpKind::MemoryESRDI => size = i.memory_size().size() as u8,
+            OpKind::MemorySegRSI
+                if !matches!(i.memory_segment(), Register::FS | Register::GS) =>
+            {
+                moves = true;
+            }
+            OpKind::Register if !i.op_register(op).is_xmm() => {}
+            // A 32-bit address size, or SSE2's MOVSD.
+            _ => return Kind::Interpret,
+        }
+    }
+    if size == 0 { Kind::Interpret } else { Kind::String { size, moves } }
+}
+
+fn selector(i: &Instruction, from: Register) -> Kind {
+    let segment = match from {
+        Register::ES => seg::ES,
+        Register::CS => seg::CS,
+        Register::SS => seg::SS,
+        Register::DS => seg::DS,
+        Register::FS => seg::FS,
+        _ => seg::GS,
+    };
+    match i.op0_kind() {
+        OpKind::Memory => Kind::StoreSelector(segment),
+        _ if i.op0_register().size() >= 4 => Kind::ReadSelector(segment),
+        _ => Kind::Interpret,
     }
 }
 

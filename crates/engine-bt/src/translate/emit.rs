@@ -13,6 +13,10 @@ use crate::state::{CpuState, Shared};
 
 /// Host register numbers by their encoding.
 pub const RAX: u8 = 0;
+pub const RCX: u8 = 1;
+pub const RSI: u8 = 6;
+pub const RDI: u8 = 7;
+pub const R11: u8 = 11;
 pub const R13: u8 = 13;
 pub const R14: u8 = 14;
 /// Holds the guest's rsp.
@@ -131,6 +135,25 @@ impl Emitter {
         self.imm32(value);
     }
 
+    pub fn store64_imm(&mut self, offset: usize, value: i32) {
+        self.gs(true, &[0xC7], 0, offset);
+        self.imm32(value as u32);
+    }
+
+    pub fn store8(&mut self, offset: usize, reg: u8) {
+        self.gs(false, &[0x88], reg, offset);
+    }
+
+    pub fn store16(&mut self, offset: usize, reg: u8) {
+        self.bytes(&[0x66]);
+        self.gs(false, &[0x89], reg, offset);
+    }
+
+    /// movzx reg, word gs:[offset]
+    pub fn load16(&mut self, reg: u8, offset: usize) {
+        self.gs(false, &[0x0F, 0xB7], reg, offset);
+    }
+
     pub fn cmp8_imm(&mut self, offset: usize, value: u8) {
         self.gs(false, &[0x80], 7, offset);
         self.bytes(&[value]);
@@ -174,12 +197,23 @@ impl Emitter {
         self.rr(true, 0x89, to, from);
     }
 
-    pub fn or(&mut self, to: u8, from: u8) {
-        self.rr(true, 0x09, to, from);
+    pub fn mov32(&mut self, to: u8, from: u8) {
+        self.rr(false, 0x89, to, from);
     }
 
-    pub fn add(&mut self, to: u8, from: u8) {
-        self.rr(true, 0x01, to, from);
+    /// movsxd to, from
+    pub fn movsxd(&mut self, to: u8, from: u8) {
+        self.rr(true, 0x63, from, to);
+    }
+
+    /// movzx to, the low byte of from
+    pub fn movzx8(&mut self, to: u8, from: u8) {
+        self.bytes(&[0x40 | (to >> 3) << 2 | from >> 3, 0x0F, 0xB6]);
+        self.bytes(&[0xC0 | (to & 7) << 3 | from & 7]);
+    }
+
+    pub fn or(&mut self, to: u8, from: u8) {
+        self.rr(true, 0x09, to, from);
     }
 
     pub fn shl_imm(&mut self, reg: u8, count: u8) {
@@ -188,6 +222,21 @@ impl Emitter {
 
     pub fn shr_imm(&mut self, reg: u8, count: u8) {
         self.bytes(&[0x48 | reg >> 3, 0xC1, 0xE8 | reg & 7, count]);
+    }
+
+    pub fn sar_imm(&mut self, reg: u8, count: u8) {
+        self.bytes(&[0x48 | reg >> 3, 0xC1, 0xF8 | reg & 7, count]);
+    }
+
+    pub fn or32_imm(&mut self, reg: u8, value: u32) {
+        self.bytes(&[0x40 | reg >> 3, 0x81, 0xC8 | reg & 7]);
+        self.imm32(value);
+    }
+
+    /// cmp reg, imm32
+    pub fn cmp_imm(&mut self, reg: u8, value: u32) {
+        self.bytes(&[0x48 | reg >> 3, 0x81, 0xF8 | reg & 7]);
+        self.imm32(value);
     }
 
     pub fn and32_imm(&mut self, reg: u8, value: u32) {
@@ -253,6 +302,45 @@ impl Emitter {
     pub fn store_at(&mut self, base: u8, disp: i32, reg: u8) {
         self.bytes(&[0x48 | (reg >> 3) << 2 | base >> 3, 0x89]);
         self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp });
+    }
+
+    /// mov [base + disp], the low word of reg
+    pub fn store16_at(&mut self, base: u8, disp: i32, reg: u8) {
+        self.bytes(&[0x66, 0x40 | (reg >> 3) << 2 | base >> 3, 0x89]);
+        self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp });
+    }
+
+    /// Loads 1, 2, 4 or 8 bytes at [base], zero-extended.
+    pub fn load_sized(&mut self, reg: u8, base: u8, size: u8) {
+        let rex = 0x40 | u8::from(size == 8) << 3 | (reg >> 3) << 2 | base >> 3;
+        match size {
+            1 => self.bytes(&[rex, 0x0F, 0xB6]),
+            2 => self.bytes(&[rex, 0x0F, 0xB7]),
+            _ => self.bytes(&[rex, 0x8B]),
+        }
+        self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp: 0 });
+    }
+
+    /// Stores 1, 2, 4 or 8 bytes at [base].
+    pub fn store_sized(&mut self, base: u8, reg: u8, size: u8) {
+        if size == 2 {
+            self.bytes(&[0x66]);
+        }
+        let rex = 0x40 | u8::from(size == 8) << 3 | (reg >> 3) << 2 | base >> 3;
+        self.bytes(&[rex, if size == 1 { 0x88 } else { 0x89 }]);
+        self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp: 0 });
+    }
+
+    /// REP MOVS or REP STOS with elements of `size` bytes.
+    pub fn rep_string(&mut self, size: u8, moves: bool) {
+        self.bytes(&[0xF3]);
+        match size {
+            2 => self.code.insert(self.code.len() - 1, 0x66),
+            8 => self.bytes(&[0x48]),
+            _ => {}
+        }
+        let opcode = if moves { 0xA4 } else { 0xAA };
+        self.bytes(&[opcode | u8::from(size > 1)]);
     }
 
     /// mov qword [base + disp], sign-extended imm32

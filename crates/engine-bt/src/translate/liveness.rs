@@ -34,7 +34,8 @@ pub fn backwards(instructions: &[Instruction], kinds: &[Kind], end: u32) -> Vec<
             // The interpreter must find every flag.
             Kind::Interpret | Kind::Pushf => ALL,
             // Targets unknown; nothing before the branch is read by it.
-            Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect => ALL,
+            Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Syscall => ALL,
+            Kind::Sysret => 0,
             _ => live[index + 1] & !replaced(i) | read(i),
         };
     }

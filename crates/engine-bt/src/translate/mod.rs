@@ -2,13 +2,19 @@
 //!
 //! [`classify`] decides what happens to each instruction, [`liveness`] which
 //! flags matter, [`builder`] makes a block of host code from the two with the
-//! patterns of [`emit`], [`cache`] keeps blocks and links them, [`stubs`] leads
+//! patterns of [`emit`] (operands, branches, strings and system instructions in
+//! files of their own), [`cache`] keeps blocks and links them, [`stubs`] leads
 //! into and out of them.
 
+mod branches;
 pub mod builder;
 pub mod cache;
 mod classify;
 mod code_memory;
 mod emit;
+mod instructions;
 mod liveness;
+mod operands;
+mod strings;
 pub mod stubs;
+mod system;

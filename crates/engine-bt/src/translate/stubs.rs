@@ -33,7 +33,8 @@ pub mod exit_kind {
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Default)]
 pub struct Stubs {
-    /// `extern "sysv64" fn(code)`: runs translated code until it leaves.
+    /// `extern "sysv64" fn(code)`: runs translated code, from an entry that
+    /// takes the flags from `saved_flags`, until it leaves.
     pub enter: u64,
     pub leave_link: u64,
     pub leave_branch: u64,
@@ -113,7 +114,6 @@ pub type Fill = extern "sysv64" fn(cpu: u64, linear: u64, write: u64) -> u64;
 pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), IcedError> {
     let mut a = CodeAssembler::new(64)?;
     let callee_saved = [rbx, rbp, r12, r13, r14, r15];
-    const FLAGS: i32 = crate::state::flag::ARITH as i32;
 
     let mut enter = a.create_label();
     a.set_label(&mut enter)?;
@@ -125,10 +125,6 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
     a.mov(at(offset_of!(CpuState, scratch)), rdi)?;
     a.ldmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
     vector_state(&mut a, avx, false)?;
-    a.mov(rax, at(offset_of!(CpuState, flags)))?;
-    a.and(eax, FLAGS)?;
-    a.push(rax)?;
-    a.popfq()?;
     for (host, guest) in LIVE {
         a.mov(host, at(gpr(guest)))?;
     }

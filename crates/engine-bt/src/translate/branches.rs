@@ -1,0 +1,190 @@
+//! Control flow: direct branches and their links, calls, returns, indirect
+//! branches.
+
+use std::mem::offset_of;
+
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+
+use super::builder::{Cold, Flags, Job};
+use super::cache::{Exit, Link};
+use super::emit::{Address, R13, R14, REQUEST, cc};
+use super::liveness::ALL;
+use super::operands::number;
+use crate::block::{branch_offset, exec_index, exec_offset};
+use crate::state::CpuState;
+
+impl Job<'_> {
+    /// Goes to a known address. `live` are the flags that it may need.
+    pub(super) fn direct(&mut self, target: u64, live: u32, polled: bool) {
+        let same_page = target & !0xFFF == self.source.rip & !0xFFF && self.source.second.is_none();
+        let backward = target <= self.source.rip;
+        let mut guard = None;
+        let mut places = Vec::new();
+        let mut request = Vec::new();
+        let needs_poll = backward && !polled;
+        if (needs_poll || !same_page) && self.flags == Flags::Host && live != 0 {
+            self.e.save_flags(R13);
+            self.flags = Flags::Saved;
+        }
+        if needs_poll {
+            self.e.cmp8_imm(REQUEST, 0);
+            request.push(self.e.jcc(cc::NE));
+        }
+        if !same_page {
+            let cell = exec_offset(self.user) + exec_index(target) * 4;
+            guard = Some(self.e.cmp32_imm(cell, u32::MAX));
+            places.push(self.e.jcc(cc::NE));
+        }
+        let jump = self.e.jmp();
+        places.push(jump);
+        let saved = self.flags == Flags::Saved;
+        let link = Some(Link { jump, guard, dead: ALL & !live });
+        let exit = Exit { rip: target, saved, link, straddles: false };
+        self.cold.push(Cold::Leave { places, stub: self.stubs.leave_link, exit });
+        if !request.is_empty() {
+            let exit = Exit { rip: target, saved, link: None, straddles: false };
+            self.cold.push(Cold::Leave { places: request, stub: self.stubs.leave_request, exit });
+        }
+    }
+
+    pub(super) fn jcc(&mut self, i: &Instruction, polled: bool) {
+        self.need_flags(i.rflags_read(), 0);
+        let condition = jcc_opcode(i);
+        let target = i.near_branch_target();
+        let live = self.live_after();
+        let same_page = target & !0xFFF == self.source.rip & !0xFFF && self.source.second.is_none();
+        if same_page && (target > self.source.rip || polled) {
+            let jump = self.e.jcc(condition);
+            let link = Some(Link { jump, guard: None, dead: ALL & !live });
+            let exit = Exit { rip: target, saved: false, link, straddles: false };
+            let stub = self.stubs.leave_link;
+            self.cold.push(Cold::Leave { places: vec![jump], stub, exit });
+            self.direct(i.next_ip(), live, polled);
+            return;
+        }
+        let taken = self.e.jcc(condition);
+        self.direct(i.next_ip(), live, polled);
+        self.e.bind(taken);
+        self.flags = Flags::Host;
+        self.direct(target, live, polled);
+    }
+
+    /// LOOP and JRCXZ: neither touches flags.
+    pub(super) fn loop_(&mut self, i: &Instruction) {
+        let live = self.live_after();
+        let flags = self.flags;
+        let address32 = matches!(
+            i.code(),
+            Code::Loop_rel8_64_ECX | Code::Jecxz_rel8_64
+        );
+        let is_loop = i.mnemonic() == Mnemonic::Loop;
+        if is_loop {
+            // 32-bit count: LEA zero-extends, as a write of ECX does.
+            self.e.lea(
+                !address32,
+                1,
+                Address { base: Some(1), index: None, scale: 1, disp: -1 },
+            );
+        }
+        let zero = self.e.jrcxz(address32);
+        let over = self.e.jmp();
+        self.e.bind8(zero);
+        let (at_zero, else_) = if is_loop {
+            (i.next_ip(), i.near_branch_target())
+        } else {
+            (i.near_branch_target(), i.next_ip())
+        };
+        // After LOOP's decrement the instruction is done: a request must be seen
+        // before it or at the target, which `direct` does.
+        self.direct(at_zero, live, false);
+        self.e.bind(over);
+        self.flags = flags;
+        self.direct(else_, live, false);
+    }
+
+    pub(super) fn push_return(&mut self, i: &Instruction) {
+        self.stack(-8, 8, true);
+        let next = i.next_ip();
+        if next as i64 == i64::from(next as i32) {
+            self.e.store_imm_at(R14, 0, next as i32);
+        } else {
+            self.e.mov_imm(R13, next);
+            self.e.store_at(R14, 0, R13);
+        }
+        self.move_rsp(-8);
+    }
+
+    pub(super) fn call(&mut self, i: &Instruction) {
+        self.free_flags();
+        self.push_return(i);
+        self.direct(i.near_branch_target(), self.live_after(), false);
+    }
+
+    /// r13 := the target of an indirect branch. Puts live flags aside.
+    pub(super) fn target_to_r13(&mut self, i: &Instruction) {
+        self.free_flags();
+        if i.op0_kind() == OpKind::Memory {
+            let disp = self.operand(i, 8, false);
+            self.e.load_at(R13, R14, disp);
+        } else {
+            let guest = number(i.op0_register()).unwrap_or(0);
+            let host = self.host_register(guest, R13);
+            if host != R13 {
+                self.e.mov(R13, host);
+            }
+        }
+    }
+
+    pub(super) fn call_indirect(&mut self, i: &Instruction) {
+        let scratch = offset_of!(CpuState, scratch) + 16;
+        self.target_to_r13(i);
+        self.e.store(scratch, R13);
+        self.push_return(i);
+        self.e.load(R13, scratch);
+        self.indirect();
+    }
+
+    pub(super) fn ret(&mut self, i: &Instruction) {
+        self.free_flags();
+        self.stack(0, 8, false);
+        self.e.load_at(R13, R14, 0);
+        let extra = if i.op_count() == 1 { i.immediate16() } else { 0 };
+        self.move_rsp(8 + i32::from(extra));
+        self.indirect();
+    }
+
+    /// Jumps to the guest address in r13. All flags have been put aside.
+    pub(super) fn indirect(&mut self) {
+        self.indirect_to(branch_offset(self.user));
+    }
+
+    /// The same with the table of the mode that execution goes on in.
+    pub(super) fn indirect_to(&mut self, table: usize) {
+        let (miss, request) = self.e.indirect(table);
+        self.e.bind_outward(miss, self.stubs.leave_branch);
+        self.e.bind_outward(request, self.stubs.leave_request_branch);
+    }
+}
+
+/// The condition in the opcode of a Jcc.
+fn jcc_opcode(i: &Instruction) -> u8 {
+    use iced_x86::ConditionCode as C;
+    match i.condition_code() {
+        C::o => 0,
+        C::no => 1,
+        C::b => 2,
+        C::ae => 3,
+        C::e => 4,
+        C::ne => 5,
+        C::be => 6,
+        C::a => 7,
+        C::s => 8,
+        C::ns => 9,
+        C::p => 10,
+        C::np => 11,
+        C::l => 12,
+        C::ge => 13,
+        C::le => 14,
+        _ => 15,
+    }
+}

@@ -1,0 +1,144 @@
+//! Instructions with a sequence of their own.
+
+use std::mem::offset_of;
+
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+
+use super::builder::{Flags, Job};
+use super::emit::{Address, R13, R14, R15, gpr_offset};
+use super::operands::{number, replace_memory};
+use crate::state::CpuState;
+
+impl Job<'_> {
+    pub(super) fn lea(&mut self, i: &Instruction) {
+        let to = i.op0_register();
+        let guest = number(to).unwrap_or(0);
+        let host = match guest {
+            4 => R15,
+            13..=15 => R14,
+            _ => guest,
+        };
+        if i.is_ip_rel_memory_operand() {
+            let value = i.ip_rel_memory_address();
+            let value = if to.size() == 4 { value & 0xFFFF_FFFF } else { value };
+            self.e.mov_imm(host, value);
+        } else {
+            let address32 = i.memory_base().size() == 4 || i.memory_index().size() == 4;
+            let address = self.address(i);
+            self.e.lea(to.size() == 8 && !address32, host, address);
+        }
+        if host == R14 {
+            self.e.store(gpr_offset(guest), R14);
+        }
+    }
+
+    pub(super) fn push(&mut self, i: &Instruction) {
+        self.free_flags();
+        if i.op0_kind() == OpKind::Memory {
+            let disp = self.operand(i, 8, false);
+            self.e.load_at(R13, R14, disp);
+            self.e.store(offset_of!(CpuState, scratch) + 16, R13);
+            self.stack(-8, 8, true);
+            self.e.load(R13, offset_of!(CpuState, scratch) + 16);
+            self.e.store_at(R14, 0, R13);
+        } else {
+            self.stack(-8, 8, true);
+            if i.op0_kind() == OpKind::Register {
+                let guest = number(i.op0_register()).unwrap_or(0);
+                let host = self.host_register(guest, R13);
+                self.e.store_at(R14, 0, host);
+            } else {
+                self.e.store_imm_at(R14, 0, i.immediate(0) as i32);
+            }
+        }
+        self.move_rsp(-8);
+    }
+
+    pub(super) fn move_rsp(&mut self, by: i32) {
+        self.e.lea(true, R15, Address { base: Some(R15), index: None, scale: 1, disp: by });
+    }
+
+    pub(super) fn pop(&mut self, i: &Instruction) {
+        self.free_flags();
+        self.stack(0, 8, false);
+        match number(i.op0_register()).unwrap_or(0) {
+            4 => {
+                self.e.load_at(R15, R14, 0);
+                return;
+            }
+            guest @ 13..=15 => {
+                self.e.load_at(R13, R14, 0);
+                self.e.store(gpr_offset(guest), R13);
+            }
+            guest => self.e.load_at(guest, R14, 0),
+        }
+        self.move_rsp(8);
+    }
+
+    pub(super) fn leave(&mut self) {
+        self.free_flags();
+        let retry = self.e.pos();
+        self.e.mov(R14, 5);
+        self.checked(8, false, retry);
+        self.e.load_at(R13, R14, 0);
+        self.e.lea(true, R15, Address { base: Some(5), index: None, scale: 1, disp: 8 });
+        self.e.mov(5, R13);
+    }
+
+    /// BT, BTS, BTR, BTC with the bit offset in a register: the offset reaches
+    /// outside the operand, which moves by whole words (SDM 2A, 3.1.1.9).
+    pub(super) fn bit_string(&mut self, i: &Instruction) -> bool {
+        let register = i.op1_register();
+        let size = register.size();
+        let Some(guest) = number(register) else { return false };
+        if size < 4 {
+            return false;
+        }
+        self.free_flags();
+        let write = i.mnemonic() != Mnemonic::Bt;
+        let retry = self.e.pos();
+        self.linear(i);
+        let offset = self.host_register(guest, R13);
+        let word_bits = if size == 8 { 6 } else { 5 };
+        if size == 8 {
+            self.e.mov(R13, offset);
+        } else {
+            self.e.movsxd(R13, offset);
+        }
+        self.e.sar_imm(R13, word_bits);
+        let word = Address { base: Some(R14), index: Some(R13), scale: size as u8, disp: 0 };
+        self.e.lea(true, R14, word);
+        self.checked(size as u32, write, retry);
+        // The offset in the word is made before the flags come back.
+        let scratch = offset_of!(CpuState, scratch) + 16;
+        let offset = self.host_register(guest, R13);
+        self.e.mov(R13, offset);
+        self.e.and32_imm(R13, size as u32 * 8 - 1);
+        self.e.store(scratch, R13);
+        self.need_flags(0, i.rflags_modified());
+        self.e.load(R13, scratch);
+        let mut copy = *i;
+        copy.set_op1_register(if size == 8 { Register::R13 } else { Register::R13D });
+        replace_memory(&mut copy, 0);
+        if !self.e.instruction(&copy) {
+            return false;
+        }
+        self.flags = Flags::Host;
+        true
+    }
+
+    /// Where a guest register is to be written: [`Job::store_spilled`] follows.
+    pub(super) fn destination(guest: u8) -> u8 {
+        match guest {
+            4 => R15,
+            13..=15 => R13,
+            _ => guest,
+        }
+    }
+
+    pub(super) fn store_spilled(&mut self, guest: u8, host: u8) {
+        if host == R13 {
+            self.e.store(gpr_offset(guest), R13);
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! Operands: guest registers in host registers, checked memory.
+
+use std::mem::offset_of;
+
+use iced_x86::{Instruction, OpAccess, OpKind, Register};
+
+use super::builder::{Cold, Flags, Job};
+use super::classify::keeps_flags_sometimes;
+use super::emit::{Address, R13, R14, R15, gpr_offset};
+use crate::state::{CpuState, seg};
+
+/// The guest register number of a general register of any width.
+pub(super) fn number(register: Register) -> Option<u8> {
+    register.is_gpr().then(|| register.full_register().number() as u8)
+}
+
+pub(super) fn is_high_byte(register: Register) -> bool {
+    matches!(register, Register::AH | Register::BH | Register::CH | Register::DH)
+}
+
+pub(super) fn gpr_of(width: usize, number: u8) -> Register {
+    let first = match width {
+        1 => Register::AL as u32,
+        2 => Register::AX as u32,
+        4 => Register::EAX as u32,
+        _ => Register::RAX as u32,
+    };
+    // AL..BL, then AH..BH, then SPL..R15L: skip the high bytes.
+    let skip = if width == 1 && number >= 4 { 4 } else { 0 };
+    Register::try_from((first + u32::from(number) + skip) as usize).unwrap_or(Register::RAX)
+}
+
+pub(super) fn base_offset(segment: usize) -> usize {
+    offset_of!(CpuState, seg) + segment * size_of::<tetrarch_engine::Segment>()
+}
+
+/// Makes [r14 + disp] the memory operand.
+pub(super) fn replace_memory(copy: &mut Instruction, disp: i32) {
+    copy.set_memory_base(Register::R14);
+    copy.set_memory_index(Register::None);
+    copy.set_memory_index_scale(1);
+    copy.set_memory_displacement64(disp as i64 as u64);
+    copy.set_memory_displ_size(if disp == 0 { 0 } else { 8 });
+    copy.set_segment_prefix(Register::None);
+}
+
+fn writes(access: OpAccess) -> bool {
+    matches!(
+        access,
+        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+    )
+}
+
+impl Job<'_> {
+    /// Loads a guest register that lives in memory into `scratch`; otherwise
+    /// tells where it lives.
+    pub(super) fn host_register(&mut self, guest: u8, scratch: u8) -> u8 {
+        match guest {
+            4 => R15,
+            13..=15 => {
+                self.e.load(scratch, gpr_offset(guest));
+                scratch
+            }
+            _ => guest,
+        }
+    }
+
+    /// base + index * scale + displacement with host registers. Uses r13, r14.
+    pub(super) fn address(&mut self, i: &Instruction) -> Address {
+        let base = number(i.memory_base()).map(|guest| self.host_register(guest, R14));
+        let index = number(i.memory_index()).map(|guest| self.host_register(guest, R13));
+        let scale = i.memory_index_scale() as u8;
+        Address { base, index, scale, disp: i.memory_displacement64() as i32 }
+    }
+
+    /// The linear address, where it is a constant.
+    pub(super) fn constant_address(i: &Instruction) -> Option<u64> {
+        let plain = !matches!(i.memory_segment(), Register::FS | Register::GS);
+        if i.is_ip_rel_memory_operand() && plain {
+            return Some(i.ip_rel_memory_address());
+        }
+        let absolute = i.memory_base() == Register::None && i.memory_index() == Register::None;
+        (absolute && plain).then(|| i.memory_displacement64())
+    }
+
+    /// r14 := the linear address of the memory operand. Flags must be free.
+    pub(super) fn linear(&mut self, i: &Instruction) {
+        if i.is_ip_rel_memory_operand() {
+            self.e.mov_imm(R14, i.ip_rel_memory_address());
+        } else {
+            let wide = i.memory_base().size() != 4 && i.memory_index().size() != 4;
+            let address = self.address(i);
+            self.e.lea(wide, R14, address);
+        }
+        let segment = match i.memory_segment() {
+            Register::FS => seg::FS,
+            Register::GS => seg::GS,
+            _ => return,
+        };
+        self.e.add_gs(R14, base_offset(segment));
+    }
+
+    /// Checks the memory operand and leaves a host pointer to it: returns the
+    /// displacement from r14. Clobbers r13 and the host's flags.
+    pub(super) fn operand(&mut self, i: &Instruction, size: u32, write: bool) -> i32 {
+        if let Some(linear) = Self::constant_address(i) {
+            if (linear & 0xFFF) + u64::from(size) <= 4096 {
+                return self.constant(linear, write);
+            }
+            let retry = self.e.pos();
+            self.e.mov_imm(R14, linear);
+            self.checked(size, write, retry);
+            return 0;
+        }
+        let retry = self.e.pos();
+        self.linear(i);
+        self.checked(size, write, retry);
+        0
+    }
+
+    pub(super) fn constant(&mut self, linear: u64, write: bool) -> i32 {
+        let retry = self.e.pos();
+        let miss = self.e.check_constant(linear & !0xFFF, self.user, write);
+        let stub = self.stubs.fill_address[usize::from(self.user) * 2 + usize::from(write)];
+        let instruction = self.current;
+        self.cold.push(Cold::FillConstant { miss, retry, stub, instruction, linear });
+        (linear & 0xFFF) as i32
+    }
+
+    pub(super) fn checked(&mut self, size: u32, write: bool, retry: u32) {
+        let miss = self.e.check(size, self.user, write);
+        let stub = self.stubs.fill[usize::from(self.user) * 2 + usize::from(write)];
+        self.cold.push(Cold::Fill { miss, retry, stub, instruction: self.current });
+    }
+
+    /// Checks `size` bytes at rsp + `disp`.
+    pub(super) fn stack(&mut self, disp: i32, size: u32, write: bool) {
+        let retry = self.e.pos();
+        self.e.lea(true, R14, Address { base: Some(R15), index: None, scale: 1, disp });
+        self.checked(size, write, retry);
+    }
+
+    /// Copies an instruction with its operands replaced. False if it cannot be.
+    pub(super) fn copy(&mut self, i: &Instruction) -> bool {
+        let read = i.rflags_read();
+        let written = i.rflags_modified();
+        let memory = (0..i.op_count()).find(|&op| i.op_kind(op) == OpKind::Memory);
+        let (accesses, memory_write) = {
+            let info = self.info.info(i);
+            let accesses: Vec<OpAccess> = (0..i.op_count()).map(|op| info.op_access(op)).collect();
+            let write = memory.is_some_and(|op| writes(accesses[op as usize]));
+            (accesses, write)
+        };
+
+        let mut copy = *i;
+        // Guest registers in memory, with the scratch register for each.
+        let mut spilled: [Option<(u8, u8, bool, bool)>; 2] = [None; 2];
+        let scratches: &[u8] = if memory.is_some() { &[R13] } else { &[R13, R14] };
+        for op in 0..i.op_count() {
+            if i.op_kind(op) != OpKind::Register {
+                continue;
+            }
+            let register = i.op_register(op);
+            let Some(guest) = number(register) else { continue };
+            if is_high_byte(register) && memory.is_some() {
+                return false;
+            }
+            let host = match guest {
+                4 => R15,
+                13..=15 => {
+                    let slot = spilled
+                        .iter()
+                        .position(|s| s.is_none_or(|(g, ..)| g == guest))
+                        .filter(|&slot| slot < scratches.len());
+                    let Some(slot) = slot else { return false };
+                    let access = accesses[op as usize];
+                    let size = register.size();
+                    let (_, scratch, load, store) =
+                        spilled[slot].unwrap_or((guest, scratches[slot], false, false));
+                    let load = load || access != OpAccess::Write || size < 4;
+                    let store = store || writes(access);
+                    spilled[slot] = Some((guest, scratch, load, store));
+                    scratch
+                }
+                _ => continue,
+            };
+            copy.set_op_register(op, gpr_of(register.size(), host));
+        }
+        // A 32-bit register written only conditionally still zero-extends, and
+        // the copy does that by itself in the scratch register.
+
+        if memory.is_some() {
+            self.free_flags();
+            let size = i.memory_size().size() as u32;
+            let disp = self.operand(i, size, memory_write);
+            replace_memory(&mut copy, disp);
+        }
+        let sometimes = if keeps_flags_sometimes(i) { self.live_after() } else { 0 };
+        self.need_flags(read | sometimes, written);
+        for (guest, scratch, load, _) in spilled.iter().flatten() {
+            if *load {
+                self.e.load(*scratch, gpr_offset(*guest));
+            }
+        }
+        if !self.e.instruction(&copy) {
+            return false;
+        }
+        for (guest, scratch, _, store) in spilled.iter().flatten() {
+            if *store {
+                self.e.store(gpr_offset(*guest), *scratch);
+            }
+        }
+        if written != 0 {
+            self.flags = Flags::Host;
+        }
+        true
+    }
+}

@@ -1,0 +1,8 @@
+//! What the tests of this engine share. Each test program uses a part of it.
+#![allow(dead_code)]
+
+pub mod case;
+pub mod generate;
+pub mod guest;
+pub mod native;
+pub mod random;
