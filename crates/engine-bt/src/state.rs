@@ -168,6 +168,8 @@ pub struct CpuState {
     pub sysenter_cs: u64,
     pub sysenter_esp: u64,
     pub sysenter_eip: u64,
+    /// Any upper half in `vec` is not zero; see [`CpuState::note_upper_halves`].
+    pub upper_halves: u32,
     /// Vector registers while Rust code runs.
     pub vec: [Ymm; 16],
     /// x87, MXCSR (and room for XMM) while the host's own FPU state is loaded.
@@ -187,6 +189,15 @@ impl CpuState {
     pub fn set_rflags(&mut self, value: u64) {
         self.flags = value & !flag::IF | flag::FIXED;
         self.iflag = (value >> 9 & 1) as u8;
+    }
+
+    /// Tells the stubs whether to load YMM or only XMM registers. A CPU whose
+    /// upper halves were written, with zeros even, keeps them through every SSE
+    /// instruction, which makes each depend on its destination's old value.
+    #[inline]
+    pub fn note_upper_halves(&mut self) {
+        let used = self.vec.iter().fold(0, |used, ymm| used | ymm.0[2] | ymm.0[3]);
+        self.upper_halves = u32::from(used != 0);
     }
 
     /// Replaces the arithmetic flags in `mask` by those of `value`.

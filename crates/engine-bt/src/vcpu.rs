@@ -52,6 +52,7 @@ pub extern "sysv64" fn fill(cpu: u64, linear: u64, write: u64) -> u64 {
     // code is entered, and nothing else borrows it while that code runs.
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
     let user = cpu.user();
+    cpu.st.note_upper_halves();
     if cpu.tlb.lookup(linear, user, write != 0).is_some() {
         // The page is there: the access crosses its end.
         return 0;
@@ -470,6 +471,7 @@ impl BtVcpu {
     fn run_translated(&mut self, entry: u64) -> Result<Option<Exit>, EngineError> {
         let Some(translator) = &self.translator else { return Ok(None) };
         let start = rdtsc();
+        self.cpu.st.note_upper_halves();
         let flags = self.cpu.st.flags;
         self.cpu.st.saved_flags = ((flags & 0xD7) << 8 | flags >> 11 & 1) as u32;
         let address = &raw mut *self.cpu as u64;

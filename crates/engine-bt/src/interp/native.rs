@@ -382,7 +382,16 @@ fn classify(i: &Instruction) -> Option<u8> {
     }
     match i.mnemonic() {
         Mnemonic::Emms => class |= class::MMX,
-        Mnemonic::Vzeroall | Mnemonic::Vzeroupper => class |= class::AVX,
+        Mnemonic::Vzeroall
+        | Mnemonic::Vzeroupper
+        | Mnemonic::Vcvtss2si
+        | Mnemonic::Vcvttss2si
+        | Mnemonic::Vcvtsd2si
+        | Mnemonic::Vcvttsd2si => class |= class::AVX,
+        // With a memory operand no vector register tells.
+        Mnemonic::Cvtss2si | Mnemonic::Cvttss2si | Mnemonic::Cvtsd2si | Mnemonic::Cvttsd2si => {
+            class |= class::SSE;
+        }
         // VMREAD and the like have general registers too: name what is known.
         _ if class & !class::VEX == 0 => {
             let known = i.cpuid_features().iter().all(|feature| {

@@ -88,21 +88,45 @@ const YMM: [AsmRegisterYmm; 16] = [
     ymm15,
 ];
 
-fn vector_state(a: &mut CodeAssembler, avx: bool, store: bool) -> Result<(), IcedError> {
+fn store_vectors(a: &mut CodeAssembler, avx: bool) -> Result<(), IcedError> {
     for index in 0..16 {
         let offset = (offset_of!(CpuState, vec) + index * 32) as u64;
-        match (avx, store) {
-            (true, true) => a.vmovdqu(ymmword_ptr(offset).gs(), YMM[index])?,
-            (true, false) => a.vmovdqu(YMM[index], ymmword_ptr(offset).gs())?,
-            (false, true) => a.movups(xmmword_ptr(offset).gs(), XMM[index])?,
-            (false, false) => a.movups(XMM[index], xmmword_ptr(offset).gs())?,
+        if avx {
+            a.vmovdqu(ymmword_ptr(offset).gs(), YMM[index])?;
+        } else {
+            a.movups(xmmword_ptr(offset).gs(), XMM[index])?;
         }
     }
-    if avx && store {
+    if avx {
         // Rust code is compiled for SSE: dirty upper halves would slow it down.
         a.vzeroupper()?;
     }
     Ok(())
+}
+
+/// Loads the vector registers; their upper halves only where they are in use.
+/// Clobbers the flags. They are clean on entry ([`store_vectors`]).
+fn load_vectors(a: &mut CodeAssembler, avx: bool) -> Result<(), IcedError> {
+    let mut done = a.create_label();
+    let mut upper = a.create_label();
+    if avx {
+        a.cmp(at32(offset_of!(CpuState, upper_halves)), 0)?;
+        a.jne(upper)?;
+    }
+    for (index, register) in XMM.iter().enumerate() {
+        let offset = (offset_of!(CpuState, vec) + index * 32) as u64;
+        a.movups(*register, xmmword_ptr(offset).gs())?;
+    }
+    if avx {
+        a.jmp(done)?;
+        a.set_label(&mut upper)?;
+        for (index, register) in YMM.iter().enumerate() {
+            let offset = (offset_of!(CpuState, vec) + index * 32) as u64;
+            a.vmovdqu(*register, ymmword_ptr(offset).gs())?;
+        }
+        a.set_label(&mut done)?;
+    }
+    a.zero_bytes()
 }
 
 type IcedError = iced_x86::IcedError;
@@ -124,7 +148,10 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
     a.mov(at(offset_of!(CpuState, host_rsp)), rsp)?;
     a.mov(at(offset_of!(CpuState, scratch)), rdi)?;
     a.ldmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
-    vector_state(&mut a, avx, false)?;
+    if avx {
+        a.vzeroupper()?;
+    }
+    load_vectors(&mut a, avx)?;
     for (host, guest) in LIVE {
         a.mov(host, at(gpr(guest)))?;
     }
@@ -140,7 +167,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
     a.pushfq()?;
     a.pop(rax)?;
     a.mov(at(offset_of!(CpuState, exit_flags)), rax)?;
-    vector_state(&mut a, avx, true)?;
+    store_vectors(&mut a, avx)?;
     a.stmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
     a.ldmxcsr(at32(offset_of!(CpuState, host_mxcsr)))?;
     a.add(rsp, 8)?;
@@ -189,7 +216,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
                 a.mov(at(gpr(guest)), host)?;
             }
         }
-        vector_state(&mut a, avx, true)?;
+        store_vectors(&mut a, avx)?;
         a.stmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
         a.ldmxcsr(at32(offset_of!(CpuState, host_mxcsr)))?;
         a.mov(at(offset_of!(CpuState, scratch) + 8), rsp)?;
@@ -202,7 +229,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
         a.mov(r14, rax)?;
         a.mov(rsp, at(offset_of!(CpuState, scratch) + 8))?;
         a.ldmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
-        vector_state(&mut a, avx, false)?;
+        load_vectors(&mut a, avx)?;
         for (host, guest) in LIVE {
             if caller_saved.contains(&guest) {
                 a.mov(host, at(gpr(guest)))?;

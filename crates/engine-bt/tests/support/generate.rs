@@ -185,7 +185,12 @@ impl Program {
         }
         let block = InstructionBlock::new(&instructions, self.start.rip);
         let code = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).ok()?.code_buffer;
-        Some(Case { code, start: self.start.clone(), kernel: self.kernel, defined, single })
+        let dead = match &self.items[..] {
+            [Item::Plain(i)] => rflags(i.rflags_modified()) | undefined(i),
+            _ => 0,
+        };
+        let start = self.start.clone();
+        Some(Case { code, start, kernel: self.kernel, defined, single, dead })
     }
 }
 
@@ -242,8 +247,10 @@ fn unfit(code: Code) -> bool {
             | M::Sgdt | M::Sidt | M::Sldt | M::Smsw | M::Str | M::Lar | M::Lsl | M::Verr | M::Verw
             | M::Cli | M::Sti | M::Popf | M::Popfq | M::Fxsave | M::Fxsave64 | M::Fxrstor
             | M::Fxrstor64 | M::Fsave | M::Fnsave | M::Frstor | M::Fstenv | M::Fnstenv | M::Fldenv
-            // Undefined results.
-            | M::Salc | M::Frstpm
+            // They change the base of GS, or load a selector of the host.
+            | M::Lfs | M::Lgs | M::Lss | M::Rdfsbase | M::Wrfsbase | M::Wrgsbase
+            // With a register 0F 0D is #UD on AMD and a NOP on Intel.
+            | M::Reservednop
     ) || matches!(code, Code::Bswap_r16 | Code::Shld_rm16_r16_CL | Code::Shrd_rm16_r16_CL)
         || op.must_be_cpl0()
         || !op.mode64()
