@@ -9,7 +9,7 @@
 use std::mem::size_of;
 use std::ptr::NonNull;
 
-use crate::state::{CpuState, Shared};
+use crate::state::{CpuState, Shared, StackPage};
 
 /// Index bits of the TLBs: pages of 256 MiB map to different entries.
 pub const TLB_BITS: u32 = 16;
@@ -99,6 +99,7 @@ impl StateBlock {
         // SAFETY: the range is the mapping just made.
         unsafe { libc::madvise(base.as_ptr().cast(), BLOCK_BYTES, libc::MADV_NOHUGEPAGE) };
         let block = Self { base };
+        block.forget_stack();
         for user in [false, true] {
             block.branches(user)[0].target = INVALID_BRANCH_0;
             for write in [false, true] {
@@ -115,6 +116,12 @@ impl StateBlock {
 
     pub fn state_ptr(&self) -> *mut CpuState {
         self.base.as_ptr().cast()
+    }
+
+    /// Drops the stack pages: an entry of the TLB has gone that they may copy.
+    pub fn forget_stack(&self) {
+        // SAFETY: in the mapping; only the thread that owns the vCPU comes here.
+        unsafe { (*self.state_ptr()).stack = [StackPage::NONE; 2] };
     }
 
     /// The flags that other threads set.

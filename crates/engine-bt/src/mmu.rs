@@ -11,6 +11,7 @@ use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 use crate::cpu::Cpu;
 use crate::fault::{Fault, R, pf};
 use crate::state::cr;
+use crate::tlb::FetchedPage;
 
 /// Physical address bits that CPUID reports; higher ones are reserved.
 pub const PHYS_BITS: u32 = 40;
@@ -449,10 +450,24 @@ impl Cpu {
         while done < data.len() {
             let at = linear.wrapping_add(done as u64);
             let len = (data.len() - done).min((PAGE_SIZE - (at & 0xFFF)) as usize);
-            let host = match self.fetch_page(at, user) {
-                Ok((address, _)) => self.vm.memory.host(address, len as u64),
-                Err(fault) if done == 0 => return Err(fault.into()),
-                Err(_) => return Ok(done),
+            let page = at & !0xFFF;
+            let known = self.tlb.fetched.filter(|f| f.linear == page && f.user == user);
+            let host = if let Some(known) = known {
+                Some(known.host.wrapping_add((at & 0xFFF) as usize))
+            } else {
+                match self.fetch_page(at, user) {
+                    Ok((address, _)) => {
+                        let host = self.vm.memory.host(address, len as u64);
+                        self.tlb.fetched = host.map(|host| FetchedPage {
+                            linear: page,
+                            user,
+                            host: host.wrapping_sub((at & 0xFFF) as usize),
+                        });
+                        host
+                    }
+                    Err(fault) if done == 0 => return Err(fault.into()),
+                    Err(_) => return Ok(done),
+                }
             };
             let Some(host) = host else {
                 // Code outside RAM: the open bus reads as ones.

@@ -102,6 +102,20 @@ pub struct Shared {
     pub irq_wait: AtomicU8,
 }
 
+/// The page that accesses through rsp were last made to.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct StackPage {
+    pub page: u64,
+    pub host: u64,
+}
+
+impl StackPage {
+    /// Matches no access but one to a non-canonical address, which then faults
+    /// on the host and is found out there.
+    pub const NONE: Self = Self { page: 1 << 63, host: 1 << 63 };
+}
+
 /// One vector register: YMM, low quadword first.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 #[repr(C, align(32))]
@@ -138,6 +152,8 @@ pub struct CpuState {
     /// Host RFLAGS when translated code was left.
     pub exit_flags: u64,
     pub scratch: [u64; 4],
+    /// 4096 less the size of an access through rsp that missed.
+    pub stack_limit: u64,
     pub host_rsp: u64,
     /// The [`crate::cpu::Cpu`] that owns this state, for calls out of translated code.
     pub cpu: u64,
@@ -168,6 +184,9 @@ pub struct CpuState {
     pub sysenter_cs: u64,
     pub sysenter_esp: u64,
     pub sysenter_eip: u64,
+    /// The page of the stack, for kernel and for user mode: a copy of the TLB's
+    /// write entry, found without an index.
+    pub stack: [StackPage; 2],
     /// Any upper half in `vec` is not zero; see [`CpuState::note_upper_halves`].
     pub upper_halves: u32,
     /// Vector registers while Rust code runs.

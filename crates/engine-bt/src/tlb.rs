@@ -25,9 +25,22 @@ pub struct TlbLogs {
     large: Vec<(u64, u64)>,
 }
 
+/// A page of code as the interpreter reads it.
+#[derive(Clone, Copy)]
+pub struct FetchedPage {
+    pub linear: u64,
+    pub user: bool,
+    pub host: *mut u8,
+}
+
+// SAFETY: the pointer is into guest memory, which outlives every vCPU.
+unsafe impl Send for FetchedPage {}
+
 pub struct Tlb {
     pub block: Arc<StateBlock>,
     logs: TlbLogs,
+    /// The page that the interpreter last fetched from.
+    pub fetched: Option<FetchedPage>,
     pub flushes: u64,
     pub fills: u64,
 }
@@ -35,7 +48,7 @@ pub struct Tlb {
 impl Tlb {
     pub fn new() -> std::io::Result<Self> {
         let block = Arc::new(StateBlock::new()?);
-        Ok(Self { block, logs: TlbLogs::default(), flushes: 0, fills: 0 })
+        Ok(Self { block, logs: TlbLogs::default(), fetched: None, flushes: 0, fills: 0 })
     }
 
     /// The host address of `linear`, if its page is in the TLB.
@@ -81,6 +94,8 @@ impl Tlb {
 
     /// Drops what `drop` chooses among the logged (page, global) pairs.
     fn retain(&mut self, mut drop: impl FnMut(u64, bool) -> bool) {
+        self.block.forget_stack();
+        self.fetched = None;
         for user in [false, true] {
             for write in [false, true] {
                 let table = self.block.tlb(user, write);
@@ -137,6 +152,8 @@ impl Tlb {
             self.retain(|page, _| page.wrapping_sub(base) < size);
             return;
         }
+        self.block.forget_stack();
+        self.fetched = None;
         let page = linear & PAGE_MASK;
         let index = tlb_index(page);
         for user in [false, true] {
@@ -167,6 +184,7 @@ impl Tlb {
 
     /// Drops every write entry of the host page: it now holds translated code.
     pub fn protect_host_page(&mut self, host: *mut u8) {
+        self.block.forget_stack();
         for user in [false, true] {
             let table = self.block.tlb(user, true);
             self.logs.tlb[usize::from(user) * 2 + 1].retain(|&logged| {

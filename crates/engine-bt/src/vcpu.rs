@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use iced_x86::Mnemonic;
 use parking_lot::Mutex;
 use tetrarch_engine::{
     Counters, EngineError, Exit, Kick, Registers, Reply, SystemRegisters, Vcpu,
@@ -21,7 +22,7 @@ use crate::irqchip::Event;
 use crate::mmu::{Place, canonical};
 use crate::msr;
 use crate::signals;
-use crate::state::{flag, seg};
+use crate::state::{flag, reg, seg};
 use crate::timer::HostTimer;
 use crate::translate::builder::{Builder, Source};
 use crate::translate::cache::{Cache, ExecPage};
@@ -493,6 +494,10 @@ impl BtVcpu {
             }
             exit_kind::BRANCH => {
                 let target = self.cpu.st.address;
+                if !canonical(target) {
+                    let exit = translator.cache.lock().exits[self.cpu.st.site as usize];
+                    return Ok(self.branch_to_nowhere(exit.rip));
+                }
                 self.continue_at(target, true);
                 Ok(None)
             }
@@ -530,6 +535,23 @@ impl BtVcpu {
                 Ok(self.step())
             }
         }
+    }
+
+    /// A near branch to an address that is not canonical faults itself (SDM 2, RET,
+    /// CALL, JMP), but translated code has moved RSP already.
+    fn branch_to_nowhere(&mut self, rip: u64) -> Option<Exit> {
+        self.continue_at(rip, true);
+        if let Ok(i) = interp::fetch(&mut self.cpu) {
+            let moved = match i.mnemonic() {
+                Mnemonic::Ret if i.op_count() == 1 => 8 + u64::from(i.immediate16()),
+                Mnemonic::Ret => 8,
+                Mnemonic::Call => 8u64.wrapping_neg(),
+                _ => 0,
+            };
+            let rsp = &mut self.cpu.st.gpr[reg::RSP];
+            *rsp = rsp.wrapping_sub(moved);
+        }
+        self.step()
     }
 
     /// Takes over RIP and the arithmetic flags from translated code.

@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 import time
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -336,6 +337,8 @@ class Machine:
             try:
                 self._panic.close()
                 self._stop_vcpus()
+                if isinstance(event, ExitStatus):
+                    event = self._with_dump(event)
                 self._pc.close()
             finally:
                 self._ended_at = time.monotonic()
@@ -345,6 +348,12 @@ class Machine:
                 else:
                     self._failure = event
                 self._events.put(None)  # wakes who waits
+
+    def _with_dump(self, status: ExitStatus) -> ExitStatus:
+        """A panic is seen from outside: its registers can be read only after the stop."""
+        if status.reason is not StopReason.CRASHED or status.dump:
+            return status
+        return replace(status, dump=self._vcpus[0].dump())
 
     def _stop_vcpus(self) -> None:
         deadline = time.monotonic() + _STOP_PATIENCE_S

@@ -389,9 +389,14 @@ fn classify(i: &Instruction) -> Option<u8> {
         | Mnemonic::Vcvtsd2si
         | Mnemonic::Vcvttsd2si => class |= class::AVX,
         // With a memory operand no vector register tells.
-        Mnemonic::Cvtss2si | Mnemonic::Cvttss2si | Mnemonic::Cvtsd2si | Mnemonic::Cvttsd2si => {
-            class |= class::SSE;
-        }
+        Mnemonic::Cvtss2si
+        | Mnemonic::Cvttss2si
+        | Mnemonic::Cvtsd2si
+        | Mnemonic::Cvttsd2si
+        | Mnemonic::Cvtps2pi
+        | Mnemonic::Cvttps2pi
+        | Mnemonic::Cvtpd2pi
+        | Mnemonic::Cvttpd2pi => class |= class::SSE,
         // VMREAD and the like have general registers too: name what is known.
         _ if class & !class::VEX == 0 => {
             let known = i.cpuid_features().iter().all(|feature| {

@@ -161,7 +161,10 @@ impl Job<'_> {
     /// The same with the table of the mode that execution goes on in.
     pub(super) fn indirect_to(&mut self, table: usize) {
         let (miss, request) = self.e.indirect(table);
-        self.e.bind_outward(miss, self.stubs.leave_branch);
+        // Only a miss can go to an address that is not canonical, and has to know
+        // where it came from.
+        let exit = Exit { rip: self.rip(), saved: true, link: None, straddles: false };
+        self.cold.push(Cold::Leave { places: vec![miss], stub: self.stubs.leave_branch, exit });
         self.e.bind_outward(request, self.stubs.leave_request_branch);
     }
 }

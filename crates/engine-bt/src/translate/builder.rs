@@ -71,6 +71,8 @@ pub(super) enum Cold {
     /// Fill the TLB and try again.
     Fill { miss: u32, retry: u32, stub: u64, instruction: usize },
     FillConstant { miss: u32, retry: u32, stub: u64, instruction: usize, linear: u64 },
+    /// Find the access in the TLB, remember its page as the stack's, go on.
+    Stack { miss: u32, resume: u32, stub: u64, instruction: usize, limit: u32 },
     /// Leave through `stub` with an exit number.
     Leave { places: Vec<u32>, stub: u64, exit: Exit },
 }
@@ -319,6 +321,11 @@ impl Job<'_> {
                     self.e.mov_imm(R14, linear);
                     self.fill(retry, stub, instruction);
                 }
+                Cold::Stack { miss, resume, stub, instruction, limit } => {
+                    self.e.bind(miss);
+                    self.e.mov_imm(R13, limit.into());
+                    self.fill(resume, stub, instruction);
+                }
                 Cold::Leave { places, stub, exit } => {
                     for place in places {
                         self.e.bind(place);
@@ -334,6 +341,7 @@ impl Job<'_> {
         }
     }
 
+    /// Calls a stub that returns with the access ready to be tried at `retry`.
     pub(super) fn fill(&mut self, retry: u32, stub: u64, instruction: usize) {
         // The check has been reached with the flags free: saved if they live.
         let saved = self.live[instruction] != 0;

@@ -9,7 +9,7 @@ use std::mem::offset_of;
 use iced_x86::{Encoder, Instruction};
 
 use crate::block::{SHARED_OFFSET, TLB_ENTRIES, tlb_index, tlb_offset};
-use crate::state::{CpuState, Shared};
+use crate::state::{CpuState, Shared, StackPage};
 
 /// Host register numbers by their encoding.
 pub const RAX: u8 = 0;
@@ -450,6 +450,19 @@ impl Emitter {
         }
         let miss = self.jcc(cc::NE);
         self.load(R14, entry + 8);
+        miss
+    }
+
+    /// Checks `size` bytes at rsp + `disp` against the stack page and makes r14
+    /// the host address. Clobbers the flags. Returns the rel32 of the miss, which
+    /// finds the offset from the stack page in r14.
+    pub fn check_stack(&mut self, disp: i32, size: u32, user: bool) -> u32 {
+        self.lea(true, R14, Address { base: Some(R15), index: None, scale: 1, disp });
+        let entry = offset_of!(CpuState, stack) + usize::from(user) * size_of::<StackPage>();
+        self.gs(true, &[0x2B], R14, entry + offset_of!(StackPage, page)); // sub r14, page
+        self.cmp_imm(R14, 4096 - size);
+        let miss = self.jcc(cc::A);
+        self.add_gs(R14, entry + offset_of!(StackPage, host));
         miss
     }
 

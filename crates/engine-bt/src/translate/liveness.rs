@@ -23,7 +23,9 @@ pub fn read(i: &Instruction) -> u32 {
 
 /// Arithmetic flags that an instruction always replaces.
 pub fn replaced(i: &Instruction) -> u32 {
-    if keeps_flags_sometimes(i) { 0 } else { i.rflags_modified() & ALL }
+    // REP CMPS and SCAS with a count of zero leave the flags alone.
+    let repeated = i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix());
+    if repeated || keeps_flags_sometimes(i) { 0 } else { i.rflags_modified() & ALL }
 }
 
 /// For each instruction the flags needed before it, and one more at the end.

@@ -112,6 +112,11 @@ impl Job<'_> {
             self.checked(size, write, retry);
             return 0;
         }
+        let plain = !matches!(i.memory_segment(), Register::FS | Register::GS);
+        if plain && i.memory_base() == Register::RSP && i.memory_index() == Register::None {
+            self.stack(i.memory_displacement64() as i32, size, write);
+            return 0;
+        }
         let retry = self.e.pos();
         self.linear(i);
         self.checked(size, write, retry);
@@ -135,9 +140,11 @@ impl Job<'_> {
 
     /// Checks `size` bytes at rsp + `disp`.
     pub(super) fn stack(&mut self, disp: i32, size: u32, write: bool) {
-        let retry = self.e.pos();
-        self.e.lea(true, R14, Address { base: Some(R15), index: None, scale: 1, disp });
-        self.checked(size, write, retry);
+        let miss = self.e.check_stack(disp, size, self.user);
+        let resume = self.e.pos();
+        let stub = self.stubs.stack[usize::from(self.user) * 2 + usize::from(write)];
+        let instruction = self.current;
+        self.cold.push(Cold::Stack { miss, resume, stub, instruction, limit: 4096 - size });
     }
 
     /// Copies an instruction with its operands replaced. False if it cannot be.

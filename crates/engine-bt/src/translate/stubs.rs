@@ -6,10 +6,11 @@
 
 use std::mem::offset_of;
 
+use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use crate::block::tlb_offset;
-use crate::state::CpuState;
+use crate::block::{TLB_ENTRIES, TlbEntry, tlb_offset};
+use crate::state::{CpuState, StackPage};
 
 /// Why translated code was left; in [`CpuState::exit_kind`].
 pub mod exit_kind {
@@ -48,6 +49,10 @@ pub struct Stubs {
     pub fill: [u64; 4],
     /// The same with the linear address in r14.
     pub fill_address: [u64; 4],
+    /// An access through rsp that is not in the stack page, with its offset from
+    /// that page in r14 and 4096 less its size in r13. Returns with the host
+    /// address in r14.
+    pub stack: [u64; 4],
 }
 
 const fn gpr(index: usize) -> usize {
@@ -129,10 +134,104 @@ fn load_vectors(a: &mut CodeAssembler, avx: bool) -> Result<(), IcedError> {
     a.zero_bytes()
 }
 
-type IcedError = iced_x86::IcedError;
-
 /// Called by the fill stubs. Returns whether the access can be tried again.
 pub type Fill = extern "sysv64" fn(cpu: u64, linear: u64, write: u64) -> u64;
+
+/// The tag and the host page of the TLB entry whose offset is in r13.
+fn tag(user: bool, write: bool) -> AsmMemoryOperand {
+    qword_ptr(r13 + tlb_offset(user, write) as i32).gs()
+}
+
+fn host_page(user: bool, write: bool) -> AsmMemoryOperand {
+    qword_ptr(r13 + (tlb_offset(user, write) + offset_of!(TlbEntry, host)) as i32).gs()
+}
+
+/// A TLB miss for the linear address in r14: the caller-saved guest registers
+/// and the vectors are put aside and Rust walks the page tables. Leaves ZF set
+/// if the access cannot hit. Clobbers r13 and r14.
+fn call_fill(a: &mut CodeAssembler, avx: bool, fill: Fill, write: bool) -> Result<(), IcedError> {
+    let caller_saved = [0, 1, 2, 6, 7, 8, 9, 10, 11];
+    for (host, guest) in LIVE {
+        if caller_saved.contains(&guest) {
+            a.mov(at(gpr(guest)), host)?;
+        }
+    }
+    store_vectors(a, avx)?;
+    a.stmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
+    a.ldmxcsr(at32(offset_of!(CpuState, host_mxcsr)))?;
+    a.mov(at(offset_of!(CpuState, scratch) + 8), rsp)?;
+    a.mov(rsp, at(offset_of!(CpuState, host_rsp)))?;
+    a.mov(rdi, at(offset_of!(CpuState, cpu)))?;
+    a.mov(rsi, r14)?;
+    a.mov(edx, write as u32)?;
+    a.mov(rax, fill as usize as u64)?;
+    a.call(rax)?;
+    a.mov(r14, rax)?;
+    a.mov(rsp, at(offset_of!(CpuState, scratch) + 8))?;
+    a.ldmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
+    load_vectors(a, avx)?;
+    for (host, guest) in LIVE {
+        if caller_saved.contains(&guest) {
+            a.mov(host, at(gpr(guest)))?;
+        }
+    }
+    a.test(r14, r14)
+}
+
+/// See [`Stubs::stack`]. The page becomes the stack page if it may be written.
+fn stack_miss(
+    a: &mut CodeAssembler,
+    avx: bool,
+    fill: Fill,
+    (user, write): (bool, bool),
+    failed: CodeLabel,
+) -> Result<(), IcedError> {
+    let entry = offset_of!(CpuState, stack) + user as usize * size_of::<StackPage>();
+    let page = at(entry + offset_of!(StackPage, page));
+    let host = at(entry + offset_of!(StackPage, host));
+    let limit = at(offset_of!(CpuState, stack_limit));
+    let linear = at(offset_of!(CpuState, scratch) + 24);
+    let offset = at(offset_of!(CpuState, scratch));
+    let back = at(offset_of!(CpuState, address));
+
+    a.mov(limit, r13)?;
+    a.pop(r13)?;
+    a.mov(back, r13)?;
+    a.add(r14, page)?;
+    a.mov(linear, r14)?;
+    let mut retry = a.create_label();
+    a.set_label(&mut retry)?;
+    a.mov(r13, r14)?;
+    a.shr(r13, 8)?;
+    a.and(r13d, ((TLB_ENTRIES - 1) << 4) as i32)?;
+    a.sub(r14, tag(user, true))?;
+    a.cmp(r14, limit)?;
+    let mut not_writable = a.create_label();
+    a.ja(not_writable)?;
+    a.mov(offset, r14)?;
+    a.mov(r14, tag(user, true))?;
+    a.mov(page, r14)?;
+    a.mov(r14, host_page(user, true))?;
+    a.mov(host, r14)?;
+    a.add(r14, offset)?;
+    a.jmp(back)?;
+    a.set_label(&mut not_writable)?;
+    a.mov(r14, linear)?;
+    if !write {
+        let mut miss = a.create_label();
+        a.sub(r14, tag(user, false))?;
+        a.cmp(r14, limit)?;
+        a.ja(miss)?;
+        a.add(r14, host_page(user, false))?;
+        a.jmp(back)?;
+        a.set_label(&mut miss)?;
+        a.mov(r14, linear)?;
+    }
+    call_fill(a, avx, fill, write)?;
+    a.jz(failed)?;
+    a.mov(r14, linear)?;
+    a.jmp(retry)
+}
 
 /// Assembles the stubs for address `base`. Returns their bytes and addresses.
 pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), IcedError> {
@@ -196,54 +295,33 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
         leaves.push(label);
     }
 
-    // A TLB miss: the caller-saved guest registers and the vectors are put
-    // aside, Rust walks the page tables, and the access is tried again.
-    let caller_saved = [0, 1, 2, 6, 7, 8, 9, 10, 11];
     let mut fills = Vec::new();
     let mut fill_addresses = Vec::new();
+    let mut stacks = Vec::new();
     for (user, write) in [(false, false), (false, true), (true, false), (true, true)] {
         let mut with_index = a.create_label();
         a.set_label(&mut with_index)?;
-        let tag = qword_ptr(r13 + tlb_offset(user, write) as i32).gs();
-        a.add(r14, tag)?;
+        a.add(r14, tag(user, write))?;
         let mut with_address = a.create_label();
         a.set_label(&mut with_address)?;
         // The return address goes where SLOW exits tell their place.
         a.pop(r13)?;
         a.mov(at(offset_of!(CpuState, address)), r13)?;
-        for (host, guest) in LIVE {
-            if caller_saved.contains(&guest) {
-                a.mov(at(gpr(guest)), host)?;
-            }
-        }
-        store_vectors(&mut a, avx)?;
-        a.stmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
-        a.ldmxcsr(at32(offset_of!(CpuState, host_mxcsr)))?;
-        a.mov(at(offset_of!(CpuState, scratch) + 8), rsp)?;
-        a.mov(rsp, at(offset_of!(CpuState, host_rsp)))?;
-        a.mov(rdi, at(offset_of!(CpuState, cpu)))?;
-        a.mov(rsi, r14)?;
-        a.mov(edx, write as u32)?;
-        a.mov(rax, fill as usize as u64)?;
-        a.call(rax)?;
-        a.mov(r14, rax)?;
-        a.mov(rsp, at(offset_of!(CpuState, scratch) + 8))?;
-        a.ldmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
-        load_vectors(&mut a, avx)?;
-        for (host, guest) in LIVE {
-            if caller_saved.contains(&guest) {
-                a.mov(host, at(gpr(guest)))?;
-            }
-        }
-        a.test(r14, r14)?;
+        call_fill(&mut a, avx, fill, write)?;
         let mut failed = a.create_label();
         a.jz(failed)?;
         a.jmp(at(offset_of!(CpuState, address)))?;
+        fills.push(with_index);
+        fill_addresses.push(with_address);
+
+        let mut stack = a.create_label();
+        a.set_label(&mut stack)?;
+        stack_miss(&mut a, avx, fill, (user, write), failed)?;
+        stacks.push(stack);
+
         a.set_label(&mut failed)?;
         a.mov(at32(offset_of!(CpuState, exit_kind)), exit_kind::SLOW as i32)?;
         a.jmp(leave)?;
-        fills.push(with_index);
-        fill_addresses.push(with_address);
     }
 
     let done = a.assemble_options(base, iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
@@ -261,6 +339,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
     for index in 0..4 {
         stubs.fill[index] = address(&fills[index])?;
         stubs.fill_address[index] = address(&fill_addresses[index])?;
+        stubs.stack[index] = address(&stacks[index])?;
     }
     Ok((done.inner.code_buffer, stubs))
 }

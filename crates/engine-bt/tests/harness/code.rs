@@ -4,7 +4,7 @@
 //! every record becomes one instruction whose memory operands lie near the
 //! guest's registers and whose branches lead to other instructions.
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, Mnemonic, OpKind};
 
 use super::input::Input;
 use super::tables::DATA;
@@ -14,6 +14,7 @@ pub const END_PORT: u8 = 0xFF;
 const MAX_RECORDS: usize = 64;
 
 /// Guest code and where its instructions begin, as offsets.
+#[derive(Clone)]
 pub struct GuestCode {
     pub bytes: Vec<u8>,
     pub starts: Vec<u16>,
@@ -26,6 +27,30 @@ impl GuestCode {
             Some(&start) => u64::from(start),
             None => offset + 1,
         }
+    }
+}
+
+impl GuestCode {
+    /// Keeps the first `count` instructions.
+    pub fn truncate(&mut self, count: usize) {
+        self.bytes.truncate(usize::from(self.starts[count]));
+        self.starts.truncate(count + 1);
+        self.bytes.extend([0xE6, END_PORT, 0xF4]);
+    }
+
+    pub fn disassembly(&self, bits: u32, base: u64) -> String {
+        let mut text = String::new();
+        for window in self.starts.windows(2) {
+            let (start, end) = (usize::from(window[0]), usize::from(window[1]));
+            let bytes = &self.bytes[start..end];
+            let mut decoder =
+                Decoder::with_ip(bits, bytes, base + start as u64, DecoderOptions::NONE);
+            let i = decoder.decode();
+            let mut line = String::new();
+            IntelFormatter::new().format(&i, &mut line);
+            text += &format!("{:#x}  {line}  {bytes:02x?}\n", i.ip());
+        }
+        text
     }
 }
 

@@ -55,6 +55,7 @@ pub fn has_error_code(vector: u8) -> bool {
     matches!(vector, 8 | 10..=14 | 17 | 21)
 }
 
+#[derive(Clone)]
 pub struct Layout {
     /// The guest starts at privilege level 3.
     pub user: bool,

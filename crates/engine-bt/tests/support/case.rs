@@ -144,6 +144,9 @@ pub struct Case {
     /// Flags that a single instruction replaces. Nothing can depend on their old
     /// value, so the translator gives them up before the instruction is done.
     pub dead: u64,
+    /// There is a gather. What one that faults leaves in its mask differs between
+    /// CPUs, for elements that were not selected.
+    pub gathers: bool,
 }
 
 const NAMES: [&str; 16] = [
@@ -203,7 +206,7 @@ pub fn differences(case: &Case, native: &Outcome, engine: &Outcome, strict: bool
         found.push(format!("mxcsr: native {:#x}, engine {:#x}", nf.mxcsr, ef.mxcsr));
     }
     for index in 0..16 {
-        if nf.ymm[index] != ef.ymm[index] {
+        if nf.ymm[index] != ef.ymm[index] && (at_end || !case.gathers) {
             found.push(format!(
                 "ymm{index}: native {:x?}, engine {:x?}",
                 nf.ymm[index], ef.ymm[index]

@@ -108,7 +108,7 @@ impl Program {
             loops.retain(|&end| end > index);
             match item {
                 Item::Plain(i) => {
-                    if rflags(i.rflags_read()) & unknown != 0 {
+                    if rflags(i.rflags_read()) & unknown != 0 || !self.prepared(index, i) {
                         return None;
                     }
                     let gone = undefined(i);
@@ -134,6 +134,19 @@ impl Program {
             }
         }
         Some(ARITH & !unknown)
+    }
+
+    /// Whether an instruction that must not see a random operand does not.
+    fn prepared(&self, index: usize, i: &Instruction) -> bool {
+        let before = index.checked_sub(1).map(|index| &self.items[index]);
+        let after = |code| matches!(before, Some(Item::Plain(b)) if b.code() == code);
+        match i.mnemonic() {
+            Mnemonic::Popfq => after(Code::Pushq_imm32),
+            _ if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::MemorySegRDI) => {
+                after(Code::Mov_r64_imm64)
+            }
+            _ => true,
+        }
     }
 
     pub fn case(&self) -> Option<Case> {
@@ -190,7 +203,9 @@ impl Program {
             _ => 0,
         };
         let start = self.start.clone();
-        Some(Case { code, start, kernel: self.kernel, defined, single, dead })
+        let gathers =
+            self.items.iter().any(|item| matches!(item, Item::Plain(i) if i.is_vsib()));
+        Some(Case { code, start, kernel: self.kernel, defined, single, dead, gathers })
     }
 }
 
@@ -522,6 +537,22 @@ impl Generator {
         }
         if i.is_string_instruction() {
             self.string(c, &mut i);
+        }
+        // Whether SHA instructions check alignment differs between CPUs.
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        if memory && i.cpuid_features().contains(&CpuidFeature::SHA) {
+            return None;
+        }
+        // Which bytes of a masked store can fault is the CPU's own choice (SDM 2,
+        // MASKMOVDQU): none here.
+        if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::MemorySegRDI) {
+            if c.reserved.contains(&Register::RDI) {
+                return None;
+            }
+            let to = DATA + c.random.below(0x1FF0) as u64;
+            let load = Instruction::with2(Code::Mov_r64_imm64, Register::RDI, to).ok()?;
+            c.items.push(Item::Plain(load));
+            c.known[7] = Some(to);
         }
         if code == Code::Enterq_imm16_imm8 {
             i.set_immediate16(c.random.below(64) as u16);

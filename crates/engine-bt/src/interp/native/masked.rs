@@ -187,11 +187,15 @@ fn mask_bytes_xmm(cpu: &mut Cpu, i: &Instruction) -> R<()> {
 
 fn mask_bytes_mmx(cpu: &mut Cpu, i: &Instruction) -> R<()> {
     check_mode(cpu, class::MMX)?;
-    // A move to itself makes the transition to MMX state: #MF if one is pending,
-    // TOP = 0, so that the image has MM0 first (Intel SDM 1, 9.5).
-    let itself =
-        Instruction::with2(Code::Movq_mm_mmm64, Register::MM0, Register::MM0).or_else(|_| ud())?;
-    run_registers(cpu, &itself)?;
+    // Reading a register makes the transition to MMX state: #MF if one is pending,
+    // TOP = 0, so that the image has MM0 first (Intel SDM 1, 9.5). A write would
+    // also set the exponent of the register that it writes.
+    let rax = cpu.st.gpr[0];
+    let reading =
+        Instruction::with2(Code::Movq_rm64_mm, Register::RAX, Register::MM0).or_else(|_| ud())?;
+    let read = run_registers(cpu, &reading);
+    cpu.st.gpr[0] = rax;
+    read?;
     let image = fpu::x87(&cpu.st);
     let register = |op| {
         let at = fpu::FX_ST + i.op_register(op).number() % 8 * 16;

@@ -1,0 +1,203 @@
+//! Runs a guest on one tier and takes down what can be seen of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tetrarch_engine::{Exit, Registers, Reply, SystemRegisters, Vcpu, Vm};
+use tetrarch_engine_bt::{Config, create_vm};
+use tetrarch_memory::{GuestMemory, GuestPhys};
+
+use super::code::END_PORT;
+use super::guest::{Guest, Mode};
+use super::input::{Input, Random};
+use super::tables::{RAM, has_error_code};
+use super::watchdog::Watchdog;
+
+const MAX_EXITS: usize = 96;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    Done,
+    Halt,
+    Shutdown,
+    /// More exits than a run may have.
+    Enough,
+    /// The guest was still running when its time was over.
+    Kicked,
+}
+
+#[derive(PartialEq)]
+pub struct Outcome {
+    pub end: End,
+    pub exits: Vec<Exit>,
+    pub registers: Registers,
+    pub system: SystemRegisters,
+    pub xsave: Vec<u8>,
+    pub memory: Vec<u8>,
+}
+
+pub struct Machine {
+    pub memory: Arc<GuestMemory>,
+    pub vm: Arc<dyn Vm>,
+    pub vcpu: Box<dyn Vcpu>,
+}
+
+impl Machine {
+    pub fn new(translate: bool) -> Self {
+        let memory = Arc::new(GuestMemory::new(RAM).expect("1 MiB of memory"));
+        let vm = create_vm(Arc::clone(&memory), Config { vcpus: 1, translate })
+            .expect("the engine runs on this host");
+        let vcpu = vm.create_vcpu(0).expect("the VM has a vCPU");
+        Self { memory, vm, vcpu }
+    }
+
+    /// Runs the guest to its end. `chaos` says what a hostile world does to the
+    /// machine at its exits.
+    pub fn run(&mut self, guest: &Guest, limit: Duration, mut chaos: Option<Input>) -> Option<Outcome> {
+        let _watchdog = Watchdog::new(self.vcpu.kicker(), limit);
+        if !guest.load(&self.memory, &mut *self.vcpu) {
+            return None;
+        }
+        let mut random = Random(guest.answers);
+        let mut exits = Vec::new();
+        let end = loop {
+            let exit = match self.vcpu.run() {
+                Ok(exit) => exit,
+                Err(error) => panic!("the engine gave up: {error}"),
+            };
+            match exit {
+                Exit::PortOut { port, .. } if port == u16::from(END_PORT) => break End::Done,
+                Exit::Halt => break End::Halt,
+                Exit::Shutdown => break End::Shutdown,
+                Exit::Kicked => break End::Kicked,
+                Exit::PortOut { port: port @ 0..32, size: 1, .. } => {
+                    self.skip_faulting(guest, port as u8);
+                }
+                Exit::PortIn { .. } | Exit::MmioRead { .. } => {
+                    self.vcpu.reply(Reply::Value(random.next()));
+                }
+                _ => self.vcpu.reply(Reply::Done),
+            }
+            exits.push(exit);
+            if exits.len() == MAX_EXITS {
+                break End::Enough;
+            }
+            if let Some(chaos) = &mut chaos
+                && !chaos.is_empty()
+            {
+                self.disturb(guest, chaos);
+            }
+        };
+        if std::env::var("XSTAT").is_ok() { println!("XX {end:?} {} exits, {:?} halts {:?}", exits.len(), guest.mode, self.vcpu.counters().iter().filter(|c| c.1=="halts"||c.1=="interpreted").collect::<Vec<_>>()); }
+        let mut memory = vec![0; RAM as usize];
+        self.memory.read(GuestPhys(0), &mut memory).expect("all of RAM");
+        Some(Outcome {
+            end,
+            exits,
+            registers: self.vcpu.registers(),
+            system: self.vcpu.system_registers(),
+            xsave: self.vcpu.xsave(),
+            memory,
+        })
+    }
+
+    /// The guest is in an exception handler: makes it return to the instruction
+    /// after the one that faulted.
+    fn skip_faulting(&mut self, guest: &Guest, vector: u8) {
+        self.vcpu.reply(Reply::Done);
+        let word = guest.mode.frame_word();
+        let error = if guest.mode != Mode::Real && has_error_code(vector) { word } else { 0 };
+        let (registers, system) = (self.vcpu.registers(), self.vcpu.system_registers());
+        let sp = match guest.mode {
+            Mode::Real => system.ss.base.wrapping_add(registers.gpr[4] & 0xFFFF),
+            _ if word == 4 => registers.gpr[4] & 0xFFFF_FFFF,
+            _ => registers.gpr[4],
+        };
+        // Linear is physical where our stacks are.
+        let at = GuestPhys(sp.wrapping_add(error));
+        let size = word as usize;
+        let mut bytes = [0; 8];
+        if self.memory.read(at, &mut bytes[..size]).is_err() {
+            return;
+        }
+        let base = if guest.mode == Mode::Real { system.cs.base } else { 0 };
+        let code = guest.code_at.wrapping_sub(base);
+        let offset = u64::from_le_bytes(bytes).wrapping_sub(code);
+        if offset < guest.code.bytes.len() as u64 {
+            let next = code + guest.code.after(offset);
+            let _ = self.memory.write(at, &next.to_le_bytes()[..size]);
+        }
+    }
+
+    /// One thing that other parts of a machine do while a guest runs.
+    fn disturb(&mut self, guest: &Guest, input: &mut Input) {
+        match input.u8() {
+            0 | 1 => self.vm.irq_line(u32::from(input.u8()), input.bool()),
+            2 => self.vm.msi(0xFEE0_0000 | u64::from(input.u32()), input.u32()),
+            3 | 4 => {
+                let at = guest.code_at + u64::from(input.u8());
+                let length = usize::from(input.u8() % 16);
+                let _ = self.memory.write(GuestPhys(at), input.bytes(length));
+            }
+            5 => {
+                let at = u64::from(input.u32());
+                let _ = self.memory.write(GuestPhys(at % RAM), input.bytes(8));
+            }
+            6 => {
+                let state = self.vm.save_irqchip();
+                self.vm.load_irqchip(&state).expect("what was saved is valid");
+            }
+            7 => {
+                let mut bytes = [0; 64];
+                self.vcpu.peek(input.u64(), &mut bytes);
+            }
+            8 => {
+                let mut registers = self.vcpu.registers();
+                registers.rip = registers.rip.wrapping_add(u64::from(input.u8()));
+                registers.rflags ^= u64::from(input.u32());
+                self.vcpu.set_registers(&registers);
+            }
+            9 => {
+                let bases = [0, 0x170, 0x200, 0x250, 0x6E0, 0x800, 0xC000_0080, 0xC001_0000];
+                let index = bases[usize::from(input.u8()) % 8] + u32::from(input.u8());
+                let value = input.u64();
+                self.vcpu.set_msr(index, value);
+                self.vcpu.msr(index);
+            }
+            10 => {
+                let image = self.vcpu.xsave();
+                self.vcpu.set_xsave(&image).expect("what was saved is valid");
+            }
+            11 => {
+                let mut system = self.vcpu.system_registers();
+                system.cr3 ^= u64::from(input.u16()) << 12;
+                system.cr4 ^= u64::from(input.u32()) & 0x15_07FF;
+                system.cr0 ^= u64::from(input.u8());
+                let _ = self.vcpu.set_system_registers(&system);
+            }
+            12 => {
+                let system = self.vcpu.system_registers();
+                let _ = self.vcpu.set_system_registers(&system);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn hostile(data: &[u8], translate: bool) {
+    let mut input = Input::new(data);
+    let share = usize::from(input.u8()) % 4;
+    let chaos = input.bytes(data.len() / 8 * share);
+    let guest = Guest::read(&mut input, false);
+    Machine::new(translate).run(&guest, Duration::from_millis(4), Some(Input::new(chaos)));
+}
+
+/// Any guest in any world, interpreted.
+pub fn interpreter(data: &[u8]) {
+    hostile(data, false);
+}
+
+/// Any guest in any world, translated.
+pub fn translator(data: &[u8]) {
+    hostile(data, true);
+}

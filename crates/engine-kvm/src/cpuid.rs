@@ -1,0 +1,207 @@
+//! What the guest's CPU says it is, on KVM.
+//!
+//! The policy is that of every engine: features are those of the host as far
+//! as they are virtualized, here by what KVM_GET_SUPPORTED_CPUID says; vendor,
+//! family, model and stepping are the host's; the topology is our own; the
+//! brand string names the engine. KVM's own leaves from 0x4000_0000 on stay,
+//! kvmclock with them, since the kernel keeps their promises.
+//!
+//! Hidden for good reason: MONITOR (the host may not stop in it), VMX and SVM
+//! (guests of guests are no promise of ours), the PMU.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use tetrarch_engine::EngineError;
+use tetrarch_engine::cpuid::{Topology, brand, host_brand};
+
+mod bits {
+    // Leaf 1, ECX and EDX.
+    pub const HIDDEN_1_ECX: u32 = 1 << 3 | 1 << 5 | 1 << 15;
+    pub const TSC_DEADLINE: u32 = 1 << 24;
+    pub const X2APIC: u32 = 1 << 21;
+    pub const HYPERVISOR: u32 = 1 << 31;
+    pub const HTT: u32 = 1 << 28;
+    // Leaf 0x8000_0001, ECX: CMP_LEGACY; SVM, PERFCTR_CORE, PERFCTR_NB.
+    pub const CMP_LEGACY: u32 = 1 << 1;
+    pub const HIDDEN_E1_ECX: u32 = 1 << 2 | 1 << 23 | 1 << 24;
+    /// Leaf 7, EDX.
+    pub const ARCH_CAPABILITIES: u32 = 1 << 29;
+}
+
+/// What decides about the tables beside the host's features.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    pub topology: Topology,
+    pub intel: bool,
+    pub tsc_deadline: bool,
+}
+
+/// Whether the guest is told of IA32_ARCH_CAPABILITIES.
+pub fn has_arch_capabilities(supported: &CpuId) -> bool {
+    let leaf7 = |entry: &&kvm_cpuid_entry2| entry.function == 7 && entry.index == 0;
+    let found = supported.as_slice().iter().find(leaf7);
+    found.is_some_and(|entry| entry.edx & bits::ARCH_CAPABILITIES != 0)
+}
+
+/// The table of one vCPU, whose APIC ID is its number.
+pub fn table(supported: &CpuId, policy: Policy, apic_id: u32) -> Result<CpuId, EngineError> {
+    let Policy { topology, intel, .. } = policy;
+    let brand = brand("kvm", &host_brand());
+    let mut entries: Vec<kvm_cpuid_entry2> = supported
+        .as_slice()
+        .iter()
+        // The topology is written anew; 0x1F would say what 0xB says.
+        .filter(|entry| !matches!(entry.function, 0xB | 0x1F | 0xA | 0x8000_000A))
+        .copied()
+        .collect();
+    for entry in &mut entries {
+        adapt(entry, policy, apic_id, &brand);
+    }
+    for subleaf in 0..3 {
+        let [eax, ebx, ecx, edx] = topology.leaf_b(subleaf, apic_id);
+        entries.push(kvm_cpuid_entry2 {
+            function: 0xB,
+            index: subleaf,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        });
+    }
+    // The kernel's list is complete but for the leaves that it leaves to us.
+    let missing = |leaf, entries: &[kvm_cpuid_entry2]| {
+        !entries.iter().any(|entry: &kvm_cpuid_entry2| entry.function == leaf)
+    };
+    for leaf in 0x8000_0002..=0x8000_0004 {
+        if missing(leaf, &entries) {
+            let mut entry = kvm_cpuid_entry2 { function: leaf, ..Default::default() };
+            adapt(&mut entry, policy, apic_id, &brand);
+            entries.push(entry);
+        }
+    }
+    if !intel && missing(0x8000_001E, &entries) {
+        let mut entry = kvm_cpuid_entry2 { function: 0x8000_001E, ..Default::default() };
+        adapt(&mut entry, policy, apic_id, &brand);
+        entries.push(entry);
+    }
+    CpuId::from_entries(&entries).map_err(|_| {
+        EngineError::Internal(format!("{} CPUID leaves are more than KVM takes", entries.len()))
+    })
+}
+
+fn adapt(entry: &mut kvm_cpuid_entry2, policy: Policy, apic_id: u32, brand: &[u32; 12]) {
+    let Policy { topology, intel, tsc_deadline } = policy;
+    let many = topology.vcpus > 1;
+    match entry.function {
+        0 => entry.eax = entry.eax.max(0xB),
+        1 => {
+            entry.ebx = topology.leaf_1_ebx(apic_id);
+            entry.ecx &= !bits::HIDDEN_1_ECX;
+            entry.ecx |= bits::HYPERVISOR | bits::X2APIC;
+            set(&mut entry.ecx, bits::TSC_DEADLINE, tsc_deadline);
+            set(&mut entry.edx, bits::HTT, many);
+        }
+        4 | 0x8000_001D => {
+            let leaf = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+            entry.eax = topology.cache(leaf, intel)[0];
+        }
+        0x8000_0001 => {
+            entry.ecx &= !bits::HIDDEN_E1_ECX;
+            set(&mut entry.ecx, bits::CMP_LEGACY, many && !intel);
+        }
+        0x8000_0002..=0x8000_0004 => {
+            let at = (entry.function - 0x8000_0002) as usize * 4;
+            entry.eax = brand[at];
+            entry.ebx = brand[at + 1];
+            entry.ecx = brand[at + 2];
+            entry.edx = brand[at + 3];
+        }
+        0x8000_0008 if !intel => entry.ecx = topology.leaf_8000_0008_ecx(),
+        0x8000_001E if !intel => {
+            let [eax, ebx, ecx, edx] = topology.leaf_8000_001e(apic_id);
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (eax, ebx, ecx, edx);
+        }
+        _ => {}
+    }
+}
+
+fn set(register: &mut u32, bit: u32, on: bool) {
+    *register = *register & !bit | if on { bit } else { 0 };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn supported() -> CpuId {
+        let entry = |function, eax, ebx, ecx, edx| kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        };
+        CpuId::from_entries(&[
+            entry(0, 0x20, 1, 2, 3),
+            entry(1, 0x123, 0x7700_0800, u32::MAX & !bits::HYPERVISOR, u32::MAX),
+            entry(0xB, 9, 9, 9, 9),
+            entry(0x1F, 9, 9, 9, 9),
+            entry(0x4000_0000, 0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d),
+            entry(0x4000_0001, 0x0100_0009, 0, 0, 0),
+            entry(0x8000_0001, 0, 0, u32::MAX, 0),
+        ])
+        .unwrap()
+    }
+
+    fn policy(vcpus: u32) -> Policy {
+        Policy { topology: Topology { vcpus }, intel: false, tsc_deadline: true }
+    }
+
+    fn leaf(table: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+        let is = |entry: &&kvm_cpuid_entry2| entry.function == function && entry.index == index;
+        *table.as_slice().iter().find(is).unwrap()
+    }
+
+    #[test]
+    fn topology_is_ours_and_tells_vcpus_apart() {
+        for id in 0..4 {
+            let table = table(&supported(), policy(4), id).unwrap();
+            assert_eq!(leaf(&table, 1, 0).ebx >> 16, id << 8 | 4);
+            let cores = leaf(&table, 0xB, 1);
+            assert_eq!((cores.eax, cores.ebx, cores.edx), (2, 4, id));
+            assert_eq!(leaf(&table, 0x8000_001E, 0).eax, id);
+            assert!(!table.as_slice().iter().any(|entry| entry.function == 0x1F));
+        }
+    }
+
+    #[test]
+    fn leaves_of_kvm_stay() {
+        let table = table(&supported(), policy(1), 0).unwrap();
+        assert_eq!(leaf(&table, 0x4000_0000, 0).ebx, 0x4b4d_564b);
+        assert_eq!(leaf(&table, 0x4000_0001, 0).eax & 0x0100_0009, 0x0100_0009);
+        assert_ne!(leaf(&table, 1, 0).ecx & bits::HYPERVISOR, 0);
+    }
+
+    #[test]
+    fn hidden_features_stay_hidden() {
+        let table = table(&supported(), policy(1), 0).unwrap();
+        assert_eq!(leaf(&table, 1, 0).ecx & bits::HIDDEN_1_ECX, 0);
+        assert_eq!(leaf(&table, 1, 0).edx & bits::HTT, 0);
+        assert_eq!(leaf(&table, 0x8000_0001, 0).ecx & bits::HIDDEN_E1_ECX, 0);
+    }
+
+    #[test]
+    fn brand_names_the_engine() {
+        let table = table(&supported(), policy(1), 0).unwrap();
+        assert_eq!(leaf(&table, 0x8000_0002, 0).eax, u32::from_le_bytes(*b"Tetr"));
+    }
+
+    #[test]
+    fn deadline_timer_follows_the_host() {
+        let without = Policy { tsc_deadline: false, ..policy(1) };
+        let table = table(&supported(), without, 0).unwrap();
+        assert_eq!(leaf(&table, 1, 0).ecx & bits::TSC_DEADLINE, 0);
+    }
+}

@@ -1,0 +1,91 @@
+//! Model-specific registers: those set at the start, and those saved.
+//!
+//! Hosts differ in what they let a VMM set. A refused register is left out,
+//! with one line in the log for each VM, and all others are set all the same.
+
+use std::collections::BTreeSet;
+
+use kvm_bindings::{MsrList, Msrs, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuFd};
+use parking_lot::Mutex;
+use tetrarch_engine::EngineError;
+
+use crate::vm::Log;
+
+pub mod index {
+    pub const ARCH_CAPABILITIES: u32 = 0x10A;
+    pub const MISC_ENABLE: u32 = 0x1A0;
+    pub const MTRR_DEFAULT_TYPE: u32 = 0x2FF;
+}
+
+/// IA32_MISC_ENABLE: fast strings.
+const FAST_STRINGS: u64 = 1;
+/// MTRRs on, all memory write-back, as firmware leaves them: with MTRRs off
+/// Linux gives up PAT as well.
+const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+
+/// The MSRs of one VM: what the kernel knows of, and which were refused.
+pub struct MsrPolicy {
+    saved: Vec<u32>,
+    initial: Vec<(u32, u64)>,
+    refused: Mutex<BTreeSet<u32>>,
+    log: Log,
+}
+
+impl MsrPolicy {
+    pub fn new(kvm: &Kvm, arch_capabilities: bool, log: Log) -> Self {
+        // Without the list nothing is saved; what runs is not touched by that.
+        let saved =
+            kvm.get_msr_index_list().map(|list: MsrList| list.as_slice().to_vec());
+        let mut initial =
+            vec![(index::MISC_ENABLE, FAST_STRINGS), (index::MTRR_DEFAULT_TYPE, MTRR_WRITE_BACK)];
+        if arch_capabilities && let Some(value) = feature(kvm, index::ARCH_CAPABILITIES) {
+            initial.push((index::ARCH_CAPABILITIES, value));
+        }
+        Self { saved: saved.unwrap_or_default(), initial, refused: Mutex::default(), log }
+    }
+
+    pub fn initialise(&self, vcpu: &VcpuFd) {
+        self.set_all(vcpu, &self.initial);
+    }
+
+    /// All that the kernel lists and lets us read.
+    pub fn read_all(&self, vcpu: &VcpuFd) -> Vec<(u32, u64)> {
+        self.saved.iter().filter_map(|&index| Some((index, get(vcpu, index)?))).collect()
+    }
+
+    /// Sets what the kernel takes.
+    pub fn set_all(&self, vcpu: &VcpuFd, values: &[(u32, u64)]) {
+        for &(index, value) in values {
+            if !set(vcpu, index, value) && self.refused.lock().insert(index) {
+                (self.log)(&format!(
+                    "kvm: the host refuses MSR {index:#x} = {value:#x}; it is left out"
+                ));
+            }
+        }
+    }
+}
+
+/// What the host offers by a feature MSR (KVM_GET_MSRS on /dev/kvm).
+fn feature(kvm: &Kvm, index: u32) -> Option<u64> {
+    let mut msrs = one(index, 0).ok()?;
+    let read = kvm.get_msrs(&mut msrs).ok()?;
+    (read == 1).then(|| msrs.as_slice()[0].data)
+}
+
+fn one(index: u32, data: u64) -> Result<Msrs, EngineError> {
+    Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
+        .map_err(|_| EngineError::Internal("no room for one MSR".into()))
+}
+
+/// `None` where the vCPU has no such register.
+pub fn get(vcpu: &VcpuFd, index: u32) -> Option<u64> {
+    let mut msrs = one(index, 0).ok()?;
+    let read = vcpu.get_msrs(&mut msrs).ok()?;
+    (read == 1).then(|| msrs.as_slice()[0].data)
+}
+
+/// False where the vCPU refuses the register or the value.
+pub fn set(vcpu: &VcpuFd, index: u32, value: u64) -> bool {
+    one(index, value).is_ok_and(|msrs| vcpu.set_msrs(&msrs) == Ok(1))
+}

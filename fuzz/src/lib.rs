@@ -1,0 +1,5 @@
+//! The fuzz targets of the engine. What they do is shared with the engine's
+//! own tests: crates/engine-bt/tests/harness.
+
+#[path = "../../crates/engine-bt/tests/harness/mod.rs"]
+pub mod harness;

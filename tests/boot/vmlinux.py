@@ -1,0 +1,77 @@
+"""The ELF vmlinux inside a bzImage, as a boot loader for PVH needs it.
+
+Documentation/arch/x86/boot.rst: payload_offset and payload_length say where the
+compressed kernel is. Decompressed it is the ELF file, followed by relocations.
+"""
+
+import gzip
+import lzma
+import struct
+
+_LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
+
+
+def extract_vmlinux(bzimage: bytes) -> bytes:
+    setup_sectors = bzimage[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", bzimage, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    payload = bzimage[start : start + length]
+    if payload.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMADecompressor().decompress(payload)
+    if payload.startswith(_LZ4_LEGACY_MAGIC):
+        return _unpack_lz4_legacy(payload)
+    if payload.startswith(b"\x1f\x8b"):
+        return gzip.decompress(payload[:-4])
+    raise ValueError(f"a payload that starts with {payload[:6].hex()} is not known here")
+
+
+def _unpack_lz4_legacy(payload: bytes) -> bytes:
+    """The legacy frame of lz4's doc/lz4_Frame_format.md: blocks with their sizes before them.
+
+    The kernel's build appends the size of the result (cmd_lz4_with_size), where the
+    next block's size would stand.
+    """
+    out = bytearray()
+    at = len(_LZ4_LEGACY_MAGIC)
+    while at + 4 < len(payload):
+        (size,) = struct.unpack_from("<I", payload, at)
+        at += 4
+        _unpack_lz4_block(payload[at : at + size], out)
+        at += size
+    return bytes(out)
+
+
+def _unpack_lz4_block(block: bytes, out: bytearray) -> None:
+    """doc/lz4_Block_format.md: literals, then a copy of what came before, again and again."""
+    at = 0
+    while True:
+        token = block[at]
+        at += 1
+        literals = token >> 4
+        if literals == 15:
+            while True:
+                more = block[at]
+                at += 1
+                literals += more
+                if more != 255:
+                    break
+        out += block[at : at + literals]
+        at += literals
+        if at >= len(block):
+            return  # the last sequence has no copy
+        distance = block[at] | block[at + 1] << 8
+        at += 2
+        length = token & 15
+        if length == 15:
+            while True:
+                more = block[at]
+                at += 1
+                length += more
+                if more != 255:
+                    break
+        length += 4
+        source = len(out) - distance
+        if distance >= length:
+            out += out[source : source + length]
+        else:  # the copy overlaps itself and so repeats
+            out += (out[source:] * (length // distance + 1))[:length]
