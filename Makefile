@@ -21,14 +21,15 @@ run: setup ## Boot the default guest to a shell (ARGS= for more options)
 	@$(BIN)/tetrarch run $(ARGS)
 
 test: setup packages lint ## Check and test all but the long tests
-	cargo test --release --workspace
+	cargo test --release --workspace --locked
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
 test-long: setup packages ## Run all tests, the long ones too
-	cargo test --release --workspace -- --include-ignored
+	cargo test --release --workspace --locked -- --include-ignored
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: setup packages ## Measure against QEMU's TCG and native execution
+bench: setup ## Measure against QEMU's TCG and native execution
+	@tools/test-packages bench
 	$(BIN)/python -m tools.bench $(ARGS)
 
 wheel: $(VENV)/.stamp-tools ## Build the wheel into dist/
@@ -40,6 +41,7 @@ lint: setup ## Check format, types and style of Rust and Python
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/stubtest --concise tetrarch._native
 
 fmt: setup ## Format Rust and Python
 	cargo fmt --all
@@ -57,7 +59,7 @@ packages: # what the tests need of the system
 $(VENV)/.stamp-tools: pyproject.toml tools/check-host
 	@PYTHON=$(PYTHON) tools/check-host
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "maturin>=1.8,<2"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "maturin>=1.9.4,<2"
 	@touch $@
 
 # Python code runs from src/ and needs no building.

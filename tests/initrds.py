@@ -5,8 +5,6 @@ from pathlib import Path
 
 from tetrarch.images import Initramfs
 
-JUDGED_APPEND = "console=ttyS0 quiet reboot=t panic=-1"
-
 
 def busybox() -> bytes:
     found = shutil.which("busybox")

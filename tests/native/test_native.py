@@ -133,7 +133,9 @@ def endless(vm: Vm) -> Iterator[Running]:
 def test_engine_bt_is_available_and_unknown_engine_has_a_reason() -> None:
     assert _native.engine_available("bt") is None
     reason = _native.engine_available("tcg")
-    assert reason is not None and "tcg" in reason and "\n" not in reason
+    assert reason is not None
+    assert "tcg" in reason
+    assert "\n" not in reason
 
 
 def test_version_is_set() -> None:
@@ -513,4 +515,5 @@ def test_device_lives_as_long_as_a_vcpu_that_may_call_it() -> None:
     gc.collect()
     assert vcpu.run() == "halted"
     survivor = kept()
-    assert survivor is not None and survivor.writes == [(0, 1, 0x5A)]
+    assert survivor is not None
+    assert survivor.writes == [(0, 1, 0x5A)]

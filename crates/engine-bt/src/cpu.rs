@@ -182,8 +182,7 @@ impl Cpu {
                 word |= bit;
             }
         }
-        let alignment_checks =
-            user && st.cr0 & cr::CR0_AM != 0 && st.flags & flag::AC != 0;
+        let alignment_checks = user && st.cr0 & cr::CR0_AM != 0 && st.flags & flag::AC != 0;
         let backward = st.flags & flag::DF != 0;
         // A hardware breakpoint in DR7 needs the interpreter's checks, as TF does.
         let debug = st.flags & flag::TF != 0 || st.dr[7] & 0xFF != 0;

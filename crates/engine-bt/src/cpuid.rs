@@ -50,7 +50,6 @@ mod bits {
     pub const FMA: u32 = 1 << 12;
     pub const X2APIC: u32 = 1 << 21;
     pub const TSC_DEADLINE: u32 = 1 << 24;
-    pub const AES: u32 = 1 << 25;
     pub const XSAVE: u32 = 1 << 26;
     pub const OSXSAVE: u32 = 1 << 27;
     pub const AVX: u32 = 1 << 28;

@@ -96,8 +96,7 @@ impl Cpu {
         levels: u32,
     ) -> Result<Walk, u32> {
         let nxe = self.st.efer & cr::EFER_NXE != 0;
-        let reserved =
-            !PHYS_MASK & 0x000F_FFFF_FFFF_F000 | if nxe { 0 } else { PTE_NX };
+        let reserved = !PHYS_MASK & 0x000F_FFFF_FFFF_F000 | if nxe { 0 } else { PTE_NX };
         'again: loop {
             let mut table = root;
             let (mut rights, mut nx) = (PTE_W | PTE_U, false);
@@ -117,7 +116,7 @@ impl Cpu {
                     bad |= PTE_PS;
                 } else if leaf && level > 0 {
                     // Bits between the PAT bit (12) and the frame of a large page.
-                    bad |= (1 << shift) - 1 & !0x1FFF;
+                    bad |= ((1 << shift) - 1) & !0x1FFF;
                 }
                 if entry & bad != 0 {
                     return Err(pf::PRESENT | pf::RESERVED);
@@ -198,9 +197,7 @@ impl Cpu {
             _ if user && !user_page => false,
             Access::Read => true,
             Access::Write => writable,
-            Access::Fetch => {
-                !nx && (user || !user_page || self.st.cr4 & cr::CR4_SMEP == 0)
-            }
+            Access::Fetch => !nx && (user || !user_page || self.st.cr4 & cr::CR4_SMEP == 0),
         };
         if allowed { Ok(writable) } else { Err(pf::PRESENT) }
     }
@@ -340,7 +337,8 @@ impl Cpu {
                 }
                 Place::Device(address) => {
                     for (index, part) in data[done..done + len].chunks_mut(8).enumerate() {
-                        let value = self.device_read(address.offset(index as u64 * 8), part.len())?;
+                        let value =
+                            self.device_read(address.offset(index as u64 * 8), part.len())?;
                         part.copy_from_slice(&value.to_le_bytes()[..part.len()]);
                     }
                 }
@@ -436,7 +434,7 @@ impl Cpu {
     pub fn writable_16(&mut self, linear: u64, user: bool) -> R<Option<(*mut u8, GuestPhys)>> {
         debug_assert!(linear.is_multiple_of(16));
         Ok(match self.place(linear, true, user)? {
-            Place::Ram(host) => Some((host, GuestPhys(u64::MAX & !0xFFF))),
+            Place::Ram(host) => Some((host, GuestPhys(!0xFFF))),
             Place::Code(host, address) => Some((host, address)),
             Place::Device(_) => None,
         })

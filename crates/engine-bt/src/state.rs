@@ -48,8 +48,6 @@ pub mod cr {
     pub const CR0_NW: u64 = 1 << 29;
     pub const CR0_CD: u64 = 1 << 30;
     pub const CR0_PG: u64 = 1 << 31;
-    pub const CR4_VME: u64 = 1 << 0;
-    pub const CR4_PVI: u64 = 1 << 1;
     pub const CR4_TSD: u64 = 1 << 2;
     pub const CR4_DE: u64 = 1 << 3;
     pub const CR4_PSE: u64 = 1 << 4;
@@ -271,7 +269,6 @@ pub mod attr {
     pub const S: u32 = 1 << 4;
     pub const DPL_SHIFT: u32 = 5;
     pub const P: u32 = 1 << 7;
-    pub const AVL: u32 = 1 << 12;
     pub const L: u32 = 1 << 13;
     pub const DB: u32 = 1 << 14;
     pub const G: u32 = 1 << 15;

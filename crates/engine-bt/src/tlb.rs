@@ -55,8 +55,7 @@ impl Tlb {
     #[inline]
     pub fn lookup(&self, linear: u64, user: bool, write: bool) -> Option<*mut u8> {
         let entry = &self.block.tlb(user, write)[tlb_index(linear)];
-        (entry.page == linear & PAGE_MASK)
-            .then(|| (entry.host + (linear & 0xFFF)) as *mut u8)
+        (entry.page == linear & PAGE_MASK).then(|| (entry.host + (linear & 0xFFF)) as *mut u8)
     }
 
     /// Notes that `linear` lies in a large page of `size` bytes.
@@ -173,8 +172,7 @@ impl Tlb {
                     let entry = &mut table[branch_index(target)];
                     let goes = target & PAGE_MASK == page;
                     if goes && entry.target == target {
-                        entry.target =
-                            if branch_index(target) == 0 { INVALID_BRANCH_0 } else { 0 };
+                        entry.target = if branch_index(target) == 0 { INVALID_BRANCH_0 } else { 0 };
                     }
                     !goes
                 });

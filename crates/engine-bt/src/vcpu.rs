@@ -1,14 +1,13 @@
 //! The run loop: translate, run, interpret, deliver, sleep.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use iced_x86::Mnemonic;
 use parking_lot::Mutex;
-use tetrarch_engine::{
-    Counters, EngineError, Exit, Kick, Registers, Reply, SystemRegisters, Vcpu,
-};
+use tetrarch_engine::{Counters, EngineError, Exit, Kick, Registers, Reply, SystemRegisters, Vcpu};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::block::{branch_index, exec_index};
@@ -45,6 +44,7 @@ pub struct BtVcpu {
     /// An exit waits for its reply.
     waiting: Option<Exit>,
     shut_down: bool,
+    nmi_pending: bool,
 }
 
 /// Called by translated code on a TLB miss. Returns whether to try again.
@@ -79,7 +79,16 @@ impl BtVcpu {
             Translator { cache, builder: Builder::new(stubs), enter: stubs.enter }
         });
         signals::install();
-        Ok(Self { cpu, translator, bell, timer: None, listener, waiting: None, shut_down: false })
+        Ok(Self {
+            cpu,
+            translator,
+            bell,
+            timer: None,
+            listener,
+            waiting: None,
+            shut_down: false,
+            nmi_pending: false,
+        })
     }
 
     pub fn bell(&self) -> Arc<Bell> {
@@ -102,8 +111,14 @@ impl BtVcpu {
                 }
                 continue;
             }
-            if self.cpu.st.halted != 0 {
+            if self.cpu.st.halted != 0 && !(self.nmi_pending && self.cpu.st.nmi_blocked == 0) {
                 if let Some(exit) = self.sleep() {
+                    return Ok(exit);
+                }
+                continue;
+            }
+            if self.nmi_pending && self.cpu.st.nmi_blocked == 0 && self.cpu.st.shadow == 0 {
+                if let Some(exit) = self.deliver_nmi() {
                     return Ok(exit);
                 }
                 continue;
@@ -168,15 +183,8 @@ impl BtVcpu {
         }
         while let Some(event) = self.cpu.vm.irqchip.take_event(self.cpu.id) {
             match event {
-                Event::Nmi => {
-                    self.cpu.st.halted = 0;
-                    if self.cpu.st.nmi_blocked == 0
-                        && let Err(stop) = exception::nmi(&mut self.cpu)
-                        && let Some(exit) = self.stopped(stop)
-                    {
-                        return Some(exit);
-                    }
-                }
+                // One NMI is held while another is served (SDM 3A, 6.7.1).
+                Event::Nmi => self.nmi_pending = true,
                 Event::Init | Event::Sipi(_) => {
                     // Only application processors act on these once they run; the
                     // bootstrap processor takes INIT as a reset of itself.
@@ -200,6 +208,13 @@ impl BtVcpu {
             cell.store(waits, Ordering::Relaxed);
         }
         pending && enabled && self.cpu.st.shadow == 0
+    }
+
+    fn deliver_nmi(&mut self) -> Option<Exit> {
+        self.nmi_pending = false;
+        self.cpu.st.halted = 0;
+        self.cpu.counts.interrupts += 1;
+        exception::nmi(&mut self.cpu).err().and_then(|stop| self.stopped(stop))
     }
 
     fn deliver_interrupt(&mut self) {
@@ -294,10 +309,10 @@ impl BtVcpu {
         }
         let Some(index) = self.resolve(rip)? else { return Ok(None) };
         let Some(translator) = &self.translator else { return Ok(None) };
-        let host = translator.cache.lock().indirect_entry(index);
-        // Kernel addresses are the same everywhere only by the guest's own
-        // promise, so the entry goes with the next flush.
-        self.cpu.tlb.fill_branch(rip, host, user, false);
+        let cache = translator.cache.lock();
+        let (host, global) = (cache.indirect_entry(index), cache.is_global(index));
+        drop(cache);
+        self.cpu.tlb.fill_branch(rip, host, user, global);
         Ok(Some(host))
     }
 
@@ -338,7 +353,8 @@ impl BtVcpu {
             self.cpu.tlb.note_large(rip, walk.size);
         }
         let Some(translator) = &self.translator else { return Ok(None) };
-        let id = translator.cache.lock().exec_id(ExecPage { linear, physical, user });
+        let page = ExecPage { linear, physical, user };
+        let id = translator.cache.lock().exec_id(page, walk.global);
         self.cpu.tlb.fill_exec(rip, id, user, walk.global);
         Ok(Some(id))
     }
@@ -368,6 +384,7 @@ impl BtVcpu {
             mode: self.cpu.st.mode,
             second: None,
             page: &bytes,
+            looked: Cell::new(0),
             cpuid: &vm.cpuid,
         };
         let (mut built, second) = match translator.builder.build(&source) {
@@ -378,7 +395,8 @@ impl BtVcpu {
             },
         };
         let in_first = u64::from(built.len).min(PAGE_SIZE - offset as u64);
-        self.mark_code(physical, codemap::lines(offset as u64, in_first));
+        let looked = source.looked.get();
+        self.mark_code(physical, codemap::lines(offset as u64, in_first) | looked);
         if let Some(second) = second {
             let rest = u64::from(built.len) - in_first;
             self.mark_code(GuestPhys(second), codemap::lines(0, rest.max(1)));
@@ -419,6 +437,7 @@ impl BtVcpu {
             mode: self.cpu.st.mode,
             second: Some(second),
             page: &[],
+            looked: Cell::new(0),
             cpuid: &self.cpu.vm.cpuid,
         };
         let built = translator.builder.build(&source);

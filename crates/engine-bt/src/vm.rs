@@ -43,7 +43,9 @@ pub fn available() -> Result<(), String> {
         }
     }
     Cache::probe().map_err(|error| {
-        format!("the host gives no executable memory ({error}); allow memfd mappings with PROT_EXEC")
+        format!(
+            "the host gives no executable memory ({error}); allow memfd mappings with PROT_EXEC"
+        )
     })
 }
 

@@ -357,21 +357,3 @@ fn dispatch_conditional(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
         _ => return None,
     })
 }
-
-/// Arithmetic flags that the instruction leaves undefined: what a comparison
-/// with another implementation must not look at.
-pub fn undefined_flags(i: &Instruction) -> u64 {
-    use iced_x86::RflagsBits as B;
-    let bits = i.rflags_undefined();
-    [
-        (B::CF, flag::CF),
-        (B::PF, flag::PF),
-        (B::AF, flag::AF),
-        (B::ZF, flag::ZF),
-        (B::SF, flag::SF),
-        (B::OF, flag::OF),
-    ]
-    .iter()
-    .filter(|(bit, _)| bits & bit != 0)
-    .fold(0, |mask, (_, f)| mask | f)
-}

@@ -456,6 +456,13 @@ fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
     let (size, user) = (usize::from(thunk.size), cpu.user());
     let mut linear = 0;
     if size != 0 {
+        // A pending x87 exception comes before the operand is looked at.
+        if thunk.class & (class::X87 | class::MMX) != 0
+            && !matches!(i.mnemonic(), Mnemonic::Fnstcw | Mnemonic::Fnstsw)
+            && fpu::x87(&cpu.st).0[2] & 0x80 != 0
+        {
+            run_registers(cpu, &Instruction::with(Code::Wait))?;
+        }
         let offset = operand::effective_address(cpu, i);
         linear = operand::linear(cpu, i.memory_segment(), offset, size, thunk.writes)?;
         if linear & (u64::from(thunk.aligned) - 1) != 0 {

@@ -264,10 +264,6 @@ pub fn stos(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     })
 }
 
-fn element_size_of_memory(i: &Instruction) -> usize {
-    i.memory_size().size()
-}
-
 pub fn lods(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     let (element, width) = (element_size(i), string_address_size(i));
     let segment = i.memory_segment();

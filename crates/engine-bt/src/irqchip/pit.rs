@@ -412,7 +412,7 @@ impl Pit {
         match port {
             0x40..=0x42 => self.channels[usize::from(port - 0x40)].read(t),
             0x61 => {
-                let refresh = u8::from(t / REFRESH_TICKS % 2 != 0);
+                let refresh = u8::from(!(t / REFRESH_TICKS).is_multiple_of(2));
                 let out2 = u8::from(self.channels[2].out(t));
                 self.control | refresh << 4 | out2 << 5
             }

@@ -73,18 +73,11 @@ impl Job<'_> {
     pub(super) fn loop_(&mut self, i: &Instruction) {
         let live = self.live_after();
         let flags = self.flags;
-        let address32 = matches!(
-            i.code(),
-            Code::Loop_rel8_64_ECX | Code::Jecxz_rel8_64
-        );
+        let address32 = matches!(i.code(), Code::Loop_rel8_64_ECX | Code::Jecxz_rel8_64);
         let is_loop = i.mnemonic() == Mnemonic::Loop;
         if is_loop {
             // 32-bit count: LEA zero-extends, as a write of ECX does.
-            self.e.lea(
-                !address32,
-                1,
-                Address { base: Some(1), index: None, scale: 1, disp: -1 },
-            );
+            self.e.lea(!address32, 1, Address { base: Some(1), index: None, scale: 1, disp: -1 });
         }
         let zero = self.e.jrcxz(address32);
         let over = self.e.jmp();

@@ -11,6 +11,7 @@
 //! instruction needs them, at most once between two writers. A block therefore
 //! has two entries, one for each place the flags may be in.
 
+use std::cell::Cell;
 use std::mem::offset_of;
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory};
@@ -18,6 +19,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, InstructionInf
 use super::cache::{Exit, MapEntry};
 use super::classify::{Kind, classify};
 use super::emit::{Emitter, R13, R14, REQUEST, cc};
+use super::instructions::stack_run;
 use super::liveness;
 use super::stubs::Stubs;
 use crate::block::{exec_index, exec_offset};
@@ -56,6 +58,9 @@ pub struct Source<'a> {
     pub second: Option<u32>,
     /// Bytes of the page from its start, for looking ahead.
     pub page: &'a [u8],
+    /// Lines of the page that were looked at beyond the block (see
+    /// [`crate::codemap`]): a write there makes the block invalid too.
+    pub looked: Cell<u64>,
     pub cpuid: &'a CpuidTable,
 }
 
@@ -69,12 +74,33 @@ pub(super) enum Flags {
 /// Code that is emitted after the hot part.
 pub(super) enum Cold {
     /// Fill the TLB and try again.
-    Fill { miss: u32, retry: u32, stub: u64, instruction: usize },
-    FillConstant { miss: u32, retry: u32, stub: u64, instruction: usize, linear: u64 },
+    Fill {
+        miss: u32,
+        retry: u32,
+        stub: u64,
+        instruction: usize,
+    },
+    FillConstant {
+        miss: u32,
+        retry: u32,
+        stub: u64,
+        instruction: usize,
+        linear: u64,
+    },
     /// Find the access in the TLB, remember its page as the stack's, go on.
-    Stack { miss: u32, resume: u32, stub: u64, instruction: usize, limit: u32 },
+    Stack {
+        miss: u32,
+        resume: u32,
+        stub: u64,
+        instruction: usize,
+        limit: u32,
+    },
     /// Leave through `stub` with an exit number.
-    Leave { places: Vec<u32>, stub: u64, exit: Exit },
+    Leave {
+        places: Vec<u32>,
+        stub: u64,
+        exit: Exit,
+    },
 }
 
 pub struct Builder {
@@ -108,8 +134,7 @@ impl Builder {
     pub fn build(&mut self, source: &Source<'_>) -> Option<Built> {
         let mut instructions = Vec::with_capacity(MAX_INSTRUCTIONS);
         let mut kinds = Vec::with_capacity(MAX_INSTRUCTIONS);
-        let mut decoder =
-            Decoder::with_ip(64, source.bytes, source.rip, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(64, source.bytes, source.rip, DecoderOptions::NONE);
         while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
             let instruction = decoder.decode();
             if instruction.is_invalid() {
@@ -176,14 +201,22 @@ impl Job<'_> {
             None
         };
         let mut polled = false;
-        for (index, (instruction, kind)) in instructions.iter().zip(kinds).enumerate() {
+        let mut index = 0;
+        while index <= last {
             self.current = index;
             self.mark(index);
             if poll_at == Some(index) {
-                self.poll(instruction.ip());
+                self.poll(instructions[index].ip());
                 polled = true;
             }
-            self.emit(instruction, *kind, polled);
+            let run = stack_run(&instructions[index..], &kinds[index..]);
+            if run > 1 {
+                self.stack_run(&instructions[index..index + run], &kinds[index..index + run]);
+                index += run;
+            } else {
+                self.emit(&instructions[index], kinds[index], polled);
+                index += 1;
+            }
         }
         if !ends {
             let next = instructions[last].next_ip();

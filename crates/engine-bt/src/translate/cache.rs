@@ -103,6 +103,8 @@ pub struct Cache {
     pages: HashMap<u64, CodePage, BuildHasherDefault<MixHasher>>,
     ids: HashMap<ExecPage, u32, BuildHasherDefault<MixHasher>>,
     exec_pages: Vec<ExecPage>,
+    /// Whether the guest mapped the page as global when it was last walked.
+    global: Vec<bool>,
 }
 
 impl Cache {
@@ -135,6 +137,7 @@ impl Cache {
             pages: HashMap::default(),
             ids: HashMap::default(),
             exec_pages: vec![none],
+            global: vec![false],
         })
     }
 
@@ -152,6 +155,7 @@ impl Cache {
         self.directory.clear();
         self.ids.clear();
         self.exec_pages.truncate(1);
+        self.global.truncate(1);
         self.pages.drain().map(|(page, _)| page).collect()
     }
 
@@ -160,15 +164,22 @@ impl Cache {
     }
 
     /// The id of a page as mapped now.
-    pub fn exec_id(&mut self, page: ExecPage) -> u32 {
+    pub fn exec_id(&mut self, page: ExecPage, global: bool) -> u32 {
         if let Some(&id) = self.ids.get(&page) {
+            self.global[id as usize] = global;
             return id;
         }
         let id = self.exec_pages.len() as u32;
         self.exec_pages.push(page);
+        self.global.push(global);
         self.ids.insert(page, id);
         self.pages.entry(page.physical >> 12).or_default().ids.push(id);
         id
+    }
+
+    /// Whether a block's page is a global one, which a change of CR3 keeps.
+    pub fn is_global(&self, index: u32) -> bool {
+        self.global[self.block(index).id as usize]
     }
 
     pub fn find(&self, rip: u64, id: u32, mode: u32) -> Option<u32> {

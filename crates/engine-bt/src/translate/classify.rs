@@ -113,12 +113,24 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
     }
     use Mnemonic as M;
     match i.mnemonic() {
-        M::Nop | M::Endbr64 | M::Endbr32 | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1
-        | M::Prefetcht2 | M::Prefetchw | M::Prefetch | M::Reservednop => Kind::Nothing,
+        M::Nop
+        | M::Endbr64
+        | M::Endbr32
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetchw
+        | M::Prefetch
+        | M::Reservednop => Kind::Nothing,
         // Translated code runs with DF clear.
         M::Cld => Kind::Nothing,
         M::Lea => {
-            if i.op0_register().size() >= 4 { Kind::Lea } else { Kind::Interpret }
+            if i.op0_register().size() >= 4 {
+                Kind::Lea
+            } else {
+                Kind::Interpret
+            }
         }
         M::Push => match i.code() {
             Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm32 | Code::Pushq_imm8 => Kind::Push,
@@ -136,9 +148,7 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
         M::Swapgs if kernel => Kind::Swapgs,
         M::Rdtsc if kernel || mode & mode::TSC != 0 => Kind::Rdtsc,
         M::Rdtscp if kernel || mode & mode::TSC != 0 => Kind::Rdtscp,
-        M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
-            string(i)
-        }
+        M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq => string(i),
         // MOVSD is also an SSE2 instruction.
         M::Movsd if i.is_string_instruction() => string(i),
         M::Bt | M::Bts | M::Btr | M::Btc
@@ -166,9 +176,7 @@ fn string(i: &Instruction) -> Kind {
     for op in 0..i.op_count() {
         match i.op_kind(op) {
             OpKind::MemoryESRDI => size = i.memory_size().size() as u8,
-            OpKind::MemorySegRSI
-                if !matches!(i.memory_segment(), Register::FS | Register::GS) =>
-            {
+            OpKind::MemorySegRSI if !matches!(i.memory_segment(), Register::FS | Register::GS) => {
                 moves = true;
             }
             OpKind::Register if !i.op_register(op).is_xmm() => {}
@@ -201,7 +209,9 @@ fn conditional(i: &Instruction) -> Kind {
         return if near64 { Kind::Jcc } else { Kind::Interpret };
     }
     match i.code() {
-        Code::Jrcxz_rel8_64 | Code::Jecxz_rel8_64 | Code::Loop_rel8_64_RCX
+        Code::Jrcxz_rel8_64
+        | Code::Jecxz_rel8_64
+        | Code::Loop_rel8_64_RCX
         | Code::Loop_rel8_64_ECX => Kind::Loop,
         _ => Kind::Interpret,
     }
@@ -260,10 +270,25 @@ fn uses_vector(i: &Instruction) -> Vector {
     for &feature in i.cpuid_features() {
         use CpuidFeature as F;
         match feature {
-            F::FPU | F::FPU287
-            | F::FPU287XL_ONLY | F::FPU387 | F::FPU387SL_ONLY | F::MMX => vector = Vector::X87,
-            F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::SSE4A | F::AES
-            | F::PCLMULQDQ | F::SHA | F::AVX | F::AVX2 | F::FMA | F::F16C | F::GFNI | F::VAES
+            F::FPU | F::FPU287 | F::FPU287XL_ONLY | F::FPU387 | F::FPU387SL_ONLY | F::MMX => {
+                vector = Vector::X87
+            }
+            F::SSE
+            | F::SSE2
+            | F::SSE3
+            | F::SSSE3
+            | F::SSE4_1
+            | F::SSE4_2
+            | F::SSE4A
+            | F::AES
+            | F::PCLMULQDQ
+            | F::SHA
+            | F::AVX
+            | F::AVX2
+            | F::FMA
+            | F::F16C
+            | F::GFNI
+            | F::VAES
             | F::VPCLMULQDQ => return Vector::Sse,
             _ => {}
         }
@@ -312,34 +337,101 @@ fn copied_integer(i: &Instruction) -> bool {
     match i.mnemonic() {
         // MOV of segment, control and debug registers is not for here, nor is
         // the form with a 64-bit absolute address.
-        M::Mov => !matches!(
-            i.code(),
-            Code::Mov_AL_moffs8
-                | Code::Mov_AX_moffs16
-                | Code::Mov_EAX_moffs32
-                | Code::Mov_RAX_moffs64
-                | Code::Mov_moffs8_AL
-                | Code::Mov_moffs16_AX
-                | Code::Mov_moffs32_EAX
-                | Code::Mov_moffs64_RAX
-        ) && (0..i.op_count()).all(|op| {
-            i.op_kind(op) != OpKind::Register || i.op_register(op).is_gpr()
-        }),
+        M::Mov => {
+            !matches!(
+                i.code(),
+                Code::Mov_AL_moffs8
+                    | Code::Mov_AX_moffs16
+                    | Code::Mov_EAX_moffs32
+                    | Code::Mov_RAX_moffs64
+                    | Code::Mov_moffs8_AL
+                    | Code::Mov_moffs16_AX
+                    | Code::Mov_moffs32_EAX
+                    | Code::Mov_moffs64_RAX
+            ) && (0..i.op_count())
+                .all(|op| i.op_kind(op) != OpKind::Register || i.op_register(op).is_gpr())
+        }
         // A bit offset in a register reaches outside the operand.
         M::Bt | M::Bts | M::Btr | M::Btc => {
             i.op0_kind() != OpKind::Memory || i.op1_kind() != OpKind::Register
         }
         M::Movsxd => i.op0_register().size() >= 4,
-        M::Nop | M::Movzx | M::Movsx | M::Xchg | M::Xadd | M::Cmpxchg | M::Cmpxchg8b
-        | M::Cmpxchg16b | M::Add | M::Or | M::Adc | M::Sbb | M::And | M::Sub | M::Xor | M::Cmp
-        | M::Test | M::Inc | M::Dec | M::Neg | M::Not | M::Mul | M::Imul | M::Div | M::Idiv
-        | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shl | M::Sal | M::Shr | M::Sar | M::Shld
-        | M::Shrd | M::Bsf | M::Bsr | M::Tzcnt | M::Lzcnt | M::Popcnt | M::Bswap | M::Movbe
-        | M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo | M::Lahf | M::Sahf | M::Clc
-        | M::Stc | M::Cmc | M::Pause | M::Mfence | M::Lfence | M::Sfence | M::Movnti
-        | M::Crc32 | M::Andn | M::Bextr | M::Blsi | M::Blsmsk | M::Blsr | M::Bzhi | M::Mulx
-        | M::Pdep | M::Pext | M::Rorx | M::Sarx | M::Shlx | M::Shrx | M::Adcx | M::Adox
-        | M::Rdrand | M::Rdseed => true,
+        M::Nop
+        | M::Movzx
+        | M::Movsx
+        | M::Xchg
+        | M::Xadd
+        | M::Cmpxchg
+        | M::Cmpxchg8b
+        | M::Cmpxchg16b
+        | M::Add
+        | M::Or
+        | M::Adc
+        | M::Sbb
+        | M::And
+        | M::Sub
+        | M::Xor
+        | M::Cmp
+        | M::Test
+        | M::Inc
+        | M::Dec
+        | M::Neg
+        | M::Not
+        | M::Mul
+        | M::Imul
+        | M::Div
+        | M::Idiv
+        | M::Rol
+        | M::Ror
+        | M::Rcl
+        | M::Rcr
+        | M::Shl
+        | M::Sal
+        | M::Shr
+        | M::Sar
+        | M::Shld
+        | M::Shrd
+        | M::Bsf
+        | M::Bsr
+        | M::Tzcnt
+        | M::Lzcnt
+        | M::Popcnt
+        | M::Bswap
+        | M::Movbe
+        | M::Cbw
+        | M::Cwde
+        | M::Cdqe
+        | M::Cwd
+        | M::Cdq
+        | M::Cqo
+        | M::Lahf
+        | M::Sahf
+        | M::Clc
+        | M::Stc
+        | M::Cmc
+        | M::Pause
+        | M::Mfence
+        | M::Lfence
+        | M::Sfence
+        | M::Movnti
+        | M::Crc32
+        | M::Andn
+        | M::Bextr
+        | M::Blsi
+        | M::Blsmsk
+        | M::Blsr
+        | M::Bzhi
+        | M::Mulx
+        | M::Pdep
+        | M::Pext
+        | M::Rorx
+        | M::Sarx
+        | M::Shlx
+        | M::Shrx
+        | M::Adcx
+        | M::Adox
+        | M::Rdrand
+        | M::Rdseed => true,
         mnemonic => is_cmov(mnemonic) || is_setcc(mnemonic),
     }
 }
@@ -348,8 +440,21 @@ fn is_cmov(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         mnemonic,
-        M::Cmova | M::Cmovae | M::Cmovb | M::Cmovbe | M::Cmove | M::Cmovg | M::Cmovge | M::Cmovl
-            | M::Cmovle | M::Cmovne | M::Cmovno | M::Cmovnp | M::Cmovns | M::Cmovo | M::Cmovp
+        M::Cmova
+            | M::Cmovae
+            | M::Cmovb
+            | M::Cmovbe
+            | M::Cmove
+            | M::Cmovg
+            | M::Cmovge
+            | M::Cmovl
+            | M::Cmovle
+            | M::Cmovne
+            | M::Cmovno
+            | M::Cmovnp
+            | M::Cmovns
+            | M::Cmovo
+            | M::Cmovp
             | M::Cmovs
     )
 }
@@ -358,8 +463,22 @@ fn is_setcc(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         mnemonic,
-        M::Seta | M::Setae | M::Setb | M::Setbe | M::Sete | M::Setg | M::Setge | M::Setl
-            | M::Setle | M::Setne | M::Setno | M::Setnp | M::Setns | M::Seto | M::Setp | M::Sets
+        M::Seta
+            | M::Setae
+            | M::Setb
+            | M::Setbe
+            | M::Sete
+            | M::Setg
+            | M::Setge
+            | M::Setl
+            | M::Setle
+            | M::Setne
+            | M::Setno
+            | M::Setnp
+            | M::Setns
+            | M::Seto
+            | M::Setp
+            | M::Sets
     )
 }
 

@@ -5,11 +5,63 @@ use std::mem::offset_of;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::builder::{Flags, Job};
+use super::classify::Kind;
 use super::emit::{Address, R13, R14, R15, gpr_offset};
 use super::operands::{number, replace_memory};
 use crate::state::CpuState;
 
+/// The longest run of pushes or pops that is checked at once.
+const STACK_RUN: usize = 16;
+
+/// How many instructions from the first on push registers, or pop registers and
+/// perhaps return: a prologue or an epilogue.
+pub(super) fn stack_run(instructions: &[Instruction], kinds: &[Kind]) -> usize {
+    let plain = |index: usize| {
+        instructions[index].op0_kind() == OpKind::Register
+            && instructions[index].op0_register() != Register::RSP
+    };
+    let Some(&first) = kinds.first() else { return 0 };
+    if !matches!(first, Kind::Push | Kind::Pop) {
+        return 0;
+    }
+    let len = kinds.len().min(STACK_RUN);
+    let run = (0..len).take_while(|&index| kinds[index] == first && plain(index)).count();
+    let returns = first == Kind::Pop && run > 0 && kinds.get(run) == Some(&Kind::Ret);
+    run + usize::from(returns)
+}
+
 impl Job<'_> {
+    /// Emits what [`stack_run`] found with one check for all its accesses.
+    pub(super) fn stack_run(&mut self, instructions: &[Instruction], kinds: &[Kind]) {
+        self.free_flags();
+        let bytes = instructions.len() as i32 * 8;
+        if kinds[0] == Kind::Push {
+            self.stack(-bytes, bytes as u32, true);
+            for (place, i) in instructions.iter().rev().enumerate() {
+                let guest = number(i.op0_register()).unwrap_or(0);
+                let host = self.host_register(guest, R13);
+                self.e.store_at(R14, place as i32 * 8, host);
+            }
+            self.move_rsp(-bytes);
+            return;
+        }
+        self.stack(0, bytes as u32, false);
+        for (place, (i, kind)) in instructions.iter().zip(kinds).enumerate() {
+            if *kind == Kind::Ret {
+                self.e.load_at(R13, R14, place as i32 * 8);
+                let extra = if i.op_count() == 1 { i.immediate16() } else { 0 };
+                self.move_rsp(bytes + i32::from(extra));
+                self.indirect();
+                return;
+            }
+            let guest = number(i.op0_register()).unwrap_or(0);
+            let host = Self::destination(guest);
+            self.e.load_at(host, R14, place as i32 * 8);
+            self.store_spilled(guest, host);
+        }
+        self.move_rsp(bytes);
+    }
+
     pub(super) fn lea(&mut self, i: &Instruction) {
         let to = i.op0_register();
         let guest = number(to).unwrap_or(0);

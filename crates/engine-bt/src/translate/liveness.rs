@@ -4,6 +4,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, RflagsBits};
 
 use super::builder::Source;
 use super::classify::{Kind, keeps_flags_sometimes};
+use crate::codemap;
 
 /// The six arithmetic flags, as iced counts them.
 pub const ALL: u32 = RflagsBits::OF
@@ -60,8 +61,8 @@ pub fn after(last: &Instruction, ends: bool, source: &Source<'_>) -> u32 {
     }
 }
 
-/// Flags that the code at `rip` needs. Looks only inside the block's own page:
-/// its translations die with a change of it, so the answer stays true.
+/// Flags that the code at `rip` needs. Looks only inside the block's own page
+/// and notes where, so that a change there ends the block and the answer with it.
 fn ahead(rip: u64, source: &Source<'_>, jumps: u32) -> u32 {
     if rip & !0xFFF != source.rip & !0xFFF || source.page.is_empty() {
         return ALL;
@@ -71,6 +72,8 @@ fn ahead(rip: u64, source: &Source<'_>, jumps: u32) -> u32 {
     let (mut needed, mut open) = (0, ALL);
     for _ in 0..LOOK_AHEAD {
         let i = decoder.decode();
+        let seen = codemap::lines(i.ip() & 0xFFF, i.len().max(1) as u64);
+        source.looked.set(source.looked.get() | seen);
         if i.is_invalid() || i.is_privileged() {
             return needed | open;
         }

@@ -324,7 +324,8 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
         a.jmp(leave)?;
     }
 
-    let done = a.assemble_options(base, iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
+    let done =
+        a.assemble_options(base, iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
     let address = |label: &CodeLabel| done.label_ip(label);
     let mut stubs = Stubs {
         enter: address(&enter)?,

@@ -172,7 +172,7 @@ impl Job<'_> {
     }
 
     /// Stores what `load` brings into a register of the guest.
-    fn to_register(&mut self, register: Register, load: impl FnOnce(&mut Self, u8)) {
+    fn set_register(&mut self, register: Register, load: impl FnOnce(&mut Self, u8)) {
         let guest = number(register).unwrap_or(0);
         let host = Self::destination(guest);
         load(self, host);
@@ -182,7 +182,7 @@ impl Job<'_> {
     /// RDFSBASE, RDGSBASE.
     pub(super) fn read_base(&mut self, i: &Instruction, segment: usize) {
         let wide = i.op0_register().size() == 8;
-        self.to_register(i.op0_register(), |job, host| {
+        self.set_register(i.op0_register(), |job, host| {
             if wide {
                 job.e.load(host, base_offset(segment));
             } else {
@@ -194,7 +194,7 @@ impl Job<'_> {
     /// MOV r32 or r64, Sreg: the selector, zero-extended.
     pub(super) fn read_selector(&mut self, i: &Instruction, segment: usize) {
         let at = segment_field(segment, offset_of!(Segment, selector));
-        self.to_register(i.op0_register(), |job, host| job.e.load16(host, at));
+        self.set_register(i.op0_register(), |job, host| job.e.load16(host, at));
     }
 
     /// MOV m16, Sreg.
@@ -207,6 +207,6 @@ impl Job<'_> {
 
     /// MOV r64, CRn for the registers that are plain state.
     pub(super) fn read_control(&mut self, i: &Instruction, offset: usize) {
-        self.to_register(i.op0_register(), |job, host| job.e.load(host, offset));
+        self.set_register(i.op0_register(), |job, host| job.e.load(host, offset));
     }
 }

@@ -4,7 +4,10 @@
 //! every record becomes one instruction whose memory operands lie near the
 //! guest's registers and whose branches lead to other instructions.
 
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, Mnemonic, OpKind};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Formatter, Instruction, IntelFormatter, Mnemonic,
+    OpKind,
+};
 
 use super::input::Input;
 use super::tables::DATA;
@@ -61,9 +64,30 @@ pub fn raw(input: &mut Input) -> GuestCode {
 }
 
 const PREFIXES: [&[u8]; 24] = [
-    &[], &[], &[], &[], &[], &[], &[0x48], &[0x48], &[0x48], &[0x66], &[0x66], &[0x66],
-    &[0xF2], &[0xF3], &[0xF2, 0x48], &[0xF3, 0x48], &[0x66, 0x48], &[0xF0], &[0xF0, 0x48],
-    &[0x65], &[0x64, 0x48], &[0x67], &[0x36], &[0x2E],
+    &[],
+    &[],
+    &[],
+    &[],
+    &[],
+    &[],
+    &[0x48],
+    &[0x48],
+    &[0x48],
+    &[0x66],
+    &[0x66],
+    &[0x66],
+    &[0xF2],
+    &[0xF3],
+    &[0xF2, 0x48],
+    &[0xF3, 0x48],
+    &[0x66, 0x48],
+    &[0xF0],
+    &[0xF0, 0x48],
+    &[0x65],
+    &[0x64, 0x48],
+    &[0x67],
+    &[0x36],
+    &[0x2E],
 ];
 
 struct Branch {
@@ -191,10 +215,8 @@ fn record(
             bytes[at..at + size].copy_from_slice(&wide[..size]);
         }
     }
-    let near = matches!(
-        i.op0_kind(),
-        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
-    );
+    let near =
+        matches!(i.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64);
     if near && i.flow_control() != FlowControl::Next {
         let size = offsets.immediate_size();
         branches.push(Branch {

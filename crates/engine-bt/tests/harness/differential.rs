@@ -87,9 +87,14 @@ fn shortest(guest: &Guest) -> String {
         let (a, b) = (outcome(&short, false, SHORT), outcome(&short, true, SHORT));
         if let (Some(a), Some(b)) = (a, b)
             && a != b
+            && a.end != End::Kicked
+            && b.end != End::Kicked
         {
             let start = guest.code_at + u64::from(guest.code.starts[count]);
-            return format!("already with the code before {start:#x}:\n{}\nand in all:\n", difference(&a, &b));
+            return format!(
+                "already with the code before {start:#x}:\n{}\nand in all:\n",
+                difference(&a, &b)
+            );
         }
     }
     String::new()

@@ -150,7 +150,12 @@ fn system(input: &mut Input, mode: Mode, user: bool) -> SystemRegisters {
             _ => tables::PML4,
         },
         // PSE, OSFXSR, OSXMMEXCPT; PGE, FSGSBASE, DE; seldom TSD, SMEP.
-        cr4: 0x610 | on(10, 0x80) | on(11, 1 << 16) | on(12, 8) | seldom(13, 4) | seldom(16, 1 << 20),
+        cr4: 0x610
+            | on(10, 0x80)
+            | on(11, 1 << 16)
+            | on(12, 8)
+            | seldom(13, 4)
+            | seldom(16, 1 << 20),
         cr8: seldom(19, 5),
         // SCE, NXE.
         efer: on(22, 1) | 0x800,
@@ -183,7 +188,8 @@ fn system(input: &mut Input, mode: Mode, user: bool) -> SystemRegisters {
                 *segment = odd_segment(input);
             }
         }
-        for word in [&mut registers.cr0, &mut registers.cr4, &mut registers.efer, &mut registers.cr3]
+        for word in
+            [&mut registers.cr0, &mut registers.cr4, &mut registers.efer, &mut registers.cr3]
         {
             if input.bool() {
                 *word ^= u64::from(input.u32());
@@ -326,7 +332,7 @@ impl Place<'_> {
         if self.rsp & 15 != 15 {
             gpr[4] = STACK + 0x4000 - stack_base + u64::from(self.rsp & 0x7F8);
         }
-        let mut flags = u64::from(self.flags) & 0x27_7FD7;
+        let mut flags = u64::from(self.flags) & 0x25_7FD7;
         // Single steps, interrupts and alignment checks now and then only.
         for (bit, guard) in [(8, 24), (9, 25), (18, 27)] {
             if self.flags >> guard & 3 != 3 {

@@ -53,7 +53,12 @@ impl Machine {
 
     /// Runs the guest to its end. `chaos` says what a hostile world does to the
     /// machine at its exits.
-    pub fn run(&mut self, guest: &Guest, limit: Duration, mut chaos: Option<Input>) -> Option<Outcome> {
+    pub fn run(
+        &mut self,
+        guest: &Guest,
+        limit: Duration,
+        mut chaos: Option<Input>,
+    ) -> Option<Outcome> {
         let _watchdog = Watchdog::new(self.vcpu.kicker(), limit);
         if !guest.load(&self.memory, &mut *self.vcpu) {
             return None;
@@ -65,13 +70,23 @@ impl Machine {
                 Ok(exit) => exit,
                 Err(error) => panic!("the engine gave up: {error}"),
             };
+            if std::env::var("XSTAT").is_ok() {
+                let r = self.vcpu.registers();
+                let s = self.vcpu.system_registers();
+                println!(
+                    "XE {exit:x?} rip {:x} rsp {:x} fl {:x} cs {:x} cr2 {:x}",
+                    r.rip, r.gpr[4], r.rflags, s.cs.selector, s.cr2
+                );
+            }
             match exit {
                 Exit::PortOut { port, .. } if port == u16::from(END_PORT) => break End::Done,
                 Exit::Halt => break End::Halt,
                 Exit::Shutdown => break End::Shutdown,
                 Exit::Kicked => break End::Kicked,
                 Exit::PortOut { port: port @ 0..32, size: 1, .. } => {
-                    self.skip_faulting(guest, port as u8);
+                    if self.skip_faulting(guest, port as u8) {
+                        break End::Done;
+                    }
                 }
                 Exit::PortIn { .. } | Exit::MmioRead { .. } => {
                     self.vcpu.reply(Reply::Value(random.next()));
@@ -88,7 +103,18 @@ impl Machine {
                 self.disturb(guest, chaos);
             }
         };
-        if std::env::var("XSTAT").is_ok() { println!("XX {end:?} {} exits, {:?} halts {:?}", exits.len(), guest.mode, self.vcpu.counters().iter().filter(|c| c.1=="halts"||c.1=="interpreted").collect::<Vec<_>>()); }
+        if std::env::var("XSTAT").is_ok() {
+            println!(
+                "XX {end:?} {} exits, {:?} halts {:?}",
+                exits.len(),
+                guest.mode,
+                self.vcpu
+                    .counters()
+                    .iter()
+                    .filter(|c| c.1 == "halts" || c.1 == "interpreted")
+                    .collect::<Vec<_>>()
+            );
+        }
         let mut memory = vec![0; RAM as usize];
         self.memory.read(GuestPhys(0), &mut memory).expect("all of RAM");
         Some(Outcome {
@@ -102,8 +128,9 @@ impl Machine {
     }
 
     /// The guest is in an exception handler: makes it return to the instruction
-    /// after the one that faulted.
-    fn skip_faulting(&mut self, guest: &Guest, vector: u8) {
+    /// after the one that faulted. True if that is past the end of its code, where
+    /// user code gets by the privileged instructions there.
+    fn skip_faulting(&mut self, guest: &Guest, vector: u8) -> bool {
         self.vcpu.reply(Reply::Done);
         let word = guest.mode.frame_word();
         let error = if guest.mode != Mode::Real && has_error_code(vector) { word } else { 0 };
@@ -118,15 +145,17 @@ impl Machine {
         let size = word as usize;
         let mut bytes = [0; 8];
         if self.memory.read(at, &mut bytes[..size]).is_err() {
-            return;
+            return false;
         }
         let base = if guest.mode == Mode::Real { system.cs.base } else { 0 };
         let code = guest.code_at.wrapping_sub(base);
         let offset = u64::from_le_bytes(bytes).wrapping_sub(code);
-        if offset < guest.code.bytes.len() as u64 {
+        let end = guest.code.bytes.len() as u64;
+        if offset < end {
             let next = code + guest.code.after(offset);
             let _ = self.memory.write(at, &next.to_le_bytes()[..size]);
         }
+        (end - 3..end).contains(&offset)
     }
 
     /// One thing that other parts of a machine do while a guest runs.

@@ -18,12 +18,25 @@ pub enum Item {
     Nothing,
     Plain(Instruction),
     /// Jcc to the end of the region.
-    Skip { jump: Code, end: usize },
+    Skip {
+        jump: Code,
+        end: usize,
+    },
     /// Loads the counter; the region's end counts down.
-    Loop { register: Register, count: u32, end: usize },
-    EndLoop { register: Register, start: usize, short: bool },
+    Loop {
+        register: Register,
+        count: u32,
+        end: usize,
+    },
+    EndLoop {
+        register: Register,
+        start: usize,
+        short: bool,
+    },
     /// Calls what is in the region.
-    Call { end: usize },
+    Call {
+        end: usize,
+    },
     EndCall,
 }
 
@@ -130,6 +143,8 @@ impl Program {
                     skips.push(*end);
                 }
                 Item::Loop { end, .. } => loops.push(*end),
+                // It may return to anywhere in the middle of what it does.
+                Item::Call { end } => skips.push(*end),
                 _ => {}
             }
         }
@@ -203,8 +218,7 @@ impl Program {
             _ => 0,
         };
         let start = self.start.clone();
-        let gathers =
-            self.items.iter().any(|item| matches!(item, Item::Plain(i) if i.is_vsib()));
+        let gathers = self.items.iter().any(|item| matches!(item, Item::Plain(i) if i.is_vsib()));
         Some(Case { code, start, kernel: self.kernel, defined, single, dead, gathers })
     }
 }
@@ -218,9 +232,23 @@ fn exposed(guest: &mut Guest) -> impl Fn(CpuidFeature) -> bool + use<> {
         use CpuidFeature as F;
         let bit = |word: u32, bit: u32| word >> bit & 1 != 0;
         match feature {
-            F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64
-            | F::CMOV | F::CX8 | F::FPU | F::FPU287 | F::FPU387 | F::MMX | F::SSE | F::SSE2
-            | F::MULTIBYTENOP | F::PAUSE | F::CLFSH => true,
+            F::INTEL8086
+            | F::INTEL186
+            | F::INTEL286
+            | F::INTEL386
+            | F::INTEL486
+            | F::X64
+            | F::CMOV
+            | F::CX8
+            | F::FPU
+            | F::FPU287
+            | F::FPU387
+            | F::MMX
+            | F::SSE
+            | F::SSE2
+            | F::MULTIBYTENOP
+            | F::PAUSE
+            | F::CLFSH => true,
             F::SSE3 => bit(one[2], 0),
             F::PCLMULQDQ => bit(one[2], 1),
             F::SSSE3 => bit(one[2], 9),
@@ -266,7 +294,12 @@ fn unfit(code: Code) -> bool {
             | M::Lfs | M::Lgs | M::Lss | M::Rdfsbase | M::Wrfsbase | M::Wrgsbase
             // With a register 0F 0D is #UD on AMD and a NOP on Intel.
             | M::Reservednop
-    ) || matches!(code, Code::Bswap_r16 | Code::Shld_rm16_r16_CL | Code::Shrd_rm16_r16_CL)
+    ) || matches!(
+        code,
+        Code::Bswap_r16 | Code::Shld_rm16_r16_CL | Code::Shrd_rm16_r16_CL
+            // Some CPUs read 16 bits and some 32.
+            | Code::Movsxd_r16_rm16
+    )
         || op.must_be_cpl0()
         || !op.mode64()
         || !op.is_instruction()
@@ -306,15 +339,33 @@ impl Generator {
             }
             let mut i = Instruction::default();
             i.set_code(code);
-            if i.flow_control() != FlowControl::Next || !i.cpuid_features().iter().all(|&f| has(f)) {
+            if i.flow_control() != FlowControl::Next || !i.cpuid_features().iter().all(|&f| has(f))
+            {
                 continue;
             }
             use CpuidFeature as F;
             let class = match i.cpuid_features() {
                 [F::FPU | F::FPU287 | F::FPU387 | F::MMX, ..] => Class::X87,
-                [F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64
-                | F::CMOV | F::CX8 | F::BMI1 | F::BMI2 | F::ADX | F::LZCNT | F::POPCNT | F::MOVBE
-                | F::CMPXCHG16B | F::MULTIBYTENOP | F::PAUSE, ..] => Class::Integer,
+                [
+                    F::INTEL8086
+                    | F::INTEL186
+                    | F::INTEL286
+                    | F::INTEL386
+                    | F::INTEL486
+                    | F::X64
+                    | F::CMOV
+                    | F::CX8
+                    | F::BMI1
+                    | F::BMI2
+                    | F::ADX
+                    | F::LZCNT
+                    | F::POPCNT
+                    | F::MOVBE
+                    | F::CMPXCHG16B
+                    | F::MULTIBYTENOP
+                    | F::PAUSE,
+                    ..,
+                ] => Class::Integer,
                 _ => Class::Vector,
             };
             codes.push((code, class));
@@ -327,8 +378,10 @@ impl Generator {
         while data.len() < 4 * DATA_BYTES {
             let quad = match random.below(6) {
                 0 => float(&mut random).to_bits(),
-                1 => u64::from((float(&mut random) as f32).to_bits()) << 32
-                    | u64::from((float(&mut random) as f32).to_bits()),
+                1 => {
+                    u64::from((float(&mut random) as f32).to_bits()) << 32
+                        | u64::from((float(&mut random) as f32).to_bits())
+                }
                 _ => random.value(),
             };
             data.extend_from_slice(&quad.to_le_bytes());
@@ -448,8 +501,7 @@ impl Generator {
 
     /// Takes back what was added since `at` if it reads an undefined flag.
     fn keep_if_defined(&self, c: &mut Context, at: usize) {
-        let program =
-            Program { items: c.items.clone(), start: State::default(), kernel: false };
+        let program = Program { items: c.items.clone(), start: State::default(), kernel: false };
         if program.defined().is_none() {
             c.items.truncate(at);
         }
@@ -530,7 +582,14 @@ impl Generator {
         let op = code.op_code();
         let mut vectors: Vec<usize> = (0..16).collect();
         for number in 0..op.op_count() {
-            operand(c, &mut i, number, op.op_kind(number), &mut vectors, op.requires_unique_reg_nums())?;
+            operand(
+                c,
+                &mut i,
+                number,
+                op.op_kind(number),
+                &mut vectors,
+                op.requires_unique_reg_nums(),
+            )?;
         }
         if op.can_use_lock_prefix() && i.op0_kind() == OpKind::Memory && c.random.percent(25) {
             i.set_has_lock_prefix(true);
@@ -581,9 +640,8 @@ impl Generator {
             .map(|used| used.register().full_register())
             .collect();
         let stack_allowed = i.is_stack_instruction() || c.random.percent(5);
-        let reserved = |r: &Register| {
-            c.reserved.contains(r) && !(*r == Register::RSP && stack_allowed)
-        };
+        let reserved =
+            |r: &Register| c.reserved.contains(r) && !(*r == Register::RSP && stack_allowed);
         if written.iter().any(reserved) {
             c.items.truncate(at);
             return None;
@@ -824,8 +882,13 @@ fn operand(
             memory(c, i, op);
             return Some(());
         }
-        K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem | K::mm_or_mem
-        | K::xmm_or_mem | K::ymm_or_mem
+        K::r8_or_mem
+        | K::r16_or_mem
+        | K::r32_or_mem
+        | K::r64_or_mem
+        | K::mm_or_mem
+        | K::xmm_or_mem
+        | K::ymm_or_mem
             if to_memory =>
         {
             memory(c, i, op);

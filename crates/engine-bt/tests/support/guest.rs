@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use tetrarch_engine::{Exit, Kick, Registers, Reply, Segment, SegmentTable, SystemRegisters, Vcpu, Vm};
+use tetrarch_engine::{
+    Exit, Kick, Registers, Reply, Segment, SegmentTable, SystemRegisters, Vcpu, Vm,
+};
 use tetrarch_engine_bt::{Config, create_vm};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
@@ -297,9 +299,14 @@ impl Guest {
         self.set_registers(&Registers { gpr, rip, rflags });
     }
 
-    /// Puts code and data of a case in place.
+    /// Puts the code of a case in place, unless it is.
     pub fn place(&mut self, case: &Case) {
-        self.write(CODE_AT + (case.start.rip - CODE), &case.code);
+        let at = CODE_AT + (case.start.rip - CODE);
+        let mut now = vec![0; case.code.len()];
+        self.memory.read(GuestPhys(at), &mut now).unwrap();
+        if now != case.code {
+            self.write(at, &case.code);
+        }
     }
 
     /// Runs a case that is in place.

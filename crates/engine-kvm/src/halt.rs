@@ -1,0 +1,154 @@
+//! Seeing that a machine is halted for good.
+//!
+//! With interrupt controllers in the kernel, HLT never leaves KVM_RUN: the
+//! thread sleeps until an interrupt comes, and where interrupts are off that is
+//! for ever. So somebody has to look. A vCPU that used no processor time for a
+//! while is made to look at itself; when twice in a row all vCPUs found
+//! themselves halted with interrupts off (or never started), none can wake
+//! another, and the machine has ended. An idle guest is asked ever more rarely.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+use tetrarch_engine::EngineError;
+
+use crate::kick::Kicker;
+
+const FIRST_LOOK: Duration = Duration::from_millis(100);
+const LAST_LOOK: Duration = Duration::from_millis(1600);
+/// A vCPU that used more of a period than one part in so many is at work.
+const BUSY_PART: u32 = 8;
+
+/// What a vCPU shows of itself.
+pub struct Progress {
+    kicker: Arc<Kicker>,
+    inside: AtomicBool,
+    /// The round in which the vCPU last found itself dead, and the first of
+    /// those in a row; 0: never.
+    dead: AtomicU64,
+    dead_since: AtomicU64,
+}
+
+#[derive(Default)]
+struct Shared {
+    seats: Mutex<Vec<Arc<Progress>>>,
+    round: AtomicU64,
+    ended: Mutex<bool>,
+    end: Condvar,
+}
+
+/// The watch of one VM; it ends with it.
+#[derive(Default)]
+pub struct HaltWatch {
+    shared: Arc<Shared>,
+}
+
+impl HaltWatch {
+    /// Adds a vCPU; the first one starts the watch.
+    pub fn add(&self, kicker: Arc<Kicker>) -> Result<Arc<Progress>, EngineError> {
+        let progress = Arc::new(Progress {
+            kicker,
+            inside: AtomicBool::new(false),
+            dead: AtomicU64::new(0),
+            dead_since: AtomicU64::new(0),
+        });
+        let mut seats = self.shared.seats.lock();
+        if seats.is_empty() {
+            let shared = Arc::clone(&self.shared);
+            std::thread::Builder::new()
+                .name("kvm-halt-watch".into())
+                .spawn(move || shared.watch())
+                .map_err(|error| {
+                    EngineError::Unavailable(format!("no thread to be had: {error}"))
+                })?;
+        }
+        seats.push(Arc::clone(&progress));
+        Ok(progress)
+    }
+
+    /// A vCPU says whether it is dead. True: so are all.
+    pub fn report(&self, own: &Progress, dead: bool) -> bool {
+        let round = self.shared.round.load(Ordering::SeqCst);
+        if !dead {
+            own.dead.store(0, Ordering::SeqCst);
+            return false;
+        }
+        let before = own.dead.swap(round, Ordering::SeqCst);
+        if before != round && before + 1 != round {
+            own.dead_since.store(round, Ordering::SeqCst);
+        }
+        self.shared.seats.lock().iter().all(|seat| {
+            seat.dead.load(Ordering::SeqCst) == round
+                && seat.dead_since.load(Ordering::SeqCst) < round
+        })
+    }
+}
+
+impl Drop for HaltWatch {
+    fn drop(&mut self) {
+        *self.shared.ended.lock() = true;
+        self.shared.end.notify_all();
+    }
+}
+
+impl Progress {
+    /// The vCPU's thread enters and leaves `run`.
+    #[inline]
+    pub fn set_inside(&self, inside: bool) {
+        self.inside.store(inside, Ordering::Relaxed);
+    }
+
+    /// Processor time of the vCPU's thread; `None` while it is not in `run`.
+    fn cpu_time(&self) -> Option<Duration> {
+        let thread = self.kicker.thread();
+        if !self.inside.load(Ordering::Relaxed) || thread == 0 {
+            return None;
+        }
+        // The clock of a thread's processor time, from its number (clock_getres(2),
+        // MAKE_THREAD_CPUCLOCK of linux/posix-timers_types.h).
+        let clock = !thread << 3 | 6;
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the pointer is to a local.
+        let result = unsafe { libc::clock_gettime(clock, &mut time) };
+        (result == 0).then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+    }
+}
+
+impl Shared {
+    fn watch(&self) {
+        let mut wait = FIRST_LOOK;
+        let mut times: Vec<Option<Duration>> = Vec::new();
+        loop {
+            let mut ended = self.ended.lock();
+            if !*ended {
+                self.end.wait_for(&mut ended, wait);
+            }
+            if *ended {
+                return;
+            }
+            drop(ended);
+            let seats = self.seats.lock().clone();
+            let now: Vec<_> = seats.iter().map(|seat| seat.cpu_time()).collect();
+            let asleep = now.len() == times.len()
+                && now.iter().zip(&times).all(|(now, before)| match (now, before) {
+                    (Some(now), Some(before)) => now.saturating_sub(*before) < wait / BUSY_PART,
+                    _ => false,
+                });
+            times = now;
+            if !asleep {
+                wait = FIRST_LOOK;
+                continue;
+            }
+            let last = self.round.load(Ordering::SeqCst);
+            let any_dead = last != 0
+                && seats.iter().all(|seat| seat.dead.load(Ordering::SeqCst) == last);
+            self.round.store(last + 1, Ordering::SeqCst);
+            for seat in &seats {
+                seat.kicker.request_check();
+            }
+            wait = if any_dead || last == 0 { FIRST_LOOK } else { (wait * 2).min(LAST_LOOK) };
+        }
+    }
+}

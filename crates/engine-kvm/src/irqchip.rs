@@ -1,0 +1,220 @@
+//! The interrupt controllers in the kernel: how they are wired, how devices and
+//! other processes reach them, and how they are saved.
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_clock_data, kvm_irq_routing_entry,
+    kvm_irq_routing_irqchip, kvm_irqchip, kvm_msi, kvm_pit_config, kvm_pit_state2,
+};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use parking_lot::Mutex;
+use tetrarch_engine::EngineError;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::state::{append, take};
+use crate::vm::refused;
+
+/// Pins of the I/O APIC.
+const IOAPIC_PINS: u32 = 24;
+/// ISA interrupts, which reach the PICs as well.
+const ISA_LINES: u32 = 16;
+/// The timer's interrupt, GSI 0, is on this pin, where the PICs' cascade would
+/// be; the MADT says so.
+const TIMER_PIN: u32 = 2;
+const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+/// First word of a saved state.
+const VERSION: u32 = 1;
+
+/// A line above the I/O APIC's pins that stands for a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IrqRoute {
+    pub gsi: u32,
+    pub address: u64,
+    pub data: u32,
+}
+
+pub struct IrqChip {
+    routes: Mutex<Vec<IrqRoute>>,
+}
+
+/// Where the ISA lines and the other pins go.
+fn wiring() -> Vec<kvm_irq_routing_entry> {
+    let chip = |gsi, irqchip, pin| {
+        let mut entry =
+            kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+        entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
+        entry
+    };
+    let mut entries = Vec::new();
+    for gsi in 0..ISA_LINES {
+        if gsi < 8 && gsi != TIMER_PIN {
+            entries.push(chip(gsi, KVM_IRQCHIP_PIC_MASTER, gsi));
+        } else if gsi >= 8 {
+            entries.push(chip(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8));
+        }
+    }
+    for gsi in 0..IOAPIC_PINS {
+        entries.push(chip(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { TIMER_PIN } else { gsi }));
+    }
+    entries
+}
+
+impl IrqChip {
+    /// Makes PICs, I/O APIC and PIT; the local APICs come with the vCPUs.
+    pub fn create(vm: &VmFd) -> Result<Self, EngineError> {
+        vm.create_irq_chip().map_err(|error| refused("make interrupt controllers", error))?;
+        // With the dummy speaker the kernel answers port 0x61 as well.
+        let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(config).map_err(|error| refused("make the interval timer", error))?;
+        let irqchip = Self { routes: Mutex::default() };
+        irqchip.apply(vm, &[])?;
+        Ok(irqchip)
+    }
+
+    fn apply(&self, vm: &VmFd, routes: &[IrqRoute]) -> Result<(), EngineError> {
+        let mut entries = wiring();
+        for route in routes {
+            let mut entry = kvm_irq_routing_entry {
+                gsi: route.gsi,
+                type_: KVM_IRQ_ROUTING_MSI,
+                ..Default::default()
+            };
+            entry.u.msi.address_lo = route.address as u32;
+            entry.u.msi.address_hi = (route.address >> 32) as u32;
+            entry.u.msi.data = route.data;
+            entries.push(entry);
+        }
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| {
+            EngineError::Refused(format!("{} interrupt routes are more than KVM takes", routes.len()))
+        })?;
+        vm.set_gsi_routing(&table).map_err(|error| refused("route interrupts", error))
+    }
+
+    /// Sets which messages the lines from 24 on stand for.
+    pub fn set_routes(&self, vm: &VmFd, routes: &[IrqRoute]) -> Result<(), EngineError> {
+        if let Some(route) = routes.iter().find(|route| route.gsi < IOAPIC_PINS) {
+            return Err(EngineError::Refused(format!(
+                "interrupt line {} is a pin of the I/O APIC; messages have lines from {IOAPIC_PINS}",
+                route.gsi
+            )));
+        }
+        let mut current = self.routes.lock();
+        self.apply(vm, routes)?;
+        *current = routes.to_vec();
+        Ok(())
+    }
+}
+
+pub fn signal_msi(vm: &VmFd, address: u64, data: u32) {
+    let msi = kvm_msi {
+        address_lo: address as u32,
+        address_hi: (address >> 32) as u32,
+        data,
+        ..Default::default()
+    };
+    // A message that no local APIC takes is lost, as on a bus.
+    let _ = vm.signal_msi(msi);
+}
+
+pub fn register_irqfd(vm: &VmFd, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
+    vm.register_irqfd(event, gsi).map_err(|error| refused("tie an event to an interrupt", error))
+}
+
+pub fn unregister_irqfd(vm: &VmFd, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
+    vm.unregister_irqfd(event, gsi)
+        .map_err(|error| refused("untie an event from an interrupt", error))
+}
+
+/// Ties writes of any width to an event; with `value`, 32-bit writes of it alone.
+pub fn register_ioevent(
+    vm: &VmFd,
+    event: &EventFd,
+    address: &IoEventAddress,
+    value: Option<u32>,
+) -> Result<(), EngineError> {
+    match value {
+        Some(value) => vm.register_ioevent(event, address, value),
+        None => vm.register_ioevent(event, address, NoDatamatch),
+    }
+    .map_err(|error| refused("tie a write to an event", error))
+}
+
+pub fn unregister_ioevent(
+    vm: &VmFd,
+    event: &EventFd,
+    address: &IoEventAddress,
+    value: Option<u32>,
+) -> Result<(), EngineError> {
+    match value {
+        Some(value) => vm.unregister_ioevent(event, address, value),
+        None => vm.unregister_ioevent(event, address, NoDatamatch),
+    }
+    .map_err(|error| refused("untie a write from an event", error))
+}
+
+/// PICs, I/O APIC, PIT and the clock of the guest.
+pub fn save(vm: &VmFd) -> Vec<u8> {
+    let mut data = Vec::new();
+    append(&mut data, &VERSION);
+    for chip_id in CHIPS {
+        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+        // These reads fail for a VM without interrupt controllers alone.
+        let _ = vm.get_irqchip(&mut chip);
+        append(&mut data, &chip);
+    }
+    append(&mut data, &vm.get_pit2().unwrap_or_default());
+    append(&mut data, &vm.get_clock().map_or(0, |clock| clock.clock));
+    data
+}
+
+pub fn load(vm: &VmFd, mut data: &[u8]) -> Result<(), EngineError> {
+    let malformed = || {
+        EngineError::Refused(
+            "this is no state of engine kvm's interrupt controllers, or one cut short".into(),
+        )
+    };
+    let version: u32 = take(&mut data).ok_or_else(malformed)?;
+    if version != VERSION {
+        return Err(EngineError::Refused(format!(
+            "the state of the interrupt controllers has version {version}, not {VERSION}"
+        )));
+    }
+    let mut chips = Vec::new();
+    for chip_id in CHIPS {
+        let chip: kvm_irqchip = take(&mut data).ok_or_else(malformed)?;
+        if chip.chip_id != chip_id {
+            return Err(malformed());
+        }
+        chips.push(chip);
+    }
+    let pit: kvm_pit_state2 = take(&mut data).ok_or_else(malformed)?;
+    let clock: u64 = take(&mut data).ok_or_else(malformed)?;
+    if !data.is_empty() {
+        return Err(malformed());
+    }
+    for chip in &chips {
+        vm.set_irqchip(chip).map_err(|error| refused("set interrupt controllers", error))?;
+    }
+    vm.set_pit2(&pit).map_err(|error| refused("set the interval timer", error))?;
+    vm.set_clock(&kvm_clock_data { clock, ..Default::default() })
+        .map_err(|error| refused("set the guest's clock", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timer_is_on_pin_2_and_the_cascade_nowhere() {
+        // SAFETY: all entries of the wiring are of the kind IRQCHIP.
+        let routes: Vec<_> = wiring()
+            .iter()
+            .map(|entry| unsafe { (entry.gsi, entry.u.irqchip.irqchip, entry.u.irqchip.pin) })
+            .collect();
+        assert!(routes.contains(&(0, KVM_IRQCHIP_PIC_MASTER, 0)));
+        assert!(routes.contains(&(0, KVM_IRQCHIP_IOAPIC, 2)));
+        assert!(routes.contains(&(9, KVM_IRQCHIP_PIC_SLAVE, 1)));
+        assert!(routes.contains(&(23, KVM_IRQCHIP_IOAPIC, 23)));
+        assert!(!routes.iter().any(|&(_, chip, pin)| chip == KVM_IRQCHIP_PIC_MASTER && pin == 2));
+    }
+}

@@ -1,0 +1,98 @@
+"""What the benchmarks conclude from what a console printed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from tools.bench import compare, process, report
+from tools.bench.compare import Median
+from tools.bench.process import Result, Run
+
+
+def run(**values: Result) -> Run:
+    return Run({name.replace("_", ".", 1): result for name, result in values.items()})
+
+
+def median(value: float, unit: str = "ns", check: str = "") -> Median:
+    return Median(value, unit, 1, frozenset({check} - {""}))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("int.sha256 1.25e-3 s 00c0ffee", ("int.sha256", Result(1.25e-3, "s", "00c0ffee"))),
+        ("boot.kernel_uptime_at_init 0.92 s", ("boot.kernel_uptime_at_init", Result(0.92, "s"))),
+        ("# begin guestbench 1 mode=full", None),
+        ("[    0.5] ACPI: 2 s", None),
+        ("int.sha256 fast s", None),
+    ],
+)
+def test_result_lines_are_told_from_others(line: str, expected: tuple[str, Result] | None) -> None:
+    assert process.parse_line(line) == expected
+
+
+def test_medians_leave_out_runs_without_the_value() -> None:
+    runs = [
+        run(int_a=Result(1, "s", "aa")),
+        run(int_a=Result(9, "s", "aa"), fp_b=Result(2, "s")),
+        run(int_a=Result(2, "s", "bb")),
+    ]
+    found = compare.medians(runs)
+    assert found["int.a"] == Median(2, "s", 3, frozenset({"aa", "bb"}))
+    assert found["fp.b"].runs == 1
+
+
+@pytest.mark.parametrize(("unit", "expected"), [("s", 2.0), ("ns", 2.0), ("MB/s", 0.5)])
+def test_speed_ratio_is_above_one_where_we_are_faster(unit: str, expected: float) -> None:
+    assert compare.speed_ratio(median(10, unit), median(20, unit)) == expected
+
+
+def test_speed_ratio_of_nothing_is_none() -> None:
+    assert compare.speed_ratio(median(0), median(1)) is None
+
+
+def test_families_leave_out_what_describes_the_run() -> None:
+    names = ["boot.wall_total", "int.a", "fp.b", "int.c", "host.cpu_time"]
+    assert compare.families(names) == {"int": ["int.a", "int.c"], "fp": ["fp.b"]}
+
+
+def test_geometric_mean() -> None:
+    assert compare.geometric_mean([2, 8]) == pytest.approx(4)
+    assert compare.geometric_mean([]) is None
+
+
+def test_check_value_that_is_not_natives_is_named() -> None:
+    native = {"int.a": median(1, check="aa"), "int.b": median(1, check="bb")}
+    other = {"int.a": median(1, check="aa"), "int.b": median(1, check="cc"), "boot.x": median(1)}
+    assert compare.wrong_checks(native, other) == [("int.b", "bb", "cc")]
+
+
+def test_run_of_a_process_has_its_results_and_times() -> None:
+    script = (
+        "print('boot.kernel_uptime_at_init 0.5 s'); print('# begin guestbench 1 mode=full');"
+        "print('int.a 3 ns 0badcafe'); print('# end elapsed=0.1')"
+    )
+    done = process.run_once([sys.executable, "-c", script], timeout=60)
+    assert done.finished
+    assert done.results["int.a"] == Result(3, "ns", "0badcafe")
+    assert 0 < done.results["boot.wall_to_init"].value <= done.results["boot.wall_total"].value
+
+
+def test_run_that_fails_or_hangs_is_not_finished() -> None:
+    failed = process.run_once([sys.executable, "-c", "print('# guest exit'); exit(3)"], timeout=60)
+    assert not failed.finished
+    assert "exit code 3" in failed.remarks
+    hung = process.run_once([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.2)
+    assert not hung.finished
+    assert "stopped after 0.2 s" in hung.remarks
+
+
+def test_sections_are_replaced_and_others_stay(tmp_path: Path) -> None:
+    document = tmp_path / "docs" / "benchmarks.md"
+    report.write_section("guest", "old", document)
+    report.write_section("exits", "kept \\1", document)
+    report.write_section("guest", "new", document)
+    text = document.read_text()
+    assert "old" not in text
+    assert text.index("new") < text.index("kept \\1")
+    assert text.startswith("# Benchmarks\n")
