@@ -89,10 +89,10 @@ def test_run_that_fails_or_hangs_is_not_finished() -> None:
 
 def test_sections_are_replaced_and_others_stay(tmp_path: Path) -> None:
     document = tmp_path / "docs" / "benchmarks.md"
-    report.write_section("guest", "old", document)
+    report.write_section("guest", "first text", document)
     report.write_section("exits", "kept \\1", document)
-    report.write_section("guest", "new", document)
+    report.write_section("guest", "second text", document)
     text = document.read_text()
-    assert "old" not in text
-    assert text.index("new") < text.index("kept \\1")
+    assert "first text" not in text
+    assert text.index("second text") < text.index("kept \\1")
     assert text.startswith("# Benchmarks\n")

@@ -42,9 +42,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("clean")
     venv.create(root, with_pip=True)
     programs = root / "bin"
-    command = [programs / "python", "-m", "pip", "install", "--quiet", "--only-binary", ":all:"]
+    pip: list[str | Path] = [programs / "python", "-m", "pip", "install", "--quiet"]
     subprocess.run(
-        [*command, "--disable-pip-version-check", wheel],
+        [*pip, "--only-binary", ":all:", "--disable-pip-version-check", wheel],
         cwd=root,
         env=clean_environment(),
         check=True,

@@ -77,8 +77,7 @@ def run_once(command: Sequence[str], timeout: float, echo: bool = False) -> Run:
     timer = threading.Timer(timeout, stop)
     timer.start()
     try:
-        assert process.stdout is not None
-        for raw in process.stdout:
+        for raw in process.stdout or ():
             at = time.monotonic()
             text = _ESCAPE.sub("", raw.decode("utf-8", "replace").strip("\r\n")).strip()
             if echo:
@@ -105,6 +104,8 @@ def run_once(command: Sequence[str], timeout: float, echo: bool = False) -> Run:
         if process.returncode is None:
             process.kill()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
     wall, cpu = time.monotonic() - start, usage.ru_utime + usage.ru_stime
     run.results["boot.wall_total"] = Result(wall, "s")
     run.results["host.cpu_time"] = Result(cpu, "s")

@@ -38,10 +38,8 @@ impl Scripted {
 impl Vcpu for Scripted {
     fn run(&mut self) -> Result<Exit, EngineError> {
         let mut kicked = self.kick.kicked.lock();
-        if !*kicked {
-            if let Some(exit) = self.script.pop_front() {
-                return exit;
-            }
+        if !*kicked && let Some(exit) = self.script.pop_front() {
+            return exit;
         }
         while !*kicked {
             let wait = self.kick.wake.wait_for(&mut kicked, Duration::from_secs(30));

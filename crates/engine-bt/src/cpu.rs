@@ -99,8 +99,6 @@ pub struct Cpu {
     pub msrs: MsrFile,
     pub replay: Replay,
     pub counts: Counts,
-    /// The last instruction written by this vCPU touched translated code.
-    pub code_written: bool,
 }
 
 impl Cpu {
@@ -115,7 +113,6 @@ impl Cpu {
             msrs: MsrFile::new(),
             replay: Replay::default(),
             counts: Counts::default(),
-            code_written: false,
         };
         cpu.reset();
         Ok(cpu)

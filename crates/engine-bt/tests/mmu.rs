@@ -87,9 +87,7 @@ fn expected(entry: u64, mode: &Mode, access: Access) -> Option<u64> {
         _ if user && !user_page => false,
         Access::Read => true,
         Access::Write => entry & W != 0 || !user && mode.cr0 & WP == 0,
-        Access::Fetch => {
-            entry & NX == 0 && (user || !user_page || mode.cr4 & SMEP == 0)
-        }
+        Access::Fetch => entry & NX == 0 && (user || !user_page || mode.cr4 & SMEP == 0),
     };
     if allowed { None } else { Some(code | 1) }
 }
@@ -191,9 +189,7 @@ fn accessed_and_dirty_bits_are_set_as_used() {
         place_code(guest);
         for kernel in [true, false] {
             let mode = Mode { kernel, ..PLAIN };
-            for (kind, bits) in
-                [(Access::Read, A), (Access::Fetch, A), (Access::Write, A | D)]
-            {
+            for (kind, bits) in [(Access::Read, A), (Access::Fetch, A), (Access::Write, A | D)] {
                 guest.map(AT, FREE, P | W | U);
                 guest.write(FREE, &[0x0F, 0x0B]);
                 assert_eq!(access(guest, &mode, kind, AT), UD, "{engine}");
@@ -214,9 +210,8 @@ fn dirty_is_set_by_a_write_after_a_read() {
     on_both(|guest, engine| {
         guest.map(AT, FREE, P | W | U);
         // mov rax, [rdi] ; mov rcx, [rsi] ; mov [rdi], rax ; mov rdx, [rsi] ; ud2
-        let code = [
-            0x48, 0x8B, 0x07, 0x48, 0x8B, 0x0E, 0x48, 0x89, 0x07, 0x48, 0x8B, 0x16, 0x0F, 0x0B,
-        ];
+        let code =
+            [0x48, 0x8B, 0x07, 0x48, 0x8B, 0x0E, 0x48, 0x89, 0x07, 0x48, 0x8B, 0x16, 0x0F, 0x0B];
         guest.write(KERNEL_CODE, &code);
         let slot = guest.slot(AT, 0);
         let mut gpr = [0; 16];
@@ -360,9 +355,8 @@ fn code_mapped_elsewhere_runs_after_invlpg() {
         }
         guest.map(AT, FREE, P | W | A | D);
         // call rdi ; mov ebx, eax ; mov [rsi], r8 ; invlpg [rdi] ; call rdi ; ud2
-        let code = [
-            0xFF, 0xD7, 0x89, 0xC3, 0x4C, 0x89, 0x06, 0x0F, 0x01, 0x3F, 0xFF, 0xD7, 0x0F, 0x0B,
-        ];
+        let code =
+            [0xFF, 0xD7, 0x89, 0xC3, 0x4C, 0x89, 0x06, 0x0F, 0x01, 0x3F, 0xFF, 0xD7, 0x0F, 0x0B];
         guest.write(KERNEL_CODE, &code);
         let slot = guest.slot(AT, 0);
         let mut gpr = [0; 16];

@@ -260,10 +260,7 @@ impl Drop for Ring {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and used by nobody any more.
         unsafe {
-            libc::munmap(
-                self.entries.as_ptr().cast(),
-                self.count * size_of::<kvm_dirty_gfn>(),
-            );
+            libc::munmap(self.entries.as_ptr().cast(), self.count * size_of::<kvm_dirty_gfn>());
         }
     }
 }

@@ -29,8 +29,15 @@ pub struct PortBlock {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Raw {
     Port(PortBlock),
-    MmioRead { address: u64, size: u8 },
-    MmioWrite { address: u64, size: u8, data: u64 },
+    MmioRead {
+        address: u64,
+        size: u8,
+    },
+    MmioWrite {
+        address: u64,
+        size: u8,
+        data: u64,
+    },
     Halt,
     Shutdown,
     /// Nothing to tell the machine: go back in.
@@ -75,7 +82,8 @@ impl Failure {
                     .map(|word| format!("{word:#x}"))
                     .collect::<Vec<_>>()
                     .join(" ");
-                let details = if details.is_empty() { details } else { format!(", data {details}") };
+                let details =
+                    if details.is_empty() { details } else { format!(", data {details}") };
                 format!(
                     "{what} (KVM_EXIT_INTERNAL_ERROR, suberror {suberror}{details}) {place}; \
                      run the guest with --engine bt"

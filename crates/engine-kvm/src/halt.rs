@@ -142,8 +142,8 @@ impl Shared {
                 continue;
             }
             let last = self.round.load(Ordering::SeqCst);
-            let any_dead = last != 0
-                && seats.iter().all(|seat| seat.dead.load(Ordering::SeqCst) == last);
+            let any_dead =
+                last != 0 && seats.iter().all(|seat| seat.dead.load(Ordering::SeqCst) == last);
             self.round.store(last + 1, Ordering::SeqCst);
             for seat in &seats {
                 seat.kicker.request_check();

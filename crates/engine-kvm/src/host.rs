@@ -62,12 +62,12 @@ fn open_failed(path: &str, errno: i32) -> String {
             "no permission to open {path}; join its group, then log in anew: \
              sudo usermod -aG kvm $USER"
         ),
-        libc::ENXIO | libc::ENODEV => format!(
-            "{path} has no driver behind it; load one: modprobe kvm_intel (or kvm_amd)"
-        ),
-        libc::EMFILE | libc::ENFILE => format!(
-            "{path} cannot be opened: too many open files; raise the limit with ulimit -n"
-        ),
+        libc::ENXIO | libc::ENODEV => {
+            format!("{path} has no driver behind it; load one: modprobe kvm_intel (or kvm_amd)")
+        }
+        libc::EMFILE | libc::ENFILE => {
+            format!("{path} cannot be opened: too many open files; raise the limit with ulimit -n")
+        }
         _ => format!(
             "{path} cannot be opened: {}; look into the kernel's log",
             Error::from_raw_os_error(errno)

@@ -3,8 +3,9 @@
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_clock_data, kvm_irq_routing_entry,
-    kvm_irq_routing_irqchip, kvm_irqchip, kvm_msi, kvm_pit_config, kvm_pit_state2,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_clock_data,
+    kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irqchip, kvm_msi, kvm_pit_config,
+    kvm_pit_state2,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use parking_lot::Mutex;
@@ -85,7 +86,10 @@ impl IrqChip {
             entries.push(entry);
         }
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| {
-            EngineError::Refused(format!("{} interrupt routes are more than KVM takes", routes.len()))
+            EngineError::Refused(format!(
+                "{} interrupt routes are more than KVM takes",
+                routes.len()
+            ))
         })?;
         vm.set_gsi_routing(&table).map_err(|error| refused("route interrupts", error))
     }

@@ -35,8 +35,7 @@ pub struct MsrPolicy {
 impl MsrPolicy {
     pub fn new(kvm: &Kvm, arch_capabilities: bool, log: Log) -> Self {
         // Without the list nothing is saved; what runs is not touched by that.
-        let saved =
-            kvm.get_msr_index_list().map(|list: MsrList| list.as_slice().to_vec());
+        let saved = kvm.get_msr_index_list().map(|list: MsrList| list.as_slice().to_vec());
         let mut initial =
             vec![(index::MISC_ENABLE, FAST_STRINGS), (index::MTRR_DEFAULT_TYPE, MTRR_WRITE_BACK)];
         if arch_capabilities && let Some(value) = feature(kvm, index::ARCH_CAPABILITIES) {

@@ -6,8 +6,8 @@ use tetrarch_engine::{Registers, Segment, SegmentTable, SystemRegisters};
 pub fn registers(r: &kvm_regs) -> Registers {
     Registers {
         gpr: [
-            r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12,
-            r.r13, r.r14, r.r15,
+            r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11,
+            r.r12, r.r13, r.r14, r.r15,
         ],
         rip: r.rip,
         rflags: r.rflags,

@@ -121,10 +121,10 @@ impl State {
     pub fn set(&mut self, mut values: BTreeMap<String, u64>) -> Result<(), String> {
         let mut problems = Vec::new();
         self.walk(&mut |name, mut field| {
-            if let Some(value) = values.remove(name) {
-                if !field.set(value) {
-                    problems.push(format!("{value:#x} is too large for register {name}"));
-                }
+            if let Some(value) = values.remove(name)
+                && !field.set(value)
+            {
+                problems.push(format!("{value:#x} is too large for register {name}"));
             }
         });
         problems.extend(values.into_keys().map(|name| format!("there is no register '{name}'")));

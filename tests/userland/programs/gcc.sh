@@ -6,9 +6,13 @@ for options in -O0 -O2 "-O3 -funroll-loops" "-Os -m64 -fno-pie -no-pie" "-O2 -mf
 	gcc $options -o program program.o -lm -lpthread
 	echo "$options: $(openssl dgst -sha256 -r program.o) $(openssl dgst -sha256 -r program)"
 	case $options in
-	*avx2*) grep -q ' avx2 ' /proc/cpuinfo || continue ;;
+	*avx2*)
+		# Vector code gives what scalar code gave; it only runs where the CPU has it.
+		busybox grep -q ' avx2 ' /proc/cpuinfo || continue
+		./program | busybox cmp - expected ;;
+	-O3*) ./program | tee expected ;;
+	*) ./program ;;
 	esac
-	./program
 done
 gcc -static -O2 -o program /cases/program.c -lm
 ./program

@@ -48,6 +48,8 @@ pub struct Guest {
     pub code: GuestCode,
     /// Linear address of the first byte of code.
     pub code_at: u64,
+    /// It does the same each time, as far as we can see to it.
+    pub repeatable: bool,
     /// What answers the guest's reads of devices.
     pub answers: u64,
     registers: Registers,
@@ -259,6 +261,7 @@ impl Guest {
             mode,
             code,
             code_at,
+            repeatable,
             answers: u64::from(seed),
             registers,
             system,
@@ -332,7 +335,7 @@ impl Place<'_> {
         if self.rsp & 15 != 15 {
             gpr[4] = STACK + 0x4000 - stack_base + u64::from(self.rsp & 0x7F8);
         }
-        let mut flags = u64::from(self.flags) & 0x25_7FD7;
+        let mut flags = u64::from(self.flags) & 0x24_7FD7;
         // Single steps, interrupts and alignment checks now and then only.
         for (bit, guard) in [(8, 24), (9, 25), (18, 27)] {
             if self.flags >> guard & 3 != 3 {

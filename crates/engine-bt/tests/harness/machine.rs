@@ -14,6 +14,8 @@ use super::tables::{RAM, has_error_code};
 use super::watchdog::Watchdog;
 
 const MAX_EXITS: usize = 96;
+const END: Exit = Exit::PortOut { port: END_PORT as u16, size: 1, data: 0 };
+const ARITHMETIC_FLAGS: u16 = 0x8D5;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum End {
@@ -70,6 +72,10 @@ impl Machine {
                 Ok(exit) => exit,
                 Err(error) => panic!("the engine gave up: {error}"),
             };
+            let exit = match exit {
+                Exit::PortOut { port, .. } if port == u16::from(END_PORT) => END,
+                other => other,
+            };
             if std::env::var("XSTAT").is_ok() {
                 let r = self.vcpu.registers();
                 let s = self.vcpu.system_registers();
@@ -79,7 +85,10 @@ impl Machine {
                 );
             }
             match exit {
-                Exit::PortOut { port, .. } if port == u16::from(END_PORT) => break End::Done,
+                END => {
+                    exits.push(exit);
+                    break End::Done;
+                }
                 Exit::Halt => break End::Halt,
                 Exit::Shutdown => break End::Shutdown,
                 Exit::Kicked => break End::Kicked,
@@ -117,10 +126,15 @@ impl Machine {
         }
         let mut memory = vec![0; RAM as usize];
         self.memory.read(GuestPhys(0), &mut memory).expect("all of RAM");
+        let mut registers = self.vcpu.registers();
+        if end != End::Halt && exits.last() != Some(&END) {
+            // As in `skip_faulting`.
+            registers.rflags &= !u64::from(ARITHMETIC_FLAGS);
+        }
         Some(Outcome {
             end,
             exits,
-            registers: self.vcpu.registers(),
+            registers,
             system: self.vcpu.system_registers(),
             xsave: self.vcpu.xsave(),
             memory,
@@ -146,6 +160,16 @@ impl Machine {
         let mut bytes = [0; 8];
         if self.memory.read(at, &mut bytes[..size]).is_err() {
             return false;
+        }
+        if guest.repeatable {
+            // The translator drops flags that the faulting instruction would have
+            // replaced; since that is skipped here, code after it would see them.
+            let flags = at.offset(2 * word);
+            let mut kept = [0; 8];
+            if self.memory.read(flags, &mut kept[..2]).is_ok() {
+                let kept = u16::from_le_bytes([kept[0], kept[1]]) & !ARITHMETIC_FLAGS;
+                let _ = self.memory.write(flags, &kept.to_le_bytes());
+            }
         }
         let base = if guest.mode == Mode::Real { system.cs.base } else { 0 };
         let code = guest.code_at.wrapping_sub(base);

@@ -299,8 +299,7 @@ fn unfit(code: Code) -> bool {
         Code::Bswap_r16 | Code::Shld_rm16_r16_CL | Code::Shrd_rm16_r16_CL
             // Some CPUs read 16 bits and some 32.
             | Code::Movsxd_r16_rm16
-    )
-        || op.must_be_cpl0()
+    ) || op.must_be_cpl0()
         || !op.mode64()
         || !op.is_instruction()
 }

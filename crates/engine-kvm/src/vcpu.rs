@@ -1,0 +1,659 @@
+//! One vCPU: into the guest, out of it, one exit of the contract at a time.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_vcpu_events,
+    kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use tetrarch_engine::{Counters, EngineError, Exit, Kick, Registers, Reply, SystemRegisters, Vcpu};
+use tetrarch_memory::{GuestPhys, PAGE_SIZE};
+
+use crate::cpuid;
+use crate::exit::{Failure, PortBlock, Raw, decode};
+use crate::halt::Progress;
+use crate::kick::Kicker;
+use crate::msr;
+use crate::state::{self, append, take};
+use crate::vm::{VmShared, refused};
+
+/// First word of a saved state.
+const VERSION: u32 = 1;
+/// KVM_ENOSYS (linux/kvm_para.h): the hypercall is unknown.
+const UNKNOWN_HYPERCALL: u64 = (-1000_i64) as u64;
+/// Shorter pauses are no reason to tell the guest that it stood still.
+const PAUSE: Duration = Duration::from_secs(1);
+const RFLAGS_IF: u64 = 1 << 9;
+const LONGEST_INSTRUCTION: usize = 15;
+
+// Offsets of local APIC registers (Intel SDM 3A, table 11-1).
+const APIC_SPURIOUS: usize = 0xF0;
+const APIC_LINT0: usize = 0x350;
+const APIC_LINT1: usize = 0x360;
+
+/// What the exit that was handed out last waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wait {
+    Nothing,
+    /// A value, to be put at this place of `kvm_run`.
+    Port {
+        place: usize,
+        size: u8,
+    },
+    Mmio {
+        size: u8,
+    },
+}
+
+#[derive(Default)]
+struct Counts {
+    entries: u64,
+    port_blocks: u64,
+    string_items: u64,
+    mmio: u64,
+    interrupted: u64,
+    hypercalls: u64,
+    dirty_ring_full: u64,
+    run_tsc: u64,
+}
+
+struct Inner {
+    fd: VcpuFd,
+    id: u32,
+    vm: Arc<VmShared>,
+    kicker: Arc<Kicker>,
+    progress: Arc<Progress>,
+    wait: Wait,
+    /// Items of a string instruction that are still to be handed out.
+    block: Option<PortBlock>,
+    /// An exit that came while the one before was completed.
+    ready: Option<Raw>,
+    /// The kernel has to finish an access before registers are right.
+    unfinished: bool,
+    shut_down: bool,
+    /// Since when the vCPU does not run, where a kick ended its run.
+    paused: Option<Instant>,
+    /// An ioctl that cannot fail has failed; told by the next run.
+    broken: Option<EngineError>,
+    counts: Counts,
+    start: (Instant, u64),
+}
+
+/// A vCPU of engine `kvm`.
+pub struct KvmVcpu {
+    // Registers are read through a shared reference, and reading may have to
+    // let the kernel finish an access first.
+    inner: RefCell<Inner>,
+}
+
+fn rdtsc() -> u64 {
+    // SAFETY: RDTSC exists on every x86-64 CPU.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+impl KvmVcpu {
+    pub(crate) fn new(id: u32, vm: Arc<VmShared>) -> Result<Self, EngineError> {
+        let mut fd = vm
+            .fd
+            .create_vcpu(id.into())
+            .map_err(|error| refused(&format!("make vCPU {id}"), error))?;
+        let table = cpuid::table(&vm.supported, vm.policy, id)?;
+        fd.set_cpuid2(&table).map_err(|error| refused("set what the CPU says it is", error))?;
+        vm.msrs.initialise(&fd);
+        if id == 0 {
+            set_virtual_wire(&fd)?;
+        }
+        vm.dirty.add_vcpu(&fd)?;
+        let immediate_exit = (&raw const fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
+        // SAFETY: the mapping lives as long as `fd`; `drop` detaches before that.
+        let kicker = Arc::new(unsafe { Kicker::new(immediate_exit) });
+        let progress = vm.halts.add(Arc::clone(&kicker))?;
+        let inner = Inner {
+            fd,
+            id,
+            vm,
+            kicker,
+            progress,
+            wait: Wait::Nothing,
+            block: None,
+            ready: None,
+            unfinished: false,
+            shut_down: false,
+            paused: None,
+            broken: None,
+            counts: Counts::default(),
+            start: (Instant::now(), rdtsc()),
+        };
+        Ok(Self { inner: RefCell::new(inner) })
+    }
+
+    /// What the contract's registers leave out: local APIC, pending events,
+    /// whether it runs, debug registers, XCR0, MSRs.
+    pub fn save(&self) -> Result<Vec<u8>, EngineError> {
+        let mut inner = self.inner.borrow_mut();
+        inner.settle();
+        let fd = &inner.fd;
+        let failed = |error| refused("read the state of a vCPU", error);
+        let mut data = Vec::new();
+        append(&mut data, &VERSION);
+        append(&mut data, &fd.get_lapic().map_err(failed)?);
+        let events = if inner.vm.events {
+            fd.get_vcpu_events().map_err(failed)?
+        } else {
+            kvm_vcpu_events::default()
+        };
+        append(&mut data, &events);
+        append(&mut data, &fd.get_mp_state().map_err(failed)?);
+        let debug = if inner.vm.debugregs {
+            fd.get_debug_regs().map_err(failed)?
+        } else {
+            kvm_debugregs::default()
+        };
+        append(&mut data, &debug);
+        let xcrs = if inner.vm.xcrs { fd.get_xcrs().map_err(failed)? } else { kvm_xcrs::default() };
+        append(&mut data, &xcrs);
+        let msrs = inner.vm.msrs.read_all(fd);
+        append(&mut data, &(msrs.len() as u32));
+        for (index, value) in msrs {
+            append(&mut data, &index);
+            append(&mut data, &value);
+        }
+        Ok(data)
+    }
+
+    /// Takes back what [`KvmVcpu::save`] gave; to be done before the registers.
+    pub fn load(&mut self, mut data: &[u8]) -> Result<(), EngineError> {
+        let inner = self.inner.get_mut();
+        inner.settle();
+        let malformed = || {
+            EngineError::Refused(
+                "this is no state of a vCPU of engine kvm, or one cut short".into(),
+            )
+        };
+        let version: u32 = take(&mut data).ok_or_else(malformed)?;
+        if version != VERSION {
+            return Err(EngineError::Refused(format!(
+                "the state of a vCPU has version {version}, not {VERSION}"
+            )));
+        }
+        let lapic: kvm_lapic_state = take(&mut data).ok_or_else(malformed)?;
+        let events: kvm_vcpu_events = take(&mut data).ok_or_else(malformed)?;
+        let mp_state: kvm_mp_state = take(&mut data).ok_or_else(malformed)?;
+        let debug: kvm_debugregs = take(&mut data).ok_or_else(malformed)?;
+        let xcrs: kvm_xcrs = take(&mut data).ok_or_else(malformed)?;
+        let count: u32 = take(&mut data).ok_or_else(malformed)?;
+        let mut msrs = Vec::new();
+        for _ in 0..count {
+            let index: u32 = take(&mut data).ok_or_else(malformed)?;
+            let value: u64 = take(&mut data).ok_or_else(malformed)?;
+            msrs.push((index, value));
+        }
+        if !data.is_empty() {
+            return Err(malformed());
+        }
+        let (fd, vm) = (&inner.fd, &inner.vm);
+        let failed = |error| refused("set the state of a vCPU", error);
+        fd.set_mp_state(mp_state).map_err(failed)?;
+        if vm.xcrs {
+            fd.set_xcrs(&xcrs).map_err(failed)?;
+        }
+        if vm.debugregs {
+            fd.set_debug_regs(&debug).map_err(failed)?;
+        }
+        // MSRs before the local APIC's state: IA32_APIC_BASE chooses its mode.
+        vm.msrs.set_all(fd, &msrs);
+        fd.set_lapic(&lapic).map_err(failed)?;
+        if vm.events {
+            fd.set_vcpu_events(&events).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        self.inner.get_mut().kicker.detach();
+    }
+}
+
+/// The local APIC as firmware leaves it: on, with the PICs behind LINT0 and NMI
+/// on LINT1 (MultiProcessor Specification 1.4, 3.6.2.2, "virtual wire").
+fn set_virtual_wire(fd: &VcpuFd) -> Result<(), EngineError> {
+    let failed = |error| refused("wire the local APIC", error);
+    let mut lapic = fd.get_lapic().map_err(failed)?;
+    for (offset, value) in [(APIC_SPURIOUS, 0x1FF_u32), (APIC_LINT0, 0x700), (APIC_LINT1, 0x400)] {
+        for (byte, value) in lapic.regs[offset..].iter_mut().zip(value.to_le_bytes()) {
+            *byte = value as std::ffi::c_char;
+        }
+    }
+    fd.set_lapic(&lapic).map_err(failed)
+}
+
+impl Inner {
+    /// One KVM_RUN.
+    #[inline]
+    fn enter(&mut self) -> Result<Raw, EngineError> {
+        let start = rdtsc();
+        let result = match self.fd.run() {
+            Ok(VcpuExit::MemoryFault { gpa, size, .. }) => Err(EngineError::Internal(format!(
+                "KVM cannot reach {size} bytes of guest memory at {gpa:#x}; free memory on the host"
+            ))),
+            Ok(_) => Ok(None),
+            Err(error) => Ok(Some(error.errno())),
+        };
+        self.counts.run_tsc += rdtsc().wrapping_sub(start);
+        self.counts.entries += 1;
+        match result? {
+            None => Ok(decode(self.fd.get_kvm_run())),
+            // EAGAIN: the vCPU waited for INIT or SIPI and got it.
+            Some(libc::EINTR | libc::EAGAIN) => {
+                self.counts.interrupted += 1;
+                Ok(Raw::Again)
+            }
+            Some(libc::EFAULT) => Err(EngineError::Internal(format!(
+                "KVM cannot reach guest memory {}; free memory on the host",
+                self.place()
+            ))),
+            Some(errno) => Err(EngineError::Internal(format!(
+                "KVM_RUN failed: {} {}; look into the host's kernel log, or use --engine bt",
+                std::io::Error::from_raw_os_error(errno),
+                self.place()
+            ))),
+        }
+    }
+
+    fn run(&mut self) -> Result<Exit, EngineError> {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
+        if self.wait != Wait::Nothing {
+            return Err(EngineError::Refused("the last exit was not answered".into()));
+        }
+        if self.shut_down {
+            return Ok(Exit::Shutdown);
+        }
+        if let Some(exit) = self.next_item() {
+            return Ok(exit);
+        }
+        self.kicker.here();
+        if let Some(since) = self.paused.take()
+            && since.elapsed() > PAUSE
+            && self.vm.kvmclock_ctrl
+        {
+            // EINVAL: the guest does not use the clock.
+            let _ = self.fd.kvmclock_ctrl();
+        }
+        loop {
+            let raw = match self.ready.take() {
+                Some(raw) => raw,
+                None => {
+                    // In this order, or a kick could be lost: see kick.rs.
+                    if self.fd.get_kvm_run().immediate_exit != 0 {
+                        self.fd.set_kvm_immediate_exit(0);
+                    }
+                    if self.kicker.take() {
+                        self.paused = Some(Instant::now());
+                        return Ok(Exit::Kicked);
+                    }
+                    self.unfinished = false;
+                    self.enter()?
+                }
+            };
+            if let Some(exit) = self.serve(raw)? {
+                return Ok(exit);
+            }
+        }
+    }
+
+    /// What an exit of KVM is to the machine; `None`: back into the guest.
+    #[inline]
+    fn serve(&mut self, raw: Raw) -> Result<Option<Exit>, EngineError> {
+        Ok(match raw {
+            Raw::Port(block) => {
+                self.counts.port_blocks += 1;
+                self.unfinished = true;
+                self.block = Some(block);
+                self.next_item()
+            }
+            Raw::MmioRead { address, size } => {
+                self.counts.mmio += 1;
+                self.unfinished = true;
+                self.wait = Wait::Mmio { size };
+                Some(Exit::MmioRead { address, size })
+            }
+            Raw::MmioWrite { address, size, data } => {
+                self.counts.mmio += 1;
+                self.unfinished = true;
+                Some(Exit::MmioWrite { address, size, data })
+            }
+            Raw::Halt => Some(Exit::Halt),
+            Raw::Shutdown => {
+                self.shut_down = true;
+                Some(Exit::Shutdown)
+            }
+            Raw::Again => {
+                (self.kicker.take_check() && self.halted_for_good()).then_some(Exit::Halt)
+            }
+            Raw::Hypercall => {
+                self.counts.hypercalls += 1;
+                self.unfinished = true;
+                self.fd.get_kvm_run().__bindgen_anon_1.hypercall.ret = UNKNOWN_HYPERCALL;
+                None
+            }
+            Raw::DirtyRingFull => {
+                self.counts.dirty_ring_full += 1;
+                self.vm.harvest_dirty()?;
+                None
+            }
+            Raw::Failed(failure) if failure.is_emulation() && self.runs_outside_memory() => {
+                // Nothing is wrong with KVM: the guest jumped to where no code is.
+                self.shut_down = true;
+                Some(Exit::Shutdown)
+            }
+            Raw::Failed(failure) => return Err(self.failed(&failure)),
+        })
+    }
+
+    /// Hands out the next item of a block of port accesses.
+    #[inline]
+    fn next_item(&mut self) -> Option<Exit> {
+        let block = self.block.as_mut()?;
+        let place = block.place();
+        let size = block.size;
+        let data = if block.input {
+            self.wait = Wait::Port { place, size };
+            0
+        } else {
+            self.run_bytes(place, size)
+        };
+        let block = self.block.as_mut()?;
+        let exit = block.exit(data);
+        block.done += 1;
+        if block.count > 1 {
+            self.counts.string_items += 1;
+        }
+        if block.done >= block.count {
+            self.block = None;
+        }
+        Some(exit)
+    }
+
+    /// A number of `size` bytes in the pages of `kvm_run`.
+    #[inline]
+    fn run_bytes(&mut self, place: usize, size: u8) -> u32 {
+        let run: *const u8 = (&raw const *self.fd.get_kvm_run()).cast();
+        // SAFETY: the kernel said where its items lie: within the mapping, of
+        // which `kvm_run` is only the start, and aligned to nothing.
+        unsafe {
+            let at = run.add(place);
+            match size {
+                1 => u32::from(*at),
+                2 => u32::from(at.cast::<u16>().read_unaligned()),
+                _ => at.cast::<u32>().read_unaligned(),
+            }
+        }
+    }
+
+    #[inline]
+    fn answer(&mut self, value: u64) {
+        match std::mem::replace(&mut self.wait, Wait::Nothing) {
+            Wait::Nothing => {}
+            Wait::Port { place, size } => {
+                let run: *mut u8 = (&raw mut *self.fd.get_kvm_run()).cast();
+                // SAFETY: as in `run_bytes`; the size is 1, 2 or 4 for ports.
+                unsafe {
+                    let at = run.add(place);
+                    match size {
+                        1 => *at = value as u8,
+                        2 => at.cast::<u16>().write_unaligned(value as u16),
+                        _ => at.cast::<u32>().write_unaligned(value as u32),
+                    }
+                }
+            }
+            Wait::Mmio { size } => {
+                let size = size as usize;
+                let bytes = value.to_le_bytes();
+                // SAFETY: the exit was an access to memory, so this field is the one
+                // in use, and plain bytes in any case.
+                let data = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio.data };
+                data[..size].copy_from_slice(&bytes[..size]);
+            }
+        }
+    }
+
+    /// Lets the kernel finish the access that the last exit was about, so that
+    /// registers are those between two instructions (api.rst, 4.10: completed by
+    /// the next KVM_RUN, which `immediate_exit` keeps from running the guest).
+    fn settle(&mut self) {
+        while self.unfinished && self.ready.is_none() {
+            self.wait = Wait::Nothing;
+            self.block = None;
+            self.unfinished = false;
+            self.fd.set_kvm_immediate_exit(1);
+            match self.enter() {
+                Ok(Raw::Again) => {}
+                Ok(raw) => self.ready = Some(raw),
+                Err(error) => self.broken = Some(error),
+            }
+            // A kick that comes meanwhile is noted, and noticed by the next run.
+            self.fd.set_kvm_immediate_exit(0);
+        }
+    }
+
+    /// Whether the machine has ended in HLT.
+    fn halted_for_good(&self) -> bool {
+        let Ok(kvm_mp_state { mp_state }) = self.fd.get_mp_state() else { return false };
+        let dead = match mp_state {
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => true,
+            KVM_MP_STATE_HALTED => {
+                self.fd.get_regs().is_ok_and(|regs| regs.rflags & RFLAGS_IF == 0)
+            }
+            _ => false,
+        };
+        self.vm.halts.report(&self.progress, dead)
+    }
+
+    /// The linear address of the next instruction.
+    fn linear_rip(&self) -> Option<u64> {
+        const LMA: u64 = 1 << 10;
+        let (regs, sregs) = (self.fd.get_regs().ok()?, self.fd.get_sregs().ok()?);
+        let long = sregs.efer & LMA != 0 && sregs.cs.l != 0;
+        Some(if long { regs.rip } else { (sregs.cs.base + regs.rip) & 0xFFFF_FFFF })
+    }
+
+    fn runs_outside_memory(&self) -> bool {
+        let Some(linear) = self.linear_rip() else { return false };
+        let Ok(found) = self.fd.translate_gva(linear) else { return false };
+        found.valid != 0 && self.vm.memory.host(GuestPhys(found.physical_address), 1).is_none()
+    }
+
+    /// Where the guest is, with the bytes of its instruction, for a message.
+    fn place(&self) -> String {
+        let Some(linear) = self.linear_rip() else { return "at an unknown place".into() };
+        let mut code = [0; LONGEST_INSTRUCTION];
+        let read = self.peek(linear, &mut code);
+        let bytes: Vec<String> = code[..read].iter().map(|byte| format!("{byte:02x}")).collect();
+        if bytes.is_empty() {
+            format!("at {linear:#x}, which is not mapped, on vCPU {}", self.id)
+        } else {
+            format!("at {linear:#x} <{}> on vCPU {}", bytes.join(" "), self.id)
+        }
+    }
+
+    fn failed(&self, failure: &Failure) -> EngineError {
+        EngineError::Internal(failure.explain(&self.place()))
+    }
+
+    fn peek(&self, linear: u64, data: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < data.len() {
+            let address = linear.wrapping_add(done as u64);
+            let in_page = (PAGE_SIZE - address % PAGE_SIZE) as usize;
+            let part = in_page.min(data.len() - done);
+            let Ok(found) = self.fd.translate_gva(address) else { break };
+            let physical = GuestPhys(found.physical_address);
+            if found.valid == 0
+                || self.vm.memory.read(physical, &mut data[done..done + part]).is_err()
+            {
+                break;
+            }
+            done += part;
+        }
+        done
+    }
+
+    /// New registers: nothing of what the vCPU was about counts any more.
+    fn forget_progress(&mut self) {
+        self.ready = None;
+        self.block = None;
+        self.wait = Wait::Nothing;
+        self.shut_down = false;
+        if self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_HALTED) {
+            let _ = self.fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE });
+        }
+    }
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self) -> Result<Exit, EngineError> {
+        let inner = self.inner.get_mut();
+        inner.progress.set_inside(true);
+        let result = inner.run();
+        inner.progress.set_inside(false);
+        result
+    }
+
+    fn reply(&mut self, reply: Reply) {
+        let value = match reply {
+            Reply::Done => 0,
+            Reply::Value(value) => value,
+        };
+        self.inner.get_mut().answer(value);
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::clone(&self.inner.borrow().kicker) as Arc<dyn Kick>
+    }
+
+    fn registers(&self) -> Registers {
+        let mut inner = self.inner.borrow_mut();
+        inner.settle();
+        match inner.fd.get_regs() {
+            Ok(regs) => state::registers(&regs),
+            Err(error) => {
+                inner.broken = Some(refused("read registers", error));
+                Registers::default()
+            }
+        }
+    }
+
+    fn set_registers(&mut self, registers: &Registers) {
+        let inner = self.inner.get_mut();
+        inner.settle();
+        if let Err(error) = inner.fd.set_regs(&state::kvm_registers(registers)) {
+            inner.broken = Some(refused("set registers", error));
+        }
+        inner.forget_progress();
+    }
+
+    fn system_registers(&self) -> SystemRegisters {
+        let mut inner = self.inner.borrow_mut();
+        inner.settle();
+        match inner.fd.get_sregs() {
+            Ok(sregs) => state::system_registers(&sregs),
+            Err(error) => {
+                inner.broken = Some(refused("read system registers", error));
+                SystemRegisters::default()
+            }
+        }
+    }
+
+    fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<(), EngineError> {
+        let inner = self.inner.get_mut();
+        inner.settle();
+        let old = inner.fd.get_sregs().map_err(|error| refused("read system registers", error))?;
+        inner.fd.set_sregs(&state::kvm_system_registers(registers, &old)).map_err(|error| {
+            EngineError::Refused(format!(
+                "KVM does not take these system registers ({error}): the modes that CR0, CR4, \
+                 EFER and the segments ask for do not go together"
+            ))
+        })?;
+        inner.forget_progress();
+        Ok(())
+    }
+
+    fn xsave(&self) -> Vec<u8> {
+        let mut inner = self.inner.borrow_mut();
+        inner.settle();
+        match inner.fd.get_xsave() {
+            Ok(image) => image.region.iter().flat_map(|word| word.to_le_bytes()).collect(),
+            Err(error) => {
+                inner.broken = Some(refused("read AVX state", error));
+                Vec::new()
+            }
+        }
+    }
+
+    fn set_xsave(&mut self, image: &[u8]) -> Result<(), EngineError> {
+        let inner = self.inner.get_mut();
+        inner.settle();
+        let mut xsave = kvm_xsave::default();
+        // Legacy region and header (Intel SDM 1, 13.4) have to be there.
+        if image.len() < 576 || image.len() > size_of_val(&xsave.region) {
+            return Err(EngineError::Refused(format!(
+                "an XSAVE image has 576 to {} bytes, not {}",
+                size_of_val(&xsave.region),
+                image.len()
+            )));
+        }
+        for (word, bytes) in xsave.region.iter_mut().zip(image.chunks(4)) {
+            let mut four = [0; 4];
+            four[..bytes.len()].copy_from_slice(bytes);
+            *word = u32::from_le_bytes(four);
+        }
+        // SAFETY: the structure is whole; states larger than it are opted into by
+        // a call that this program does not make (arch_prctl, ARCH_REQ_XCOMP_*).
+        unsafe { inner.fd.set_xsave(&xsave) }.map_err(|error| {
+            EngineError::Refused(format!("KVM does not take the XSAVE image: {error}"))
+        })
+    }
+
+    fn msr(&mut self, index: u32) -> Option<u64> {
+        let inner = self.inner.get_mut();
+        inner.settle();
+        msr::get(&inner.fd, index)
+    }
+
+    fn set_msr(&mut self, index: u32, value: u64) -> bool {
+        let inner = self.inner.get_mut();
+        inner.settle();
+        msr::set(&inner.fd, index, value)
+    }
+
+    fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize {
+        self.inner.get_mut().peek(linear, data)
+    }
+
+    fn counters(&self) -> Counters {
+        let inner = self.inner.borrow();
+        let c = &inner.counts;
+        let (start, start_tsc) = inner.start;
+        let ticks = u128::from(rdtsc().wrapping_sub(start_tsc).max(1));
+        let ns = u128::from(c.run_tsc) * start.elapsed().as_nanos() / ticks;
+        vec![
+            ("kvm", "entries", c.entries),
+            ("kvm", "exits_io", c.port_blocks),
+            ("kvm", "string_items", c.string_items),
+            ("kvm", "exits_mmio", c.mmio),
+            ("kvm", "exits_interrupted", c.interrupted),
+            ("kvm", "exits_hypercall", c.hypercalls),
+            ("kvm", "exits_dirty_ring_full", c.dirty_ring_full),
+            ("time_ns", "kvm_run", ns as u64),
+        ]
+    }
+}

@@ -1,0 +1,317 @@
+//! One virtual machine: what its vCPUs share, and the contract's `Vm`.
+
+use std::io::Error;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use parking_lot::Mutex;
+use tetrarch_engine::cpuid::{Topology, host_is_intel};
+use tetrarch_engine::{Clock, EngineError, Vcpu, Vm};
+use tetrarch_memory::GuestMemory;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::cpuid::{self, Policy};
+use crate::dirty::{DeviceWrites, DirtyLog, DirtyPages, DirtyTracking};
+use crate::halt::HaltWatch;
+use crate::host;
+use crate::irqchip::{self, IrqChip, IrqRoute};
+use crate::msr::MsrPolicy;
+use crate::vcpu::KvmVcpu;
+
+/// Takes a line about something that was left out.
+pub type Log = fn(&str);
+
+/// Where Intel CPUs without "unrestricted guest" keep what KVM needs for real
+/// mode: three pages and one, between the local APICs and the end of 4 GiB,
+/// where the PC has a ROM at most (api.rst, 4.36 and 4.41).
+const TSS_ADDRESS: usize = 0xFFFB_D000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
+
+/// Choices for a VM of this engine.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub vcpus: u32,
+    pub device: String,
+    pub dirty: DirtyTracking,
+    pub log: Log,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vcpus: 1,
+            device: host::DEVICE.into(),
+            dirty: DirtyTracking::Bitmap,
+            log: |line| eprintln!("tetrarch: {line}"),
+        }
+    }
+}
+
+/// An ioctl that failed: what for, why, and what may help.
+pub fn refused(what: &str, error: kvm_ioctls::Error) -> EngineError {
+    let errno = error.errno();
+    let cause = Error::from_raw_os_error(errno);
+    let mend = match errno {
+        libc::ENOMEM => "free memory on the host, or ask for less with --memory",
+        libc::EMFILE | libc::ENFILE => "raise the limit of open files with ulimit -n",
+        libc::EBUSY => "end other hypervisors on the host",
+        _ => "look into the host's kernel log, or use --engine bt",
+    };
+    EngineError::Unavailable(format!("KVM cannot {what}: {cause}; {mend}"))
+}
+
+pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>, EngineError> {
+    let kvm = host::open(&config.device).map_err(EngineError::Unavailable)?;
+    check_vcpus(config.vcpus, kvm.get_max_vcpus() as u32)?;
+    let fd = create(&kvm)?;
+    if kvm.check_extension(Cap::SetIdentityMapAddr) {
+        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .map_err(|error| refused("place its page for real mode", error))?;
+    }
+    if kvm.check_extension(Cap::SetTssAddr) {
+        fd.set_tss_address(TSS_ADDRESS)
+            .map_err(|error| refused("place its pages for real mode", error))?;
+    }
+    let irqchip = IrqChip::create(&fd)?;
+    let dirty = DirtyLog::new(&fd, &memory, config.dirty)?;
+    set_memory(&fd, &memory, 0)?;
+    memory.set_observer(Box::new(DeviceWrites(Arc::clone(&dirty))));
+    enable_hypercall_exits(&fd);
+
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|error| refused("say what its CPUs can do", error))?;
+    let policy = Policy {
+        topology: Topology { vcpus: config.vcpus },
+        intel: host_is_intel(),
+        tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+    };
+    let msrs = MsrPolicy::new(&kvm, cpuid::has_arch_capabilities(&supported), config.log);
+    let shared = Arc::new(VmShared {
+        fd,
+        memory,
+        clock: Arc::new(Clock::new()),
+        supported,
+        policy,
+        msrs,
+        dirty,
+        halts: HaltWatch::default(),
+        kvmclock_ctrl: kvm.check_extension(Cap::KvmclockCtrl),
+        xcrs: kvm.check_extension(Cap::Xcrs),
+        debugregs: kvm.check_extension(Cap::Debugregs),
+        events: kvm.check_extension(Cap::VcpuEvents),
+    });
+    Ok(Arc::new(KvmVm { shared, irqchip, config, created: Mutex::default() }))
+}
+
+fn check_vcpus(vcpus: u32, max: u32) -> Result<(), EngineError> {
+    if vcpus == 0 || vcpus > max {
+        return Err(EngineError::Refused(format!(
+            "{vcpus} vCPUs cannot be: the host's KVM runs 1 to {max}; use --cpus {}",
+            vcpus.clamp(1, max.max(1))
+        )));
+    }
+    Ok(())
+}
+
+/// A signal may end the ioctl early on a busy host; once more then.
+fn create(kvm: &Kvm) -> Result<VmFd, EngineError> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(|error| refused("make a virtual machine", error)),
+        }
+    }
+}
+
+/// Maps each range of RAM as a slot of the same number.
+fn set_memory(fd: &VmFd, memory: &GuestMemory, flags: u32) -> Result<(), EngineError> {
+    for (slot, region) in memory.regions().iter().enumerate() {
+        let slot = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags,
+            guest_phys_addr: region.start.0,
+            memory_size: region.len,
+            userspace_addr: region.host() as u64,
+        };
+        // SAFETY: the range is a mapping that `memory` keeps, and `VmShared`
+        // keeps `memory` for as long as the VM's descriptor.
+        unsafe { fd.set_user_memory_region(slot) }
+            .map_err(|error| slot_refused(region.len, error))?;
+    }
+    Ok(())
+}
+
+fn slot_refused(len: u64, error: kvm_ioctls::Error) -> EngineError {
+    refused(&format!("map {} MiB of guest memory", len >> 20), error)
+}
+
+/// Hypercalls that KVM would hand to a VMM reach ours, where they are answered
+/// with "unknown" by a plain table, as everywhere on a host without the call.
+fn enable_hypercall_exits(fd: &VmFd) {
+    let mask = fd.check_extension_int(Cap::ExitHypercall);
+    if mask > 0 {
+        let mut enable = kvm_enable_cap { cap: KVM_CAP_EXIT_HYPERCALL, ..Default::default() };
+        enable.args[0] = mask as u64;
+        // Without it the kernel answers "unknown" itself.
+        let _ = fd.enable_cap(&enable);
+    }
+}
+
+/// What all vCPUs of a VM use.
+pub struct VmShared {
+    pub fd: VmFd,
+    pub memory: Arc<GuestMemory>,
+    pub clock: Arc<Clock>,
+    pub supported: CpuId,
+    pub policy: Policy,
+    pub msrs: MsrPolicy,
+    pub dirty: Arc<DirtyLog>,
+    pub halts: HaltWatch,
+    pub kvmclock_ctrl: bool,
+    pub xcrs: bool,
+    pub debugregs: bool,
+    pub events: bool,
+}
+
+impl VmShared {
+    pub fn harvest_dirty(&self) -> Result<(), EngineError> {
+        self.dirty.harvest(self.fd.as_raw_fd())
+    }
+}
+
+/// A virtual machine of engine `kvm`.
+pub struct KvmVm {
+    shared: Arc<VmShared>,
+    irqchip: IrqChip,
+    config: Config,
+    created: Mutex<Vec<u32>>,
+}
+
+impl KvmVm {
+    /// As the contract's `create_vcpu`, with what KVM's vCPUs can do besides.
+    pub fn create_kvm_vcpu(&self, id: u32) -> Result<KvmVcpu, EngineError> {
+        if id >= self.config.vcpus {
+            return Err(EngineError::Refused(format!(
+                "vCPU {id} does not exist: the VM has {}",
+                self.config.vcpus
+            )));
+        }
+        let mut created = self.created.lock();
+        if created.contains(&id) {
+            return Err(EngineError::Refused(format!("vCPU {id} exists already")));
+        }
+        let vcpu = KvmVcpu::new(id, Arc::clone(&self.shared))?;
+        created.push(id);
+        Ok(vcpu)
+    }
+
+    /// Lines from 24 on, each of which sends a message when it is driven.
+    pub fn set_irq_routes(&self, routes: &[IrqRoute]) -> Result<(), EngineError> {
+        self.irqchip.set_routes(&self.shared.fd, routes)
+    }
+
+    /// Each signal of the event raises interrupt line `gsi` once.
+    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
+        irqchip::register_irqfd(&self.shared.fd, event, gsi)
+    }
+
+    pub fn unregister_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
+        irqchip::unregister_irqfd(&self.shared.fd, event, gsi)
+    }
+
+    /// Writes to the address signal the event and cause no exit.
+    pub fn register_ioeventfd(
+        &self,
+        event: &EventFd,
+        address: &IoEventAddress,
+        value: Option<u32>,
+    ) -> Result<(), EngineError> {
+        irqchip::register_ioevent(&self.shared.fd, event, address, value)
+    }
+
+    pub fn unregister_ioeventfd(
+        &self,
+        event: &EventFd,
+        address: &IoEventAddress,
+        value: Option<u32>,
+    ) -> Result<(), EngineError> {
+        irqchip::unregister_ioevent(&self.shared.fd, event, address, value)
+    }
+
+    /// Starts to note which pages are written.
+    pub fn start_dirty_log(&self) -> Result<(), EngineError> {
+        set_memory(&self.shared.fd, &self.shared.memory, KVM_MEM_LOG_DIRTY_PAGES)?;
+        self.shared.dirty.set_on(true);
+        Ok(())
+    }
+
+    /// The pages written since the last call, by range of RAM.
+    pub fn take_dirty(&self) -> Result<Vec<DirtyPages>, EngineError> {
+        self.shared.dirty.take(&self.shared.fd)
+    }
+
+    pub fn stop_dirty_log(&self) -> Result<(), EngineError> {
+        self.shared.dirty.set_on(false);
+        set_memory(&self.shared.fd, &self.shared.memory, 0)?;
+        self.shared.dirty.take(&self.shared.fd).map(drop)
+    }
+}
+
+impl Vm for KvmVm {
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, EngineError> {
+        Ok(Box::new(self.create_kvm_vcpu(id)?))
+    }
+
+    fn irq_line(&self, gsi: u32, level: bool) {
+        // Fails for a line that is wired to nothing, which has no effect on a PC.
+        let _ = self.shared.fd.set_irq_line(gsi, level);
+    }
+
+    fn msi(&self, address: u64, data: u32) {
+        irqchip::signal_msi(&self.shared.fd, address, data);
+    }
+
+    fn clock(&self) -> &Arc<Clock> {
+        &self.shared.clock
+    }
+
+    fn save_irqchip(&self) -> Vec<u8> {
+        irqchip::save(&self.shared.fd)
+    }
+
+    fn load_irqchip(&self, data: &[u8]) -> Result<(), EngineError> {
+        irqchip::load(&self.shared.fd, data)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_many_vcpus_are_refused_with_the_limit() {
+        let error = check_vcpus(9, 4).unwrap_err().to_string();
+        assert!(error.contains("1 to 4") && error.contains("--cpus 4"), "{error}");
+        assert!(check_vcpus(0, 4).is_err() && check_vcpus(4, 4).is_ok());
+    }
+
+    #[test]
+    fn slot_without_memory_names_the_option() {
+        let error = slot_refused(512 << 20, kvm_ioctls::Error::new(libc::ENOMEM)).to_string();
+        assert!(error.contains("512 MiB") && error.contains("--memory"), "{error}");
+    }
+
+    #[test]
+    fn vm_on_a_device_that_is_not_kvm_is_refused() {
+        let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
+        let config = Config { device: "/dev/null".into(), ..Config::default() };
+        let error = create_vm(memory, config).err().unwrap().to_string();
+        assert!(error.contains("is not KVM"), "{error}");
+    }
+}

@@ -1,0 +1,287 @@
+//! The engine on a real /dev/kvm. Without one the tests say so and pass, unless
+//! REQUIRE_KVM=1 asks for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvm_ioctls::IoEventAddress;
+use tetrarch_engine::{Exit, Kick, Registers, Reply, Segment, Vcpu, Vm};
+use tetrarch_engine_kvm::{
+    Config, DEVICE, DirtyTracking, IrqRoute, KvmVcpu, KvmVm, available, create_vm, probe,
+};
+use tetrarch_memory::{GuestMemory, GuestPhys};
+use vmm_sys_util::eventfd::EventFd;
+
+const MIB: u64 = 1 << 20;
+const CODE: u64 = 0x1000;
+
+struct Machine {
+    vm: Arc<KvmVm>,
+    vcpu: KvmVcpu,
+    memory: Arc<GuestMemory>,
+}
+
+fn kvm_is_here() -> bool {
+    match available() {
+        Ok(()) => true,
+        Err(reason) if std::env::var("REQUIRE_KVM").as_deref() == Ok("1") => panic!("{reason}"),
+        Err(reason) => {
+            eprintln!("skipped: {reason}");
+            false
+        }
+    }
+}
+
+fn config() -> Config {
+    Config { log: |line| println!("{line}"), ..Config::default() }
+}
+
+/// A machine in front of real-mode code at 0x1000.
+fn machine(config: Config, code: &[u8]) -> Machine {
+    let memory = Arc::new(GuestMemory::new(MIB).unwrap());
+    memory.write(GuestPhys(CODE), code).unwrap();
+    let vm = create_vm(Arc::clone(&memory), config).unwrap();
+    let mut vcpu = vm.create_kvm_vcpu(0).unwrap();
+    start_at(&mut vcpu, CODE);
+    Machine { vm, vcpu, memory }
+}
+
+fn start_at(vcpu: &mut dyn Vcpu, rip: u64) {
+    let mut system = vcpu.system_registers();
+    system.cs = Segment { base: 0, limit: 0xFFFF, attributes: 0x9B, selector: 0 };
+    vcpu.set_system_registers(&system).unwrap();
+    let mut registers = Registers { rip, rflags: 2, ..Registers::default() };
+    registers.gpr[4] = 0x800;
+    vcpu.set_registers(&registers);
+}
+
+#[test]
+fn ports_and_string_items_come_one_at_a_time() {
+    if !kvm_is_here() {
+        return;
+    }
+    // mov al, 5 ; out 0x80, al ; in ax, 0x82 ; mov cx, 3 ; mov si, 0x2000 ;
+    // mov dx, 0x84 ; rep outsw ; mov cx, 2 ; mov di, 0x3000 ; rep insb ; cli ; hlt
+    let code = [
+        0xB0, 5, 0xE6, 0x80, 0xE5, 0x82, 0xB9, 3, 0, 0xBE, 0, 0x20, 0xBA, 0x84, 0, 0xF3, 0x6F,
+        0xB9, 2, 0, 0xBF, 0, 0x30, 0xF3, 0x6C, 0xFA, 0xF4,
+    ];
+    let mut m = machine(config(), &code);
+    m.memory.write(GuestPhys(0x2000), &[1, 0, 2, 0, 3, 0]).unwrap();
+    assert_eq!(m.vcpu.run().unwrap(), Exit::PortOut { port: 0x80, size: 1, data: 5 });
+    assert_eq!(m.vcpu.run().unwrap(), Exit::PortIn { port: 0x82, size: 2 });
+    assert!(m.vcpu.run().is_err(), "an unanswered exit");
+    m.vcpu.reply(Reply::Value(0xFFFF_1234));
+    for data in 1..=3 {
+        assert_eq!(m.vcpu.run().unwrap(), Exit::PortOut { port: 0x84, size: 2, data });
+    }
+    assert_eq!(m.vcpu.registers().gpr[0] & 0xFFFF, 0x1234);
+    for value in [0x41, 0x42] {
+        assert_eq!(m.vcpu.run().unwrap(), Exit::PortIn { port: 0x84, size: 1 });
+        m.vcpu.reply(Reply::Value(value));
+    }
+    assert_eq!(m.vcpu.run().unwrap(), Exit::Halt);
+    let mut data = [0; 2];
+    m.memory.read(GuestPhys(0x3000), &mut data).unwrap();
+    assert_eq!(&data, b"AB");
+}
+
+#[test]
+fn registers_are_those_between_two_instructions() {
+    if !kvm_is_here() {
+        return;
+    }
+    // out 0x80, al ; in al, 0x81 ; hlt
+    let mut m = machine(config(), &[0xE6, 0x80, 0xE4, 0x81, 0xF4]);
+    m.vcpu.run().unwrap();
+    assert_eq!(m.vcpu.registers().rip, CODE + 2);
+    m.vcpu.run().unwrap();
+    m.vcpu.reply(Reply::Value(0x77));
+    let registers = m.vcpu.registers();
+    assert_eq!((registers.rip, registers.gpr[0]), (CODE + 4, 0x77));
+}
+
+#[test]
+fn kick_before_and_during_run_is_not_lost() {
+    if !kvm_is_here() {
+        return;
+    }
+    let mut m = machine(config(), &[0xEB, 0xFE]); // jmp $
+    let kicker = m.vcpu.kicker();
+    kicker.kick();
+    assert_eq!(m.vcpu.run().unwrap(), Exit::Kicked);
+    for _ in 0..20 {
+        let kicker = Arc::clone(&kicker);
+        let other = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_micros(500));
+            kicker.kick();
+        });
+        assert_eq!(m.vcpu.run().unwrap(), Exit::Kicked);
+        other.join().unwrap();
+    }
+}
+
+#[test]
+fn irqfd_and_routed_message_wake_a_halted_vcpu() {
+    if !kvm_is_here() {
+        return;
+    }
+    // sti ; hlt ; jmp $ ; handler at 0x1010: out 0x80, al ; iret
+    let mut code = vec![0xFB, 0xF4, 0xEB, 0xFE];
+    code.resize(0x10, 0x90);
+    code.extend([0xE6, 0x80, 0xCF]);
+    let mut m = machine(config(), &code);
+    m.memory.write(GuestPhys(0x41 * 4), &[0x10, 0x10, 0, 0]).unwrap();
+    let route = IrqRoute { gsi: 24, address: 0xFEE0_0000, data: 0x41 };
+    m.vm.set_irq_routes(&[route]).unwrap();
+    assert!(m.vm.set_irq_routes(&[IrqRoute { gsi: 3, ..route }]).is_err());
+    let event = EventFd::new(0).unwrap();
+    m.vm.register_irqfd(&event, 24).unwrap();
+    event.write(1).unwrap();
+    assert!(matches!(m.vcpu.run().unwrap(), Exit::PortOut { port: 0x80, .. }));
+    m.vm.unregister_irqfd(&event, 24).unwrap();
+}
+
+#[test]
+fn ioeventfd_takes_the_write_and_causes_no_exit() {
+    if !kvm_is_here() {
+        return;
+    }
+    // out 0x90, al ; out 0x80, al
+    let mut m = machine(config(), &[0xE6, 0x90, 0xE6, 0x80]);
+    let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let address = IoEventAddress::Pio(0x90);
+    m.vm.register_ioeventfd(&event, &address, None).unwrap();
+    assert!(matches!(m.vcpu.run().unwrap(), Exit::PortOut { port: 0x80, .. }));
+    assert_eq!(event.read().unwrap(), 1);
+    m.vm.unregister_ioeventfd(&event, &address, None).unwrap();
+}
+
+fn written_pages(config: Config) {
+    // mov [0x5000], al ; mov [0x7000], al ; out 0x80, al
+    let code = [0xA2, 0, 0x50, 0xA2, 0, 0x70, 0xE6, 0x80];
+    let mut m = machine(config, &code);
+    m.vm.start_dirty_log().unwrap();
+    m.vcpu.run().unwrap();
+    m.memory.write(GuestPhys(0x9FFF), &[1, 2]).unwrap();
+    let dirty = m.vm.take_dirty().unwrap();
+    for (page, written) in
+        [(0x5000, true), (0x6000, false), (0x7000, true), (0x9000, true), (0xA000, true)]
+    {
+        assert_eq!(dirty[0].contains(GuestPhys(page)), written, "{page:#x}");
+    }
+    assert!(!m.vm.take_dirty().unwrap()[0].contains(GuestPhys(0x5000)));
+    m.vm.stop_dirty_log().unwrap();
+    m.memory.write(GuestPhys(0), &[1]).unwrap();
+    assert_eq!(m.vm.take_dirty().unwrap()[0].count(), 0);
+}
+
+#[test]
+fn bitmap_names_the_pages_written() {
+    if kvm_is_here() {
+        written_pages(config());
+    }
+}
+
+#[test]
+fn ring_names_the_pages_written() {
+    if !kvm_is_here() {
+        return;
+    }
+    let capabilities = tetrarch_engine_kvm::capabilities(DEVICE).unwrap();
+    if capabilities.iter().any(|c| c.name == "KVM_CAP_DIRTY_LOG_RING" && c.present()) {
+        written_pages(Config { dirty: DirtyTracking::Ring { entries: 1024 }, ..config() });
+    } else {
+        eprintln!("skipped: this host's KVM has no dirty rings");
+    }
+}
+
+#[test]
+fn wrong_ring_size_is_refused() {
+    if !kvm_is_here() {
+        return;
+    }
+    let memory = Arc::new(GuestMemory::new(MIB).unwrap());
+    let dirty = DirtyTracking::Ring { entries: 1000 };
+    assert!(create_vm(memory, Config { dirty, ..config() }).is_err());
+}
+
+#[test]
+fn state_goes_from_one_machine_to_another() {
+    if !kvm_is_here() {
+        return;
+    }
+    // mov al, 0x34 ; out 0x43, al (PIT mode 2) ; out 0x80, al
+    let mut first = machine(config(), &[0xB0, 0x34, 0xE6, 0x43, 0xE6, 0x80]);
+    first.vcpu.run().unwrap();
+    assert!(first.vcpu.set_msr(0x174, 0x1234));
+    let (irqchip, vcpu) = (first.vm.save_irqchip(), first.vcpu.save().unwrap());
+    let mut second = machine(config(), &[]);
+    second.vm.load_irqchip(&irqchip).unwrap();
+    second.vcpu.load(&vcpu).unwrap();
+    assert_eq!(second.vcpu.msr(0x174), Some(0x1234));
+    // The chips' bytes, without the guest's clock, which goes on.
+    let again = second.vm.save_irqchip();
+    assert_eq!(again[..1500], irqchip[..1500]);
+    for cut in [0, 3, 100, irqchip.len() - 1] {
+        assert!(second.vm.load_irqchip(&irqchip[..cut]).is_err());
+    }
+    for cut in [0, 3, 100, vcpu.len() - 1] {
+        assert!(second.vcpu.load(&vcpu[..cut]).is_err());
+    }
+}
+
+#[test]
+fn xsave_image_goes_there_and_back() {
+    if !kvm_is_here() {
+        return;
+    }
+    let mut m = machine(config(), &[0xF4]);
+    let mut image = m.vcpu.xsave();
+    image[160] = 0x5A; // XMM0
+    image[512] |= 3; // x87 and SSE state are there
+    m.vcpu.set_xsave(&image).unwrap();
+    assert_eq!(m.vcpu.xsave()[160], 0x5A);
+    assert!(m.vcpu.set_xsave(&image[..100]).is_err());
+}
+
+#[test]
+fn halt_with_interrupts_off_ends_the_machine_and_with_them_on_does_not() {
+    if !kvm_is_here() {
+        return;
+    }
+    let mut m = machine(config(), &[0xFA, 0xF4]); // cli ; hlt
+    assert_eq!(m.vcpu.run().unwrap(), Exit::Halt);
+    m.memory.write(GuestPhys(CODE), &[0xFB, 0xF4]).unwrap(); // sti ; hlt
+    start_at(&mut m.vcpu, CODE);
+    let kicker = m.vcpu.kicker();
+    let other = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(1500));
+        kicker.kick();
+    });
+    assert_eq!(m.vcpu.run().unwrap(), Exit::Kicked);
+    other.join().unwrap();
+}
+
+#[test]
+fn vcpus_beyond_the_limit_are_refused() {
+    if !kvm_is_here() {
+        return;
+    }
+    let memory = Arc::new(GuestMemory::new(MIB).unwrap());
+    let error = create_vm(memory, Config { vcpus: 100_000, ..config() }).err().unwrap();
+    assert!(error.to_string().contains("--cpus"), "{error}");
+    let m = machine(config(), &[]);
+    assert!(m.vm.create_kvm_vcpu(0).is_err() && m.vm.create_kvm_vcpu(1).is_err());
+}
+
+#[test]
+fn probe_is_quick_and_says_what_it_saw() {
+    if !kvm_is_here() {
+        return;
+    }
+    let seen = probe(DEVICE);
+    println!("{seen:?}");
+    assert!(seen.runs, "{seen:?}");
+    assert!(seen.guest_rate > 0.0 && seen.host_rate > 1e6);
+}
