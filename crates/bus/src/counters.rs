@@ -38,6 +38,10 @@ pub struct LoopCounters {
     nobody: Counter,
     native: Counter,
     python: Counter,
+    port_in_ticks: Counter,
+    port_out_ticks: Counter,
+    mmio_read_ticks: Counter,
+    mmio_write_ticks: Counter,
     native_ticks: Counter,
     python_ticks: Counter,
     pub(crate) run_ticks: Counter,
@@ -58,6 +62,11 @@ pub struct LoopStats {
     /// Accesses answered by devices in Rust, and by devices in Python.
     pub native: u64,
     pub python: u64,
+    /// From an exit to its answer, by kind.
+    pub port_in_ticks: u64,
+    pub port_out_ticks: u64,
+    pub mmio_read_ticks: u64,
+    pub mmio_write_ticks: u64,
     pub native_ticks: u64,
     pub python_ticks: u64,
     /// All time in the run loop, guest and devices.
@@ -78,7 +87,17 @@ impl LoopCounters {
         counter.add(1);
     }
 
-    pub(crate) fn count_access(&self, by: Handler, ticks: u64) {
+    pub(crate) fn count_access(&self, exit: &Exit, by: Handler, ticks: u64) {
+        let spent = match exit {
+            Exit::PortIn { .. } => Some(&self.port_in_ticks),
+            Exit::PortOut { .. } => Some(&self.port_out_ticks),
+            Exit::MmioRead { .. } => Some(&self.mmio_read_ticks),
+            Exit::MmioWrite { .. } => Some(&self.mmio_write_ticks),
+            Exit::Halt | Exit::Shutdown | Exit::Kicked => None,
+        };
+        if let Some(spent) = spent {
+            spent.add(ticks);
+        }
         match by {
             Handler::Nobody => self.nobody.add(1),
             Handler::Native => {
@@ -104,6 +123,10 @@ impl LoopCounters {
             nobody: self.nobody.get(),
             native: self.native.get(),
             python: self.python.get(),
+            port_in_ticks: self.port_in_ticks.get(),
+            port_out_ticks: self.port_out_ticks.get(),
+            mmio_read_ticks: self.mmio_read_ticks.get(),
+            mmio_write_ticks: self.mmio_write_ticks.get(),
             native_ticks: self.native_ticks.get(),
             python_ticks: self.python_ticks.get(),
             run_ticks: self.run_ticks.get(),

@@ -61,7 +61,7 @@ pub fn run_vcpu(
         last = answered;
         match step {
             Ok(Step::Answer { reply, by }) => {
-                counters.count_access(by, answered.saturating_sub(exited));
+                counters.count_access(&exit, by, answered.saturating_sub(exited));
                 vcpu.reply(reply);
             }
             Ok(Step::Stop(reason)) => return Ok(reason),

@@ -1,28 +1,166 @@
 //! Filling and flushing the tables of a [`StateBlock`].
 //!
-//! Every fill is logged, so a flush costs what was filled and not the size of
-//! the table. A TLB entry is made only for RAM, and for writing only where the
-//! page holds no translated code: everything else (devices, code pages, page
-//! crossings) misses, takes the slow path and is exact there.
+//! Every fill is logged, global pages apart from the others, so a flush costs
+//! what was filled since the last one and not the size of the table, and a
+//! change of CR3 does not even look at the kernel's entries. A TLB entry is made
+//! only for RAM, and for writing only where the page holds no translated code:
+//! everything else (devices, code pages, page crossings) misses, takes the slow
+//! path and is exact there.
 
 use std::sync::Arc;
 
 use crate::block::{
-    INVALID_BRANCH_0, INVALID_PAGE_0, StateBlock, branch_index, exec_index, tlb_index,
+    INVALID_BRANCH_0, INVALID_PAGE_0, StateBlock, TLB_ENTRIES, TlbEntry, branch_index, exec_index,
+    tlb_index,
 };
 
 const PAGE_MASK: u64 = !0xFFF;
+/// Beyond this many logged fills of one kind everything is flushed: the log
+/// holds more duplicates than entries.
+const LOG_LIMIT: usize = 2 * TLB_ENTRIES;
+/// Chains by which the fills of one host page are found.
+const CHAINS: usize = 1024;
+const END: u32 = u32::MAX;
 
+/// The fills of one TLB, chained by host page.
+struct TlbLog {
+    /// (linear page, previous fill of the chain)
+    fills: Vec<(u64, u32)>,
+    heads: Box<[u32]>,
+}
+
+impl Default for TlbLog {
+    fn default() -> Self {
+        Self { fills: Vec::new(), heads: vec![END; CHAINS].into() }
+    }
+}
+
+impl TlbLog {
+    fn chain(host: u64) -> usize {
+        (host >> 12) as usize % CHAINS
+    }
+
+    fn push(&mut self, page: u64, host: u64) {
+        let head = &mut self.heads[Self::chain(host)];
+        self.fills.push((page, *head));
+        *head = self.fills.len() as u32 - 1;
+    }
+
+    /// Invalidates every entry that was filled.
+    fn drain(&mut self, table: &mut [TlbEntry]) {
+        for (page, _) in self.fills.drain(..) {
+            invalidate(table, page);
+        }
+        self.heads.fill(END);
+    }
+
+    /// Invalidates the entries that `goes` chooses by their page. The log keeps
+    /// them: a fill whose entry has another page now counts for nothing.
+    fn drop_pages(&self, table: &mut [TlbEntry], goes: impl Fn(u64) -> bool) {
+        for &(page, _) in &self.fills {
+            if goes(page) {
+                invalidate(table, page);
+            }
+        }
+    }
+
+    /// Invalidates the entries of a host page.
+    fn drop_host(&self, table: &mut [TlbEntry], host: u64) {
+        let mut at = self.heads[Self::chain(host)];
+        while let Some(&(page, previous)) = self.fills.get(at as usize) {
+            let entry = &table[tlb_index(page)];
+            if entry.page == page && entry.host == host {
+                invalidate(table, page);
+            }
+            at = previous;
+        }
+    }
+}
+
+fn invalidate(table: &mut [TlbEntry], page: u64) {
+    let index = tlb_index(page);
+    if table[index].page == page {
+        table[index].page = if index == 0 { INVALID_PAGE_0 } else { 0 };
+    }
+}
+
+/// The fills of one scope: of global pages, or of the others.
 #[derive(Default)]
-pub struct TlbLogs {
-    /// Linear pages filled, bit 0: global. Indexed by user * 2 + write.
-    tlb: [Vec<u64>; 4],
-    /// Branch targets filled, by user.
-    branches: [Vec<(u64, bool)>; 2],
-    /// Executable pages filled, bit 0: global, by user.
+struct Logs {
+    /// Indexed by user * 2 + write.
+    tlb: [TlbLog; 4],
+    /// Executable pages, by user.
     exec: [Vec<u64>; 2],
-    /// Pages of 2 MiB or 1 GiB that have entries: INVLPG must drop all of them.
-    large: Vec<(u64, u64)>,
+    /// Branch targets, by user.
+    branches: [Vec<u64>; 2],
+}
+
+impl Logs {
+    fn len(&self) -> usize {
+        let tlb = self.tlb.iter().map(|log| log.fills.len()).max().unwrap_or(0);
+        tlb.max(self.exec[0].len()).max(self.exec[1].len())
+    }
+
+    fn drain_exec(&mut self, block: &StateBlock) {
+        for user in [false, true] {
+            let table = block.exec(user);
+            for page in self.exec[usize::from(user)].drain(..) {
+                table[exec_index(page)] = 0;
+            }
+        }
+    }
+
+    fn drain_branches(&mut self, block: &StateBlock) {
+        for user in [false, true] {
+            for target in self.branches[usize::from(user)].drain(..) {
+                invalidate_branch(block, target, user);
+            }
+        }
+    }
+
+    fn drain(&mut self, block: &StateBlock) {
+        for user in [false, true] {
+            for write in [false, true] {
+                let log = &mut self.tlb[usize::from(user) * 2 + usize::from(write)];
+                log.drain(block.tlb(user, write));
+            }
+        }
+        self.drain_exec(block);
+        self.drain_branches(block);
+    }
+
+    /// Drops the branch targets in the pages that `goes` chooses.
+    fn drop_branches(&mut self, block: &StateBlock, user: bool, goes: impl Fn(u64) -> bool) {
+        self.branches[usize::from(user)].retain(|&target| {
+            let gone = goes(target & PAGE_MASK);
+            if gone {
+                invalidate_branch(block, target, user);
+            }
+            !gone
+        });
+    }
+
+    fn drop_pages(&mut self, block: &StateBlock, goes: impl Fn(u64) -> bool + Copy) {
+        for user in [false, true] {
+            for write in [false, true] {
+                let log = &self.tlb[usize::from(user) * 2 + usize::from(write)];
+                log.drop_pages(block.tlb(user, write), goes);
+            }
+            let table = block.exec(user);
+            for &page in self.exec[usize::from(user)].iter().filter(|&&page| goes(page)) {
+                table[exec_index(page)] = 0;
+            }
+            self.drop_branches(block, user, goes);
+        }
+    }
+}
+
+fn invalidate_branch(block: &StateBlock, target: u64, user: bool) {
+    let index = branch_index(target);
+    let entry = &mut block.branches(user)[index];
+    if entry.target == target {
+        entry.target = if index == 0 { INVALID_BRANCH_0 } else { 0 };
+    }
 }
 
 /// A page of code as the interpreter reads it.
@@ -38,17 +176,20 @@ unsafe impl Send for FetchedPage {}
 
 pub struct Tlb {
     pub block: Arc<StateBlock>,
-    logs: TlbLogs,
+    /// Of pages that are not global, and of global ones.
+    logs: [Logs; 2],
+    /// Pages of 2 MiB or 1 GiB that have entries: INVLPG must drop all of them.
+    large: Vec<(u64, u64)>,
     /// The page that the interpreter last fetched from.
     pub fetched: Option<FetchedPage>,
     pub flushes: u64,
-    pub fills: u64,
 }
 
 impl Tlb {
     pub fn new() -> std::io::Result<Self> {
         let block = Arc::new(StateBlock::new()?);
-        Ok(Self { block, logs: TlbLogs::default(), fetched: None, flushes: 0, fills: 0 })
+        let logs = Default::default();
+        Ok(Self { block, logs, large: Vec::new(), fetched: None, flushes: 0 })
     }
 
     /// The host address of `linear`, if its page is in the TLB.
@@ -61,25 +202,31 @@ impl Tlb {
     /// Notes that `linear` lies in a large page of `size` bytes.
     pub fn note_large(&mut self, linear: u64, size: u64) {
         let range = (linear & !(size - 1), size);
-        if self.logs.large.last() != Some(&range) && !self.logs.large.contains(&range) {
-            self.logs.large.push(range);
+        if self.large.last() != Some(&range) && !self.large.contains(&range) {
+            self.large.push(range);
         }
     }
 
+    /// Enters a page of RAM. `host` is where it begins.
     pub fn fill(&mut self, linear: u64, host: *mut u8, user: bool, write: bool, global: bool) {
-        let entry = &mut self.block.tlb(user, write)[tlb_index(linear)];
-        entry.page = linear & PAGE_MASK;
-        entry.host = host as u64;
-        self.fills += 1;
-        let page = linear & PAGE_MASK | u64::from(global);
-        self.logs.tlb[usize::from(user) * 2 + usize::from(write)].push(page);
+        if self.logs[usize::from(global)].len() >= LOG_LIMIT {
+            self.flush(true);
+        }
+        let page = linear & PAGE_MASK;
+        self.block.tlb(user, write)[tlb_index(linear)] = TlbEntry { page, host: host as u64 };
+        let log =
+            &mut self.logs[usize::from(global)].tlb[usize::from(user) * 2 + usize::from(write)];
+        log.push(page, host as u64);
     }
 
     pub fn fill_branch(&mut self, target: u64, host: u64, user: bool, global: bool) {
+        if self.logs[usize::from(global)].branches[usize::from(user)].len() >= LOG_LIMIT {
+            self.flush_branches();
+        }
         let entry = &mut self.block.branches(user)[branch_index(target)];
         entry.target = target;
         entry.host = host;
-        self.logs.branches[usize::from(user)].push((target, global));
+        self.logs[usize::from(global)].branches[usize::from(user)].push(target);
     }
 
     pub fn exec_id(&self, linear: u64, user: bool) -> u32 {
@@ -88,94 +235,49 @@ impl Tlb {
 
     pub fn fill_exec(&mut self, linear: u64, id: u32, user: bool, global: bool) {
         self.block.exec(user)[exec_index(linear)] = id;
-        self.logs.exec[usize::from(user)].push(linear & PAGE_MASK | u64::from(global));
+        self.logs[usize::from(global)].exec[usize::from(user)].push(linear & PAGE_MASK);
     }
 
-    /// Drops what `drop` chooses among the logged (page, global) pairs.
-    fn retain(&mut self, mut drop: impl FnMut(u64, bool) -> bool) {
+    /// What copies entries of the tables goes whenever any entry may.
+    fn forget_copies(&mut self) {
         self.block.forget_stack();
         self.fetched = None;
-        for user in [false, true] {
-            for write in [false, true] {
-                let table = self.block.tlb(user, write);
-                self.logs.tlb[usize::from(user) * 2 + usize::from(write)].retain(|&logged| {
-                    let (page, global) = (logged & PAGE_MASK, logged & 1 != 0);
-                    let index = tlb_index(page);
-                    if table[index].page != page {
-                        return false; // replaced since
-                    }
-                    let goes = drop(page, global);
-                    if goes {
-                        table[index].page = if index == 0 { INVALID_PAGE_0 } else { 0 };
-                    }
-                    !goes
-                });
-            }
-            let table = self.block.exec(user);
-            self.logs.exec[usize::from(user)].retain(|&logged| {
-                let (page, global) = (logged & PAGE_MASK, logged & 1 != 0);
-                let goes = drop(page, global);
-                if goes {
-                    table[exec_index(page)] = 0;
-                }
-                !goes
-            });
-            let table = self.block.branches(user);
-            self.logs.branches[usize::from(user)].retain(|&(target, global)| {
-                let entry = &mut table[branch_index(target)];
-                if entry.target != target {
-                    return false;
-                }
-                let goes = drop(target & PAGE_MASK, global);
-                if goes {
-                    entry.target = if branch_index(target) == 0 { INVALID_BRANCH_0 } else { 0 };
-                }
-                !goes
-            });
-        }
     }
 
     /// Drops everything, with or without global pages.
     pub fn flush(&mut self, global_too: bool) {
         self.flushes += 1;
-        self.retain(|_, global| global_too || !global);
+        self.forget_copies();
+        let [local, global] = &mut self.logs;
+        local.drain(&self.block);
         if global_too {
-            self.logs.large.clear();
+            global.drain(&self.block);
+            self.large.clear();
         }
     }
 
     /// Drops the page of `linear`, or the whole large page it lies in.
     pub fn flush_page(&mut self, linear: u64) {
-        let large = self.logs.large.iter().find(|(base, size)| linear.wrapping_sub(*base) < *size);
+        self.forget_copies();
+        let large = self.large.iter().find(|(base, size)| linear.wrapping_sub(*base) < *size);
         if let Some(&(base, size)) = large {
-            self.retain(|page, _| page.wrapping_sub(base) < size);
+            for logs in &mut self.logs {
+                logs.drop_pages(&self.block, |page| page.wrapping_sub(base) < size);
+            }
             return;
         }
-        self.block.forget_stack();
-        self.fetched = None;
         let page = linear & PAGE_MASK;
-        let index = tlb_index(page);
         for user in [false, true] {
             for write in [false, true] {
-                let entry = &mut self.block.tlb(user, write)[index];
-                if entry.page == page {
-                    entry.page = if index == 0 { INVALID_PAGE_0 } else { 0 };
-                }
+                invalidate(self.block.tlb(user, write), page);
             }
-            // The branch table is indexed by the whole target: drop those of the
-            // page only where code of the page has run at all.
+            // Branch targets are not found by their page: look for them only
+            // where code of the page has run at all.
             let exec = &mut self.block.exec(user)[exec_index(page)];
-            if *exec != 0 {
-                *exec = 0;
-                let table = self.block.branches(user);
-                self.logs.branches[usize::from(user)].retain(|&(target, _)| {
-                    let entry = &mut table[branch_index(target)];
-                    let goes = target & PAGE_MASK == page;
-                    if goes && entry.target == target {
-                        entry.target = if branch_index(target) == 0 { INVALID_BRANCH_0 } else { 0 };
-                    }
-                    !goes
-                });
+            if std::mem::take(exec) != 0 {
+                for logs in &mut self.logs {
+                    logs.drop_branches(&self.block, user, |target| target == page);
+                }
             }
         }
     }
@@ -185,40 +287,24 @@ impl Tlb {
         self.block.forget_stack();
         for user in [false, true] {
             let table = self.block.tlb(user, true);
-            self.logs.tlb[usize::from(user) * 2 + 1].retain(|&logged| {
-                let page = logged & PAGE_MASK;
-                let entry = &mut table[tlb_index(page)];
-                if entry.page != page {
-                    return false;
-                }
-                let goes = entry.host == host as u64;
-                if goes {
-                    entry.page = if tlb_index(page) == 0 { INVALID_PAGE_0 } else { 0 };
-                }
-                !goes
-            });
+            for logs in &self.logs {
+                logs.tlb[usize::from(user) * 2 + 1].drop_host(table, host as u64);
+            }
         }
     }
 
-    /// Drops every indirect branch target: translations have been freed.
+    /// Drops every indirect branch target: they belong to another mode.
     pub fn flush_branches(&mut self) {
-        for user in [false, true] {
-            let table = self.block.branches(user);
-            for (target, _) in self.logs.branches[usize::from(user)].drain(..) {
-                let index = branch_index(target);
-                table[index].target = if index == 0 { INVALID_BRANCH_0 } else { 0 };
-            }
+        for logs in &mut self.logs {
+            logs.drain_branches(&self.block);
         }
     }
 
     /// Drops every executable page and branch target.
     pub fn flush_exec(&mut self) {
-        self.flush_branches();
-        for user in [false, true] {
-            let table = self.block.exec(user);
-            for page in self.logs.exec[usize::from(user)].drain(..) {
-                table[exec_index(page)] = 0;
-            }
+        for logs in &mut self.logs {
+            logs.drain_branches(&self.block);
+            logs.drain_exec(&self.block);
         }
     }
 }

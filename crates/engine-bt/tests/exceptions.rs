@@ -180,9 +180,9 @@ fn exception_from_user_mode_switches_to_rsp0_and_aligns_in_the_kernel() {
 fn second_fault_while_delivering_is_a_double_fault() {
     on_both(|guest, engine| {
         guest.no_gate(13);
-        prepare(guest, 0, &[0xFF, 0xC3, 0xF4]); // #GP with no gate: #GP again
+        prepare(guest, 0, &[0xFF, 0xC3, 0xF4]); // #GP whose gate is not present: #NP
         assert_eq!(run_user(guest, 0, [0; 16]), fault(8, 0), "{engine}");
-        // A page fault whose gate leads nowhere: contributory after #PF.
+        // Contributory after #PF.
         guest.no_gate(14);
         prepare(guest, 0, &[0x48, 0x8B, 0x07]);
         let mut gpr = [0; 16];
@@ -311,7 +311,7 @@ fn interrupt_ends_a_loop_in_user_mode() {
         code.extend_from_slice(&[0x6A, DS3 as u8, 0x57, 0x68, 0x02, 0x02, 0, 0, 0x6A, CS3 as u8]);
         code.extend_from_slice(&[0x56, 0x48, 0xCF]);
         // A count of 0x1000 ticks: 3.4 ms.
-        code[30] = 0x10;
+        code[29] = 0x10;
         guest.write(KERNEL_CODE, &code);
         let mut gpr = [0; 16];
         (gpr[4], gpr[6], gpr[7]) = (BASE + KERNEL_CODE + 0xC00, CODE, DATA + 0x800);

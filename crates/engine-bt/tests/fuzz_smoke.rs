@@ -66,3 +66,18 @@ fn irqchip() {
 fn state() {
     random_inputs("state", 500);
 }
+
+#[test]
+#[ignore]
+fn survey() {
+    let seed: u64 = std::env::var("FUZZ_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let count: u64 = std::env::var("FUZZ_COUNT").ok().and_then(|s| s.parse().ok()).unwrap_or(3000);
+    for number in 0..count {
+        let mut random = Random(seed << 32 ^ number);
+        let length = 64 + random.next() as usize % 448;
+        let input = random.bytes(length);
+        if std::panic::catch_unwind(|| harness::differential(&input)).is_err() {
+            println!("SURVEY {number}");
+        }
+    }
+}

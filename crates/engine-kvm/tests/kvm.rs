@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::IoEventAddress;
-use tetrarch_engine::{Exit, Kick, Registers, Reply, Segment, Vcpu, Vm};
+use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu, Vm};
 use tetrarch_engine_kvm::{
     Config, DEVICE, DirtyTracking, IrqRoute, KvmVcpu, KvmVm, available, create_vm, probe,
 };

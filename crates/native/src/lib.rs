@@ -6,7 +6,9 @@
 mod device;
 mod dump;
 mod error;
+mod kvm;
 mod machine;
+mod null;
 mod registers;
 mod stats;
 mod vcpu;
@@ -21,6 +23,8 @@ mod _native {
     #[pymodule_export]
     use crate::error::{EngineError, GuestMemoryError};
     #[pymodule_export]
+    use crate::null::NullPort;
+    #[pymodule_export]
     use crate::vcpu::Vcpu;
     #[pymodule_export]
     use crate::vm::Vm;
@@ -34,5 +38,22 @@ mod _native {
     #[pyfunction]
     fn engine_available(name: &str) -> Option<String> {
         crate::machine::engine_available(name).err()
+    }
+
+    /// What the KVM behind a device is worth, by running a small guest on it.
+    #[pyfunction]
+    #[pyo3(signature = (device = "/dev/kvm"))]
+    fn kvm_probe<'py>(
+        py: Python<'py>,
+        device: &str,
+    ) -> PyResult<Bound<'py, pyo3::types::PyDict>> {
+        crate::kvm::kvm_probe(py, device)
+    }
+
+    /// The optional parts of KVM; empty where it cannot be opened.
+    #[pyfunction]
+    #[pyo3(signature = (device = "/dev/kvm"))]
+    fn kvm_capabilities(device: &str) -> Vec<(&'static str, bool, &'static str)> {
+        crate::kvm::kvm_capabilities(device)
     }
 }

@@ -29,7 +29,8 @@ const ENGINE_MMIO: [(u64, u64, &str); 2] =
 pub fn engine_available(name: &str) -> Result<(), String> {
     match name {
         "bt" => tetrarch_engine_bt::available(),
-        _ => Err(format!("there is no engine '{name}'; there is: bt")),
+        "kvm" => tetrarch_engine_kvm::available(),
+        _ => Err(format!("there is no engine '{name}'; there are: bt, kvm")),
     }
 }
 
@@ -47,13 +48,21 @@ pub struct Machine {
 
 impl Machine {
     pub fn new(engine: &str, memory: u64, vcpus: u32, translate: bool) -> Result<Self, Failure> {
-        engine_available(engine).map_err(EngineError::Unavailable)?;
+        if engine != "kvm" {
+            // Engine kvm says why it cannot when its VM is made.
+            engine_available(engine).map_err(EngineError::Unavailable)?;
+        }
         if vcpus == 0 {
             return Err(Failure::refused("a machine needs at least 1 vCPU"));
         }
         let memory = Arc::new(GuestMemory::new(memory)?);
-        let config = tetrarch_engine_bt::Config { vcpus, translate };
-        let engine = tetrarch_engine_bt::create_vm(Arc::clone(&memory), config)?;
+        let engine: Arc<dyn Vm> = if engine == "kvm" {
+            let config = tetrarch_engine_kvm::Config { vcpus, ..Default::default() };
+            tetrarch_engine_kvm::create_vm(Arc::clone(&memory), config)?
+        } else {
+            let config = tetrarch_engine_bt::Config { vcpus, translate };
+            tetrarch_engine_bt::create_vm(Arc::clone(&memory), config)?
+        };
 
         let bus = Bus::new();
         for (base, length, owner) in ENGINE_PORTS {

@@ -4,20 +4,27 @@ use std::collections::BTreeMap;
 
 use crate::machine::Machine;
 
-pub type Stats = BTreeMap<&'static str, BTreeMap<&'static str, u64>>;
+pub type Stats = BTreeMap<String, BTreeMap<String, u64>>;
 
-/// Sums over all vCPUs. Those of the run loop are live, those of a running
+/// Sums over all vCPUs and, of a machine with several, each vCPU for itself. Those of the run loop are live, those of a running
 /// vCPU's engine as of its last stop.
 pub fn collect(machine: &Machine) -> Stats {
     let mut stats = Stats::new();
-    let mut add = |group, name, value: u64| {
-        let sum = stats.entry(group).or_default().entry(name).or_default();
+    let mut add = |group: &str, name: &str, value: u64| {
+        let sum = stats.entry(group.to_owned()).or_default().entry(name.to_owned()).or_default();
         *sum = sum.saturating_add(value);
     };
+    let many = machine.vcpus.len() > 1;
     let scale = |ticks| machine.scale.nanoseconds(ticks);
     for slot in &machine.vcpus {
         let counted = slot.seat.counters.stats();
-        for (group, name, value) in [
+        let spent = [
+            ("time_ns", "port_in", scale(counted.port_in_ticks)),
+            ("time_ns", "port_out", scale(counted.port_out_ticks)),
+            ("time_ns", "mmio_read", scale(counted.mmio_read_ticks)),
+            ("time_ns", "mmio_write", scale(counted.mmio_write_ticks)),
+        ];
+        let loops = [
             ("exits", "port_in", counted.port_in),
             ("exits", "port_out", counted.port_out),
             ("exits", "mmio_read", counted.mmio_read),
@@ -31,11 +38,12 @@ pub fn collect(machine: &Machine) -> Stats {
             ("time_ns", "run", scale(counted.run_ticks)),
             ("time_ns", "devices", scale(counted.native_ticks)),
             ("time_ns", "python", scale(counted.python_ticks)),
-        ] {
+        ];
+        for (group, name, value) in loops.into_iter().chain(spent).chain(slot.counters()) {
             add(group, name, value);
-        }
-        for (group, name, value) in slot.counters() {
-            add(group, name, value);
+            if many {
+                add(&format!("vcpu{}.{group}", slot.id), name, value);
+            }
         }
     }
     let crossings: Vec<_> =

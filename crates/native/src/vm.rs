@@ -11,6 +11,7 @@ use tetrarch_memory::{GuestPhys, MemoryError};
 use crate::device::PythonDevice;
 use crate::error::Failure;
 use crate::machine::Machine;
+use crate::null::{NullDevice, NullPort};
 use crate::stats::{Stats, collect};
 use crate::vcpu::Vcpu;
 
@@ -40,6 +41,9 @@ impl Vm {
         length: u64,
         device: &Bound<'_, PyAny>,
     ) -> Result<(), Failure> {
+        if device.is_instance_of::<NullPort>() {
+            return Ok(attach(&self.machine.bus, base, length, "NullPort", Arc::new(NullDevice))?);
+        }
         let device = Arc::new(PythonDevice::new(device)?);
         // First the list, then the bus: a vCPU that runs may use and drop a
         // device of the bus, and the collector must know of it by then.

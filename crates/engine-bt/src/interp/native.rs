@@ -25,6 +25,7 @@ use iced_x86::{
 
 use super::{Flow, operand, xsave};
 use crate::cpu::Cpu;
+use crate::cpuid::Vendor;
 use crate::fault::{Fault, R, Stop, gp, ud, vector};
 use crate::fpu;
 use crate::signals;
@@ -451,6 +452,12 @@ fn must_align(i: &Instruction, class: u8) -> bool {
     )
 }
 
+/// AMD CPUs do not check the operands of SHA, though they are of type 4 (seen on
+/// Zen 5); translated code has whatever the host does.
+fn takes_misaligned(cpu: &Cpu, i: &Instruction) -> bool {
+    i.cpuid_features() == [CpuidFeature::SHA] && cpu.vm.cpuid.vendor() == Vendor::Amd
+}
+
 fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
     check_mode(cpu, thunk.class)?;
     let (size, user) = (usize::from(thunk.size), cpu.user());
@@ -465,7 +472,7 @@ fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
         }
         let offset = operand::effective_address(cpu, i);
         linear = operand::linear(cpu, i.memory_segment(), offset, size, thunk.writes)?;
-        if linear & (u64::from(thunk.aligned) - 1) != 0 {
+        if linear & (u64::from(thunk.aligned) - 1) != 0 && !takes_misaligned(cpu, i) {
             return gp(0);
         }
         operand::check_alignment(cpu, linear, usize::from(thunk.natural))?;

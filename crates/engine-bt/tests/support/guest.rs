@@ -215,6 +215,8 @@ impl Guest {
         self.write64(GDT_AT + u64::from(TSS) + 8, base >> 32);
         self.write64(TSS_AT + 4, BASE + STACK0);
         self.write64(TSS_AT + 0x24, BASE + STACK);
+        // No I/O permission bitmap: it would start past the limit.
+        self.write(TSS_AT + 0x66, &0x68u16.to_le_bytes());
         for vector in 0..VECTORS {
             self.gate(vector as u8, BASE + HANDLERS + vector * 16, 1, 3);
             self.write(HANDLERS + vector * 16, &[0xF4]);
@@ -233,9 +235,10 @@ impl Guest {
         self.write64(at + 8, handler >> 32);
     }
 
-    /// Takes the gate of a vector away.
+    /// Marks the gate of a vector as not present.
     pub fn no_gate(&mut self, vector: u8) {
-        self.write64(IDT_AT + u64::from(vector) * 16, 0);
+        let at = IDT_AT + u64::from(vector) * 16;
+        self.write64(at, self.read64(at) & !(1 << 47));
     }
 
     fn enable_avx(&mut self) {
