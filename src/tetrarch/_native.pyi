@@ -1,14 +1,17 @@
 """Types of the native module: the Rust core behind one machine."""
 
-from typing import Protocol, Self, final, type_check_only
+from typing import Protocol, Self, TypedDict, final, type_check_only
 
 __all__ = [
     "EngineError",
     "GuestMemoryError",
+    "NullPort",
     "Vcpu",
     "Vm",
     "__version__",
     "engine_available",
+    "kvm_capabilities",
+    "kvm_probe",
 ]
 
 __version__: str
@@ -35,11 +38,19 @@ class GuestMemoryError(Exception):
     length: int
 
 @final
+class NullPort:
+    """A device in Rust that reads as 0 and loses writes; no access enters Python."""
+
+    def __new__(cls) -> Self: ...
+    def read(self, offset: int, size: int) -> int: ...
+    def write(self, offset: int, size: int, value: int) -> None: ...
+
+@final
 class Vm:
     """Guest memory, bus, interrupt controllers and vCPUs of one machine."""
 
     def __new__(cls, engine: str, memory: int, vcpus: int = 1, *, translate: bool = True) -> Self:
-        """``engine``: "bt"; ``memory`` in bytes, a multiple of 4096.
+        """``engine``: "bt" or "kvm"; ``memory`` in bytes, a multiple of 4096.
 
         RAM lies at 0 up to 3 GiB, the rest from 4 GiB up. With ``translate``
         false, engine ``bt`` interprets every instruction (for tests).
@@ -72,11 +83,13 @@ class Vm:
         ``run`` is not lost.
         """
     def stats(self) -> dict[str, dict[str, int]]:
-        """Counters by group, summed over all vCPUs.
+        """Counters by group, summed over all vCPUs; those of a machine with several
+        also for each, as groups "vcpu0.exits" and so on.
 
         exits (by kind), accesses (rust, python, unclaimed: by who answered),
         python (reads, writes: calls of Python devices), time_ns (run: all of
-        ``Vcpu.run``; devices, python: in devices of either kind) and what the
+        ``Vcpu.run``; devices, python: in devices of either kind; port_in and so
+        on: answering exits of that kind) and what the
         engine counts, as bt (blocks, tlb misses, ...). The engine's counters
         of a running vCPU are those of its last stop; all others are live.
         """
@@ -114,3 +127,24 @@ class Vcpu:
 
 def engine_available(name: str) -> str | None:
     """None if the engine can run here, else the reason why not, in one line."""
+
+@type_check_only
+class KvmProbe(TypedDict):
+    reason: str | None
+    runs: bool
+    hardware: bool
+    guest_rate: float
+    host_rate: float
+    max_vcpus: int
+    nested: bool
+    seconds: float
+
+def kvm_probe(device: str = "/dev/kvm") -> KvmProbe:
+    """What the KVM behind a device is worth, by running a small guest on it.
+
+    ``guest_rate`` and ``host_rate`` are instructions a second of one loop; ``hardware``
+    says whether the host's CPU ran the guest's.
+    """
+
+def kvm_capabilities(device: str = "/dev/kvm") -> list[tuple[str, bool, str]]:
+    """(name, there or not, what is lost without it); empty where KVM cannot be opened."""

@@ -47,7 +47,8 @@ def command(shell: "pexpect.spawn[str]", line: str) -> str:
 def end(shell: "pexpect.spawn[str]") -> int | None:
     shell.expect(pexpect.EOF)
     shell.wait()
-    return shell.exitstatus
+    code: int | None = shell.exitstatus
+    return code
 
 
 def echoes(shell: "pexpect.spawn[str]") -> bool:

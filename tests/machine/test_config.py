@@ -37,9 +37,9 @@ def test_what_is_no_size_is_refused_with_a_mend(text: object) -> None:
     ("option", "value", "message"),
     [
         ("memory", "lots", "memory: 'lots' is no size; write 512M"),
-        ("cpus", 0, "cpus: 0 is no number of CPUs; give 1"),
+        ("cpus", 0, "cpus: 0 is no number of CPUs; give 1 or more"),
         ("cpus", "two", "cpus: 'two' is no number"),
-        ("cpus", 2, "cpus: 2 CPUs are more than this version can run; give 1"),
+        ("cpus", 256, "cpus: 256 CPUs are more than a machine can have; give 255 or less"),
         ("engine", "tcg", "engine: 'tcg' is no engine; there are auto, bt and kvm"),
         ("name", "a/b", "name: 'a/b' is no name"),
         ("kernel", "", "kernel: '' is no file name"),

@@ -357,6 +357,15 @@ def test_request_stop_in_a_device_ends_run_after_the_access(vm: Vm) -> None:
     assert vcpu.regs()["rip"] == START + len(OUT_80)
 
 
+@pytest.fixture
+def interrupt_key() -> Iterator[None]:
+    """SIGINT as at a terminal: a shell has it ignored by what it starts with '&'."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupt_key")
 def test_interrupt_key_ends_run_on_the_main_thread(vm: Vm) -> None:
     vcpu = load(vm, CLI + ENDLESS)
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))

@@ -113,9 +113,7 @@ class DebianRoot:
         ]
         arguments = [part for option in options for part in ("-o", option)]
         _run("apt-get", *arguments, "-qq", "update")
-        _run(
-            *("apt-get", *arguments, "-qq", "-y", "--download-only", "install"), *self._packages
-        )
+        _run(*("apt-get", *arguments, "-qq", "-y", "--download-only", "install"), *self._packages)
         return sorted(archives.glob("*.deb"))
 
     def _unpack(self, packages: Sequence[Path]) -> None:

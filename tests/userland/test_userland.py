@@ -32,11 +32,11 @@ FULL_CASES = [
     ("library", "python3 /cases/library.py", 200),
     ("modules", "perl /cases/modules.pl", 200),
     ("gcc", "sh /cases/gcc.sh", 200),
-    ("stress-cpu", "sh /cases/stress.sh --cpu 1 --cpu-method all --cpu-ops 200", 250),
-    ("stress-vm", "sh /cases/stress.sh --vm 1 --vm-bytes 16M --vm-method all --vm-ops 50000", 250),
-    ("stress-matrix", "sh /cases/stress.sh --matrix 1 --matrix-method all --matrix-ops 500", 250),
-    ("stress-str", "sh /cases/stress.sh --str 1 --str-method all --str-ops 2000", 250),
-    ("stress-wcs", "sh /cases/stress.sh --wcs 1 --wcs-method all --wcs-ops 2000", 250),
+    ("stress-cpu", "sh /cases/stress.sh --cpu 1 --cpu-method all --cpu-ops 3000", 250),
+    ("stress-vm", "sh /cases/stress.sh --vm 1 --vm-bytes 16M --vm-method all --vm-ops 100000", 250),
+    ("stress-matrix", "sh /cases/stress.sh --matrix 1 --matrix-method all --matrix-ops 10000", 250),
+    ("stress-str", "sh /cases/stress.sh --str 1 --str-method all --str-ops 200000", 250),
+    ("stress-wcs", "sh /cases/stress.sh --wcs 1 --wcs-method all --wcs-ops 200000", 250),
 ]
 
 

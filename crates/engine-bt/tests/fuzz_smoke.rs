@@ -72,7 +72,9 @@ fn state() {
 fn survey() {
     let seed: u64 = std::env::var("FUZZ_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
     let count: u64 = std::env::var("FUZZ_COUNT").ok().and_then(|s| s.parse().ok()).unwrap_or(3000);
+    let only: Option<u64> = std::env::var("FUZZ_ONLY").ok().and_then(|s| s.parse().ok());
     for number in 0..count {
+        let number = only.unwrap_or(number);
         let mut random = Random(seed << 32 ^ number);
         let length = 64 + random.next() as usize % 448;
         let input = random.bytes(length);

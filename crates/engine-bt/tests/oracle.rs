@@ -26,6 +26,13 @@ impl Machines {
     /// What went wrong, one entry for each engine; `None` without a native result.
     fn failures(&mut self, case: &Case) -> Option<Vec<String>> {
         let expected = self.native.run(case)?;
+        // What user code cannot reach natively: the upper half, which is the guest
+        // kernel's own, and the bit of MXCSR for misaligned operands, which the
+        // engine hides (AMD APM 1, 4.2.2).
+        let upper_half = expected.fault.vector == 14 && expected.fault.cr2 >> 63 != 0;
+        if case.kernel && upper_half || expected.state.fpu.mxcsr & 1 << 17 != 0 {
+            return Some(Vec::new());
+        }
         let mut failures = Vec::new();
         let mut check = |name: &str, result: Result<Outcome, String>| {
             let found = match result {

@@ -73,7 +73,9 @@ def run(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="512M, 2G, or a number of MiB.")
     ] = "512M",
-    cpus: Annotated[str, typer.Option(metavar="N", help="Virtual CPUs: 1.")] = "1",
+    cpus: Annotated[
+        str, typer.Option(metavar="N", help="Virtual CPUs; more than 1 need engine kvm.")
+    ] = "1",
     console: Annotated[
         str,
         typer.Option(
@@ -132,6 +134,17 @@ def engines(json: Json = False) -> None:
     from tetrarch.cli.reports import show_engines
 
     show_engines(json)
+
+
+@app.command()
+def doctor(json: Json = False) -> int:
+    """Explain what this host has for virtual machines, and how to mend what it lacks.
+
+    The exit code is 0 where some engine can run, 1 where none can.
+    """
+    from tetrarch.cli.doctor import show_doctor
+
+    return show_doctor(json)
 
 
 @image_app.command("pull")

@@ -31,15 +31,30 @@ class Terminated(BaseException):
 
 def main() -> NoReturn:
     """The console script."""
+    _open_standard_files()
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _terminate)
     code = run_cli(sys.argv[1:])
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read us has gone; the interpreter would complain at its exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _open_standard_files() -> None:
+    """Gives a closed standard input, output or error to /dev/null.
+
+    Else the next file that is opened gets its number, guest memory for one, and
+    what is meant for the terminal would go there.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def run_cli(arguments: Sequence[str]) -> int:

@@ -22,6 +22,10 @@ def show_engines(as_json: bool) -> None:
         state = "available" if info.reason is None else f"not available: {info.reason}"
         print(f"{info.name:<4} {state}")
         print(f"     {info.description}")
+        if info.note is not None:
+            print(f"     {info.note}")
+        for lack in info.lacks:
+            print(f"     without {lack.name}: {lack.lost}")
 
 
 def show_stats(stats: Mapping[str, Mapping[str, int]], uptime: float) -> None:
@@ -30,7 +34,7 @@ def show_stats(stats: Mapping[str, Mapping[str, int]], uptime: float) -> None:
     for group, counters in stats.items():
         lines.append(group)
         for name, value in sorted(counters.items(), key=lambda item: -item[1]):
-            if group == "time_ns":
+            if group.endswith("time_ns"):
                 lines.append(f"  {name:<28} {value / 1e9:>16.3f} s")
             else:
                 lines.append(f"  {name:<28} {value:>16,}")

@@ -48,7 +48,8 @@ def run_guest(options: RunOptions) -> int:
     if options.image is not None and options.kernel is not None:
         raise ConfigError("--image and --kernel both name a kernel; give one of them")
     # What is wrong with the options is said before anything is fetched or opened.
-    choose(make_config(_machine_values(options)).engine)
+    config = make_config(_machine_values(options))
+    choose(config.engine, config.cpus)
     kind, path = parse_console(options.console)
     kernel, initrd = _guest_files(options)
     console = open_console(kind, path)

@@ -38,8 +38,8 @@ class TerminalReporter(Reporter):
     @contextmanager
     def transfer(self, title: str, size: int) -> Iterator[Callable[[int, int], None]]:
         if not self._interactive:
-            print(f"Fetching {title} ({size / 1e6:.1f} MB)", file=sys.stderr, flush=True)
             yield lambda done, total: None
+            print(f"Fetched {title} ({size / 1e6:.1f} MB)", file=sys.stderr, flush=True)
             return
         from rich.console import Console
         from rich.progress import (

@@ -25,7 +25,8 @@ MEMORY_MIN = 4 * MIB
 # 46 bits of physical address is what Linux on x86 takes with 4-level paging
 # (Documentation/x86/x86_64/mm.rst); no host of ours has as much.
 MEMORY_MAX = 1 << 46
-VCPUS_MAX = 1
+# APIC ID 255 is the broadcast, and the I/O APIC reaches no larger ones.
+VCPUS_MAX = 255
 
 _SIZE = re.compile(r"^(\d+)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
@@ -50,10 +51,10 @@ def parse_size(value: object) -> int:
 
 def _cpu_count(value: object) -> int:
     if isinstance(value, bool) or not str(value).isdecimal() or int(str(value)) < 1:
-        raise ValueError(f"{value!r} is no number of CPUs; give 1")
+        raise ValueError(f"{value!r} is no number of CPUs; give 1 or more")
     count = int(str(value))
     if count > VCPUS_MAX:
-        raise ValueError(f"{count} CPUs are more than this version can run; give 1")
+        raise ValueError(f"{count} CPUs are more than a machine can have; give {VCPUS_MAX} or less")
     return count
 
 

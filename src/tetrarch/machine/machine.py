@@ -58,7 +58,8 @@ class Machine:
 
     ``kernel`` None is the default guest, which is fetched if it is not cached.
     ``append`` is the kernel's whole command line; None is a fitting default.
-    ``memory`` is "512M", "2G", or a number of MiB. ``engine`` is "auto" or "bt".
+    ``memory`` is "512M", "2G", or a number of MiB. ``engine`` is "auto", "bt"
+    or "kvm"; ``cpus`` more than 1 need "kvm".
     ``console`` is the other end of the serial line; None is one for programs.
 
     Raises ConfigError for a value that cannot be, HostError when this host cannot
@@ -90,7 +91,7 @@ class Machine:
                 "name": name,
             }
         )
-        self.engine, self.engine_reason = choose(self.config.engine)
+        self.engine, self.engine_reason = choose(self.config.engine, self.config.cpus)
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
         self._backend: ConsoleBackend = MemoryConsole() if console is None else console
         self._vm = _create_vm(self.engine, self.config)
@@ -107,8 +108,10 @@ class Machine:
         # Guards the conclusion, which happens once. Nothing else is taken under it
         # but what the console's close() takes.
         self._conclusion = threading.RLock()
-        self._sample_wanted = threading.Event()
-        self._sample_taken = threading.Event()
+        # Which vCPUs still have to say whether they are in the kernel, and whether all
+        # that did are. Guarded by the condition.
+        self._samples = threading.Condition()
+        self._samples_due: set[int] = set()
         self._sample_in_kernel = False
 
     # What a program does with it.
@@ -188,7 +191,7 @@ class Machine:
             raise
         for index, vcpu in enumerate(self._vcpus):
             thread = threading.Thread(
-                target=self._run_vcpu, args=(vcpu,), name=f"vcpu{index}", daemon=True
+                target=self._run_vcpu, args=(index, vcpu), name=f"vcpu{index}", daemon=True
             )
             self._threads.append(thread)
             thread.start()
@@ -276,13 +279,12 @@ class Machine:
         # Vol. 3A, table 10-1), an IDT of limit 0 is always the guest's own doing.
         self._vcpus[0].set_regs({**registers, "idtr_limit": _RESET_IDT_LIMIT})
 
-    def _run_vcpu(self, vcpu: _native.Vcpu) -> None:
+    def _run_vcpu(self, index: int, vcpu: _native.Vcpu) -> None:
         try:
             while True:
                 why = vcpu.run()
-                if why != "stopped" or self._ending or not self._sample_wanted.is_set():
+                if why != "stopped" or self._ending or not self._take_sample(index, vcpu):
                     break
-                self._take_sample(vcpu)
             event = self._event_of(vcpu, why)
         except BaseException as error:
             # Also KeyboardInterrupt: the thread that waits is the one to see it.
@@ -369,23 +371,32 @@ class Machine:
     # What the panic watch asks.
 
     def _vcpu_cpu_time(self) -> float:
-        ident = self._threads[0].ident if self._threads else None
-        if ident is None or not self._threads[0].is_alive():
-            return 0.0
-        return time.clock_gettime(time.pthread_getcpuclockid(ident))
+        idents = [thread.ident for thread in self._threads if thread.is_alive()]
+        clocks = [time.pthread_getcpuclockid(ident) for ident in idents if ident is not None]
+        return sum(map(time.clock_gettime, clocks))
 
     def _vcpu_in_kernel(self) -> bool:
         # Registers can only be read between two run() calls, on the vCPU's thread.
-        self._sample_taken.clear()
-        self._sample_wanted.set()
+        alive = {index for index, thread in enumerate(self._threads) if thread.is_alive()}
+        with self._samples:
+            self._samples_due = alive
+            self._sample_in_kernel = bool(alive)
         self._vm.request_stop()
-        return self._sample_taken.wait(_SAMPLE_PATIENCE_S) and self._sample_in_kernel
+        with self._samples:
+            taken = self._samples.wait_for(lambda: not self._samples_due, _SAMPLE_PATIENCE_S)
+            self._samples_due = set()
+            return taken and self._sample_in_kernel
 
-    def _take_sample(self, vcpu: _native.Vcpu) -> None:
-        # The low two bits of CS are the privilege level outside of real mode.
-        self._sample_in_kernel = vcpu.regs()["cs_selector"] & 3 == 0
-        self._sample_wanted.clear()
-        self._sample_taken.set()
+    def _take_sample(self, index: int, vcpu: _native.Vcpu) -> bool:
+        """False if nobody asked this vCPU for one."""
+        with self._samples:
+            if index not in self._samples_due:
+                return False
+            # The low two bits of CS are the privilege level outside of real mode.
+            self._sample_in_kernel &= vcpu.regs()["cs_selector"] & 3 == 0
+            self._samples_due.remove(index)
+            self._samples.notify_all()
+            return True
 
     def _panicked(self, message: str) -> None:
         self._end(ExitStatus(StopReason.CRASHED, message))
@@ -395,8 +406,9 @@ def _create_vm(engine: str, config: MachineConfig) -> _native.Vm:
     try:
         return _native.Vm(engine, config.memory, config.cpus)
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
-        size = f"{config.memory // MIB} MiB"
         cause = str(error) or type(error).__name__
+        mend = "" if ";" in cause else "; try a smaller --memory"
         raise HostError(
-            f"cannot make a machine with {size} of memory: {cause}; try a smaller --memory"
+            f"cannot make a machine with {config.memory // MIB} MiB of memory and "
+            f"{config.cpus} CPUs: {cause}{mend}"
         ) from error

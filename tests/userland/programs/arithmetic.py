@@ -1,4 +1,4 @@
-"""Integers of any size, floating point and its text, random numbers. Needs little of the library."""
+"""Integers of any size, floating point and its text, random numbers."""
 
 import hashlib
 import math
@@ -33,7 +33,9 @@ def floats() -> None:
             digest.update(repr(function(rng.uniform(-30.3, 30.3))).encode())
         print(function.__name__, digest.hexdigest())
     for value in (0.1, 1e300 * 1e10, -0.0, 5e-324, 2**53 + 1.0, 1 / 3, math.nan, 6.02214076e23):
-        print(repr(value), value.hex(), f"{value:.30g} {value:e}", struct.pack("<fd", 1, value).hex())
+        print(
+            repr(value), value.hex(), f"{value:.30g} {value:e}", struct.pack("<fd", 1, value).hex()
+        )
     digest = hashlib.sha256()
     for _ in range(5000):
         value = struct.unpack("<d", rng.randbytes(8))[0]

@@ -154,11 +154,13 @@ impl Job<'_> {
     /// The same with the table of the mode that execution goes on in.
     pub(super) fn indirect_to(&mut self, table: usize) {
         let (miss, request) = self.e.indirect(table);
-        // Only a miss can go to an address that is not canonical, and has to know
-        // where it came from.
+        // A target that is not canonical faults at the branch, so whoever leaves
+        // tells where it came from.
         let exit = Exit { rip: self.rip(), saved: true, link: None, straddles: false };
-        self.cold.push(Cold::Leave { places: vec![miss], stub: self.stubs.leave_branch, exit });
-        self.e.bind_outward(request, self.stubs.leave_request_branch);
+        let (miss_stub, request_stub) = (self.stubs.leave_branch, self.stubs.leave_request_branch);
+        for (place, stub) in [(miss, miss_stub), (request, request_stub)] {
+            self.cold.push(Cold::Leave { places: vec![place], stub, exit });
+        }
     }
 }
 

@@ -51,6 +51,8 @@ impl Job<'_> {
                 self.e.load_at(R13, R14, place as i32 * 8);
                 let extra = if i.op_count() == 1 { i.immediate16() } else { 0 };
                 self.move_rsp(bytes + i32::from(extra));
+                // The branch is the return's, not that of the run's first pop.
+                self.current += place;
                 self.indirect();
                 return;
             }

@@ -255,17 +255,13 @@ impl BtVcpu {
                 self.continue_at(exit.rip, exit.saved);
                 self.link(&exit)
             }
-            exit_kind::BRANCH => {
+            exit_kind::BRANCH | exit_kind::REQUEST_BRANCH => {
                 let target = self.cpu.st.address;
                 if !canonical(target) {
                     let exit = translator.cache.lock().exits[self.cpu.st.site as usize];
                     return Ok(self.branch_to_nowhere(exit.rip));
                 }
                 self.continue_at(target, true);
-                Ok(None)
-            }
-            exit_kind::REQUEST_BRANCH => {
-                self.continue_at(self.cpu.st.address, true);
                 Ok(None)
             }
             exit_kind::REQUEST => {

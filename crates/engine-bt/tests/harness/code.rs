@@ -130,7 +130,16 @@ fn aim(code: &mut GuestCode, branch: &Branch) {
     code.bytes[branch.at..branch.at + branch.size].copy_from_slice(bytes);
 }
 
-fn depends_on_time(i: &Instruction) -> bool {
+/// Whether two CPUs, or one at two times, may disagree on more than flags.
+fn unpredictable(i: &Instruction) -> bool {
+    // Counts over 16 leave the result undefined.
+    if matches!(i.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd) && i.op1_register().size() == 2 {
+        return true;
+    }
+    // The refresh bit at port 0x61 toggles every 15 µs; the timer counts.
+    if i.mnemonic() == Mnemonic::In && matches!(i.immediate8(), 0x40..=0x43 | 0x61) {
+        return true;
+    }
     matches!(
         i.mnemonic(),
         Mnemonic::Rdtsc | Mnemonic::Rdtscp | Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Rdpru
@@ -185,7 +194,7 @@ fn record(
     let ip = base + start as u64;
     let mut decoder = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::NONE);
     let i = decoder.decode();
-    if i.code() == Code::INVALID || repeatable && depends_on_time(&i) {
+    if i.code() == Code::INVALID || repeatable && unpredictable(&i) {
         // Undefined opcodes are code too, but the interesting kinds are few.
         if i.code() == Code::INVALID && operand & 15 == 0 {
             code.starts.push(start as u16);
@@ -229,35 +238,27 @@ fn record(
     code.starts.push(start as u16);
     code.bytes.extend(&bytes[..i.len()]);
     if repeatable {
-        hide_undefined_flags(&i, bits, code);
+        hide_undefined_flags(&i, code);
     }
 }
 
 /// Clears the flags that an instruction leaves undefined, where the tiers may
-/// differ. Uses the guest's own stack, as its code could.
-fn hide_undefined_flags(i: &Instruction, bits: u32, code: &mut GuestCode) {
+/// differ, and OF with them. Takes AH for it.
+fn hide_undefined_flags(i: &Instruction, code: &mut GuestCode) {
+    use iced_x86::RflagsBits as B;
     let undefined = i.rflags_undefined();
     if undefined == 0 {
         return;
     }
-    use iced_x86::RflagsBits as B;
-    let mut keep = -1i32;
-    for (bit, mask) in
-        [(B::OF, 1 << 11), (B::SF, 0x80), (B::ZF, 0x40), (B::AF, 0x10), (B::CF, 1), (B::PF, 4)]
-    {
+    let mut keep = 0xFF;
+    for (bit, mask) in [(B::SF, 0x80), (B::ZF, 0x40), (B::AF, 0x10), (B::PF, 4), (B::CF, 1)] {
         if undefined & bit != 0 {
             keep &= !mask;
         }
     }
-    code.starts.push(code.bytes.len() as u16);
-    code.bytes.push(0x9C);
-    code.starts.push(code.bytes.len() as u16);
-    match bits {
-        64 => code.bytes.extend([0x48, 0x81, 0x24, 0x24]),
-        32 => code.bytes.extend([0x81, 0x24, 0x24]),
-        _ => code.bytes.extend([0x67, 0x66, 0x81, 0x24, 0x24]),
+    // LAHF; AND AH, keep; SAHF
+    for instruction in [&[0x9F][..], &[0x80, 0xE4, keep], &[0x9E]] {
+        code.starts.push(code.bytes.len() as u16);
+        code.bytes.extend(instruction);
     }
-    code.bytes.extend(keep.to_le_bytes());
-    code.starts.push(code.bytes.len() as u16);
-    code.bytes.push(0x9D);
 }

@@ -10,7 +10,7 @@ use tetrarch_memory::{GuestMemory, GuestPhys};
 use super::code::END_PORT;
 use super::guest::{Guest, Mode};
 use super::input::{Input, Random};
-use super::tables::{RAM, has_error_code};
+use super::tables::{self, RAM, has_error_code};
 use super::watchdog::Watchdog;
 
 const MAX_EXITS: usize = 96;
@@ -32,6 +32,8 @@ pub enum End {
 pub struct Outcome {
     pub end: End,
     pub exits: Vec<Exit>,
+    /// What an exception handler returned to, or where the guest was, at each exit.
+    pub places: Vec<u64>,
     pub registers: Registers,
     pub system: SystemRegisters,
     pub xsave: Vec<u8>,
@@ -66,7 +68,7 @@ impl Machine {
             return None;
         }
         let mut random = Random(guest.answers);
-        let mut exits = Vec::new();
+        let (mut exits, mut places) = (Vec::new(), Vec::new());
         let end = loop {
             let exit = match self.vcpu.run() {
                 Ok(exit) => exit,
@@ -76,14 +78,6 @@ impl Machine {
                 Exit::PortOut { port, .. } if port == u16::from(END_PORT) => END,
                 other => other,
             };
-            if std::env::var("XSTAT").is_ok() {
-                let r = self.vcpu.registers();
-                let s = self.vcpu.system_registers();
-                println!(
-                    "XE {exit:x?} rip {:x} rsp {:x} fl {:x} cs {:x} cr2 {:x}",
-                    r.rip, r.gpr[4], r.rflags, s.cs.selector, s.cr2
-                );
-            }
             match exit {
                 END => {
                     exits.push(exit);
@@ -93,7 +87,9 @@ impl Machine {
                 Exit::Shutdown => break End::Shutdown,
                 Exit::Kicked => break End::Kicked,
                 Exit::PortOut { port: port @ 0..32, size: 1, .. } => {
-                    if self.skip_faulting(guest, port as u8) {
+                    let (place, done) = self.skip_faulting(guest, port as u8);
+                    places.push(place);
+                    if done {
                         break End::Done;
                     }
                 }
@@ -103,6 +99,9 @@ impl Machine {
                 _ => self.vcpu.reply(Reply::Done),
             }
             exits.push(exit);
+            if places.len() < exits.len() {
+                places.push(self.vcpu.registers().rip);
+            }
             if exits.len() == MAX_EXITS {
                 break End::Enough;
             }
@@ -112,18 +111,6 @@ impl Machine {
                 self.disturb(guest, chaos);
             }
         };
-        if std::env::var("XSTAT").is_ok() {
-            println!(
-                "XX {end:?} {} exits, {:?} halts {:?}",
-                exits.len(),
-                guest.mode,
-                self.vcpu
-                    .counters()
-                    .iter()
-                    .filter(|c| c.1 == "halts" || c.1 == "interpreted")
-                    .collect::<Vec<_>>()
-            );
-        }
         let mut memory = vec![0; RAM as usize];
         self.memory.read(GuestPhys(0), &mut memory).expect("all of RAM");
         let mut registers = self.vcpu.registers();
@@ -134,6 +121,7 @@ impl Machine {
         Some(Outcome {
             end,
             exits,
+            places,
             registers,
             system: self.vcpu.system_registers(),
             xsave: self.vcpu.xsave(),
@@ -142,9 +130,9 @@ impl Machine {
     }
 
     /// The guest is in an exception handler: makes it return to the instruction
-    /// after the one that faulted. True if that is past the end of its code, where
-    /// user code gets by the privileged instructions there.
-    fn skip_faulting(&mut self, guest: &Guest, vector: u8) -> bool {
+    /// after the one that faulted. Returns where that was, and whether it was the
+    /// end of the guest's code, where user code may not write to the port.
+    fn skip_faulting(&mut self, guest: &Guest, vector: u8) -> (u64, bool) {
         self.vcpu.reply(Reply::Done);
         let word = guest.mode.frame_word();
         let error = if guest.mode != Mode::Real && has_error_code(vector) { word } else { 0 };
@@ -154,12 +142,13 @@ impl Machine {
             _ if word == 4 => registers.gpr[4] & 0xFFFF_FFFF,
             _ => registers.gpr[4],
         };
-        // Linear is physical where our stacks are.
-        let at = GuestPhys(sp.wrapping_add(error));
+        let Some(at) = tables::physical(sp.wrapping_add(error)).map(GuestPhys) else {
+            return (u64::MAX, false);
+        };
         let size = word as usize;
         let mut bytes = [0; 8];
         if self.memory.read(at, &mut bytes[..size]).is_err() {
-            return false;
+            return (u64::MAX, false);
         }
         if guest.repeatable {
             // The translator drops flags that the faulting instruction would have
@@ -179,7 +168,7 @@ impl Machine {
             let next = code + guest.code.after(offset);
             let _ = self.memory.write(at, &next.to_le_bytes()[..size]);
         }
-        (end - 3..end).contains(&offset)
+        (u64::from_le_bytes(bytes), (end - 3..end).contains(&offset))
     }
 
     /// One thing that other parts of a machine do while a guest runs.

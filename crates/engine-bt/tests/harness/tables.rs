@@ -197,7 +197,9 @@ fn flags(layout: &Layout, page: u64) -> u64 {
                 2 => all | NX,
                 3 => all & !USER,
                 4 => all & !WRITE | NX,
-                5 => all & !(ACCESSED | DIRTY),
+                // Where accesses that fail for another reason leave a mark, the
+                // tiers may differ.
+                5 if !layout.protect_tables => all & !(ACCESSED | DIRTY),
                 _ => all,
             }
         }
@@ -231,8 +233,22 @@ fn page_tables(w: &Writer, layout: &Layout) {
         let flags = flags(layout, number);
         w.u64(PT + number * 8, number << 12 | flags);
         w.u32(PT32 + number as u32 as u64 * 4, (number << 12) as u32 | flags as u32);
-        // Neighbours here are no neighbours in RAM.
-        let other = 0x30 + (number * 7 + 3) % 0xD0;
+        let other = alias(number);
         w.u64(ALIASES + number * 8, other << 12 | self::flags(layout, other));
+    }
+}
+
+/// The page of RAM behind a page at 2 MiB: neighbours there are none in RAM.
+fn alias(page: u64) -> u64 {
+    0x30 + (page * 7 + 3) % 0xD0
+}
+
+/// The physical address behind a linear one, as the tables were at the start.
+pub fn physical(linear: u64) -> Option<u64> {
+    let offset = linear & 0x3FFF_FFFF;
+    match offset >> 12 {
+        0..=0xFF => Some(offset),
+        page @ 0x200..=0x2FF => Some(alias(page - 0x200) << 12 | offset & 0xFFF),
+        _ => None,
     }
 }

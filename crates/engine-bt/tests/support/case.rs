@@ -142,6 +142,16 @@ pub struct Case {
     pub gathers: bool,
 }
 
+impl Case {
+    /// Both code pages: INT3 all round, for jumps that go astray.
+    pub fn pages(&self) -> Vec<u8> {
+        let mut pages = vec![0xCC; (CODE_PAGES * PAGE) as usize];
+        let at = (self.start.rip - CODE) as usize;
+        pages[at..at + self.code.len()].copy_from_slice(&self.code);
+        pages
+    }
+}
+
 const NAMES: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
     "r14", "r15",

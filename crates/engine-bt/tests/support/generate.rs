@@ -468,7 +468,11 @@ impl Generator {
                 0..12 if region => {
                     let at = c.items.len();
                     c.items.push(Item::Skip { jump: c.random.pick(&JUMPS), end: 0 });
+                    let before = c.known;
                     self.block(c, inner, depth + 1);
+                    for (known, before) in c.known.iter_mut().zip(before) {
+                        *known = known.filter(|_| *known == before);
+                    }
                     let last = c.items.len();
                     if let Item::Skip { end, .. } = &mut c.items[at] {
                         *end = last;
@@ -669,8 +673,12 @@ impl Generator {
         }
         for register in [Register::RSI, Register::RDI] {
             let pointer = c.known[register.number()].is_some_and(|v| v.wrapping_sub(DATA) < 0x4000);
-            if (!pointer || c.random.percent(40)) && !c.reserved.contains(&register) {
-                let value = target(&mut c.random);
+            // Round a loop again it could point elsewhere.
+            let again = c.reserved.len() > 1;
+            if (!pointer || again || c.random.percent(40)) && !c.reserved.contains(&register) {
+                // One alias only: the CPU moves blocks unless the linear addresses
+                // overlap (SDM 1, 7.3.9.3).
+                let value = DATA + (target(&mut c.random) - DATA) % (DATA_HIGH - DATA);
                 if let Ok(load) = Instruction::with2(Code::Mov_r64_imm64, register, value) {
                     c.items.push(Item::Plain(load));
                     c.known[register.number()] = Some(value);

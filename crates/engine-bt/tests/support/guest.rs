@@ -304,11 +304,11 @@ impl Guest {
 
     /// Puts the code of a case in place, unless it is.
     pub fn place(&mut self, case: &Case) {
-        let at = CODE_AT + (case.start.rip - CODE);
-        let mut now = vec![0; case.code.len()];
-        self.memory.read(GuestPhys(at), &mut now).unwrap();
-        if now != case.code {
-            self.write(at, &case.code);
+        let pages = case.pages();
+        let mut now = vec![0; pages.len()];
+        self.memory.read(GuestPhys(CODE_AT), &mut now).unwrap();
+        if now != pages {
+            self.write(CODE_AT, &pages);
         }
     }
 

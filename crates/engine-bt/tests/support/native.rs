@@ -155,11 +155,11 @@ impl Native {
         control.rip = start.rip;
         control.rflags = start.rflags;
         control.image.copy_from_slice(&start.fpu.image());
-        let code_at = CODE_AT + (start.rip - CODE) as usize;
+        let pages = case.pages();
         // SAFETY: both ranges are inside the mapping; the child waits.
         unsafe {
-            let to = self.shared.add(code_at);
-            std::ptr::copy_nonoverlapping(case.code.as_ptr(), to, case.code.len());
+            let to = self.shared.add(CODE_AT);
+            std::ptr::copy_nonoverlapping(pages.as_ptr(), to, pages.len());
             let to = self.shared.add(DATA_AT);
             std::ptr::copy_nonoverlapping(start.data.as_ptr(), to, DATA_BYTES);
         }

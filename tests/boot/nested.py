@@ -1,0 +1,118 @@
+"""A Debian system with Python and our wheel as one initramfs, to run where KVM is.
+
+The host of the test needs no virtualization: QEMU's TCG emulates a CPU with SVM, on
+which Debian's own kvm-amd gives a real /dev/kvm.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.initrds import shell_tree
+from tests.userland.debian import DebianRoot
+
+from tetrarch.images import Initramfs
+
+# python3: the whole standard library; kmod: modprobe; the kernel for both levels.
+PACKAGES = ("busybox-static", "coreutils", "dash", "kmod", "linux-image-cloud-amd64", "python3")
+MODULES = ("kvm.ko", "kvm-amd.ko", "irqbypass.ko", "ccp.ko")
+
+# What the inner guest does, for the outer to see on its console.
+INNER_SCRIPT = """
+mount -t devtmpfs dev /dev
+echo "inner: clocks $(cat /sys/devices/system/clocksource/clocksource0/available_clocksource)"
+echo "inner: processors $(grep -c ^processor /proc/cpuinfo)"
+poweroff -f
+"""
+INNER_APPEND = "console=ttyS0 quiet panic=-1"
+
+_OUTER_INIT = """#!/bin/sh
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 PYTHONPATH=/site
+busybox mount -t proc proc /proc
+busybox mount -t sysfs sys /sys
+busybox mount -t devtmpfs dev /dev
+busybox mount -t tmpfs tmp /tmp
+modprobe kvm_amd
+{commands}
+busybox poweroff -f
+"""
+
+
+class NestedHost:
+    """The outer system; ``boot`` runs commands in it and returns its console."""
+
+    def __init__(self, wheel: Path, scratch: Path) -> None:
+        self._debian = DebianRoot(PACKAGES)
+        self._debian.build()
+        self._site = scratch / "site"
+        self._initrd = scratch / "outer.cpio"
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "install", "--quiet", "--only-binary", ":all:"),
+                *("--disable-pip-version-check", "--python-version", "3.11"),
+                *("--target", self._site, wheel),
+            ],
+            check=True,
+            timeout=300,
+        )
+
+    @property
+    def kernel(self) -> Path:
+        (kernel,) = (self._debian.root / "boot").glob("vmlinuz-*")
+        return kernel
+
+    def boot(self, commands: str, timeout: float) -> str:
+        inner = shell_tree(INNER_SCRIPT).cpio()
+        self._initrd.write_bytes(self._outer(commands, inner).cpio())
+        done = subprocess.run(
+            [
+                *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max,+svm", "-smp", "2"),
+                *("-m", "2G", "-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio"),
+                *("-kernel", self.kernel, "-initrd", self._initrd),
+                *("-append", "console=ttyS0 quiet panic=-1"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            check=False,
+        )
+        return done.stdout.decode("utf-8", "replace").replace("\r", "")
+
+    def _outer(self, commands: str, inner: bytes) -> Initramfs:
+        tree = Initramfs()
+        slim = self._initrd.parent / "root"
+        shutil.rmtree(slim, ignore_errors=True)
+        shutil.copytree(self._debian.root, slim, symlinks=True, ignore=_left_out)
+        tree.tree(slim)
+        for directory in ("usr/lib/modules", "lib/modules"):
+            base = slim / directory
+            if base.is_dir() and not base.is_symlink():
+                for release in base.iterdir():
+                    subprocess.run(
+                        ["depmod", "-b", slim, release.name], check=False, timeout=60
+                    )
+                    for table in release.glob("modules.*"):
+                        tree.file(str(table.relative_to(slim)), table.read_bytes())
+                break
+        for file in sorted(self._site.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                tree.file(f"site/{file.relative_to(self._site)}", file.read_bytes(), 0o755)
+        tree.file("inner.cpio", inner)
+        tree.file("vmlinuz", self.kernel.read_bytes())
+        tree.character_device("dev/console", 5, 1)
+        tree.file("init", _OUTER_INIT.format(commands=commands).encode(), 0o755)
+        return tree
+
+
+def _left_out(directory: str, names: list[str]) -> set[str]:
+    """Modules that no one loads, and the kernel, which has its own place."""
+    return {
+        name
+        for name in names
+        if (".ko" in name and name.split(".ko")[0] + ".ko" not in MODULES)
+        or name.startswith(("vmlinuz-", "System.map-"))
+    }
