@@ -21,11 +21,11 @@ run: setup ## Boot the default guest to a shell (ARGS= for more options)
 	@$(BIN)/tetrarch run $(ARGS)
 
 test: setup packages lint ## Check and test all but the long tests
-	cargo test --release --workspace --locked
+	cargo test --release --workspace --locked --no-fail-fast
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
 test-long: setup packages ## Run all tests, the long ones too
-	cargo test --release --workspace --locked -- --include-ignored
+	cargo test --release --workspace --locked --no-fail-fast -- --include-ignored
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup ## Measure against QEMU's TCG and native execution

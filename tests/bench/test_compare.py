@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools.bench import compare, process, report
+from tools.bench import compare, guest, process, report
 from tools.bench.compare import Median
 from tools.bench.process import Result, Run
 
@@ -96,3 +96,18 @@ def test_sections_are_replaced_and_others_stay(tmp_path: Path) -> None:
     assert "first text" not in text
     assert text.index("second text") < text.index("kept \\1")
     assert text.startswith("# Benchmarks\n")
+
+
+@pytest.mark.parametrize(
+    ("load", "clock", "named"),
+    [(0.02, 0.99, ""), (1.04, 1.0, "native"), (0.0, 0.5, "clock of native")],
+    ids=["quiet", "shared", "slow-clock"],
+)
+def test_figures_of_a_disturbed_run_are_doubted(load: float, clock: float, named: str) -> None:
+    values = {
+        "host.other_load": Result(load, "CPUs"),
+        "host.clock_ratio": Result(clock, "x"),
+    }
+    doubts = guest.disturbances({"native": [Run(values)]})
+    assert bool(doubts) == bool(named)
+    assert named in " ".join(doubts)

@@ -15,10 +15,10 @@ from tests.initrds import shell_tree
 from tests.userland.debian import DebianRoot
 
 from tetrarch.images import Initramfs
+from tetrarch.images.modules import ModuleTree, modules_dep
 
-# python3: the whole standard library; kmod: modprobe; the kernel for both levels.
-PACKAGES = ("busybox-static", "coreutils", "dash", "kmod", "linux-image-cloud-amd64", "python3")
-MODULES = ("kvm.ko", "kvm-amd.ko", "irqbypass.ko", "ccp.ko")
+# python3 has the whole standard library; the kernel serves both levels.
+PACKAGES = ("busybox-static", "coreutils", "dash", "linux-image-cloud-amd64", "python3")
 
 # What the inner guest does, for the outer to see on its console.
 INNER_SCRIPT = """
@@ -35,7 +35,7 @@ busybox mount -t proc proc /proc
 busybox mount -t sysfs sys /sys
 busybox mount -t devtmpfs dev /dev
 busybox mount -t tmpfs tmp /tmp
-modprobe kvm_amd
+busybox modprobe kvm_amd
 {commands}
 busybox poweroff -f
 """
@@ -53,7 +53,7 @@ class NestedHost:
             [
                 *(sys.executable, "-m", "pip", "install", "--quiet", "--only-binary", ":all:"),
                 *("--disable-pip-version-check", "--python-version", "3.11"),
-                *("--target", self._site, wheel),
+                *("--target", self._site, wheel, "pytest"),
             ],
             check=True,
             timeout=300,
@@ -88,19 +88,16 @@ class NestedHost:
         shutil.rmtree(slim, ignore_errors=True)
         shutil.copytree(self._debian.root, slim, symlinks=True, ignore=_left_out)
         tree.tree(slim)
-        for directory in ("usr/lib/modules", "lib/modules"):
-            base = slim / directory
-            if base.is_dir() and not base.is_symlink():
-                for release in base.iterdir():
-                    subprocess.run(
-                        ["depmod", "-b", slim, release.name], check=False, timeout=60
-                    )
-                    for table in release.glob("modules.*"):
-                        tree.file(str(table.relative_to(slim)), table.read_bytes())
-                break
+        (release,) = (self._debian.root / "lib/modules").iterdir()
+        modules = ModuleTree(release).closure(["kvm_amd"])
+        for module in modules:
+            tree.file(f"lib/modules/{release.name}/{module.path}", module.data)
+        tree.file(f"lib/modules/{release.name}/modules.dep", modules_dep(modules).encode())
         for file in sorted(self._site.rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:
                 tree.file(f"site/{file.relative_to(self._site)}", file.read_bytes(), 0o755)
+        for file in (Path(__file__).parents[1] / "conformance").glob("*.py"):
+            tree.file(f"suite/tests/conformance/{file.name}", file.read_bytes())
         tree.file("inner.cpio", inner)
         tree.file("vmlinuz", self.kernel.read_bytes())
         tree.character_device("dev/console", 5, 1)
@@ -109,10 +106,5 @@ class NestedHost:
 
 
 def _left_out(directory: str, names: list[str]) -> set[str]:
-    """Modules that no one loads, and the kernel, which has its own place."""
-    return {
-        name
-        for name in names
-        if (".ko" in name and name.split(".ko")[0] + ".ko" not in MODULES)
-        or name.startswith(("vmlinuz-", "System.map-"))
-    }
+    """Modules and the kernel, which have places of their own."""
+    return {name for name in names if ".ko" in name or name.startswith(("vmlinuz-", "System.map-"))}

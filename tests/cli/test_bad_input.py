@@ -78,6 +78,30 @@ def test_no_apt_and_no_cached_guest(cli: Cli, tmp_path: Path) -> None:
     assert "no apt-get" in done.stderr
 
 
+def test_no_network_and_no_cached_guest(cli: Cli) -> None:
+    proxy = "http://127.0.0.1:9"  # nobody listens on the discard port
+    done = cli("run", http_proxy=proxy, https_proxy=proxy)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+    assert "check the network" in done.stderr
+
+
+@pytest.mark.parametrize("initrd", ["/nonexistent", "/"])
+def test_initrd_that_is_no_file(cli: Cli, tmp_path: Path, initrd: str) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(guests.POWER_OFF))
+    done = cli("run", "--kernel", kernel, "--initrd", initrd)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert f"initrd {initrd}" in done.stderr
+
+
+def test_command_line_that_no_kernel_takes(cli: Cli, tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(guests.POWER_OFF))
+    done = cli("run", "--kernel", kernel, "--append", "x" * 70_000)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "--append" in done.stderr
+
+
 def test_cache_in_a_place_that_cannot_be(cli: Cli) -> None:
     done = cli("image", "pull", XDG_CACHE_HOME=os.devnull)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)

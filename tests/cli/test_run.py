@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_console_into_a_file(cli: Cli, tmp_path: Path) -> None:
 def test_engines_as_json(cli: Cli) -> None:
     rows = {row["name"]: row for row in json.loads(cli("engines", "--json").stdout)}
     assert rows["bt"]["available"]
-    assert rows["kvm"]["reason"]
+    assert rows["kvm"]["available"] is (rows["kvm"]["reason"] is None)
 
 
 def test_empty_cache_is_listed(cli: Cli) -> None:
@@ -120,3 +121,19 @@ def test_terminal_is_restored_when_a_signal_ends_us(tmp_path: Path, signum: sign
     shell.expect(r"rc=\d+")
     shell.expect(r"[^-]echo\r")
     shell.close(force=True)
+
+
+@pytest.mark.parametrize(
+    ("closed", "output"),
+    [("<&-", "hello"), (">&-", ""), ("2>&-", "hello"), ("<&- >&- 2>&-", "")],
+)
+def test_closed_standard_files_harm_nobody(tmp_path: Path, closed: str, output: str) -> None:
+    # The numbers 0 to 2 must not go to files of ours: guest memory is one.
+    kernel = write(tmp_path, guests.say(b"hello") + guests.POWER_OFF)
+    program = f"{sys.executable} -m tetrarch run --engine bt --kernel {kernel} {closed}"
+    done = subprocess.run(
+        ["/bin/sh", "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert done.stdout == output

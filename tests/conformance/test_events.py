@@ -21,7 +21,9 @@ def test_interrupt_by_line_through_the_pics(guest: Guest) -> None:
     guest.vector(0x24, HANDLER, width=16)
     guest.vm.write_memory(HANDLER, bytes.fromhex("b024") + REPORT16)  # mov al, 0x24
     guest.real_mode(bytes.fromhex(setup))
-    guest.vm.irq_line(4, True)
+    # Not before: ICW1 clears what the lines have latched (Intel 8259A, "ICW1").
+    timer = threading.Timer(0.2, guest.vm.irq_line, (4, True))
+    timer.start()
     assert guest.run() == "stopped"
     assert guest.events == [("out", PORTS, 1, 0x24)]
 
@@ -35,7 +37,6 @@ def test_interrupt_by_line_through_the_io_apic(guest: Guest) -> None:
     )
     guest.vector(0x41, HANDLER, width=32)
     guest.vm.write_memory(HANDLER, bytes.fromhex("b041") + REPORT32)
-    # jmp over nothing: the line rises while the guest waits
     guest.protected_mode(bytes.fromhex(setup))
     timer = threading.Timer(0.2, guest.vm.irq_line, (20, True))
     timer.start()

@@ -27,7 +27,7 @@ const OPTIONAL: [(Cap, &str, &str); 15] = [
     (Cap::Xcrs, "KVM_CAP_XCRS", "XCR0 cannot be saved"),
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS", "pending exceptions cannot be saved"),
     (Cap::Debugregs, "KVM_CAP_DEBUGREGS", "debug registers cannot be saved"),
-    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "the guest's kvm-clock does not stop with it"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "the guest's kvm-clock cannot be saved"),
     (Cap::KvmclockCtrl, "KVM_CAP_KVMCLOCK_CTRL", "a pause may look like a lockup to the guest"),
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER", "the guest's timer costs more exits"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "real mode may fail on old Intel CPUs"),

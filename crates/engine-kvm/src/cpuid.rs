@@ -145,7 +145,7 @@ mod tests {
         };
         CpuId::from_entries(&[
             entry(0, 0x20, 1, 2, 3),
-            entry(1, 0x123, 0x7700_0800, u32::MAX & !bits::HYPERVISOR, u32::MAX),
+            entry(1, 0x123, 0x7700_0800, !bits::HYPERVISOR, u32::MAX),
             entry(0xB, 9, 9, 9, 9),
             entry(0x1F, 9, 9, 9, 9),
             entry(0x4000_0000, 0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d),

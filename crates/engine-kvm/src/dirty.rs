@@ -190,7 +190,10 @@ fn enable_ring(vm: &VmFd, entries: u32) -> Result<(), EngineError> {
         if largest <= 0 {
             continue;
         }
-        if !bytes.is_power_of_two() || bytes as u64 % PAGE_SIZE != 0 || bytes > largest as u32 {
+        if !bytes.is_power_of_two()
+            || !u64::from(bytes).is_multiple_of(PAGE_SIZE)
+            || bytes > largest as u32
+        {
             return Err(EngineError::Refused(format!(
                 "a dirty ring of {entries} entries cannot be; give a power of two from 256 to {}",
                 largest as usize / size_of::<kvm_dirty_gfn>()

@@ -1,7 +1,7 @@
 //! Model-specific registers: those set at the start, and those saved.
 //!
 //! Hosts differ in what they let a VMM set. A refused register is left out,
-//! with one line in the log for each VM, and all others are set all the same.
+//! with one line in the log, and all others are set all the same.
 
 use std::collections::BTreeSet;
 
@@ -24,11 +24,13 @@ const FAST_STRINGS: u64 = 1;
 /// Linux gives up PAT as well.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 
-/// The MSRs of one VM: what the kernel knows of, and which were refused.
+/// What was refused and told, by any VM: the host is the same for all.
+static REFUSED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+/// The MSRs of one VM: those that the kernel knows of, and those set at first.
 pub struct MsrPolicy {
     saved: Vec<u32>,
     initial: Vec<(u32, u64)>,
-    refused: Mutex<BTreeSet<u32>>,
     log: Log,
 }
 
@@ -41,7 +43,7 @@ impl MsrPolicy {
         if arch_capabilities && let Some(value) = feature(kvm, index::ARCH_CAPABILITIES) {
             initial.push((index::ARCH_CAPABILITIES, value));
         }
-        Self { saved: saved.unwrap_or_default(), initial, refused: Mutex::default(), log }
+        Self { saved: saved.unwrap_or_default(), initial, log }
     }
 
     pub fn initialise(&self, vcpu: &VcpuFd) {
@@ -56,7 +58,7 @@ impl MsrPolicy {
     /// Sets what the kernel takes.
     pub fn set_all(&self, vcpu: &VcpuFd, values: &[(u32, u64)]) {
         for &(index, value) in values {
-            if !set(vcpu, index, value) && self.refused.lock().insert(index) {
+            if !set(vcpu, index, value) && REFUSED.lock().insert(index) {
                 (self.log)(&format!(
                     "kvm: the host refuses MSR {index:#x} = {value:#x}; it is left out"
                 ));

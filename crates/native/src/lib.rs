@@ -43,10 +43,7 @@ mod _native {
     /// What the KVM behind a device is worth, by running a small guest on it.
     #[pyfunction]
     #[pyo3(signature = (device = "/dev/kvm"))]
-    fn kvm_probe<'py>(
-        py: Python<'py>,
-        device: &str,
-    ) -> PyResult<Bound<'py, pyo3::types::PyDict>> {
+    fn kvm_probe<'py>(py: Python<'py>, device: &str) -> PyResult<Bound<'py, pyo3::types::PyDict>> {
         crate::kvm::kvm_probe(py, device)
     }
 

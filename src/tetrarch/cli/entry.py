@@ -36,8 +36,7 @@ def main() -> NoReturn:
         signal.signal(signum, _terminate)
     code = run_cli(sys.argv[1:])
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read us has gone; the interpreter would complain at its exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,6 +54,9 @@ def _open_standard_files() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    # Python leaves None for a closed one, and print(file=None) is standard output.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 def run_cli(arguments: Sequence[str]) -> int:

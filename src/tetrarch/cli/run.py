@@ -61,7 +61,8 @@ def run_guest(options: RunOptions) -> int:
         _say_start(machine, console)
         status = machine.run(timeout)
     except EngineError as error:
-        raise HostError(f"the engine failed: {error}; please report it") from error
+        mend = "" if ";" in str(error) else "; please report it"
+        raise HostError(f"the engine failed: {error}{mend}") from error
     finally:
         console.close()
     _say_end(status, console)

@@ -203,6 +203,8 @@ class Archive:
             # apt as root drops to the user _apt, who cannot write into our cache.
             "APT::Sandbox::User=root",
             "Acquire::Languages=none",
+            # By default apt waits 1 + 2 + 4 s for each file of a mirror that is away.
+            "Acquire::Retries=1",
         ]
         if self._private:
             options += [

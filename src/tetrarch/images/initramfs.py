@@ -12,6 +12,7 @@ numbers count up, and the gzip header carries no name and no time.
 from __future__ import annotations
 
 import gzip
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -46,7 +47,7 @@ class Initramfs:
         self._add(path, _Entry(stat.S_IFREG | mode, data))
 
     def symlink(self, path: str, target: str) -> None:
-        self._add(path, _Entry(stat.S_IFLNK | 0o777, target.encode()))
+        self._add(path, _Entry(stat.S_IFLNK | 0o777, os.fsencode(target)))
 
     def character_device(self, path: str, major: int, minor: int, mode: int = 0o600) -> None:
         self._add(path, _Entry(stat.S_IFCHR | mode, device=(major, minor)))
@@ -80,7 +81,8 @@ class Initramfs:
 
     def _add(self, path: str, entry: _Entry) -> None:
         clean = PurePosixPath(path.lstrip("/"))
-        if clean.parts == () or ".." in clean.parts:
+        # A NUL ends a name; the trailer's name ends the archive.
+        if clean.parts == () or ".." in clean.parts or "\0" in path or str(clean) == _TRAILER:
             raise ValueError(f"{path!r} names no file inside an initramfs")
         for parent in reversed(clean.parents[:-1]):
             self._entries.setdefault(str(parent), _Entry(stat.S_IFDIR | 0o755))
@@ -88,7 +90,7 @@ class Initramfs:
 
 
 def _append(out: bytearray, inode: int, path: str, entry: _Entry) -> None:
-    name = path.encode() + b"\0"
+    name = os.fsencode(path) + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
     fields = (
         inode,

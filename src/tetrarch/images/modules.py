@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,13 @@ def modules_dep(modules: Iterable[Module]) -> str:
 
     def all_depends(name: str) -> list[str]:
         order: list[str] = []
+        # Not `order`: damaged modules may depend on each other in a circle.
+        seen = {name}
 
         def visit(current: str) -> None:
             for other in by_name[current].depends:
-                if other in by_name and other not in order:
+                if other in by_name and other not in seen:
+                    seen.add(other)
                     visit(other)
                     order.append(other)
 
@@ -121,7 +125,7 @@ def modinfo(data: bytes) -> dict[str, list[str]]:
     """The .modinfo section of a 64-bit little-endian ELF file."""
     try:
         section = _elf_section(data, b".modinfo")
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:
         raise ModuleFormatError("truncated ELF file") from error
     info: dict[str, list[str]] = {}
     for item in section.split(b"\0"):
@@ -156,10 +160,13 @@ def _elf_section(data: bytes, wanted: bytes) -> bytes:
 
 def _unpacked(path: Path) -> bytes:
     data = path.read_bytes()
-    if path.name.endswith(".xz"):
-        return lzma.decompress(data)
-    if path.name.endswith(".gz"):
-        return gzip.decompress(data)
+    try:
+        if path.name.endswith(".xz"):
+            return lzma.decompress(data)
+        if path.name.endswith(".gz"):
+            return gzip.decompress(data)
+    except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ModuleFormatError(f"{path.name} cannot be unpacked") from error
     return data
 
 

@@ -28,7 +28,9 @@ MEMORY_MAX = 1 << 46
 # APIC ID 255 is the broadcast, and the I/O APIC reaches no larger ones.
 VCPUS_MAX = 255
 
-_SIZE = re.compile(r"^(\d+)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
+# More digits than any size has would be an error of int() in Python's own words.
+_SIZE = re.compile(r"^([0-9]{1,24})\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
+_COUNT = re.compile(r"^[0-9]{1,9}$")
 _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -50,7 +52,7 @@ def parse_size(value: object) -> int:
 
 
 def _cpu_count(value: object) -> int:
-    if isinstance(value, bool) or not str(value).isdecimal() or int(str(value)) < 1:
+    if isinstance(value, bool) or not _COUNT.match(str(value)) or int(str(value)) < 1:
         raise ValueError(f"{value!r} is no number of CPUs; give 1 or more")
     count = int(str(value))
     if count > VCPUS_MAX:

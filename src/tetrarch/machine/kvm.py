@@ -42,12 +42,8 @@ class KvmProbe:
     @property
     def slowness(self) -> str:
         """How fast the guest was, in words."""
-        if self.guest_rate <= 0:
-            return "at an unknown speed"
-        return (
-            f"{self.guest_rate / 1e6:,.1f} million instructions a second, "
-            f"1/{max(1, round(self.host_rate / self.guest_rate)):,} of the host's speed"
-        )
+        share = max(1, round(self.host_rate / max(self.guest_rate, 1.0)))
+        return f"{self.guest_rate / 1e6:,.1f} million instructions a second, 1/{share:,} of the CPU"
 
 
 def probe_kvm(*, fresh: bool = False) -> KvmProbe:

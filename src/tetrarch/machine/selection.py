@@ -16,7 +16,7 @@ ENGINES = {
 }
 """Name and description, the best first."""
 
-# Engine bt interleaves nothing: one vCPU.
+# Engine bt translates for one vCPU.
 _VCPUS_MAX = {"bt": 1}
 
 
@@ -62,7 +62,7 @@ def _note(probe: KvmProbe) -> str | None:
         return None
     if probe.hardware:
         return "hardware-backed"
-    return f"no hardware behind it: KVM interprets the guest, {probe.slowness}"
+    return f"no hardware is behind it: {probe.slowness}"
 
 
 def choose(name: str, cpus: int = 1) -> tuple[str, str]:
@@ -91,7 +91,7 @@ def _best(cpus: int) -> tuple[str, str]:
     probe = probe_kvm()
     if probe.reason is None and probe.hardware:
         return "kvm", "the best of this host"
-    why_not = probe.reason or f"slower than bt here: {_note(probe)}"
+    why_not = probe.reason or f"slower than bt here, {_note(probe)}"
     if cpus > _VCPUS_MAX["bt"] and probe.reason is None:
         return "kvm", f"bt runs 1 CPU; {_note(probe)}"
     unusable = _native.engine_available("bt")

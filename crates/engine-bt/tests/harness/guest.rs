@@ -272,7 +272,7 @@ impl Guest {
                 open_gates: options & 16 != 0,
             },
             xsave: (options & 32 != 0).then(|| Random(u64::from(seed) << 8 | 1)),
-            avx: mode.long() && options & 64 != 0,
+            avx: mode.long() && mode != Mode::Odd && options & 64 != 0,
             msrs,
             pokes,
         }

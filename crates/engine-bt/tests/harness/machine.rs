@@ -63,10 +63,10 @@ impl Machine {
         limit: Duration,
         mut chaos: Option<Input>,
     ) -> Option<Outcome> {
-        let _watchdog = Watchdog::new(self.vcpu.kicker(), limit);
         if !guest.load(&self.memory, &mut *self.vcpu) {
             return None;
         }
+        let _watchdog = Watchdog::new(self.vcpu.kicker(), limit);
         let mut random = Random(guest.answers);
         let (mut exits, mut places) = (Vec::new(), Vec::new());
         let end = loop {

@@ -1,0 +1,344 @@
+"""What the fuzzer of the Python code calls: loaders, option parsers, archives, the CLI.
+
+Each target takes any bytes. It fails when the code under it lets out another error
+than the ones that its caller turns into a line for the user, or breaks a promise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+from collections.abc import Callable, Iterator
+
+from tetrarch.boot.loader import load_kernel
+from tetrarch.cli.entry import run_cli
+from tetrarch.cli.run import parse_console
+from tetrarch.errors import BootError, ConfigError
+from tetrarch.images.initramfs import Initramfs
+from tetrarch.images.modules import Module, ModuleFormatError, modinfo, modules_dep
+from tetrarch.machine.config import MEMORY_MAX, MEMORY_MIN, VCPUS_MAX, make_config
+
+MIB = 1 << 20
+Target = Callable[[bytes], None]
+
+
+class Input:
+    """Values off the front of fuzz data; zeros when it has ended."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    @property
+    def left(self) -> int:
+        return max(0, len(self._data) - self._at)
+
+    def bytes(self, count: int) -> bytes:
+        taken = self._data[self._at : self._at + count]
+        self._at += count
+        return taken
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.bytes(size), "little")
+
+    def text(self) -> str:
+        return self.bytes(self.number(1)).decode("utf-8", "surrogateescape")
+
+
+class CountingVm:
+    """RAM that keeps nothing: it checks addresses and counts what is written."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.written = 0
+
+    @property
+    def ram(self) -> list[tuple[int, int]]:
+        low = min(self.size, 0xC000_0000)
+        high = self.size - low
+        return [(0, low)] + ([(1 << 32, high)] if high else [])
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        assert any(base <= address <= base + length - len(data) for base, length in self.ram)
+        self.written += len(data)
+
+
+@contextlib.contextmanager
+def file_of(data: bytes, size: int | None = None) -> Iterator[str]:
+    """A file with these bytes, made ``size`` bytes long; its path."""
+    descriptor = os.memfd_create("fuzz")
+    try:
+        os.write(descriptor, data)
+        if size is not None:
+            os.truncate(descriptor, size)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def bzimage() -> bytes:
+    """A bzImage that loads."""
+    payload = bytes(2048)
+    setup = bytearray(2 * 512)
+    setup[0x1F1] = 1
+    struct.pack_into("<I", setup, 0x1F4, len(payload) // 16)
+    setup[0x1FE:0x202] = b"\x55\xaa\xeb\x6a"
+    setup[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", setup, 0x206, 0x20F)
+    setup[0x211] = 1
+    struct.pack_into("<II", setup, 0x22C, 0x7FFF_FFFF, 2 * MIB)
+    setup[0x234] = 1
+    struct.pack_into("<HI", setup, 0x236, 3, 2047)
+    struct.pack_into("<QI", setup, 0x258, MIB, 4 * MIB)
+    return bytes(setup) + payload
+
+
+def vmlinux() -> bytes:
+    """An ELF kernel with a PVH entry that loads."""
+    code = b"\xfa\xf4" * 32
+    notes = struct.pack("<III4sI", 4, 4, 6, b"Lin\0", 0)
+    notes += struct.pack("<III4sI", 4, 4, 18, b"Xen\0", MIB + 16)
+    ident = b"\x7fELF\x02\x01\x01"
+    at = 64 + 2 * 56
+    return (
+        struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 62, 1, MIB, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+        + struct.pack("<IIQQQQQQ", 1, 5, at, MIB, MIB, len(code), 0x3000, 0x1000)
+        + struct.pack("<IIQQQQQQ", 4, 4, at + len(code), 0, 0, len(notes), len(notes), 4)
+        + code
+        + notes
+    )
+
+
+def module() -> bytes:
+    """An ELF file with a .modinfo section."""
+    names = b"\0.shstrtab\0.modinfo\0"
+    info = b"depends=a,b\0alias=pci:v*\0softdep=pre: c\0"
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01", 1, 62, 1, 0, 0, 128, 0, 64, 0, 0, 64, 3, 1
+    )
+    body = (names + info).ljust(64, b"\0")
+    sections = bytes(64)
+    for name, offset, size in ((1, 64, len(names)), (11, 64 + len(names), len(info))):
+        sections += struct.pack("<IIQQQQIIQQ", name, 1, 0, 0, offset, size, 0, 0, 1, 0)
+    return header + body + sections
+
+
+def damaged(source: Input, whole: bytes) -> bytes:
+    """``whole`` with some bytes or numbers changed, perhaps cut short."""
+    data = bytearray(whole)
+    for _ in range(source.number(1) % 16):
+        at = source.number(2) % len(data)
+        change = source.bytes(1 << source.number(1) % 4)
+        data[at : at + len(change)] = change
+    if source.number(1) % 8 == 7:
+        del data[source.number(2) :]
+    return bytes(data)
+
+
+def kernel(data: bytes) -> None:
+    """Kernel, initrd and command line of any content and size."""
+    source = Input(data)
+    choice = source.number(1)
+    vm = CountingVm((source.number(2) or 1) * MIB)
+    size = source.number(4) if choice & 4 else 4096
+    initrd = None if choice & 8 else source.bytes(16)
+    cmdline = source.text().replace("\0", "") if choice & 16 else "quiet"
+    match choice & 3:
+        case 0:
+            image = damaged(source, bzimage())
+        case 1:
+            image = damaged(source, vmlinux())
+        case _:
+            image = source.bytes(1 << 16)
+    with (
+        file_of(image) as path,
+        file_of(initrd or b"", max(size, 1)) as initrd_path,
+        contextlib.suppress(BootError),
+    ):
+        load_kernel(vm, path, None if initrd is None else initrd_path, cmdline, 0xE0000)
+    assert vm.written <= vm.size + (1 << 20), "more is written than there is memory"
+
+
+def options(data: bytes) -> None:
+    """A machine's options, as from the command line or Python."""
+    source = Input(data)
+    values: dict[str, object] = {}
+    for key in ("memory", "cpus", "engine", "name", "append", "kernel", "initrd", "debug_exit"):
+        match source.number(1) % 8:
+            case 0 | 1 | 2:
+                values[key] = source.text()
+            case 3:
+                values[key] = source.number(9)
+            case 4:
+                values[key] = "9" * source.number(2) + source.text()
+            case 5:
+                values[key] = [None, 1.5, True, b"x", -1, [], {}][source.number(1) % 7]
+            case _:
+                pass
+    if source.number(1) % 8 == 7:
+        values[source.text()] = source.text()
+    refusal = None
+    try:
+        config = make_config(values)
+    except ConfigError as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert "\n" not in refusal
+        assert "sys." not in refusal, "the message is about Python"
+    else:
+        assert MEMORY_MIN <= config.memory <= MEMORY_MAX
+        assert config.memory % 4096 == 0
+        assert 1 <= config.cpus <= VCPUS_MAX
+    with contextlib.suppress(ConfigError):
+        parse_console(source.text())
+
+
+def read_newc(archive: bytes) -> dict[str, tuple[int, bytes]]:
+    """Mode and data by name, as Linux's init/initramfs.c reads an archive."""
+    files: dict[str, tuple[int, bytes]] = {}
+    at = 0
+    while True:
+        header = archive[at : at + 110]
+        assert header[:6] == b"070701"
+        fields = [int(header[6 + 8 * n : 14 + 8 * n], 16) for n in range(13)]
+        mode, size, name_size = fields[1], fields[6], fields[11]
+        name = archive[at + 110 : at + 110 + name_size]
+        assert name[-1:] == b"\0"
+        assert b"\0" not in name[:-1]
+        start = -(-(at + 110 + name_size) // 4) * 4
+        if name == b"TRAILER!!!\0":
+            assert size == 0
+            return files
+        text = name[:-1].decode("utf-8", "surrogateescape")
+        assert text not in files
+        files[text] = (mode, archive[start : start + size])
+        at = -(-(start + size) // 4) * 4
+
+
+def archive(data: bytes) -> None:
+    """An initramfs of any tree is one that a kernel reads back as it was."""
+    source = Input(data)
+    tree = Initramfs()
+    expected: dict[str, bytes] = {}
+    while source.left:
+        kind, path, content = source.number(1), source.text(), source.bytes(source.number(1))
+        before = set(tree.paths())
+        try:
+            match kind % 4:
+                case 0:
+                    tree.directory(path)
+                    content = b""
+                case 1:
+                    target = content.decode("utf-8", "surrogateescape")
+                    tree.symlink(path, target)
+                case 2:
+                    tree.character_device(path, kind, source.number(1))
+                    content = b""
+                case _:
+                    tree.file(path, content)
+        except ValueError:
+            assert set(tree.paths()) == before, "refused, but there"
+            continue
+        new = set(tree.paths()) - before
+        for name in new:
+            expected[name] = b""
+        # The path itself is the longest of the new ones, or one that was replaced.
+        clean = "/".join(part for part in path.split("/") if part not in ("", "."))
+        expected[clean] = content
+    files = read_newc(tree.cpio())
+    assert {name: content for name, (_, content) in files.items()} == expected
+    names = list(files)
+    for name in names:
+        parent = name.rpartition("/")[0]
+        assert not parent or names.index(parent) < names.index(name)
+
+
+def modules(data: bytes) -> None:
+    """Kernel modules that are damaged, or depend on each other in any way."""
+    source = Input(data)
+    raw = source.number(1) % 4 == 3
+    image = source.bytes(4096) if raw else damaged(source, module())
+    with contextlib.suppress(ModuleFormatError):
+        modinfo(image)
+    names = [f"m{index}" for index in range(source.number(1) % 12)]
+    found = []
+    for name in names:
+        depends = tuple(f"m{byte % 12}" for byte in source.bytes(source.number(1) % 4))
+        found.append(Module(name, f"{name}.ko", b"", depends, (), ()))
+    lines = modules_dep(found).splitlines()
+    assert len(lines) == len(names)
+
+
+#: Nothing here may start a guest or reach the network.
+WORDS = (
+    "run --kernel /dev/null",
+    "run --kernel /nonexistent",
+    "run --kernel /",
+    "--kernel",
+    "--initrd",
+    "--memory",
+    "--cpus",
+    "--engine",
+    "bt",
+    "kvm",
+    "auto",
+    "--console",
+    "none",
+    "file=/nonexistent/x",
+    "--timeout",
+    "--append",
+    "--name",
+    "--json",
+    "--stats",
+    "--debug-exit",
+    "--help",
+    "--version",
+    "engines",
+    "image ls",
+    "image",
+    "4M",
+    "64M",
+    "99999999T",
+    "0",
+    "-1",
+    "nan",
+    "inf",
+    "=",
+    "--",
+)
+
+
+def command_line(data: bytes) -> None:
+    """The program with any arguments: an exit code and one line, never a traceback."""
+    source = Input(data)
+    words: list[str] = []
+    while source.left and len(words) < 12:
+        choice = source.number(1)
+        if choice < 0xC0:
+            words += WORDS[choice % len(WORDS)].split()
+        else:
+            words.append(source.text())
+    if "run" in words:
+        # The last one counts: no kernel but these, so no guest starts.
+        words += ["--kernel", "/dev/null"]
+    if "--" in words or "pull" in words or "build" in words:
+        return
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_cli(words)
+    assert code in (0, 1, 2), (words, code)
+    assert "internal error" not in err.getvalue(), (words, err.getvalue())
+    assert "Traceback" not in err.getvalue()
+    if code and words and out.getvalue() == "":
+        assert err.getvalue().startswith(("tetrarch: ", "Usage", "\nUsage")), err.getvalue()
+
+
+TARGETS: dict[str, Target] = {
+    "kernel": kernel,
+    "options": options,
+    "archive": archive,
+    "modules": modules,
+    "command_line": command_line,
+}

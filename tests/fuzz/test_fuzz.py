@@ -1,0 +1,27 @@
+"""A short run of the Python fuzz targets, the same each time, and all past findings."""
+
+import random
+from pathlib import Path
+
+import pytest
+from tests.fuzz.targets import TARGETS
+
+CORPUS = Path(__file__).parent / "corpus"
+COUNTS = {"kernel": 1500, "options": 3000, "archive": 1500, "modules": 3000, "command_line": 150}
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.glob("*.bin")), ids=lambda path: path.stem)
+def test_findings_stay_fixed(path: Path) -> None:
+    TARGETS[path.stem.partition("-")[0]](path.read_bytes())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_random_input(name: str) -> None:
+    chance = random.Random(1)
+    for _ in range(COUNTS[name]):
+        data = chance.randbytes(chance.randrange(400))
+        try:
+            TARGETS[name](data)
+        except Exception:
+            print(f"{name}: {data!r}")
+            raise
