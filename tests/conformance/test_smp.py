@@ -32,8 +32,7 @@ def guest() -> Iterator[Guest]:
         pytest.skip(reason)
     guest = Guest("kvm", vcpus=VCPUS)
     threads = [
-        threading.Thread(target=guest.vm.vcpu(index).run, daemon=True)
-        for index in range(1, VCPUS)
+        threading.Thread(target=guest.vm.vcpu(index).run, daemon=True) for index in range(1, VCPUS)
     ]
     for thread in threads:
         thread.start()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.machine import guests
 
-from tetrarch import Machine, StopReason
+from tetrarch import Machine, StopReason, _native
 from tetrarch.testing import pvh_kernel
 
 Make = Callable[..., Machine]
@@ -15,12 +15,21 @@ Make = Callable[..., Machine]
 LIMIT_S = 30
 
 
+@pytest.fixture(params=["bt", "kvm"])
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    reason = _native.engine_available(name)
+    if reason is not None:
+        pytest.skip(reason)
+    return name
+
+
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
+def make(tmp_path: Path, engine: str) -> Make:
     def make(code: bytes, **options: object) -> Machine:
         kernel = tmp_path / "kernel"
         kernel.write_bytes(pvh_kernel(code))
-        return Machine(kernel=kernel, engine="bt", memory="16M", **options)  # type: ignore[arg-type]
+        return Machine(kernel=kernel, engine=engine, memory="16M", **options)  # type: ignore[arg-type]
 
     return make
 
@@ -31,12 +40,11 @@ def make(tmp_path: Path) -> Make:
         (guests.POWER_OFF, StopReason.POWERED_OFF, 0),
         (guests.KEYBOARD_RESET, StopReason.RESET, 0),
         (guests.CF9_RESET, StopReason.RESET, 0),
-        (guests.TRIPLE_FAULT_ON_PURPOSE, StopReason.RESET, 0),
         (guests.TRIPLE_FAULT, StopReason.CRASHED, 3),
         (guests.JUMP_TO_NOWHERE, StopReason.CRASHED, 3),
         (guests.HALT_FOREVER, StopReason.CRASHED, 3),
     ],
-    ids=["acpi", "keyboard", "cf9", "empty-idt", "ud2", "nowhere", "halt"],
+    ids=["acpi", "keyboard", "cf9", "ud2", "nowhere", "halt"],
 )
 def test_each_end_has_its_reason_and_code(
     make: Make, code: bytes, reason: StopReason, exit_code: int
@@ -44,6 +52,13 @@ def test_each_end_has_its_reason_and_code(
     status = make(code).run(LIMIT_S)
     assert (status.reason, status.code) == (reason, exit_code)
     assert bool(status.dump) == (reason is StopReason.CRASHED)
+
+
+def test_triple_fault_with_an_empty_idt_is_a_reset(make: Make, engine: str) -> None:
+    if engine == "kvm":
+        pytest.skip("on AMD's CPUs KVM resets the vCPU at a triple fault, its IDT register too")
+    status = make(guests.TRIPLE_FAULT_ON_PURPOSE).run(LIMIT_S)
+    assert (status.reason, status.code, status.dump) == (StopReason.RESET, 0, "")
 
 
 def test_debug_exit_gives_the_value_as_qemu_does(make: Make) -> None:

@@ -7,6 +7,7 @@
 //! everything else (devices, code pages, page crossings) misses, takes the slow
 //! path and is exact there.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::block::{
@@ -18,6 +19,8 @@ const PAGE_MASK: u64 = !0xFFF;
 /// Beyond this many logged fills of one kind everything is flushed: the log
 /// holds more duplicates than entries.
 const LOG_LIMIT: usize = 2 * TLB_ENTRIES;
+/// The sizes of large pages: 2 MiB, 4 MiB (32-bit paging) and 1 GiB.
+const LARGE_SIZES: [u64; 3] = [2 << 20, 4 << 20, 1 << 30];
 /// Chains by which the fills of one host page are found.
 const CHAINS: usize = 1024;
 const END: u32 = u32::MAX;
@@ -178,8 +181,9 @@ pub struct Tlb {
     pub block: Arc<StateBlock>,
     /// Of pages that are not global, and of global ones.
     logs: [Logs; 2],
-    /// Pages of 2 MiB or 1 GiB that have entries: INVLPG must drop all of them.
-    large: Vec<(u64, u64)>,
+    /// Large pages that may have entries, as (base, size): INVLPG must drop all
+    /// of such a page.
+    large: HashSet<(u64, u64)>,
     /// The page that the interpreter last fetched from.
     pub fetched: Option<FetchedPage>,
     pub flushes: u64,
@@ -189,7 +193,7 @@ impl Tlb {
     pub fn new() -> std::io::Result<Self> {
         let block = Arc::new(StateBlock::new()?);
         let logs = Default::default();
-        Ok(Self { block, logs, large: Vec::new(), fetched: None, flushes: 0 })
+        Ok(Self { block, logs, large: HashSet::new(), fetched: None, flushes: 0 })
     }
 
     /// The host address of `linear`, if its page is in the TLB.
@@ -201,10 +205,10 @@ impl Tlb {
 
     /// Notes that `linear` lies in a large page of `size` bytes.
     pub fn note_large(&mut self, linear: u64, size: u64) {
-        let range = (linear & !(size - 1), size);
-        if self.large.last() != Some(&range) && !self.large.contains(&range) {
-            self.large.push(range);
+        if self.large.len() >= LOG_LIMIT {
+            self.flush(true);
         }
+        self.large.insert((linear & !(size - 1), size));
     }
 
     /// Enters a page of RAM. `host` is where it begins.
@@ -259,12 +263,13 @@ impl Tlb {
     /// Drops the page of `linear`, or the whole large page it lies in.
     pub fn flush_page(&mut self, linear: u64) {
         self.forget_copies();
-        let large = self.large.iter().find(|(base, size)| linear.wrapping_sub(*base) < *size);
-        if let Some(&(base, size)) = large {
-            for logs in &mut self.logs {
-                logs.drop_pages(&self.block, |page| page.wrapping_sub(base) < size);
+        for size in LARGE_SIZES {
+            let base = linear & !(size - 1);
+            if self.large.remove(&(base, size)) {
+                for logs in &mut self.logs {
+                    logs.drop_pages(&self.block, |page| page.wrapping_sub(base) < size);
+                }
             }
-            return;
         }
         let page = linear & PAGE_MASK;
         for user in [false, true] {

@@ -19,6 +19,10 @@ use crate::signals;
 /// Room for translations. A full cache starts over.
 const CACHE_BYTES: usize = 192 << 20;
 
+/// The most blocks, and the most mappings of pages with code, that are kept: a
+/// guest of one-instruction blocks shall not fill the host's memory.
+const MAX_RECORDS: usize = 1 << 20;
+
 /// No translation is longer: 64 instructions with every part at its largest.
 pub const MAX_BLOCK_BYTES: usize = 64 << 10;
 
@@ -144,6 +148,8 @@ impl Cache {
     /// True if a block may not fit any more: the caller must `clear` first.
     pub fn is_full(&self) -> bool {
         self.memory.len() - self.next < MAX_BLOCK_BYTES
+            || self.blocks.len() >= MAX_RECORDS
+            || self.exec_pages.len() >= MAX_RECORDS
     }
 
     /// Forgets everything. The caller has made sure that nobody runs in it and

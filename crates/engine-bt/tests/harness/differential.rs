@@ -85,7 +85,8 @@ pub fn differential(data: &[u8]) {
         translated = outcome(&guest, true, LONG);
     }
     let translated = translated.expect("one tier takes the state, so the other must");
-    if interpreted == translated || only_return_addresses_differ(&guest, &interpreted, &translated) {
+    if interpreted == translated || only_return_addresses_differ(&guest, &interpreted, &translated)
+    {
         return;
     }
     // A guest that sees the time is not the same twice even on one tier.
