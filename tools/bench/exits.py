@@ -50,8 +50,8 @@ class _Stop(_Nothing):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--count", type=int, default=100_000, help="exits in a round")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--count", type=int, default=20_000, help="exits in a round")
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 

@@ -48,10 +48,6 @@ pub fn run_vcpu(
     let mut others = StopOthers { control, seat, armed: true };
     let mut last = ticks();
     loop {
-        if seat.take_stop() {
-            others.armed = false;
-            return Ok(StopReason::Stopped);
-        }
         let exit = vcpu.run()?;
         counters.count(&exit);
         let exited = ticks();
@@ -65,14 +61,38 @@ pub fn run_vcpu(
                 vcpu.reply(reply);
             }
             Ok(Step::Stop(reason)) => return Ok(reason),
-            Ok(Step::LookUp) => looked_up()?,
+            // A stop request kicks, and a kick is seen between two instructions:
+            // one that has been answered is finished by then.
+            Ok(Step::LookUp) => {
+                looked_up()?;
+                if seat.take_stop() {
+                    others.armed = false;
+                    return Ok(StopReason::Stopped);
+                }
+            }
             Err(error) => {
                 vcpu.reply(match exit {
                     Exit::PortIn { .. } | Exit::MmioRead { .. } => Reply::Value(u64::MAX),
                     _ => Reply::Done,
                 });
+                finish_instruction(vcpu);
                 return Err(error.into());
             }
+        }
+    }
+}
+
+/// Lets the vCPU finish the instruction whose exit was answered. What else the
+/// instruction asks for gets the answer of an empty bus.
+fn finish_instruction(vcpu: &mut dyn Vcpu) {
+    /// Accesses of one instruction: two operands of 64 bytes, byte by byte.
+    const MOST: usize = 128;
+    vcpu.kicker().kick();
+    for _ in 0..MOST {
+        match vcpu.run() {
+            Ok(Exit::PortIn { .. } | Exit::MmioRead { .. }) => vcpu.reply(Reply::Value(u64::MAX)),
+            Ok(Exit::PortOut { .. } | Exit::MmioWrite { .. }) => vcpu.reply(Reply::Done),
+            _ => return,
         }
     }
 }

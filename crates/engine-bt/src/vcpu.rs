@@ -12,7 +12,7 @@ use crate::exception;
 use crate::fault::{Fault, Stop};
 use crate::fpu;
 use crate::interp::{self, native};
-use crate::irqchip::Event;
+use crate::irqchip;
 use crate::msr;
 use crate::signals;
 use crate::state::seg;
@@ -36,6 +36,16 @@ pub struct BtVcpu {
     waiting: Option<Exit>,
     shut_down: bool,
     nmi_pending: bool,
+    /// An event whose delivery waits for the machine's answer.
+    delivering: Option<Event>,
+}
+
+/// What interrupts the guest.
+#[derive(Clone, Copy)]
+enum Event {
+    Fault(Fault),
+    Interrupt(u8),
+    Nmi,
 }
 
 impl BtVcpu {
@@ -65,6 +75,7 @@ impl BtVcpu {
             waiting: None,
             shut_down: false,
             nmi_pending: false,
+            delivering: None,
         })
     }
 
@@ -80,8 +91,14 @@ impl BtVcpu {
             {
                 return Ok(exit);
             }
-            // An instruction that waits for an answer goes first: interrupts come
-            // at instruction boundaries.
+            // What waits for an answer goes first: interrupts come at instruction
+            // boundaries.
+            if let Some(event) = self.delivering.take() {
+                if let Some(exit) = self.enter_handler(event) {
+                    return Ok(exit);
+                }
+                continue;
+            }
             if self.cpu.replay.in_progress() {
                 if let Some(exit) = self.step() {
                     return Ok(exit);
@@ -101,7 +118,9 @@ impl BtVcpu {
                 continue;
             }
             if self.interrupt_ready() {
-                self.deliver_interrupt();
+                if let Some(exit) = self.deliver_interrupt() {
+                    return Ok(exit);
+                }
                 continue;
             }
             let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
@@ -153,7 +172,7 @@ impl BtVcpu {
                 timer.expired();
             }
         }
-        if self.cpu.replay.in_progress() {
+        if self.cpu.replay.in_progress() || self.delivering.is_some() {
             // Events wait for the end of the instruction, kicks too.
             self.cpu.tlb.block.shared().request.store(1, Ordering::SeqCst);
             return None;
@@ -161,11 +180,11 @@ impl BtVcpu {
         while let Some(event) = self.cpu.vm.irqchip.take_event(self.cpu.id) {
             match event {
                 // One NMI is held while another is served (SDM 3A, 6.7.1).
-                Event::Nmi => self.nmi_pending = true,
-                Event::Init | Event::Sipi(_) => {
+                irqchip::Event::Nmi => self.nmi_pending = true,
+                irqchip::Event::Init | irqchip::Event::Sipi(_) => {
                     // Only application processors act on these once they run; the
                     // bootstrap processor takes INIT as a reset of itself.
-                    if event == Event::Init {
+                    if event == irqchip::Event::Init {
                         self.cpu.reset();
                     }
                 }
@@ -191,18 +210,35 @@ impl BtVcpu {
         self.nmi_pending = false;
         self.cpu.st.halted = 0;
         self.cpu.counts.interrupts += 1;
-        exception::nmi(&mut self.cpu).err().and_then(|stop| self.stopped(stop))
+        self.enter_handler(Event::Nmi)
     }
 
-    fn deliver_interrupt(&mut self) {
-        let Some(vector) = self.cpu.vm.irqchip.accept(self.cpu.id) else { return };
+    fn deliver_interrupt(&mut self) -> Option<Exit> {
+        let vector = self.cpu.vm.irqchip.accept(self.cpu.id)?;
         self.cpu.counts.interrupts += 1;
         self.cpu.st.halted = 0;
-        if let Err(stop) = exception::interrupt(&mut self.cpu, vector) {
-            // A stack in device memory: nothing sensible can be pushed there.
-            self.shut_down |= !matches!(stop, Stop::Fault(_));
-            if let Stop::Fault(fault) = stop {
-                self.deliver(fault);
+        self.enter_handler(Event::Interrupt(vector))
+    }
+
+    /// Leads the guest into its handler. Where the way there goes through device
+    /// memory, as with a stack in it, this is called again for each answer.
+    fn enter_handler(&mut self, event: Event) -> Option<Exit> {
+        self.cpu.replay.rewind();
+        let result = match event {
+            Event::Fault(fault) => exception::deliver(&mut self.cpu, fault),
+            Event::Interrupt(vector) => exception::interrupt(&mut self.cpu, vector),
+            Event::Nmi => exception::nmi(&mut self.cpu),
+        };
+        match result {
+            Ok(()) => None,
+            Err(Stop::Exit(exit)) => {
+                self.delivering = Some(event);
+                self.waiting = Some(exit);
+                Some(exit)
+            }
+            Err(Stop::Fault(_) | Stop::Shutdown) => {
+                self.shut_down = true;
+                Some(Exit::Shutdown)
             }
         }
     }
@@ -264,14 +300,7 @@ impl BtVcpu {
         if fault.vector == crate::fault::vector::PF {
             self.cpu.counts.page_faults += 1;
         }
-        match exception::deliver(&mut self.cpu, fault) {
-            Ok(()) => None,
-            Err(Stop::Fault(_) | Stop::Shutdown) => {
-                self.shut_down = true;
-                Some(Exit::Shutdown)
-            }
-            Err(stop) => self.stopped(stop),
-        }
+        self.enter_handler(Event::Fault(fault))
     }
 }
 
@@ -449,6 +478,7 @@ impl BtVcpu {
         self.cpu.st.shadow = 0;
         self.cpu.st.halted = 0;
         self.shut_down = false;
+        self.delivering = None;
         self.waiting = None;
         self.cpu.tlb.flush(true);
         self.cpu.update_mode();

@@ -1,6 +1,7 @@
 //! Exceptions and interrupts whose delivery leads out of RAM, or nowhere.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tetrarch_engine::{Exit, Reply, Segment, SegmentTable, Vcpu, Vm};
 use tetrarch_engine_bt::{Config, create_vm};
@@ -57,13 +58,24 @@ fn exits(vcpu: &mut dyn Vcpu, limit: usize) -> Vec<Exit> {
 #[test]
 fn exception_frame_goes_to_a_device() {
     let mut guest = guest(&[0x0F, 0x0B], DEVICE, 2);
-    let exits = exits(&mut *guest.vcpu, 8);
     let push = |offset: u64, data: u64| Exit::MmioWrite { address: DEVICE + offset, size: 2, data };
     let handler = Exit::PortOut { port: 0x99, size: 1, data: 0 };
-    assert!(
-        exits == [push(0xFFE, 2), push(0xFFC, 0x1000), push(0xFFA, 0), handler]
-            || exits.first() == Some(&Exit::Shutdown),
-        "{exits:x?}"
+    assert_eq!(
+        exits(&mut *guest.vcpu, 8),
+        [push(0xFFE, 2), push(0xFFC, 0x1000), push(0xFFA, 0), handler]
+    );
+}
+
+#[test]
+fn interrupt_frame_goes_to_a_device() {
+    let mut guest = guest(&[0xEB, 0xFE], DEVICE, 0x202);
+    guest.vm.msi(0xFEE0_0000, 0x40);
+    kick_later(&*guest.vcpu);
+    let push = |offset: u64, data: u64| Exit::MmioWrite { address: DEVICE + offset, size: 2, data };
+    let handler = Exit::PortOut { port: 0x99, size: 1, data: 0 };
+    assert_eq!(
+        exits(&mut *guest.vcpu, 8),
+        [push(0xFFE, 0x202), push(0xFFC, 0x1000), push(0xFFA, 0), handler]
     );
 }
 
@@ -75,23 +87,15 @@ fn undeliverable_interrupt_shuts_down() {
     system.idt.limit = 0;
     guest.vcpu.set_system_registers(&system).unwrap();
     guest.vm.msi(0xFEE0_0000, 0x40);
-    let kicker = guest.vcpu.kicker();
-    std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_millis(500));
-        kicker.kick();
-    });
+    kick_later(&*guest.vcpu);
     assert_eq!(guest.vcpu.run().unwrap(), Exit::Shutdown);
 }
 
-#[test]
-fn interrupt_frame_goes_to_a_device() {
-    let mut guest = guest(&[0xEB, 0xFE], DEVICE, 0x202);
-    guest.vm.msi(0xFEE0_0000, 0x40);
-    let kicker = guest.vcpu.kicker();
+/// Ends a guest that would otherwise run for ever.
+fn kick_later(vcpu: &dyn Vcpu) {
+    let kicker = vcpu.kicker();
     std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_millis(500));
+        std::thread::sleep(Duration::from_secs(2));
         kicker.kick();
     });
-    let exits = exits(&mut *guest.vcpu, 8);
-    assert!(!exits.contains(&Exit::Kicked), "{exits:x?}");
 }
