@@ -5,8 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Arguments for run, bench and pytest: make run ARGS="--memory 1G"
 ARGS ?=
+# make run shows the engine that every host has.
+ENGINE ?= bt
 
-RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -o -name Cargo.toml)
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -path '*/src/*.rs' -o -name Cargo.toml)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-long bench wheel lint fmt clean packages
@@ -17,8 +19,8 @@ help: ## Show this list
 
 setup: $(VENV)/.stamp-package ## Build the core and install everything into .venv
 
-run: setup ## Boot the default guest to a shell (ARGS= for more options)
-	@$(BIN)/tetrarch run $(ARGS)
+run: setup ## Boot the default guest to a shell (ENGINE=auto|bt|kvm, ARGS= for more options)
+	@$(BIN)/tetrarch run --engine $(ENGINE) $(ARGS)
 
 test: setup packages lint ## Check and test all but the long tests
 	cargo test --release --workspace --locked --no-fail-fast

@@ -109,7 +109,15 @@ fn repeat(cpu: &mut Cpu, i: &Instruction, item: fn(&mut Cpu, &Instruction) -> R<
         }
         item(cpu, i)?;
         operand::write_gpr(cpu, reg::RCX, width, count - 1);
+        let answered = cpu.replay.in_progress();
         cpu.replay.clear();
+        if count == 1 {
+            return Ok(Flow::Next);
+        }
+        if answered {
+            // As in `string::repeat`.
+            break;
+        }
     }
     Ok(Flow::Jump)
 }

@@ -65,9 +65,14 @@ pub fn repeat(
         let (done, go_on) = iteration(cpu, if stepping { 1 } else { count })?;
         write_gpr(cpu, reg::RCX, size, count - done);
         // What the machine answered belongs to the finished iteration.
+        let answered = cpu.replay.in_progress();
         cpu.replay.clear();
         if done == count || !go_on {
             return Ok(Flow::Next);
+        }
+        if answered {
+            // Else no kick and no interrupt would come between two exits.
+            break;
         }
         budget = budget.saturating_sub(if done > 1 { BULK_COST } else { 1 });
     }

@@ -183,7 +183,7 @@ fn record(
         put(prefix);
     } else {
         put(0xC4);
-        put(prefix & 0xE0 | 1 + map % 3);
+        put(prefix & 0xE0 | (1 + map % 3));
         put(operand as u8);
     }
     for byte in [opcode, modrm, sib] {

@@ -85,7 +85,7 @@ pub fn irqchip(data: &[u8]) {
             26 => now = now.saturating_add(u64::from(input.u32())),
             27 => now = now.saturating_add(u64::from(input.u16()) << 24),
             28 => now = chip.next_deadline(vcpu).unwrap_or(now).max(now),
-            29 => now = now.saturating_add(input.u64() >> (op >> 5) * 8),
+            29 => now = now.saturating_add(input.u64() >> ((op >> 5) * 8)),
             30 => timers(&chip, vcpu, now),
             _ => saved_is_loaded(&chip),
         }

@@ -14,6 +14,8 @@ use super::tables::{self, RAM, has_error_code};
 use super::watchdog::Watchdog;
 
 const MAX_EXITS: usize = 96;
+/// XRSTOR from a device takes a hundred, and then there may be a fault.
+const MAX_EXITS_OF_ONE_INSTRUCTION: usize = 1024;
 const END: Exit = Exit::PortOut { port: END_PORT as u16, size: 1, data: 0 };
 const ARITHMETIC_FLAGS: u16 = 0x8D5;
 
@@ -171,6 +173,20 @@ impl Machine {
         (u64::from_le_bytes(bytes), (end - 3..end).contains(&offset))
     }
 
+    /// A kick must end a guest that keeps the machine busy with exits.
+    fn must_be_stoppable(&mut self) {
+        let _watchdog = Watchdog::new(self.vcpu.kicker(), Duration::from_millis(4));
+        self.vcpu.kicker().kick();
+        for _ in 0..MAX_EXITS_OF_ONE_INSTRUCTION {
+            match self.vcpu.run() {
+                Ok(Exit::Kicked | Exit::Halt | Exit::Shutdown) => return,
+                Ok(_) => self.vcpu.reply(Reply::Value(0)),
+                Err(error) => panic!("the engine gave up: {error}"),
+            }
+        }
+        panic!("the guest goes on after a kick");
+    }
+
     /// One thing that other parts of a machine do while a guest runs.
     fn disturb(&mut self, guest: &Guest, input: &mut Input) {
         match input.u8() {
@@ -231,7 +247,11 @@ fn hostile(data: &[u8], translate: bool) {
     let share = usize::from(input.u8()) % 4;
     let chaos = input.bytes(data.len() / 8 * share);
     let guest = Guest::read(&mut input, false);
-    Machine::new(translate).run(&guest, Duration::from_millis(4), Some(Input::new(chaos)));
+    let mut machine = Machine::new(translate);
+    let outcome = machine.run(&guest, Duration::from_millis(4), Some(Input::new(chaos)));
+    if outcome.is_some_and(|outcome| outcome.end == End::Enough) {
+        machine.must_be_stoppable();
+    }
 }
 
 /// Any guest in any world, interpreted.

@@ -1,4 +1,4 @@
-//! Exceptions and interrupts whose delivery leads out of RAM, or nowhere.
+//! Events and repeated accesses that lead out of RAM, or nowhere.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -98,4 +98,33 @@ fn kick_later(vcpu: &dyn Vcpu) {
         std::thread::sleep(Duration::from_secs(2));
         kicker.kick();
     });
+}
+
+/// REP with device accesses without end: each is an exit, and a kick between two
+/// of them must be seen.
+#[test]
+fn kick_ends_a_repeated_device_access() {
+    // addr32 rep outsb; addr32 rep stosb, both with ECX near 2^32.
+    for code in [&[0x67, 0xF3, 0x6E][..], &[0x67, 0xF3, 0xAA]] {
+        let mut guest = guest(code, 0x8000, 2);
+        let mut system = guest.vcpu.system_registers();
+        system.es = Segment { base: DEVICE, limit: u32::MAX, attributes: 0x8093, selector: 0 };
+        guest.vcpu.set_system_registers(&system).unwrap();
+        let mut registers = guest.vcpu.registers();
+        registers.gpr[1] = 0xFFFF_FFF0;
+        registers.gpr[2] = 0x99;
+        guest.vcpu.set_registers(&registers);
+        for _ in 0..3 {
+            let exit = guest.vcpu.run().unwrap();
+            assert!(matches!(exit, Exit::PortOut { .. } | Exit::MmioWrite { .. }), "{exit:x?}");
+            guest.vcpu.reply(Reply::Done);
+        }
+        guest.vcpu.kicker().kick();
+        let mut after = Vec::new();
+        while after.len() < 4 && after.last() != Some(&Exit::Kicked) {
+            after.push(guest.vcpu.run().unwrap());
+            guest.vcpu.reply(Reply::Done);
+        }
+        assert_eq!(after.last(), Some(&Exit::Kicked), "{after:x?}");
+    }
 }
