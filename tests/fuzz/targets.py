@@ -178,7 +178,8 @@ def options(data: bytes) -> None:
             case _:
                 pass
     if source.number(1) % 8 == 7:
-        values[source.text()] = source.text()
+        # An unknown option can only come from a call, whose keywords are names.
+        values["".join(filter(str.isidentifier, source.text()))] = source.text()
     refusal = None
     try:
         config = make_config(values)

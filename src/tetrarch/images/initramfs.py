@@ -82,7 +82,8 @@ class Initramfs:
     def _add(self, path: str, entry: _Entry) -> None:
         clean = PurePosixPath(path.lstrip("/"))
         # A NUL ends a name; the trailer's name ends the archive.
-        if clean.parts == () or ".." in clean.parts or "\0" in path or str(clean) == _TRAILER:
+        parts = clean.parts
+        if parts == () or ".." in parts or "\0" in path or parts[0] == _TRAILER:
             raise ValueError(f"{path!r} names no file inside an initramfs")
         for parent in reversed(clean.parents[:-1]):
             self._entries.setdefault(str(parent), _Entry(stat.S_IFDIR | 0o755))

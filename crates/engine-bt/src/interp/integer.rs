@@ -207,7 +207,13 @@ pub fn cmpxchg8b(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
 }
 
 pub fn cmpxchg16b(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
-    let address = mem_linear(cpu, i, 16, true)?;
+    // Misalignment comes before a stack address that is not canonical: Zen 5
+    // reports #GP, not #SS. Segment bases are rarely odd, so the offset decides.
+    let aligned = effective_address(cpu, i).is_multiple_of(16);
+    let address = match mem_linear(cpu, i, 16, true) {
+        Err(_) if !aligned && cpu.st.code64() => return gp(0),
+        result => result?,
+    };
     if !address.is_multiple_of(16) {
         return gp(0);
     }

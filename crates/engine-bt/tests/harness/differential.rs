@@ -10,7 +10,9 @@ use super::input::Input;
 use super::machine::{End, Machine, Outcome};
 
 const SHORT: Duration = Duration::from_millis(4);
-const LONG: Duration = Duration::from_millis(250);
+/// Code that never repeats, and whose stores all hit a page of code, is slow to
+/// translate.
+const LONG: Duration = Duration::from_secs(3);
 
 fn outcome(guest: &Guest, translate: bool, limit: Duration) -> Option<Outcome> {
     Machine::new(translate).run(guest, limit, None)

@@ -89,6 +89,9 @@ impl Machine {
                 Exit::Shutdown => break End::Shutdown,
                 Exit::Kicked => break End::Kicked,
                 Exit::PortOut { port: port @ 0..32, size: 1, .. } => {
+                    if guest.repeatable {
+                        hide_frame_flags(&mut exits);
+                    }
                     let (place, done) = self.skip_faulting(guest, port as u8);
                     places.push(place);
                     if done {
@@ -116,8 +119,9 @@ impl Machine {
         let mut memory = vec![0; RAM as usize];
         self.memory.read(GuestPhys(0), &mut memory).expect("all of RAM");
         let mut registers = self.vcpu.registers();
-        if end != End::Halt && exits.last() != Some(&END) {
+        if guest.repeatable && end != End::Halt && exits.last() != Some(&END) {
             // As in `skip_faulting`.
+            hide_frame_flags(&mut exits);
             registers.rflags &= !u64::from(ARITHMETIC_FLAGS);
         }
         Some(Outcome {
@@ -238,6 +242,16 @@ impl Machine {
                 let _ = self.vcpu.set_system_registers(&system);
             }
             _ => {}
+        }
+    }
+}
+
+/// As in `skip_faulting`, for a frame that went to a device just now.
+fn hide_frame_flags(exits: &mut [Exit]) {
+    for exit in exits.iter_mut().rev() {
+        match exit {
+            Exit::MmioWrite { data, .. } => *data &= !u64::from(ARITHMETIC_FLAGS),
+            _ => break,
         }
     }
 }
