@@ -11,7 +11,7 @@ ENGINE ?= bt
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -path '*/src/*.rs' -o -name Cargo.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long bench wheel lint fmt clean packages
+.PHONY: help setup run test test-long bench fuzz wheel lint fmt clean packages
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -34,6 +34,10 @@ test-long: setup ## Run all tests, the long ones too
 bench: setup ## Measure against QEMU's TCG and native execution
 	@tools/test-packages bench
 	$(BIN)/python -m tools.bench $(ARGS)
+
+TARGET ?= differential
+fuzz: ## Fuzz a TARGET of fuzz/ for ten minutes (see docs/fuzzing.md)
+	cd fuzz && RUSTC_BOOTSTRAP=1 cargo fuzz run $(TARGET) -- -max_total_time=600 -max_len=768 -len_control=0
 
 wheel: $(VENV)/.stamp-tools ## Build the wheel into dist/
 	$(BIN)/maturin build --release --strip --locked --out dist

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench.report import BenchError
+from tools.bench.report import BenchError, describe_host, table, write_section
 
 from tetrarch import _native
 
@@ -97,6 +97,25 @@ def _rows(scratch: Path, count: int) -> dict[str, Callable[[], float]]:
     return rows
 
 
+def _report(best: dict[str, float], base: float | None, arguments: argparse.Namespace) -> str:
+    rows = []
+    for name, ns in best.items():
+        beside = ("", "")
+        if base is not None and name.startswith("kvm, device"):
+            beside = (f"{ns / base:.2f}", f"{ns - base:+.0f}")
+        rows.append((name, f"{ns:.0f}", *beside))
+    host = table(("", ""), describe_host())
+    return (
+        "## The cost of an exit\n\n"
+        f"`python -m tools.bench exits`: a real-mode guest writes {arguments.count:,} bytes to a "
+        f"port; the best of {arguments.rounds} interleaved rounds, per write. Promised on kvm: a "
+        f"device in Rust within {RUST_FACTOR} times the C program, one in Python within "
+        f"{PYTHON_OVER_NS / 1000:.0f} µs over it. Where no hardware is behind /dev/kvm, the "
+        "kernel's instruction emulator is most of each kvm row. Engine bt interprets real mode.\n\n"
+        f"{host}\n\n" + table(("", "ns", "times C", "ns over C"), rows)
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         rows = _rows(Path(scratch), arguments.count)
@@ -108,11 +127,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(best, indent=2))
     else:
-        for name, ns in best.items():
-            beside = ""
-            if base is not None and name.startswith("kvm, device"):
-                beside = f"  {ns / base:.2f} x, {ns - base:+.0f} ns"
-            print(f"{name:<24} {ns:>9.0f} ns{beside}")
+        text = _report(best, base, arguments)
+        print(text)
+        write_section("exits", text)
     if base is None:
         return 0
     kept = best["kvm, device in Rust"] <= RUST_FACTOR * base
