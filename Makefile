@@ -26,8 +26,7 @@ test: setup packages lint ## Check and test all but the long tests
 	cargo test --release --workspace --locked --no-fail-fast
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
-test-long: setup ## Run all tests, the long ones too
-	@tools/test-packages long
+test-long: setup packages ## Run all tests, the long ones too
 	cargo test --release --workspace --locked --no-fail-fast -- --include-ignored
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -17,7 +17,7 @@ BUILD_LIMIT_S = 1200
 # A minute on an idle machine of two CPUs; a busy one takes its time.
 BOOT_LIMIT_S = 900
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(BUILD_LIMIT_S + 2 * BOOT_LIMIT_S)]
+pytestmark = pytest.mark.timeout(BUILD_LIMIT_S + 2 * BOOT_LIMIT_S)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def host(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> NestedHost:
-    assert shutil.which("qemu-system-x86_64"), "install qemu-system-x86; make packages does it"
+    if shutil.which("qemu-system-x86_64") is None:
+        missing = "no qemu-system-x86_64 for a host with SVM; install qemu-system-x86"
+        if os.environ.get("REQUIRE_KVM") == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
     return NestedHost(wheel, tmp_path_factory.mktemp("nested"))
 
 
