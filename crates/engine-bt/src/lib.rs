@@ -4,28 +4,18 @@
 //! kernel: CPU, MMU, local APIC, IOAPIC, PIC and PIT. It knows neither devices
 //! nor Python.
 //!
-//! The way of an instruction: [`vcpu`] (run loop) → [`translate`] (translated
-//! code) or [`interp`] → [`mmu`] and [`tlb`] (memory) → an exit.
+//! The way of an instruction: [`exec`] (run loop) → [`translate`] (translated
+//! code) or [`interp`] → [`memory`] (page walk, TLB) → an exit. [`cpu`] holds the
+//! architectural state, [`irqchip`] the interrupt controllers, [`host`] what the
+//! host's kernel is asked for.
 
-mod block;
-mod codemap;
 mod cpu;
-mod cpuid;
-mod exception;
-mod fault;
-mod fpu;
+mod exec;
+mod host;
 mod interp;
 pub mod irqchip;
-mod mmu;
-mod msr;
-mod replay;
-mod signals;
-mod state;
-mod timer;
-mod tlb;
+mod memory;
 mod translate;
-mod vcpu;
 mod vm;
-mod wake;
 
 pub use vm::{Config, MAX_VCPUS, available, create_vm};

@@ -6,13 +6,13 @@ use parking_lot::Mutex;
 use tetrarch_engine::{Clock, EngineError, Vcpu, Vm};
 use tetrarch_memory::GuestMemory;
 
-use crate::codemap::{CodeMap, DeviceWrites};
 use crate::cpu::VmShared;
-use crate::cpuid::CpuidTable;
+use crate::cpu::cpuid::CpuidTable;
+use crate::exec::BtVcpu;
+use crate::host::wake::Bells;
 use crate::irqchip::IrqChip;
+use crate::memory::code_map::{CodeMap, DeviceWrites};
 use crate::translate::cache::Cache;
-use crate::vcpu::BtVcpu;
-use crate::wake::Bells;
 
 /// Choices for a VM of this engine.
 #[derive(Clone, Debug)]

@@ -10,10 +10,10 @@ use std::io::Write as _;
 use support::case::{Case, Outcome, describe, differences};
 use support::generate::{Generator, Item, Program};
 use support::guest::Guest;
-use support::native::Native;
+use support::host_cpu::HostCpu;
 
 struct Machines {
-    native: Native,
+    native: HostCpu,
     interpreter: Guest,
     translator: Guest,
 }
@@ -21,7 +21,7 @@ struct Machines {
 impl Machines {
     fn new() -> Self {
         // The child first: it is best made while the process has few threads.
-        let native = Native::new();
+        let native = HostCpu::new();
         Self { native, interpreter: Guest::for_cases(false), translator: Guest::for_cases(true) }
     }
 

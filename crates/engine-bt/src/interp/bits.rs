@@ -10,9 +10,9 @@ use super::operand::{
     write_reg,
 };
 use crate::cpu::Cpu;
-use crate::fault::{R, ud};
-use crate::mmu::mask;
-use crate::state::flag;
+use crate::cpu::fault::{R, ud};
+use crate::cpu::state::flag;
+use crate::memory::mmu::mask;
 
 fn when(condition: bool, flags: u64) -> u64 {
     if condition { flags } else { 0 }

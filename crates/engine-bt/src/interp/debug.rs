@@ -7,7 +7,7 @@ use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, Register};
 
 use super::operand::{read_reg, segment_index};
 use crate::cpu::Cpu;
-use crate::state::seg;
+use crate::cpu::state::seg;
 
 /// Any of L0-L3 and G0-G3 in DR7.
 pub const DR7_ENABLE: u64 = 0xFF;

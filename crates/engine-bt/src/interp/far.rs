@@ -14,10 +14,10 @@ use super::segment::{
     read_far_pointer, real_segment,
 };
 use crate::cpu::Cpu;
-use crate::exception::{SoftwareInterrupt, software_interrupt};
-use crate::fault::{R, gp, vector};
-use crate::mmu::{canonical, mask};
-use crate::state::{attr, flag, reg, seg};
+use crate::cpu::exception::{SoftwareInterrupt, software_interrupt};
+use crate::cpu::fault::{R, gp, vector};
+use crate::cpu::state::{attr, flag, reg, seg};
+use crate::memory::mmu::{canonical, mask};
 
 /// The flags that a return to virtual-8086 mode loads: all but RF and reserved
 /// bits.

@@ -10,12 +10,12 @@ use tetrarch_engine::{Clock, Exit};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use super::step;
-use crate::codemap::CodeMap;
+use crate::cpu::cpuid::CpuidTable;
+use crate::cpu::fault::{Fault, Stop, vector};
+use crate::cpu::state::{attr, cr, flag, reg, seg};
 use crate::cpu::{Cpu, VmShared};
-use crate::cpuid::CpuidTable;
-use crate::fault::{Fault, Stop, vector};
 use crate::irqchip::{IrqChip, Wake};
-use crate::state::{attr, cr, flag, reg, seg};
+use crate::memory::code_map::CodeMap;
 
 const CODE: u64 = 0x1000;
 const STACK: u64 = 0x8000;

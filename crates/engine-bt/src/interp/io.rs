@@ -7,9 +7,9 @@ use super::Flow;
 use super::operand;
 use super::segment::{system_type, table_address};
 use crate::cpu::Cpu;
-use crate::fault::{R, gp};
-use crate::mmu::mask;
-use crate::state::{attr, flag, reg, seg};
+use crate::cpu::fault::{R, gp};
+use crate::cpu::state::{attr, flag, reg, seg};
+use crate::memory::mmu::mask;
 
 /// Iterations of REP in one step, so that interrupts get in between.
 const MAX_ITERATIONS: usize = 4096;

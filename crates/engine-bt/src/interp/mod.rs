@@ -13,7 +13,7 @@
 //! - [`debug`]: hardware breakpoints
 //! - [`system`], [`far`], [`segment`], [`io`]: privileged instructions, far
 //!   transfers, SYSCALL, ports
-//! - [`native`]: x87, MMX, SSE, AVX and other register-only instructions, run on
+//! - [`thunk`]: x87, MMX, SSE, AVX and other register-only instructions, run on
 //!   the host CPU with their memory operand in a bounce buffer
 
 pub mod alu;
@@ -28,22 +28,23 @@ pub mod integer;
 mod integer_tests;
 pub mod io;
 pub mod muldiv;
-pub mod native;
 pub mod operand;
+pub mod replay;
 pub mod segment;
 pub mod shift;
 pub mod stack;
 pub mod string;
 pub mod syscall;
 pub mod system;
+pub mod thunk;
 pub mod xsave;
 
 use iced_x86::{CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 use tetrarch_memory::PAGE_SIZE;
 
 use crate::cpu::Cpu;
-use crate::fault::{Fault, R, Stop, gp, ud, vector};
-use crate::state::{flag, seg};
+use crate::cpu::fault::{Fault, R, Stop, gp, ud, vector};
+use crate::cpu::state::{flag, seg};
 
 /// The longest instruction (SDM 2A, 2.3.11).
 const MAX_LENGTH: usize = 15;
@@ -193,7 +194,7 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     if let Some(result) = system::execute(cpu, i) {
         return result;
     }
-    if let Some(result) = native::execute(cpu, i) {
+    if let Some(result) = thunk::execute(cpu, i) {
         return result;
     }
     ud()

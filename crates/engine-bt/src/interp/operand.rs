@@ -8,9 +8,9 @@
 use iced_x86::{CodeSize, Instruction, OpKind, Register};
 
 use crate::cpu::Cpu;
-use crate::fault::{Fault, R, vector};
-use crate::mmu::{canonical, mask};
-use crate::state::{attr, cr, flag, reg, seg};
+use crate::cpu::fault::{Fault, R, vector};
+use crate::cpu::state::{attr, cr, flag, reg, seg};
+use crate::memory::mmu::{canonical, mask};
 
 /// Which part of which general register a name means.
 #[derive(Clone, Copy)]

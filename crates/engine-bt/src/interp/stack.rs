@@ -8,9 +8,9 @@ use super::operand::{
     write_op,
 };
 use crate::cpu::Cpu;
-use crate::fault::{R, gp};
-use crate::mmu::mask;
-use crate::state::{flag, reg};
+use crate::cpu::fault::{R, gp};
+use crate::cpu::state::{flag, reg};
+use crate::memory::mmu::mask;
 
 /// Whether PUSH or POP names a segment register.
 pub fn is_segment(i: &Instruction) -> bool {

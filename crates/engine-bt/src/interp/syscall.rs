@@ -8,10 +8,10 @@ use tetrarch_engine::Segment;
 
 use super::Flow;
 use crate::cpu::Cpu;
-use crate::cpuid::Vendor;
-use crate::fault::{R, gp, ud};
-use crate::mmu::canonical;
-use crate::state::{attr, cr, flag, reg, seg};
+use crate::cpu::cpuid::Vendor;
+use crate::cpu::fault::{R, gp, ud};
+use crate::cpu::state::{attr, cr, flag, reg, seg};
+use crate::memory::mmu::canonical;
 
 const R11: usize = 11;
 /// What SYSRET takes from R11: all but RF, VM and reserved bits.

@@ -6,11 +6,11 @@ use tetrarch_engine::SegmentTable;
 
 use super::{Flow, far, io, operand, segment, syscall};
 use crate::cpu::Cpu;
-use crate::cpuid;
-use crate::fault::{Fault, R, gp, ud, vector};
-use crate::mmu::{PHYS_BITS, canonical};
-use crate::msr;
-use crate::state::{attr, cr, reg, seg};
+use crate::cpu::cpuid;
+use crate::cpu::fault::{Fault, R, gp, ud, vector};
+use crate::cpu::msr;
+use crate::cpu::state::{attr, cr, reg, seg};
+use crate::memory::mmu::{PHYS_BITS, canonical};
 
 /// The bits of CR0 that exist; others read as 0.
 const CR0_BITS: u64 = cr::CR0_PE

@@ -3,11 +3,11 @@
 use tetrarch_engine::Exit;
 
 use super::*;
-use crate::cpuid::Vendor;
-use crate::exception::fixture::*;
-use crate::fault::Stop;
+use crate::cpu::cpuid::Vendor;
+use crate::cpu::exception::fixture::*;
+use crate::cpu::fault::Stop;
+use crate::cpu::state::flag;
 use crate::interp::segment::{self as sg, load_segment};
-use crate::state::flag;
 
 fn push_all(cpu: &mut Cpu, size: u64, values: &[u64]) {
     for &value in values.iter().rev() {

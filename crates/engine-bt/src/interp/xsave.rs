@@ -7,12 +7,12 @@
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
-use super::native::{check_mode, class, wait};
 use super::operand;
+use super::thunk::{check_mode, class, wait};
 use crate::cpu::Cpu;
-use crate::fault::{Fault, R, gp, ud, vector};
-use crate::fpu::{self, component};
-use crate::state::{cr, reg};
+use crate::cpu::fault::{Fault, R, gp, ud, vector};
+use crate::cpu::fpu::{self, component};
+use crate::cpu::state::{cr, reg};
 
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<()>> {
     Some(match i.mnemonic() {

@@ -22,10 +22,10 @@ use super::emit::{Emitter, R13, R14, REQUEST, cc};
 use super::instructions::stack_run;
 use super::liveness;
 use super::stubs::Stubs;
-use crate::block::{exec_index, exec_offset};
+use crate::cpu::cpuid::CpuidTable;
 use crate::cpu::mode;
-use crate::cpuid::CpuidTable;
-use crate::state::CpuState;
+use crate::cpu::state::CpuState;
+use crate::cpu::state_block::{exec_index, exec_offset};
 
 const MAX_INSTRUCTIONS: usize = 64;
 
@@ -59,7 +59,7 @@ pub struct Source<'a> {
     /// Bytes of the page from its start, for looking ahead.
     pub page: &'a [u8],
     /// Lines of the page that were looked at beyond the block (see
-    /// [`crate::codemap`]): a write there makes the block invalid too.
+    /// [`crate::memory::code_map`]): a write there makes the block invalid too.
     pub looked: Cell<u64>,
     pub cpuid: &'a CpuidTable,
 }

@@ -12,9 +12,9 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use super::builder::Built;
-use super::code_memory::CodeMemory;
 use super::stubs::{self, Stubs};
-use crate::signals;
+use crate::host::code_memory::CodeMemory;
+use crate::host::signals;
 
 /// Room for translations. A full cache starts over.
 const CACHE_BYTES: usize = 192 << 20;
@@ -119,8 +119,8 @@ impl Cache {
 
     pub fn new() -> std::io::Result<Self> {
         let mut memory = CodeMemory::new(CACHE_BYTES)?;
-        let avx = crate::fpu::host_avx();
-        let (bytes, stubs) = stubs::assemble(memory.run_address(0), avx, crate::vcpu::fill)
+        let avx = crate::cpu::fpu::host_avx();
+        let (bytes, stubs) = stubs::assemble(memory.run_address(0), avx, crate::exec::fill)
             .map_err(std::io::Error::other)?;
         memory.write(0, &bytes);
         let first = bytes.len().next_multiple_of(64);

@@ -8,7 +8,7 @@ use std::mem::offset_of;
 
 use super::builder::Source;
 use crate::cpu::mode;
-use crate::state::{CpuState, seg};
+use crate::cpu::state::{CpuState, seg};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

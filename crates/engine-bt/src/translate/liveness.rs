@@ -4,7 +4,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, RflagsBits};
 
 use super::builder::Source;
 use super::classify::{Kind, keeps_flags_sometimes};
-use crate::codemap;
+use crate::memory::code_map;
 
 /// The six arithmetic flags, as iced counts them.
 pub const ALL: u32 = RflagsBits::OF
@@ -72,7 +72,7 @@ fn ahead(rip: u64, source: &Source<'_>, jumps: u32) -> u32 {
     let (mut needed, mut open) = (0, ALL);
     for _ in 0..LOOK_AHEAD {
         let i = decoder.decode();
-        let seen = codemap::lines(i.ip() & 0xFFF, i.len().max(1) as u64);
+        let seen = code_map::lines(i.ip() & 0xFFF, i.len().max(1) as u64);
         source.looked.set(source.looked.get() | seen);
         if i.is_invalid() || i.is_privileged() {
             return needed | open;

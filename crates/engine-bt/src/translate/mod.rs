@@ -10,7 +10,6 @@ mod branches;
 pub mod builder;
 pub mod cache;
 mod classify;
-mod code_memory;
 mod emit;
 mod instructions;
 mod liveness;

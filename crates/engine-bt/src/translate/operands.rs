@@ -7,7 +7,7 @@ use iced_x86::{Instruction, OpAccess, OpKind, Register};
 use super::builder::{Cold, Flags, Job};
 use super::classify::keeps_flags_sometimes;
 use super::emit::{Address, R13, R14, R15, gpr_offset};
-use crate::state::{CpuState, seg};
+use crate::cpu::state::{CpuState, seg};
 
 /// The guest register number of a general register of any width.
 pub(super) fn number(register: Register) -> Option<u8> {

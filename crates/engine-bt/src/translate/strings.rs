@@ -11,7 +11,7 @@ use iced_x86::Instruction;
 
 use super::builder::Job;
 use super::emit::{Address, R13, R14, RCX, RDI, RSI, cc};
-use crate::state::CpuState;
+use crate::cpu::state::CpuState;
 
 impl Job<'_> {
     pub(super) fn string(&mut self, i: &Instruction, size: u8, moves: bool) {

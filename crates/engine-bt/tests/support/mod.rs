@@ -4,5 +4,5 @@
 pub mod case;
 pub mod generate;
 pub mod guest;
-pub mod native;
+pub mod host_cpu;
 pub mod random;

@@ -4,10 +4,10 @@
 //! anything else is #GP(0), as on hardware.
 
 use crate::cpu::Cpu;
-use crate::cpuid::{ARCH_CAPABILITIES, Vendor};
-use crate::fault::{R, gp};
-use crate::mmu::{PHYS_BITS, canonical};
-use crate::state::{cr, seg};
+use crate::cpu::cpuid::{ARCH_CAPABILITIES, Vendor};
+use crate::cpu::fault::{R, gp};
+use crate::cpu::state::{cr, seg};
+use crate::memory::mmu::{PHYS_BITS, canonical};
 
 pub mod index {
     pub const TSC: u32 = 0x10;

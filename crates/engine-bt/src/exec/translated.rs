@@ -10,13 +10,13 @@ use tetrarch_engine::{EngineError, Exit};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use super::{BtVcpu, rdtsc};
-use crate::block::{branch_index, exec_index};
-use crate::codemap;
+use crate::cpu::fault::Fault;
+use crate::cpu::state::{flag, reg};
+use crate::cpu::state_block::{branch_index, exec_index};
 use crate::cpu::{Cpu, mode};
-use crate::fault::Fault;
 use crate::interp;
-use crate::mmu::{Place, canonical};
-use crate::state::{flag, reg};
+use crate::memory::code_map;
+use crate::memory::mmu::{Place, canonical};
 use crate::translate::builder::{Builder, Source};
 use crate::translate::cache::{Cache, ExecPage};
 use crate::translate::stubs::exit_kind;
@@ -86,7 +86,7 @@ impl BtVcpu {
             }
         }
         if !canonical(rip) {
-            return Err(Fault::with_error(crate::fault::vector::GP, 0));
+            return Err(Fault::with_error(crate::cpu::fault::vector::GP, 0));
         }
         let (address, walk) = self.cpu.fetch_page(rip, user)?;
         let physical = address.0 & !0xFFF;
@@ -140,10 +140,10 @@ impl BtVcpu {
         };
         let in_first = u64::from(built.len).min(PAGE_SIZE - offset as u64);
         let looked = source.looked.get();
-        self.mark_code(physical, codemap::lines(offset as u64, in_first) | looked);
+        self.mark_code(physical, code_map::lines(offset as u64, in_first) | looked);
         if let Some(second) = second {
             let rest = u64::from(built.len) - in_first;
-            self.mark_code(GuestPhys(second), codemap::lines(0, rest.max(1)));
+            self.mark_code(GuestPhys(second), code_map::lines(0, rest.max(1)));
         }
         let Some(translator) = &mut self.translator else { return Ok(None) };
         self.cpu.counts.blocks += 1;
@@ -221,7 +221,8 @@ impl BtVcpu {
                 let index = branch_index(block.rip);
                 let entry = &mut block_table.branches(user)[index];
                 if entry.target == block.rip {
-                    entry.target = if index == 0 { crate::block::INVALID_BRANCH_0 } else { 0 };
+                    entry.target =
+                        if index == 0 { crate::cpu::state_block::INVALID_BRANCH_0 } else { 0 };
                 }
             });
             for gone in retired {

@@ -13,8 +13,8 @@ use std::ptr::null_mut;
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
-use crate::interp::native;
-use crate::state::CpuState;
+use crate::cpu::state::CpuState;
+use crate::interp::thunk;
 
 const SIGNALS: [i32; 4] = [libc::SIGFPE, libc::SIGILL, libc::SIGSEGV, libc::SIGBUS];
 
@@ -103,8 +103,8 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let rip = registers[libc::REG_RIP as usize] as usize;
     let vector = registers[libc::REG_TRAPNO as usize] as u64;
-    let landing = if native::thunk_range_contains(rip) {
-        native::fault_exit()
+    let landing = if thunk::thunk_range_contains(rip) {
+        thunk::fault_exit()
     } else if let Some(landing) = code_landing(rip) {
         landing
     } else {

@@ -1,6 +1,14 @@
 //! One vCPU as the interpreter and the run loop see it: state, memory access
 //! and the log of answered exits.
 
+pub mod cpuid;
+pub mod exception;
+pub mod fault;
+pub mod fpu;
+pub mod msr;
+pub mod state;
+pub mod state_block;
+
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -8,13 +16,13 @@ use std::sync::Arc;
 use tetrarch_engine::Clock;
 use tetrarch_memory::GuestMemory;
 
-use crate::codemap::CodeMap;
-use crate::cpuid::CpuidTable;
+use crate::cpu::cpuid::CpuidTable;
+use crate::cpu::msr::MsrFile;
+use crate::cpu::state::{CpuState, attr, cr, flag, seg};
+use crate::interp::replay::Replay;
 use crate::irqchip::IrqChip;
-use crate::msr::MsrFile;
-use crate::replay::Replay;
-use crate::state::{CpuState, attr, cr, flag, seg};
-use crate::tlb::Tlb;
+use crate::memory::code_map::CodeMap;
+use crate::memory::tlb::Tlb;
 
 /// What the vCPUs of a VM share.
 pub struct VmShared {
@@ -124,7 +132,7 @@ impl Cpu {
         let data = attr::P | attr::S | attr::RW | attr::ACCESSED;
         let st = &mut *self.st;
         st.gpr = [0; 16];
-        st.gpr[crate::state::reg::RDX] = u64::from(self.vm.cpuid.signature());
+        st.gpr[crate::cpu::state::reg::RDX] = u64::from(self.vm.cpuid.signature());
         st.rip = 0xFFF0;
         st.set_rflags(flag::FIXED);
         st.seg = [Segment { base: 0, limit: 0xFFFF, attributes: data, selector: 0 }; 8];
@@ -151,7 +159,7 @@ impl Cpu {
         self.msrs = MsrFile::new();
         let st = &mut *self.st;
         st.vec = Default::default();
-        crate::fpu::reset(st);
+        crate::cpu::fpu::reset(st);
         self.tlb.flush(true);
         self.update_mode();
     }

@@ -9,9 +9,9 @@ use tetrarch_engine::Exit;
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::cpu::Cpu;
-use crate::fault::{Fault, R, pf};
-use crate::state::cr;
-use crate::tlb::FetchedPage;
+use crate::cpu::fault::{Fault, R, pf};
+use crate::cpu::state::cr;
+use crate::memory::tlb::FetchedPage;
 
 /// Physical address bits that CPUID reports; higher ones are reserved.
 pub const PHYS_BITS: u32 = 40;
@@ -246,7 +246,7 @@ impl Cpu {
     pub fn fill_tlb(&mut self, linear: u64, write: bool, user: bool) -> Result<Place, Fault> {
         self.counts.tlb_misses += 1;
         if self.st.long_mode() && !canonical(linear) {
-            return Err(Fault::with_error(crate::fault::vector::GP, 0));
+            return Err(Fault::with_error(crate::cpu::fault::vector::GP, 0));
         }
         let access = if write { Access::Write } else { Access::Read };
         let walk = self.walk(linear, access, user)?;
@@ -485,7 +485,7 @@ impl Cpu {
     /// Translates for an instruction fetch. Returns the address and the walk.
     pub fn fetch_page(&mut self, linear: u64, user: bool) -> Result<(GuestPhys, Walk), Fault> {
         if self.st.long_mode() && !canonical(linear) {
-            return Err(Fault::with_error(crate::fault::vector::GP, 0));
+            return Err(Fault::with_error(crate::cpu::fault::vector::GP, 0));
         }
         let walk = self.walk(linear, Access::Fetch, user)?;
         Ok((walk.address, walk))

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tetrarch_engine::Kick;
 
-use crate::block::StateBlock;
+use crate::cpu::state_block::StateBlock;
 use crate::irqchip::Wake;
 
 /// The bell of one vCPU.

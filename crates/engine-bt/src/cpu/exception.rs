@@ -7,13 +7,13 @@
 use tetrarch_engine::Segment;
 
 use crate::cpu::Cpu;
-use crate::fault::{Fault, R, Stop, gp, vector};
+use crate::cpu::fault::{Fault, R, Stop, gp, vector};
+use crate::cpu::state::{attr, flag, reg, seg};
 use crate::interp::segment::{
     code_of, fail, inside, is_null, mark_accessed, null_segment, read_descriptor, system_type,
     table_address, with_ext,
 };
-use crate::mmu::canonical;
-use crate::state::{attr, flag, reg, seg};
+use crate::memory::mmu::canonical;
 
 /// DR6: the breakpoints hit, BD, BS and BT.
 const DR6_CAUSES: u64 = 0xE00F;
@@ -467,9 +467,7 @@ fn enter_protected(cpu: &mut Cpu, event: &Event) -> R<()> {
 }
 
 #[cfg(test)]
-#[path = "exception_fixture.rs"]
 pub mod fixture;
 
 #[cfg(test)]
-#[path = "exception_tests.rs"]
 mod tests;

@@ -10,7 +10,7 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
 use std::sync::{Arc, Once};
 
-use crate::block::StateBlock;
+use crate::cpu::state_block::StateBlock;
 
 const SLOTS: usize = 4096;
 static FLAGS: [AtomicPtr<AtomicU8>; SLOTS] = [const { AtomicPtr::new(null_mut()) }; SLOTS];

@@ -15,7 +15,7 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use crate::state::{CpuState, FxImage, Ymm};
+use crate::cpu::state::{CpuState, FxImage, Ymm};
 
 /// MXCSR after reset: all exceptions masked (Intel SDM 1, 10.2.3).
 pub const MXCSR_INIT: u32 = 0x1F80;

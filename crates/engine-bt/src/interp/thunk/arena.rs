@@ -12,8 +12,8 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use crate::fpu;
-use crate::state::{CpuState, flag};
+use crate::cpu::fpu;
+use crate::cpu::state::{CpuState, flag};
 
 const SLAB_BYTES: usize = 64 * 1024;
 const SLABS: usize = 1024;
@@ -280,7 +280,7 @@ pub unsafe fn set_gs_base(base: *mut u8) {
 }
 
 /// Runs a thunk on the state. False: it ended in a host exception, which
-/// [`crate::signals::cause`] names.
+/// [`crate::host::signals::cause`] names.
 ///
 /// # Safety
 /// `thunk` must come from [`Slab::add`] of this thread since its last

@@ -10,11 +10,11 @@ use tetrarch_engine::{Clock, Exit};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use super::*;
-use crate::codemap::CodeMap;
 use crate::cpu::VmShared;
-use crate::cpuid::CpuidTable;
+use crate::cpu::cpuid::CpuidTable;
+use crate::cpu::state::{Ymm, attr, cr, flag, reg, seg};
 use crate::irqchip::{IrqChip, Wake};
-use crate::state::{Ymm, attr, cr, flag, reg, seg};
+use crate::memory::code_map::CodeMap;
 
 struct Asleep;
 
@@ -587,7 +587,7 @@ fn thirty_two_bit_code() {
 
 mod images {
     use super::*;
-    use crate::fpu::component;
+    use crate::cpu::fpu::component;
 
     fn ask(cpu: &mut Cpu, mask: u64) {
         cpu.st.gpr[reg::RAX] = mask;

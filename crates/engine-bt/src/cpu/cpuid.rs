@@ -15,8 +15,8 @@ use iced_x86::CpuidFeature;
 use tetrarch_engine::cpuid::{Topology, brand, host, host_brand, host_is_intel};
 
 use crate::cpu::Cpu;
-use crate::mmu::PHYS_BITS;
-use crate::state::cr;
+use crate::cpu::state::cr;
+use crate::memory::mmu::PHYS_BITS;
 
 /// Who made the CPU; some instructions and MSRs differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -439,7 +439,7 @@ const TOPOEXT: u32 = 1 << 22;
 
 /// CPUID: EAX and ECX in, EAX EBX ECX EDX out.
 pub fn execute(cpu: &mut Cpu) {
-    use crate::state::reg;
+    use crate::cpu::state::reg;
     let (leaf, subleaf) = (cpu.st.gpr[reg::RAX] as u32, cpu.st.gpr[reg::RCX] as u32);
     let vm = std::sync::Arc::clone(&cpu.vm);
     let [a, b, c, d] = vm.cpuid.query(leaf, subleaf, cpu);

@@ -25,11 +25,11 @@ use iced_x86::{
 
 use super::{Flow, operand, xsave};
 use crate::cpu::Cpu;
-use crate::cpuid::Vendor;
-use crate::fault::{Fault, R, Stop, gp, ud, vector};
-use crate::fpu;
-use crate::signals;
-use crate::state::{CpuState, cr, reg};
+use crate::cpu::cpuid::Vendor;
+use crate::cpu::fault::{Fault, R, Stop, gp, ud, vector};
+use crate::cpu::fpu;
+use crate::cpu::state::{CpuState, cr, reg};
+use crate::host::signals;
 
 pub use arena::{fault_exit, set_gs_base, thunk_range_contains};
 

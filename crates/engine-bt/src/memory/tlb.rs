@@ -10,7 +10,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use crate::block::{
+use crate::cpu::state_block::{
     INVALID_BRANCH_0, INVALID_PAGE_0, StateBlock, TLB_ENTRIES, TlbEntry, branch_index, exec_index,
     tlb_index,
 };

@@ -7,7 +7,7 @@
 
 use tetrarch_engine::Exit;
 
-use crate::fault::{R, Stop};
+use crate::cpu::fault::{R, Stop};
 
 #[derive(Default)]
 pub struct Replay {

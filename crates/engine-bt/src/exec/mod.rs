@@ -7,19 +7,19 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tetrarch_engine::{Counters, EngineError, Exit, Kick, Registers, Reply, SystemRegisters, Vcpu};
 
+use crate::cpu::exception;
+use crate::cpu::fault::{Fault, Stop};
+use crate::cpu::fpu;
+use crate::cpu::msr;
+use crate::cpu::state::seg;
 use crate::cpu::{Cpu, VmShared, mode};
-use crate::exception;
-use crate::fault::{Fault, Stop};
-use crate::fpu;
-use crate::interp::{self, native};
+use crate::host::signals;
+use crate::host::timer::HostTimer;
+use crate::host::wake::Bell;
+use crate::interp::{self, thunk};
 use crate::irqchip;
-use crate::msr;
-use crate::signals;
-use crate::state::seg;
-use crate::timer::HostTimer;
 use crate::translate::builder::Builder;
 use crate::translate::cache::Cache;
-use crate::wake::Bell;
 
 mod translated;
 
@@ -297,7 +297,7 @@ impl BtVcpu {
     fn deliver(&mut self, fault: Fault) -> Option<Exit> {
         self.cpu.replay.clear();
         self.cpu.counts.exceptions += 1;
-        if fault.vector == crate::fault::vector::PF {
+        if fault.vector == crate::cpu::fault::vector::PF {
             self.cpu.counts.page_faults += 1;
         }
         self.enter_handler(Event::Fault(fault))
@@ -328,7 +328,7 @@ impl Vcpu for BtVcpu {
         signals::thread_init();
         let start = rdtsc();
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
-        unsafe { native::set_gs_base(self.cpu.tlb.block.base()) };
+        unsafe { thunk::set_gs_base(self.cpu.tlb.block.base()) };
         fpu::load(&mut self.cpu.st);
         let result = self.run_inside();
         fpu::unload(&mut self.cpu.st);
@@ -401,12 +401,12 @@ impl Vcpu for BtVcpu {
         ];
         st.gdt = registers.gdt;
         st.idt = registers.idt;
-        st.cr0 = registers.cr0 | crate::state::cr::CR0_ET;
+        st.cr0 = registers.cr0 | crate::cpu::state::cr::CR0_ET;
         st.cr2 = registers.cr2;
         st.cr3 = registers.cr3;
         st.cr4 = registers.cr4;
         st.efer = registers.efer;
-        st.cpl = (registers.ss.attributes >> crate::state::attr::DPL_SHIFT & 3) as u8;
+        st.cpl = (registers.ss.attributes >> crate::cpu::state::attr::DPL_SHIFT & 3) as u8;
         let (id, irqchip) = (self.cpu.id, Arc::clone(&self.cpu.vm.irqchip));
         irqchip.set_cr8(id, registers.cr8 as u8);
         if registers.apic_base != irqchip.apic_base(id) {

@@ -5,7 +5,7 @@
 //! runs, general registers, arithmetic flags, x87 and vector registers are live
 //! in the host CPU; whenever Rust code runs, `gpr`, `rip`, `flags` and `vec`
 //! are the truth, while x87 and MXCSR stay in the host CPU between
-//! [`crate::fpu::load`] and [`crate::fpu::unload`].
+//! [`crate::cpu::fpu::load`] and [`crate::cpu::fpu::unload`].
 
 use std::sync::atomic::AtomicU8;
 

@@ -66,7 +66,7 @@ static ASK: AtomicI32 = AtomicI32::new(-1);
 static ANSWER: AtomicI32 = AtomicI32::new(-1);
 
 /// The host CPU as an engine.
-pub struct Native {
+pub struct HostCpu {
     memfd: i32,
     shared: *mut u8,
     child: libc::pid_t,
@@ -83,7 +83,7 @@ fn pipe() -> [i32; 2] {
     ends
 }
 
-impl Native {
+impl HostCpu {
     pub fn new() -> Self {
         // SAFETY: plain system calls with valid arguments, results checked.
         let (memfd, shared) = unsafe {
@@ -202,7 +202,7 @@ impl Native {
     }
 }
 
-impl Drop for Native {
+impl Drop for HostCpu {
     fn drop(&mut self) {
         self.stop();
         // SAFETY: our own mapping and descriptor.

@@ -9,7 +9,7 @@
 use std::mem::size_of;
 use std::ptr::NonNull;
 
-use crate::state::{CpuState, Shared, StackPage};
+use crate::cpu::state::{CpuState, Shared, StackPage};
 
 /// Index bits of the TLBs: pages of 256 MiB map to different entries.
 pub const TLB_BITS: u32 = 16;
@@ -73,7 +73,7 @@ pub struct StateBlock {
 }
 
 // SAFETY: the block is plain memory owned by one vCPU; other threads touch only
-// its atomics, through pointers made for that (`crate::vcpu::Kicker`).
+// its atomics, through pointers made for that (`crate::exec::Kicker`).
 unsafe impl Send for StateBlock {}
 // SAFETY: as above; `shared` gives out atomics only.
 unsafe impl Sync for StateBlock {}

@@ -6,14 +6,14 @@ use iced_x86::{Decoder, DecoderOptions};
 use tetrarch_engine::{Clock, SegmentTable};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
-use crate::codemap::CodeMap;
+use crate::cpu::cpuid::CpuidTable;
+use crate::cpu::fault::R;
+use crate::cpu::state::{cr, flag, reg, seg};
 use crate::cpu::{Cpu, VmShared};
-use crate::cpuid::CpuidTable;
-use crate::fault::R;
 use crate::interp::segment::{Descriptor, null_segment};
 use crate::interp::{Flow, system};
 use crate::irqchip::{IrqChip, Wake};
-use crate::state::{cr, flag, reg, seg};
+use crate::memory::code_map::CodeMap;
 
 pub const GDT: u64 = 0x1000;
 pub const IDT: u64 = 0x2000;
