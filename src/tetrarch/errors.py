@@ -1,18 +1,29 @@
-"""The errors that Tetrarch reports: each message is one line with cause and mend."""
+"""The errors that Tetrarch raises on purpose: a cause, and what mends it."""
 
 __all__ = [
     "BootError",
     "ConfigError",
-    "GuestCrash",
     "HostError",
     "ImageError",
+    "MachineStateError",
     "StateError",
     "TetrarchError",
 ]
 
 
 class TetrarchError(Exception):
-    """What every error that Tetrarch raises on purpose has in common."""
+    """What every error that Tetrarch raises on purpose has in common.
+
+    ``cause`` says what is wrong, ``mend`` what to do about it, empty where nothing
+    can be done. As text it is both in one line: "cause; mend".
+    """
+
+    def __init__(self, cause: str, mend: str = "") -> None:
+        # Names of files may hold line ends.
+        text = f"{cause}; {mend}" if mend else cause
+        super().__init__(" ".join(text.splitlines()))
+        self.cause = cause
+        self.mend = mend
 
 
 class ConfigError(TetrarchError):
@@ -31,16 +42,9 @@ class ImageError(TetrarchError):
     """A guest image that cannot be found, fetched, built or read."""
 
 
+class MachineStateError(TetrarchError):
+    """The machine is not in a state for what was asked: not started, or ended."""
+
+
 class StateError(TetrarchError):
-    """Saved device state that this version cannot load."""
-
-
-class GuestCrash(TetrarchError):
-    """The guest ended abnormally: a triple fault or a panic.
-
-    ``dump`` holds registers and code bytes as text, for a report.
-    """
-
-    def __init__(self, message: str, dump: str = "") -> None:
-        super().__init__(message)
-        self.dump = dump
+    """Saved state that this version cannot load."""

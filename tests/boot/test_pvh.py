@@ -63,7 +63,7 @@ def test_bss_is_cleared(make_vm: Any, make_vmlinux: Any) -> None:
     [
         ({"entry": None}, "without a PVH entry"),
         ({"entry": 0x20_0000}, "outside"),
-        ({"physical": 0x1000, "entry": 0x1010}, "has RAM for a kernel"),
+        ({"physical": 0x1000, "entry": 0x1010}, "a PC has RAM"),
         ({"physical": 0xFFFF_FFFF_FFFF_F000, "entry": 0xFFFF_F010}, "outside"),
         ({"memory_size": 100 * MIB}, "--memory 101M"),
         ({"memory_size": 16}, "larger in the file"),

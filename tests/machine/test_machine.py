@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tetrarch import ExpectTimeout, Machine, StopReason, TetrarchError
-from tetrarch.machine import MachineStateError
+from tetrarch import ExpectTimeout, Machine, MachineStateError, StopReason, TetrarchError
 from tetrarch.machine import machine as machine_module
 from tetrarch.testing import ScriptedVm, pvh_kernel
 

@@ -186,7 +186,7 @@ def _rsdp(xsdt: int) -> bytes:
 def build_acpi(vcpus: int) -> tuple[int, list[tuple[int, bytes]]]:
     """The address of the RSDP, and (address, table) of all tables, the RSDP among them."""
     if vcpus < 1:
-        raise ConfigError(f"a machine with {vcpus} CPUs cannot be; give at least 1")
+        raise ConfigError(f"a machine with {vcpus} CPUs cannot be", mend="give at least 1")
     tables: list[tuple[int, bytes]] = []
     at = ACPI_BASE + 64  # the RSDP comes first, on a 16-byte boundary
 
@@ -197,8 +197,8 @@ def build_acpi(vcpus: int) -> tuple[int, list[tuple[int, bytes]]]:
         at = align_up(at + len(data), 64)
         if at > ACPI_END:
             raise ConfigError(
-                f"the ACPI tables for {vcpus} CPUs exceed their {ACPI_END - ACPI_BASE >> 10} KiB; "
-                "give the machine fewer CPUs"
+                f"the ACPI tables for {vcpus} CPUs exceed their {ACPI_END - ACPI_BASE >> 10} KiB",
+                mend="give the machine fewer CPUs",
             )
         tables.append((address, data))
         return address

@@ -99,18 +99,21 @@ def is_bzimage(start: bytes) -> bool:
 def parse_setup_header(source: Source) -> SetupHeader:
     start = source.read(0, min(source.size, HEADER_MAX))
     if not is_bzimage(start):
-        raise source.error("has no Linux setup header; name a bzImage (vmlinuz)")
+        raise source.error("has no Linux setup header", mend="name a bzImage (vmlinuz)")
     if len(start) < HEADER_NEEDED:
-        raise source.error("is cut short within its setup header; get the file again")
+        raise source.error("is cut short within its setup header", mend="get the file again")
     (version,) = struct.unpack_from("<H", start, 0x206)
     jump_end = 0x202 + start[0x201]
     if version < VERSION_64BIT:
         raise source.error(
-            f"speaks boot protocol {version >> 8}.{version & 0xFF:02}, which has no 64-bit entry; "
-            "use an x86-64 kernel, Linux 3.8 or newer"
+            f"speaks boot protocol {version >> 8}.{version & 0xFF:02}, which has no 64-bit entry",
+            mend="use an x86-64 kernel, Linux 3.8 or newer",
         )
     if jump_end < HEADER_NEEDED:
-        raise source.error("has a setup header that is too short for its version; it is damaged")
+        raise source.error(
+            "has a setup header that is too short for its version",
+            mend="get the file again, it is damaged",
+        )
 
     syssize = struct.unpack_from("<I", start, 0x1F4)[0] * 16
     loadflags = start[0x211]
@@ -121,20 +124,22 @@ def parse_setup_header(source: Source) -> SetupHeader:
     pref_address, init_size = struct.unpack_from("<QI", start, 0x258)
 
     if not xloadflags & XLF_KERNEL_64:
-        raise source.error("is a 32-bit kernel; use an x86-64 one")
+        raise source.error("is a 32-bit kernel", mend="use an x86-64 one")
     if not loadflags & LOADED_HIGH:
-        raise source.error("is a zImage that loads below 1 MiB; use a bzImage")
+        raise source.error("is a zImage that loads below 1 MiB", mend="use a bzImage")
     setup_size = ((start[0x1F1] or 4) + 1) * SECTOR
     payload_size = source.size - setup_size
     # syssize counts the whole protected-mode part, in paragraphs.
     needed = max(syssize - 15, payload_offset + payload_length, ENTRY_64 + 1)
     if payload_size < needed:
         raise source.error(
-            f"is cut short: {setup_size + needed} bytes are needed, it has {source.size}; "
-            "get the file again"
+            f"is cut short: {setup_size + needed} bytes are needed, it has {source.size}",
+            mend="get the file again",
         )
     if relocatable and (alignment == 0 or alignment & (alignment - 1)):
-        raise source.error(f"asks for an alignment of {alignment:#x}; it is damaged")
+        raise source.error(
+            f"asks for an alignment of {alignment:#x}", mend="get the file again, it is damaged"
+        )
     header = SetupHeader(
         raw=start[HEADER_START : min(jump_end, HEADER_MAX)],
         version=version,
@@ -151,7 +156,8 @@ def parse_setup_header(source: Source) -> SetupHeader:
     if header.load_address < HIGH_MEMORY or header.memory_end > LOW_RAM_MAX:
         raise source.error(
             f"asks to lie at {header.load_address:#x}-{header.memory_end:#x}, where a PC has no "
-            "place for it; it is damaged"
+            "place for it",
+            mend="get the file again, it is damaged",
         )
     return header
 
@@ -168,8 +174,8 @@ def load_bzimage(
     if header.memory_end > top:
         raise source.error(
             f"needs {mib_up(header.memory_end)} MiB to start, the machine has "
-            f"{mib_up(total_ram(vm))} MiB; give it at least "
-            f"--memory {mib_up(header.memory_end)}M"
+            f"{mib_up(total_ram(vm))} MiB",
+            mend=f"give it at least --memory {mib_up(header.memory_end)}M",
         )
     cmdline_address = write_cmdline(vm, cmdline, header.cmdline_size)
     initrd_address, initrd_size = load_initrd(

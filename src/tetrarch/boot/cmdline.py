@@ -15,12 +15,12 @@ def write_cmdline(vm: GuestMemory, cmdline: str, limit: int) -> int:
     """Writes it with its final zero; the address. ``limit`` does not count the zero."""
     data = cmdline.encode("utf-8", "surrogateescape")
     if b"\0" in data:
-        raise BootError("the kernel command line holds a zero byte; remove it")
+        raise BootError("the kernel command line holds a zero byte", mend="remove it")
     limit = min(limit, CMDLINE_SPACE - 1)
     if len(data) > limit:
         raise BootError(
-            f"the kernel command line is {len(data)} bytes long, this kernel takes {limit}; "
-            "shorten --append"
+            f"the kernel command line is {len(data)} bytes long, this kernel takes {limit}",
+            mend="shorten --append",
         )
     vm.write_memory(CMDLINE_BASE, data + b"\0")
     return CMDLINE_BASE

@@ -62,7 +62,9 @@ class Elf:
 
 def _notes(source: Source, segment: Segment) -> Iterator[Note]:
     if segment.file_size > MAX_NOTES_BYTES:
-        raise source.error("has a note segment of absurd size; it is damaged")
+        raise source.error(
+            "has a note segment of absurd size", mend="get the file again, it is damaged"
+        )
     data = source.read(segment.offset, segment.file_size)
     # gABI: 4-byte alignment; GNU property notes use 8 and say so in p_align.
     alignment = 8 if segment.alignment == 8 else 4
@@ -72,7 +74,10 @@ def _notes(source: Source, segment: Segment) -> Iterator[Note]:
         desc = align_up(at + 12 + name_size, alignment)
         end = desc + desc_size
         if end > len(data):
-            raise source.error("has a note that reaches out of its segment; it is damaged")
+            raise source.error(
+                "has a note that reaches out of its segment",
+                mend="get the file again, it is damaged",
+            )
         name = data[at + 12 : at + 12 + name_size].rstrip(b"\0")
         yield Note(name, kind, data[desc:end])
         at = align_up(end, alignment)
@@ -82,20 +87,22 @@ def parse_elf(source: Source) -> Elf:
     """Checks the headers; every segment returned lies within the file."""
     ident = source.read(0, min(source.size, EHDR.size))
     if ident[:4] != MAGIC:
-        raise source.error("is not an ELF file")
+        raise source.error("is not an ELF file", mend="name a vmlinux")
     if len(ident) < EHDR.size:
-        raise source.error("is cut short within its ELF header; get the file again")
+        raise source.error("is cut short within its ELF header", mend="get the file again")
     if ident[4] == CLASS_32:
-        raise source.error("is a 32-bit ELF file; use an x86-64 kernel")
+        raise source.error("is a 32-bit ELF file", mend="use an x86-64 kernel")
     if ident[4] != CLASS_64 or ident[5] != DATA_LSB:
-        raise source.error("is not a little-endian 64-bit ELF file; use an x86-64 kernel")
+        raise source.error("is not a little-endian 64-bit ELF file", mend="use an x86-64 kernel")
     (_, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _) = EHDR.unpack(ident)
     if machine != EM_X86_64:
-        raise source.error(f"is for another processor (ELF machine {machine}); use an x86-64 one")
+        raise source.error(
+            f"is for another processor (ELF machine {machine})", mend="use an x86-64 one"
+        )
     if kind not in (ET_EXEC, ET_DYN):
-        raise source.error("is an ELF file, but no executable; name a vmlinux")
+        raise source.error("is an ELF file, but no executable", mend="name a vmlinux")
     if phentsize != PHDR.size or not 0 < phnum <= MAX_SEGMENTS:
-        raise source.error("has no usable ELF program headers; name a linked vmlinux")
+        raise source.error("has no usable ELF program headers", mend="name a linked vmlinux")
     table = source.read(phoff, phnum * PHDR.size)
     segments = []
     for p_type, _, offset, _, physical, file_size, memory_size, alignment in PHDR.iter_unpack(
@@ -103,10 +110,13 @@ def parse_elf(source: Source) -> Elf:
     ):
         if p_type in (PT_LOAD, PT_NOTE) and offset + file_size > source.size:
             raise source.error(
-                f"is cut short: {offset + file_size} bytes are needed, it has {source.size}; "
-                "get the file again"
+                f"is cut short: {offset + file_size} bytes are needed, it has {source.size}",
+                mend="get the file again",
             )
         if p_type == PT_LOAD and file_size > memory_size:
-            raise source.error("has a segment larger in the file than in memory; it is damaged")
+            raise source.error(
+                "has a segment larger in the file than in memory",
+                mend="get the file again, it is damaged",
+            )
         segments.append(Segment(p_type, offset, physical, file_size, memory_size, alignment))
     return Elf(entry, tuple(segments), source)

@@ -74,4 +74,6 @@ def low_ram_top(vm: GuestMemory) -> int:
     for base, length in vm.ram:
         if base == 0:
             return length
-    raise BootError("the machine has no RAM at address 0; a PC kernel cannot start there")
+    raise BootError(
+        "the machine has no RAM at address 0", mend="put some there: a PC kernel starts in it"
+    )

@@ -48,9 +48,11 @@ def load_kernel(
 def _unknown(source: Source, start: bytes) -> BootError:
     for magic, name in COMPRESSED.items():
         if start.startswith(magic):
-            return source.error(f"is a {name} file, no kernel image; unpack it first")
+            return source.error(f"is a {name} file, no kernel image", mend="unpack it first")
     if start.startswith(b"070701"):
-        return source.error("is a cpio archive, which looks like an initrd; pass it as --initrd")
+        return source.error(
+            "is a cpio archive, which looks like an initrd", mend="pass it as --initrd"
+        )
     if start.startswith(b"MZ"):
-        return source.error("is an EFI program, but no x86 bzImage; use an x86-64 vmlinuz")
-    return source.error("is no kernel; name a bzImage (vmlinuz) or an ELF vmlinux")
+        return source.error("is an EFI program, but no x86 bzImage", mend="use an x86-64 vmlinuz")
+    return source.error("is no kernel", mend="name a bzImage (vmlinuz) or an ELF vmlinux")

@@ -37,7 +37,9 @@ def pvh_entry(elf: Elf) -> int | None:
     for note in elf.notes():
         if note.name == b"Xen" and note.type == XEN_ELFNOTE_PHYS32_ENTRY:
             if len(note.desc) not in (4, 8):
-                raise elf.source.error("has a PVH note of the wrong size; it is damaged")
+                raise elf.source.error(
+                    "has a PVH note of the wrong size", mend="get the file again, it is damaged"
+                )
             return int.from_bytes(note.desc, "little")
     return None
 
@@ -53,29 +55,34 @@ def load_pvh(
     entry = pvh_entry(elf)
     if entry is None:
         raise source.error(
-            "is an ELF file without a PVH entry; use the bzImage (vmlinuz), or a vmlinux built "
-            "with CONFIG_PVH"
+            "is an ELF file without a PVH entry",
+            mend="use the bzImage (vmlinuz), or a vmlinux built with CONFIG_PVH",
         )
     loads = elf.loads
     if not any(s.physical <= entry < s.physical + s.memory_size for s in loads):
-        raise source.error(f"has its entry {entry:#x} outside of what it loads; it is damaged")
+        raise source.error(
+            f"has its entry {entry:#x} outside of what it loads",
+            mend="get the file again, it is damaged",
+        )
     # Each byte of memory is written once at most, however many segments a hostile file has.
     ordered = sorted(loads, key=lambda s: s.physical)
     for lower, upper in pairwise(ordered):
         if upper.physical < lower.physical + lower.memory_size:
-            raise source.error("has segments that overlap in memory; it is damaged")
+            raise source.error(
+                "has segments that overlap in memory", mend="get the file again, it is damaged"
+            )
     start = min(s.physical for s in loads)
     end = max(s.physical + s.memory_size for s in loads)
     if start < HIGH_MEMORY or end > LOW_RAM_MAX:
         raise source.error(
-            f"asks to lie at {start:#x}-{end:#x}; a PC has RAM for a kernel at "
-            f"{HIGH_MEMORY:#x}-{LOW_RAM_MAX:#x}"
+            f"asks to lie at {start:#x}-{end:#x}",
+            mend=f"link it to lie in {HIGH_MEMORY:#x}-{LOW_RAM_MAX:#x}, where a PC has RAM",
         )
     top = low_ram_top(vm)
     if end > top:
         raise source.error(
-            f"needs {mib_up(end)} MiB to start, the machine has {mib_up(total_ram(vm))} MiB; "
-            f"give it at least --memory {mib_up(end)}M"
+            f"needs {mib_up(end)} MiB to start, the machine has {mib_up(total_ram(vm))} MiB",
+            mend=f"give it at least --memory {mib_up(end)}M",
         )
     cmdline_address = write_cmdline(vm, cmdline, LINUX_LIMIT)
     initrd_address, initrd_size = load_initrd(vm, initrd, end, top)

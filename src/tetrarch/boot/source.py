@@ -36,22 +36,25 @@ class Source:
         self.what = what
         self.path = path
 
-    def error(self, cause: str) -> BootError:
-        return BootError(f"{self.what} {self.path}: {cause}")
+    def error(self, cause: str, mend: str) -> BootError:
+        return BootError(f"{self.what} {self.path}: {cause}", mend=mend)
 
     def read(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise self.error(
-                f"is cut short: {offset + length} bytes are needed, it has {self.size}; "
-                "get the file again"
+                f"is cut short: {offset + length} bytes are needed, it has {self.size}",
+                mend="get the file again",
             )
         try:
             self._file.seek(offset)
             data = self._file.read(length)
         except OSError as error:
-            raise self.error(f"cannot be read: {error.strerror or error}") from error
+            cause = f"cannot be read: {error.strerror or error}"
+            raise self.error(
+                cause, mend="look into the host's kernel log, or get it again"
+            ) from error
         if len(data) != length:
-            raise self.error("got shorter while it was read; try again when it is complete")
+            raise self.error("got shorter while it was read", mend="try again when it is complete")
         return data
 
     @classmethod
@@ -62,27 +65,33 @@ class Source:
             # O_NONBLOCK: a FIFO without a writer must give an error, not wait for ever.
             fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
-            cause = error.strerror if isinstance(error, OSError) else str(error)
-            if isinstance(error, FileNotFoundError):
-                cause = "no such file; check the path"
-            elif isinstance(error, PermissionError):
-                cause = (
-                    "no permission to read it; make it readable (Debian's kernels in /boot "
-                    "are readable, some initrds only by root)"
-                )
-            raise BootError(f"{what} {name}: {cause}") from error
+            raise BootError(*_why_not_open(f"{what} {name}", error)) from error
         try:
             info = os.fstat(fd)
             if stat.S_ISDIR(info.st_mode):
-                raise BootError(f"{what} {name}: is a directory; name the file in it")
+                raise BootError(f"{what} {name}: is a directory", mend="name the file in it")
             if not stat.S_ISREG(info.st_mode):
-                raise BootError(f"{what} {name}: is not a regular file; copy it to one first")
+                raise BootError(
+                    f"{what} {name}: is not a regular file", mend="copy it to one first"
+                )
             if info.st_size == 0:
-                raise BootError(f"{what} {name}: is empty; get the file again")
+                raise BootError(f"{what} {name}: is empty", mend="get the file again")
             with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
                 yield cls(file, info.st_size, what, name)
         finally:
             os.close(fd)
+
+
+def _why_not_open(what: str, error: OSError | ValueError) -> tuple[str, str]:
+    """Cause and mend."""
+    if isinstance(error, FileNotFoundError):
+        return f"{what}: no such file", "check the path"
+    if isinstance(error, PermissionError):
+        return f"{what}: no permission to read it", (
+            "make it readable (Debian's kernels in /boot are readable, some initrds only by root)"
+        )
+    cause = error.strerror if isinstance(error, OSError) else str(error)
+    return f"{what}: {cause}", "name another file"
 
 
 def copy_to_guest(vm: GuestMemory, address: int, source: Source, offset: int, length: int) -> None:
@@ -114,17 +123,19 @@ def place_initrd(vm: GuestMemory, source: Source, floor: int, ceiling: int) -> i
     needed = align_up(floor, PAGE_SIZE) + align_up(source.size, PAGE_SIZE)
     if needed > LOW_RAM_MAX:
         raise source.error(
-            f"is {size} MiB; kernel and initrd must fit below "
-            f"{mib_up(LOW_RAM_MAX)} MiB with any memory size; use a smaller initrd"
+            f"is {size} MiB, and with any memory size kernel and initrd must fit below "
+            f"{mib_up(LOW_RAM_MAX)} MiB",
+            mend="use a smaller initrd",
         )
     if needed <= total_ram(vm):
         raise source.error(
-            f"is {size} MiB, but this kernel takes an initrd only below address {ceiling:#x}; "
-            "use a smaller initrd or a newer kernel"
+            f"is {size} MiB, but this kernel takes an initrd only below address {ceiling:#x}",
+            mend="use a smaller initrd or a newer kernel",
         )
     raise source.error(
         f"is {size} MiB and does not fit beside the kernel into {mib_up(total_ram(vm))} MiB of "
-        f"memory; give the machine at least --memory {mib_up(needed)}M, and room to unpack it"
+        "memory",
+        mend=f"give the machine at least --memory {mib_up(needed)}M, and room to unpack it",
     )
 
 

@@ -44,9 +44,9 @@ def run_guest(options: RunOptions) -> int:
     """Runs the guest to its end; the exit code."""
     timeout = options.timeout
     if timeout is not None and not 0 < timeout <= _TIMEOUT_S_MAX:
-        raise ConfigError(f"--timeout: {timeout:g} is no time to wait; give seconds above 0")
+        raise ConfigError(f"--timeout: {timeout:g} is no time to wait", mend="give seconds above 0")
     if options.image is not None and options.kernel is not None:
-        raise ConfigError("--image and --kernel both name a kernel; give one of them")
+        raise ConfigError("--image and --kernel both name a kernel", mend="give one of them")
     # What is wrong with the options is said before anything is fetched or opened.
     config = make_config(_machine_values(options))
     choose(config.engine, config.cpus)
@@ -61,8 +61,9 @@ def run_guest(options: RunOptions) -> int:
         _say_start(machine, console)
         status = machine.run(timeout)
     except EngineError as error:
-        mend = "" if ";" in str(error) else "; please report it"
-        raise HostError(f"the engine failed: {error}{mend}") from error
+        raise HostError(
+            f"the engine failed: {error}", mend="if that does not help, please report it"
+        ) from error
     finally:
         console.close()
     _say_end(status, console)
@@ -83,7 +84,8 @@ def parse_console(text: str) -> tuple[str, Path | None]:
     if kind in ("file", "socket") and path:
         return kind, Path(path)
     raise ConfigError(
-        f"--console: {text!r} is no console; there are stdio, none, file=PATH and socket=PATH"
+        f"--console: {text!r} is no console",
+        mend="there are stdio, none, file=PATH and socket=PATH",
     )
 
 

@@ -26,7 +26,7 @@ class FileConsole:
             self._file = path.open("wb", buffering=0)
         except OSError as error:
             raise ConsoleError(
-                f"cannot write the console to {path}: {error.strerror}; name another file"
+                f"cannot write the console to {path}: {error.strerror}", mend="name another file"
             ) from error
         self._path = path
 
@@ -40,7 +40,7 @@ class FileConsole:
                 view = view[self._file.write(view) or 0 :]
         except OSError as error:
             raise ConsoleError(
-                f"cannot write the console to {self._path}: {error.strerror}; free the space"
+                f"cannot write the console to {self._path}: {error.strerror}", mend="free the space"
             ) from error
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class SocketConsole:
             self._listener.close()
             reason = error.strerror or str(error)
             raise ConsoleError(
-                f"cannot listen for the console on {path}: {reason}; name another path"
+                f"cannot listen for the console on {path}: {reason}", mend="name another path"
             ) from error
 
     def start(self, receive: Receive, leave: Leave) -> None:

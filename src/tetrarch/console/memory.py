@@ -98,7 +98,7 @@ class MemoryConsole:
                     reason = "the machine ended" if self._closed else f"{timeout:g} s passed"
                     tail = self._unread().decode("utf-8", "replace")[-_SHOWN_CHARS:]
                     raise ExpectTimeout(
-                        f"{reason} without {regex.pattern!r} on the console; it ends in {tail!r}"
+                        f"{reason} without {regex.pattern!r} on the console, which ends in {tail!r}"
                     )
                 self._changed.wait(left)
 

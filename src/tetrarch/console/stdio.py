@@ -47,8 +47,8 @@ class StdioConsole:
                 select.select((), (self._out,), ())
             except OSError as error:
                 raise ConsoleError(
-                    f"cannot write the console to standard output: {error.strerror}; "
-                    "keep its reader open, or use --console file=PATH"
+                    f"cannot write the console to standard output: {error.strerror}",
+                    mend="keep its reader open, or use --console file=PATH",
                 ) from error
 
     def close(self) -> None:

@@ -16,5 +16,6 @@ def check(state: State, device: str, version: int) -> None:
     if found != (device, version):
         raise StateError(
             f"saved state is of {found[0]!r} version {found[1]!r}, this device is {device!r} "
-            f"version {version}; load it with the release that saved it"
+            f"version {version}",
+            mend="load it with the release that saved it",
         )

@@ -1,7 +1,7 @@
 """Machines: what one is made of, how it is put together, how it runs and ends."""
 
 from tetrarch.machine.config import MachineConfig
-from tetrarch.machine.machine import Machine, MachineStateError
+from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import EngineInfo, engines
 from tetrarch.machine.status import ExitStatus, StopReason
 
@@ -10,7 +10,6 @@ __all__ = [
     "ExitStatus",
     "Machine",
     "MachineConfig",
-    "MachineStateError",
     "StopReason",
     "engines",
 ]

@@ -34,41 +34,54 @@ _COUNT = re.compile(r"^[0-9]{1,9}$")
 _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 
+class ValueProblem(ValueError):
+    """What is wrong with one value, and what mends it."""
+
+    def __init__(self, cause: str, mend: str) -> None:
+        super().__init__(f"{cause}; {mend}")
+        self.cause = cause
+        self.mend = mend
+
+
 def parse_size(value: object) -> int:
     """Bytes in "512M", "2G", or a bare number, which counts MiB."""
     match = None if isinstance(value, bool) else _SIZE.match(str(value).strip())
     if match is None:
-        raise ValueError(f"{value!r} is no size; write 512M, 2G or a number of MiB")
+        raise ValueProblem(f"{value!r} is no size", mend="write 512M, 2G or a number of MiB")
     size = int(match[1]) * _UNITS[match[2].upper()]
     if size % PAGE_SIZE:
-        raise ValueError(f"{value!r} is no multiple of 4 KiB; round it up")
+        raise ValueProblem(f"{value!r} is no multiple of 4 KiB", mend="round it up")
     if size < MEMORY_MIN:
-        raise ValueError(
-            f"{value!r} is too little for a machine; give {MEMORY_MIN // MIB}M or more"
+        raise ValueProblem(
+            f"{value!r} is too little for a machine", mend=f"give {MEMORY_MIN // MIB}M or more"
         )
     if size > MEMORY_MAX:
-        raise ValueError(f"{value!r} is more than a machine can address; give less than 64T")
+        raise ValueProblem(
+            f"{value!r} is more than a machine can address", mend="give less than 64T"
+        )
     return size
 
 
 def _cpu_count(value: object) -> int:
     if isinstance(value, bool) or not _COUNT.match(str(value)) or int(str(value)) < 1:
-        raise ValueError(f"{value!r} is no number of CPUs; give 1 or more")
+        raise ValueProblem(f"{value!r} is no number of CPUs", mend="give 1 or more")
     count = int(str(value))
     if count > VCPUS_MAX:
-        raise ValueError(f"{count} CPUs are more than a machine can have; give {VCPUS_MAX} or less")
+        raise ValueProblem(
+            f"{count} CPUs are more than a machine can have", mend=f"give {VCPUS_MAX} or less"
+        )
     return count
 
 
 def _text(value: object) -> object:
     if isinstance(value, str) and "\0" in value:
-        raise ValueError("it holds a zero byte; remove it")
+        raise ValueProblem("it holds a zero byte", mend="remove it")
     return value
 
 
 def _path(value: object) -> object:
     if value == "" or (isinstance(value, str) and "\0" in value):
-        raise ValueError(f"{value!r} is no file name; name a file")
+        raise ValueProblem(f"{value!r} is no file name", mend="name a file")
     return value
 
 
@@ -96,26 +109,31 @@ class MachineConfig(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "tetrarch"
 
 
-_MENDS = {
-    "engine": "{value!r} is no engine; there are auto, bt and kvm",
-    "name": "{value!r} is no name; use up to 64 letters, digits, '.', '_' and '-'",
-    "debug_exit": "{value!r} is neither true nor false",
+# What pydantic's own checks say in its words, in ours: cause and mend.
+_PROBLEMS = {
+    "engine": ("is no engine", "there are auto, bt and kvm"),
+    "name": ("is no name", "use up to 64 letters, digits, '.', '_' and '-'"),
+    "debug_exit": ("is neither true nor false", "give one of them"),
 }
 
 
 def make_config(values: dict[str, Any]) -> MachineConfig:
-    """The checked configuration. Raises ConfigError with one line."""
+    """The checked configuration. Raises ConfigError for the first option that is wrong."""
     try:
         return MachineConfig(**values)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise _config_error(error) from None
 
 
-def _one_line(error: ValidationError) -> str:
+def _config_error(error: ValidationError) -> ConfigError:
     first = error.errors()[0]
     option = str(first["loc"][0]) if first["loc"] else "configuration"
+    problem = first.get("ctx", {}).get("error")
+    if isinstance(problem, ValueProblem):
+        return ConfigError(f"{option}: {problem.cause}", mend=problem.mend)
     if first["type"] == "extra_forbidden":
-        return f"{option}: there is no such option"
-    if option in _MENDS:
-        return f"{option}: {_MENDS[option].format(value=first['input'])}"
-    return f"{option}: {first['msg'].removeprefix('Value error, ')}"
+        return ConfigError(f"{option}: there is no such option", mend="remove it")
+    if option in _PROBLEMS:
+        cause, mend = _PROBLEMS[option]
+        return ConfigError(f"{option}: {first['input']!r} {cause}", mend=mend)
+    return ConfigError(f"{option}: {first['msg']}")

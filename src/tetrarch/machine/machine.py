@@ -21,7 +21,7 @@ from typing import Self
 from tetrarch import _native
 from tetrarch.boot import build_acpi, load_kernel
 from tetrarch.console import ConsoleBackend, MemoryConsole
-from tetrarch.errors import HostError, TetrarchError
+from tetrarch.errors import HostError, MachineStateError
 from tetrarch.images.default_guest import DEFAULT_APPEND
 from tetrarch.machine.config import MIB, MachineConfig, make_config
 from tetrarch.machine.panic import PanicWatch
@@ -29,7 +29,7 @@ from tetrarch.machine.pc import Pc, assemble_pc
 from tetrarch.machine.selection import choose
 from tetrarch.machine.status import ExitStatus, StopReason
 
-__all__ = ["Machine", "MachineStateError"]
+__all__ = ["Machine"]
 
 # request_stop() reaches a vCPU that runs; one that is about to run is asked again.
 _STOP_RETRY_S = 0.02
@@ -43,10 +43,6 @@ _INPUT_BYTES_MAX = 64 << 10
 _INPUT_RETRY_S = 0.01
 
 _Event = ExitStatus | BaseException
-
-
-class MachineStateError(TetrarchError):
-    """The machine is not in a state for what was asked: not started, or ended."""
 
 
 class Machine:
@@ -121,8 +117,8 @@ class Machine:
         """The serial line. Only where no other console was given."""
         if not isinstance(self._backend, MemoryConsole):
             raise MachineStateError(
-                f"the console of this machine is a {type(self._backend).__name__}; "
-                "use that, or give none"
+                f"the console of this machine is a {type(self._backend).__name__}",
+                mend="use that, or give none",
             )
         return self._backend
 
@@ -203,7 +199,9 @@ class Machine:
         device raised if that ended it.
         """
         if self._started_at is None:
-            raise MachineStateError("the machine has not been started; call start() or run()")
+            raise MachineStateError(
+                "the machine has not been started", mend="call start() or run()"
+            )
         if self._ended_at is None:
             try:
                 event = self._events.get(timeout=timeout)
@@ -214,7 +212,7 @@ class Machine:
         if self._failure is not None:
             raise self._failure
         if self._status is None:  # _conclude() sets one of the two
-            raise MachineStateError("the machine ended without a reason; report this")
+            raise MachineStateError("the machine ended without a reason", mend="report this")
         return self._status
 
     def run(self, timeout: float | None = None) -> ExitStatus:
@@ -259,7 +257,10 @@ class Machine:
 
     def _require_new(self, what: str) -> None:
         if self._started_at is not None:
-            raise MachineStateError(f"{what}() comes too late: the machine was already started")
+            raise MachineStateError(
+                f"{what}() comes too late: the machine was already started",
+                mend="make another Machine: each runs once",
+            )
 
     def _boot(self) -> None:
         kernel, initrd = self.config.kernel, self.config.initrd
@@ -365,7 +366,8 @@ class Machine:
                 thread.join(_STOP_RETRY_S)
                 if time.monotonic() > deadline:
                     raise HostError(
-                        f"{thread.name} does not stop: a device does not return from an access"
+                        f"{thread.name} does not stop: a device does not return from an access",
+                        mend="end its read() or write()",
                     )
 
     # What the panic watch asks.
@@ -406,9 +408,9 @@ def _create_vm(engine: str, config: MachineConfig) -> _native.Vm:
     try:
         return _native.Vm(engine, config.memory, config.cpus)
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
-        cause = str(error) or type(error).__name__
-        mend = "" if ";" in cause else "; try a smaller --memory"
         raise HostError(
             f"cannot make a machine with {config.memory // MIB} MiB of memory and "
-            f"{config.cpus} CPUs: {cause}{mend}"
+            f"{config.cpus} CPUs: {error or type(error).__name__}",
+            # The engine's errors say themselves what to do.
+            mend="" if isinstance(error, _native.EngineError) else "try less memory",
         ) from error
