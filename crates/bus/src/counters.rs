@@ -35,6 +35,11 @@ pub struct LoopCounters {
     halt: Counter,
     shutdown: Counter,
     kicked: Counter,
+    hypercall: Counter,
+    msr_read: Counter,
+    msr_write: Counter,
+    port_with_registers: Counter,
+    trap: Counter,
     nobody: Counter,
     native: Counter,
     python: Counter,
@@ -57,6 +62,11 @@ pub struct LoopStats {
     pub halt: u64,
     pub shutdown: u64,
     pub kicked: u64,
+    pub hypercall: u64,
+    pub msr_read: u64,
+    pub msr_write: u64,
+    pub port_with_registers: u64,
+    pub trap: u64,
     /// Accesses that no device claimed.
     pub nobody: u64,
     /// Accesses answered by devices in Rust, and by devices in Python.
@@ -83,6 +93,11 @@ impl LoopCounters {
             Exit::Halt => &self.halt,
             Exit::Shutdown => &self.shutdown,
             Exit::Kicked => &self.kicked,
+            Exit::Hypercall { .. } => &self.hypercall,
+            Exit::MsrRead { .. } => &self.msr_read,
+            Exit::MsrWrite { .. } => &self.msr_write,
+            Exit::PortWithRegisters { .. } => &self.port_with_registers,
+            Exit::Trap(_) => &self.trap,
         };
         counter.add(1);
     }
@@ -93,7 +108,14 @@ impl LoopCounters {
             Exit::PortOut { .. } => Some(&self.port_out_ticks),
             Exit::MmioRead { .. } => Some(&self.mmio_read_ticks),
             Exit::MmioWrite { .. } => Some(&self.mmio_write_ticks),
-            Exit::Halt | Exit::Shutdown | Exit::Kicked => None,
+            Exit::Halt
+            | Exit::Shutdown
+            | Exit::Kicked
+            | Exit::Hypercall { .. }
+            | Exit::MsrRead { .. }
+            | Exit::MsrWrite { .. }
+            | Exit::PortWithRegisters { .. }
+            | Exit::Trap(_) => None,
         };
         if let Some(spent) = spent {
             spent.add(ticks);
@@ -120,6 +142,11 @@ impl LoopCounters {
             halt: self.halt.get(),
             shutdown: self.shutdown.get(),
             kicked: self.kicked.get(),
+            hypercall: self.hypercall.get(),
+            msr_read: self.msr_read.get(),
+            msr_write: self.msr_write.get(),
+            port_with_registers: self.port_with_registers.get(),
+            trap: self.trap.get(),
             nobody: self.nobody.get(),
             native: self.native.get(),
             python: self.python.get(),

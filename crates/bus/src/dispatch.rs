@@ -1,8 +1,8 @@
 //! What each exit means. The whole map between CPU and devices is one match.
 
-use tetrarch_engine::{Exit, Reply};
+use tetrarch_engine::{Exit, Reply, Vcpu};
 
-use crate::{Bus, DeviceError, Handler};
+use crate::{Bus, DeviceError, Handler, PlatformHandlers, PortAccess};
 
 /// Why a run loop came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +16,7 @@ pub enum StopReason {
 }
 
 /// What the run loop does after an exit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     Answer {
         reply: Reply,
@@ -27,7 +27,12 @@ pub enum Step {
     LookUp,
 }
 
-pub fn dispatch(exit: Exit, bus: &Bus) -> Result<Step, DeviceError> {
+pub fn dispatch(
+    exit: Exit,
+    vcpu: &mut dyn Vcpu,
+    bus: &Bus,
+    platform: &dyn PlatformHandlers,
+) -> Result<Step, DeviceError> {
     Ok(match exit {
         Exit::PortIn { port, size } => {
             let answer = bus.port_in(port, size)?;
@@ -46,5 +51,18 @@ pub fn dispatch(exit: Exit, bus: &Bus) -> Result<Step, DeviceError> {
         Exit::Halt => Step::Stop(StopReason::Halted),
         Exit::Shutdown => Step::Stop(StopReason::Shutdown),
         Exit::Kicked => Step::LookUp,
+        Exit::Hypercall { cpl } => Step::answer(platform.hypercall(vcpu, cpl)?),
+        Exit::MsrRead { index } => Step::answer(platform.msr_read(vcpu, index)?),
+        Exit::MsrWrite { index, value } => Step::answer(platform.msr_write(vcpu, index, value)?),
+        Exit::PortWithRegisters { port, size, input, string } => {
+            Step::answer(platform.port(vcpu, PortAccess { port, size, input, string })?)
+        }
+        Exit::Trap(trap) => Step::answer(platform.trap(vcpu, trap)?),
     })
+}
+
+impl Step {
+    fn answer((reply, by): (Reply, Handler)) -> Self {
+        Self::Answer { reply, by }
+    }
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use tetrarch_engine::{EngineError, Exit, Reply, Vcpu};
 
-use crate::{Bus, DeviceError, RunControl, Seat, Step, StopReason, dispatch, tsc::ticks};
+use crate::{
+    Bus, DeviceError, PlatformHandlers, RunControl, Seat, Step, StopReason, dispatch, tsc::ticks,
+};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -40,6 +42,7 @@ impl Drop for StopOthers<'_> {
 pub fn run_vcpu(
     vcpu: &mut dyn Vcpu,
     bus: &Bus,
+    platform: &dyn PlatformHandlers,
     control: &RunControl,
     seat: &Arc<Seat>,
     looked_up: &mut dyn FnMut() -> Result<(), DeviceError>,
@@ -51,7 +54,7 @@ pub fn run_vcpu(
         let exit = vcpu.run()?;
         counters.count(&exit);
         let exited = ticks();
-        let step = dispatch(exit, bus);
+        let step = dispatch(exit, vcpu, bus, platform);
         let answered = ticks();
         counters.run_ticks.add(answered.saturating_sub(last));
         last = answered;

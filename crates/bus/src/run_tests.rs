@@ -6,7 +6,7 @@ use parking_lot::{Condvar, Mutex};
 use tetrarch_engine::{Counters, Kick, Registers, SystemRegisters};
 
 use super::*;
-use crate::{Device, DeviceKind};
+use crate::{Device, DeviceKind, NoHandlers};
 
 /// A vCPU that makes the exits of a script, then runs until it is kicked.
 struct Scripted {
@@ -137,7 +137,7 @@ impl Fixture {
     }
 
     fn run(&self, vcpu: &mut Scripted, seat: &Arc<Seat>) -> Result<StopReason, RunError> {
-        run_vcpu(vcpu, &self.bus, &self.control, seat, &mut || Ok(()))
+        run_vcpu(vcpu, &self.bus, &NoHandlers, &self.control, seat, &mut || Ok(()))
     }
 }
 
@@ -270,10 +270,11 @@ fn kick_without_a_request_calls_the_thread_and_goes_on() {
     let seat = machine.seat(&vcpu);
     seat.kick();
     let called = AtomicBool::new(false);
-    let reason = run_vcpu(&mut vcpu, &machine.bus, &machine.control, &seat, &mut || {
-        called.store(true, Ordering::Relaxed);
-        Ok(())
-    });
+    let reason =
+        run_vcpu(&mut vcpu, &machine.bus, &NoHandlers, &machine.control, &seat, &mut || {
+            called.store(true, Ordering::Relaxed);
+            Ok(())
+        });
     assert_eq!(reason.unwrap(), StopReason::Halted);
     assert!(called.into_inner());
 }

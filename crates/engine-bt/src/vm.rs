@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use tetrarch_engine::{Clock, EngineError, Vcpu, Vm};
+use tetrarch_engine::{Clock, EngineError, Platform, Vcpu, Vm};
 use tetrarch_memory::GuestMemory;
 
 use crate::cpu::VmShared;
@@ -20,11 +20,12 @@ pub struct Config {
     pub vcpus: u32,
     /// Without it every instruction is interpreted.
     pub translate: bool,
+    pub platform: Platform,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { vcpus: 1, translate: true }
+        Self { vcpus: 1, translate: true, platform: Platform::default() }
     }
 }
 
@@ -69,6 +70,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
         irqchip,
         clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(config.vcpus, tsc_hz),
+        platform: config.platform,
         tsc_hz,
     });
     let cache = if config.translate {
@@ -79,7 +81,8 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
     } else {
         None
     };
-    Ok(Arc::new(BtVm { shared, cache, bells, config, created: Mutex::default() }))
+    let vcpus = config.vcpus;
+    Ok(Arc::new(BtVm { shared, cache, bells, vcpus, created: Mutex::default() }))
 }
 
 /// Ticks of the host's TSC in a second (measured once a process).
@@ -110,16 +113,16 @@ struct BtVm {
     shared: Arc<VmShared>,
     cache: Option<Arc<Mutex<Cache>>>,
     bells: Arc<Bells>,
-    config: Config,
+    vcpus: u32,
     created: Mutex<Vec<u32>>,
 }
 
 impl Vm for BtVm {
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, EngineError> {
-        if id >= self.config.vcpus {
+        if id >= self.vcpus {
             return Err(EngineError::Refused(format!(
                 "vCPU {id} does not exist: the VM has {}",
-                self.config.vcpus
+                self.vcpus
             )));
         }
         let mut created = self.created.lock();

@@ -26,7 +26,7 @@ fn guest(code: &[u8], stack: u64, rflags: u64) -> Guest {
     for vector in 0..256 {
         memory.write(GuestPhys(vector * 4), &(HANDLER as u32).to_le_bytes()).unwrap();
     }
-    let vm = create_vm(memory, Config { vcpus: 1, translate: false }).unwrap();
+    let vm = create_vm(memory, Config { translate: false, ..Config::default() }).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     let mut system = vcpu.system_registers();
     system.cs = Segment { base: CODE, limit: 0xFFFF, attributes: 0x9B, selector: 0x1000 };

@@ -530,8 +530,8 @@ impl Vcpu for KvmVcpu {
 
     fn reply(&mut self, reply: Reply) {
         let value = match reply {
-            Reply::Done => 0,
             Reply::Value(value) => value,
+            Reply::Done | Reply::Registers(_) | Reply::Fault(_) => 0,
         };
         self.inner.get_mut().answer(value);
     }

@@ -1,6 +1,12 @@
 //! Why a vCPU stopped, and what it is told before it goes on.
 
+use crate::Registers;
+
 /// What the guest did that only the machine can answer.
+///
+/// Those from `Hypercall` on come only where the [`crate::Platform`] asks for
+/// them. [`crate::Vcpu::registers`] are then those before the instruction, with
+/// RIP at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// IN (INS one item at a time): reply with the value.
@@ -29,13 +35,70 @@ pub enum Exit {
     Shutdown,
     /// [`crate::Kick::kick`] was called.
     Kicked,
+    /// VMCALL or VMMCALL: a value in reply goes to RAX.
+    Hypercall {
+        cpl: u8,
+    },
+    /// RDMSR: reply with the value.
+    MsrRead {
+        index: u32,
+    },
+    MsrWrite {
+        index: u32,
+        value: u64,
+    },
+    /// IN, OUT, INS or OUTS on one of the platform's ports: a value in reply goes
+    /// to AL, AX or EAX of an input.
+    PortWithRegisters {
+        port: u16,
+        size: u8,
+        input: bool,
+        /// INS or OUTS: the whole of it, REP prefix included, is the machine's.
+        string: bool,
+    },
+    /// An event of a deprivileged guest, which has not been delivered.
+    Trap(Trap),
+}
+
+/// What happened at CPL 3 (see [`crate::Traps`]).
+///
+/// System registers can be set before the reply, as no other exit allows. An
+/// exception is no instruction that could be done: after any reply but a fault,
+/// which is then delivered, the guest goes on at RIP as it stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trap {
+    Exception(GuestFault),
+    /// RIP is at the instruction; `next` is behind it.
+    Syscall {
+        next: u64,
+    },
+}
+
+/// An exception.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestFault {
+    pub vector: u8,
+    pub error: Option<u32>,
+    /// Of a page fault: what CR2 is to hold.
+    pub address: u64,
+}
+
+impl GuestFault {
+    pub const UD: Self = Self { vector: 6, error: None, address: 0 };
+    /// #GP(0).
+    pub const GP: Self = Self { vector: 13, error: Some(0), address: 0 };
 }
 
 /// The answer to an [`Exit`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// The access is done; there is nothing to hand back.
     Done,
     /// What the guest reads; bits over the size of the access are ignored.
     Value(u64),
+    /// The registers after the instruction. RIP left at the instruction moves
+    /// behind it; RIP changed stands.
+    Registers(Box<Registers>),
+    /// The instruction raises this instead.
+    Fault(GuestFault),
 }

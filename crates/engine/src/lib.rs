@@ -8,10 +8,12 @@
 mod clock;
 pub mod cpuid;
 mod exit;
+mod platform;
 mod registers;
 
 pub use clock::Clock;
-pub use exit::{Exit, Reply};
+pub use exit::{Exit, GuestFault, Reply, Trap};
+pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};
 pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};
 
 use std::sync::Arc;

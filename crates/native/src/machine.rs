@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use tetrarch_bus::{Bus, DeviceError, RunControl, Seat, StopReason, TscScale, run_vcpu};
+use tetrarch_bus::{
+    Bus, DeviceError, NoHandlers, RunControl, Seat, StopReason, TscScale, run_vcpu,
+};
 use tetrarch_engine::{Counters, EngineError, Vcpu, Vm};
 use tetrarch_memory::GuestMemory;
 
@@ -60,7 +62,7 @@ impl Machine {
             let config = tetrarch_engine_kvm::Config { vcpus, ..Default::default() };
             tetrarch_engine_kvm::create_vm(Arc::clone(&memory), config)?
         } else {
-            let config = tetrarch_engine_bt::Config { vcpus, translate };
+            let config = tetrarch_engine_bt::Config { vcpus, translate, ..Default::default() };
             tetrarch_engine_bt::create_vm(Arc::clone(&memory), config)?
         };
 
@@ -138,7 +140,14 @@ impl VcpuSlot {
         }
         let _running = Running(self);
         let mut vcpu = self.vcpu.lock();
-        let result = run_vcpu(&mut **vcpu, &machine.bus, &machine.control, &self.seat, looked_up);
+        let result = run_vcpu(
+            &mut **vcpu,
+            &machine.bus,
+            &NoHandlers,
+            &machine.control,
+            &self.seat,
+            looked_up,
+        );
         *self.counters.lock() = vcpu.counters();
         Ok(result?)
     }

@@ -442,7 +442,10 @@ pub fn execute(cpu: &mut Cpu) {
     use crate::cpu::state::reg;
     let (leaf, subleaf) = (cpu.st.gpr[reg::RAX] as u32, cpu.st.gpr[reg::RCX] as u32);
     let vm = std::sync::Arc::clone(&cpu.vm);
-    let [a, b, c, d] = vm.cpuid.query(leaf, subleaf, cpu);
+    let [a, b, c, d] = vm
+        .platform
+        .cpuid(leaf, subleaf, cpu.id as u32)
+        .unwrap_or_else(|| vm.cpuid.query(leaf, subleaf, cpu));
     let gpr = &mut cpu.st.gpr;
     gpr[reg::RAX] = u64::from(a);
     gpr[reg::RBX] = u64::from(b);

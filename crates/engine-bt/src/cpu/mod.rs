@@ -13,7 +13,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use tetrarch_engine::Clock;
+use tetrarch_engine::{Clock, Platform};
 use tetrarch_memory::GuestMemory;
 
 use crate::cpu::cpuid::CpuidTable;
@@ -31,6 +31,7 @@ pub struct VmShared {
     pub irqchip: Arc<IrqChip>,
     pub clock: Arc<Clock>,
     pub cpuid: CpuidTable,
+    pub platform: Platform,
     pub tsc_hz: u64,
 }
 
@@ -47,7 +48,7 @@ pub mod mode {
     /// RDTSC runs in user mode.
     pub const TSC: u32 = 1 << 6;
     pub const FSGSBASE: u32 = 1 << 7;
-    /// SYSCALL and SYSRET run (EFER.SCE).
+    /// SYSCALL and SYSRET run in translated code (EFER.SCE, and no trap of them).
     pub const SYSCALL: u32 = 1 << 8;
 }
 
@@ -181,7 +182,7 @@ impl Cpu {
             (avx, mode::AVX),
             (st.cr4 & cr::CR4_TSD == 0, mode::TSC),
             (st.cr4 & cr::CR4_FSGSBASE != 0, mode::FSGSBASE),
-            (st.efer & cr::EFER_SCE != 0, mode::SYSCALL),
+            (st.efer & cr::EFER_SCE != 0 && !self.vm.platform.traps.syscall, mode::SYSCALL),
         ] {
             if on {
                 word |= bit;

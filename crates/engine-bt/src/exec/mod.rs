@@ -5,18 +5,20 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tetrarch_engine::{Counters, EngineError, Exit, Kick, Registers, Reply, SystemRegisters, Vcpu};
+use tetrarch_engine::{
+    Counters, EngineError, Exit, GuestFault, Kick, Registers, Reply, SystemRegisters, Trap, Vcpu,
+};
 
 use crate::cpu::exception;
 use crate::cpu::fault::{Fault, Stop};
 use crate::cpu::fpu;
 use crate::cpu::msr;
-use crate::cpu::state::seg;
+use crate::cpu::state::{reg, seg};
 use crate::cpu::{Cpu, VmShared, mode};
 use crate::host::signals;
 use crate::host::timer::HostTimer;
 use crate::host::wake::Bell;
-use crate::interp::{self, thunk};
+use crate::interp::{self, Flow, thunk};
 use crate::irqchip;
 use crate::translate::builder::Builder;
 use crate::translate::cache::Cache;
@@ -38,6 +40,8 @@ pub struct BtVcpu {
     nmi_pending: bool,
     /// An event whose delivery waits for the machine's answer.
     delivering: Option<Event>,
+    /// A trap waits for its reply.
+    trapped: Option<Trap>,
 }
 
 /// What interrupts the guest.
@@ -76,6 +80,7 @@ impl BtVcpu {
             shut_down: false,
             nmi_pending: false,
             delivering: None,
+            trapped: None,
         })
     }
 
@@ -284,6 +289,9 @@ impl BtVcpu {
         match stop {
             Stop::Fault(fault) => self.deliver(fault),
             Stop::Exit(exit) => {
+                if let Exit::Trap(trap) = exit {
+                    self.trapped = Some(trap);
+                }
                 self.waiting = Some(exit);
                 Some(exit)
             }
@@ -296,6 +304,10 @@ impl BtVcpu {
 
     fn deliver(&mut self, fault: Fault) -> Option<Exit> {
         self.cpu.replay.clear();
+        if self.cpu.st.cpl == 3 && self.cpu.vm.platform.traps.exception(fault.vector) {
+            let Fault { vector, error, address } = fault;
+            return self.trap(Trap::Exception(GuestFault { vector, error, address }));
+        }
         self.cpu.counts.exceptions += 1;
         if fault.vector == crate::cpu::fault::vector::PF {
             self.cpu.counts.page_faults += 1;
@@ -309,6 +321,37 @@ fn rdtsc() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
+/// Events of a deprivileged guest, which the platform takes.
+impl BtVcpu {
+    fn trap(&mut self, trap: Trap) -> Option<Exit> {
+        self.trapped = Some(trap);
+        let exit = Exit::Trap(trap);
+        self.waiting = Some(exit);
+        Some(exit)
+    }
+
+    fn trap_answered(&mut self, trap: Trap, reply: Reply) {
+        let cpu = &mut self.cpu;
+        if let Trap::Syscall { next } = trap {
+            let put = |cpu: &mut Cpu, value| cpu.st.gpr[reg::RAX] = value;
+            match interp::platform::complete(cpu, reply, put) {
+                Ok(Flow::Next) => cpu.st.rip = next,
+                Ok(Flow::Jump) => {}
+                Err(Stop::Fault(fault)) => self.delivering = Some(Event::Fault(fault)),
+                Err(Stop::Exit(_) | Stop::Shutdown) => {}
+            }
+            return;
+        }
+        match reply {
+            Reply::Done | Reply::Value(_) => {}
+            Reply::Registers(registers) => {
+                interp::platform::replace(cpu, &registers);
+            }
+            Reply::Fault(fault) => self.delivering = Some(Event::Fault(fault.into())),
+        }
+    }
+}
+
 impl Vcpu for BtVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
         if self.waiting.is_some_and(wants_value) && self.cpu.replay.unanswered() {
@@ -318,6 +361,7 @@ impl Vcpu for BtVcpu {
             return Ok(Exit::Shutdown);
         }
         self.waiting = None;
+        self.trapped = None;
         if self.timer.as_ref().is_none_or(|timer| !timer.is_here()) {
             self.timer = None;
             let timer = HostTimer::new(&self.cpu.tlb.block);
@@ -340,11 +384,21 @@ impl Vcpu for BtVcpu {
     }
 
     fn reply(&mut self, reply: Reply) {
-        let value = match reply {
-            Reply::Done => 0,
-            Reply::Value(value) => value,
-        };
-        self.cpu.replay.answer(value);
+        if let Some(trap) = self.trapped.take() {
+            return self.trap_answered(trap, reply);
+        }
+        match self.waiting {
+            Some(
+                Exit::Hypercall { .. }
+                | Exit::MsrRead { .. }
+                | Exit::MsrWrite { .. }
+                | Exit::PortWithRegisters { .. },
+            ) => self.cpu.replay.answer_platform(reply),
+            _ => self.cpu.replay.answer(match reply {
+                Reply::Value(value) => value,
+                Reply::Done | Reply::Registers(_) | Reply::Fault(_) => 0,
+            }),
+        }
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {
@@ -486,5 +540,12 @@ impl BtVcpu {
 }
 
 fn wants_value(exit: Exit) -> bool {
-    matches!(exit, Exit::PortIn { .. } | Exit::MmioRead { .. })
+    matches!(
+        exit,
+        Exit::PortIn { .. }
+            | Exit::MmioRead { .. }
+            | Exit::MsrRead { .. }
+            | Exit::Hypercall { .. }
+            | Exit::PortWithRegisters { .. }
+    )
 }

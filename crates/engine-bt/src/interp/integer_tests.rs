@@ -38,6 +38,7 @@ fn cpu(bits: u32) -> Cpu {
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(NoWake))),
         clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(1, 1_000_000_000),
+        platform: Default::default(),
         tsc_hz: 1_000_000_000,
     };
     let mut cpu = Cpu::new(0, Arc::new(vm)).unwrap();

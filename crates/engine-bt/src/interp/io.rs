@@ -5,6 +5,7 @@ use tetrarch_engine::Exit;
 
 use super::Flow;
 use super::operand;
+use super::platform;
 use super::segment::{system_type, table_address};
 use crate::cpu::Cpu;
 use crate::cpu::fault::{R, gp};
@@ -17,6 +18,11 @@ const MAX_ITERATIONS: usize = 4096;
 const MAP_BASE: u64 = 0x66;
 
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
+    if !cpu.vm.platform.ports.is_empty()
+        && let Some(result) = with_registers(cpu, i)
+    {
+        return Some(result);
+    }
     let result = match i.mnemonic() {
         Mnemonic::In => input(cpu, i),
         Mnemonic::Out => output(cpu, i),
@@ -25,6 +31,35 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
         _ => return None,
     };
     Some(result)
+}
+
+/// An access to a port whose handler sees the registers.
+fn with_registers(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
+    let (input, string) = match i.mnemonic() {
+        Mnemonic::In => (true, false),
+        Mnemonic::Out => (false, false),
+        Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => (true, true),
+        Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => (false, true),
+        _ => return None,
+    };
+    let (port, size) = match (string, input) {
+        (true, _) => (cpu.st.gpr[reg::RDX] as u16, item_size(i)),
+        (false, true) => (port_of(cpu, i, 1), operand::op_size(i, 0)),
+        (false, false) => (port_of(cpu, i, 0), operand::op_size(i, 1)),
+    };
+    let any_privilege = cpu.vm.platform.register_port(port)?.any_privilege;
+    Some((|| {
+        if !any_privilege {
+            check_port(cpu, port, size)?;
+        }
+        let exit = Exit::PortWithRegisters { port, size: size as u8, input, string };
+        let reply = cpu.replay.ask_platform(exit)?;
+        platform::complete(cpu, reply, |cpu, value| {
+            if input && !string {
+                operand::write_reg(cpu, i.op0_register(), value & mask(size));
+            }
+        })
+    })())
 }
 
 /// #GP(0) unless IOPL or the TSS allows the port (SDM 1, 19.5).

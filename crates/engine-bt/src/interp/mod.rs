@@ -13,6 +13,7 @@
 //! - [`debug`]: hardware breakpoints
 //! - [`system`], [`far`], [`segment`], [`io`]: privileged instructions, far
 //!   transfers, SYSCALL, ports
+//! - [`platform`]: hypercalls, and what else the machine answers with registers
 //! - [`thunk`]: x87, MMX, SSE, AVX and other register-only instructions, run on
 //!   the host CPU with their memory operand in a bounce buffer
 
@@ -29,6 +30,7 @@ mod integer_tests;
 pub mod io;
 pub mod muldiv;
 pub mod operand;
+pub mod platform;
 pub mod replay;
 pub mod segment;
 pub mod shift;
@@ -185,7 +187,7 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
         return match i.mnemonic() {
             M::Tzcnt => bits::bit_scan(cpu, i, false),
             M::Lzcnt => bits::bit_scan(cpu, i, true),
-            _ => ud(),
+            _ => platform::hypercall(cpu, i).unwrap_or_else(ud),
         };
     }
     if let Some(result) = dispatch_integer(cpu, i) {

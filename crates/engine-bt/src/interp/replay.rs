@@ -5,7 +5,7 @@
 //! accesses that were answered are taken from this log, in order, and the first
 //! new one stops it once more. An instruction so needs no suspended state.
 
-use tetrarch_engine::Exit;
+use tetrarch_engine::{Exit, Reply};
 
 use crate::cpu::fault::{R, Stop};
 
@@ -14,6 +14,8 @@ pub struct Replay {
     answers: Vec<u64>,
     next: usize,
     asked: bool,
+    /// The answer to an exit of the platform, of which an instruction has one.
+    platform: Option<Reply>,
 }
 
 impl Replay {
@@ -29,6 +31,7 @@ impl Replay {
         self.next = 0;
         self.asked = false;
         self.answers.clear();
+        self.platform = None;
     }
 
     /// The answer to `exit`, or the exit itself where there is none yet.
@@ -41,6 +44,16 @@ impl Replay {
         Err(Stop::Exit(exit))
     }
 
+    /// As [`Replay::ask`], for an exit whose answer may be registers or a fault.
+    #[cold]
+    pub fn ask_platform(&mut self, exit: Exit) -> R<Reply> {
+        if let Some(reply) = self.platform.take() {
+            return Ok(reply);
+        }
+        self.asked = true;
+        Err(Stop::Exit(exit))
+    }
+
     /// Records the machine's answer to the exit that stopped the instruction.
     pub fn answer(&mut self, value: u64) {
         if std::mem::take(&mut self.asked) {
@@ -48,10 +61,17 @@ impl Replay {
         }
     }
 
+    /// The same for an exit of the platform.
+    pub fn answer_platform(&mut self, reply: Reply) {
+        if std::mem::take(&mut self.asked) {
+            self.platform = Some(reply);
+        }
+    }
+
     /// Whether an instruction waits for answers or has some of them.
     #[inline]
     pub fn in_progress(&self) -> bool {
-        !self.answers.is_empty()
+        !self.answers.is_empty() || self.platform.is_some()
     }
 
     /// Whether an exit has been handed out and not been answered.

@@ -4,12 +4,12 @@
 //! in long mode Intel's (AMD APM 3, "SYSCALL" and "SYSENTER"; Intel SDM 2B).
 
 use iced_x86::{Code, Instruction, Mnemonic};
-use tetrarch_engine::Segment;
+use tetrarch_engine::{Exit, Segment, Trap};
 
 use super::Flow;
 use crate::cpu::Cpu;
 use crate::cpu::cpuid::Vendor;
-use crate::cpu::fault::{R, gp, ud};
+use crate::cpu::fault::{R, Stop, gp, ud};
 use crate::cpu::state::{attr, cr, flag, reg, seg};
 use crate::memory::mmu::canonical;
 
@@ -79,6 +79,9 @@ fn syscall_enabled(cpu: &Cpu) -> bool {
 fn syscall(cpu: &mut Cpu, next: u64) -> R<Flow> {
     if !syscall_enabled(cpu) {
         return ud();
+    }
+    if cpu.st.cpl == 3 && cpu.vm.platform.traps.syscall {
+        return Err(Stop::Exit(Exit::Trap(Trap::Syscall { next })));
     }
     let code = (cpu.st.star >> 32) as u16 & !3;
     let stack = code.wrapping_add(8);

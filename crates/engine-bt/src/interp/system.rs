@@ -2,9 +2,9 @@
 //! 3A, chapters 2, 4, 10 and 3B, chapter 18).
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
-use tetrarch_engine::SegmentTable;
+use tetrarch_engine::{Exit, SegmentTable};
 
-use super::{Flow, far, io, operand, segment, syscall};
+use super::{Flow, far, io, operand, platform, segment, syscall};
 use crate::cpu::Cpu;
 use crate::cpu::cpuid;
 use crate::cpu::fault::{Fault, R, gp, ud, vector};
@@ -87,8 +87,8 @@ fn own(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
             M::Rdtscp => rdtsc(cpu).map(|()| cpu.st.gpr[reg::RCX] = cpu.st.tsc_aux),
             // There are no counters: each ECX is out of range.
             M::Rdpmc => gp(0),
-            M::Rdmsr => privileged(cpu).and_then(|()| rdmsr(cpu)),
-            M::Wrmsr => privileged(cpu).and_then(|()| wrmsr(cpu)),
+            M::Rdmsr => return Some(privileged(cpu).and_then(|()| rdmsr(cpu))),
+            M::Wrmsr => return Some(privileged(cpu).and_then(|()| wrmsr(cpu))),
             M::Swapgs => privileged(cpu).map(|()| {
                 let st = &mut *cpu.st;
                 std::mem::swap(&mut st.seg[seg::GS].base, &mut st.kernel_gs_base);
@@ -341,17 +341,25 @@ fn rdtsc(cpu: &mut Cpu) -> R<()> {
     Ok(())
 }
 
-fn rdmsr(cpu: &mut Cpu) -> R<()> {
-    let number = cpu.st.gpr[reg::RCX] as u32;
-    let value = msr::read(cpu, number)?;
+fn rdmsr(cpu: &mut Cpu) -> R<Flow> {
+    let index = cpu.st.gpr[reg::RCX] as u32;
+    if cpu.vm.platform.answers_msr(index) {
+        let reply = cpu.replay.ask_platform(Exit::MsrRead { index })?;
+        return platform::complete(cpu, reply, set_edx_eax);
+    }
+    let value = msr::read(cpu, index)?;
     set_edx_eax(cpu, value);
-    Ok(())
+    Ok(Flow::Next)
 }
 
-fn wrmsr(cpu: &mut Cpu) -> R<()> {
-    let number = cpu.st.gpr[reg::RCX] as u32;
+fn wrmsr(cpu: &mut Cpu) -> R<Flow> {
+    let index = cpu.st.gpr[reg::RCX] as u32;
     let value = edx_eax(cpu);
-    msr::write(cpu, number, value)
+    if cpu.vm.platform.answers_msr(index) {
+        let reply = cpu.replay.ask_platform(Exit::MsrWrite { index, value })?;
+        return platform::complete(cpu, reply, |_, _| {});
+    }
+    msr::write(cpu, index, value).map(|()| Flow::Next)
 }
 
 /// RDFSBASE and its kin are #UD unless CR4.FSGSBASE.

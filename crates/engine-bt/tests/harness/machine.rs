@@ -51,7 +51,7 @@ pub struct Machine {
 impl Machine {
     pub fn new(translate: bool) -> Self {
         let memory = Arc::new(GuestMemory::new(RAM).expect("1 MiB of memory"));
-        let vm = create_vm(Arc::clone(&memory), Config { vcpus: 1, translate })
+        let vm = create_vm(Arc::clone(&memory), Config { translate, ..Config::default() })
             .expect("the engine runs on this host");
         let vcpu = vm.create_vcpu(0).expect("the VM has a vCPU");
         Self { memory, vm, vcpu }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tetrarch_engine::{
-    Exit, Kick, Registers, Reply, Segment, SegmentTable, SystemRegisters, Vcpu, Vm,
+    Exit, Kick, Platform, Registers, Reply, Segment, SegmentTable, SystemRegisters, Vcpu, Vm,
 };
 use tetrarch_engine_bt::{Config, create_vm};
 use tetrarch_memory::{GuestMemory, GuestPhys};
@@ -121,8 +121,13 @@ fn watch(watch: &Arc<Watch>, kicker: Arc<dyn Kick>) {
 impl Guest {
     /// A guest with its tables and nothing in the lower half.
     pub fn new(translate: bool) -> Self {
+        Self::on_platform(translate, Platform::default())
+    }
+
+    /// The same, with what a platform adds.
+    pub fn on_platform(translate: bool, platform: Platform) -> Self {
         let memory = Arc::new(GuestMemory::new(RAM).unwrap());
-        let vm = create_vm(Arc::clone(&memory), Config { vcpus: 1, translate }).unwrap();
+        let vm = create_vm(Arc::clone(&memory), Config { vcpus: 1, translate, platform }).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let state = Arc::new(Watch { runs: AtomicU64::new(0), running: AtomicU64::new(0) });
         watch(&state, vcpu.kicker());

@@ -54,6 +54,7 @@ pub fn machine() -> Cpu {
         irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
         clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(1, tsc_hz),
+        platform: Default::default(),
         tsc_hz,
     };
     Cpu::new(0, Arc::new(shared)).unwrap()

@@ -37,6 +37,7 @@ pub(crate) fn machine() -> Cpu {
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(Asleep))),
         clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(1, 1_000_000_000),
+        platform: Default::default(),
         tsc_hz: 1_000_000_000,
     };
     let mut cpu = Cpu::new(0, Arc::new(vm)).unwrap();
