@@ -125,12 +125,12 @@ class Vcpu:
     def dump(self) -> str:
         """Registers and the bytes at RIP as text, for a crash report."""
 
-def engine_available(name: str) -> str | None:
-    """None if the engine can run here, else the reason why not, in one line."""
+def engine_available(name: str) -> tuple[str, str] | None:
+    """None if the engine can run here, else why not and what mends it."""
 
 @type_check_only
 class KvmProbe(TypedDict):
-    reason: str | None
+    reason: tuple[str, str] | None
     runs: bool
     hardware: bool
     guest_rate: float

@@ -19,8 +19,8 @@ def engine(request: pytest.FixtureRequest) -> str:
     reason = _native.engine_available("kvm") if name == "kvm" else None
     if reason is not None:
         if os.environ.get("REQUIRE_KVM") == "1":
-            pytest.fail(f"REQUIRE_KVM=1, but: {reason}")
-        pytest.skip(reason)
+            pytest.fail(f"REQUIRE_KVM=1, but: {'; '.join(reason)}")
+        pytest.skip("; ".join(reason))
     return name
 
 

@@ -28,8 +28,8 @@ def guest() -> Iterator[Guest]:
     reason = _native.engine_available("kvm")
     if reason is not None:
         if os.environ.get("REQUIRE_KVM") == "1":
-            pytest.fail(f"REQUIRE_KVM=1, but: {reason}")
-        pytest.skip(reason)
+            pytest.fail(f"REQUIRE_KVM=1, but: {'; '.join(reason)}")
+        pytest.skip("; ".join(reason))
     guest = Guest("kvm", vcpus=VCPUS)
     threads = [
         threading.Thread(target=guest.vm.vcpu(index).run, daemon=True) for index in range(1, VCPUS)

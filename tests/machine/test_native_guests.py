@@ -20,7 +20,7 @@ def engine(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     reason = _native.engine_available(name)
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip("; ".join(reason))
     return name
 
 

@@ -9,12 +9,12 @@ import pytest
 from tetrarch import _native
 from tetrarch.errors import HostError
 from tetrarch.machine import kvm, selection
-from tetrarch.machine.kvm import KvmProbe
+from tetrarch.machine.kvm import KvmProbe, Unusable
 
-BROKEN = "no permission to open /dev/kvm; join its group"
+BROKEN = Unusable("no permission to open /dev/kvm", "join its group")
 
 
-def probe(reason: str | None = None, *, hardware: bool = True) -> KvmProbe:
+def probe(reason: Unusable | None = None, *, hardware: bool = True) -> KvmProbe:
     rate = 3e9 if hardware else 2e6
     return KvmProbe(
         reason,
@@ -32,6 +32,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A host on which both engines work; a test changes it."""
     monkeypatch.setattr(selection, "probe_kvm", probe)
     monkeypatch.setattr(_native, "engine_available", lambda name: None)
+    monkeypatch.setattr(kvm, "DEVICE", "/nonexistent/kvm")
     return monkeypatch
 
 
@@ -47,9 +48,30 @@ def test_auto_takes_bt_where_kvm_crawls_and_says_so(host: pytest.MonkeyPatch) ->
     assert "2.0 million instructions a second" in why
 
 
+def test_kvm_that_crawls_is_taken_when_asked_for_and_is_said_to_crawl(
+    host: pytest.MonkeyPatch,
+) -> None:
+    host.setattr(selection, "probe_kvm", lambda: probe(hardware=False))
+    name, why = selection.choose("kvm")
+    assert name == "kvm"
+    assert "1/1,500 of the CPU; --engine bt is faster" in why
+    (info,) = (info for info in selection.engines() if info.name == "kvm")
+    assert (info.available, info.slow) == (True, True)
+
+
+def test_kvm_whose_guests_do_not_run_is_refused_when_asked_for(host: pytest.MonkeyPatch) -> None:
+    dead = Unusable("a small guest did not run", "use --engine bt")
+    host.setattr(selection, "probe_kvm", lambda: probe(dead))
+    with pytest.raises(HostError, match="a small guest did not run"):
+        selection.choose("kvm")
+
+
 def test_auto_takes_bt_where_kvm_cannot_be_opened(host: pytest.MonkeyPatch) -> None:
     host.setattr(selection, "probe_kvm", lambda: probe(BROKEN))
-    assert selection.choose("auto") == ("bt", f"not kvm: {BROKEN}")
+    assert selection.choose("auto") == (
+        "bt",
+        "not kvm: no permission to open /dev/kvm; see tetrarch doctor",
+    )
 
 
 def test_auto_takes_any_kvm_for_several_cpus(host: pytest.MonkeyPatch) -> None:
@@ -67,14 +89,19 @@ def test_several_cpus_without_kvm_are_refused(host: pytest.MonkeyPatch) -> None:
 
 def test_asked_for_engine_that_cannot_run_names_the_other(host: pytest.MonkeyPatch) -> None:
     host.setattr(_native, "engine_available", lambda name: BROKEN if name == "kvm" else None)
-    with pytest.raises(HostError, match=r"engine kvm cannot be used: .*; or use --engine bt"):
+    with pytest.raises(
+        HostError, match=r"engine kvm cannot be used: .*; join its group; or use --engine bt"
+    ):
         selection.choose("kvm")
 
 
 def test_no_engine_at_all_is_an_error(host: pytest.MonkeyPatch) -> None:
     host.setattr(selection, "probe_kvm", lambda: probe(BROKEN))
-    host.setattr(_native, "engine_available", lambda name: "no")
-    with pytest.raises(HostError, match="no engine can run on this host"):
+    host.setattr(_native, "engine_available", lambda name: ("broken", "mend it"))
+    with pytest.raises(
+        HostError,
+        match=r"no engine can run on this host \(kvm: .*; bt: broken\); .*for bt: mend it",
+    ):
         selection.choose("auto")
 
 
@@ -88,7 +115,7 @@ def test_missing_capabilities_are_named_with_what_is_lost(host: pytest.MonkeyPat
 class Counted:
     """Stands for the probe in the kernel."""
 
-    def __init__(self, reason: str | None) -> None:
+    def __init__(self, reason: tuple[str, str] | None) -> None:
         self.runs = 0
         self._reason = reason
 
@@ -131,7 +158,7 @@ def test_result_is_kept_for_this_boot_and_device(host: pytest.MonkeyPatch, devic
 
 
 def test_failure_is_not_kept(host: pytest.MonkeyPatch, device: Path) -> None:
-    counted = Counted("no permission")
+    counted = Counted(("no permission", "ask"))
     host.setattr(_native, "kvm_probe", counted)
     kvm.probe_kvm()
     kvm.probe_kvm()

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use tetrarch_engine::{Clock, EngineError, Platform, Vcpu, Vm};
+use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm};
 use tetrarch_memory::GuestMemory;
 
 use crate::cpu::VmShared;
@@ -33,19 +33,23 @@ impl Default for Config {
 pub const MAX_VCPUS: u32 = 1;
 
 /// Whether the engine can run on this host, or why not.
-pub fn available() -> Result<(), String> {
+pub fn available() -> Result<(), Unusable> {
     for (name, there) in [
         ("SSE4.2", std::arch::is_x86_feature_detected!("sse4.2")),
         ("POPCNT", std::arch::is_x86_feature_detected!("popcnt")),
         ("CMPXCHG16B", std::arch::is_x86_feature_detected!("cmpxchg16b")),
     ] {
         if !there {
-            return Err(format!("the host CPU lacks {name}, which the translator needs"));
+            return Err(Unusable::new(
+                format!("the host CPU lacks {name}, which the translator needs"),
+                "use a host that has it",
+            ));
         }
     }
     Cache::probe().map_err(|error| {
-        format!(
-            "the host gives no executable memory ({error}); allow memfd mappings with PROT_EXEC"
+        Unusable::new(
+            format!("the host gives no executable memory ({error})"),
+            "allow memfd mappings with PROT_EXEC",
         )
     })
 }
@@ -57,7 +61,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
             config.vcpus
         )));
     }
-    available().map_err(EngineError::Unavailable)?;
+    available()?;
     let tsc_hz = tsc_hz();
     let code = Arc::new(CodeMap::new(&memory));
     memory.set_observer(Box::new(DeviceWrites(Arc::clone(&code))));

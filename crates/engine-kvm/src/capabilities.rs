@@ -1,6 +1,7 @@
 //! What the host's KVM may lack, and what is lost without it.
 
 use kvm_ioctls::{Cap, Kvm};
+use tetrarch_engine::Unusable;
 
 /// One optional part of KVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +51,7 @@ const OPTIONAL: [(Cap, &str, &str); 15] = [
 ];
 
 /// Each optional capability of an open /dev/kvm.
-pub fn capabilities(device: &str) -> Result<Vec<Capability>, String> {
+pub fn capabilities(device: &str) -> Result<Vec<Capability>, Unusable> {
     Ok(of(&crate::host::open(device)?))
 }
 

@@ -5,6 +5,7 @@ use std::io::Error;
 use std::os::unix::fs::FileTypeExt;
 
 use kvm_ioctls::{Cap, Kvm};
+use tetrarch_engine::Unusable;
 
 pub const DEVICE: &str = "/dev/kvm";
 
@@ -22,61 +23,68 @@ const REQUIRED: [(Cap, &str); 7] = [
     (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
 ];
 
-/// The KVM device, or the cause and the mend in one line.
-pub fn open(path: &str) -> Result<Kvm, String> {
-    let name = CString::new(path).map_err(|_| format!("{path:?} is no file name"))?;
+/// The KVM device, or why it cannot be used.
+pub fn open(path: &str) -> Result<Kvm, Unusable> {
+    let name = CString::new(path)
+        .map_err(|_| Unusable::new(format!("{path:?} is no file name"), "name a device"))?;
     let kvm = Kvm::new_with_path(&name).map_err(|error| open_failed(path, error.errno()))?;
     let is_device =
         std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_char_device());
     let version = if is_device { kvm.get_api_version() } else { -1 };
     if version < 0 {
-        return Err(format!(
-            "{path} is not KVM: it does not answer KVM_GET_API_VERSION; remove it and load \
-             kvm_intel or kvm_amd, which makes the right one"
+        return Err(Unusable::new(
+            format!("{path} is not KVM: it does not answer KVM_GET_API_VERSION"),
+            "remove it and load kvm_intel or kvm_amd, which makes the right one",
         ));
     }
     if version != API_VERSION {
-        return Err(format!(
-            "{path} speaks version {version} of KVM's interface, not {API_VERSION}; \
-             use a kernel of Linux 4.13 or later"
+        return Err(Unusable::new(
+            format!("{path} speaks version {version} of KVM's interface, not {API_VERSION}"),
+            "use a kernel of Linux 4.13 or later",
         ));
     }
     for (cap, name) in REQUIRED {
         if !kvm.check_extension(cap) {
-            return Err(format!(
-                "{path} lacks {name}; use a kernel of Linux 4.13 or later with a full KVM"
+            return Err(Unusable::new(
+                format!("{path} lacks {name}"),
+                "use a kernel of Linux 4.13 or later with a full KVM",
             ));
         }
     }
     Ok(kvm)
 }
 
-fn open_failed(path: &str, errno: i32) -> String {
+fn open_failed(path: &str, errno: i32) -> Unusable {
     match errno {
-        libc::ENOENT => format!(
-            "there is no {path}: the host has no hardware virtualization, or its kernel no kvm \
-             module loaded; turn VT-x or AMD-V on in the firmware, then: modprobe kvm_intel \
-             (or kvm_amd)"
+        libc::ENOENT => Unusable::new(
+            format!(
+                "there is no {path}: the host has no hardware virtualization, or its kernel no kvm \
+                 module loaded"
+            ),
+            "turn VT-x or AMD-V on in the firmware, then: modprobe kvm_intel (or kvm_amd)",
         ),
-        libc::EACCES | libc::EPERM => format!(
-            "no permission to open {path}; join its group, then log in anew: \
-             sudo usermod -aG kvm $USER"
+        // What grants it depends on the device's owner, group and access list.
+        libc::EACCES | libc::EPERM => Unusable::new(
+            format!("no permission to open {path}"),
+            "see tetrarch doctor for what grants it",
         ),
-        libc::ENXIO | libc::ENODEV => {
-            format!("{path} has no driver behind it; load one: modprobe kvm_intel (or kvm_amd)")
-        }
-        libc::EMFILE | libc::ENFILE => {
-            format!("{path} cannot be opened: too many open files; raise the limit with ulimit -n")
-        }
-        _ => format!(
-            "{path} cannot be opened: {}; look into the kernel's log",
-            Error::from_raw_os_error(errno)
+        libc::ENXIO | libc::ENODEV => Unusable::new(
+            format!("{path} has no driver behind it"),
+            "load one: modprobe kvm_intel (or kvm_amd)",
+        ),
+        libc::EMFILE | libc::ENFILE => Unusable::new(
+            format!("{path} cannot be opened: too many open files"),
+            "raise the limit with ulimit -n",
+        ),
+        _ => Unusable::new(
+            format!("{path} cannot be opened: {}", Error::from_raw_os_error(errno)),
+            "look into the kernel's log",
         ),
     }
 }
 
 /// Why the engine cannot run here, if it cannot. Opens the device and no more.
-pub fn available() -> Result<(), String> {
+pub fn available() -> Result<(), Unusable> {
     open(DEVICE).map(drop)
 }
 
@@ -87,20 +95,14 @@ mod tests {
     #[test]
     fn missing_device_names_modules() {
         let reason = open("/nonexistent/kvm").err().unwrap();
-        assert!(reason.contains("modprobe"), "{reason}");
+        assert!(reason.mend.contains("modprobe"), "{reason}");
     }
 
     #[test]
     fn device_that_is_not_kvm_is_told_apart() {
         let reason = open("/dev/null").err().unwrap();
-        assert!(reason.starts_with("/dev/null is not KVM"), "{reason}");
+        assert!(reason.cause.starts_with("/dev/null is not KVM"), "{reason}");
         let reason = open("/etc/hostname").err().unwrap();
-        assert!(reason.contains("is not KVM"), "{reason}");
-    }
-
-    #[test]
-    fn refused_permission_names_the_group() {
-        let reason = open_failed(DEVICE, libc::EACCES);
-        assert!(reason.contains("usermod -aG kvm"), "{reason}");
+        assert!(reason.cause.contains("is not KVM"), "{reason}");
     }
 }

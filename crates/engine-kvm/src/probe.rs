@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use tetrarch_engine::Unusable;
 
 use crate::host;
 
@@ -18,7 +19,7 @@ use crate::host;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Probe {
     /// Why KVM cannot be used, if it cannot.
-    pub reason: Option<String>,
+    pub reason: Option<Unusable>,
     /// The guest of ten instructions came to its end with the right result.
     pub runs: bool,
     /// Instructions a second, of the guest and of the host in the same loop.
@@ -89,7 +90,7 @@ pub fn probe(device: &str) -> Probe {
     probe
 }
 
-fn run_probe(device: &str, probe: &mut Probe) -> Result<(), String> {
+fn run_probe(device: &str, probe: &mut Probe) -> Result<(), Unusable> {
     let kvm = host::open(device)?;
     probe.max_vcpus = kvm.get_max_vcpus() as u32;
     let mut guest = Guest::new(&kvm)?;
@@ -107,7 +108,7 @@ fn run_probe(device: &str, probe: &mut Probe) -> Result<(), String> {
     Ok(())
 }
 
-fn best(mut run: impl FnMut() -> Result<Duration, String>) -> Result<Duration, String> {
+fn best(mut run: impl FnMut() -> Result<Duration, Unusable>) -> Result<Duration, Unusable> {
     let mut best = run()?;
     for _ in 1..TRIES {
         best = best.min(run()?);
@@ -133,7 +134,7 @@ fn host_loop(loops: u64) -> Duration {
 struct Memory(*mut u8);
 
 impl Memory {
-    fn new() -> Result<Self, String> {
+    fn new() -> Result<Self, Unusable> {
         // SAFETY: a fresh anonymous mapping.
         let address = unsafe {
             libc::mmap(
@@ -146,7 +147,7 @@ impl Memory {
             )
         };
         if address == libc::MAP_FAILED {
-            return Err("the host gives no 20 KiB of memory; free some".into());
+            return Err(Unusable::new("the host gives no 20 KiB of memory", "free some"));
         }
         let memory = Self(address.cast());
         let entry = |to: u64, flags: u64| (to | flags).to_le_bytes();
@@ -183,10 +184,10 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(kvm: &Kvm) -> Result<Self, String> {
+    fn new(kvm: &Kvm) -> Result<Self, Unusable> {
         let failed = |what: &str| {
             let what = what.to_owned();
-            move |error| crate::vm::refused(&what, error).to_string()
+            move |error| crate::vm::unusable(&what, error)
         };
         let memory = Memory::new()?;
         let vm = kvm.create_vm().map_err(failed("make a virtual machine"))?;
@@ -209,8 +210,8 @@ impl Guest {
     }
 
     /// Runs the guest from its start to its HLT.
-    fn run(&mut self, loops: u64) -> Result<Duration, String> {
-        let failed = |error| crate::vm::refused("set registers", error).to_string();
+    fn run(&mut self, loops: u64) -> Result<Duration, Unusable> {
+        let failed = |error| crate::vm::unusable("set registers", error);
         let mut sregs = self.vcpu.get_sregs().map_err(failed)?;
         // Flat segments (Intel SDM 3A, 3.4.5): code 64-bit, data writable.
         let code = kvm_segment {
@@ -245,18 +246,21 @@ impl Guest {
                 Ok(VcpuExit::Intr) => {}
                 Err(error) if error.errno() == libc::EINTR => {}
                 other => {
-                    return Err(format!("a small guest did not run: {other:?}; use --engine bt"));
+                    return Err(wrong(format!("a small guest did not run: {other:?}")));
                 }
             }
         }
         match result {
             Some((took, true)) => Ok(took),
-            Some((_, false)) => {
-                Err("a small guest computed something wrong; use --engine bt".into())
-            }
-            None => Err("a small guest ended before its time; use --engine bt".into()),
+            Some((_, false)) => Err(wrong("a small guest computed something wrong")),
+            None => Err(wrong("a small guest ended before its time")),
         }
     }
+}
+
+/// KVM is there and does not do what it should.
+fn wrong(cause: impl Into<String>) -> Unusable {
+    Unusable::new(cause, "use --engine bt")
 }
 
 #[cfg(test)]
@@ -273,7 +277,7 @@ mod tests {
     fn device_that_is_not_kvm_has_a_reason() {
         let probe = probe("/dev/null");
         assert!(!probe.runs && !probe.hardware_backed());
-        assert!(probe.reason.unwrap().contains("is not KVM"));
+        assert!(probe.reason.unwrap().cause.contains("is not KVM"));
     }
 
     #[test]

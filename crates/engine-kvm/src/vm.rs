@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
-use tetrarch_engine::{Clock, EngineError, Vcpu, Vm};
+use tetrarch_engine::{Clock, EngineError, Unusable, Vcpu, Vm};
 use tetrarch_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -54,6 +54,11 @@ impl Default for Config {
 
 /// An ioctl that failed: what for, why, and what may help.
 pub fn refused(what: &str, error: kvm_ioctls::Error) -> EngineError {
+    unusable(what, error).into()
+}
+
+/// The same, where nothing of a machine is there yet.
+pub fn unusable(what: &str, error: kvm_ioctls::Error) -> Unusable {
     let errno = error.errno();
     let cause = Error::from_raw_os_error(errno);
     let mend = match errno {
@@ -62,11 +67,11 @@ pub fn refused(what: &str, error: kvm_ioctls::Error) -> EngineError {
         libc::EBUSY => "end other hypervisors on the host",
         _ => "look into the host's kernel log, or use --engine bt",
     };
-    EngineError::Unavailable(format!("KVM cannot {what}: {cause}; {mend}"))
+    Unusable::new(format!("KVM cannot {what}: {cause}"), mend)
 }
 
 pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>, EngineError> {
-    let kvm = host::open(&config.device).map_err(EngineError::Unavailable)?;
+    let kvm = host::open(&config.device)?;
     check_vcpus(config.vcpus, kvm.get_max_vcpus() as u32)?;
     let fd = create(&kvm)?;
     if kvm.check_extension(Cap::SetIdentityMapAddr) {

@@ -30,6 +30,26 @@ pub enum EngineError {
     Memory(#[from] tetrarch_memory::MemoryError),
 }
 
+/// Why an engine cannot run on this host, and what mends it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{cause}; {mend}")]
+pub struct Unusable {
+    pub cause: String,
+    pub mend: String,
+}
+
+impl Unusable {
+    pub fn new(cause: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self { cause: cause.into(), mend: mend.into() }
+    }
+}
+
+impl From<Unusable> for EngineError {
+    fn from(reason: Unusable) -> Self {
+        Self::Unavailable(reason.to_string())
+    }
+}
+
 /// Makes a running [`Vcpu::run`] return [`Exit::Kicked`], from any thread.
 pub trait Kick: Send + Sync {
     fn kick(&self);

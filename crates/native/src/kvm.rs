@@ -8,7 +8,8 @@ use tetrarch_engine_kvm::{capabilities, probe};
 pub fn kvm_probe<'py>(py: Python<'py>, device: &str) -> PyResult<Bound<'py, PyDict>> {
     let seen = py.detach(|| probe(device));
     let result = PyDict::new(py);
-    result.set_item("reason", &seen.reason)?;
+    let reason = seen.reason.as_ref().map(|reason| (&reason.cause, &reason.mend));
+    result.set_item("reason", reason)?;
     result.set_item("runs", seen.runs)?;
     result.set_item("hardware", seen.hardware_backed())?;
     result.set_item("guest_rate", seen.guest_rate)?;

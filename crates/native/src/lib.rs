@@ -34,10 +34,11 @@ mod _native {
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 
-    /// None if the engine can run here, else the reason why not, in one line.
+    /// None if the engine can run here, else why not and what mends it.
     #[pyfunction]
-    fn engine_available(name: &str) -> Option<String> {
-        crate::machine::engine_available(name).err()
+    fn engine_available(name: &str) -> Option<(String, String)> {
+        let reason = crate::machine::engine_available(name).err()?;
+        Some((reason.cause, reason.mend))
     }
 
     /// What the KVM behind a device is worth, by running a small guest on it.

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use tetrarch_bus::{
     Bus, DeviceError, NoHandlers, RunControl, Seat, StopReason, TscScale, run_vcpu,
 };
-use tetrarch_engine::{Counters, EngineError, Vcpu, Vm};
+use tetrarch_engine::{Counters, EngineError, Unusable, Vcpu, Vm};
 use tetrarch_memory::GuestMemory;
 
 use crate::device::PythonDevice;
@@ -28,11 +28,11 @@ const ENGINE_MMIO: [(u64, u64, &str); 2] =
     [(0xFEC0_0000, 0x1000, "the I/O APIC"), (0xFEE0_0000, 0x10_0000, "the local APICs")];
 
 /// Why the engine cannot run here, if it cannot.
-pub fn engine_available(name: &str) -> Result<(), String> {
+pub fn engine_available(name: &str) -> Result<(), Unusable> {
     match name {
         "bt" => tetrarch_engine_bt::available(),
         "kvm" => tetrarch_engine_kvm::available(),
-        _ => Err(format!("there is no engine '{name}'; there are: bt, kvm")),
+        _ => Err(Unusable::new(format!("there is no engine '{name}'"), "there are: bt, kvm")),
     }
 }
 
@@ -52,7 +52,7 @@ impl Machine {
     pub fn new(engine: &str, memory: u64, vcpus: u32, translate: bool) -> Result<Self, Failure> {
         if engine != "kvm" {
             // Engine kvm says why it cannot when its VM is made.
-            engine_available(engine).map_err(EngineError::Unavailable)?;
+            engine_available(engine).map_err(EngineError::from)?;
         }
         if vcpus == 0 {
             return Err(Failure::refused("a machine needs at least 1 vCPU"));

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 from tetrarch import _native
-from tetrarch.machine.kvm import DEVICE, probe_kvm
+from tetrarch.machine import permission
+from tetrarch.machine.kvm import DEVICE, engine_unusable, probe_kvm
 
 __all__ = ["Finding", "examine", "show_doctor"]
+
+
+State = Literal["good", "note", "bad"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Finding:
     """One thing that was looked at."""
 
     name: str
-    state: Literal["good", "note", "bad"]
+    state: State
     """A note is on something that works, or is not needed, but good to know."""
     detail: str
     mend: str = ""
@@ -74,16 +78,15 @@ def _device() -> Iterator[Finding]:
     if not stat.S_ISCHR(node.st_mode):
         yield Finding(DEVICE, "bad", f"there, but no device ({mode})", f"remove {DEVICE}")
         return
-    yield Finding(DEVICE, "good", f"there: {mode} {owner} {group}")
-    if os.access(DEVICE, os.R_OK | os.W_OK):
+    seen = permission.Node.of(DEVICE)
+    listed = ", with an access list" if seen.acl else ""
+    yield Finding(DEVICE, "good", f"there: {mode} {owner} {group}{listed}")
+    if permission.may_open(DEVICE):
         yield Finding("permission", "good", "it can be opened for reading and writing")
     else:
-        user = _name(pwd.getpwuid, os.geteuid())
+        user = permission.this_user()
         yield Finding(
-            "permission",
-            "bad",
-            f"{user} may not open it",
-            f"sudo usermod -aG {group} {user}, then log in anew",
+            "permission", "bad", f"{user.name} may not open it", permission.mend(seen, user)
         )
 
 
@@ -91,8 +94,10 @@ def _kvm() -> Iterator[Finding]:
     probe = probe_kvm(fresh=True)
     took = f"{probe.seconds * 1e3:.0f} ms"
     if probe.reason is not None:
-        cause, _, mend = probe.reason.partition("; ")
-        yield Finding("kvm", "note" if not os.path.exists(DEVICE) else "bad", cause, mend)
+        # What stands above already says the mend.
+        known = not os.path.exists(DEVICE) or not permission.may_open(DEVICE)
+        state: State = "note" if not os.path.exists(DEVICE) else "bad"
+        yield Finding("kvm", state, probe.reason.cause, "" if known else probe.reason.mend)
         return
     yield Finding("kvm", "good", f"a small guest ran to its end ({took} with the measurement)")
     if probe.hardware:
@@ -128,16 +133,15 @@ def _engine() -> Iterator[Finding]:
     from tetrarch.errors import HostError
     from tetrarch.machine.selection import choose
 
-    reason = _native.engine_available("bt")
-    if reason is None:
+    unusable = engine_unusable("bt")
+    if unusable is None:
         yield Finding("bt", "good", "binary translation works")
     else:
-        cause, _, mend = reason.partition("; ")
-        yield Finding("bt", "bad", cause, mend)
+        yield Finding("bt", "bad", unusable.cause, unusable.mend)
     try:
         name, why = choose("auto")
     except HostError as error:
-        yield Finding("engine", "bad", str(error))
+        yield Finding("engine", "bad", error.cause, error.mend)
     else:
         yield Finding("engine", "good", f"--engine auto takes {name} ({why})")
 

@@ -6,6 +6,10 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tetrarch.machine.selection import EngineInfo
 
 __all__ = ["show_engines", "show_stats"]
 
@@ -19,13 +23,20 @@ def show_engines(as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
         return
     for info in found:
-        state = "available" if info.reason is None else f"not available: {info.reason}"
-        print(f"{info.name:<4} {state}")
+        print(f"{info.name:<4} {_state(info)}")
         print(f"     {info.description}")
+        if info.mend:
+            print(f"     -> {info.mend}")
         if info.note is not None:
             print(f"     {info.note}")
         for lack in info.lacks:
             print(f"     without {lack.name}: {lack.lost}")
+
+
+def _state(info: EngineInfo) -> str:
+    if info.reason is not None:
+        return f"not available: {info.reason}"
+    return "works, but slowly; bt is faster here" if info.slow else "available"
 
 
 def show_stats(stats: Mapping[str, Mapping[str, int]], uptime: float) -> None:

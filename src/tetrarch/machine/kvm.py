@@ -11,22 +11,46 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tetrarch import _native
+from tetrarch.machine import permission
 
-__all__ = ["DEVICE", "KvmProbe", "probe_kvm"]
+__all__ = ["DEVICE", "KvmProbe", "Unusable", "engine_unusable", "probe_kvm"]
 
 DEVICE = "/dev/kvm"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Counts up when a result means something else than before.
-_FORMAT = 1
+_FORMAT = 2
+
+
+class Unusable(NamedTuple):
+    """Why an engine cannot run here, and what mends it."""
+
+    cause: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.cause}; {self.mend}"
+
+
+def engine_unusable(name: str) -> Unusable | None:
+    """None where the engine can be had; for kvm that is only that its device can be opened."""
+    reason = _native.engine_available(name)
+    return None if reason is None else _unusable(name, *reason)
+
+
+def _unusable(name: str, cause: str, mend: str) -> Unusable:
+    if name == "kvm" and os.path.exists(DEVICE) and not permission.may_open(DEVICE):
+        mend = permission.mend(permission.Node.of(DEVICE), permission.this_user())
+    return Unusable(cause, mend)
 
 
 @dataclass(frozen=True)
 class KvmProbe:
     """A small guest's run on KVM."""
 
-    reason: str | None
+    reason: Unusable | None
     """Why KVM cannot be used; None if it can."""
     hardware: bool
     """The host's CPU runs the guest's instructions; else KVM interprets them, slowly."""
@@ -49,13 +73,13 @@ class KvmProbe:
 def probe_kvm(*, fresh: bool = False) -> KvmProbe:
     """The result of the probe: of this boot if one is known, unless it is to be ``fresh``."""
     key = _key()
-    if not fresh and key is not None and _native.engine_available("kvm") is None:
+    if not fresh and key is not None and engine_unusable("kvm") is None:
         known = _read(key)
         if known is not None:
             return known
     seen = _native.kvm_probe(DEVICE)
     probe = KvmProbe(
-        reason=seen["reason"],
+        reason=None if seen["reason"] is None else _unusable("kvm", *seen["reason"]),
         hardware=seen["hardware"],
         guest_rate=seen["guest_rate"],
         host_rate=seen["host_rate"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tetrarch import _native
 from tetrarch.errors import HostError
-from tetrarch.machine.kvm import KvmProbe, probe_kvm
+from tetrarch.machine.kvm import KvmProbe, Unusable, engine_unusable, probe_kvm
 
 __all__ = ["ENGINES", "EngineInfo", "Lack", "choose", "engines"]
 
@@ -34,8 +34,12 @@ class EngineInfo:
     description: str
     reason: str | None
     """Why it cannot run here; None if it can."""
+    mend: str = ""
+    """What to do about it."""
     note: str | None = None
     """What to know of it where it can run."""
+    slow: bool = False
+    """It runs, but far below the CPU's speed, so that another engine is the better one."""
     lacks: tuple[Lack, ...] = field(default=())
 
     @property
@@ -49,19 +53,26 @@ def engines() -> list[EngineInfo]:
 
 
 def _info(name: str, description: str) -> EngineInfo:
-    reason = _native.engine_available(name)
-    if name != "kvm" or reason is not None:
-        return EngineInfo(name, description, reason)
-    probe = probe_kvm()
+    unusable, probe = _look_at(name)
+    if unusable is not None:
+        return EngineInfo(name, description, unusable.cause, unusable.mend)
+    if probe is None:
+        return EngineInfo(name, description, None)
     lacks = tuple(Lack(cap, lost) for cap, there, lost in _native.kvm_capabilities() if not there)
-    return EngineInfo(name, description, probe.reason, _note(probe), lacks)
+    note = "hardware-backed" if probe.hardware else _crawls(probe)
+    return EngineInfo(name, description, None, "", note, not probe.hardware, lacks)
 
 
-def _note(probe: KvmProbe) -> str | None:
-    if probe.reason is not None:
-        return None
-    if probe.hardware:
-        return "hardware-backed"
+def _look_at(name: str) -> tuple[Unusable | None, KvmProbe | None]:
+    """Why the engine cannot run, and for kvm what the probe saw."""
+    unusable = engine_unusable(name)
+    if name != "kvm" or unusable is not None:
+        return unusable, None
+    probe = probe_kvm()
+    return probe.reason, probe
+
+
+def _crawls(probe: KvmProbe) -> str:
     return f"no hardware is behind it: {probe.slowness}"
 
 
@@ -69,40 +80,47 @@ def choose(name: str, cpus: int = 1) -> tuple[str, str]:
     """The engine to use for ``name``, which may be "auto", and why it is that one."""
     if name == "auto":
         return _best(cpus)
-    reason = _native.engine_available(name)
-    if reason is not None:
-        raise HostError(f"engine {name} cannot be used: {reason}{_other(name, reason)}")
+    unusable, probe = _look_at(name)
+    if unusable is not None:
+        raise HostError(
+            f"engine {name} cannot be used: {unusable.cause}", _or_another(name, unusable)
+        )
     limit = _VCPUS_MAX.get(name)
     if limit is not None and cpus > limit:
         raise HostError(
-            f"engine {name} runs {limit} CPU, not {cpus}; give --cpus {limit}, or --engine kvm"
+            f"engine {name} runs {limit} CPU, not {cpus}", f"give --cpus {limit}, or --engine kvm"
         )
+    if probe is not None and not probe.hardware:
+        return name, f"as asked, but {_crawls(probe)}; --engine bt is faster"
     return name, "as asked"
 
 
-def _other(name: str, reason: str) -> str:
+def _or_another(name: str, unusable: Unusable) -> str:
     for other in ENGINES:
-        if other != name and _native.engine_available(other) is None:
-            return f"; or use --engine {other}" if ";" in reason else f"; use --engine {other}"
-    return "" if ";" in reason else "; use another host"
+        if other != name and engine_unusable(other) is None:
+            return f"{unusable.mend}; or use --engine {other}"
+    return unusable.mend
 
 
 def _best(cpus: int) -> tuple[str, str]:
-    probe = probe_kvm()
-    if probe.reason is None and probe.hardware:
-        return "kvm", "the best of this host"
-    why_not = probe.reason or f"slower than bt here, {_note(probe)}"
-    if cpus > _VCPUS_MAX["bt"] and probe.reason is None:
-        return "kvm", f"bt runs 1 CPU; {_note(probe)}"
-    unusable = _native.engine_available("bt")
-    if unusable is not None:
-        if probe.reason is None:
-            return "kvm", f"not bt: {unusable}"
+    probe, no_bt = probe_kvm(), engine_unusable("bt")
+    no_kvm, too_many = probe.reason, cpus > _VCPUS_MAX["bt"]
+    if no_kvm is None:
+        if probe.hardware:
+            return "kvm", "the best of this host"
+        if too_many:
+            return "kvm", f"bt runs {_VCPUS_MAX['bt']} CPU; {_crawls(probe)}"
+        if no_bt is not None:
+            return "kvm", f"not bt: {no_bt.cause}"
+        return "bt", f"not kvm: slower than bt here, {_crawls(probe)}"
+    if no_bt is not None:
         raise HostError(
-            f"no engine can run on this host (kvm: {why_not}; bt: {unusable}); use another host"
+            f"no engine can run on this host (kvm: {no_kvm.cause}; bt: {no_bt.cause})",
+            f"for kvm: {no_kvm.mend}; for bt: {no_bt.mend}",
         )
-    if cpus > _VCPUS_MAX["bt"]:
+    if too_many:
         raise HostError(
-            f"{cpus} CPUs need engine kvm, which cannot be used: {why_not}; or give --cpus 1"
+            f"{cpus} CPUs need engine kvm, which cannot be used: {no_kvm.cause}",
+            f"{no_kvm.mend}; or give --cpus {_VCPUS_MAX['bt']}",
         )
-    return "bt", f"not kvm: {why_not}"
+    return "bt", f"not kvm: {no_kvm.cause}; see tetrarch doctor"
