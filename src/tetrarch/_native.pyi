@@ -1,11 +1,18 @@
 """Types of the native module: the Rust core behind one machine."""
 
+from collections.abc import Sequence
 from typing import Protocol, Self, TypedDict, final, type_check_only
+
+from typing_extensions import disjoint_base
 
 __all__ = [
     "EngineError",
     "GuestMemoryError",
+    "IrqSource",
+    "Latch",
     "NullPort",
+    "Region",
+    "RustDevice",
     "Vcpu",
     "Vm",
     "__version__",
@@ -37,13 +44,70 @@ class GuestMemoryError(Exception):
     address: int
     length: int
 
-@final
-class NullPort:
-    """A device in Rust that reads as 0 and loses writes; no access enters Python."""
+@disjoint_base
+class RustDevice:
+    """A device written in Rust: the base of each. No access of a guest enters Python."""
 
-    def __new__(cls) -> Self: ...
     def read(self, offset: int, size: int) -> int: ...
     def write(self, offset: int, size: int, value: int) -> None: ...
+
+@final
+class NullPort(RustDevice):
+    """A device in Rust that reads as 0 and loses writes."""
+
+    def __new__(cls) -> Self: ...
+
+@final
+class Latch(RustDevice):
+    """A register in Rust that reads as what was written last, at any offset."""
+
+    def __new__(cls) -> Self: ...
+    @property
+    def value(self) -> int: ...
+    @property
+    def writes(self) -> int:
+        """How often it was written."""
+
+@final
+class Region:
+    """A range of ports or memory where a device answers.
+
+    It can be changed at any time, from any thread and from devices. An access
+    that began before a change ends as it began. Forgetting the object leaves
+    the region where it is. All but ``detach`` raise EngineError when detached.
+    """
+
+    @property
+    def base(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def mapped(self) -> bool: ...
+    def move(self, base: int) -> None:
+        """Sets the base; a mapped region answers there from now on.
+
+        Moved onto others, as a guest may do, it answers what they leave: of two
+        the one that was placed there first. EngineError past the last address.
+        """
+    def map(self) -> None:
+        """Lets the device answer at the base; as after ``attach_ports``."""
+    def unmap(self) -> None:
+        """Lets no access reach the device until the region is mapped again."""
+    def detach(self) -> None:
+        """Removes the region for good, and lets go of the device."""
+
+@final
+class IrqSource:
+    """One device's wire to an interrupt line: the line is high while any wire is.
+
+    A source that is collected is low.
+    """
+
+    @property
+    def gsi(self) -> int: ...
+    def set(self, level: bool) -> None: ...
+    def pulse(self) -> None:
+        """High and low: an edge where no other source holds the line high."""
 
 @final
 class Vm:
@@ -60,17 +124,25 @@ class Vm:
         """(guest physical address, length) of each RAM range."""
     def read_memory(self, address: int, length: int) -> bytes: ...
     def write_memory(self, address: int, data: bytes) -> None: ...
-    def attach_ports(self, base: int, length: int, device: Device) -> None:
+    def attach_ports(
+        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+    ) -> Region:
         """Attaches a device to ``length`` ports from ``base`` on, at any time.
 
-        EngineError where the range is taken: by a device, or by the engine
-        (PIC 0x20, 0xA0, 0x4D0; PIT 0x40-0x43, 0x61). ``device.read`` and
-        ``device.write`` are looked up now, once.
+        The device sees the accesses whose number of bytes is in ``sizes``, by
+        default all of 1, 2, 4 and 8; others pass it by, to another device or to
+        nobody. EngineError where an access of the range is taken: by a device, or
+        by the engine (PIC 0x20, 0xA0, 0x4D0; PIT 0x40-0x43, 0x61).
+        ``device.read`` and ``device.write`` are looked up now, once.
         """
-    def attach_mmio(self, base: int, length: int, device: Device) -> None:
+    def attach_mmio(
+        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+    ) -> Region:
         """As ``attach_ports``, in guest physical memory that is not RAM."""
+    def irq_source(self, gsi: int) -> IrqSource:
+        """A wire of its own to an interrupt line (GSI 0-23: IOAPIC pins; 0-15 also the PICs)."""
     def irq_line(self, gsi: int, level: bool) -> None:
-        """Drives an interrupt line (GSI 0-23: IOAPIC pins; 0-15 also the PICs)."""
+        """Drives one more source of the line, which all callers of this share."""
     def msi(self, address: int, data: int) -> None: ...
     def clock_ns(self) -> int:
         """The machine's clock: nanoseconds of run time since creation."""

@@ -15,7 +15,7 @@ from typing import cast
 import pytest
 
 from tetrarch import _native
-from tetrarch._native import EngineError, GuestMemoryError, Vcpu, Vm
+from tetrarch._native import EngineError, GuestMemoryError, Latch, RustDevice, Vcpu, Vm
 
 MIB = 1 << 20
 START = 0x1000
@@ -224,7 +224,7 @@ def test_unclaimed_port_reads_all_ones(vm: Vm) -> None:
     assert vcpu.regs()["rax"] == 0xFF
 
 
-def test_access_over_the_end_of_a_range_is_split(vm: Vm) -> None:
+def test_access_over_the_end_of_a_range_is_cut(vm: Vm) -> None:
     device = Log(0x11)
     vm.attach_ports(0x80, 1, device)
     vcpu = load(vm, b"\xe5\x80" + CLI + HLT, rax=0)  # in ax, 0x80
@@ -241,6 +241,31 @@ def test_mmio_reaches_its_device(vm: Vm) -> None:
     vcpu.run()
     assert device.reads == [(4, 2)]
     assert device.writes == [(8, 1, 0xEF)]
+
+
+# mov dx, 0xcf8 ; mov eax, 0x80002400 ; out dx, eax: function 4 of a device
+CONFIG_ADDRESS = bytes.fromhex("baf80c 66b800240080 66ef")
+
+
+def test_dword_to_0xcf8_passes_by_the_reset_register(vm: Vm) -> None:
+    reset = Log()
+    vm.attach_ports(0xCF9, 1, reset)
+    load(vm, CONFIG_ADDRESS + CLI + HLT).run()
+    assert reset.writes == []
+
+
+def test_configuration_address_and_reset_register_share_ports_by_size(vm: Vm) -> None:
+    host, reset = Log(), Log()
+    vm.attach_ports(0xCF9, 1, reset)
+    with pytest.raises(EngineError, match="overlaps Log at 0xcf9"):
+        vm.attach_ports(0xCF8, 8, host)
+    with pytest.raises(EngineError, match="1, 2, 4, 8"):
+        vm.attach_ports(0xCF8, 8, host, sizes=(3,))
+    vm.attach_ports(0xCF8, 8, host, sizes=(2, 4))
+    # inc dx ; out dx, al: a byte to 0xcf9
+    load(vm, CONFIG_ADDRESS + b"\x42\xee" + CLI + HLT).run()
+    assert host.writes == [(0, 4, 0x8000_2400)]
+    assert reset.writes == [(0, 1, 0)]
 
 
 def test_bool_is_an_int(vm: Vm) -> None:
@@ -405,6 +430,108 @@ def test_device_may_use_the_whole_machine(vm: Vm) -> None:
     assert late.writes == [(0, 1, ord("y"))]
 
 
+@pytest.mark.parametrize("kind", [Log, Latch])
+def test_device_of_either_kind_is_attached_counted_moved_and_detached(
+    vm: Vm, kind: type[Log] | type[Latch]
+) -> None:
+    device = kind()
+    region = vm.attach_ports(0x80, 1, device)
+    counted = "rust" if isinstance(device, RustDevice) else "python"
+
+    def out(port: int) -> bool:
+        """Whether a byte written there reached the device."""
+        before = vm.stats()["accesses"][counted]
+        load(vm, b"\xe6" + bytes([port]) + CLI + HLT, rax=port).run()
+        return vm.stats()["accesses"][counted] == before + 1
+
+    assert (region.base, region.length, region.mapped) == (0x80, 1, True)
+    assert out(0x80)
+    region.move(0x90)
+    assert (out(0x80), out(0x90)) == (False, True)
+    region.unmap()
+    assert not out(0x90)
+    region.move(0x91)
+    assert not region.mapped
+    region.map()
+    assert (out(0x90), out(0x91)) == (False, True)
+    region.detach()
+    region.detach()
+    assert not out(0x91)
+    for use in (region.map, region.unmap, lambda: region.move(0x80), lambda: region.base):
+        with pytest.raises(EngineError, match="was detached"):
+            use()
+    assert "detached" in repr(region)
+    vm.attach_ports(0x91, 1, device)
+    assert out(0x91)
+
+
+def test_rust_device_can_be_called_and_checks_the_size(vm: Vm) -> None:
+    latch = Latch()
+    vm.attach_ports(0x80, 1, latch)
+    load(vm, OUT_80 + CLI + HLT).run()
+    assert (latch.value, latch.writes, latch.read(0, 1)) == (0x5A, 1, 0x5A)
+    latch.write(0, 8, 1 << 63)
+    assert latch.value == 1 << 63
+    for call in (lambda: latch.read(0, 3), lambda: latch.write(0, 16, 0)):
+        with pytest.raises(EngineError, match="1, 2, 4 or 8 bytes"):
+            call()
+    with pytest.raises(TypeError):
+        RustDevice()
+
+
+def test_device_moves_itself_in_the_middle_of_an_access(vm: Vm) -> None:
+    region = vm.attach_ports(0x80, 1, Calls(lambda: region.move(0x90)))
+    # The second write to 0x80 finds nobody.
+    load(vm, OUT_80 * 2 + CLI + HLT).run()
+    assert vm.stats()["accesses"] == {"python": 1, "rust": 0, "unclaimed": 1}
+
+
+def test_detached_device_is_let_go_while_another_thread_is_inside_of_it(vm: Vm) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def action() -> int:
+        entered.set()
+        assert leave.wait(30)
+        return 0x42
+
+    device = Calls(action)
+    gone = weakref.ref(device)
+    region = vm.attach_ports(0x80, 1, device)
+    del device
+    vcpu = load(vm, IN_80 + CLI + HLT, rax=0)
+    running = Running(vcpu)
+    assert entered.wait(30)
+    region.detach()
+    assert vm.stats()["python"] == {"reads": 1, "writes": 0}
+    leave.set()
+    assert running.join() == "halted"
+    assert vcpu.regs()["rax"] == 0x42
+    gc.collect()
+    assert gone() is None
+
+
+def test_guest_that_accesses_a_region_on_the_move_always_meets_one_owner(vm: Vm) -> None:
+    # again: out 0x80, al ; out 0x81, al ; jmp again
+    first, second = Latch(), Latch()
+    region = vm.attach_ports(0x80, 1, first)
+    vm.attach_ports(0x81, 1, second)
+    running = Running(load(vm, b"\xe6\x80\xe6\x81\xeb\xfa"))
+    for turn in range(2000):
+        region.move(0x81 if turn % 2 else 0x80)  # onto the other, which stays the owner
+        if turn % 10 == 0:
+            region.unmap()
+            region.map()
+    region.move(0x80)
+    seen = first.writes
+    while first.writes == seen:
+        assert running.outcome is None
+    vm.request_stop()
+    assert running.join() == "stopped"
+    accesses = vm.stats()["accesses"]
+    assert accesses["rust"] == first.writes + second.writes
+    assert accesses["rust"] + accesses["unclaimed"] == vm.stats()["exits"]["port_out"]
+
+
 def test_second_run_of_a_vcpu_is_refused(vm: Vm, vcpu: Vcpu, endless: Running) -> None:
     with pytest.raises(EngineError, match="vCPU 0 is running"):
         vcpu.run()
@@ -426,6 +553,36 @@ def test_own_vcpu_is_refused_in_a_device(vm: Vm, vcpu: Vcpu) -> None:
 def test_missing_interrupt_line_is_refused(vm: Vm) -> None:
     with pytest.raises(EngineError, match="no interrupt line 24"):
         vm.irq_line(24, True)
+    with pytest.raises(EngineError, match="no interrupt line 24"):
+        vm.irq_source(24)
+
+
+def test_interrupt_line_is_high_while_one_source_is(vm: Vm) -> None:
+    """The 8259A's IRR shows the level (data sheet, "Reading the 8259A status")."""
+
+    def requested() -> bool:
+        # mov al, 0x0a ; out 0x20, al ; in al, 0x20: IRR
+        vcpu = load(vm, b"\xb0\x0a\xe6\x20\xe4\x20" + CLI + HLT, rax=0)
+        vcpu.run()
+        return bool(vcpu.regs()["rax"] & 1 << 5)
+
+    # mov al, 0x20 ; mov dx, 0x4d0 ; out dx, al: line 5 by level
+    load(vm, b"\xb0\x20\xba\xd0\x04\xee" + CLI + HLT).run()
+    first, second = vm.irq_source(5), vm.irq_source(5)
+    first.set(True)
+    second.set(True)
+    first.set(False)
+    assert requested()
+    second.set(False)
+    assert not requested()
+    vm.irq_line(5, True)
+    first.pulse()
+    assert requested()
+    vm.irq_line(5, False)
+    assert not requested()
+    first.set(True)
+    del first
+    assert not requested()
 
 
 def test_clock_goes_on(vm: Vm) -> None:
@@ -509,6 +666,16 @@ def test_machine_that_its_device_refers_to_is_freed() -> None:
     device.machine = (vm, vm.vcpu(0))  # type: ignore[attr-defined]
     vm.attach_ports(0x80, 1, device)
     vm.attach_mmio(MMIO, 1, device)
+    gone = weakref.ref(device)
+    del vm, device
+    gc.collect()
+    assert gone() is None
+
+
+def test_device_that_keeps_its_region_and_line_is_freed() -> None:
+    vm = Vm("bt", MIB)
+    device = Log()
+    device.wiring = (vm.attach_ports(0x80, 1, device), vm.irq_source(5))  # type: ignore[attr-defined]
     gone = weakref.ref(device)
     del vm, device
     gc.collect()

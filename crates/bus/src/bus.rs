@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::ranges::{AttachError, Hit, Lookup, RangeMap};
-use crate::{Device, DeviceError, Handler};
+use crate::space::Space;
+use crate::table::Hit;
+use crate::{AttachError, Device, DeviceError, Handler, Region, Sizes};
 
 /// The result of a read: the value, cut to the size of the access, and by whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,23 +13,38 @@ pub struct Answer {
     pub by: Handler,
 }
 
-/// Port and memory ranges with their devices.
+/// The port and the memory space, each with regions that devices answer.
 ///
-/// An access that no device claims reads as all ones, and writes are lost. An
-/// access of which a device claims only a part becomes one access per byte,
-/// lowest address first, each answered by whoever owns that byte: so does an
-/// ISA bridge break up a cycle that is wider than its target. The same is done
-/// for a size that is not 1, 2, 4 or 8. Nothing lies past port 0xFFFF: what a
-/// wide access at the end does there is left to the implementation (Intel SDM
-/// 1, "I/O Address Space").
+/// **Who gets an access.** One access has one owner, found by its first
+/// address and its size; no neighbour sees a part of it.
+///
+/// 1. The region that decodes this size and holds all of the access. Chipsets
+///    decode so: the configuration address register at 0xCF8 takes full dwords
+///    alone, and any other access there is an ordinary one (PCI Local Bus 3.0,
+///    3.2.2.3.2; Intel 82441FX, 3.1.1), such as a byte to the reset register at
+///    0xCF9, which lies within that dword (Intel 82371SB, 2.5.4). So regions
+///    may share addresses if no access is decoded by both.
+/// 2. Else the region that decodes this size and single bytes and holds the
+///    first address, for the bytes that it has; the others read as ones and are
+///    lost. QEMU decides by the first address too, "without considering adjacent
+///    registers" (system/physmem.c, address_space_translate_internal). The part
+///    comes as one access where its size is one that the region decodes, else
+///    byte by byte, lowest address first, as an ISA bridge breaks up a cycle
+///    that is wider than its target. So does an access of 3, 5, 6 or 7 bytes.
+/// 3. Else nobody: it reads as ones, and a write is lost.
+///
+/// Of two regions that a guest moved onto each other, the one placed earlier
+/// answers. Nothing lies past port 0xFFFF: what a wide access at the end does
+/// there is left to the implementation (Intel SDM 1, "I/O Address Space").
 pub struct Bus {
-    ports: RangeMap,
-    mmio: RangeMap,
+    ports: Arc<Space>,
+    mmio: Arc<Space>,
 }
 
 impl Bus {
     pub fn new() -> Self {
-        Self { ports: RangeMap::new("port", 0xFFFF), mmio: RangeMap::new("address", u64::MAX) }
+        let (ports, mmio) = (Space::new("port", 0xFFFF), Space::new("address", u64::MAX));
+        Self { ports: Arc::new(ports), mmio: Arc::new(mmio) }
     }
 
     /// `owner` names the device in the errors of others.
@@ -36,30 +52,37 @@ impl Bus {
         &self,
         base: u64,
         length: u64,
+        sizes: Sizes,
         owner: &str,
         device: Arc<dyn Device>,
-    ) -> Result<(), AttachError> {
-        self.ports.attach(base, length, owner, Some(device))
+    ) -> Result<Region, AttachError> {
+        self.ports.attach(base, length, sizes, owner, Some(device))
     }
 
     pub fn attach_mmio(
         &self,
         base: u64,
         length: u64,
+        sizes: Sizes,
         owner: &str,
         device: Arc<dyn Device>,
-    ) -> Result<(), AttachError> {
-        self.mmio.attach(base, length, owner, Some(device))
+    ) -> Result<Region, AttachError> {
+        self.mmio.attach(base, length, sizes, owner, Some(device))
     }
 
     /// Keeps devices away from ports that the engine answers itself.
-    pub fn reserve_ports(&self, base: u64, length: u64, owner: &str) -> Result<(), AttachError> {
-        self.ports.attach(base, length, owner, None)
+    pub fn reserve_ports(
+        &self,
+        base: u64,
+        length: u64,
+        owner: &str,
+    ) -> Result<Region, AttachError> {
+        self.ports.attach(base, length, Sizes::ALL, owner, None)
     }
 
     /// Keeps devices away from memory that never reaches the bus.
-    pub fn reserve_mmio(&self, base: u64, length: u64, owner: &str) -> Result<(), AttachError> {
-        self.mmio.attach(base, length, owner, None)
+    pub fn reserve_mmio(&self, base: u64, length: u64, owner: &str) -> Result<Region, AttachError> {
+        self.mmio.attach(base, length, Sizes::ALL, owner, None)
     }
 
     /// Detaches all devices. The caller drops them when it holds no lock.
@@ -102,59 +125,43 @@ fn mask(size: u8) -> u64 {
     }
 }
 
-/// What [`RangeMap::find`] says, with sizes that no device expects broken up.
-fn find(map: &RangeMap, address: u64, size: u8) -> Lookup {
-    match map.find(address, size) {
-        Lookup::One(_) if !matches!(size, 1 | 2 | 4 | 8) => Lookup::Mixed,
-        found => found,
-    }
+/// The accesses by which a device sees one: (offset, size, shift of its bits).
+/// One as it was made, where it lies in the region and has a size that the
+/// region decodes; else its part in the region.
+#[inline]
+fn pieces(hit: &Hit<'_>, size: u8) -> impl Iterator<Item = (u64, u8, u32)> {
+    let decodes = |size: u8| size.is_power_of_two() && hit.sizes.has(size);
+    let length = u64::from(size.min(8)).min(hit.room) as u8;
+    let (count, each) = match length {
+        whole if decodes(whole) => (1, whole),
+        bytes if decodes(1) => (bytes, 1),
+        _ => (0, 1),
+    };
+    let offset = hit.offset;
+    (0..count).map(move |index| (offset + u64::from(index), each, u32::from(index) * 8))
 }
 
-/// The bytes of a broken-up access that exist, with their addresses.
-fn bytes(address: u64, size: u8) -> impl Iterator<Item = (u64, u32)> {
-    (0..u32::from(size.min(8)))
-        .map_while(move |index| Some((address.checked_add(u64::from(index))?, index * 8)))
+fn read(space: &Space, address: u64, size: u8) -> Result<Answer, DeviceError> {
+    let table = space.table();
+    let mut answer = Answer { value: mask(size), by: Handler::Nobody };
+    let Some(hit) = table.find(address, size) else { return Ok(answer) };
+    for (offset, size, shift) in pieces(&hit, size) {
+        let value = hit.device.read(offset, size)? & mask(size);
+        answer.value = answer.value & !(mask(size) << shift) | value << shift;
+        answer.by = hit.by;
+    }
+    Ok(answer)
 }
 
-fn read(map: &RangeMap, address: u64, size: u8) -> Result<Answer, DeviceError> {
-    match find(map, address, size) {
-        Lookup::One(Hit { device, offset }) => {
-            let value = device.read(offset, size)? & mask(size);
-            Ok(Answer { value, by: device.kind().into() })
-        }
-        Lookup::Nobody => Ok(Answer { value: mask(size), by: Handler::Nobody }),
-        Lookup::Mixed => {
-            let mut answer = Answer { value: mask(size), by: Handler::Nobody };
-            for (address, shift) in bytes(address, size) {
-                if let Lookup::One(Hit { device, offset }) = map.find(address, 1) {
-                    let byte = device.read(offset, 1)? & 0xFF;
-                    answer.value = answer.value & !(0xFF << shift) | byte << shift;
-                    answer.by = answer.by.max(device.kind().into());
-                }
-            }
-            Ok(answer)
-        }
+fn write(space: &Space, address: u64, size: u8, data: u64) -> Result<Handler, DeviceError> {
+    let table = space.table();
+    let Some(hit) = table.find(address, size) else { return Ok(Handler::Nobody) };
+    let mut by = Handler::Nobody;
+    for (offset, size, shift) in pieces(&hit, size) {
+        hit.device.write(offset, size, data >> shift & mask(size))?;
+        by = hit.by;
     }
-}
-
-fn write(map: &RangeMap, address: u64, size: u8, data: u64) -> Result<Handler, DeviceError> {
-    match find(map, address, size) {
-        Lookup::One(Hit { device, offset }) => {
-            device.write(offset, size, data & mask(size))?;
-            Ok(device.kind().into())
-        }
-        Lookup::Nobody => Ok(Handler::Nobody),
-        Lookup::Mixed => {
-            let mut by = Handler::Nobody;
-            for (address, shift) in bytes(address, size) {
-                if let Lookup::One(Hit { device, offset }) = map.find(address, 1) {
-                    device.write(offset, 1, data >> shift & 0xFF)?;
-                    by = by.max(device.kind().into());
-                }
-            }
-            Ok(by)
-        }
-    }
+    Ok(by)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! From an exit to the device that answers it: ranges, dispatch, the run loop.
+//! From an exit to the device that answers it: regions, dispatch, the run loop.
 //!
 //! This crate knows the engine contract and the trait [`Device`]; it knows no
 //! particular engine, no particular device and no Python.
@@ -8,9 +8,11 @@ mod control;
 mod counters;
 mod device;
 mod dispatch;
+mod irq;
 mod platform;
-mod ranges;
 mod run;
+mod space;
+mod table;
 mod tsc;
 
 pub use bus::{Answer, Bus};
@@ -18,7 +20,8 @@ pub use control::{RunControl, Seat};
 pub use counters::{LoopCounters, LoopStats};
 pub use device::{Device, DeviceError, DeviceKind, Handler};
 pub use dispatch::{Step, StopReason, dispatch};
+pub use irq::{IrqLines, IrqSource};
 pub use platform::{Answered, NoHandlers, PlatformHandlers, PortAccess};
-pub use ranges::AttachError;
 pub use run::{RunError, run_vcpu};
+pub use space::{AttachError, Region, Sizes, Span};
 pub use tsc::TscScale;

@@ -6,7 +6,7 @@ use parking_lot::{Condvar, Mutex};
 use tetrarch_engine::{Counters, Kick, Registers, SystemRegisters};
 
 use super::*;
-use crate::{Device, DeviceKind, NoHandlers};
+use crate::{Device, DeviceKind, NoHandlers, Sizes};
 
 /// A vCPU that makes the exits of a script, then runs until it is kicked.
 struct Scripted {
@@ -127,8 +127,8 @@ impl Fixture {
     fn new() -> Self {
         let (bus, control) = (Bus::new(), Arc::new(RunControl::new()));
         let panel = Arc::new(Panel { control: Arc::clone(&control) });
-        bus.attach_ports(0x10, 4, "panel", panel.clone()).unwrap();
-        bus.attach_mmio(0xD000_0000, 4, "panel", panel).unwrap();
+        bus.attach_ports(0x10, 4, Sizes::ALL, "panel", panel.clone()).unwrap();
+        bus.attach_mmio(0xD000_0000, 4, Sizes::ALL, "panel", panel).unwrap();
         Self { bus, control }
     }
 

@@ -5,12 +5,14 @@
 //! [`Reply`]. Whoever implements these traits holds CPU, MMU and interrupt
 //! controllers; whoever calls them holds memory, buses and devices.
 
+mod chipset;
 mod clock;
 pub mod cpuid;
 mod exit;
 mod platform;
 mod registers;
 
+pub use chipset::{ENGINE_MMIO, ENGINE_PORTS, GSI_COUNT};
 pub use clock::Clock;
 pub use exit::{Exit, GuestFault, Reply, Trap};
 pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};

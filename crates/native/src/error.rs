@@ -3,6 +3,7 @@
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use tetrarch_bus::{AttachError, DeviceError, RunError};
+use tetrarch_machine::MachineError;
 use tetrarch_memory::MemoryError;
 
 pyo3::create_exception!(
@@ -84,6 +85,22 @@ impl From<MemoryError> for Failure {
 impl From<AttachError> for Failure {
     fn from(error: AttachError) -> Self {
         Self::Attach(error)
+    }
+}
+
+impl From<DeviceError> for Failure {
+    fn from(error: DeviceError) -> Self {
+        Self::Device(error)
+    }
+}
+
+impl From<MachineError> for Failure {
+    fn from(error: MachineError) -> Self {
+        match error {
+            MachineError::Engine(error) => Self::Engine(error),
+            MachineError::Memory(error) => Self::Memory(error),
+            MachineError::Attach(error) => Self::Attach(error),
+        }
     }
 }
 

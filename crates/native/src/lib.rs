@@ -3,14 +3,12 @@
 //! The only crate that knows Python. `src/tetrarch/_native.pyi` says what is
 //! promised; each file here is one noun of it.
 
-mod device;
-mod dump;
 mod error;
+mod irq;
 mod kvm;
-mod machine;
-mod null;
-mod registers;
-mod stats;
+mod python_device;
+mod region;
+mod rust_device;
 mod vcpu;
 mod vm;
 
@@ -23,7 +21,11 @@ mod _native {
     #[pymodule_export]
     use crate::error::{EngineError, GuestMemoryError};
     #[pymodule_export]
-    use crate::null::NullPort;
+    use crate::irq::IrqSource;
+    #[pymodule_export]
+    use crate::region::Region;
+    #[pymodule_export]
+    use crate::rust_device::{Latch, NullPort, RustDevice};
     #[pymodule_export]
     use crate::vcpu::Vcpu;
     #[pymodule_export]
@@ -37,7 +39,7 @@ mod _native {
     /// None if the engine can run here, else why not and what mends it.
     #[pyfunction]
     fn engine_available(name: &str) -> Option<(String, String)> {
-        let reason = crate::machine::engine_available(name).err()?;
+        let reason = tetrarch_machine::engine_available(name).err()?;
         Some((reason.cause, reason.mend))
     }
 

@@ -7,13 +7,11 @@ use std::time::Duration;
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use tetrarch_bus::{DeviceError, StopReason};
+use tetrarch_bus::{DeviceError, RunError, StopReason};
 use tetrarch_engine::EngineError;
+use tetrarch_machine::{Machine, State, VcpuSlot, dump};
 
-use crate::dump::dump;
 use crate::error::Failure;
-use crate::machine::{Machine, VcpuSlot};
-use crate::registers::State;
 use crate::vm::Vm;
 
 /// How long Ctrl-C may go unnoticed when a vCPU runs on Python's main thread.
@@ -52,7 +50,7 @@ impl Vcpu {
     }
 
     fn regs(&self) -> Result<BTreeMap<String, u64>, Failure> {
-        self.slot.with(|vcpu| State::of(vcpu).values())
+        Ok(self.slot.with(|vcpu| State::of(vcpu).values())?)
     }
 
     fn set_regs(&self, values: BTreeMap<String, u64>) -> Result<(), Failure> {
@@ -65,7 +63,7 @@ impl Vcpu {
     }
 
     fn dump(&self) -> Result<String, Failure> {
-        self.slot.with(dump)
+        Ok(self.slot.with(dump)?)
     }
 
     fn __repr__(&self) -> String {
@@ -86,7 +84,7 @@ fn on_main_thread(py: Python<'_>) -> PyResult<bool> {
 
 /// Runs a vCPU on the main thread. A signal's handler must run here, so the
 /// guest is left now and then to let it.
-fn run_with_signals(slot: &VcpuSlot, machine: &Machine) -> Result<StopReason, Failure> {
+fn run_with_signals(slot: &VcpuSlot, machine: &Machine) -> Result<StopReason, RunError> {
     let mut check = || match Python::try_attach(|py| py.check_signals()) {
         Some(Err(raised)) => Err(DeviceError::new(raised)),
         _ => Ok(()),

@@ -1,22 +1,23 @@
 //! `tetrarch._native.Vm`.
 
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
+use parking_lot::Mutex;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use tetrarch_bus::{AttachError, Bus, Device};
+use tetrarch_bus::{AttachError, Bus, Device, Sizes};
+use tetrarch_engine::GSI_COUNT;
+use tetrarch_machine::{Machine, Stats, collect};
 use tetrarch_memory::{GuestPhys, MemoryError};
 
-use crate::device::PythonDevice;
 use crate::error::Failure;
-use crate::machine::Machine;
-use crate::null::{NullDevice, NullPort};
-use crate::stats::{Stats, collect};
+use crate::irq::IrqSource;
+use crate::python_device::{Crossings, PythonDevice};
+use crate::region::Region;
+use crate::rust_device::RustDevice;
 use crate::vcpu::Vcpu;
-
-/// Lines of the interrupt controllers: the pins of one I/O APIC.
-const GSI_COUNT: u32 = 24;
 
 /// From this size on a copy out of the guest is worth letting other Python
 /// threads run meanwhile.
@@ -24,36 +25,69 @@ const LONG_COPY: usize = 64 << 10;
 
 // Owner of all Python objects that the machine refers to. A device mostly
 // refers to its machine in turn, and only the garbage collector can end that:
-// so a `Vcpu` holds this object, not the `Machine`.
+// so a `Vcpu` or `Region` holds this object, not the `Machine`.
 /// Guest memory, bus, interrupt controllers and vCPUs of one machine.
 #[pyclass(frozen, module = "tetrarch._native")]
 pub struct Vm {
     pub machine: Machine,
+    /// What `irq_line` drives: a source of each line.
+    lines: Vec<tetrarch_bus::IrqSource>,
+    /// The bus's Python devices once more, for the garbage collector, which
+    /// takes this lock: nothing may touch Python objects while it holds it.
+    devices: Mutex<Vec<Arc<PythonDevice>>>,
+    crossings: Arc<Crossings>,
 }
 
-type Attach = fn(&Bus, u64, u64, &str, Arc<dyn Device>) -> Result<(), AttachError>;
+type Attach =
+    fn(&Bus, u64, u64, Sizes, &str, Arc<dyn Device>) -> Result<tetrarch_bus::Region, AttachError>;
 
 impl Vm {
     fn attach(
-        &self,
+        slf: Bound<'_, Self>,
         attach: Attach,
         base: u64,
         length: u64,
         device: &Bound<'_, PyAny>,
-    ) -> Result<(), Failure> {
-        if device.is_instance_of::<NullPort>() {
-            return Ok(attach(&self.machine.bus, base, length, "NullPort", Arc::new(NullDevice))?);
+        sizes: Option<Vec<u8>>,
+    ) -> Result<Region, Failure> {
+        let sizes = match sizes {
+            None => Sizes::ALL,
+            Some(sizes) => Sizes::of(&sizes).ok_or_else(|| {
+                Failure::refused("sizes of accesses are one or more of 1, 2, 4, 8")
+            })?,
+        };
+        let owner = device.get_type().qualname()?.to_string();
+        let vm = slf.get();
+        let on_bus = |device| attach(&vm.machine.bus, base, length, sizes, &owner, device);
+        if let Ok(device) = device.cast::<RustDevice>() {
+            let region = on_bus(device.get().device())?;
+            return Ok(Region::new(slf.unbind(), region, None));
         }
-        let device = Arc::new(PythonDevice::new(device)?);
+        let device = Arc::new(PythonDevice::new(device, &vm.crossings)?);
         // First the list, then the bus: a vCPU that runs may use and drop a
         // device of the bus, and the collector must know of it by then.
-        self.machine.devices.lock().push(Arc::clone(&device));
-        let attached = attach(&self.machine.bus, base, length, device.name(), device.clone());
-        if attached.is_err() {
-            self.machine.devices.lock().retain(|other| !Arc::ptr_eq(other, &device));
+        vm.devices.lock().push(Arc::clone(&device));
+        let python = Arc::downgrade(&device);
+        match on_bus(device) {
+            Ok(region) => Ok(Region::new(slf.unbind(), region, Some(python))),
+            Err(error) => {
+                drop(vm.forget(&python));
+                Err(error.into())
+            }
         }
-        Ok(attached?)
     }
+
+    /// Takes a device off the list; the caller drops it when it holds no lock.
+    pub fn forget(&self, device: &Weak<PythonDevice>) -> Option<Arc<PythonDevice>> {
+        let mut devices = self.devices.lock();
+        let listed = |other: &Arc<PythonDevice>| std::ptr::eq(Arc::as_ptr(other), device.as_ptr());
+        let index = devices.iter().position(listed)?;
+        Some(devices.swap_remove(index))
+    }
+}
+
+fn no_line(gsi: u32) -> Failure {
+    Failure::refused(format!("there is no interrupt line {gsi}: 0-{}", GSI_COUNT - 1))
 }
 
 #[pymethods]
@@ -61,7 +95,9 @@ impl Vm {
     #[new]
     #[pyo3(signature = (engine, memory, vcpus = 1, *, translate = true))]
     fn new(engine: &str, memory: u64, vcpus: u32, translate: bool) -> Result<Self, Failure> {
-        Ok(Self { machine: Machine::new(engine, memory, vcpus, translate)? })
+        let machine = Machine::new(engine, memory, vcpus, translate)?;
+        let lines = (0..GSI_COUNT).filter_map(|gsi| machine.irq.source(gsi)).collect();
+        Ok(Self { machine, lines, devices: Mutex::default(), crossings: Arc::default() })
     }
 
     #[getter]
@@ -98,31 +134,34 @@ impl Vm {
         Ok(py.detach(|| self.machine.memory.write(GuestPhys(address), data))?)
     }
 
+    #[pyo3(signature = (base, length, device, *, sizes = None))]
     fn attach_ports(
-        &self,
+        slf: Bound<'_, Self>,
         base: u64,
         length: u64,
         device: &Bound<'_, PyAny>,
-    ) -> Result<(), Failure> {
-        self.attach(Bus::attach_ports, base, length, device)
+        sizes: Option<Vec<u8>>,
+    ) -> Result<Region, Failure> {
+        Self::attach(slf, Bus::attach_ports, base, length, device, sizes)
     }
 
+    #[pyo3(signature = (base, length, device, *, sizes = None))]
     fn attach_mmio(
-        &self,
+        slf: Bound<'_, Self>,
         base: u64,
         length: u64,
         device: &Bound<'_, PyAny>,
-    ) -> Result<(), Failure> {
-        self.attach(Bus::attach_mmio, base, length, device)
+        sizes: Option<Vec<u8>>,
+    ) -> Result<Region, Failure> {
+        Self::attach(slf, Bus::attach_mmio, base, length, device, sizes)
     }
 
-    // Attached, unlike a write: the controllers' locks are held for a few
-    // instructions and never by who waits for the interpreter.
+    fn irq_source(&self, gsi: u32) -> Result<IrqSource, Failure> {
+        Ok(IrqSource(self.machine.irq.source(gsi).ok_or_else(|| no_line(gsi))?))
+    }
+
     fn irq_line(&self, gsi: u32, level: bool) -> Result<(), Failure> {
-        if gsi >= GSI_COUNT {
-            return Err(Failure::refused(format!("there is no interrupt line {gsi}: 0-23")));
-        }
-        self.machine.engine.irq_line(gsi, level);
+        self.lines.get(gsi as usize).ok_or_else(|| no_line(gsi))?.set(level);
         Ok(())
     }
 
@@ -149,17 +188,22 @@ impl Vm {
     }
 
     fn stats(&self) -> Stats {
-        collect(&self.machine)
+        let mut stats = collect(&self.machine);
+        let Crossings { reads, writes } = &*self.crossings;
+        let calls = [("reads", reads), ("writes", writes)];
+        let calls = calls.map(|(name, count)| (name.to_owned(), count.load(Ordering::Relaxed)));
+        stats.insert("python".into(), calls.into());
+        stats
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        self.machine.devices.lock().iter().try_for_each(|device| device.traverse(visit))
+        self.devices.lock().iter().try_for_each(|device| device.traverse(visit))
     }
 
     fn __clear__(&self) {
         // Dropped when the locks are free again: that runs Python code.
         let from_bus = self.machine.bus.take_devices();
-        let devices = std::mem::take(&mut *self.machine.devices.lock());
+        let devices = std::mem::take(&mut *self.devices.lock());
         drop((from_bus, devices));
     }
 }

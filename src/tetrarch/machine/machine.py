@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -138,18 +139,43 @@ class Machine:
             return 0.0
         return (self._ended_at or time.monotonic()) - self._started_at
 
-    def attach_ports(self, base: int, length: int, device: _native.Device) -> None:
-        """Puts a device of yours on I/O ports, before start()."""
-        self._require_new("attach_ports")
-        self._vm.attach_ports(base, length, device)
+    def attach_ports(
+        self,
+        base: int,
+        length: int,
+        device: _native.Device,
+        *,
+        sizes: Sequence[int] | None = None,
+    ) -> _native.Region:
+        """Puts a device of yours on I/O ports, before start().
 
-    def attach_mmio(self, base: int, length: int, device: _native.Device) -> None:
+        It sees accesses of ``sizes`` bytes, by default of any; others pass it by. The region
+        can be moved, unmapped and detached at any time.
+        """
+        self._require_new("attach_ports")
+        return self._vm.attach_ports(base, length, device, sizes=sizes)
+
+    def attach_mmio(
+        self,
+        base: int,
+        length: int,
+        device: _native.Device,
+        *,
+        sizes: Sequence[int] | None = None,
+    ) -> _native.Region:
         """Puts a device of yours on guest physical addresses, before start()."""
         self._require_new("attach_mmio")
-        self._vm.attach_mmio(base, length, device)
+        return self._vm.attach_mmio(base, length, device, sizes=sizes)
+
+    def irq_source(self, gsi: int) -> _native.IrqSource:
+        """A wire of its own to an interrupt line, to be driven from any thread.
+
+        The line is high while any of its wires is.
+        """
+        return self._vm.irq_source(gsi)
 
     def irq_line(self, gsi: int, level: bool) -> None:
-        """Drives an interrupt line, from any thread."""
+        """Drives one more wire to the line, which all callers of this share."""
         self._vm.irq_line(gsi, level)
 
     def read_memory(self, address: int, length: int) -> bytes:

@@ -73,7 +73,7 @@ def assemble_pc(
     """
 
     def line(gsi: int) -> Callable[[bool], None]:
-        return lambda level: vm.irq_line(gsi, level)
+        return vm.irq_source(gsi).set
 
     def power_off() -> None:
         end(ExitStatus(StopReason.POWERED_OFF, "by ACPI"))

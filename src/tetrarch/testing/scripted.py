@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a protocol: of the stub file alone
@@ -29,7 +29,7 @@ class ScriptedVm:
         """Each change of an interrupt line: (GSI, level)."""
         self.registers = {"idtr_limit": 0xFFF, "cs_selector": 0x10}
         self._memory = bytearray(memory)
-        self._ports: list[tuple[int, int, Device]] = []
+        self._ports: list[tuple[range, Device, Sequence[int]]] = []
         self._stop = threading.Event()
         self._begun = time.monotonic_ns()
 
@@ -43,11 +43,18 @@ class ScriptedVm:
     def write_memory(self, address: int, data: bytes) -> None:
         self._memory[address : address + len(data)] = data
 
-    def attach_ports(self, base: int, length: int, device: Device) -> None:
-        self._ports.append((base, length, device))
+    def attach_ports(
+        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+    ) -> None:
+        self._ports.append((range(base, base + length), device, sizes or (1, 2, 4, 8)))
 
-    def attach_mmio(self, base: int, length: int, device: Device) -> None:
+    def attach_mmio(
+        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+    ) -> None:
         raise ValueError("a scripted machine has ports only")
+
+    def irq_source(self, gsi: int) -> ScriptedSource:
+        return ScriptedSource(self, gsi)
 
     def irq_line(self, gsi: int, level: bool) -> None:
         self.lines.append((gsi, level))
@@ -70,14 +77,14 @@ class ScriptedVm:
     # What a script uses.
 
     def port_out(self, port: int, value: int, size: int = 1) -> None:
-        for base, length, device in self._ports:
-            if base <= port < base + length:
-                device.write(port - base, size, value)
+        for ports, device, sizes in self._ports:
+            if port in ports and size in sizes:
+                device.write(port - ports.start, size, value)
 
     def port_in(self, port: int, size: int = 1) -> int:
-        for base, length, device in self._ports:
-            if base <= port < base + length:
-                return device.read(port - base, size)
+        for ports, device, sizes in self._ports:
+            if port in ports and size in sizes:
+                return device.read(port - ports.start, size)
         return (1 << 8 * size) - 1
 
     def wait_for_stop(self) -> str:
@@ -90,6 +97,17 @@ class ScriptedVm:
         while not self._stop.is_set():
             pass
         return "stopped"
+
+
+class ScriptedSource:
+    """Drives an interrupt line of the machine."""
+
+    def __init__(self, vm: ScriptedVm, gsi: int) -> None:
+        self._vm = vm
+        self.gsi = gsi
+
+    def set(self, level: bool) -> None:
+        self._vm.irq_line(self.gsi, level)
 
 
 class ScriptedVcpu:

@@ -1,5 +1,6 @@
 //! Devices written in Python, as the bus sees them.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -8,22 +9,29 @@ use pyo3::prelude::*;
 use pyo3::types::PyInt;
 use tetrarch_bus::{Device, DeviceError, DeviceKind};
 
+/// How often devices of one machine entered the interpreter.
+#[derive(Default)]
+pub struct Crossings {
+    pub reads: AtomicU64,
+    pub writes: AtomicU64,
+}
+
 /// A Python object with `read` and `write`.
 ///
 /// Lock: the interpreter's, taken for the call alone; the vCPU's thread holds
-/// no other that Python code could want but the vCPU itself.
+/// no other that Python code could want but the vCPU itself. Where it is dropped
+/// on a vCPU's thread, the interpreter gets its references back later.
 pub struct PythonDevice {
     /// The class, for messages.
     name: String,
     /// Bound methods, looked up once: an access then costs one call.
     read: Py<PyAny>,
     write: Py<PyAny>,
-    reads: AtomicU64,
-    writes: AtomicU64,
+    crossings: Arc<Crossings>,
 }
 
 impl PythonDevice {
-    pub fn new(device: &Bound<'_, PyAny>) -> PyResult<Self> {
+    pub fn new(device: &Bound<'_, PyAny>, crossings: &Arc<Crossings>) -> PyResult<Self> {
         let name = device.get_type().qualname()?.to_string();
         let method = |method: &str| -> PyResult<Py<PyAny>> {
             match device.getattr_opt(method)? {
@@ -34,16 +42,7 @@ impl PythonDevice {
             }
         };
         let (read, write) = (method("read")?, method("write")?);
-        Ok(Self { name, read, write, reads: AtomicU64::new(0), writes: AtomicU64::new(0) })
-    }
-
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// (reads, writes): how often the interpreter was entered.
-    pub fn crossings(&self) -> (u64, u64) {
-        (self.reads.load(Ordering::Relaxed), self.writes.load(Ordering::Relaxed))
+        Ok(Self { name, read, write, crossings: Arc::clone(crossings) })
     }
 
     pub fn traverse(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -79,7 +78,7 @@ fn attached<T>(call: impl FnOnce(Python<'_>) -> PyResult<T>) -> Result<T, Device
 
 impl Device for PythonDevice {
     fn read(&self, offset: u64, size: u8) -> Result<u64, DeviceError> {
-        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.crossings.reads.fetch_add(1, Ordering::Relaxed);
         attached(|py| {
             let result = self.read.bind(py).call1((offset, size))?;
             self.value(&result, offset, size)
@@ -87,7 +86,7 @@ impl Device for PythonDevice {
     }
 
     fn write(&self, offset: u64, size: u8, value: u64) -> Result<(), DeviceError> {
-        self.writes.fetch_add(1, Ordering::Relaxed);
+        self.crossings.writes.fetch_add(1, Ordering::Relaxed);
         attached(|py| self.write.bind(py).call1((offset, size, value)).map(drop))
     }
 

@@ -1,13 +1,14 @@
-//! The counters of a machine as `Vm.stats` shows them.
+//! The counters of a machine, by group and name.
 
 use std::collections::BTreeMap;
 
-use crate::machine::Machine;
+use crate::Machine;
 
 pub type Stats = BTreeMap<String, BTreeMap<String, u64>>;
 
-/// Sums over all vCPUs and, of a machine with several, each vCPU for itself. Those of the run loop are live, those of a running
-/// vCPU's engine as of its last stop.
+/// Sums over all vCPUs and, of a machine with several, each vCPU for itself.
+/// Those of the run loop are live, those of a running vCPU's engine as of its
+/// last stop.
 pub fn collect(machine: &Machine) -> Stats {
     let mut stats = Stats::new();
     let mut add = |group: &str, name: &str, value: u64| {
@@ -51,9 +52,5 @@ pub fn collect(machine: &Machine) -> Stats {
             }
         }
     }
-    let crossings: Vec<_> =
-        machine.devices.lock().iter().map(|device| device.crossings()).collect();
-    add("python", "reads", crossings.iter().map(|(reads, _)| reads).sum());
-    add("python", "writes", crossings.iter().map(|(_, writes)| writes).sum());
     stats
 }

@@ -1,4 +1,4 @@
-//! Register names of `Vcpu.regs`, as one walk that reads and sets them.
+//! Registers by name, as one walk that reads and sets them.
 
 use std::collections::BTreeMap;
 

@@ -1,0 +1,18 @@
+//! A machine without devices: memory, engine, vCPUs, bus, interrupt lines.
+//!
+//! What a program in any language needs to run a guest, and knows none. It is
+//! the only crate that knows which engines there are.
+
+mod dump;
+mod error;
+mod machine;
+mod registers;
+mod slot;
+mod stats;
+
+pub use dump::dump;
+pub use error::MachineError;
+pub use machine::{Machine, engine_available};
+pub use registers::State;
+pub use slot::VcpuSlot;
+pub use stats::{Stats, collect};

@@ -1,0 +1,79 @@
+//! The parts of one machine put together.
+
+use std::sync::Arc;
+
+use tetrarch_bus::{Bus, IrqLines, RunControl, TscScale};
+use tetrarch_engine::{ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Unusable, Vm};
+use tetrarch_memory::GuestMemory;
+
+use crate::{MachineError, VcpuSlot};
+
+/// Why the engine cannot run here, if it cannot.
+pub fn engine_available(name: &str) -> Result<(), Unusable> {
+    match name {
+        "bt" => tetrarch_engine_bt::available(),
+        "kvm" => tetrarch_engine_kvm::available(),
+        _ => Err(Unusable::new(format!("there is no engine '{name}'"), "there are: bt, kvm")),
+    }
+}
+
+/// Guest memory, an engine's VM and its vCPUs, and the bus between them and
+/// devices.
+pub struct Machine {
+    pub memory: Arc<GuestMemory>,
+    pub engine: Arc<dyn Vm>,
+    pub bus: Bus,
+    pub irq: Arc<IrqLines>,
+    pub control: RunControl,
+    pub vcpus: Vec<Arc<VcpuSlot>>,
+    pub(crate) scale: TscScale,
+}
+
+impl Machine {
+    pub fn new(
+        engine: &str,
+        memory: u64,
+        vcpus: u32,
+        translate: bool,
+    ) -> Result<Self, MachineError> {
+        if engine != "kvm" {
+            // Engine kvm says why it cannot when its VM is made.
+            engine_available(engine).map_err(EngineError::from)?;
+        }
+        if vcpus == 0 {
+            return Err(EngineError::Refused("a machine needs at least 1 vCPU".into()).into());
+        }
+        let memory = Arc::new(GuestMemory::new(memory)?);
+        let engine: Arc<dyn Vm> = if engine == "kvm" {
+            let config = tetrarch_engine_kvm::Config { vcpus, ..Default::default() };
+            tetrarch_engine_kvm::create_vm(Arc::clone(&memory), config)?
+        } else {
+            let config = tetrarch_engine_bt::Config { vcpus, translate, ..Default::default() };
+            tetrarch_engine_bt::create_vm(Arc::clone(&memory), config)?
+        };
+
+        let bus = Bus::new();
+        for (base, length, owner) in ENGINE_PORTS {
+            bus.reserve_ports(base, length, owner)?;
+        }
+        for (base, length, owner) in ENGINE_MMIO {
+            bus.reserve_mmio(base, length, owner)?;
+        }
+        for region in memory.regions() {
+            bus.reserve_mmio(region.start.0, region.len, "RAM")?;
+        }
+
+        let control = RunControl::new();
+        let vcpus = (0..vcpus)
+            .map(|id| {
+                let vcpu = engine.create_vcpu(id)?;
+                let seat = control.add(vcpu.kicker());
+                Ok(Arc::new(VcpuSlot::new(id, vcpu, seat)))
+            })
+            .collect::<Result<_, EngineError>>()?;
+        let driven = Arc::clone(&engine);
+        let drive = Box::new(move |gsi, level| driven.irq_line(gsi, level));
+        let irq = Arc::new(IrqLines::new(GSI_COUNT, drive));
+        Ok(Self { memory, engine, bus, irq, control, vcpus, scale: TscScale::new() })
+    }
+}

@@ -1,0 +1,81 @@
+//! The place of a vCPU in its machine.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use tetrarch_bus::{DeviceError, NoHandlers, RunError, Seat, StopReason, run_vcpu};
+use tetrarch_engine::{Counters, EngineError, Vcpu};
+
+use crate::Machine;
+
+/// One vCPU and whoever holds it at the time.
+///
+/// Lock: `vcpu` is held for a whole run. Only a run waits for it; all else, which
+/// may hold what a device wants, tries and gives up: a run may need the device
+/// to come to its end.
+pub struct VcpuSlot {
+    pub id: u32,
+    pub seat: Arc<Seat>,
+    vcpu: Mutex<Box<dyn Vcpu>>,
+    running: AtomicBool,
+    /// The engine's counters when the vCPU last stopped.
+    counters: Mutex<Counters>,
+}
+
+/// Marks a vCPU as running while it lives.
+struct Running<'a>(&'a VcpuSlot);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.store(false, Ordering::Release);
+    }
+}
+
+impl VcpuSlot {
+    pub(crate) fn new(id: u32, vcpu: Box<dyn Vcpu>, seat: Arc<Seat>) -> Self {
+        let counters = Mutex::new(vcpu.counters());
+        Self { id, seat, vcpu: Mutex::new(vcpu), running: AtomicBool::new(false), counters }
+    }
+
+    fn busy(&self) -> EngineError {
+        EngineError::Refused(format!("vCPU {} is running", self.id))
+    }
+
+    /// Uses a vCPU that does not run.
+    pub fn with<T>(&self, body: impl FnOnce(&mut dyn Vcpu) -> T) -> Result<T, EngineError> {
+        let mut vcpu = self.vcpu.try_lock().ok_or_else(|| self.busy())?;
+        Ok(body(&mut **vcpu))
+    }
+
+    /// The run loop; to be called by who holds no lock that a device may want.
+    pub fn run(
+        &self,
+        machine: &Machine,
+        looked_up: &mut dyn FnMut() -> Result<(), DeviceError>,
+    ) -> Result<StopReason, RunError> {
+        if self.running.swap(true, Ordering::Acquire) {
+            return Err(self.busy().into());
+        }
+        let _running = Running(self);
+        let mut vcpu = self.vcpu.lock();
+        let result = run_vcpu(
+            &mut **vcpu,
+            &machine.bus,
+            &NoHandlers,
+            &machine.control,
+            &self.seat,
+            looked_up,
+        );
+        *self.counters.lock() = vcpu.counters();
+        result
+    }
+
+    /// The engine's counters: now, or of the last stop where the vCPU runs.
+    pub fn counters(&self) -> Counters {
+        match self.vcpu.try_lock() {
+            Some(vcpu) => vcpu.counters(),
+            None => self.counters.lock().clone(),
+        }
+    }
+}

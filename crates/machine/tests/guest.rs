@@ -1,0 +1,153 @@
+//! A machine as a program uses it: real-mode guests of a few bytes on engine bt.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tetrarch_bus::{Device, DeviceError, RunError, Sizes, StopReason};
+use tetrarch_engine::{EngineError, Vcpu};
+use tetrarch_machine::{Machine, MachineError, State, collect, dump, engine_available};
+use tetrarch_memory::GuestPhys;
+
+const START: u64 = 0x1000;
+
+/// Keeps the last write, and reads as it.
+#[derive(Default)]
+struct Register(AtomicU64);
+
+impl Device for Register {
+    fn read(&self, _: u64, _: u8) -> Result<u64, DeviceError> {
+        Ok(self.0.load(Ordering::SeqCst))
+    }
+
+    fn write(&self, _: u64, _: u8, value: u64) -> Result<(), DeviceError> {
+        self.0.store(value, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// A machine with `code` at [`START`], to be run in real mode.
+fn machine(code: &[u8]) -> Machine {
+    let machine = Machine::new("bt", 1 << 20, 1, true).expect("engine bt");
+    machine.memory.write(GuestPhys(START), code).expect("RAM");
+    set(
+        &machine,
+        &[("rip", START), ("rflags", 2), ("rsp", 0x800), ("cs_selector", 0), ("cs_base", 0)],
+    )
+    .expect("registers of real mode");
+    machine
+}
+
+fn set(machine: &Machine, values: &[(&str, u64)]) -> Result<(), String> {
+    let values = values.iter().map(|&(name, value)| (name.to_owned(), value)).collect();
+    let set = |vcpu: &mut dyn Vcpu| {
+        let old = State::of(vcpu);
+        let mut new = old;
+        new.set(values)?;
+        new.store(&old, vcpu).map_err(|error| error.to_string())
+    };
+    machine.vcpus[0].with(set).map_err(|error| error.to_string())?
+}
+
+fn registers(machine: &Machine) -> BTreeMap<String, u64> {
+    machine.vcpus[0].with(|vcpu| State::of(vcpu).values()).expect("not running")
+}
+
+fn run(machine: &Machine) -> Result<StopReason, RunError> {
+    machine.vcpus[0].run(machine, &mut || Ok(()))
+}
+
+#[test]
+fn guest_runs_to_its_halt_and_reaches_a_device() {
+    // mov al, 0x5a ; out 0x80, al ; in al, 0x80 ; inc ax ; cli ; hlt
+    let machine = machine(b"\xb0\x5a\xe6\x80\xe4\x80\x40\xfa\xf4");
+    let register = Arc::new(Register::default());
+    machine.bus.attach_ports(0x80, 1, Sizes::ALL, "register", register.clone()).expect("free");
+    assert_eq!(run(&machine).expect("no error"), StopReason::Halted);
+    assert_eq!(register.0.load(Ordering::SeqCst), 0x5A);
+    let registers = registers(&machine);
+    assert_eq!((registers["rax"] & 0xFF, registers["rip"]), (0x5B, START + 9));
+    let stats = collect(&machine);
+    assert_eq!((stats["exits"]["port_out"], stats["exits"]["port_in"]), (1, 1));
+    assert_eq!((stats["exits"]["halt"], stats["accesses"]["rust"]), (1, 2));
+}
+
+#[test]
+fn engines_own_ports_memory_and_ram_are_taken() {
+    let machine = machine(b"\xf4");
+    let attach =
+        |base| machine.bus.attach_mmio(base, 0x1000, Sizes::ALL, "x", Arc::<Register>::default());
+    for (base, owner) in [(0, "RAM"), (0xFEC0_0000, "I/O APIC"), (0xFEE0_0000, "local APICs")] {
+        let error = attach(base).err().expect("taken").to_string();
+        assert!(error.contains(owner), "{error}");
+    }
+    let error = machine.bus.attach_ports(0x43, 1, Sizes::ALL, "x", Arc::<Register>::default());
+    assert!(error.err().expect("taken").to_string().contains("interval timer"));
+}
+
+#[test]
+fn interrupt_line_reaches_the_guest() {
+    // The PIC's IRR shows a line by level: mov al, 0x20 ; mov dx, 0x4d0 ;
+    // out dx, al ; mov al, 0x0a ; out 0x20, al ; in al, 0x20 ; cli ; hlt
+    let machine = machine(b"\xb0\x20\xba\xd0\x04\xee\xb0\x0a\xe6\x20\xe4\x20\xfa\xf4");
+    let (first, second) =
+        (machine.irq.source(5).expect("line"), machine.irq.source(5).expect("line"));
+    first.set(true);
+    second.set(true);
+    second.set(false);
+    run(&machine).expect("no error");
+    assert_eq!(registers(&machine)["rax"] & 0x20, 0x20);
+    drop(first);
+    set(&machine, &[("rip", START)]).expect("rip");
+    run(&machine).expect("no error");
+    assert_eq!(registers(&machine)["rax"] & 0x20, 0);
+}
+
+#[test]
+fn registers_that_cannot_be_are_named_and_none_is_set() {
+    let machine = machine(b"\xf4");
+    let error = set(&machine, &[("rax", 1), ("eax", 2), ("cs_selector", 0x1_0000)]).unwrap_err();
+    assert!(error.contains("'eax'") && error.contains("cs_selector"), "{error}");
+    assert_eq!(registers(&machine)["rax"], 0);
+}
+
+#[test]
+fn dump_shows_registers_and_the_code_around_rip() {
+    let machine = machine(b"\x90\xfa\xf4\x12\x34");
+    set(&machine, &[("rbx", 0xDEAD)]).expect("rbx");
+    run(&machine).expect("no error");
+    let text = machine.vcpus[0].with(dump).expect("not running");
+    assert!(text.contains("RBX=000000000000dead"), "{text}");
+    assert!(text.contains("90 fa f4 <12> 34"), "{text}");
+}
+
+#[test]
+fn vcpu_that_runs_is_refused_to_others() {
+    struct Again(std::sync::Weak<Machine>);
+    impl Device for Again {
+        fn read(&self, _: u64, _: u8) -> Result<u64, DeviceError> {
+            let machine = self.0.upgrade().expect("it calls us");
+            let used = machine.vcpus[0].with(|_| ());
+            assert!(matches!(used, Err(EngineError::Refused(_))));
+            assert!(matches!(run(&machine), Err(RunError::Engine(EngineError::Refused(_)))));
+            Ok(7)
+        }
+        fn write(&self, _: u64, _: u8, _: u64) -> Result<(), DeviceError> {
+            Ok(())
+        }
+    }
+    // in al, 0x80 ; cli ; hlt
+    let machine = Arc::new(machine(b"\xe4\x80\xfa\xf4"));
+    let again = Arc::new(Again(Arc::downgrade(&machine)));
+    machine.bus.attach_ports(0x80, 1, Sizes::ALL, "again", again).expect("free");
+    run(&machine).expect("no error");
+    assert_eq!(registers(&machine)["rax"] & 0xFF, 7);
+}
+
+#[test]
+fn engines_and_sizes_that_cannot_be_are_refused() {
+    assert!(engine_available("tcg").unwrap_err().mend.contains("bt, kvm"));
+    assert!(matches!(Machine::new("tcg", 1 << 20, 1, true), Err(MachineError::Engine(_))));
+    assert!(matches!(Machine::new("bt", 1 << 20, 0, true), Err(MachineError::Engine(_))));
+    assert!(matches!(Machine::new("bt", 1, 1, true), Err(MachineError::Memory(_))));
+}
