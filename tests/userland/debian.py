@@ -140,6 +140,9 @@ class DebianRoot:
 def _copy_programs(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(PROGRAMS, target, ignore=shutil.ignore_patterns("__pycache__"))
+    # Static, so that the root needs no library of the host's version.
+    for source in PROGRAMS.glob("*.cpp"):
+        _run("g++", "-O1", "-static", "-o", str(target / source.stem), str(source))
 
 
 def _run(*command: str) -> None:

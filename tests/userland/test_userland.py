@@ -26,6 +26,7 @@ SMALL_CASES = [
     ("text", "python3 /cases/text.py", 60),
     ("perl", "perl /cases/base.pl", 60),
     ("openssl", "sh /cases/openssl.sh", 100),
+    ("exceptions", "/cases/throw", 60),
 ]
 FULL_CASES = [
     *SMALL_CASES,

@@ -6,15 +6,16 @@
 //! workarounds; the brand string names the engine. Leaves are those of Intel
 //! SDM 2A "CPUID" and AMD APM 3, appendix E.
 //!
-//! Hidden for good reason: SMAP, UMIP, PKU, LA57, PCID, INVPCID, MPX, TSX,
-//! AVX-512, AMX, CET, MONITOR, VMX, SVM, RDPID, XSAVES and the PMU.
+//! What is hidden, and why, stands in docs/cpu.md; a test compares each bit with
+//! the table in tests/support/features.rs.
 
 use core::arch::x86_64::_xgetbv;
 
-use iced_x86::CpuidFeature;
+use iced_x86::{Code, CpuidFeature, DecoderOptions, Instruction};
 use tetrarch_engine::cpuid::{Topology, brand, host, host_brand, host_is_intel};
 
 use crate::cpu::Cpu;
+use crate::cpu::fpu::{MXCSR_MM, mxcsr_mask};
 use crate::cpu::state::cr;
 use crate::memory::mmu::PHYS_BITS;
 
@@ -71,31 +72,41 @@ mod bits {
     pub const SMEP: u32 = 1 << 7;
     /// BMI1 AVX2 BMI2 ERMS RDSEED ADX CLFLUSHOPT CLWB SHA.
     pub const L7_EBX: u32 = set(&[3, 5, 8, 9, 18, 19, 23, 24, 29]);
-    /// GFNI VAES VPCLMULQDQ.
-    pub const L7_ECX: u32 = set(&[8, 9, 10]);
+    pub const UMIP: u32 = 1 << 2;
+    /// GFNI VAES VPCLMULQDQ RDPID.
+    pub const L7_ECX: u32 = set(&[8, 9, 10, 22]);
     pub const VAES: u32 = 1 << 9;
     pub const VPCLMULQDQ: u32 = 1 << 10;
-    /// FSRM.
-    pub const L7_EDX: u32 = set(&[4]);
+    /// FSRM SERIALIZE.
+    pub const L7_EDX: u32 = set(&[4, 14]);
     /// IBRS and IBPB, ARCH_CAPABILITIES.
     pub const L7_EDX_INTEL: u32 = set(&[26, 29]);
-    /// XSAVEOPT XSAVEC.
-    pub const XSAVE_EAX: u32 = set(&[0, 1]);
+    // Leaf 7, subleaf 1; all of it works on YMM registers.
+    /// SHA512 SM3 SM4 AVX-VNNI AVX-IFMA.
+    pub const L7_1_EAX: u32 = set(&[0, 1, 2, 4, 23]);
+    /// AVX-VNNI-INT8 AVX-NE-CONVERT AVX-VNNI-INT16.
+    pub const L7_1_EDX: u32 = set(&[4, 5, 10]);
+    /// XSAVEOPT XSAVEC, XGETBV with ECX = 1.
+    pub const XSAVE_EAX: u32 = set(&[0, 1, 2]);
     // Leaf 0x8000_0001.
     pub const CMP_LEGACY: u32 = 1 << 1;
     /// LAHF ABM PREFETCHW.
     pub const E1_ECX: u32 = set(&[0, 5, 8]);
-    /// MISALIGNSSE TOPOEXT.
-    pub const E1_ECX_AMD: u32 = set(&[7, 22]);
+    /// SSE4A MISALIGNSSE TOPOEXT.
+    pub const E1_ECX_AMD: u32 = set(&[6, 7, 22]);
+    pub const MISALIGNSSE: u32 = 1 << 7;
+    /// LOCK MOV CR0 is MOV CR8, which the decoder of AMD's encodings does.
+    pub const E1_ECX_AMD_ALWAYS: u32 = set(&[4]);
     /// SYSCALL NX PDPE1GB RDTSCP LM.
     pub const E1_EDX: u32 = set(&[11, 20, 26, 27, 29]);
-    /// AMD repeats the low bits of leaf 1 and has MMXEXT and FXSR_OPT.
+    /// AMD repeats the low bits of leaf 1 and has MMXEXT and FFXSR.
     pub const E1_EDX_AMD_SAME: u32 = 0x0183_F3FF;
     pub const E1_EDX_AMD: u32 = set(&[22, 25]);
+    pub const FFXSR: u32 = 1 << 25;
     /// What the engine adds on any host: it runs in software.
     pub const E1_EDX_ALWAYS: u32 = set(&[11, 20, 29]);
-    /// XSAVE stores the x87 error pointers always.
-    pub const E8_EBX_HOST: u32 = set(&[2]);
+    /// CLZERO; XSAVE stores the x87 error pointers always.
+    pub const E8_EBX_HOST: u32 = set(&[0, 2]);
     /// SSB_NO BTC_NO. Translated code gives the guest's user no way to the
     /// guest kernel's memory by these.
     pub const E8_EBX: u32 = set(&[26, 29]);
@@ -123,6 +134,7 @@ pub struct CpuidTable {
     vendor_string: [u32; 3],
     l1: [u32; 4],
     l7: [u32; 4],
+    l7_1: [u32; 4],
     xsave_eax: u32,
     e1: [u32; 4],
     e8_ebx: u32,
@@ -171,7 +183,12 @@ impl CpuidTable {
         if !xsave {
             ecx &= !bits::XSAVE;
         }
-        let mut l7 = [0, host7[1] & bits::L7_EBX, host7[2] & bits::L7_ECX, host7[3] & bits::L7_EDX];
+        let mut l7 = [1, host7[1] & bits::L7_EBX, host7[2] & bits::L7_ECX, host7[3] & bits::L7_EDX];
+        let mut l7_1 = [0; 4];
+        if avx && host7[0] >= 1 {
+            let host = host(7, 1);
+            l7_1 = [host[0] & bits::L7_1_EAX, 0, 0, host[3] & bits::L7_1_EDX];
+        }
         if !avx {
             ecx &= !(bits::AVX | bits::FMA | bits::F16C);
             l7[1] &= !bits::AVX2;
@@ -179,6 +196,7 @@ impl CpuidTable {
         }
         ecx |= bits::HYPERVISOR | bits::X2APIC | bits::TSC_DEADLINE;
         l7[1] |= bits::FSGSBASE | bits::SMEP;
+        l7[2] |= bits::UMIP;
         let mut edx = host1[3] & bits::L1_EDX | bits::APIC;
         if vcpus > 1 {
             edx |= bits::HTT;
@@ -193,7 +211,10 @@ impl CpuidTable {
             l7[3] |= bits::L7_EDX_INTEL;
         } else {
             e1[0] = host_e1[0];
-            e1[2] |= host_e1[2] & bits::E1_ECX_AMD;
+            e1[2] |= host_e1[2] & bits::E1_ECX_AMD | bits::E1_ECX_AMD_ALWAYS;
+            if mxcsr_mask() & MXCSR_MM == 0 {
+                e1[2] &= !bits::MISALIGNSSE;
+            }
             if vcpus > 1 {
                 e1[2] |= bits::CMP_LEGACY;
             }
@@ -219,6 +240,7 @@ impl CpuidTable {
             vendor_string,
             l1,
             l7,
+            l7_1,
             xsave_eax: if xsave { host(0xD, 1)[0] & bits::XSAVE_EAX } else { 0 },
             e1,
             e8_ebx,
@@ -248,6 +270,16 @@ impl CpuidTable {
         } else {
             7
         }
+    }
+
+    /// Whether EFER.FFXSR may be set.
+    pub fn ffxsr(&self) -> bool {
+        self.vendor == Vendor::Amd && self.e1[3] & bits::FFXSR != 0
+    }
+
+    /// Whether XGETBV takes ECX = 1.
+    pub fn xgetbv_in_use(&self) -> bool {
+        self.xsave_eax & 4 != 0
     }
 
     /// Whether CR4 bit for XSAVE may be set.
@@ -315,6 +347,7 @@ impl CpuidTable {
             // ARAT: the APIC timer never stops.
             6 => [1 << 2, 0, 0, 0],
             7 if subleaf == 0 => self.l7,
+            7 if subleaf == 1 => self.l7_1,
             0xB => self.topology.leaf_b(subleaf, apic_id),
             0xD if self.xsave() => match subleaf {
                 0 => [self.xcr0_mask() as u32, 0, Self::xsave_size(self.xcr0_mask()), 0],
@@ -360,12 +393,56 @@ impl CpuidTable {
         }
     }
 
-    /// Whether instructions of this feature run; if not, they are #UD.
+    /// How instructions are decoded. AMD lets an operand-size prefix truncate near
+    /// branches and ignores REX.W of far ones (AMD APM 3, 1.2.7 and "JMP (Far)"),
+    /// and LOCK MOV CR0 is MOV CR8 there; F3 0F 09 is WBINVD where WBNOINVD is not
+    /// reported (Intel SDM 2D, "WBNOINVD").
+    pub fn decoder_options(&self) -> u32 {
+        let vendor = match self.vendor {
+            Vendor::Amd => DecoderOptions::AMD,
+            Vendor::Intel => DecoderOptions::NONE,
+        };
+        vendor | DecoderOptions::NO_WBNOINVD
+    }
+
+    /// Whether the instruction runs; if not, it is #UD.
+    pub fn runs(&self, i: &Instruction) -> bool {
+        match i.code() {
+            // Hints without shadow stacks (Intel SDM 1, 17.2.6).
+            Code::Rdsspd_r32 | Code::Rdsspq_r64 => true,
+            // Seen on Zen 5; the manual is silent.
+            Code::Clzerow | Code::Clzerod | Code::Clzeroq
+                if i.has_repne_prefix() || i.has_rep_prefix() =>
+            {
+                false
+            }
+            // The hint space of prefetches with a register is Intel's alone.
+            Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D => self.vendor == Vendor::Intel,
+            _ => i.cpuid_features().iter().all(|&feature| {
+                matches!(
+                    feature,
+                    // What every x86-64 CPU has: spares most instructions the table.
+                    CpuidFeature::INTEL8086
+                        | CpuidFeature::INTEL186
+                        | CpuidFeature::INTEL286
+                        | CpuidFeature::INTEL386
+                        | CpuidFeature::INTEL486
+                        | CpuidFeature::X64
+                ) || self.feature_exposed(feature)
+            }),
+        }
+    }
+
+    /// Whether CPUID shows this feature, or the engine has it without a bit.
     pub fn feature_exposed(&self, feature: CpuidFeature) -> bool {
         use CpuidFeature as F;
         let l1c = |bit: u32| self.l1[2] >> bit & 1 != 0;
         let l7b = |bit: u32| self.l7[1] >> bit & 1 != 0;
         let l7c = |bit: u32| self.l7[2] >> bit & 1 != 0;
+        let l71a = |bit: u32| self.l7_1[0] >> bit & 1 != 0;
+        let l71d = |bit: u32| self.l7_1[3] >> bit & 1 != 0;
         let e1c = |bit: u32| self.e1[2] >> bit & 1 != 0;
         let e1d = |bit: u32| self.e1[3] >> bit & 1 != 0;
         match feature {
@@ -425,9 +502,21 @@ impl CpuidTable {
             F::GFNI => l7c(8),
             F::VAES => l7c(9),
             F::VPCLMULQDQ => l7c(10),
+            F::RDPID => l7c(22),
+            F::SERIALIZE => self.l7[3] >> 14 & 1 != 0,
+            F::SHA512 => l71a(0),
+            F::SM3 => l71a(1),
+            F::SM4 => l71a(2),
+            F::AVX_VNNI => l71a(4),
+            F::AVX_IFMA => l71a(23),
+            F::AVX_VNNI_INT8 => l71d(4),
+            F::AVX_NE_CONVERT => l71d(5),
+            F::AVX_VNNI_INT16 => l71d(10),
             F::XSAVEOPT => self.xsave_eax & 1 != 0,
             F::XSAVEC => self.xsave_eax & 2 != 0,
             F::LZCNT => e1c(5),
+            F::SSE4A => e1c(6),
+            F::CLZERO => self.e8_ebx & 1 != 0,
             F::RDTSCP => e1d(27),
             _ => false,
         }
@@ -468,7 +557,7 @@ mod tests {
         assert_eq!(t.l1[2] & !host(1, 0)[2] & !software, 0);
         let software = bits::FSGSBASE | bits::SMEP;
         assert_eq!(t.l7[1] & !host(7, 0)[1] & !software, 0);
-        assert_eq!(t.l7[2] & !host(7, 0)[2], 0);
+        assert_eq!(t.l7[2] & !host(7, 0)[2] & !bits::UMIP, 0);
     }
 
     #[test]
@@ -478,7 +567,7 @@ mod tests {
         for bit in [2, 4, 10, 11, 14, 16, 17, 20, 21, 28, 30, 31] {
             assert_eq!(l7[1] >> bit & 1, 0, "leaf 7 EBX bit {bit}");
         }
-        for bit in [1, 2, 3, 7, 16, 22] {
+        for bit in [1, 3, 7, 16] {
             assert_eq!(l7[2] >> bit & 1, 0, "leaf 7 ECX bit {bit}");
         }
         let l1 = t.fixed(1, 0, 0);

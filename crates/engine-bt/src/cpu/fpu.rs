@@ -15,6 +15,8 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
+use tetrarch_engine::cpuid::{self, host_is_intel};
+
 use crate::cpu::state::{CpuState, FxImage, Ymm};
 
 /// MXCSR after reset: all exceptions masked (Intel SDM 1, 10.2.3).
@@ -50,8 +52,10 @@ pub fn host_avx() -> bool {
     std::arch::is_x86_feature_detected!("avx")
 }
 
-/// The bits of MXCSR that exist. AMD's misaligned-SSE bit is hidden, because the
-/// alignment of operands is checked before the host CPU sees them.
+/// MXCSR.MM: packed operands may be misaligned (AMD APM 1, 4.2.2).
+pub const MXCSR_MM: u32 = 1 << 17;
+
+/// The bits of MXCSR that exist: the host's, of which MM needs its CPUID bit.
 pub fn mxcsr_mask() -> u32 {
     static MASK: OnceLock<u32> = OnceLock::new();
     *MASK.get_or_init(|| {
@@ -60,9 +64,13 @@ pub fn mxcsr_mask() -> u32 {
         match word(&image.0, FX_MXCSR_MASK) {
             // Intel SDM 1, 11.6.6: zero means the mask of the first SSE CPUs.
             0 => 0xFFBF,
-            mask => mask & 0xFFFF,
+            mask => mask & (0xFFFF | if host_misaligned_sse() { MXCSR_MM } else { 0 }),
         }
     })
+}
+
+fn host_misaligned_sse() -> bool {
+    !host_is_intel() && cpuid::host(0x8000_0001, 0)[2] >> 7 & 1 != 0
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {

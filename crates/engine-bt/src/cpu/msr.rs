@@ -362,6 +362,9 @@ fn write_efer(cpu: &mut Cpu, value: u64) -> R<()> {
     if cpu.vm.cpuid.vendor() == Vendor::Amd {
         allowed |= EFER_AUTO_IBRS;
     }
+    if cpu.vm.cpuid.ffxsr() {
+        allowed |= cr::EFER_FFXSR;
+    }
     let old = cpu.st.efer;
     if value & !allowed != 0 || (value ^ old) & cr::EFER_LME != 0 && cpu.st.cr0 & cr::CR0_PG != 0 {
         return gp(0);

@@ -57,6 +57,7 @@ pub mod cr {
     pub const CR4_PCE: u64 = 1 << 8;
     pub const CR4_OSFXSR: u64 = 1 << 9;
     pub const CR4_OSXMMEXCPT: u64 = 1 << 10;
+    pub const CR4_UMIP: u64 = 1 << 11;
     pub const CR4_FSGSBASE: u64 = 1 << 16;
     pub const CR4_OSXSAVE: u64 = 1 << 18;
     pub const CR4_SMEP: u64 = 1 << 20;
@@ -64,6 +65,7 @@ pub mod cr {
     pub const EFER_LME: u64 = 1 << 8;
     pub const EFER_LMA: u64 = 1 << 10;
     pub const EFER_NXE: u64 = 1 << 11;
+    pub const EFER_FFXSR: u64 = 1 << 14;
 }
 
 /// Indices into [`CpuState::seg`].

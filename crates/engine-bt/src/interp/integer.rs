@@ -1,6 +1,6 @@
 //! Moves, exchanges, addition, logic, decimal adjustment and flag instructions.
 
-use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::operand::{
     effective_address, linear, mem_linear, op_size, read_op, read_reg, write_gpr, write_op,
@@ -436,5 +436,25 @@ pub fn cache_line(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     let address = mem_linear(cpu, i, 1, false)?;
     let user = cpu.user();
     cpu.walk(address, crate::memory::mmu::Access::Read, user)?;
+    Ok(Flow::Next)
+}
+
+/// CLZERO: zeroes the line that rAX points into (AMD APM 3).
+pub fn clear_line(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
+    const LINE: u64 = 64;
+    let segment = match i.segment_prefix() {
+        Register::None => Register::DS,
+        other => other,
+    };
+    let size = match i.code() {
+        Code::Clzerow => 2,
+        Code::Clzerod => 4,
+        _ => 8,
+    };
+    let offset = cpu.st.gpr[reg::RAX] & mask(size) & !(LINE - 1);
+    let address = linear(cpu, segment, offset, LINE as usize, true)?;
+    let user = cpu.user();
+    cpu.probe_write(address, LINE as usize, user)?;
+    cpu.store_bytes(address, &[0; LINE as usize], user)?;
     Ok(Flow::Next)
 }

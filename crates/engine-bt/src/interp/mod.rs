@@ -41,7 +41,7 @@ pub mod system;
 pub mod thunk;
 pub mod xsave;
 
-use iced_x86::{CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderError, Instruction, Mnemonic};
 use tetrarch_memory::PAGE_SIZE;
 
 use crate::cpu::Cpu;
@@ -146,6 +146,7 @@ pub fn fetch(cpu: &mut Cpu) -> R<Instruction> {
     };
     let mut bytes = [0; MAX_LENGTH];
     let mut len = 0;
+    let options = cpu.vm.cpuid.decoder_options();
     loop {
         // The next page is touched only by an instruction that reaches it, which
         // then meets its fault.
@@ -153,7 +154,7 @@ pub fn fetch(cpu: &mut Cpu) -> R<Instruction> {
         let at = if bits == 64 { at } else { at & 0xFFFF_FFFF };
         let on_page = (PAGE_SIZE - (at & (PAGE_SIZE - 1))) as usize;
         len += cpu.fetch(at, &mut bytes[len..room.min(len + on_page)])?;
-        let mut decoder = Decoder::with_ip(bits, &bytes[..len], rip, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(bits, &bytes[..len], rip, options);
         let instruction = decoder.decode();
         match decoder.last_error() {
             DecoderError::None => return Ok(instruction),
@@ -167,22 +168,10 @@ pub fn fetch(cpu: &mut Cpu) -> R<Instruction> {
     }
 }
 
-/// Whether CPUID says that the instruction exists.
-fn exposed(cpu: &Cpu, i: &Instruction) -> bool {
-    use CpuidFeature as F;
-    i.cpuid_features().iter().all(|&feature| {
-        matches!(
-            feature,
-            // What every x86-64 CPU has: spares most instructions the table.
-            F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64
-        ) || cpu.vm.cpuid.feature_exposed(feature)
-    })
-}
-
 /// Executes a decoded instruction.
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     use Mnemonic as M;
-    if !exposed(cpu, i) {
+    if !cpu.vm.cpuid.runs(i) {
         // These two encodings mean BSF and BSR on a CPU without them.
         return match i.mnemonic() {
             M::Tzcnt => bits::bit_scan(cpu, i, false),
@@ -283,9 +272,9 @@ fn dispatch_integer(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
         M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => string::lods(cpu, i),
         M::Scasb | M::Scasw | M::Scasd | M::Scasq => string::scas(cpu, i),
 
-        M::Nop | M::Reservednop | M::Pause | M::Endbr32 | M::Endbr64 => Ok(Flow::Next),
-        // Without CET these are hints (SDM 2A, 4.1, NOP space 0F 1E).
-        M::Rdsspd | M::Rdsspq => Ok(Flow::Next),
+        M::Nop | M::Reservednop | M::Pause | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Rdsspq => {
+            Ok(Flow::Next)
+        }
         M::Prefetch
         | M::Prefetchw
         | M::Prefetchwt1
@@ -295,11 +284,12 @@ fn dispatch_integer(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
         | M::Prefetcht2
         | M::Prefetchit0
         | M::Prefetchit1 => Ok(Flow::Next),
-        M::Lfence | M::Sfence | M::Mfence => {
+        M::Lfence | M::Sfence | M::Mfence | M::Serialize => {
             std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
             Ok(Flow::Next)
         }
         M::Clflush | M::Clflushopt | M::Clwb | M::Cldemote => integer::cache_line(cpu, i),
+        M::Clzero => integer::clear_line(cpu, i),
 
         _ => return dispatch_conditional(cpu, i),
     })

@@ -6,6 +6,7 @@ use tetrarch_engine::Segment;
 
 use super::Flow;
 use super::operand;
+use super::system::umip;
 use crate::cpu::Cpu;
 use crate::cpu::fault::{Fault, R, Stop, gp, ud, vector};
 use crate::cpu::state::{attr, flag, seg};
@@ -488,6 +489,7 @@ fn arpl(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
 
 fn store_table(cpu: &mut Cpu, i: &Instruction, index: usize) -> R<Flow> {
     needs_protected(cpu)?;
+    umip(cpu)?;
     let selector = u64::from(cpu.st.seg[index].selector);
     store_selector(cpu, i, selector)
 }

@@ -8,6 +8,7 @@ use super::{Flow, far, io, operand, platform, segment, syscall};
 use crate::cpu::Cpu;
 use crate::cpu::cpuid;
 use crate::cpu::fault::{Fault, R, gp, ud, vector};
+use crate::cpu::fpu;
 use crate::cpu::msr;
 use crate::cpu::state::{attr, cr, reg, seg};
 use crate::memory::mmu::{PHYS_BITS, canonical};
@@ -34,6 +35,7 @@ const CR4_BITS: u64 = cr::CR4_TSD
     | cr::CR4_PCE
     | cr::CR4_OSFXSR
     | cr::CR4_OSXMMEXCPT
+    | cr::CR4_UMIP
     | cr::CR4_FSGSBASE
     | cr::CR4_SMEP;
 /// A change of one of these changes what page tables mean.
@@ -76,6 +78,10 @@ fn own(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
             M::Lidt => load_table(cpu, i).map(|table| cpu.st.idt = table),
             M::Sgdt => store_table(cpu, i, cpu.st.gdt),
             M::Sidt => store_table(cpu, i, cpu.st.idt),
+            M::Rdpid => {
+                operand::write_reg(cpu, i.op0_register(), cpu.st.tsc_aux);
+                Ok(())
+            }
             M::Invlpg => invlpg(cpu, i),
             M::Invd | M::Wbinvd => privileged(cpu),
             M::Hlt => privileged(cpu).map(|()| cpu.st.halted = 1),
@@ -110,6 +116,11 @@ fn own(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
 /// #GP(0) outside of CPL 0. Real mode runs at CPL 0, virtual-8086 mode at 3.
 fn privileged(cpu: &Cpu) -> R<()> {
     if cpu.st.cpl == 0 { Ok(()) } else { gp(0) }
+}
+
+/// CR4.UMIP: #GP(0) of what shows the system's tables to user code (SDM 3A, 2.5).
+pub fn umip(cpu: &Cpu) -> R<()> {
+    if cpu.st.cr4 & cr::CR4_UMIP != 0 { privileged(cpu) } else { Ok(()) }
 }
 
 fn mov_from_cr(cpu: &mut Cpu, i: &Instruction) -> R<()> {
@@ -215,6 +226,7 @@ fn lmsw(cpu: &mut Cpu, i: &Instruction) -> R<()> {
 }
 
 fn smsw(cpu: &mut Cpu, i: &Instruction) -> R<()> {
+    umip(cpu)?;
     let value = cpu.st.cr0;
     if i.op0_kind() == OpKind::Register {
         operand::write_reg(cpu, i.op0_register(), value);
@@ -295,6 +307,7 @@ fn load_table(cpu: &mut Cpu, i: &Instruction) -> R<SegmentTable> {
 }
 
 fn store_table(cpu: &mut Cpu, i: &Instruction, table: SegmentTable) -> R<()> {
+    umip(cpu)?;
     let size = table_base_size(i);
     let address = operand::mem_linear(cpu, i, size + 2, true)?;
     let mut bytes = [0; 10];
@@ -388,12 +401,16 @@ fn xgetbv(cpu: &mut Cpu) -> R<()> {
     if cpu.st.cr4 & cr::CR4_OSXSAVE == 0 {
         return ud();
     }
-    // ECX 1 (XINUSE) is hidden in leaf 0xD.
-    if cpu.st.gpr[reg::RCX] as u32 != 0 {
-        return gp(0);
-    }
     let xcr0 = cpu.st.xcr0;
-    set_edx_eax(cpu, xcr0);
+    let value = match cpu.st.gpr[reg::RCX] as u32 {
+        0 => xcr0,
+        // XCR0 and XINUSE (SDM 1, 13.6).
+        1 if cpu.vm.cpuid.xgetbv_in_use() => {
+            xcr0 & fpu::in_use(&cpu.st, &fpu::x87(&cpu.st), cpu.st.vec.len())
+        }
+        _ => return gp(0),
+    };
+    set_edx_eax(cpu, value);
     Ok(())
 }
 

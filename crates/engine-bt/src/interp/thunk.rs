@@ -70,6 +70,15 @@ pub fn check_mode(cpu: &Cpu, class: u8) -> R<()> {
     if absent { Err(Fault::new(vector::NM).into()) } else { Ok(()) }
 }
 
+/// Whether a misaligned memory operand is #GP(0).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Aligned {
+    No,
+    /// Unless MXCSR.MM.
+    Packed,
+    Always,
+}
+
 /// An instruction made ready to run.
 #[derive(Clone, Copy)]
 struct Thunk {
@@ -79,8 +88,8 @@ struct Thunk {
     size: u8,
     reads: bool,
     writes: bool,
-    /// #GP(0) unless the operand is aligned to this.
-    aligned: u8,
+    /// #GP(0) unless the operand is aligned to its size.
+    aligned: Aligned,
     /// Alignment that EFLAGS.AC asks for.
     natural: u8,
     /// The register that stands in for RSP.
@@ -253,7 +262,7 @@ impl Cache {
             size: 0,
             reads: false,
             writes: false,
-            aligned: 1,
+            aligned: Aligned::No,
             natural: 1,
             stand_in: None,
             x87_store: false,
@@ -281,7 +290,7 @@ impl Cache {
                     | OpAccess::ReadWrite
                     | OpAccess::ReadCondWrite
             );
-            thunk.aligned = if must_align(i, class) { thunk.size } else { 1 };
+            thunk.aligned = alignment(i, class);
             thunk.natural = match size {
                 2 | 4 | 8 => thunk.size,
                 10 => 8,
@@ -422,34 +431,37 @@ fn classify(i: &Instruction) -> Option<u8> {
 }
 
 /// Whether a misaligned memory operand is #GP(0) (Intel SDM 2, 2.4: types 1, 2
-/// and 4 of the exception classes; SDM 1, 14.9 for AVX).
-fn must_align(i: &Instruction, class: u8) -> bool {
-    if class & class::SSE != 0 {
-        return i.memory_size().size() >= 16
-            && !matches!(
-                i.mnemonic(),
-                Mnemonic::Movups
-                    | Mnemonic::Movupd
-                    | Mnemonic::Movdqu
-                    | Mnemonic::Lddqu
-                    | Mnemonic::Pcmpestri
-                    | Mnemonic::Pcmpestri64
-                    | Mnemonic::Pcmpestrm
-                    | Mnemonic::Pcmpestrm64
-                    | Mnemonic::Pcmpistri
-                    | Mnemonic::Pcmpistrm
-            );
+/// and 4 of the exception classes; SDM 1, 14.9 for AVX; AMD APM 1, 4.2.2).
+fn alignment(i: &Instruction, class: u8) -> Aligned {
+    use Mnemonic as M;
+    match i.mnemonic() {
+        M::Movaps
+        | M::Movapd
+        | M::Movdqa
+        | M::Movntps
+        | M::Movntpd
+        | M::Movntdq
+        | M::Movntdqa
+        | M::Vmovaps
+        | M::Vmovapd
+        | M::Vmovdqa
+        | M::Vmovntps
+        | M::Vmovntpd
+        | M::Vmovntdq
+        | M::Vmovntdqa => Aligned::Always,
+        M::Movups
+        | M::Movupd
+        | M::Movdqu
+        | M::Lddqu
+        | M::Pcmpestri
+        | M::Pcmpestri64
+        | M::Pcmpestrm
+        | M::Pcmpestrm64
+        | M::Pcmpistri
+        | M::Pcmpistrm => Aligned::No,
+        _ if class & class::SSE != 0 && i.memory_size().size() >= 16 => Aligned::Packed,
+        _ => Aligned::No,
     }
-    matches!(
-        i.mnemonic(),
-        Mnemonic::Vmovaps
-            | Mnemonic::Vmovapd
-            | Mnemonic::Vmovdqa
-            | Mnemonic::Vmovntps
-            | Mnemonic::Vmovntpd
-            | Mnemonic::Vmovntdq
-            | Mnemonic::Vmovntdqa
-    )
 }
 
 /// AMD CPUs do not check the operands of SHA, though they are of type 4 (seen on
@@ -472,10 +484,16 @@ fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
         }
         let offset = operand::effective_address(cpu, i);
         linear = operand::linear(cpu, i.memory_segment(), offset, size, thunk.writes)?;
-        if linear & (u64::from(thunk.aligned) - 1) != 0 && !takes_misaligned(cpu, i) {
-            return gp(0);
+        let mut natural = usize::from(thunk.natural);
+        if thunk.aligned != Aligned::No && linear & (size as u64 - 1) != 0 {
+            let allowed = thunk.aligned == Aligned::Packed && cpu.st.mxcsr & fpu::MXCSR_MM != 0;
+            if allowed {
+                natural = size;
+            } else if !takes_misaligned(cpu, i) {
+                return gp(0);
+            }
         }
-        operand::check_alignment(cpu, linear, usize::from(thunk.natural))?;
+        operand::check_alignment(cpu, linear, natural)?;
         if thunk.writes {
             cpu.probe_write(linear, size, user)?;
         }

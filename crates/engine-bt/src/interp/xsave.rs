@@ -41,6 +41,13 @@ fn image_at(cpu: &Cpu, i: &Instruction, size: usize, align: u64, write: bool) ->
     if linear & (align - 1) != 0 { gp(0) } else { Ok(linear) }
 }
 
+/// How many XMM registers FXSAVE and FXRSTOR touch: with EFER.FFXSR none in 64-bit
+/// code of the kernel (AMD APM 2, 3.1.7).
+fn fast_registers(cpu: &Cpu) -> usize {
+    let fast = cpu.st.efer & cr::EFER_FFXSR != 0 && cpu.st.cpl == 0 && cpu.st.code64();
+    if fast { 0 } else { registers(cpu) }
+}
+
 /// XMM8-15 exist in 64-bit mode only.
 fn registers(cpu: &Cpu) -> usize {
     if cpu.st.code64() { 16 } else { 8 }
@@ -78,7 +85,7 @@ fn fxsave(cpu: &mut Cpu, i: &Instruction) -> R<()> {
     let linear = image_at(cpu, i, 512, 16, true)?;
     let user = cpu.user();
     cpu.probe_write(linear, 512, user)?;
-    let count = registers(cpu);
+    let count = fast_registers(cpu);
     let image = fpu::fx_image(&cpu.st, count);
     cpu.store_bytes(linear, &image.0[..fpu::FX_XMM + count * 16], user)
 }
@@ -90,7 +97,7 @@ fn fxrstor(cpu: &mut Cpu, i: &Instruction) -> R<()> {
     let mut image = [0; 512];
     cpu.load_bytes(linear, &mut image, user)?;
     let mxcsr = mxcsr_of(&image)?;
-    let count = registers(cpu);
+    let count = fast_registers(cpu);
     let st = &mut *cpu.st;
     fpu::set_x87(st, &image);
     st.mxcsr = mxcsr;

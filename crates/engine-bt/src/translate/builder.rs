@@ -14,7 +14,7 @@
 use std::cell::Cell;
 use std::mem::offset_of;
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory};
+use iced_x86::{Decoder, FlowControl, Instruction, InstructionInfoFactory};
 
 use super::cache::{Exit, MapEntry};
 use super::classify::{Kind, classify};
@@ -134,7 +134,8 @@ impl Builder {
     pub fn build(&mut self, source: &Source<'_>) -> Option<Built> {
         let mut instructions = Vec::with_capacity(MAX_INSTRUCTIONS);
         let mut kinds = Vec::with_capacity(MAX_INSTRUCTIONS);
-        let mut decoder = Decoder::with_ip(64, source.bytes, source.rip, DecoderOptions::NONE);
+        let options = source.cpuid.decoder_options();
+        let mut decoder = Decoder::with_ip(64, source.bytes, source.rip, options);
         while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
             let instruction = decoder.decode();
             if instruction.is_invalid() {

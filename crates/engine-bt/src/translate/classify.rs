@@ -40,7 +40,7 @@ pub enum Kind {
     /// MOV from a segment register, to a register or to memory.
     ReadSelector(usize),
     StoreSelector(usize),
-    /// MOV from a control register that is state at this offset.
+    /// MOV from a control register, or RDPID: state at this offset.
     ReadControl(usize),
     Jmp,
     Jcc,
@@ -74,7 +74,7 @@ impl Kind {
 pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
     let mode = source.mode;
     let kernel = mode & mode::USER == 0;
-    if !i.cpuid_features().iter().all(|&feature| source.cpuid.feature_exposed(feature)) {
+    if !source.cpuid.runs(i) {
         return Kind::Interpret;
     }
     match i.flow_control() {
@@ -116,6 +116,8 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
         M::Nop
         | M::Endbr64
         | M::Endbr32
+        | M::Rdsspd
+        | M::Rdsspq
         | M::Prefetchnta
         | M::Prefetcht0
         | M::Prefetcht1
@@ -164,6 +166,7 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
             register if register.is_segment_register() => selector(i, register),
             _ => copy(i, mode),
         },
+        M::Rdpid => Kind::ReadControl(offset_of!(CpuState, tsc_aux)),
         M::Rdfsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::FS),
         M::Rdgsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::GS),
         _ => copy(i, mode),
@@ -289,7 +292,15 @@ fn uses_vector(i: &Instruction) -> Vector {
             | F::F16C
             | F::GFNI
             | F::VAES
-            | F::VPCLMULQDQ => return Vector::Sse,
+            | F::VPCLMULQDQ
+            | F::SHA512
+            | F::SM3
+            | F::SM4
+            | F::AVX_VNNI
+            | F::AVX_IFMA
+            | F::AVX_VNNI_INT8
+            | F::AVX_NE_CONVERT
+            | F::AVX_VNNI_INT16 => return Vector::Sse,
             _ => {}
         }
     }

@@ -1,6 +1,6 @@
 //! Which arithmetic flags are needed where.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, RflagsBits};
+use iced_x86::{Decoder, FlowControl, Instruction, RflagsBits};
 
 use super::builder::Source;
 use super::classify::{Kind, keeps_flags_sometimes};
@@ -68,7 +68,7 @@ fn ahead(rip: u64, source: &Source<'_>, jumps: u32) -> u32 {
         return ALL;
     }
     let bytes = &source.page[(rip & 0xFFF) as usize..];
-    let mut decoder = Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(64, bytes, rip, source.cpuid.decoder_options());
     let (mut needed, mut open) = (0, ALL);
     for _ in 0..LOOK_AHEAD {
         let i = decoder.decode();

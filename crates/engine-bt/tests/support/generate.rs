@@ -9,6 +9,7 @@ use iced_x86::{
 use super::case::{
     ARITH, CODE, Case, DATA, DATA_BYTES, DATA_HIGH, Fpu, GS_BASE, HOLE, PAGE, READ_ONLY, State,
 };
+use super::features::Bits;
 use super::guest::Guest;
 use super::random::Random;
 
@@ -83,7 +84,7 @@ fn rflags(bits: u32) -> u64 {
 
 /// Flags that are undefined after an instruction where iced, which knows no
 /// counts, or the manual's "if the count is 0", say too little.
-fn undefined(i: &Instruction) -> u64 {
+pub fn undefined(i: &Instruction) -> u64 {
     use Mnemonic as M;
     let flags = rflags(i.rflags_undefined());
     const OF_AF: u64 = 0x810;
@@ -223,16 +224,13 @@ impl Program {
     }
 }
 
-/// Features of the instruction set that cases may use and the guest has.
-fn exposed(guest: &mut Guest) -> impl Fn(CpuidFeature) -> bool + use<> {
-    let one = guest.cpuid(1, 0);
-    let seven = guest.cpuid(7, 0);
-    let extended = guest.cpuid(0x8000_0001, 0);
-    move |feature| {
-        use CpuidFeature as F;
-        let bit = |word: u32, bit: u32| word >> bit & 1 != 0;
-        match feature {
-            F::INTEL8086
+/// Features of the instruction set that cases use where the guest has them: all
+/// but those whose instructions tell of the machine or of time.
+fn usable(feature: CpuidFeature) -> bool {
+    use CpuidFeature as F;
+    matches!(
+        feature,
+        F::INTEL8086
             | F::INTEL186
             | F::INTEL286
             | F::INTEL386
@@ -248,34 +246,41 @@ fn exposed(guest: &mut Guest) -> impl Fn(CpuidFeature) -> bool + use<> {
             | F::SSE2
             | F::MULTIBYTENOP
             | F::PAUSE
-            | F::CLFSH => true,
-            F::SSE3 => bit(one[2], 0),
-            F::PCLMULQDQ => bit(one[2], 1),
-            F::SSSE3 => bit(one[2], 9),
-            F::FMA => bit(one[2], 12),
-            F::CMPXCHG16B => bit(one[2], 13),
-            F::SSE4_1 => bit(one[2], 19),
-            F::SSE4_2 => bit(one[2], 20),
-            F::MOVBE => bit(one[2], 22),
-            F::POPCNT => bit(one[2], 23),
-            F::AES => bit(one[2], 25),
-            F::AVX => bit(one[2], 28),
-            F::F16C => bit(one[2], 29),
-            F::BMI1 => bit(seven[1], 3),
-            F::AVX2 => bit(seven[1], 5),
-            F::BMI2 => bit(seven[1], 8),
-            F::ADX => bit(seven[1], 19),
-            F::CLFLUSHOPT => bit(seven[1], 23),
-            F::CLWB => bit(seven[1], 24),
-            F::SHA => bit(seven[1], 29),
-            F::GFNI => bit(seven[2], 8),
-            F::VAES => bit(seven[2], 9),
-            F::VPCLMULQDQ => bit(seven[2], 10),
-            F::LZCNT => bit(extended[2], 5),
-            F::SSE4A => bit(extended[2], 6),
-            _ => false,
-        }
-    }
+            | F::CLFSH
+            | F::SSE3
+            | F::PCLMULQDQ
+            | F::SSSE3
+            | F::FMA
+            | F::CMPXCHG16B
+            | F::SSE4_1
+            | F::SSE4_2
+            | F::MOVBE
+            | F::POPCNT
+            | F::AES
+            | F::AVX
+            | F::F16C
+            | F::BMI1
+            | F::AVX2
+            | F::BMI2
+            | F::ADX
+            | F::CLFLUSHOPT
+            | F::CLWB
+            | F::SHA
+            | F::GFNI
+            | F::VAES
+            | F::VPCLMULQDQ
+            | F::LZCNT
+            | F::SSE4A
+            | F::SHA512
+            | F::SM3
+            | F::SM4
+            | F::AVX_VNNI
+            | F::AVX_IFMA
+            | F::AVX_VNNI_INT8
+            | F::AVX_NE_CONVERT
+            | F::AVX_VNNI_INT16
+            | F::CLZERO
+    )
 }
 
 /// Instructions that user code must not run here: they show the machine, or
@@ -330,7 +335,8 @@ struct Context {
 
 impl Generator {
     pub fn new(guest: &mut Guest) -> Self {
-        let has = exposed(guest);
+        let bits = Bits::of_guest(guest);
+        let has = |feature| usable(feature) && bits.has(feature);
         let mut codes = Vec::new();
         for code in Code::values() {
             if unfit(code) || matches!(code.encoding(), EncodingKind::EVEX | EncodingKind::MVEX) {

@@ -39,11 +39,12 @@ pub const CR4: u64 = 0x506A0; // OSXSAVE FSGSBASE OSXMMEXCPT OSFXSR PGE PAE
 pub const SMEP: u64 = 1 << 20;
 pub const EFER: u64 = 0xD01; // NXE LMA LME SCE
 
-pub const CS0: u16 = 0x08;
-pub const DS0: u16 = 0x10;
-pub const DS3: u16 = 0x18 | 3;
-pub const CS3: u16 = 0x20 | 3;
-const TSS: u16 = 0x28;
+/// Selectors are Linux's, so that what reads them gives the host's result.
+pub const CS0: u16 = 0x10;
+pub const DS0: u16 = 0x18;
+pub const DS3: u16 = 0x28 | 3;
+pub const CS3: u16 = 0x30 | 3;
+const TSS: u16 = 0x40;
 
 const PML4: u64 = 0x1000;
 const TABLES_END: u64 = 0x5_0000;
@@ -209,10 +210,10 @@ impl Guest {
     }
 
     fn make_tables(&mut self) {
-        let code = |dpl: u64| 0x0020_9B00_0000_0000 | dpl << 45;
-        let data = |dpl: u64| 0x0000_9300_0000_0000 | dpl << 45;
-        for (index, entry) in [0, code(0), data(0), data(3), code(3)].into_iter().enumerate() {
-            self.write64(GDT_AT + index as u64 * 8, entry);
+        let code = |dpl: u64| 0x00AF_9B00_0000_FFFF | dpl << 45;
+        let data = |dpl: u64| 0x00CF_9300_0000_FFFF | dpl << 45;
+        for (selector, entry) in [(CS0, code(0)), (DS0, data(0)), (DS3, data(3)), (CS3, code(3))] {
+            self.write64(GDT_AT + u64::from(selector & !7), entry);
         }
         let base = BASE + TSS_AT;
         let low = 0x67 | (base & 0xFF_FFFF) << 16 | 0x8B << 40 | (base >> 24 & 0xFF) << 56;
@@ -349,20 +350,25 @@ fn segment(selector: u16, attributes: u32) -> Segment {
     Segment { base: 0, limit: 0xFFFF_FFFF, attributes, selector }
 }
 
+/// Of the attributes of a segment: it holds a null selector.
+const UNUSABLE: u32 = 0x1_0000;
+
 /// Control registers and segments of the guest at CPL 0 or 3.
 pub fn system(kernel: bool) -> SystemRegisters {
     let dpl = if kernel { 0 } else { 3 << 5 };
-    let data = segment(if kernel { DS0 } else { DS3 }, 0xC093 | dpl);
+    let stack = segment(if kernel { DS0 } else { DS3 }, 0xC093 | dpl);
+    // Linux leaves them null in a 64-bit process.
+    let data = segment(0, UNUSABLE);
     SystemRegisters {
         es: data,
         cs: segment(if kernel { CS0 } else { CS3 }, 0xA09B | dpl),
-        ss: data,
+        ss: stack,
         ds: data,
         fs: data,
         gs: Segment { base: GS_BASE, ..data },
-        ldt: Segment { attributes: 0x10082, ..Segment::default() },
+        ldt: Segment { attributes: UNUSABLE | 0x82, ..Segment::default() },
         tr: Segment { base: BASE + TSS_AT, limit: 0x67, attributes: 0x8B, selector: TSS },
-        gdt: SegmentTable { base: BASE + GDT_AT, limit: 0x37 },
+        gdt: SegmentTable { base: BASE + GDT_AT, limit: 0x4F },
         idt: SegmentTable { base: BASE + IDT_AT, limit: (VECTORS * 16 - 1) as u16 },
         cr0: CR0,
         cr3: PML4,

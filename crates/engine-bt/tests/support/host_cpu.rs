@@ -8,7 +8,7 @@
 
 use std::mem::{MaybeUninit, size_of};
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 
 use super::case::{
     CODE, CODE_PAGES, Case, DATA, DATA_BYTES, DATA_HIGH, Fault, Fpu, GS_BASE, HOLE, Outcome, PAGE,
@@ -64,6 +64,23 @@ const GREGS: [i32; 16] = [
 static CONTROL: AtomicPtr<Control> = AtomicPtr::new(null_mut());
 static ASK: AtomicI32 = AtomicI32::new(-1);
 static ANSWER: AtomicI32 = AtomicI32::new(-1);
+/// The base of FS, where libc keeps its data.
+static FS_BASE: AtomicU64 = AtomicU64::new(0);
+
+const ARCH_SET_GS: u64 = 0x1001;
+const ARCH_SET_FS: u64 = 0x1002;
+const ARCH_GET_FS: u64 = 0x1003;
+
+/// arch_prctl(2) without libc, which may need the base of FS on its way.
+unsafe fn arch_prctl(what: u64, value: u64) -> i64 {
+    let result: i64;
+    // SAFETY: sets a base, or stores eight bytes to where the caller points.
+    unsafe {
+        std::arch::asm!("syscall", inout("rax") libc::SYS_arch_prctl => result,
+            in("rdi") what, in("rsi") value, out("rcx") _, out("r11") _, options(nostack));
+    }
+    result
+}
 
 /// The host CPU as an engine.
 pub struct HostCpu {
@@ -245,7 +262,6 @@ unsafe fn map(memfd: i32, at: u64, offset: u64, pages: u64, protection: i32) {
 /// The child: prepares its memory and falls into the handler for good.
 unsafe fn serve(memfd: i32) -> ! {
     const STACK: usize = 1 << 17;
-    const ARCH_SET_GS: libc::c_long = 0x1001;
     // SAFETY: a process of its own, in which these calls have valid arguments.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -259,7 +275,7 @@ unsafe fn serve(memfd: i32) -> ! {
             let at = at + PAGE;
             map(memfd, base + at, offset + at, 1, read_write);
         }
-        if libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, GS_BASE) != 0 {
+        if arch_prctl(ARCH_GET_FS, FS_BASE.as_ptr() as u64) != 0 {
             broken(1);
         }
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -302,6 +318,8 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut li
     // image behind its legacy part where the magic says so (Linux
     // arch/x86/include/uapi/asm/sigcontext.h); the control page is mapped.
     unsafe {
+        // The case may have changed it.
+        arch_prctl(ARCH_SET_FS, FS_BASE.load(Ordering::Relaxed));
         set_timer(0);
         let context = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext;
         let control = &mut *control();
@@ -338,6 +356,9 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut li
         std::ptr::copy_nonoverlapping(control.image.as_ptr().add(32), image.add(32), 384);
         std::ptr::copy_nonoverlapping(control.image.as_ptr().add(512), image.add(512), 8);
         std::ptr::copy_nonoverlapping(control.image.as_ptr().add(576), image.add(576), 256);
+        if arch_prctl(ARCH_SET_GS, GS_BASE) != 0 {
+            broken(1);
+        }
         set_timer(LIMIT_US);
     }
 }

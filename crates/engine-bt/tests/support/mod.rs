@@ -2,6 +2,8 @@
 #![allow(dead_code)]
 
 pub mod case;
+pub mod encodings;
+pub mod features;
 pub mod generate;
 pub mod guest;
 pub mod host_cpu;

@@ -761,8 +761,22 @@ mod images {
         exec(&mut cpu, |c| c.ldmxcsr(dword_ptr(rbx)).unwrap()).unwrap();
         exec(&mut cpu, |c| c.stmxcsr(dword_ptr(rbx + 4)).unwrap()).unwrap();
         assert_eq!(peek(&cpu, 0x8004, 4), 0xFFC0u32.to_le_bytes());
-        poke(&cpu, 0x8000, &0x2_1F80u32.to_le_bytes());
+        poke(&cpu, 0x8000, &0x1_1F80u32.to_le_bytes());
         assert_eq!(exec(&mut cpu, |c| c.ldmxcsr(dword_ptr(rbx)).unwrap()), Err(gp0()));
         assert_eq!(cpu.st.mxcsr, 0xFFC0);
+    }
+
+    #[test]
+    fn misaligned_operands_need_the_bit_that_cpuid_shows() {
+        let mut cpu = machine();
+        ask(&mut cpu, 0);
+        let shown = cpu.vm.cpuid.query(0x8000_0001, 0, &cpu)[2] >> 7 & 1 != 0;
+        poke(&cpu, 0x8000, &(0x1F80 | fpu::MXCSR_MM).to_le_bytes());
+        let loaded = exec(&mut cpu, |c| c.ldmxcsr(dword_ptr(rbx)).unwrap());
+        assert_eq!(loaded, if shown { Ok(Flow::Next) } else { Err(gp0()) });
+        let added = exec(&mut cpu, |c| c.addps(xmm1, xmmword_ptr(rbx + 4)).unwrap());
+        assert_eq!(added, loaded, "a packed operand");
+        let moved = exec(&mut cpu, |c| c.movaps(xmm1, xmmword_ptr(rbx + 4)).unwrap());
+        assert_eq!(moved, Err(gp0()), "a move that asks for alignment");
     }
 }
