@@ -1,6 +1,21 @@
-"""Tetrarch: virtual machines from Python, with or without hardware virtualization."""
+"""Tetrarch: virtual machines from Python, with or without hardware virtualization.
 
-from typing import TYPE_CHECKING, Any
+    from tetrarch import Machine
+
+    with Machine(memory="512M") as vm:  # no kernel= is the default guest
+        vm.start()
+        vm.console.expect("# ")
+        vm.console.send("uname -r\\n")
+        print(vm.console.expect("# "))
+        vm.console.send("poweroff\\n")
+        print(vm.wait(timeout=60).reason)
+
+``Machine`` is where to begin; docs/devices.md tells how to write a device.
+"""
+
+from typing import TYPE_CHECKING
+
+from tetrarch._lazy import lazy_names
 
 if TYPE_CHECKING:
     from tetrarch._native import EngineError, GuestMemoryError, __version__
@@ -14,7 +29,15 @@ if TYPE_CHECKING:
         StateError,
         TetrarchError,
     )
-    from tetrarch.machine import ExitStatus, Machine, StopReason, engines
+    from tetrarch.machine import (
+        ExitStatus,
+        Machine,
+        MachineConfig,
+        Phase,
+        StopReason,
+        engines,
+        load_config,
+    )
 
 __all__ = [
     "BootError",
@@ -26,45 +49,41 @@ __all__ = [
     "HostError",
     "ImageError",
     "Machine",
+    "MachineConfig",
     "MachineStateError",
     "MemoryConsole",
+    "Phase",
     "StateError",
     "StopReason",
     "TetrarchError",
     "__version__",
     "engines",
+    "load_config",
 ]
 
-# Names are imported when they are first used: `tetrarch --version` and the
-# start of `tetrarch run` need few of them.
 _HOMES = {
     "__version__": "tetrarch._native",
     "BootError": "tetrarch.errors",
     "ConfigError": "tetrarch.errors",
     "EngineError": "tetrarch._native",
-    "ExitStatus": "tetrarch.machine",
+    "ExitStatus": "tetrarch.machine.status",
     "ExpectTimeout": "tetrarch.console",
     "GuestMemoryError": "tetrarch._native",
     "HostError": "tetrarch.errors",
     "ImageError": "tetrarch.errors",
-    "Machine": "tetrarch.machine",
+    "Machine": "tetrarch.machine.machine",
+    "MachineConfig": "tetrarch.machine.config",
     "MachineStateError": "tetrarch.errors",
     "MemoryConsole": "tetrarch.console",
+    "Phase": "tetrarch.machine.lifecycle",
     "StateError": "tetrarch.errors",
-    "StopReason": "tetrarch.machine",
+    "StopReason": "tetrarch.machine.status",
     "TetrarchError": "tetrarch.errors",
-    "engines": "tetrarch.machine",
+    "engines": "tetrarch.machine.selection",
+    "load_config": "tetrarch.machine.config_file",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES, globals())
 
 
 def __dir__() -> list[str]:

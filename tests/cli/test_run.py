@@ -137,3 +137,54 @@ def test_closed_standard_files_harm_nobody(tmp_path: Path, closed: str, output: 
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
     assert done.stdout == output
+
+
+def test_options_of_a_file_and_the_command_line_on_top(cli: Cli, tmp_path: Path) -> None:
+    write(tmp_path, guests.DEBUG_EXIT_16)
+    file = tmp_path / "machine.toml"
+    file.write_text(
+        'kernel = "kernel"\nengine = "bt"\ndebug_exit = true\nname = "one"\n'
+        "[run]\njson = true\ntimeout = 60\n"
+    )
+    done = cli("run", "--config", file, "--name", "two")
+    assert done.returncode == 33
+    report = json.loads(done.stderr.splitlines()[-1])
+    assert (report["name"], report["status"]) == ("two", "debug-exit")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("memroy = 3", "memroy: there is no such option; did you mean memory?"),
+        ("[run]\nstat = true", "run.stat: there is no such option; did you mean stats?"),
+        ("[run]\ntimeout = -1", "run.timeout: -1 is no time to wait"),
+    ],
+)
+def test_wrong_option_of_a_file(cli: Cli, tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text(text)
+    done = cli("run", "--config", file)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert message in done.stderr
+
+
+def test_mistyped_option_names_the_nearest(cli: Cli) -> None:
+    done = cli("run", "--memroy", "1G")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "--memory" in done.stderr
+
+
+def test_job_started_in_the_background_comes_to_the_foreground(tmp_path: Path) -> None:
+    # The shell stops it when it makes the terminal raw; fg lets it go on from there.
+    kernel = write(tmp_path, guests.say(b"ready") + guests.ECHO)
+    shell = pexpect.spawn("/bin/bash", ["--norc", "-i"], encoding="utf-8", timeout=30)
+    shell.sendline("PS1='prompt> '; set -b")
+    shell.sendline(f"{sys.executable} -m tetrarch run --kernel {kernel} &")
+    shell.expect("Stopped")
+    shell.sendline("fg")
+    shell.expect("ready")
+    shell.send("ab")
+    shell.expect_exact("ab")
+    shell.send("\x1d")
+    shell.expect("was stopped")
+    shell.close(force=True)

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ def test_expect_takes_a_compiled_expression() -> None:
 
 def test_expect_waits_for_what_comes_in_pieces() -> None:
     console = MemoryConsole()
+    console.start(lambda data: None, lambda: None)
     console.write(b"lo")
     timer = threading.Timer(0.05, console.write, (b"gin:",))
     timer.start()
@@ -40,6 +42,7 @@ def test_expect_counts_bytes_and_characters_apart() -> None:
 
 def test_timeout_shows_the_end_of_the_output() -> None:
     console = MemoryConsole()
+    console.start(lambda data: None, lambda: None)
     console.write(b"Kernel panic")
     with pytest.raises(ExpectTimeout, match=r"without 'login:'.*Kernel panic"):
         console.expect("login:", timeout=0.01)
@@ -61,3 +64,16 @@ def test_endless_output_is_bounded() -> None:
     assert len(console.text) <= 4 << 20
     console.write(b"end")
     assert console.expect("end").endswith("end")
+
+
+def test_timeout_shows_what_was_asked_for_as_it_was_written() -> None:
+    console = MemoryConsole()
+    console.close()
+    with pytest.raises(ExpectTimeout, match=re.escape("without 'root@a:~# ' on")):
+        console.expect("root@a:~# ")
+
+
+@pytest.mark.parametrize("pattern", [b"login:", None, 7, re.compile(b"x")])
+def test_what_is_no_pattern_is_refused_in_a_sentence(pattern: Any) -> None:
+    with pytest.raises(TypeError, match=r"expect\(\) takes text or a regular expression"):
+        MemoryConsole().expect(pattern)

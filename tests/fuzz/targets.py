@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 
 from tetrarch.boot.loader import load_kernel
 from tetrarch.cli.entry import run_cli
-from tetrarch.cli.run import parse_console
+from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import BootError, ConfigError
 from tetrarch.images.initramfs import Initramfs
 from tetrarch.images.modules import Module, ModuleFormatError, modinfo, modules_dep
-from tetrarch.machine.config import MEMORY_MAX, MEMORY_MIN, VCPUS_MAX, make_config
+from tetrarch.machine.config import MEMORY_MAX, MEMORY_MIN, VCPUS_MAX, MachineConfig, make_config
 
 MIB = 1 << 20
 Target = Callable[[bytes], None]
@@ -165,7 +165,7 @@ def options(data: bytes) -> None:
     """A machine's options, as from the command line or Python."""
     source = Input(data)
     values: dict[str, object] = {}
-    for key in ("memory", "cpus", "engine", "name", "append", "kernel", "initrd", "debug_exit"):
+    for key in MachineConfig.model_fields:
         match source.number(1) % 8:
             case 0 | 1 | 2:
                 values[key] = source.text()
@@ -192,8 +192,9 @@ def options(data: bytes) -> None:
         assert MEMORY_MIN <= config.memory <= MEMORY_MAX
         assert config.memory % 4096 == 0
         assert 1 <= config.cpus <= VCPUS_MAX
-    with contextlib.suppress(ConfigError):
-        parse_console(source.text())
+    text = source.text()
+    spec = ConsoleSpec.parse(text)
+    assert spec is None or ConsoleSpec.parse(str(spec)) == spec
 
 
 def read_newc(archive: bytes) -> dict[str, tuple[int, bytes]]:

@@ -1,11 +1,14 @@
 """What a configuration takes, and how it says no."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tetrarch.errors import ConfigError
-from tetrarch.machine.config import make_config, parse_size
+from tetrarch.machine.config import MachineConfig, MachineOptions, make_config, parse_size
+from tetrarch.machine.config_file import load_config
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,9 @@ def test_what_is_no_size_is_refused_with_a_mend(text: object) -> None:
         ("kernel", "a\0b", "kernel: "),
         ("append", "a\0b", "append: it holds a zero byte"),
         ("debug_exit", "perhaps", "debug_exit: 'perhaps' is neither"),
-        ("dsik", "x", "dsik: there is no such option"),
+        ("memroy", "1G", "memroy: there is no such option; did you mean memory?"),
+        ("xyz", "x", "xyz: there is no such option; there are engine, image, kernel"),
+        ("console", "tape", "console: 'tape' is no console; there are stdio"),
     ],
 )
 def test_refusal_is_one_line_that_names_the_option(
@@ -66,3 +71,54 @@ def test_any_text_as_memory_is_a_size_or_a_config_error(text: str) -> None:
         assert len(str(error).splitlines()) <= 1  # noqa: PT017
     else:
         assert config.memory % 4096 == 0
+
+
+def test_options_that_a_type_checker_sees_are_those_there_are() -> None:
+    # console= takes an object too, so it is a parameter of its own.
+    seen = set(MachineOptions.__annotations__) | {"console"}
+    assert seen == set(MachineConfig.model_fields)
+
+
+def test_every_option_says_what_it_is() -> None:
+    assert all(field.description for field in MachineConfig.model_fields.values())
+
+
+def test_file_gives_options_with_paths_relative_to_it(tmp_path: Path) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text(
+        'kernel = "boot/vmlinuz"\nmemory = "1G"\nconsole = "file=log"\n[run]\ntimeout = 3\n'
+    )
+    config = load_config(file)
+    assert config.kernel == tmp_path / "boot" / "vmlinuz"
+    assert config.memory == 1 << 30
+    assert str(config.console) == f"file={tmp_path / 'log'}"
+    assert config.cpus == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("memroy = 3", "memroy: there is no such option; did you mean memory?"),
+        ("memory = ", "is no TOML file"),
+        ("run = 3", "run is no table"),
+        ('image = "debian"\nkernel = "x"', "image and kernel both name a kernel"),
+        (None, "No such file"),
+    ],
+)
+def test_file_that_is_wrong_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "machine.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_config(file)
+    assert str(raised.value).startswith(str(file))
+    assert message in str(raised.value)
+
+
+def test_changed_options_are_checked_alone_and_together() -> None:
+    config = make_config({"image": "debian", "memory": "1G"})
+    assert config.updated({"cpus": "2"}).memory == 1 << 30
+    with pytest.raises(ConfigError, match="image and kernel both"):
+        config.updated({"kernel": "x"})
+    with pytest.raises(ConfigError, match="--cpus: 'two' is no number"):
+        config.updated({"cpus": "two"}, lambda name: f"--{name}")

@@ -1,14 +1,26 @@
 """How a machine is started and ended, on a CPU that is a Python function."""
 
+import gc
+import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tetrarch import ExpectTimeout, Machine, MachineStateError, StopReason, TetrarchError
-from tetrarch.machine import machine as machine_module
+from tetrarch import (
+    BootError,
+    ConfigError,
+    ExpectTimeout,
+    Machine,
+    MachineStateError,
+    StopReason,
+    load_config,
+)
+from tetrarch.console.stdio import StdioConsole
+from tetrarch.machine import threads
 from tetrarch.testing import ScriptedVm, pvh_kernel
 
 Make = Callable[[Callable[[ScriptedVm], str]], Machine]
@@ -17,12 +29,11 @@ PANIC = b"[    1.5] ---[ end Kernel panic - not syncing: VFS: Unable to mount ro
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+def make(tmp_path: Path) -> Make:
     def make(script: Callable[[ScriptedVm], str]) -> Machine:
         kernel = tmp_path / "kernel"
         kernel.write_bytes(pvh_kernel(b"\xf4"))
-        monkeypatch.setattr(machine_module, "_create_vm", lambda *_: ScriptedVm(script))
-        return Machine(kernel=kernel)
+        return Machine(kernel=kernel, vm=ScriptedVm(script))
 
     return make
 
@@ -124,23 +135,136 @@ def test_panic_with_reboot_off_is_a_crash(make: Make) -> None:
     assert "Unable to mount root fs" in status.detail
 
 
-def test_program_that_prints_a_panic_line_runs_on(make: Make) -> None:
-    def cat_old_log(vm: ScriptedVm) -> str:
+def test_look_that_came_too_late_does_not_lose_the_vcpu(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The panic watch stops the run to look at the registers, and gives up while a device
+    # computes for longer. The stop that the vCPU then still sees ends nothing.
+    monkeypatch.setattr(threads, "_SAMPLE_PATIENCE_S", 0.1)
+
+    def compute_then_power_off(vm: ScriptedVm) -> str:
         if not vm.registers.get("said"):
             vm.registers["said"] = 1
             say(vm, PANIC)
-        vm.registers["cs_selector"] = 0x33  # user code
+            vm.spin_until_stop()  # the watch has asked
+            until = time.monotonic() + 1
+            while time.monotonic() < until:
+                pass
+            return "stopped"
+        return power_off(vm)
+
+    assert make(compute_then_power_off).run(30).reason is StopReason.POWERED_OFF
+
+
+def test_end_is_noticed_with_nobody_in_wait(make: Make) -> None:
+    vm = make(power_off)
+    vm.start()
+    vm.console.expect("bye\r\n")
+    with pytest.raises(ExpectTimeout, match=r"the machine ended \(the guest powered off\)"):
+        vm.console.expect("login:")
+    assert not vm.running
+    assert vm.status is not None
+    assert vm.status.reason is StopReason.POWERED_OFF
+    assert vm.uptime == vm.uptime
+
+
+def test_panic_is_noticed_with_nobody_in_wait(make: Make) -> None:
+    def panic(vm: ScriptedVm) -> str:
+        if not vm.registers.get("said"):
+            vm.registers["said"] = 1
+            say(vm, PANIC)
         return vm.spin_until_stop()
 
-    assert make(cat_old_log).run(2).reason is StopReason.TIMEOUT
+    vm = make(panic)
+    vm.start()
+    with pytest.raises(ExpectTimeout, match="the guest crashed: Kernel panic"):
+        vm.console.expect("login:")
+    assert not vm.running
 
 
-def test_idle_shell_after_a_panic_line_runs_on(make: Make) -> None:
+def test_stop_from_another_thread_ends_what_expect_waits_for(make: Make) -> None:
+    vm = make(ScriptedVm.wait_for_stop)
+    vm.start()
+    stopper = threading.Thread(target=vm.request_stop)
+    stopper.start()
+    with pytest.raises(ExpectTimeout, match="the guest was stopped"):
+        vm.console.expect("login:")
+    stopper.join()
+    assert not vm.running
+
+
+def test_exception_of_a_device_is_the_cause_of_what_expect_raises(make: Make) -> None:
+    def fail(vm: ScriptedVm) -> str:
+        raise ZeroDivisionError("in a device")
+
+    vm = make(fail)
+    vm.start()
+    with pytest.raises(ExpectTimeout, match="ZeroDivisionError: in a device") as raised:
+        vm.console.expect("login:")
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    assert not vm.running
+
+
+def test_expect_before_the_start_is_refused(make: Make) -> None:
+    with make(power_off) as vm, pytest.raises(MachineStateError, match="not been started"):
+        vm.console.expect("login:")
+
+
+def test_forgotten_machine_ends_with_a_warning(make: Make) -> None:
+    ended = threading.Event()
+
     def idle(vm: ScriptedVm) -> str:
-        say(vm, PANIC)
-        return vm.wait_for_stop()
+        why = vm.wait_for_stop()
+        ended.set()
+        return why
 
-    assert make(idle).run(2).reason is StopReason.TIMEOUT
+    vm = make(idle)
+    vm.start()
+    with pytest.warns(ResourceWarning, match="'tetrarch' on ScriptedVm, running.* was forgotten"):
+        del vm
+    assert ended.wait(10)
+
+
+def test_forgotten_machine_that_never_ran_gives_its_descriptors_back(make: Make) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    vm = make(power_off)
+    del vm
+    gc.collect()
+    before = open_files()
+    for _ in range(3):
+        vm = Machine(memory="4M", engine="bt", console=StdioConsole(os.open(os.devnull, 0)))
+        os.close(vm._backend._in)  # type: ignore[attr-defined]
+        del vm
+    gc.collect()
+    assert open_files() == before
+
+
+def test_options_of_a_file_can_be_changed(tmp_path: Path) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text('name = "one"\nmemory = "32M"\nconsole = "none"\n')
+    with Machine(load_config(file), name="two", vm=ScriptedVm(power_off)) as vm:
+        assert (vm.config.name, vm.config.memory) == ("two", 32 << 20)
+        assert repr(vm) == "<Machine 'two' on ScriptedVm, made>"
+
+
+@pytest.mark.parametrize("console", ["tape", 7, object()])
+def test_what_is_no_console_is_refused_in_a_sentence(console: Any) -> None:
+    with pytest.raises(ConfigError, match="is no console"):
+        Machine(console=console, vm=ScriptedVm(power_off))
+
+
+def test_console_as_the_configuration_writes_it(tmp_path: Path, make: Make) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(b"\xf4"))
+    log = tmp_path / "log"
+    Machine(kernel=kernel, console=f"file={log}", vm=ScriptedVm(power_off)).run()
+    assert log.read_bytes() == b"bye\r\n"
+
+
+def test_reason_is_the_text_that_it_shows(make: Make) -> None:
+    assert make(power_off).run().reason == "powered-off"
 
 
 def test_typed_input_reaches_the_guest_in_order(make: Make) -> None:
@@ -169,9 +293,22 @@ def test_expect_fails_at_once_when_the_machine_has_ended(make: Make) -> None:
 def test_machine_runs_once(make: Make) -> None:
     vm = make(power_off)
     vm.run()
-    for again in (vm.start, vm.load, lambda: vm.attach_ports(0x500, 1, vm._pc.uart)):
+    again: list[tuple[str, Callable[[], object]]] = [
+        ("start", vm.start),
+        ("run", vm.run),
+        ("load", vm.load),
+        ("attach_ports", lambda: vm.attach_ports(0x500, 1, vm._pc.uart)),
+    ]
+    for name, call in again:
+        with pytest.raises(MachineStateError, match=rf"^{name}\(\) cannot be: .* has ended"):
+            call()
+
+
+def test_second_start_of_a_running_machine_is_refused(make: Make) -> None:
+    with make(ScriptedVm.wait_for_stop) as vm:
+        vm.start()
         with pytest.raises(MachineStateError, match="already started"):
-            again()
+            vm.start()
 
 
 def test_wait_before_start_is_refused(make: Make) -> None:
@@ -179,9 +316,6 @@ def test_wait_before_start_is_refused(make: Make) -> None:
         make(power_off).wait()
 
 
-def test_missing_kernel_is_a_tetrarch_error(tmp_path: Path, make: Make) -> None:
-    vm = make(power_off)
-    assert vm.config.kernel is not None
-    vm.config.kernel.unlink()
-    with pytest.raises(TetrarchError, match="kernel"):
-        vm.run()
+def test_missing_kernel_is_said_when_the_machine_is_made(tmp_path: Path) -> None:
+    with pytest.raises(BootError, match="kernel nosuch: no such file"):
+        Machine(kernel="nosuch", vm=ScriptedVm(power_off))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from tetrarch.cli.options import take_options, with_options
 
 __all__ = ["app"]
 
@@ -50,82 +52,16 @@ def root(
 
 
 @app.command()
-def run(
-    engine: Annotated[
-        str, typer.Option(metavar="auto|bt|kvm", help="What runs the guest's instructions.")
-    ] = "auto",
-    kernel: Annotated[
-        str | None, typer.Option(metavar="FILE", help="bzImage or ELF vmlinux [default: Debian's].")
-    ] = None,
-    initrd: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Initial RAM disk for the kernel.")
-    ] = None,
-    append: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help='The whole kernel command line [default: "console=ttyS0 quiet"].'
-        ),
-    ] = None,
-    image: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="A cached guest to run, as image pull names it."),
-    ] = None,
-    memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="512M, 2G, or a number of MiB.")
-    ] = "512M",
-    cpus: Annotated[
-        str, typer.Option(metavar="N", help="Virtual CPUs; more than 1 need engine kvm.")
-    ] = "1",
-    console: Annotated[
-        str,
-        typer.Option(
-            metavar="stdio|none|file=PATH|socket=PATH",
-            help="Where the guest's serial console goes. Ctrl-] leaves stdio.",
-        ),
-    ] = "stdio",
-    timeout: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", help="Stop the guest then; exit code 124."),
-    ] = None,
-    debug_exit: Annotated[
-        bool,
-        typer.Option("--debug-exit", help="A value V written to port 0xf4 ends with (V << 1) | 1."),
-    ] = False,
-    name: Annotated[
-        str, typer.Option(metavar="NAME", help="A name for the machine, for reports.")
-    ] = "tetrarch",
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Show counters on standard error at the end.")
-    ] = False,
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="A last line on standard error with status and counters."),
-    ] = False,
-) -> int:
+@with_options
+def run(**typed: Any) -> int:
     """Run a guest; without --kernel, a Debian kernel to a shell.
 
     Exit codes: 0 the guest powered off, reset itself or was left; 1 an error of ours;
     2 bad usage; 3 the guest crashed; 124 the timeout passed.
     """
-    from tetrarch.cli.run import RunOptions, run_guest
+    from tetrarch.cli.run import run_guest
 
-    return run_guest(
-        RunOptions(
-            engine=engine,
-            kernel=kernel,
-            initrd=initrd,
-            append=append,
-            image=image,
-            memory=memory,
-            cpus=cpus,
-            console=console,
-            timeout=timeout,
-            debug_exit=debug_exit,
-            name=name,
-            stats=stats,
-            json=json,
-        )
-    )
+    return run_guest(*take_options(typed))
 
 
 @app.command()

@@ -7,7 +7,7 @@ import threading
 import time
 
 from tetrarch.console.backend import Leave, Receive
-from tetrarch.errors import TetrarchError
+from tetrarch.errors import MachineStateError, TetrarchError
 
 # What is kept of a guest that prints without end; a boot log is under 100 KiB.
 _KEPT_BYTES_MAX = 4 << 20
@@ -34,6 +34,8 @@ class MemoryConsole:
         self._closed = False
         self._receive: Receive | None = None
         self._early: list[bytes] = []
+        self._why = ""
+        self._failure: BaseException | None = None
 
     def start(self, receive: Receive, leave: Leave) -> None:
         with self._changed:
@@ -53,6 +55,15 @@ class MemoryConsole:
                 self._dropped += excess
                 self._read_to = max(self._read_to, self._dropped)
             self._changed.notify_all()
+
+    def end(self, event: object) -> None:
+        """Says what ended the machine, before close(): expect() tells it."""
+        with self._changed:
+            if isinstance(event, BaseException):
+                self._failure = event
+                self._why = f"{type(event).__name__}: {event}".rstrip(": ")
+            else:
+                self._why = str(event)
 
     def close(self) -> None:
         with self._changed:
@@ -80,10 +91,12 @@ class MemoryConsole:
         A string stands for itself; for a regular expression give a compiled one.
         What comes back is not seen again by the next read() or expect().
 
-        Raises ExpectTimeout when it does not come in ``timeout`` seconds, or when
-        the machine ended without it; the message shows the end of the output.
+        Raises ExpectTimeout when it does not come in ``timeout`` seconds, or at once
+        when the machine ended without it, with the exception that ended it as the
+        cause; the message shows the end of the output. Raises MachineStateError when it
+        is not there and the machine has not been started.
         """
-        regex = re.compile(re.escape(pattern)) if isinstance(pattern, str) else pattern
+        regex = _compiled(pattern)
         deadline = time.monotonic() + timeout
         with self._changed:
             while True:
@@ -95,10 +108,11 @@ class MemoryConsole:
                     return self._take(self._read_to - self._dropped + length)
                 left = deadline - time.monotonic()
                 if self._closed or left <= 0:
-                    reason = "the machine ended" if self._closed else f"{timeout:g} s passed"
-                    tail = self._unread().decode("utf-8", "replace")[-_SHOWN_CHARS:]
-                    raise ExpectTimeout(
-                        f"{reason} without {regex.pattern!r} on the console, which ends in {tail!r}"
+                    raise self._missing(pattern, timeout) from self._failure
+                if self._receive is None:
+                    raise MachineStateError(
+                        "expect() waits for a machine that has not been started",
+                        mend="call start() first",
                     )
                 self._changed.wait(left)
 
@@ -108,6 +122,14 @@ class MemoryConsole:
         with self._changed:
             return self._output.decode("utf-8", "replace")
 
+    def _missing(self, pattern: str | re.Pattern[str], timeout: float) -> ExpectTimeout:
+        reason = f"{timeout:g} s passed"
+        if self._closed:
+            reason = f"the machine ended ({self._why})" if self._why else "the machine ended"
+        shown = pattern if isinstance(pattern, str) else pattern.pattern
+        tail = self._unread().decode("utf-8", "replace")[-_SHOWN_CHARS:]
+        return ExpectTimeout(f"{reason} without {shown!r} on the console, which ends in {tail!r}")
+
     def _unread(self) -> bytes:
         return bytes(self._output[self._read_to - self._dropped :])
 
@@ -115,3 +137,13 @@ class MemoryConsole:
         start = self._read_to - self._dropped
         self._read_to = self._dropped + end
         return self._output[start:end].decode("utf-8", "replace")
+
+
+def _compiled(pattern: object) -> re.Pattern[str]:
+    if isinstance(pattern, str):
+        return re.compile(re.escape(pattern))
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+        return pattern
+    raise TypeError(
+        f"expect() takes text or a regular expression compiled from text, not {pattern!r}"
+    )

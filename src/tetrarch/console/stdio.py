@@ -22,8 +22,10 @@ class StdioConsole:
         self._in = input_fd
         self._out = output_fd
         self._terminal = RawTerminal(input_fd) if _is_tty(input_fd) else None
-        self._wake_reader, self._wake_writer = os.pipe()
         self._thread: threading.Thread | None = None
+        # Wakes the thread; that closes it in the end, as it may sleep on it. _lock guards it.
+        self._lock = threading.Lock()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
 
     @property
     def interactive(self) -> bool:
@@ -33,7 +35,7 @@ class StdioConsole:
         if self._terminal is not None:
             self._terminal.enter()
         self._thread = threading.Thread(
-            target=self._read, args=(receive, leave), name="console-input", daemon=True
+            target=self._run, args=(receive, leave), name="console-input", daemon=True
         )
         self._thread.start()
 
@@ -52,20 +54,34 @@ class StdioConsole:
                 ) from error
 
     def close(self) -> None:
-        if self._wake_writer >= 0:
-            os.close(self._wake_writer)
-            self._wake_writer = -1
+        with self._lock:
+            if self._thread is None:
+                self._close_wake()
+            elif self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
         # receive() may block on a guest that does not read: the thread is a daemon.
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(0.2)
         if self._terminal is not None:
             self._terminal.restore()
 
+    def _close_wake(self) -> None:
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+
+    def _run(self, receive: Receive, leave: Leave) -> None:
+        try:
+            self._read(receive, leave)
+        finally:
+            with self._lock:
+                self._close_wake()
+
     def _read(self, receive: Receive, leave: Leave) -> None:
         while True:
             try:
-                ready, _, _ = select.select((self._in, self._wake_reader), (), ())
-                if self._wake_reader in ready:
+                ready, _, _ = select.select((self._in, self._wake), (), ())
+                if self._wake in ready:
                     return
                 data = os.read(self._in, _READ_BYTES)
             except BlockingIOError:

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import signal
 import termios
+import threading
 import tty
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -40,15 +43,19 @@ class RawTerminal:
         self._saved = saved
         atexit.register(self.restore)
         # A shell that had us stopped has set the terminal as it likes it.
-        self._old_continue = signal.signal(signal.SIGCONT, self._continued)
-        tty.setraw(self._fd, termios.TCSANOW)
+        if _on_main_thread():
+            self._old_continue = signal.signal(signal.SIGCONT, self._continued)
+        _set_raw(self._fd)
 
     def restore(self) -> None:
         saved, self._saved = self._saved, None
         if saved is None:
             return
-        signal.signal(signal.SIGCONT, self._old_continue or signal.SIG_DFL)
-        _set_attributes(self._fd, saved)
+        # Elsewhere the handler stays, and does nothing any more.
+        if self._old_continue is not None and _on_main_thread():
+            signal.signal(signal.SIGCONT, self._old_continue)
+        with contextlib.suppress(termios.error):  # the terminal may have hung up
+            _set_attributes(self._fd, saved)
         atexit.unregister(self.restore)
         if self._guardian is not None:
             self._guardian.dismiss()
@@ -56,7 +63,7 @@ class RawTerminal:
     def _continued(self, signum: int, frame: FrameType | None) -> None:
         if self._saved is not None:
             with contextlib.suppress(termios.error):
-                tty.setraw(self._fd, termios.TCSANOW)
+                _set_raw(self._fd)
 
 
 class _Guardian:
@@ -95,9 +102,30 @@ def _guard(reader: int, fd: int, saved: _Attributes) -> None:
             with contextlib.suppress(OSError):
                 os.close(int(name))
     if os.read(reader, 1) != _FAREWELL:
-        _set_attributes(fd, saved)
+        with contextlib.suppress(termios.error):  # the terminal may have hung up
+            _set_attributes(fd, saved)
+
+
+def _set_raw(fd: int) -> None:
+    _again_if_interrupted(lambda: tty.setraw(fd, termios.TCSANOW))
 
 
 def _set_attributes(fd: int, attributes: _Attributes) -> None:
-    with contextlib.suppress(termios.error):  # the terminal may have hung up
-        termios.tcsetattr(fd, termios.TCSANOW, attributes)
+    _again_if_interrupted(lambda: termios.tcsetattr(fd, termios.TCSANOW, attributes))
+
+
+def _again_if_interrupted(set_attributes: Callable[[], object]) -> None:
+    """A job in the background is stopped in tcsetattr(3), and comes back from it with EINTR
+    when it is in the foreground again. PEP 475 leaves the module termios out."""
+    while True:
+        try:
+            set_attributes()
+            return
+        except termios.error as error:
+            if error.args[0] != errno.EINTR:
+                raise
+
+
+def _on_main_thread() -> bool:
+    # Signal handlers can only be set there.
+    return threading.current_thread() is threading.main_thread()

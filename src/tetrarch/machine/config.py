@@ -1,20 +1,35 @@
-"""What a machine is made of, checked before anything is made.
+"""What a machine is made of: the one place where its options are named.
 
-The same model serves ``Machine(...)`` and the command line; what is wrong with
-it is one line that names the option, the cause and the mend.
+``Machine(...)``, a configuration file (config_file.py) and the command line
+(cli/options.py) follow from the fields of ``MachineConfig``: their names,
+checks, defaults and descriptions. What is wrong is one line that names the
+option, the cause and the mend.
 """
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import ConfigError
 
-__all__ = ["MIB", "MachineConfig", "make_config", "parse_size"]
+__all__ = [
+    "MIB",
+    "EngineName",
+    "MachineConfig",
+    "MachineOptions",
+    "ValueProblem",
+    "check_options",
+    "make_config",
+    "parse_size",
+]
 
 MIB = 1 << 20
 PAGE_SIZE = 4096
@@ -32,6 +47,8 @@ VCPUS_MAX = 255
 _SIZE = re.compile(r"^([0-9]{1,24})\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 _COUNT = re.compile(r"^[0-9]{1,9}$")
 _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
+
+EngineName = Literal["auto", "bt", "kvm"]
 
 
 class ValueProblem(ValueError):
@@ -85,7 +102,31 @@ def _path(value: object) -> object:
     return value
 
 
+def _console(value: object) -> ConsoleSpec | None:
+    if value is None or isinstance(value, ConsoleSpec):
+        return value
+    spec = ConsoleSpec.parse(value) if isinstance(value, str) else None
+    if spec is None:
+        raise ValueProblem(
+            f"{value!r} is no console", mend="there are stdio, none, file=PATH and socket=PATH"
+        )
+    return spec
+
+
 FilePath = Annotated[Path, BeforeValidator(_path)]
+Text = Annotated[str, BeforeValidator(_text)]
+
+
+def option(
+    default: Any, description: str, metavar: str | None = None, *, name: str | None = None
+) -> Any:
+    """A field of a configuration.
+
+    ``metavar`` stands for its value in the command line's help; ``name`` is for an option
+    that cannot be called as the field is.
+    """
+    extra: dict[str, Any] = {"metavar": metavar}
+    return Field(default=default, description=description, alias=name, json_schema_extra=extra)
 
 
 class MachineConfig(BaseModel):
@@ -93,20 +134,71 @@ class MachineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kernel: FilePath | None = None
-    """bzImage or ELF vmlinux; None is the default guest."""
-    initrd: FilePath | None = None
-    append: Annotated[str, BeforeValidator(_text)] | None = None
-    """The kernel's whole command line; None is the default one."""
-    memory: Annotated[int, BeforeValidator(parse_size)] = Field(
-        default=DEFAULT_MEMORY, validate_default=False
+    engine: EngineName = option("auto", "What runs the guest's instructions.", "auto|bt|kvm")
+    image: Text | None = option(
+        None, "A cached guest to run, as image pull names it [default: debian].", "NAME"
     )
-    """In bytes; "512M", "2G", or a bare number of MiB when given."""
-    cpus: Annotated[int, BeforeValidator(_cpu_count)] = 1
-    engine: Literal["auto", "bt", "kvm"] = "auto"
-    debug_exit: bool = False
-    """A port 0xF4 with which the guest ends the run with a value."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "tetrarch"
+    kernel: FilePath | None = option(
+        None, "bzImage or ELF vmlinux [default: that of the image].", "FILE"
+    )
+    initrd: FilePath | None = option(None, "Initial RAM disk for the kernel.", "FILE")
+    append: Text | None = option(
+        None, 'The whole kernel command line [default: "console=ttyS0 quiet"].', "TEXT"
+    )
+    append_extra: Text = option("", "Words added to the kernel command line.", "TEXT")
+    memory: Annotated[int, BeforeValidator(parse_size)] = option(
+        DEFAULT_MEMORY, "512M, 2G, or a number of MiB [default: 512M].", "SIZE"
+    )
+    cpus: Annotated[int, BeforeValidator(_cpu_count)] = option(
+        1, "Virtual CPUs; more than 1 need engine kvm [default: 1].", "N"
+    )
+    console: Annotated[ConsoleSpec | None, BeforeValidator(_console)] = option(
+        None,
+        "Where the guest's serial console goes. Ctrl-] leaves stdio.",
+        "stdio|none|file=PATH|socket=PATH",
+    )
+    debug_exit: bool = option(False, "A value V written to port 0xf4 ends with (V << 1) | 1.")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = option(
+        "tetrarch", "A name for the machine, for reports [default: tetrarch].", "NAME"
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        self._one_kernel()
+        return self
+
+    def _one_kernel(self) -> None:
+        if self.image is not None and self.kernel is not None:
+            raise ValueProblem("image and kernel both name a kernel", mend="give one of them")
+
+    def updated(self, values: dict[str, Any], spelling: Callable[[str], str] = str) -> Self:
+        """With some options changed, as they are typed. Raises ConfigError."""
+        checked = check_options(type(self), values, spelling)
+        changes = {name: getattr(checked, name) for name in values}
+        changed = self.model_copy(update=changes)
+        try:
+            changed._one_kernel()
+        except ValueProblem as problem:
+            raise ConfigError(problem.cause, mend=problem.mend) from None
+        return changed
+
+
+class MachineOptions(TypedDict, total=False):
+    """The options as a type checker sees them in ``Machine(...)``; the checks are above.
+
+    tests/machine/test_config.py holds the names to those of ``MachineConfig``.
+    """
+
+    engine: EngineName
+    image: str | None
+    kernel: str | os.PathLike[str] | None
+    initrd: str | os.PathLike[str] | None
+    append: str | None
+    append_extra: str
+    memory: str | int
+    cpus: int
+    debug_exit: bool
+    name: str
 
 
 # What pydantic's own checks say in its words, in ours: cause and mend.
@@ -116,24 +208,41 @@ _PROBLEMS = {
     "debug_exit": ("is neither true nor false", "give one of them"),
 }
 
+Model = TypeVar("Model", bound=BaseModel)
+
 
 def make_config(values: dict[str, Any]) -> MachineConfig:
     """The checked configuration. Raises ConfigError for the first option that is wrong."""
+    return check_options(MachineConfig, values)
+
+
+def check_options(
+    model: type[Model], values: dict[str, Any], spelling: Callable[[str], str] = str
+) -> Model:
+    """A model of options made of ``values``, with its errors in our words.
+
+    ``spelling`` is how the user wrote an option's name.
+    """
     try:
-        return MachineConfig(**values)
+        return model(**values)
     except ValidationError as error:
-        raise _config_error(error) from None
+        raise _config_error(error, model, spelling) from None
 
 
-def _config_error(error: ValidationError) -> ConfigError:
+def _config_error(
+    error: ValidationError, model: type[BaseModel], spelling: Callable[[str], str]
+) -> ConfigError:
     first = error.errors()[0]
-    option = str(first["loc"][0]) if first["loc"] else "configuration"
+    name = ".".join(map(str, first["loc"]))
+    of = f"{spelling(name)}: " if name else ""
     problem = first.get("ctx", {}).get("error")
     if isinstance(problem, ValueProblem):
-        return ConfigError(f"{option}: {problem.cause}", mend=problem.mend)
+        return ConfigError(f"{of}{problem.cause}", mend=problem.mend)
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"{option}: there is no such option", mend="remove it")
-    if option in _PROBLEMS:
-        cause, mend = _PROBLEMS[option]
-        return ConfigError(f"{option}: {first['input']!r} {cause}", mend=mend)
-    return ConfigError(f"{option}: {first['msg']}")
+        near = difflib.get_close_matches(name, model.model_fields, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(model.model_fields)}"
+        return ConfigError(f"{of}there is no such option", mend=mend)
+    if name in _PROBLEMS:
+        cause, mend = _PROBLEMS[name]
+        return ConfigError(f"{of}{first['input']!r} {cause}", mend=mend)
+    return ConfigError(f"{of}{first['msg']}", mend=f"{first['input']!r} was given")

@@ -29,13 +29,11 @@ from tetrarch.devices import (
     uart16550,
 )
 from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.status import ExitStatus, StopReason
 
-if TYPE_CHECKING:
-    from tetrarch._native import Device
-
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
-    from tetrarch._native import Device, Vm
+    from tetrarch._native import Device
 
 __all__ = ["Pc", "assemble_pc"]
 
@@ -61,7 +59,7 @@ class Pc:
 
 
 def assemble_pc(
-    vm: Vm,
+    vm: EngineVm,
     config: MachineConfig,
     output: Callable[[bytes], None],
     end: Callable[[ExitStatus], None],

@@ -38,6 +38,21 @@ class ExitStatus:
     dump: str = ""
     """For a crash, registers and the bytes at RIP."""
 
+    def __str__(self) -> str:
+        """In one sentence, without its end."""
+        detail = f": {self.detail}" if self.detail else ""
+        match self.reason:
+            case StopReason.POWERED_OFF:
+                return "the guest powered off"
+            case StopReason.RESET:
+                return f"the guest reset the machine{detail}"
+            case StopReason.CRASHED:
+                return f"the guest crashed{detail}"
+            case StopReason.DEBUG_EXIT:
+                return f"the guest ended with the value {self.value}"
+            case StopReason.STOPPED | StopReason.TIMEOUT:
+                return f"the guest was stopped{detail}"
+
     @property
     def code(self) -> int:
         """The exit code of ``tetrarch run``."""

@@ -29,7 +29,7 @@ class ScriptedVm:
         """Each change of an interrupt line: (GSI, level)."""
         self.registers = {"idtr_limit": 0xFFF, "cs_selector": 0x10}
         self._memory = bytearray(memory)
-        self._ports: list[tuple[range, Device, Sequence[int]]] = []
+        self._regions: list[ScriptedRegion] = []
         self._stop = threading.Event()
         self._begun = time.monotonic_ns()
 
@@ -45,12 +45,14 @@ class ScriptedVm:
 
     def attach_ports(
         self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
-    ) -> None:
-        self._ports.append((range(base, base + length), device, sizes or (1, 2, 4, 8)))
+    ) -> ScriptedRegion:
+        region = ScriptedRegion(self._regions, base, length, device, sizes or (1, 2, 4, 8))
+        region.map()
+        return region
 
     def attach_mmio(
         self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
-    ) -> None:
+    ) -> ScriptedRegion:
         raise ValueError("a scripted machine has ports only")
 
     def irq_source(self, gsi: int) -> ScriptedSource:
@@ -77,15 +79,19 @@ class ScriptedVm:
     # What a script uses.
 
     def port_out(self, port: int, value: int, size: int = 1) -> None:
-        for ports, device, sizes in self._ports:
-            if port in ports and size in sizes:
-                device.write(port - ports.start, size, value)
+        region = self._find(port, size)
+        if region is not None:
+            region.device.write(port - region.base, size, value)
 
     def port_in(self, port: int, size: int = 1) -> int:
-        for ports, device, sizes in self._ports:
-            if port in ports and size in sizes:
-                return device.read(port - ports.start, size)
+        region = self._find(port, size)
+        if region is not None:
+            return region.device.read(port - region.base, size)
         return (1 << 8 * size) - 1
+
+    def _find(self, port: int, size: int) -> ScriptedRegion | None:
+        found = (region for region in self._regions if region.answers(port, size))
+        return next(found, None)
 
     def wait_for_stop(self) -> str:
         """As an idle guest: sleeps until it is stopped."""
@@ -99,6 +105,45 @@ class ScriptedVm:
         return "stopped"
 
 
+class ScriptedRegion:
+    """A range of ports where a device answers."""
+
+    def __init__(
+        self,
+        regions: list[ScriptedRegion],
+        base: int,
+        length: int,
+        device: Device,
+        sizes: Sequence[int],
+    ) -> None:
+        self.base = base
+        self.length = length
+        self.device = device
+        self._sizes = sizes
+        self._regions = regions
+
+    @property
+    def mapped(self) -> bool:
+        return self in self._regions
+
+    def answers(self, port: int, size: int) -> bool:
+        return self.base <= port < self.base + self.length and size in self._sizes
+
+    def move(self, base: int) -> None:
+        self.base = base
+
+    def map(self) -> None:
+        if not self.mapped:
+            self._regions.append(self)
+
+    def unmap(self) -> None:
+        if self.mapped:
+            self._regions.remove(self)
+
+    def detach(self) -> None:
+        self.unmap()
+
+
 class ScriptedSource:
     """Drives an interrupt line of the machine."""
 
@@ -108,6 +153,10 @@ class ScriptedSource:
 
     def set(self, level: bool) -> None:
         self._vm.irq_line(self.gsi, level)
+
+    def pulse(self) -> None:
+        self.set(True)
+        self.set(False)
 
 
 class ScriptedVcpu:

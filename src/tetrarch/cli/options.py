@@ -1,0 +1,98 @@
+"""The options of ``tetrarch run``: those of a machine, and a few of the command's own.
+
+Names, descriptions and checks are the fields of the models; nothing is said twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from tetrarch.machine.config import MachineConfig, ValueProblem, check_options, option
+
+__all__ = ["CommandOptions", "take_options", "with_options"]
+
+# Longer runs need no timeout; far larger numbers overflow the host's clock.
+_TIMEOUT_S_MAX = 366 * 24 * 3600.0
+
+
+def _timeout(value: object) -> float | None:
+    if value is None:
+        return None
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(str(value))
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _TIMEOUT_S_MAX:
+        raise ValueProblem(f"{value!r} is no time to wait", mend="give seconds above 0")
+    return seconds
+
+
+class CommandOptions(BaseModel):
+    """What ``tetrarch run`` takes beside the machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timeout: Annotated[float | None, BeforeValidator(_timeout)] = option(
+        None, "Stop the guest then; exit code 124.", "SECONDS"
+    )
+    stats: bool = option(False, "Show counters on standard error at the end.")
+    report: bool = option(
+        False, "A last line on standard error with status and counters.", name="json"
+    )
+
+
+def with_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Gives ``command`` all options as keywords, as they were typed; None was not given."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(name, keyword, default=None, annotation=annotation)
+        for name, annotation in _annotations()
+    ]
+    signature = inspect.Signature(parameters, return_annotation=int)
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    return command
+
+
+def _annotations() -> Iterator[tuple[str, Any]]:
+    file = typer.Option(
+        metavar="FILE.toml", help="A file with options; those of the command line come on top."
+    )
+    yield "config", Annotated[str | None, file]
+    for model in (MachineConfig, CommandOptions):
+        for field_name, field in model.model_fields.items():
+            name = field.alias or field_name
+            extra = field.json_schema_extra
+            metavar = extra.get("metavar") if isinstance(extra, dict) else None
+            if field.annotation is bool:
+                both = f"{_spelled(name)}/--no-{_spelled(name)[2:]}"
+                yield name, Annotated[bool | None, typer.Option(both, help=field.description)]
+            else:
+                shown = typer.Option(
+                    _spelled(name), metavar=str(metavar or "TEXT"), help=field.description
+                )
+                yield name, Annotated[str | None, shown]
+
+
+def take_options(typed: dict[str, Any]) -> tuple[MachineConfig, CommandOptions]:
+    """The options of a file, if one was named, with those of the command line on top."""
+    from tetrarch.machine.config_file import RUN_TABLE, read_options
+
+    given = {name: value for name, value in typed.items() if value is not None}
+    config, run = MachineConfig(), dict[str, Any]()
+    if (path := given.pop("config", None)) is not None:
+        config, run = read_options(Path(path))
+        check_options(CommandOptions, run, lambda name: f"{path}: {RUN_TABLE}.{name}")
+    machine = {name: given.pop(name) for name in list(given) if name in MachineConfig.model_fields}
+    config = config.updated(machine, _spelled)
+    return config, check_options(CommandOptions, run | given, _spelled)
+
+
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

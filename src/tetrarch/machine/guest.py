@@ -1,0 +1,59 @@
+"""Which guest a machine runs, and how it gets into memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tetrarch.boot import build_acpi, load_kernel
+from tetrarch.boot.source import Source
+from tetrarch.images.default_guest import DEFAULT_APPEND
+from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.engine_vm import EngineVm
+
+if TYPE_CHECKING:
+    from tetrarch.images import Reporter
+
+__all__ = ["check_files", "load_guest", "resolve_guest"]
+
+_RESET_IDT_LIMIT = 0xFFFF
+
+
+def check_files(config: MachineConfig) -> None:
+    """Raises BootError for a kernel or initrd that is no file which can be read."""
+    for what, path in (("kernel", config.kernel), ("initrd", config.initrd)):
+        if path is not None:
+            with Source.open(path, what):
+                pass
+
+
+def resolve_guest(config: MachineConfig, reporter: Reporter | None = None) -> MachineConfig:
+    """``config`` with a kernel: its own, else that of its image, which is fetched if need be.
+
+    Raises ImageError where there is none and none can be fetched.
+    """
+    if config.kernel is not None:
+        return config
+    from tetrarch import images
+
+    name = config.image or images.DEFAULT_IMAGE
+    guest = images.ensure(images.Cache(), name, reporter or images.Reporter())
+    files = {"image": None, "kernel": guest.kernel, "initrd": config.initrd or guest.initrd}
+    return config.model_copy(update=files)
+
+
+def load_guest(vm: EngineVm, config: MachineConfig) -> None:
+    """Puts a resolved guest into memory and its entry into the first vCPU's registers.
+
+    Raises BootError for files that cannot be booted.
+    """
+    if config.kernel is None:
+        raise ValueError("the guest has not been resolved")
+    append = DEFAULT_APPEND if config.append is None else config.append
+    append = " ".join(filter(None, (append, config.append_extra)))
+    rsdp, tables = build_acpi(config.cpus)
+    for address, data in tables:
+        vm.write_memory(address, data)
+    registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp)
+    # Boot protocols leave the IDT open. With the limit of a CPU after RESET (SDM
+    # Vol. 3A, table 10-1), an IDT of limit 0 is always the guest's own doing.
+    vm.vcpu(0).set_regs({**registers, "idtr_limit": _RESET_IDT_LIMIT})

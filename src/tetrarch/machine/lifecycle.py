@@ -1,0 +1,83 @@
+"""The phases of a machine's life, and which may follow which."""
+
+from __future__ import annotations
+
+import threading
+import time
+from enum import StrEnum
+
+from tetrarch.errors import MachineStateError
+
+__all__ = ["LifeCycle", "Phase"]
+
+
+class Phase(StrEnum):
+    MADE = "made"
+    """Not started: devices can be attached, memory be written."""
+    RUNNING = "running"
+    ENDED = "ended"
+    """For good: a machine runs once."""
+
+
+_NEXT = {
+    Phase.MADE: {Phase.RUNNING, Phase.ENDED},
+    Phase.RUNNING: {Phase.ENDED},
+    Phase.ENDED: set[Phase](),
+}
+
+_WHY_NOT = {
+    Phase.MADE: ("the machine has not been started", "call start() or run() first"),
+    Phase.RUNNING: ("the machine was already started", "do it before start()"),
+    Phase.ENDED: ("the machine has ended", "make another Machine: each runs once"),
+}
+
+
+class LifeCycle:
+    """Where a machine is in its life, and for how long it has run."""
+
+    def __init__(self) -> None:
+        # Guards all below it; nothing else is taken under it.
+        self._lock = threading.Lock()
+        self._phase = Phase.MADE
+        self._since = 0.0
+        self._ran = 0.0
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @property
+    def running(self) -> bool:
+        return self._phase is Phase.RUNNING
+
+    @property
+    def uptime(self) -> float:
+        """Seconds for which it has run."""
+        with self._lock:
+            return self._ran + self._current()
+
+    def move(self, to: Phase, what: str) -> None:
+        """Enters a phase. Raises MachineStateError for ``what`` where it cannot follow."""
+        with self._lock:
+            if to not in _NEXT[self._phase]:
+                raise self._refusal(what)
+            self._ran += self._current()
+            self._phase, self._since = to, time.monotonic()
+
+    def end(self) -> None:
+        """Enters the last phase, from any."""
+        with self._lock:
+            self._ran += self._current()
+            self._phase = Phase.ENDED
+
+    def require(self, what: str, *phases: Phase) -> None:
+        """Raises MachineStateError unless the machine is in one of ``phases``."""
+        if self._phase not in phases:
+            raise self._refusal(what)
+
+    def _current(self) -> float:
+        return time.monotonic() - self._since if self._phase is Phase.RUNNING else 0.0
+
+    def _refusal(self, what: str) -> MachineStateError:
+        cause, mend = _WHY_NOT[self._phase]
+        return MachineStateError(f"{what}() cannot be: {cause}", mend=mend)

@@ -1,0 +1,89 @@
+"""What the panic watch takes for a panic, with a guest of three functions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tetrarch.machine.panic import PanicWatch
+
+PANIC = b"[    1.5] ---[ end Kernel panic - not syncing: VFS: no root ]---\r\n"
+LIMIT_S = 30
+
+
+class Guest:
+    """Busy or idle; ``places`` says of each look whether it was in the kernel."""
+
+    def __init__(self, *, busy: bool, places: list[bool]) -> None:
+        self.places = iter(places)
+        self.busy = busy
+        self.looks = 0
+        self.measured = threading.Semaphore(0)
+        self.panics: list[str] = []
+        self.panicked = threading.Event()
+        self.watch = PanicWatch(self.cpu_time, self.in_kernel, self.on_panic, interval=0.01)
+
+    def cpu_time(self) -> float:
+        self.measured.release()
+        return time.monotonic() if self.busy else 0.0
+
+    def in_kernel(self) -> bool:
+        self.looks += 1
+        return next(self.places)
+
+    def on_panic(self, message: str) -> None:
+        self.panics.append(message)
+        self.panicked.set()
+
+
+@pytest.fixture
+def guest() -> Iterator[Callable[..., Guest]]:
+    made: list[Guest] = []
+
+    def make(*, busy: bool, places: list[bool]) -> Guest:
+        made.append(Guest(busy=busy, places=places))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.watch.close()
+    wait_for_checks()
+
+
+def wait_for_checks() -> None:
+    """Until nothing is suspected any more."""
+    for thread in threading.enumerate():
+        if thread.name == "panic-watch":
+            thread.join(LIMIT_S)
+
+
+def test_busy_kernel_after_the_line_is_a_panic(guest: Callable[..., Guest]) -> None:
+    one = guest(busy=True, places=[True] * 4)
+    one.watch.feed(PANIC)
+    assert one.panicked.wait(LIMIT_S)
+    assert one.panics == ["Kernel panic - not syncing: VFS: no root"]
+
+
+def test_program_that_prints_the_line_is_none(guest: Callable[..., Guest]) -> None:
+    one = guest(busy=True, places=[True, True, True, False])
+    one.watch.feed(PANIC)
+    wait_for_checks()
+    assert (one.looks, one.panics) == (4, [])
+
+
+def test_idle_guest_that_printed_the_line_is_none(guest: Callable[..., Guest]) -> None:
+    one = guest(busy=False, places=[])
+    one.watch.feed(PANIC)
+    for _ in range(40):  # each check measures twice; four in a row would make a panic
+        assert one.measured.acquire(timeout=LIMIT_S)
+    assert (one.looks, one.panics) == (0, [])
+
+
+def test_more_output_ends_the_suspicion(guest: Callable[..., Guest]) -> None:
+    one = guest(busy=False, places=[])
+    one.watch.feed(PANIC + b"login: ")
+    wait_for_checks()
+    assert (one.looks, one.panics) == (0, [])
