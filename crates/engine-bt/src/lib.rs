@@ -6,14 +6,15 @@
 //!
 //! The way of an instruction: [`exec`] (run loop) → [`translate`] (translated
 //! code) or [`interp`] → [`memory`] (page walk, TLB) → an exit. [`cpu`] holds the
-//! architectural state, [`irqchip`] the interrupt controllers, [`host`] what the
-//! host's kernel is asked for.
+//! architectural state, [`irqchip`] the interrupt controllers, [`kvm`] what KVM
+//! adds to them for its guests, [`host`] what the host's kernel is asked for.
 
 mod cpu;
 mod exec;
 mod host;
 mod interp;
 pub mod irqchip;
+mod kvm;
 mod memory;
 mod translate;
 mod vm;

@@ -11,6 +11,7 @@ use crate::cpu::cpuid::CpuidTable;
 use crate::exec::BtVcpu;
 use crate::host::wake::Bells;
 use crate::irqchip::IrqChip;
+use crate::kvm;
 use crate::memory::code_map::{CodeMap, DeviceWrites};
 use crate::translate::cache::Cache;
 
@@ -68,13 +69,21 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
     let bells = Arc::new(Bells::new(config.vcpus as usize));
     let irqchip = Arc::new(IrqChip::new(config.vcpus as usize, tsc_hz, Arc::clone(&bells) as _));
     irqchip.set_virtual_wire();
+    let mut platform = config.platform;
+    let kvm_features = kvm::features(&platform);
+    if kvm_features != 0 {
+        // Behind the platform's own, which are found first.
+        platform.cpuid.extend(kvm::leaves(kvm_features, tsc_hz));
+    }
     let shared = Arc::new(VmShared {
         memory,
         code,
         irqchip,
         clock: Arc::new(Clock::new()),
-        cpuid: CpuidTable::new(config.vcpus, tsc_hz),
-        platform: config.platform,
+        cpuid: CpuidTable::new(config.vcpus),
+        platform,
+        kvm_features,
+        kvm_time: kvm::Timebase::default(),
         tsc_hz,
     });
     let cache = if config.translate {

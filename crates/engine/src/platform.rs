@@ -63,6 +63,9 @@ impl Traps {
 /// What a guest interface adds to the bare CPU. The default adds nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Platform {
+    /// The engine offers KVM's own interface (leaves, clock, hypercalls) from leaf
+    /// 0x4000_0000 on: the kernel's, or as the kernel's.
+    pub kvm: bool,
     pub cpuid: Vec<CpuidLeaf>,
     /// Registers that the machine answers, whatever the CPU knows of them.
     pub msrs: Vec<RangeInclusive<u32>>,

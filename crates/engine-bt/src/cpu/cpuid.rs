@@ -27,11 +27,7 @@ pub enum Vendor {
     Amd,
 }
 
-/// Frequency of the local APIC timer that leaf 0x4000_0010 announces.
-const APIC_BUS_KHZ: u32 = 1_000_000;
 const MAX_BASIC: u32 = 0xD;
-const HYPERVISOR: u32 = 0x4000_0000;
-const MAX_HYPERVISOR: u32 = 0x4000_0010;
 const EXTENDED: u32 = 0x8000_0000;
 
 /// Feature bits that may pass from the host, by register of a leaf.
@@ -129,7 +125,6 @@ pub const ARCH_CAPABILITIES: u64 =
 pub struct CpuidTable {
     vendor: Vendor,
     topology: Topology,
-    tsc_khz: u32,
     /// Leaf 0 and 0x8000_0000: EBX, ECX, EDX.
     vendor_string: [u32; 3],
     l1: [u32; 4],
@@ -165,7 +160,7 @@ unsafe fn read_xcr0() -> u64 {
 
 impl CpuidTable {
     /// The table for this host. APIC IDs are the vCPU numbers.
-    pub fn new(vcpus: u32, tsc_hz: u64) -> Self {
+    pub fn new(vcpus: u32) -> Self {
         let leaf0 = host(0, 0);
         let vendor_string = [leaf0[1], leaf0[2], leaf0[3]];
         let topology = Topology { vcpus };
@@ -236,7 +231,6 @@ impl CpuidTable {
         Self {
             vendor,
             topology,
-            tsc_khz: (tsc_hz / 1000) as u32,
             vendor_string,
             l1,
             l7,
@@ -355,14 +349,6 @@ impl CpuidTable {
                 2 if self.xcr0_mask() & 4 != 0 => [256, 576, 0, 0],
                 _ => [0; 4],
             },
-            HYPERVISOR => {
-                let word = |at: usize| {
-                    let s = b"TetrarchBT  ";
-                    u32::from_le_bytes([s[at], s[at + 1], s[at + 2], s[at + 3]])
-                };
-                [MAX_HYPERVISOR, word(0), word(4), word(8)]
-            }
-            MAX_HYPERVISOR => [self.tsc_khz, APIC_BUS_KHZ, 0, 0],
             EXTENDED if amd => [self.max_extended(), b, c, d],
             EXTENDED => [self.max_extended(), 0, 0, 0],
             EXTENDED_FEATURES => self.e1,
@@ -547,7 +533,7 @@ mod tests {
     use super::*;
 
     fn table(vcpus: u32) -> CpuidTable {
-        CpuidTable::new(vcpus, 2_600_000_000)
+        CpuidTable::new(vcpus)
     }
 
     #[test]
@@ -607,18 +593,9 @@ mod tests {
     }
 
     #[test]
-    fn hypervisor_leaf_announces_the_clocks() {
-        let t = table(1);
-        let leaf = t.fixed(HYPERVISOR, 0, 0);
-        let name: Vec<u8> = leaf[1..].iter().flat_map(|w| w.to_le_bytes()).collect();
-        assert_eq!(name, b"TetrarchBT  ");
-        assert_eq!(t.fixed(leaf[0], 0, 0)[..2], [2_600_000, 1_000_000]);
-    }
-
-    #[test]
     fn leaves_past_the_end_are_zero() {
         let t = table(1);
-        for leaf in [0xE, 0x15, 0x1F, 0x4000_0001, 0x8000_0040, u32::MAX] {
+        for leaf in [0xE, 0x15, 0x1F, 0x4000_0000, 0x4000_0001, 0x8000_0040, u32::MAX] {
             assert_eq!(t.fixed(leaf, 0, 0), [0; 4], "{leaf:#x}");
         }
     }

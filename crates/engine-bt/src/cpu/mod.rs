@@ -21,6 +21,7 @@ use crate::cpu::msr::MsrFile;
 use crate::cpu::state::{CpuState, attr, cr, flag, seg};
 use crate::interp::replay::Replay;
 use crate::irqchip::IrqChip;
+use crate::kvm::{self, Paravirtual};
 use crate::memory::code_map::CodeMap;
 use crate::memory::tlb::Tlb;
 
@@ -32,6 +33,9 @@ pub struct VmShared {
     pub clock: Arc<Clock>,
     pub cpuid: CpuidTable,
     pub platform: Platform,
+    /// What of KVM's interface the guest is offered.
+    pub kvm_features: u32,
+    pub kvm_time: kvm::Timebase,
     pub tsc_hz: u64,
 }
 
@@ -106,6 +110,7 @@ pub struct Cpu {
     pub vm: Arc<VmShared>,
     /// Model-specific registers that are only stored.
     pub msrs: MsrFile,
+    pub kvm: Paravirtual,
     pub replay: Replay,
     pub counts: Counts,
 }
@@ -120,6 +125,7 @@ impl Cpu {
             tlb,
             vm,
             msrs: MsrFile::new(),
+            kvm: Paravirtual::new(),
             replay: Replay::default(),
             counts: Counts::default(),
         };
@@ -158,6 +164,7 @@ impl Cpu {
         st.nmi_blocked = 0;
         st.halted = 0;
         self.msrs = MsrFile::new();
+        self.kvm = Paravirtual::new();
         let st = &mut *self.st;
         st.vec = Default::default();
         crate::cpu::fpu::reset(st);
@@ -219,6 +226,11 @@ impl Cpu {
     pub fn tsc(&self) -> u64 {
         // SAFETY: RDTSC exists on every x86-64 CPU.
         unsafe { core::arch::x86_64::_rdtsc() }.wrapping_add(self.st.tsc_offset)
+    }
+
+    /// The guest's TSC less that of the machine, which is the same for all vCPUs.
+    pub fn tsc_base(&self) -> u64 {
+        self.st.tsc_offset
     }
 
     pub fn now_ns(&self) -> u64 {

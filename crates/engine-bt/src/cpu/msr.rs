@@ -7,6 +7,7 @@ use crate::cpu::Cpu;
 use crate::cpu::cpuid::{ARCH_CAPABILITIES, Vendor};
 use crate::cpu::fault::{R, gp};
 use crate::cpu::state::{cr, seg};
+use crate::kvm;
 use crate::memory::mmu::{PHYS_BITS, canonical};
 
 pub mod index {
@@ -168,6 +169,7 @@ fn is_apic(number: u32) -> bool {
 /// RDMSR.
 pub fn read(cpu: &mut Cpu, number: u32) -> R<u64> {
     if is_apic(number) {
+        cpu.settle_eoi();
         let (now, tsc) = (cpu.now_ns(), cpu.tsc());
         return match cpu.vm.irqchip.apic_msr_read(cpu.id, number, now, tsc) {
             Ok(value) => Ok(value),
@@ -202,6 +204,8 @@ pub fn read(cpu: &mut Cpu, number: u32) -> R<u64> {
                 msrs.mtrr_fixed[at]
             } else if let Some(at) = variable_mtrr(number) {
                 msrs.mtrr_variable[at]
+            } else if kvm::is_msr(cpu, number) {
+                return kvm::read_msr(cpu, number);
             } else {
                 return match cpu.vm.cpuid.vendor() {
                     Vendor::Intel => read_intel(cpu, number),
@@ -245,6 +249,7 @@ fn read_amd(cpu: &Cpu, number: u32) -> R<u64> {
 /// WRMSR.
 pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
     if is_apic(number) {
+        cpu.settle_eoi();
         let (now, tsc) = (cpu.now_ns(), cpu.tsc());
         let old_base = cpu.vm.irqchip.apic_base(cpu.id);
         if cpu.vm.irqchip.apic_msr_write(cpu.id, number, value, now, tsc).is_err() {
@@ -271,6 +276,7 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
         index::TSC => {
             let now = cpu.tsc();
             cpu.st.tsc_offset = cpu.st.tsc_offset.wrapping_add(value.wrapping_sub(now));
+            cpu.tsc_changed();
         }
         // Upper bits are reserved; AMD ignores them.
         index::TSC_AUX => cpu.st.tsc_aux = value & 0xFFFF_FFFF,
@@ -315,6 +321,8 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
                     return gp(0);
                 }
                 cpu.msrs.mtrr_variable[at] = value;
+            } else if kvm::is_msr(cpu, number) {
+                return kvm::write_msr(cpu, number, value);
             } else {
                 return match cpu.vm.cpuid.vendor() {
                     Vendor::Intel => write_intel(cpu, number, value),

@@ -182,6 +182,9 @@ impl BtVcpu {
             self.cpu.tlb.block.shared().request.store(1, Ordering::SeqCst);
             return None;
         }
+        if self.cpu.vm.irqchip.has_event(self.cpu.id) {
+            self.cpu.settle_eoi();
+        }
         while let Some(event) = self.cpu.vm.irqchip.take_event(self.cpu.id) {
             match event {
                 // One NMI is held while another is served (SDM 3A, 6.7.1).
@@ -222,6 +225,8 @@ impl BtVcpu {
         let vector = self.cpu.vm.irqchip.accept(self.cpu.id)?;
         self.cpu.counts.interrupts += 1;
         self.cpu.st.halted = 0;
+        self.cpu.offer_quiet_eoi();
+        self.cpu.update_steal_time();
         self.enter_handler(Event::Interrupt(vector))
     }
 
@@ -255,6 +260,10 @@ impl BtVcpu {
             self.cpu.st.halted = 0;
             return None;
         }
+        if self.cpu.vm.irqchip.take_unhalt(self.cpu.id) {
+            self.cpu.st.halted = 0;
+            return None;
+        }
         if self.cpu.st.iflag == 0 {
             // Only an NMI could end this, and nothing here raises one by itself.
             return Some(Exit::Halt);
@@ -264,9 +273,11 @@ impl BtVcpu {
         let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
         let timeout = deadline.map(|deadline| Duration::from_nanos(deadline.saturating_sub(start)));
         if timeout != Some(Duration::ZERO) {
+            self.cpu.leave_guest();
             fpu::unload(&mut self.cpu.st);
             self.bell.sleep(timeout);
             fpu::load(&mut self.cpu.st);
+            self.cpu.return_to_guest();
         }
         let now = self.cpu.now_ns();
         self.cpu.counts.halted_ns += now - start;
@@ -364,6 +375,7 @@ impl Vcpu for BtVcpu {
         self.trapped = None;
         if self.timer.as_ref().is_none_or(|timer| !timer.is_here()) {
             self.timer = None;
+            self.cpu.kvm.thread_changed();
             let timer = HostTimer::new(&self.cpu.tlb.block);
             self.timer = Some(timer.map_err(|error| {
                 EngineError::Unavailable(format!("the host gives no timer: {error}"))
@@ -374,7 +386,12 @@ impl Vcpu for BtVcpu {
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
         unsafe { thunk::set_gs_base(self.cpu.tlb.block.base()) };
         fpu::load(&mut self.cpu.st);
+        self.cpu.return_to_guest();
         let result = self.run_inside();
+        if matches!(result, Ok(Exit::Kicked)) {
+            self.cpu.settle_eoi();
+            self.cpu.leave_guest();
+        }
         fpu::unload(&mut self.cpu.st);
         self.cpu.counts.run_tsc += rdtsc().wrapping_sub(start);
         if let Ok(exit) = result {

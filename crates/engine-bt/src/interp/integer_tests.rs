@@ -37,8 +37,10 @@ fn cpu(bits: u32) -> Cpu {
         memory,
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(NoWake))),
         clock: Arc::new(Clock::new()),
-        cpuid: CpuidTable::new(1, 1_000_000_000),
+        cpuid: CpuidTable::new(1),
         platform: Default::default(),
+        kvm_features: 0,
+        kvm_time: Default::default(),
         tsc_hz: 1_000_000_000,
     };
     let mut cpu = Cpu::new(0, Arc::new(vm)).unwrap();

@@ -8,6 +8,7 @@ use super::Flow;
 use crate::cpu::Cpu;
 use crate::cpu::fault::{Fault, R, ud};
 use crate::cpu::state::reg;
+use crate::kvm;
 
 impl From<GuestFault> for Fault {
     fn from(fault: GuestFault) -> Self {
@@ -21,6 +22,10 @@ pub fn hypercall(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
     is.then(|| {
         let cpl = cpu.st.cpl;
         match cpu.vm.platform.hypercalls {
+            Hypercalls::None if cpu.vm.kvm_features != 0 => {
+                kvm::hypercall(cpu);
+                return Ok(Flow::Next);
+            }
             Hypercalls::All => {}
             Hypercalls::Kernel if cpl == 0 => {}
             _ => return ud(),

@@ -103,6 +103,12 @@ impl Vectors {
         let word = self.0.iter().rposition(|&word| word != 0)?;
         Some((word as u32 * 32 + self.0[word].ilog2()) as u8)
     }
+
+    /// The vector if it is one.
+    fn only(&self) -> Option<u8> {
+        let count: u32 = self.0.iter().map(|word| word.count_ones()).sum();
+        self.highest().filter(|_| count == 1)
+    }
 }
 
 /// How messages find this APIC, in one word so that senders can read it without the lock.
@@ -175,6 +181,9 @@ pub(super) struct Lapic {
     wait_for_sipi: bool,
     /// An ExtINT message asks for an INTA cycle.
     ext_int: bool,
+
+    /// The guest may end the interrupt in service without a word to us.
+    quiet_eoi: bool,
 }
 
 impl Lapic {
@@ -201,6 +210,7 @@ impl Lapic {
             sipi: None,
             wait_for_sipi: id != 0,
             ext_int: false,
+            quiet_eoi: false,
         }
     }
 
@@ -317,6 +327,23 @@ impl Lapic {
         if self.tmr.get(vector) { Action::Eoi(vector) } else { Action::None }
     }
 
+    // An end of interrupt that the guest need not tell (KVM's MSR_KVM_PV_EOI_EN).
+
+    /// Whether the guest may keep its next EOI to itself: nothing waits for it, neither another
+    /// interrupt nor the I/O APIC. What arrives later is an event until the offer is settled.
+    pub fn offer_quiet_eoi(&mut self) -> bool {
+        let alone = self.isr.only().is_some_and(|vector| !self.tmr.get(vector));
+        self.quiet_eoi = alone && self.irr.highest().is_none() && self.soft_enabled();
+        self.quiet_eoi
+    }
+
+    /// Ends the offer; `ended` if the guest has used it.
+    pub fn take_quiet_eoi(&mut self, ended: bool) {
+        if std::mem::take(&mut self.quiet_eoi) && ended {
+            self.eoi();
+        }
+    }
+
     /// Whether the 8259A's INTR reaches this processor: through LINT0, or around a disabled APIC
     /// on the bootstrap processor (11.4.3).
     pub fn takes_pic(&self) -> bool {
@@ -405,7 +432,8 @@ impl Lapic {
     }
 
     pub fn has_event(&self) -> bool {
-        self.init || self.sipi.is_some() || self.nmi && !self.wait_for_sipi
+        let unsettled = self.quiet_eoi && self.irr.highest().is_some();
+        self.init || self.sipi.is_some() || self.nmi && !self.wait_for_sipi || unsettled
     }
 
     pub fn take_event(&mut self) -> Option<Event> {

@@ -14,6 +14,8 @@
 mod codec;
 mod ioapic;
 mod lapic;
+#[cfg(test)]
+mod paravirtual_tests;
 mod pic;
 mod pit;
 #[cfg(test)]
@@ -144,6 +146,8 @@ struct Cpu {
     pending: AtomicBool,
     event: AtomicBool,
     takes_pic: AtomicBool,
+    /// Another vCPU has asked for an end of its halt.
+    unhalted: AtomicBool,
     /// A [`Route`].
     route: AtomicU64,
     deadline: AtomicU64,
@@ -169,6 +173,7 @@ impl Cpu {
             pending: AtomicBool::new(false),
             event: AtomicBool::new(false),
             takes_pic: AtomicBool::new(false),
+            unhalted: AtomicBool::new(false),
             route: AtomicU64::new(0),
             deadline: AtomicU64::new(NEVER),
             lapic: Mutex::new(lapic),
@@ -335,13 +340,13 @@ impl IrqChip {
     /// Runs `f` on a vCPU's local APIC and wakes the vCPU if that gave it something to do.
     fn with_lapic<R>(&self, vcpu: usize, f: impl FnOnce(&mut Lapic) -> R) -> Option<R> {
         let cpu = self.cpus.get(vcpu)?;
-        let signalled = || self.pending(vcpu) || cpu.event.load(Ordering::SeqCst);
+        let signals = || [self.pending(vcpu), cpu.event.load(Ordering::SeqCst)];
         let mut lapic = cpu.lapic.lock();
-        let before = signalled();
+        let before = signals();
         let result = f(&mut lapic);
         cpu.publish(&lapic);
         drop(lapic);
-        if !before && signalled() {
+        if before.into_iter().zip(signals()).any(|(before, now)| now && !before) {
             self.wake.wake(vcpu);
         }
         Some(result)
@@ -488,6 +493,42 @@ impl IrqChip {
             }
         }
         wakes.wake(&*self.wake);
+    }
+
+    /// Sends the low half of an ICR to the APIC IDs from `first` on whose bits are set. Returns
+    /// how many took it; None if the ICR has a destination of its own.
+    pub fn send_ipis(&self, targets: u128, first: u32, icr: u64) -> Option<u32> {
+        const LOGICAL: u64 = 1 << 11;
+        const SHORTHAND: u64 = 3 << 18;
+        if icr & (LOGICAL | SHORTHAND) != 0 {
+            return None;
+        }
+        let mode = Delivery::from_bits((icr >> 8) as u32);
+        if matches!(mode, Delivery::Reserved | Delivery::ExtInt) {
+            return Some(0);
+        }
+        let level = icr & 1 << 15 != 0;
+        if level && icr & 1 << 14 == 0 {
+            // De-assertion of a level: nothing follows it.
+            return Some(0);
+        }
+        let (mut taken, mut wakes) = (0, WakeSet::default());
+        for bit in (0..u128::BITS).filter(|bit| targets >> bit & 1 != 0) {
+            let Some(dest) = first.checked_add(bit) else { break };
+            let vector = icr as u8;
+            let message = Message { dest, wide: true, logical: false, mode, vector, level };
+            taken += u32::from(self.deliver_to(dest as usize, &message, &mut wakes));
+        }
+        wakes.wake(&*self.wake);
+        Some(taken)
+    }
+
+    /// Ends a vCPU's halt, the one that it is in or its next.
+    pub fn unhalt(&self, apic_id: u32) {
+        if let Some(cpu) = self.cpus.get(apic_id as usize) {
+            cpu.unhalted.store(true, Ordering::SeqCst);
+            self.wake.wake(apic_id as usize);
+        }
     }
 
     /// A message-signalled interrupt (11.11): a write of `data` to `address`.
@@ -689,6 +730,30 @@ impl IrqChip {
             return Some(self.with_legacy(|legacy, _| legacy.pic.inta()));
         }
         self.with_lapic(vcpu, Lapic::accept)?
+    }
+
+    /// Takes a request to end this vCPU's halt.
+    pub fn take_unhalt(&self, vcpu: usize) -> bool {
+        let Some(cpu) = self.cpus.get(vcpu) else {
+            return false;
+        };
+        cpu.unhalted.load(Ordering::SeqCst) && cpu.unhalted.swap(false, Ordering::SeqCst)
+    }
+
+    /// Whether the guest may keep its next EOI to itself, see [`Lapic::offer_quiet_eoi`]. The
+    /// vCPU is woken when something arrives for which that matters.
+    pub fn offer_quiet_eoi(&self, vcpu: usize) -> bool {
+        self.with_lapic(vcpu, Lapic::offer_quiet_eoi).unwrap_or(false)
+    }
+
+    /// Ends that offer; `ended` if the guest has used it.
+    pub fn take_quiet_eoi(&self, vcpu: usize, ended: bool) {
+        self.with_lapic(vcpu, |lapic| lapic.take_quiet_eoi(ended));
+    }
+
+    /// Whether something waits beside maskable interrupts. Takes no lock.
+    pub fn has_event(&self, vcpu: usize) -> bool {
+        self.cpus.get(vcpu).is_some_and(|cpu| cpu.event.load(Ordering::SeqCst))
     }
 
     /// The next INIT, SIPI or NMI, in this order.

@@ -17,14 +17,14 @@ impl Wake for Wakes {
     }
 }
 
-struct Bench {
-    chip: IrqChip,
+pub struct Bench {
+    pub chip: IrqChip,
     wakes: Arc<Wakes>,
 }
 
 impl Bench {
     /// Local APICs soft enabled, flat logical IDs 1 << vcpu (modulo 8), nothing woken yet.
-    fn new(vcpus: usize) -> Self {
+    pub fn new(vcpus: usize) -> Self {
         let wakes = Arc::new(Wakes::default());
         let chip = IrqChip::new(vcpus, TSC_HZ, wakes.clone());
         for vcpu in 0..vcpus {
@@ -46,7 +46,7 @@ impl Bench {
         bench
     }
 
-    fn woken(&self) -> Vec<usize> {
+    pub fn woken(&self) -> Vec<usize> {
         std::mem::take(&mut *self.wakes.0.lock())
     }
 
@@ -54,11 +54,11 @@ impl Bench {
         self.chip.apic_msr_read(vcpu, msr, 0, 0)
     }
 
-    fn set_msr(&self, vcpu: usize, msr: u32, value: u64) -> Result<(), ()> {
+    pub fn set_msr(&self, vcpu: usize, msr: u32, value: u64) -> Result<(), ()> {
         self.chip.apic_msr_write(vcpu, msr, value, 0, 0)
     }
 
-    fn set(&self, vcpu: usize, offset: u32, value: u32) {
+    pub fn set(&self, vcpu: usize, offset: u32, value: u32) {
         self.chip.lapic_write(vcpu, offset, value, 0, 0);
     }
 

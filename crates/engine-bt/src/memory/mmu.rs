@@ -547,6 +547,7 @@ impl Cpu {
     fn device_read(&mut self, address: GuestPhys, size: usize) -> R<u64> {
         let page = GuestPhys(address.0 & !0xFFF);
         if self.is_apic(page) {
+            self.settle_eoi();
             let offset = address.page_offset() as u32;
             let value = if page.0 == IOAPIC_BASE {
                 self.vm.irqchip.ioapic_read(offset)
@@ -562,6 +563,7 @@ impl Cpu {
     fn device_write(&mut self, address: GuestPhys, size: usize, value: u64) -> R<()> {
         let page = GuestPhys(address.0 & !0xFFF);
         if self.is_apic(page) {
+            self.settle_eoi();
             let (offset, value) = (address.page_offset() as u32, value as u32);
             if page.0 == IOAPIC_BASE {
                 self.vm.irqchip.ioapic_write(offset, value);

@@ -53,8 +53,10 @@ pub fn machine() -> Cpu {
         memory,
         irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
         clock: Arc::new(Clock::new()),
-        cpuid: CpuidTable::new(1, tsc_hz),
+        cpuid: CpuidTable::new(1),
         platform: Default::default(),
+        kvm_features: 0,
+        kvm_time: Default::default(),
         tsc_hz,
     };
     Cpu::new(0, Arc::new(shared)).unwrap()

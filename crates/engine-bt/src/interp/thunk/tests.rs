@@ -36,8 +36,10 @@ pub(crate) fn machine() -> Cpu {
         code,
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(Asleep))),
         clock: Arc::new(Clock::new()),
-        cpuid: CpuidTable::new(1, 1_000_000_000),
+        cpuid: CpuidTable::new(1),
         platform: Default::default(),
+        kvm_features: 0,
+        kvm_time: Default::default(),
         tsc_hz: 1_000_000_000,
     };
     let mut cpu = Cpu::new(0, Arc::new(vm)).unwrap();

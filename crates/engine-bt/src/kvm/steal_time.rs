@@ -1,0 +1,151 @@
+//! Steal time and the flags that come with it (msr.rst, MSR_KVM_STEAL_TIME).
+//!
+//! The time is what the host's scheduler let the vCPU's thread wait while it was
+//! ready to run, as it tells in /proc (Documentation/scheduler/sched-stats.rst).
+//!
+//! The flags save interrupts between vCPUs: who wants the TLB of a vCPU that
+//! does not run flushed writes that down instead of waking it. So the vCPU says
+//! that it does not run before it stops using its TLB, and looks for the wish,
+//! in the same locked exchange that takes the flag back, before it uses it
+//! again.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering, fence};
+
+use tetrarch_memory::GuestPhys;
+
+use super::ENABLED;
+use crate::cpu::Cpu;
+use crate::cpu::fault::{R, gp};
+
+/// Of this thread: time on a CPU, time ready, slices; in ns.
+const SCHEDSTAT: &str = "/proc/thread-self/schedstat";
+/// Bits 5:1 of the MSR; the structure is aligned to 64 bytes.
+const RESERVED: u64 = 0x3E;
+/// How old the time may be that the guest finds.
+const INTERVAL_NS: u64 = 10_000_000;
+
+// struct kvm_steal_time: steal, version, flags, preempted.
+const VERSION: u64 = 8;
+const PREEMPTED: u64 = 16;
+
+/// Values of `preempted`.
+const IS_PREEMPTED: u8 = 1 << 0;
+const FLUSH_TLB: u8 = 1 << 1;
+
+/// Whether the host tells how long a thread waited: not without
+/// CONFIG_SCHED_INFO, and not in every sandbox.
+pub fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| File::open(SCHEDSTAT).is_ok_and(|file| waited_ns(&file).is_some()))
+}
+
+/// The second number.
+fn waited_ns(file: &File) -> Option<u64> {
+    let mut text = [0; 80];
+    let len = file.read_at(&mut text, 0).ok()?;
+    std::str::from_utf8(&text[..len]).ok()?.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
+#[derive(Default)]
+pub struct StealTime {
+    msr: u64,
+    /// The statistics of the vCPU's thread, once they are wanted, and what they
+    /// said last.
+    waited: Option<(File, u64)>,
+    next_ns: u64,
+    /// `preempted` says that the vCPU does not run.
+    away: bool,
+}
+
+impl StealTime {
+    pub fn msr(&self) -> u64 {
+        self.msr
+    }
+
+    pub fn thread_changed(&mut self) {
+        self.waited = None;
+    }
+
+    fn address(&self) -> Option<u64> {
+        (self.msr & ENABLED != 0).then_some(self.msr & !ENABLED)
+    }
+
+    /// How long the thread has waited since it was asked last.
+    fn stolen_ns(&mut self) -> u64 {
+        let Some((file, last)) = &mut self.waited else {
+            self.waited =
+                File::open(SCHEDSTAT).ok().and_then(|file| waited_ns(&file).map(|now| (file, now)));
+            return 0;
+        };
+        let Some(now) = waited_ns(file) else { return 0 };
+        now.saturating_sub(std::mem::replace(last, now))
+    }
+}
+
+pub fn set_msr(cpu: &mut Cpu, value: u64) -> R<()> {
+    if value & RESERVED != 0 {
+        return gp(0);
+    }
+    cpu.kvm.steal_time = StealTime { msr: value, ..StealTime::default() };
+    cpu.update_steal_time();
+    Ok(())
+}
+
+impl Cpu {
+    /// Brings the guest's structure up to date, unless that was done just now.
+    pub fn update_steal_time(&mut self) {
+        let Some(address) = self.kvm.steal_time.address() else { return };
+        let now = self.now_ns();
+        if now < self.kvm.steal_time.next_ns {
+            return;
+        }
+        self.kvm.steal_time.next_ns = now + INTERVAL_NS;
+        let stolen = self.kvm.steal_time.stolen_ns();
+        let memory = &self.vm.memory;
+        let mut old = [0; 12];
+        if memory.read(GuestPhys(address), &mut old).is_err() {
+            return;
+        }
+        let [steal, version] = [&old[..8], &old[8..]]
+            .map(|bytes| bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)));
+        let odd = version as u32 | 1;
+        let version_at = GuestPhys(address + VERSION);
+        let _ = memory.write(version_at, &odd.to_le_bytes());
+        fence(Ordering::SeqCst);
+        let _ = memory.write(GuestPhys(address), &steal.wrapping_add(stolen).to_le_bytes());
+        fence(Ordering::SeqCst);
+        let _ = memory.write(version_at, &odd.wrapping_add(1).to_le_bytes());
+    }
+
+    /// The flags, which other vCPUs of the guest change with locked accesses.
+    fn preempted_flags(&self) -> Option<&AtomicU8> {
+        let address = GuestPhys(self.kvm.steal_time.address()? + PREEMPTED);
+        let host = self.vm.memory.host(address, 1)?;
+        // SAFETY: a mapped byte of guest RAM, which lives as long as the VM; a
+        // byte is always aligned.
+        Some(unsafe { AtomicU8::from_ptr(host) })
+    }
+
+    /// The vCPU stops running guest code for a while.
+    pub fn leave_guest(&mut self) {
+        if let Some(flags) = self.preempted_flags() {
+            flags.store(IS_PREEMPTED, Ordering::SeqCst);
+            self.kvm.steal_time.away = true;
+        }
+    }
+
+    /// It goes on, with the TLB as it was left unless another vCPU wants otherwise.
+    pub fn return_to_guest(&mut self) {
+        if !std::mem::take(&mut self.kvm.steal_time.away) {
+            return;
+        }
+        let Some(flags) = self.preempted_flags() else { return };
+        if flags.swap(0, Ordering::SeqCst) & FLUSH_TLB != 0 {
+            self.tlb.flush(true);
+        }
+        self.update_steal_time();
+    }
+}
