@@ -9,14 +9,16 @@ use tetrarch_engine::Segment;
 use crate::cpu::Cpu;
 use crate::cpu::fault::{Fault, R, Stop, gp, vector};
 use crate::cpu::state::{attr, flag, reg, seg};
+use crate::interp::frame::{self, Frame};
 use crate::interp::segment::{
-    code_of, fail, inside, is_null, mark_accessed, null_segment, read_descriptor, system_type,
+    code_of, fail, is_null, mark_accessed, null_segment, read_descriptor, system_type,
     table_address, with_ext,
 };
-use crate::memory::mmu::canonical;
+use crate::interp::task::{self, From, Reason};
 
 /// DR6: the breakpoints hit, BD, BS and BT.
 const DR6_CAUSES: u64 = 0xE00F;
+const DR6_BREAKPOINTS: u64 = 0xF;
 /// DR7.GD, which a debug exception clears (SDM 3B, 18.2.4).
 const DR7_GD: u64 = 1 << 13;
 
@@ -75,7 +77,6 @@ fn doubles(first: u8, second: u8) -> bool {
 
 /// Delivers an exception that an instruction at RIP has raised.
 ///
-/// For #DB the causes of DR6 are in `fault.address`, if they are not there yet.
 pub fn deliver(cpu: &mut Cpu, fault: Fault) -> Result<(), Stop> {
     record(cpu, fault);
     let event = Event::exception(cpu, fault);
@@ -84,14 +85,12 @@ pub fn deliver(cpu: &mut Cpu, fault: Fault) -> Result<(), Stop> {
 
 /// Delivers an external interrupt.
 pub fn interrupt(cpu: &mut Cpu, vector: u8) -> Result<(), Stop> {
-    cpu.st.halted = 0;
     let event = Event::external(cpu, vector);
     dispatch(cpu, event, false)
 }
 
 /// Delivers an NMI and blocks further ones until IRET.
 pub fn nmi(cpu: &mut Cpu) -> Result<(), Stop> {
-    cpu.st.halted = 0;
     cpu.st.nmi_blocked = 1;
     let event = Event::external(cpu, vector::NMI);
     dispatch(cpu, event, false)
@@ -116,7 +115,19 @@ pub fn software_interrupt(
         return_ip: next_rip,
         resume: false,
     };
-    enter(cpu, &event)
+    enter(cpu, &event)?;
+    // INT1 and what MOV SS has held back are one #DB.
+    if kind == SoftwareInterrupt::Int1 && cpu.st.pending_debug != 0 {
+        let causes = std::mem::take(&mut cpu.st.pending_debug);
+        set_causes(cpu, causes);
+    }
+    Ok(())
+}
+
+/// "Certain debug exceptions may clear bits 0-3" (SDM 3B, 17.2.3); the others
+/// only ever gather.
+fn set_causes(cpu: &mut Cpu, causes: u64) {
+    cpu.st.dr[6] = cpu.st.dr[6] & !DR6_BREAKPOINTS | causes & DR6_CAUSES;
 }
 
 /// What an exception leaves in registers whether or not its handler is reached.
@@ -124,7 +135,7 @@ fn record(cpu: &mut Cpu, fault: Fault) {
     match fault.vector {
         vector::PF => cpu.st.cr2 = fault.address,
         vector::DB => {
-            cpu.st.dr[6] |= fault.address & DR6_CAUSES;
+            set_causes(cpu, fault.address);
             cpu.st.dr[7] &= !DR7_GD;
         }
         _ => {}
@@ -157,12 +168,16 @@ fn dispatch(cpu: &mut Cpu, event: Event, exception: bool) -> Result<(), Stop> {
 fn enter(cpu: &mut Cpu, event: &Event) -> R<()> {
     let result = if !cpu.st.protected() {
         enter_real(cpu, event)
-    } else if cpu.st.long_mode() {
-        enter_long(cpu, event)
     } else {
-        enter_protected(cpu, event)
+        read_entry(cpu, event).and_then(|entry| match entry {
+            Entry::Task(selector) => enter_task(cpu, event, selector),
+            Entry::Gate(gate) if cpu.st.long_mode() => enter_long(cpu, event, &gate),
+            Entry::Gate(gate) => enter_protected(cpu, event, &gate),
+        })
     };
     result.map_err(|stop| with_ext(stop, event.ext))?;
+    // A trap behind HLT ends the halt like an interrupt.
+    cpu.st.halted = 0;
     cpu.st.shadow = 0;
     cpu.replay.clear();
     cpu.update_mode();
@@ -174,58 +189,6 @@ fn saved_flags(cpu: &Cpu, event: &Event) -> u64 {
     cpu.st.rflags() | if event.resume { flag::RF } else { 0 }
 }
 
-/// Values for a stack, in the order of their pushes.
-#[derive(Default)]
-struct Frame {
-    values: [u64; 10],
-    len: usize,
-}
-
-impl Frame {
-    fn push(&mut self, value: u64) {
-        self.values[self.len] = value;
-        self.len += 1;
-    }
-
-    fn values(&self) -> &[u64] {
-        &self.values[..self.len]
-    }
-}
-
-/// Writes `frame` below `sp` of a segmented stack and returns the new stack
-/// pointer. Faults with #SS(`error`) before anything is written.
-fn write_frame(
-    cpu: &mut Cpu,
-    stack: &Segment,
-    sp: u64,
-    size: usize,
-    frame: &Frame,
-    user: bool,
-    error: u32,
-) -> R<u64> {
-    let mask = if stack.attributes & attr::DB != 0 { 0xFFFF_FFFF } else { 0xFFFF };
-    let slot = |n: usize| sp.wrapping_sub((size * (n + 1)) as u64) & mask;
-    let linear = |offset: u64| stack.base.wrapping_add(offset) & 0xFFFF_FFFF;
-    for n in 0..frame.len {
-        if !inside(stack, slot(n), size) {
-            return fail(vector::SS, error);
-        }
-    }
-    for n in 0..frame.len {
-        cpu.probe_write(linear(slot(n)), size, user)?;
-    }
-    for (n, &value) in frame.values().iter().enumerate() {
-        cpu.store(linear(slot(n)), size, value, user)?;
-    }
-    Ok(slot(frame.len.wrapping_sub(1)))
-}
-
-/// Sets the part of RSP that a stack of this segment uses.
-fn set_sp(cpu: &mut Cpu, stack: &Segment, sp: u64) {
-    let rsp = &mut cpu.st.gpr[reg::RSP];
-    *rsp = if stack.attributes & attr::DB != 0 { sp } else { *rsp & !0xFFFF | sp & 0xFFFF };
-}
-
 fn enter_real(cpu: &mut Cpu, event: &Event) -> R<()> {
     let offset = u64::from(event.vector) * 4;
     if offset + 3 > u64::from(cpu.st.idt.limit) {
@@ -233,13 +196,13 @@ fn enter_real(cpu: &mut Cpu, event: &Event) -> R<()> {
     }
     let slot = table_address(cpu, cpu.st.idt.base, offset);
     let entry = cpu.load(slot, 4, false)?;
-    let mut frame = Frame::default();
+    let mut frame = Frame::new();
     frame.push(cpu.st.rflags() & 0xFFFF);
     frame.push(u64::from(cpu.st.seg[seg::CS].selector));
     frame.push(event.return_ip & 0xFFFF);
     let stack = cpu.st.seg[seg::SS];
-    let sp = write_frame(cpu, &stack, cpu.st.gpr[reg::RSP], 2, &frame, false, 0)?;
-    set_sp(cpu, &stack, sp);
+    let sp = frame::write(cpu, &stack, cpu.st.gpr[reg::RSP], 2, &frame, false, 0)?;
+    frame::set_sp(cpu, &stack, sp);
     let selector = (entry >> 16) as u16;
     cpu.st.seg[seg::CS] = crate::interp::segment::real_segment(cpu, seg::CS, selector);
     cpu.st.rip = entry & 0xFFFF;
@@ -249,7 +212,13 @@ fn enter_real(cpu: &mut Cpu, event: &Event) -> R<()> {
     Ok(())
 }
 
-/// A gate of the IDT, checked as far as the gate itself goes.
+/// An entry of the IDT, checked as far as the entry itself goes.
+enum Entry {
+    Gate(Gate),
+    /// The TSS selector of a task gate.
+    Task(u16),
+}
+
 struct Gate {
     selector: u16,
     offset: u64,
@@ -260,7 +229,7 @@ struct Gate {
     size: usize,
 }
 
-fn read_gate(cpu: &mut Cpu, event: &Event) -> R<Gate> {
+fn read_entry(cpu: &mut Cpu, event: &Event) -> R<Entry> {
     let long = cpu.st.long_mode();
     let len = if long { 16 } else { 8 };
     // Bit 1: the index is into the IDT.
@@ -279,7 +248,7 @@ fn read_gate(cpu: &mut Cpu, event: &Event) -> R<Gate> {
         system_type::TRAP_GATE => (false, 4),
         system_type::INTERRUPT_GATE16 if !long => (true, 2),
         system_type::TRAP_GATE16 if !long => (false, 2),
-        // Task gates are refused: there are no task switches here.
+        system_type::TASK_GATE if !long => (false, 0),
         _ => return gp(error),
     };
     let dpl = (low >> 45 & 3) as u8;
@@ -289,6 +258,10 @@ fn read_gate(cpu: &mut Cpu, event: &Event) -> R<Gate> {
     if low >> 47 & 1 == 0 {
         return fail(vector::NP, error);
     }
+    let selector = (low >> 16) as u16;
+    if kind == system_type::TASK_GATE {
+        return Ok(Entry::Task(selector));
+    }
     let mut offset = low & 0xFFFF;
     if size == 4 {
         offset |= low >> 32 & 0xFFFF_0000;
@@ -296,7 +269,7 @@ fn read_gate(cpu: &mut Cpu, event: &Event) -> R<Gate> {
     if long {
         offset |= high << 32;
     }
-    Ok(Gate { selector: (low >> 16) as u16, offset, ist: low >> 32 & 7, interrupt, size })
+    Ok(Entry::Gate(Gate { selector, offset, ist: low >> 32 & 7, interrupt, size }))
 }
 
 /// The gate's code segment and the privilege level of the handler.
@@ -323,16 +296,6 @@ fn read_handler(cpu: &mut Cpu, gate: &Gate) -> R<(Segment, u8)> {
     Ok((segment, cpl))
 }
 
-/// Loads a field of the TSS; #TS with the selector of the TSS if it is too short.
-fn load_tss(cpu: &mut Cpu, offset: u64, size: usize) -> R<u64> {
-    let tr = cpu.st.seg[seg::TR];
-    if offset + size as u64 - 1 > u64::from(tr.limit) {
-        return fail(vector::TS, code_of(tr.selector));
-    }
-    let address = table_address(cpu, tr.base, offset);
-    cpu.load(address, size, false)
-}
-
 /// Flags on entry to a handler.
 fn enter_flags(cpu: &mut Cpu, gate: &Gate) {
     let mut clear = flag::TF | flag::NT | flag::RF | flag::VM;
@@ -343,18 +306,24 @@ fn enter_flags(cpu: &mut Cpu, gate: &Gate) {
     cpu.st.set_rflags(flags);
 }
 
-fn enter_long(cpu: &mut Cpu, event: &Event) -> R<()> {
-    let gate = read_gate(cpu, event)?;
-    let (code, cpl) = read_handler(cpu, &gate)?;
+/// Through a task gate: the handler is a task of its own, which returns by IRET
+/// with NT set.
+fn enter_task(cpu: &mut Cpu, event: &Event, selector: u16) -> R<()> {
+    let from = From { rip: event.return_ip, flags: saved_flags(cpu, event) };
+    task::switch(cpu, selector, Reason::Nest, from, event.error)
+}
+
+fn enter_long(cpu: &mut Cpu, event: &Event, gate: &Gate) -> R<()> {
+    let (code, cpl) = read_handler(cpu, gate)?;
     let inner = cpl < cpu.st.cpl;
     let top = if gate.ist != 0 {
-        load_tss(cpu, 0x24 + (gate.ist - 1) * 8, 8)?
+        frame::load_tss(cpu, 0x24 + (gate.ist - 1) * 8, 8)?
     } else if inner {
-        load_tss(cpu, 4 + u64::from(cpl) * 8, 8)?
+        frame::inner_stack64(cpu, cpl)?
     } else {
         cpu.st.gpr[reg::RSP]
     };
-    let mut frame = Frame::default();
+    let mut frame = Frame::new();
     frame.push(u64::from(cpu.st.seg[seg::SS].selector));
     frame.push(cpu.st.gpr[reg::RSP]);
     frame.push(saved_flags(cpu, event));
@@ -364,22 +333,7 @@ fn enter_long(cpu: &mut Cpu, event: &Event) -> R<()> {
         frame.push(u64::from(error));
     }
     // The frame is aligned to 16 bytes (SDM 3A, 6.14.2).
-    let top = top & !15;
-    let len = frame.len * 8;
-    let rsp = top.wrapping_sub(len as u64);
-    if !canonical(rsp) || !canonical(top.wrapping_sub(1)) {
-        return fail(vector::SS, 0);
-    }
-    if !canonical(gate.offset) {
-        return gp(0);
-    }
-    let mut bytes = [0; 48];
-    for (n, value) in frame.values().iter().enumerate() {
-        let at = len - (n + 1) * 8;
-        bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
-    }
-    cpu.store_bytes(rsp, &bytes[..len], cpl == 3)?;
-
+    let rsp = frame::write64(cpu, top & !15, &frame, cpl == 3, gate.offset)?;
     if inner {
         cpu.st.seg[seg::SS] = null_segment(u16::from(cpl), cpl);
     }
@@ -387,47 +341,21 @@ fn enter_long(cpu: &mut Cpu, event: &Event) -> R<()> {
     cpu.st.seg[seg::CS] = code;
     cpu.st.cpl = cpl;
     cpu.st.rip = gate.offset;
-    enter_flags(cpu, &gate);
+    enter_flags(cpu, gate);
     Ok(())
 }
 
-/// SS:ESP of `cpl` in a 32-bit or 16-bit TSS, and the loaded segment.
-fn inner_stack(cpu: &mut Cpu, cpl: u8) -> R<(Segment, u64)> {
-    let level = u64::from(cpl);
-    let kind = cpu.st.seg[seg::TR].attributes & attr::TYPE;
-    let (sp, selector) = if kind == system_type::TSS_BUSY {
-        (load_tss(cpu, 4 + level * 8, 4)?, load_tss(cpu, 8 + level * 8, 2)?)
-    } else {
-        (load_tss(cpu, 2 + level * 4, 2)?, load_tss(cpu, 4 + level * 4, 2)?)
-    };
-    let selector = selector as u16;
-    if is_null(selector) {
-        return fail(vector::TS, 0);
-    }
-    let code = code_of(selector);
-    let descriptor = read_descriptor(cpu, selector, vector::TS, 0)?;
-    if (selector & 3) as u8 != cpl || descriptor.dpl() != cpl || !descriptor.is_writable_data() {
-        return fail(vector::TS, code);
-    }
-    if !descriptor.present() {
-        return fail(vector::SS, code);
-    }
-    mark_accessed(cpu, selector, descriptor)?;
-    Ok((descriptor.segment(selector), sp))
-}
-
-fn enter_protected(cpu: &mut Cpu, event: &Event) -> R<()> {
-    let gate = read_gate(cpu, event)?;
-    let (code, cpl) = read_handler(cpu, &gate)?;
+fn enter_protected(cpu: &mut Cpu, event: &Event, gate: &Gate) -> R<()> {
+    let (code, cpl) = read_handler(cpu, gate)?;
     let from_vm86 = cpu.st.vm86();
     if from_vm86 && cpl != 0 {
         return gp(code_of(gate.selector));
     }
     let inner = cpl < cpu.st.cpl;
     let selector = |cpu: &Cpu, index: usize| u64::from(cpu.st.seg[index].selector);
-    let mut frame = Frame::default();
+    let mut frame = Frame::new();
     let (stack, sp, error) = if inner {
-        let (stack, sp) = inner_stack(cpu, cpl)?;
+        let (stack, sp) = frame::inner_stack(cpu, cpl)?;
         if from_vm86 {
             for index in [seg::GS, seg::FS, seg::DS, seg::ES] {
                 frame.push(selector(cpu, index));
@@ -448,12 +376,12 @@ fn enter_protected(cpu: &mut Cpu, event: &Event) -> R<()> {
     if gate.offset > u64::from(code.limit) {
         return gp(0);
     }
-    let sp = write_frame(cpu, &stack, sp, gate.size, &frame, cpl == 3, error)?;
+    let sp = frame::write(cpu, &stack, sp, gate.size, &frame, cpl == 3, error)?;
 
     if inner {
         cpu.st.seg[seg::SS] = stack;
     }
-    set_sp(cpu, &stack, sp);
+    frame::set_sp(cpu, &stack, sp);
     if from_vm86 {
         for index in [seg::GS, seg::FS, seg::DS, seg::ES] {
             cpu.st.seg[index] = null_segment(0, 0);
@@ -462,7 +390,7 @@ fn enter_protected(cpu: &mut Cpu, event: &Event) -> R<()> {
     cpu.st.seg[seg::CS] = code;
     cpu.st.cpl = cpl;
     cpu.st.rip = gate.offset;
-    enter_flags(cpu, &gate);
+    enter_flags(cpu, gate);
     Ok(())
 }
 

@@ -37,7 +37,7 @@ pub mod pf {
 pub struct Fault {
     pub vector: u8,
     pub error: Option<u32>,
-    /// What goes to CR2; only a page fault has it.
+    /// What goes to CR2 of a page fault, the causes of a #DB as DR6 has them.
     pub address: u64,
 }
 
@@ -48,6 +48,11 @@ impl Fault {
 
     pub const fn with_error(vector: u8, error: u32) -> Self {
         Self { vector, error: Some(error), address: 0 }
+    }
+
+    /// #DB for `causes`, in the layout of DR6.
+    pub const fn debug(causes: u64) -> Self {
+        Self { vector: vector::DB, error: None, address: causes }
     }
 
     pub const fn page(address: u64, error: u32) -> Self {

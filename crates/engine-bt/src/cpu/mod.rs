@@ -159,6 +159,7 @@ impl Cpu {
         st.dr = [0; 8];
         st.dr[6] = 0xFFFF_0FF0;
         st.dr[7] = 0x400;
+        st.pending_debug = 0;
         st.cpl = 0;
         st.shadow = 0;
         st.nmi_blocked = 0;

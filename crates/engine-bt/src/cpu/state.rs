@@ -35,6 +35,12 @@ pub mod flag {
     pub const ARITH: u64 = CF | PF | AF | ZF | SF | OF;
 }
 
+/// What holds events back for one instruction; bits of [`CpuState::shadow`].
+pub mod shadow {
+    pub const MOV_SS: u8 = 1;
+    pub const STI: u8 = 2;
+}
+
 /// Control register and EFER bits (Intel SDM 3A, 2.5; AMD APM 2, 3.1.7).
 pub mod cr {
     pub const CR0_PE: u64 = 1 << 0;
@@ -133,7 +139,7 @@ pub struct CpuState {
     /// one store that leaves the arithmetic flags alone.
     pub flags: u64,
     pub iflag: u8,
-    /// The next instruction runs without interrupts (STI, MOV SS, POP SS).
+    /// Why the next instruction runs without interrupts; bits of [`shadow`].
     pub shadow: u8,
     pub cpl: u8,
     pub nmi_blocked: u8,
@@ -174,6 +180,9 @@ pub struct CpuState {
     pub efer: u64,
     pub xcr0: u64,
     pub dr: [u64; 8],
+    /// Causes, as in DR6, of a #DB that comes before the next instruction, or
+    /// behind it where MOV SS or POP SS holds it back.
+    pub pending_debug: u64,
     pub tsc_offset: u64,
     pub tsc_aux: u64,
     pub star: u64,

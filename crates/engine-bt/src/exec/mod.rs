@@ -13,7 +13,7 @@ use crate::cpu::exception;
 use crate::cpu::fault::{Fault, Stop};
 use crate::cpu::fpu;
 use crate::cpu::msr;
-use crate::cpu::state::{reg, seg};
+use crate::cpu::state::{reg, seg, shadow};
 use crate::cpu::{Cpu, VmShared, mode};
 use crate::host::signals;
 use crate::host::timer::HostTimer;
@@ -106,6 +106,13 @@ impl BtVcpu {
             }
             if self.cpu.replay.in_progress() {
                 if let Some(exit) = self.step() {
+                    return Ok(exit);
+                }
+                continue;
+            }
+            if self.cpu.st.pending_debug != 0 && self.cpu.st.shadow & shadow::MOV_SS == 0 {
+                let causes = std::mem::take(&mut self.cpu.st.pending_debug);
+                if let Some(exit) = self.deliver(Fault::debug(causes)) {
                     return Ok(exit);
                 }
                 continue;

@@ -1,29 +1,39 @@
-//! Hardware breakpoints (SDM 3A, 17.2): instruction breakpoints are faults before
-//! the instruction, data breakpoints traps behind it.
+//! Hardware breakpoints (SDM 3B, 17.2): instruction breakpoints are faults before
+//! the instruction, data and port breakpoints traps behind it.
 //!
 //! Only reached while DR7 enables one; translated code never runs then.
 
-use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, Register};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
-use super::operand::{read_reg, segment_index};
+use super::operand::{op_size, read_reg, segment_index};
+use super::string::string_address_size;
 use crate::cpu::Cpu;
-use crate::cpu::state::seg;
+use crate::cpu::state::{cr, reg, seg};
+use crate::memory::mmu::mask;
 
 /// Any of L0-L3 and G0-G3 in DR7.
 pub const DR7_ENABLE: u64 = 0xFF;
 /// R/W fields of DR7.
 const EXECUTE: u64 = 0;
 const WRITE: u64 = 1;
+const PORT: u64 = 2;
 const READ_WRITE: u64 = 3;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    Port,
+}
 
 /// An access that the instruction is going to make.
 struct DataAccess {
-    linear: u64,
+    first: u64,
     size: u64,
-    write: bool,
+    kind: Kind,
 }
 
-/// The accesses of one instruction, taken before it runs.
+/// The accesses of one instruction or iteration, taken before it runs.
 pub struct Accesses(Vec<DataAccess>);
 
 /// (number, R/W, first byte, bytes) of each enabled breakpoint.
@@ -58,29 +68,68 @@ pub fn accesses(cpu: &Cpu, i: &Instruction) -> Accesses {
         let flat = long && !matches!(r, Register::FS | Register::GS);
         Some(if flat { 0 } else { cpu.st.seg[segment_index(r)].base })
     };
+    if ends_at_once(cpu, i) {
+        return Accesses(Vec::new());
+    }
     let mut factory = InstructionInfoFactory::new();
-    let accesses = factory.info(i).used_memory().iter().filter_map(|used| {
-        let write = match used.access() {
-            OpAccess::Read | OpAccess::CondRead => false,
+    let memory = factory.info(i).used_memory().iter().filter_map(|used| {
+        let kind = match used.access() {
+            OpAccess::Read | OpAccess::CondRead => Kind::Read,
             OpAccess::None | OpAccess::NoMemAccess => return None,
-            _ => true,
+            _ => Kind::Write,
         };
         let linear = used.virtual_address(0, value)?;
-        let linear = if long { linear } else { linear & 0xFFFF_FFFF };
-        Some(DataAccess { linear, size: used.memory_size().size().max(1) as u64, write })
+        let first = if long { linear } else { linear & 0xFFFF_FFFF };
+        // The decoder does not say how much a REP prefix moves; it is an element
+        // at a time.
+        let size = match used.memory_size().size() {
+            0 => i.memory_size().size().max(1),
+            size => size,
+        };
+        Some(DataAccess { first, size: size as u64, kind })
     });
-    Accesses(accesses.collect())
+    Accesses(memory.chain(port_access(cpu, i)).collect())
+}
+
+/// REP with a count of 0.
+fn ends_at_once(cpu: &Cpu, i: &Instruction) -> bool {
+    let repeats = i.has_rep_prefix() || i.has_repne_prefix();
+    let width = string_address_size(i);
+    repeats && i.is_string_instruction() && cpu.st.gpr[reg::RCX] & mask(width) == 0
+}
+
+/// The ports of IN, OUT and their kin, which CR4.DE lets breakpoints watch.
+fn port_access(cpu: &Cpu, i: &Instruction) -> Option<DataAccess> {
+    if cpu.st.cr4 & cr::CR4_DE == 0 {
+        return None;
+    }
+    let (port, data) = match i.mnemonic() {
+        Mnemonic::In => (1, 0),
+        Mnemonic::Out => (0, 1),
+        Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => (1, 0),
+        Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => (0, 1),
+        _ => return None,
+    };
+    let first = match i.op_kind(port) {
+        OpKind::Register => cpu.st.gpr[reg::RDX] & 0xFFFF,
+        _ => u64::from(i.immediate8()),
+    };
+    Some(DataAccess { first, size: op_size(i, data) as u64, kind: Kind::Port })
 }
 
 /// DR6 bits of the data breakpoints that the accesses met.
 pub fn data_hits(cpu: &Cpu, accesses: &Accesses) -> u64 {
-    let meets = |kind, first: u64, len: u64| {
+    let meets = |watched, first: u64, len: u64| {
         accesses.0.iter().any(|a| {
-            let kinds = kind == READ_WRITE || kind == WRITE && a.write;
-            kinds && a.linear < first.wrapping_add(len) && first < a.linear.wrapping_add(a.size)
+            let kinds = match a.kind {
+                Kind::Read => watched == READ_WRITE,
+                Kind::Write => watched == READ_WRITE || watched == WRITE,
+                Kind::Port => watched == PORT,
+            };
+            kinds && a.first < first.wrapping_add(len) && first < a.first.wrapping_add(a.size)
         })
     };
     enabled(cpu)
-        .filter(|&(_, kind, first, len)| meets(kind, first, len))
+        .filter(|&(_, watched, first, len)| meets(watched, first, len))
         .fold(0, |hits, (n, ..)| hits | 1 << n)
 }

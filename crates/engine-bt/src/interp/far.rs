@@ -1,18 +1,19 @@
 //! Far transfers: JMP, CALL, RETF, INT n and IRET (Intel SDM 2A and 2B; 3A,
 //! chapters 5, 6, 20 and 21).
 //!
-//! Call gates, task gates and task switches are refused with #GP: no 64-bit
-//! system has them, and no 32-bit system in use needs them.
+//! What goes through a gate or to another task is in [`super::gate`] and
+//! [`super::task`].
 
 use iced_x86::{Code, Instruction, Mnemonic};
 use tetrarch_engine::Segment;
 
-use super::Flow;
-use super::operand;
+use super::gate::{self, Transfer};
 use super::segment::{
-    code_of, drop_inner_segments, fail, is_null, mark_accessed, null_segment, read_descriptor,
-    read_far_pointer, real_segment,
+    Descriptor, code_of, drop_inner_segments, fail, is_null, mark_accessed, null_segment,
+    read_descriptor, read_far_pointer, real_segment,
 };
+use super::task::{self, From, Reason};
+use super::{Flow, frame, operand};
 use crate::cpu::Cpu;
 use crate::cpu::exception::{SoftwareInterrupt, software_interrupt};
 use crate::cpu::fault::{R, gp, vector};
@@ -24,39 +25,38 @@ use crate::memory::mmu::{canonical, mask};
 const VM86_FLAGS: u64 = 0x3E_7FD7;
 
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
-    let result = match i.code() {
-        Code::Jmp_ptr1616 | Code::Jmp_ptr1632 => {
-            let (offset, selector) = pointer(i);
-            jump(cpu, offset, selector)
-        }
-        Code::Jmp_m1616 | Code::Jmp_m1632 | Code::Jmp_m1664 => {
-            read_far_pointer(cpu, i).and_then(|(offset, selector)| jump(cpu, offset, selector))
-        }
-        Code::Call_ptr1616 | Code::Call_ptr1632 => {
-            let (offset, selector) = pointer(i);
-            call(cpu, i, offset, selector)
-        }
-        Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664 => {
-            read_far_pointer(cpu, i).and_then(|(offset, selector)| call(cpu, i, offset, selector))
-        }
-        Code::Retfw => ret(cpu, 2, 0),
-        Code::Retfd => ret(cpu, 4, 0),
-        Code::Retfq => ret(cpu, 8, 0),
-        Code::Retfw_imm16 => ret(cpu, 2, u64::from(i.immediate16())),
-        Code::Retfd_imm16 => ret(cpu, 4, u64::from(i.immediate16())),
-        Code::Retfq_imm16 => ret(cpu, 8, u64::from(i.immediate16())),
-        Code::Iretw => iret(cpu, 2),
-        Code::Iretd => iret(cpu, 4),
-        Code::Iretq => iret(cpu, 8),
-        _ => match i.mnemonic() {
-            Mnemonic::Int => software(cpu, i, i.immediate8(), SoftwareInterrupt::IntN),
-            Mnemonic::Int3 => software(cpu, i, vector::BP, SoftwareInterrupt::Int3),
-            Mnemonic::Int1 => software(cpu, i, vector::DB, SoftwareInterrupt::Int1),
-            Mnemonic::Into if cpu.st.flags & flag::OF == 0 => Ok(Flow::Next),
-            Mnemonic::Into => software(cpu, i, vector::OF, SoftwareInterrupt::Into),
-            _ => return None,
-        },
-    };
+    let result =
+        match i.code() {
+            Code::Jmp_ptr1616 | Code::Jmp_ptr1632 => {
+                let (offset, selector) = pointer(i);
+                jump(cpu, i, offset, selector)
+            }
+            Code::Jmp_m1616 | Code::Jmp_m1632 | Code::Jmp_m1664 => read_far_pointer(cpu, i)
+                .and_then(|(offset, selector)| jump(cpu, i, offset, selector)),
+            Code::Call_ptr1616 | Code::Call_ptr1632 => {
+                let (offset, selector) = pointer(i);
+                call(cpu, i, offset, selector)
+            }
+            Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664 => read_far_pointer(cpu, i)
+                .and_then(|(offset, selector)| call(cpu, i, offset, selector)),
+            Code::Retfw => ret(cpu, 2, 0),
+            Code::Retfd => ret(cpu, 4, 0),
+            Code::Retfq => ret(cpu, 8, 0),
+            Code::Retfw_imm16 => ret(cpu, 2, u64::from(i.immediate16())),
+            Code::Retfd_imm16 => ret(cpu, 4, u64::from(i.immediate16())),
+            Code::Retfq_imm16 => ret(cpu, 8, u64::from(i.immediate16())),
+            Code::Iretw => iret(cpu, i, 2),
+            Code::Iretd => iret(cpu, i, 4),
+            Code::Iretq => iret(cpu, i, 8),
+            _ => match i.mnemonic() {
+                Mnemonic::Int => software(cpu, i, i.immediate8(), SoftwareInterrupt::IntN),
+                Mnemonic::Int3 => software(cpu, i, vector::BP, SoftwareInterrupt::Int3),
+                Mnemonic::Int1 => software(cpu, i, vector::DB, SoftwareInterrupt::Int1),
+                Mnemonic::Into if cpu.st.flags & flag::OF == 0 => Ok(Flow::Next),
+                Mnemonic::Into => software(cpu, i, vector::OF, SoftwareInterrupt::Into),
+                _ => return None,
+            },
+        };
     Some(result)
 }
 
@@ -85,25 +85,21 @@ fn is_code64(cpu: &Cpu, segment: &Segment) -> bool {
 }
 
 /// #GP(0) where RIP would leave the code segment or canonical form.
-fn check_target(cpu: &Cpu, code: &Segment, offset: u64) -> R<()> {
+pub fn check_target(cpu: &Cpu, code: &Segment, offset: u64) -> R<()> {
     let inside =
         if is_code64(cpu, code) { canonical(offset) } else { offset <= u64::from(code.limit) };
     if inside { Ok(()) } else { gp(0) }
 }
 
+/// What the selector of a far JMP or CALL names in protected mode.
+fn named_descriptor(cpu: &mut Cpu, selector: u16) -> R<Descriptor> {
+    if is_null(selector) { gp(0) } else { read_descriptor(cpu, selector, vector::GP, 0) }
+}
+
 /// The code segment that a far JMP or CALL at the same privilege goes to.
-fn direct_target(cpu: &mut Cpu, selector: u16, offset: u64) -> R<Segment> {
-    if without_descriptors(cpu) {
-        let code = real_segment(cpu, seg::CS, selector);
-        check_target(cpu, &code, offset)?;
-        return Ok(code);
-    }
-    if is_null(selector) {
-        return gp(0);
-    }
+fn direct_target(cpu: &mut Cpu, selector: u16, descriptor: Descriptor) -> R<Segment> {
     let error = code_of(selector);
     let cpl = cpu.st.cpl;
-    let descriptor = read_descriptor(cpu, selector, vector::GP, 0)?;
     if !descriptor.is_code() {
         return gp(error);
     }
@@ -115,18 +111,11 @@ fn direct_target(cpu: &mut Cpu, selector: u16, offset: u64) -> R<Segment> {
     if !allowed {
         return gp(error);
     }
-    let code = usable_code(cpu, selector, descriptor, cpl)?;
-    check_target(cpu, &code, offset)?;
-    Ok(code)
+    usable_code(cpu, selector, descriptor, cpl)
 }
 
 /// The last checks of a code segment, and the segment register with `cpl`.
-fn usable_code(
-    cpu: &mut Cpu,
-    selector: u16,
-    descriptor: super::segment::Descriptor,
-    cpl: u8,
-) -> R<Segment> {
+pub fn usable_code(cpu: &mut Cpu, selector: u16, descriptor: Descriptor, cpl: u8) -> R<Segment> {
     let both = attr::L | attr::DB;
     if cpu.st.long_mode() && descriptor.attributes() & both == both {
         return gp(code_of(selector));
@@ -138,8 +127,17 @@ fn usable_code(
     Ok(descriptor.segment(selector & !3 | u16::from(cpl)))
 }
 
-fn jump(cpu: &mut Cpu, offset: u64, selector: u16) -> R<Flow> {
-    let code = direct_target(cpu, selector, offset)?;
+fn jump(cpu: &mut Cpu, i: &Instruction, offset: u64, selector: u16) -> R<Flow> {
+    let code = if without_descriptors(cpu) {
+        real_segment(cpu, seg::CS, selector)
+    } else {
+        let descriptor = named_descriptor(cpu, selector)?;
+        if descriptor.is_system() {
+            return gate::transfer(cpu, Transfer::Jump, i.next_ip(), selector, descriptor);
+        }
+        direct_target(cpu, selector, descriptor)?
+    };
+    check_target(cpu, &code, offset)?;
     cpu.st.seg[seg::CS] = code;
     cpu.st.rip = offset;
     cpu.update_mode();
@@ -152,7 +150,16 @@ fn call(cpu: &mut Cpu, i: &Instruction, offset: u64, selector: u16) -> R<Flow> {
         Code::Call_ptr1632 | Code::Call_m1632 => 4,
         _ => 8,
     };
-    let code = direct_target(cpu, selector, offset)?;
+    let code = if without_descriptors(cpu) {
+        real_segment(cpu, seg::CS, selector)
+    } else {
+        let descriptor = named_descriptor(cpu, selector)?;
+        if descriptor.is_system() {
+            return gate::transfer(cpu, Transfer::Call, i.next_ip(), selector, descriptor);
+        }
+        direct_target(cpu, selector, descriptor)?
+    };
+    check_target(cpu, &code, offset)?;
     let rsp = cpu.st.gpr[reg::RSP];
     let old = u64::from(cpu.st.seg[seg::CS].selector);
     operand::push(cpu, old, size)?;
@@ -293,7 +300,7 @@ fn return_flags(cpu: &mut Cpu, value: u64, size: usize) {
     cpu.st.set_rflags(old & !(change | flag::RF) | value & change);
 }
 
-fn iret(cpu: &mut Cpu, size: usize) -> R<Flow> {
+fn iret(cpu: &mut Cpu, i: &Instruction, size: usize) -> R<Flow> {
     if without_descriptors(cpu) {
         if cpu.st.vm86() && cpu.st.flags & flag::IOPL != flag::IOPL {
             return gp(0);
@@ -301,12 +308,7 @@ fn iret(cpu: &mut Cpu, size: usize) -> R<Flow> {
         return iret_real(cpu, size);
     }
     if cpu.st.flags & flag::NT != 0 {
-        // A return to another task: not in long mode (SDM 2A), and not here.
-        return if cpu.st.long_mode() {
-            gp(0)
-        } else {
-            fail(vector::TS, code_of(cpu.st.seg[seg::TR].selector))
-        };
+        return if cpu.st.long_mode() { gp(0) } else { return_to_task(cpu, i) };
     }
     let offset = slot(cpu, 0, size, 0)?;
     let selector = slot(cpu, 1, size, 0)? as u16;
@@ -336,6 +338,14 @@ fn iret(cpu: &mut Cpu, size: usize) -> R<Flow> {
     if outer {
         drop_inner_segments(cpu, cpl);
     }
+    finish_iret(cpu)
+}
+
+/// IRET with NT set: back to the task that the link of this one names.
+fn return_to_task(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
+    let link = frame::load_tss(cpu, 0, 2)? as u16;
+    let from = From { rip: i.next_ip(), flags: cpu.st.rflags() };
+    task::switch(cpu, link, Reason::Return, from, None)?;
     finish_iret(cpu)
 }
 
@@ -386,3 +396,7 @@ fn finish_iret(cpu: &mut Cpu) -> R<Flow> {
     cpu.update_mode();
     Ok(Flow::Jump)
 }
+
+#[cfg(test)]
+#[path = "far_tests.rs"]
+mod tests;

@@ -12,7 +12,7 @@ use tetrarch_memory::{GuestMemory, GuestPhys};
 use super::step;
 use crate::cpu::cpuid::CpuidTable;
 use crate::cpu::fault::{Fault, Stop, vector};
-use crate::cpu::state::{attr, cr, flag, reg, seg};
+use crate::cpu::state::{attr, cr, flag, reg, seg, shadow};
 use crate::cpu::{Cpu, VmShared};
 use crate::irqchip::{IrqChip, Wake};
 use crate::memory::code_map::CodeMap;
@@ -272,7 +272,7 @@ fn sti_holds_interrupts_back_for_one_instruction() {
     a.nop().unwrap();
     load(&mut c, a);
     step(&mut c).unwrap();
-    assert_eq!((c.st.iflag, c.st.shadow), (1, 1));
+    assert_eq!((c.st.iflag, c.st.shadow), (1, shadow::STI));
     step(&mut c).unwrap();
     assert_eq!(c.st.shadow, 0);
 }
@@ -352,9 +352,8 @@ fn single_step_traps_behind_the_instruction() {
     let mut a = asm(64);
     a.inc(eax).unwrap();
     load(&mut c, a);
-    assert_eq!(step(&mut c), Err(Stop::Fault(Fault::new(vector::DB))));
+    assert_eq!(step(&mut c), Err(Stop::Fault(Fault::debug(1 << 14))));
     assert_eq!((c.st.rip, c.st.gpr[reg::RAX]), (CODE + 2, 1));
-    assert_ne!(c.st.dr[6] & 1 << 14, 0);
 }
 
 /// What going element by element makes of the bytes.
@@ -519,14 +518,58 @@ fn breakpoints_fault_before_code_and_trap_behind_data() {
     let mut a = asm(64);
     a.rep().stosb().unwrap();
     load(&mut c, a);
-    let trap = Err(Stop::Fault(Fault::new(vector::DB)));
-    assert_eq!(step(&mut c), trap);
-    assert_eq!((c.st.dr[6] & 15, c.st.gpr[reg::RCX]), (1, 8));
-    c.st.dr[6] = 0;
+    assert_eq!(step(&mut c), Err(Stop::Fault(Fault::debug(1))));
+    assert_eq!(c.st.gpr[reg::RCX], 8);
     for left in [7, 6, 5, 4] {
         step(&mut c).unwrap();
         assert_eq!(c.st.gpr[reg::RCX], left);
     }
-    assert_eq!(step(&mut c), trap);
-    assert_eq!((c.st.dr[6] & 15, c.st.gpr[reg::RCX]), (2, 3));
+    assert_eq!(step(&mut c), Err(Stop::Fault(Fault::debug(2))));
+    assert_eq!(c.st.gpr[reg::RCX], 3);
+}
+
+/// Address, length field and R/W field of DR0, then what the instruction hits.
+#[test]
+fn data_breakpoints_see_every_byte_of_an_access() {
+    let stosq: &[u8] = &[0xF3, 0x48, 0xAB];
+    let lodsd: &[u8] = &[0xAD];
+    let push: &[u8] = &[0x50];
+    let out: &[u8] = &[0xE7, 0x80]; // out 0x80, eax
+    let (write, port, both) = (1, 2, 3);
+    for (code, at, len, kind, hit) in [
+        (stosq, DATA, 0, write, true),
+        (stosq, DATA + 7, 0, write, true),
+        (stosq, DATA + 4, 3, both, true),
+        (stosq, DATA + 8, 0, write, false),
+        (lodsd, DATA + 3, 0, both, true),
+        (lodsd, DATA + 3, 0, write, false),
+        (lodsd, DATA + 4, 0, both, false),
+        (push, STACK - 1, 0, write, true),
+        (push, STACK, 0, write, false),
+        (out, 0x83, 0, port, true),
+        (out, 0x84, 0, port, false),
+        (out, 0x80, 0, both, false),
+    ] {
+        let mut c = cpu(64);
+        c.st.cr4 |= cr::CR4_DE;
+        c.st.dr[0] = at;
+        c.st.dr[7] = 1 | kind << 16 | len << 18;
+        (c.st.gpr[reg::RDI], c.st.gpr[reg::RSI], c.st.gpr[reg::RCX]) = (DATA, DATA, 1);
+        c.st.gpr[reg::RSP] = STACK;
+        poke(&c, CODE, code);
+        let mut result = step(&mut c);
+        if let Err(Stop::Exit(_)) = result {
+            c.replay.answer(0);
+            result = step(&mut c);
+        }
+        let expected = if hit { Err(Stop::Fault(Fault::debug(1))) } else { Ok(()) };
+        assert_eq!(result, expected, "{code:x?} {at:#x} {len} {kind}");
+    }
+    // No iteration, no access.
+    let mut c = cpu(64);
+    c.st.dr[0] = DATA;
+    c.st.dr[7] = 1 | write << 16;
+    c.st.gpr[reg::RDI] = DATA;
+    poke(&c, CODE, stosq);
+    assert_eq!(step(&mut c), Ok(()));
 }

@@ -11,8 +11,8 @@
 //!   [`stack`]: the user-level integer set; [`alu`] holds its arithmetic as pure
 //!   functions
 //! - [`debug`]: hardware breakpoints
-//! - [`system`], [`far`], [`segment`], [`io`]: privileged instructions, far
-//!   transfers, SYSCALL, ports
+//! - [`system`], [`far`], [`gate`], [`task`], [`segment`], [`io`]: privileged
+//!   instructions, far transfers, call gates, task switches, SYSCALL, ports
 //! - [`platform`]: hypercalls, and what else the machine answers with registers
 //! - [`thunk`]: x87, MMX, SSE, AVX and other register-only instructions, run on
 //!   the host CPU with their memory operand in a bounce buffer
@@ -24,6 +24,8 @@ pub mod bits;
 pub mod control;
 pub mod debug;
 pub mod far;
+pub mod frame;
+pub mod gate;
 pub mod integer;
 #[cfg(test)]
 mod integer_tests;
@@ -38,6 +40,7 @@ pub mod stack;
 pub mod string;
 pub mod syscall;
 pub mod system;
+pub mod task;
 pub mod thunk;
 pub mod xsave;
 
@@ -45,8 +48,8 @@ use iced_x86::{Decoder, DecoderError, Instruction, Mnemonic};
 use tetrarch_memory::PAGE_SIZE;
 
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, Stop, gp, ud, vector};
-use crate::cpu::state::{flag, seg};
+use crate::cpu::fault::{Fault, R, Stop, gp, ud};
+use crate::cpu::state::{flag, seg, shadow};
 
 /// The longest instruction (SDM 2A, 2.3.11).
 const MAX_LENGTH: usize = 15;
@@ -67,17 +70,17 @@ pub enum Flow {
 /// On `Ok` the instruction is done, or RIP is still at a REP instruction that
 /// has iterations left. On `Err` nothing has changed but finished iterations;
 /// only the #DB of a single step or a data breakpoint is a trap and finds RIP
-/// behind the instruction. DR6 is set here for every #DB that comes from here.
+/// behind the instruction, and a fault of a new task finds the task switched.
 pub fn step(cpu: &mut Cpu) -> R<()> {
     cpu.replay.rewind();
     let watching = cpu.st.dr[7] & debug::DR7_ENABLE != 0;
-    if watching && cpu.st.flags & flag::RF == 0 {
+    // MOV SS and POP SS act on the next instruction like RF (SDM 3B, 17.3.1.1).
+    if watching && cpu.st.flags & flag::RF == 0 && cpu.st.shadow & shadow::MOV_SS == 0 {
         let hits = debug::instruction_hits(cpu);
         if hits != 0 {
-            cpu.st.dr[6] |= hits;
             // Goes into the saved flags, so that IRET gets past the breakpoint.
             cpu.st.flags |= flag::RF;
-            return Err(Fault::new(vector::DB).into());
+            return Err(Fault::debug(hits).into());
         }
     }
     let i = fetch(cpu)?;
@@ -100,7 +103,8 @@ pub fn step(cpu: &mut Cpu) -> R<()> {
     }
     cpu.replay.clear();
     cpu.counts.interpreted += 1;
-    if flags & (flag::TF | flag::RF) != 0 || watching {
+    let traced = (flags | cpu.st.flags) & (flag::TF | flag::RF) != 0;
+    if traced || watching || cpu.st.pending_debug != 0 {
         let hits = accesses.map_or(0, |accesses| debug::data_hits(cpu, &accesses));
         return after(cpu, &i, flags, hits);
     }
@@ -112,25 +116,30 @@ pub fn step(cpu: &mut Cpu) -> R<()> {
 /// the data breakpoints that it hit.
 #[cold]
 fn after(cpu: &mut Cpu, i: &Instruction, before: u64, hits: u64) -> R<()> {
+    use Mnemonic as M;
     let unfinished = cpu.st.rip == i.ip() && i.is_string_instruction();
-    let loads_flags = matches!(i.mnemonic(), Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq);
+    let loads_flags = matches!(i.mnemonic(), M::Iret | M::Iretd | M::Iretq);
     if before & flag::RF != 0 && !loads_flags && !unfinished {
         cpu.st.flags &= !flag::RF;
     }
-    // MOV SS and POP SS hold the trap back (SDM 3A, 6.8.3). Software interrupts
-    // and SYSCALL that clear TF go unstepped (SDM 3A, 17.3.1.4).
-    let inhibits = cpu.st.shadow != 0 && i.mnemonic() != Mnemonic::Sti;
-    let enters = matches!(
-        i.mnemonic(),
-        Mnemonic::Int | Mnemonic::Int3 | Mnemonic::Int1 | Mnemonic::Into | Mnemonic::Syscall
-    ) && cpu.st.flags & flag::TF == 0;
-    let stepped = before & flag::TF != 0 && !inhibits && !enters;
-    let causes = hits | if stepped { DR6_BS } else { 0 };
-    if causes != 0 {
-        cpu.st.dr[6] |= causes;
-        return Err(Fault::new(vector::DB).into());
+    let now = cpu.st.flags;
+    let stepped = match i.mnemonic() {
+        // Software interrupts that clear TF go unstepped (SDM 3A, 17.3.1.4).
+        M::Int | M::Int3 | M::Int1 | M::Into => before & now & flag::TF != 0,
+        // Of these TF counts as they leave it: SYSRET that sets it traps before
+        // the first instruction of user code (AMD APM 3, "SYSRET").
+        M::Syscall | M::Sysret | M::Sysretq => now & flag::TF != 0,
+        _ => before & flag::TF != 0,
+    };
+    let causes = std::mem::take(&mut cpu.st.pending_debug) | hits;
+    if cpu.st.shadow & shadow::MOV_SS != 0 {
+        // MOV SS and POP SS go unstepped, and what their operand hits waits for
+        // the end of the next instruction (SDM 3A, 6.8.3).
+        cpu.st.pending_debug = causes;
+        return Ok(());
     }
-    Ok(())
+    let causes = causes | if stepped { DR6_BS } else { 0 };
+    if causes != 0 { Err(Fault::debug(causes).into()) } else { Ok(()) }
 }
 
 /// Fetches and decodes the instruction at CS:RIP.

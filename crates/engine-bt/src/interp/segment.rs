@@ -9,7 +9,7 @@ use super::operand;
 use super::system::umip;
 use crate::cpu::Cpu;
 use crate::cpu::fault::{Fault, R, Stop, gp, ud, vector};
-use crate::cpu::state::{attr, flag, seg};
+use crate::cpu::state::{attr, flag, seg, shadow};
 use crate::memory::mmu::canonical;
 
 /// System descriptor types (SDM 3A, table 3-2).
@@ -124,7 +124,7 @@ pub fn inside(s: &Segment, offset: u64, size: usize) -> bool {
 }
 
 /// Where the descriptor is, if `len` bytes of it are inside its table.
-fn address_of(cpu: &Cpu, selector: u16, len: u32) -> Option<u64> {
+pub fn descriptor_address(cpu: &Cpu, selector: u16, len: u32) -> Option<u64> {
     let offset = u32::from(selector & !7);
     let (base, limit) = if selector & 4 != 0 {
         let ldt = &cpu.st.seg[seg::LDT];
@@ -146,7 +146,7 @@ pub fn table_address(cpu: &Cpu, base: u64, offset: u64) -> u64 {
 
 /// The descriptor, or `None` where the selector is outside its table.
 pub fn find_descriptor(cpu: &mut Cpu, selector: u16) -> R<Option<Descriptor>> {
-    match address_of(cpu, selector, 8) {
+    match descriptor_address(cpu, selector, 8) {
         Some(address) => Ok(Some(Descriptor(cpu.load(address, 8, false)?))),
         None => Ok(None),
     }
@@ -163,24 +163,24 @@ pub fn read_descriptor(cpu: &mut Cpu, selector: u16, vector: u8, ext: u32) -> R<
 /// Sets the accessed bit of a code or data descriptor.
 pub fn mark_accessed(cpu: &mut Cpu, selector: u16, descriptor: Descriptor) -> R<()> {
     if descriptor.attributes() & attr::ACCESSED == 0
-        && let Some(address) = address_of(cpu, selector, 8)
+        && let Some(address) = descriptor_address(cpu, selector, 8)
     {
         cpu.read_modify_write(address.wrapping_add(5), 1, false, |byte| byte | 1)?;
     }
     Ok(())
 }
 
-/// Bits 63:32 of the base, from the upper half of a 16-byte descriptor.
-fn upper_base(cpu: &mut Cpu, selector: u16) -> R<u64> {
-    let Some(address) = address_of(cpu, selector, 16) else {
+/// Bits 63:32 of the base or offset, from the upper half of a 16-byte descriptor.
+pub fn upper_half(cpu: &mut Cpu, selector: u16) -> R<u64> {
+    let Some(address) = descriptor_address(cpu, selector, 16) else {
         return gp(code_of(selector));
     };
     let high = cpu.load(address.wrapping_add(8), 8, false)?;
-    // The type field of the upper half must be 0 (SDM 3A, figure 8-11).
+    // The type field of the upper half must be 0 (SDM 3A, figures 5-8 and 8-11).
     if high >> 40 & 0x1F != 0 {
         return gp(code_of(selector));
     }
-    Ok(high << 32)
+    Ok(high & 0xFFFF_FFFF)
 }
 
 /// Real and virtual-8086 mode: the selector is the base.
@@ -258,16 +258,19 @@ fn check_data_segment(cpu: &mut Cpu, selector: u16) -> R<Segment> {
     Ok(descriptor.segment(selector))
 }
 
-/// Drops data segments that the new, outer privilege level may not keep (SDM
-/// 2A, "IRET", RETURN-TO-OUTER-PRIVILEGE-LEVEL).
+/// Nulls the data segments that the new, outer privilege level may not keep, and
+/// the selectors that were null already, whatever their RPL (SDM 2A, "IRET",
+/// RETURN-TO-OUTER-PRIVILEGE-LEVEL).
+///
+/// The hidden base stays, unlike that of a null selector that is loaded: FS and
+/// GS of 64-bit programs live on with it.
 pub fn drop_inner_segments(cpu: &mut Cpu, cpl: u8) {
     for index in [seg::ES, seg::DS, seg::FS, seg::GS] {
         let s = &mut cpu.st.seg[index];
-        let a = s.attributes;
-        let dpl = (a >> attr::DPL_SHIFT & 3) as u8;
-        let conforming = a & (attr::CODE | attr::DC) == attr::CODE | attr::DC;
-        if a & attr::UNUSABLE == 0 && dpl < cpl && !conforming {
-            *s = null_segment(0, 0);
+        let dpl = (s.attributes >> attr::DPL_SHIFT & 3) as u8;
+        let conforming = s.attributes & (attr::CODE | attr::DC) == attr::CODE | attr::DC;
+        if s.attributes & attr::UNUSABLE != 0 || dpl < cpl && !conforming {
+            *s = Segment { base: s.base, ..null_segment(0, 0) };
         }
     }
 }
@@ -352,7 +355,7 @@ fn mov_to(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     let selector = read_word(cpu, i, 1)?;
     load_segment(cpu, operand::segment_index(target), selector)?;
     if target == Register::SS {
-        cpu.st.shadow = 1;
+        cpu.st.shadow = shadow::MOV_SS;
     }
     Ok(Flow::Next)
 }
@@ -375,7 +378,7 @@ fn pop(cpu: &mut Cpu, i: &Instruction, size: usize) -> R<Flow> {
     let moved = sp.wrapping_add(size as u64) & mask;
     *rsp = if mask == 0xFFFF { *rsp & !mask | moved } else { moved };
     if target == Register::SS {
-        cpu.st.shadow = 1;
+        cpu.st.shadow = shadow::MOV_SS;
     }
     Ok(Flow::Next)
 }
@@ -535,7 +538,7 @@ fn system_segment(cpu: &mut Cpu, selector: u16, kinds: &[u32]) -> R<(u64, Segmen
     if selector & 4 != 0 {
         return gp(code);
     }
-    let Some(address) = address_of(cpu, selector, 8) else { return gp(code) };
+    let Some(address) = descriptor_address(cpu, selector, 8) else { return gp(code) };
     let descriptor = Descriptor(cpu.load(address, 8, false)?);
     if !descriptor.is_system() || !kinds.contains(&descriptor.kind()) {
         return gp(code);
@@ -545,7 +548,7 @@ fn system_segment(cpu: &mut Cpu, selector: u16, kinds: &[u32]) -> R<(u64, Segmen
     }
     let mut segment = descriptor.segment(selector);
     if cpu.st.long_mode() {
-        segment.base |= upper_base(cpu, selector)?;
+        segment.base |= upper_half(cpu, selector)? << 32;
         if !canonical(segment.base) {
             return gp(code);
         }

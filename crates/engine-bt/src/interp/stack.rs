@@ -9,7 +9,7 @@ use super::operand::{
 };
 use crate::cpu::Cpu;
 use crate::cpu::fault::{R, gp};
-use crate::cpu::state::{flag, reg};
+use crate::cpu::state::{flag, reg, shadow};
 use crate::memory::mmu::mask;
 
 /// Whether PUSH or POP names a segment register.
@@ -130,7 +130,7 @@ pub fn cli_sti(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     }
     let set = i.mnemonic() == iced_x86::Mnemonic::Sti;
     if set && cpu.st.iflag == 0 {
-        cpu.st.shadow = 1;
+        cpu.st.shadow = shadow::STI;
     }
     cpu.st.iflag = u8::from(set);
     Ok(Flow::Next)

@@ -7,7 +7,7 @@ use tetrarch_engine::{Exit, SegmentTable};
 use super::{Flow, far, io, operand, platform, segment, syscall};
 use crate::cpu::Cpu;
 use crate::cpu::cpuid;
-use crate::cpu::fault::{Fault, R, gp, ud, vector};
+use crate::cpu::fault::{Fault, R, gp, ud};
 use crate::cpu::fpu;
 use crate::cpu::msr;
 use crate::cpu::state::{attr, cr, reg, seg};
@@ -252,7 +252,7 @@ fn debug_register(cpu: &mut Cpu, register: Register) -> R<usize> {
     }
     privileged(cpu)?;
     if cpu.st.dr[7] & DR7_GD != 0 {
-        return Err(Fault { vector: vector::DB, error: None, address: DR6_BD }.into());
+        return Err(Fault::debug(DR6_BD).into());
     }
     Ok(if number == 4 || number == 5 { number + 2 } else { number })
 }

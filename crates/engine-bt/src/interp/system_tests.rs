@@ -5,7 +5,7 @@ use tetrarch_engine::Exit;
 use super::*;
 use crate::cpu::cpuid::Vendor;
 use crate::cpu::exception::fixture::*;
-use crate::cpu::fault::Stop;
+use crate::cpu::fault::{Stop, vector};
 use crate::cpu::state::flag;
 use crate::interp::segment::{self as sg, load_segment};
 

@@ -139,12 +139,13 @@ fn protected_mode_changes_stacks() {
 }
 
 #[test]
-fn protected_mode_refuses_task_gates_and_bad_stacks() {
-    let mut cpu = protected_mode();
-    set_gate(&cpu, 0x30, KERNEL_CS, 0x85, 0, false);
+fn protected_mode_refuses_bad_stacks_and_long_mode_task_gates() {
+    let mut cpu = long_mode();
+    set_gate(&cpu, 0x30, KERNEL_CS, 0x85, 0, true);
     let stop = software_interrupt(&mut cpu, 0x30, CODE, SoftwareInterrupt::IntN);
     assert_eq!(stop, gp(0x30 << 3 | 2));
 
+    let mut cpu = protected_mode();
     to_user(&mut cpu);
     poke(&cpu, TSS + 4, KERNEL_STACK | u64::from(READ_ONLY) << 32);
     let stop = software_interrupt(&mut cpu, 3, CODE, SoftwareInterrupt::Int3);
@@ -218,4 +219,63 @@ fn short_tss_is_ts() {
     let stop = software_interrupt(&mut cpu, 3, CODE, SoftwareInterrupt::Int3);
     assert_eq!(stop, fail(vector::TS, u32::from(TSS_SELECTOR)));
     assert_ne!(cpu.st.cr0 & cr::CR0_PE, 0);
+}
+
+#[test]
+fn sixteen_bit_gates_push_words() {
+    for (kind, iflag) in [(0x86, 0), (0x87, 1)] {
+        let mut cpu = protected_mode();
+        cpu.st.iflag = 1;
+        set_gate(&cpu, vector::GP, KERNEL_CS, kind, 0, false);
+        deliver(&mut cpu, Fault::with_error(vector::GP, 0x12)).unwrap();
+        let esp = cpu.st.gpr[reg::RSP];
+        assert_eq!(esp, KERNEL_STACK - 8);
+        let frame: Vec<u64> = (0..4).map(|n| peek(&cpu, esp + n * 2, 2)).collect();
+        let flags = flag::FIXED | flag::IF;
+        assert_eq!(frame, [0x12, CODE & 0xFFFF, u64::from(KERNEL_CS), flags]);
+        assert_eq!((cpu.st.rip, cpu.st.iflag), ((HANDLERS + 13 * 16) & 0xFFFF, iflag));
+    }
+}
+
+#[test]
+fn conforming_handlers_keep_the_level() {
+    let mut cpu = protected_mode();
+    to_user(&mut cpu);
+    set_gate(&cpu, vector::DE, CONFORMING, 0x8E, 0, false);
+    deliver(&mut cpu, Fault::new(vector::DE)).unwrap();
+    assert_eq!((cpu.st.cpl, cpu.st.gpr[reg::RSP]), (3, USER_STACK - 12));
+    assert_eq!(cpu.st.seg[seg::CS].selector, CONFORMING | 3);
+}
+
+/// What a second fault on the way of a first one comes to (SDM 3A, table 6-5).
+#[test]
+fn pairs_of_exceptions() {
+    use vector::{AC, BR, DB, DE, GP, MF, NM, NP, OF, PF, SS, TS, UD, XM};
+    let contributory = [DE, TS, NP, SS, GP];
+    let benign = [DB, OF, BR, UD, NM, MF, AC, XM];
+    // The second is always #NP: the gate of the first is not present.
+    for first in contributory.into_iter().chain(benign).chain([PF]) {
+        let mut cpu = long_mode();
+        set_gate(&cpu, first, KERNEL_CS, 0x0E, 0, true);
+        if first == NP {
+            set_gate(&cpu, NP, USER_CS, 0x8E, 0, true); // #GP: an outer level
+        }
+        let fault = match first {
+            PF => page_fault(0x5000),
+            TS | NP | SS | GP | AC => Fault::with_error(first, 0),
+            _ => Fault::new(first),
+        };
+        deliver(&mut cpu, fault).unwrap();
+        let handled = if benign.contains(&first) { NP } else { vector::DF };
+        assert_eq!(cpu.st.rip, HANDLERS + u64::from(handled) * 16, "{first}");
+        assert_eq!(cpu.st.gpr[reg::RSP] & 15, 0);
+    }
+}
+
+#[test]
+fn the_next_debug_exception_clears_the_breakpoints_of_the_last() {
+    let mut cpu = long_mode();
+    cpu.st.dr[6] = 0xFFFF_0FF3 | 1 << 13;
+    deliver(&mut cpu, Fault::debug(1 << 2 | 1 << 14)).unwrap();
+    assert_eq!(cpu.st.dr[6] & DR6_CAUSES, 1 << 2 | 1 << 14 | 1 << 13);
 }
