@@ -11,7 +11,7 @@ ENGINE ?= bt
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -path '*/src/*.rs' -o -name Cargo.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long bench fuzz wheel lint fmt clean packages
+.PHONY: help setup run test test-long bench fuzz wheel lint fmt lock clean packages
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -36,13 +36,16 @@ bench: setup ## Measure against QEMU's TCG and native execution
 
 TARGET ?= differential
 fuzz: ## Fuzz a TARGET of fuzz/ for ten minutes (see docs/fuzzing.md)
+	cargo fetch --locked --manifest-path fuzz/Cargo.toml
 	cd fuzz && RUSTC_BOOTSTRAP=1 cargo fuzz run $(TARGET) -- -max_total_time=600 -max_len=768 -len_control=0
 
 wheel: $(VENV)/.stamp-tools ## Build the wheel into dist/
 	$(BIN)/maturin build --release --strip --locked --out dist
 
 lint: setup ## Check format, types and style of Rust and Python
+	@PYTHON=$(PYTHON) tools/check-host lint
 	cargo fmt --all --check
+	cargo fetch --quiet --locked --manifest-path fuzz/Cargo.toml
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -54,6 +57,16 @@ fmt: setup ## Format Rust and Python
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Without --upgrade the versions that are locked stay, as far as pyproject.toml lets them.
+UV := uv==0.13.9
+COMPILE := $(VENV)/lock/bin/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 \
+	--generate-hashes --custom-compile-command "make lock"
+lock: ## Lock the Python dependencies of pyproject.toml in requirements/ (ARGS=--upgrade: the newest)
+	$(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/python -m pip install --quiet --disable-pip-version-check $(UV)
+	$(COMPILE) --extra dev $(ARGS) --output-file requirements/dev.txt
+	$(COMPILE) --constraints requirements/dev.txt --no-annotate --output-file requirements/run.txt
+
 clean: ## Remove everything that was built
 	rm -rf $(VENV) dist build target .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f src/tetrarch/_native*.so
@@ -62,14 +75,16 @@ clean: ## Remove everything that was built
 packages: # what the tests need of the system
 	@tools/test-packages
 
-$(VENV)/.stamp-tools: pyproject.toml tools/check-host
+# Wheels only: what building from source would need is locked nowhere.
+$(VENV)/.stamp-tools: requirements/dev.txt tools/check-host
 	@PYTHON=$(PYTHON) tools/check-host
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "maturin>=1.9.4,<2"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes --only-binary :all: --requirement requirements/dev.txt
 	@touch $@
 
-# Python code runs from src/ and needs no building.
-$(VENV)/.stamp-package: $(VENV)/.stamp-tools $(RUST_SOURCES)
+# Python code runs from src/ and needs no building. All it depends on is there: no index is asked.
+$(VENV)/.stamp-package: $(VENV)/.stamp-tools pyproject.toml $(RUST_SOURCES)
 	@PYTHON=$(PYTHON) tools/check-host
-	$(BIN)/maturin develop --release --locked --extras dev
+	PIP_NO_INDEX=1 $(BIN)/maturin develop --release --locked
 	@touch $@

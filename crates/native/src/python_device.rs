@@ -52,16 +52,17 @@ impl PythonDevice {
 
     /// What `read` returned, if it is what a device may return.
     fn value(&self, result: &Bound<'_, PyAny>, offset: u64, size: u8) -> PyResult<u64> {
-        let call = format_args!("{}.read(offset={offset:#x}, size={size})", self.name);
+        let call = || format!("{}.read(offset={offset:#x}, size={size})", self.name);
         let Ok(value) = result.cast::<PyInt>() else {
             let kind = result.get_type().qualname()?;
-            return Err(PyTypeError::new_err(format!("{call} returned {kind}, not int")));
+            return Err(PyTypeError::new_err(format!("{} returned {kind}, not int", call())));
         };
         let bits = u32::from(size) * 8;
         match value.extract::<u64>() {
             Ok(value) if bits >= 64 || value >> bits == 0 => Ok(value),
             _ => Err(PyValueError::new_err(format!(
-                "{call} returned {}, which is not in 0..2**{bits}",
+                "{} returned {}, which is not in 0..2**{bits}",
+                call(),
                 value.str()?
             ))),
         }

@@ -1,8 +1,8 @@
 //! Features of the instruction set by their CPUID bits, and what the guest's CPUID
 //! does with each.
 
-use std::arch::x86_64::__cpuid_count;
 use std::collections::HashMap;
+use tetrarch_engine::cpuid::host;
 
 use iced_x86::CpuidFeature;
 
@@ -204,10 +204,7 @@ fn bits(mut cpuid: impl FnMut(u32, u32) -> [u32; 4]) -> Bits {
 
 impl Bits {
     pub fn of_host() -> Self {
-        bits(|leaf, subleaf| {
-            let r = __cpuid_count(leaf, subleaf);
-            [r.eax, r.ebx, r.ecx, r.edx]
-        })
+        bits(host)
     }
 
     pub fn of_guest(guest: &mut Guest) -> Self {

@@ -113,7 +113,7 @@ impl Slab {
         if self.reused {
             // Code changed under another linear address needs a serializing
             // instruction (Intel SDM 3A, 8.1.3).
-            std::arch::x86_64::__cpuid(0);
+            tetrarch_engine::cpuid::host(0, 0);
         }
         Some(arena.executable + offset)
     }
