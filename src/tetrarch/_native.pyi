@@ -147,6 +147,20 @@ class Vm:
     def clock_ns(self) -> int:
         """The machine's clock: nanoseconds of run time since creation."""
     def vcpu(self, index: int) -> Vcpu: ...
+    def hold(self, timeout: float = 5.0) -> None:
+        """Brings all vCPUs between two instructions, and stops the machine's clock.
+
+        Returns when all are there: ``Vcpu.run`` goes on, but no guest instruction runs and
+        no device is called until ``resume``. The guest's time stands, TSC and kvmclock
+        included. Holds can be nested; each needs its ``resume``. From any thread but
+        those that run the machine's vCPUs, on which devices are called: EngineError
+        there, and where a vCPU or a device that it is in takes longer than ``timeout``
+        seconds, in which case the machine runs on.
+        """
+    def resume(self) -> None:
+        """Ends one ``hold``; the last one lets the machine run."""
+    @property
+    def held(self) -> bool: ...
     def request_stop(self) -> None:
         """Makes every running ``Vcpu.run`` return "stopped" soon. From any thread.
 
@@ -189,7 +203,8 @@ class Vcpu:
         (attr: as in a VMCS: type 0-3, S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15;
         unusable 16), gdtr/idtr as NAME_base, NAME_limit.
 
-        EngineError while the vCPU runs, as from ``set_regs`` and ``dump``."""
+        A machine that runs is held meanwhile, as by ``Vm.hold``; so for ``set_regs`` and
+        ``dump``."""
     def set_regs(self, values: dict[str, int]) -> None:
         """Sets the given ones of ``regs`` and leaves the others.
 

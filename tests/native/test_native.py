@@ -538,10 +538,85 @@ def test_second_run_of_a_vcpu_is_refused(vm: Vm, vcpu: Vcpu, endless: Running) -
     assert endless.outcome is None
 
 
-def test_registers_of_a_running_vcpu_are_refused(vm: Vm, vcpu: Vcpu, endless: Running) -> None:
-    for use in (vcpu.regs, vcpu.dump, lambda: vcpu.set_regs({"rax": 1})):
-        with pytest.raises(EngineError, match="vCPU 0 is running"):
-            use()
+def test_registers_of_a_running_vcpu_are_read_and_set(vm: Vm, vcpu: Vcpu, endless: Running) -> None:
+    loop = START + len(OUT_80 + CLI)
+    while vcpu.regs()["rip"] != loop:  # the access may go on still
+        time.sleep(0.001)
+    vcpu.set_regs({"rbx": 0xB0B})
+    assert vcpu.regs()["rbx"] == 0xB0B
+    assert "<eb> fe" in vcpu.dump()
+    assert not vm.held
+    assert endless.outcome is None
+
+
+def test_registers_set_in_a_hold_are_where_the_guest_goes_on(vm: Vm) -> None:
+    entered = threading.Event()
+    vm.attach_ports(0x80, 1, Calls(entered.set))
+    running = Running(load(vm, OUT_80 + ENDLESS + CLI + HLT))
+    assert entered.wait(30)
+    vm.hold()
+    vm.vcpu(0).set_regs({"rip": START + len(OUT_80 + ENDLESS)})
+    vm.resume()
+    assert running.join() == "halted"
+
+
+def test_held_machine_stands_until_the_last_resume(vm: Vm) -> None:
+    log = Log()
+    vm.attach_ports(0x80, 1, log)
+    running = Running(load(vm, OUT_80 + b"\xeb\xfa"))  # jmp to the start
+    vm.hold()
+    vm.hold()
+    assert vm.held
+    vm.resume()
+    stood, clock = len(log.writes), vm.clock_ns()
+    time.sleep(0.02)
+    assert (len(log.writes), vm.clock_ns()) == (stood, clock)
+    vm.resume()
+    while len(log.writes) == stood:
+        time.sleep(0.001)
+    assert clock < vm.clock_ns() < clock + 10**12
+    vm.request_stop()
+    assert running.join() == "stopped"
+
+
+def test_resume_without_hold_is_refused(vm: Vm) -> None:
+    with pytest.raises(EngineError, match="not held; call hold"):
+        vm.resume()
+
+
+def test_held_machine_can_be_stopped(vm: Vm, endless: Running) -> None:
+    vm.hold()
+    vm.request_stop()
+    assert endless.join() == "stopped"
+    vm.resume()
+
+
+def test_hold_names_the_device_that_does_not_return(vm: Vm) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    class Slow(Log):
+        def write(self, offset: int, size: int, value: int) -> None:
+            entered.set()
+            assert go.wait(30)
+
+    vm.attach_ports(0x80, 1, Slow())
+    running = Running(load(vm, OUT_80 + CLI + HLT))
+    assert entered.wait(30)
+    with pytest.raises(
+        EngineError, match=r"vCPU 0 .* port 0x80 does not return; let .*Slow return"
+    ):
+        vm.hold(timeout=0.05)
+    assert not vm.held
+    go.set()
+    assert running.join() == "halted"
+
+
+@pytest.mark.parametrize("use", [lambda vm: vm.hold(), lambda vm: vm.vcpu(0).regs()])
+def test_device_that_holds_its_own_machine_is_refused(vm: Vm, use: Callable[[Vm], object]) -> None:
+    vm.attach_ports(0x80, 1, Calls(lambda: use(vm)))
+    with pytest.raises(EngineError, match=r"cannot hold its own machine; .* another thread"):
+        load(vm, OUT_80 + CLI + HLT).run()
+    assert not vm.held
 
 
 def test_own_vcpu_is_refused_in_a_device(vm: Vm, vcpu: Vcpu) -> None:

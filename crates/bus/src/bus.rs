@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::space::Space;
 use crate::table::Hit;
-use crate::{AttachError, Device, DeviceError, Handler, Region, Sizes};
+use crate::{Access, AttachError, Device, DeviceError, Handler, Region, Sizes};
 
 /// The result of a read: the value, cut to the size of the access, and by whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +91,15 @@ impl Bus {
         let mut devices = self.ports.take_devices();
         devices.append(&mut self.mmio.take_devices());
         devices
+    }
+
+    /// The name under which the owner of an address was attached.
+    pub fn owner(&self, access: Access) -> Option<String> {
+        match access {
+            Access::Port(port) => self.ports.owner(port.into()),
+            Access::Memory(address) => self.mmio.owner(address),
+            Access::Platform => None,
+        }
     }
 
     pub fn port_in(&self, port: u16, size: u8) -> Result<Answer, DeviceError> {

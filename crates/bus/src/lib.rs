@@ -3,6 +3,7 @@
 //! This crate knows the engine contract and the trait [`Device`]; it knows no
 //! particular engine, no particular device and no Python.
 
+mod access;
 mod bus;
 mod control;
 mod counters;
@@ -15,8 +16,9 @@ mod space;
 mod table;
 mod tsc;
 
+pub use access::Access;
 pub use bus::{Answer, Bus};
-pub use control::{RunControl, Seat};
+pub use control::{HoldError, RunControl, Seat};
 pub use counters::{LoopCounters, LoopStats};
 pub use device::{Device, DeviceError, DeviceKind, Handler};
 pub use dispatch::{Step, StopReason, dispatch};

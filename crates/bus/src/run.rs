@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use tetrarch_engine::{EngineError, Exit, Reply, Vcpu};
 
 use crate::{
@@ -33,14 +34,15 @@ impl Drop for StopOthers<'_> {
 }
 
 /// Runs a vCPU until the guest ends, somebody asks for a stop, or something
-/// fails; then the machine's other vCPUs are stopped too.
+/// fails; then the machine's other vCPUs are stopped too. While the machine is
+/// held the thread waits in here, and the vCPU's lock is free.
 ///
 /// `looked_up` is called at each kick, for what the thread itself must see to
 /// (signals); its error ends the run as a device's does. All ends leave the
 /// vCPU between two instructions, so that it can run again; an instruction
 /// whose device failed has then read all ones.
 pub fn run_vcpu(
-    vcpu: &mut dyn Vcpu,
+    vcpu: &Mutex<Box<dyn Vcpu>>,
     bus: &Bus,
     platform: &dyn PlatformHandlers,
     control: &RunControl,
@@ -49,12 +51,29 @@ pub fn run_vcpu(
 ) -> Result<StopReason, RunError> {
     let counters = &seat.counters;
     let mut others = StopOthers { control, seat, armed: true };
+    let mut vcpu = vcpu.lock();
+    let _inside = control.enter(seat);
     let mut last = ticks();
+    let mut look_up = true;
     loop {
+        // Stop and hold kick, and a kick is seen between two instructions: one
+        // that has been answered is finished by then.
+        while std::mem::take(&mut look_up) {
+            if control.park(seat, &mut vcpu) {
+                MutexGuard::unlocked(&mut vcpu, &mut *looked_up)?;
+                if seat.take_stop() {
+                    others.armed = false;
+                    return Ok(StopReason::Stopped);
+                }
+                look_up = true;
+            }
+        }
         let exit = vcpu.run()?;
         counters.count(&exit);
         let exited = ticks();
-        let step = dispatch(exit, vcpu, bus, platform);
+        seat.set_serving(Some(&exit));
+        let step = dispatch(exit, &mut **vcpu, bus, platform);
+        seat.set_serving(None);
         let answered = ticks();
         counters.run_ticks.add(answered.saturating_sub(last));
         last = answered;
@@ -64,21 +83,20 @@ pub fn run_vcpu(
                 vcpu.reply(reply);
             }
             Ok(Step::Stop(reason)) => return Ok(reason),
-            // A stop request kicks, and a kick is seen between two instructions:
-            // one that has been answered is finished by then.
             Ok(Step::LookUp) => {
                 looked_up()?;
                 if seat.take_stop() {
                     others.armed = false;
                     return Ok(StopReason::Stopped);
                 }
+                look_up = true;
             }
             Err(error) => {
                 vcpu.reply(match exit {
                     Exit::PortIn { .. } | Exit::MmioRead { .. } => Reply::Value(u64::MAX),
                     _ => Reply::Done,
                 });
-                finish_instruction(vcpu);
+                finish_instruction(&mut **vcpu);
                 return Err(error.into());
             }
         }

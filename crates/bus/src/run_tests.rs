@@ -3,16 +3,29 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
-use tetrarch_engine::{Counters, Kick, Registers, SystemRegisters};
+use tetrarch_engine::{Clock, Counters, Kick, Registers, SystemRegisters};
 
 use super::*;
-use crate::{Device, DeviceKind, NoHandlers, Sizes};
+use crate::{Access, Device, DeviceKind, HoldError, NoHandlers, Sizes};
 
 /// A vCPU that makes the exits of a script, then runs until it is kicked.
 struct Scripted {
-    script: VecDeque<Result<Exit, EngineError>>,
-    replies: Vec<Reply>,
+    log: Arc<Log>,
     kick: Arc<Latch>,
+}
+
+/// The exits that are still to be made, and the answers to the others.
+#[derive(Default)]
+struct Log {
+    script: Mutex<VecDeque<Result<Exit, EngineError>>>,
+    replies: Mutex<Vec<Reply>>,
+}
+
+/// A scripted vCPU in its machine, with what it shows of itself.
+struct Subject {
+    vcpu: Mutex<Box<dyn Vcpu>>,
+    log: Arc<Log>,
+    seat: Arc<Seat>,
 }
 
 #[derive(Default)]
@@ -28,17 +41,10 @@ impl Kick for Latch {
     }
 }
 
-impl Scripted {
-    fn new(script: impl IntoIterator<Item = Exit>) -> Self {
-        let script = script.into_iter().map(Ok).collect();
-        Self { script, replies: Vec::new(), kick: Arc::default() }
-    }
-}
-
 impl Vcpu for Scripted {
     fn run(&mut self) -> Result<Exit, EngineError> {
         let mut kicked = self.kick.kicked.lock();
-        if !*kicked && let Some(exit) = self.script.pop_front() {
+        if !*kicked && let Some(exit) = self.log.script.lock().pop_front() {
             return exit;
         }
         while !*kicked {
@@ -50,7 +56,7 @@ impl Vcpu for Scripted {
     }
 
     fn reply(&mut self, reply: Reply) {
-        self.replies.push(reply);
+        self.log.replies.lock().push(reply);
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {
@@ -120,23 +126,34 @@ impl Device for Panel {
 /// A machine with a [`Panel`] at port 0x10 and at address 0xD0000000.
 struct Fixture {
     bus: Bus,
+    clock: Arc<Clock>,
     control: Arc<RunControl>,
 }
 
 impl Fixture {
     fn new() -> Self {
-        let (bus, control) = (Bus::new(), Arc::new(RunControl::new()));
+        let clock = Arc::new(Clock::new());
+        let (bus, control) = (Bus::new(), Arc::new(RunControl::new(Arc::clone(&clock))));
         let panel = Arc::new(Panel { control: Arc::clone(&control) });
         bus.attach_ports(0x10, 4, Sizes::ALL, "panel", panel.clone()).unwrap();
         bus.attach_mmio(0xD000_0000, 4, Sizes::ALL, "panel", panel).unwrap();
-        Self { bus, control }
+        Self { bus, clock, control }
     }
 
-    fn seat(&self, vcpu: &Scripted) -> Arc<Seat> {
-        self.control.add(vcpu.kicker())
+    fn vcpu(&self, script: impl IntoIterator<Item = Exit>) -> Subject {
+        self.broken_vcpu(script.into_iter().map(Ok))
     }
 
-    fn run(&self, vcpu: &mut Scripted, seat: &Arc<Seat>) -> Result<StopReason, RunError> {
+    fn broken_vcpu(&self, script: impl IntoIterator<Item = Result<Exit, EngineError>>) -> Subject {
+        let script = Mutex::new(script.into_iter().collect());
+        let log = Arc::new(Log { script, ..Default::default() });
+        let vcpu = Scripted { log: Arc::clone(&log), kick: Arc::default() };
+        let seat = self.control.add(vcpu.kicker());
+        Subject { vcpu: Mutex::new(Box::new(vcpu)), log, seat }
+    }
+
+    fn run(&self, subject: &Subject) -> Result<StopReason, RunError> {
+        let Subject { vcpu, seat, .. } = subject;
         run_vcpu(vcpu, &self.bus, &NoHandlers, &self.control, seat, &mut || Ok(()))
     }
 }
@@ -147,7 +164,7 @@ const BAD_IN: Exit = Exit::PortIn { port: 0x11, size: 1 };
 #[test]
 fn each_access_gets_its_reply_until_the_guest_halts() {
     let machine = Fixture::new();
-    let mut vcpu = Scripted::new([
+    let vcpu = machine.vcpu([
         GOOD_IN,
         Exit::PortOut { port: 0x10, size: 1, data: 1 },
         Exit::MmioRead { address: 0xD000_0000, size: 4 },
@@ -155,26 +172,24 @@ fn each_access_gets_its_reply_until_the_guest_halts() {
         Exit::PortIn { port: 0x80, size: 2 },
         Exit::Halt,
     ]);
-    let seat = machine.seat(&vcpu);
-    assert_eq!(machine.run(&mut vcpu, &seat).unwrap(), StopReason::Halted);
+    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Halted);
     let expected =
         [Reply::Value(0x5A), Reply::Done, Reply::Value(0x5A), Reply::Done, Reply::Value(0xFFFF)];
-    assert_eq!(vcpu.replies, expected);
+    assert_eq!(*vcpu.log.replies.lock(), expected);
 }
 
 #[test]
 fn exits_and_accesses_are_counted_by_kind() {
     let machine = Fixture::new();
-    let mut vcpu = Scripted::new([
+    let vcpu = machine.vcpu([
         GOOD_IN,
         GOOD_IN,
         Exit::PortIn { port: 0x80, size: 1 },
         Exit::MmioWrite { address: 0xD000_0000, size: 4, data: 1 },
         Exit::Shutdown,
     ]);
-    let seat = machine.seat(&vcpu);
-    assert_eq!(machine.run(&mut vcpu, &seat).unwrap(), StopReason::Shutdown);
-    let stats = seat.counters.stats();
+    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Shutdown);
+    let stats = vcpu.seat.counters.stats();
     assert_eq!((stats.port_in, stats.mmio_write, stats.shutdown), (3, 1, 1));
     assert_eq!((stats.nobody, stats.native, stats.python), (1, 0, 3));
     assert!(stats.python_ticks > 0 && stats.run_ticks >= stats.python_ticks);
@@ -183,9 +198,8 @@ fn exits_and_accesses_are_counted_by_kind() {
 #[test]
 fn cause_of_a_device_error_comes_out_as_it_was() {
     let machine = Fixture::new();
-    let mut vcpu = Scripted::new([BAD_IN]);
-    let seat = machine.seat(&vcpu);
-    let Err(RunError::Device(error)) = machine.run(&mut vcpu, &seat) else {
+    let vcpu = machine.vcpu([BAD_IN]);
+    let Err(RunError::Device(error)) = machine.run(&vcpu) else {
         panic!("the device's error was lost")
     };
     assert!(error.into_cause().is::<BurntOut>());
@@ -195,41 +209,37 @@ fn cause_of_a_device_error_comes_out_as_it_was() {
 fn vcpu_can_run_on_after_a_device_error() {
     let machine = Fixture::new();
     let out = Exit::MmioWrite { address: 0xD000_0001, size: 1, data: 0 };
-    let mut vcpu = Scripted::new([BAD_IN, out, Exit::Halt]);
-    let seat = machine.seat(&vcpu);
-    assert!(machine.run(&mut vcpu, &seat).is_err());
-    assert!(machine.run(&mut vcpu, &seat).is_err());
-    assert_eq!(vcpu.replies, [Reply::Value(u64::MAX), Reply::Done]);
-    assert_eq!(machine.run(&mut vcpu, &seat).unwrap(), StopReason::Halted);
+    let vcpu = machine.vcpu([BAD_IN, out, Exit::Halt]);
+    assert!(machine.run(&vcpu).is_err());
+    assert!(machine.run(&vcpu).is_err());
+    assert_eq!(*vcpu.log.replies.lock(), [Reply::Value(u64::MAX), Reply::Done]);
+    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Halted);
 }
 
 #[test]
 fn stop_asked_for_before_run_is_not_lost_and_taken_once() {
     let machine = Fixture::new();
-    let mut vcpu = Scripted::new([Exit::Halt]);
-    let seat = machine.seat(&vcpu);
+    let vcpu = machine.vcpu([Exit::Halt]);
     machine.control.request_stop();
-    assert_eq!(machine.run(&mut vcpu, &seat).unwrap(), StopReason::Stopped);
-    assert_eq!(machine.run(&mut vcpu, &seat).unwrap(), StopReason::Halted);
+    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Stopped);
+    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Halted);
 }
 
 #[test]
 fn stop_from_within_a_device_ends_the_loop_after_the_reply() {
     let machine = Fixture::new();
-    let mut vcpu = Scripted::new([Exit::PortIn { port: 0x12, size: 1 }, GOOD_IN]);
-    let seat = machine.seat(&vcpu);
-    assert_eq!(machine.run(&mut vcpu, &seat).unwrap(), StopReason::Stopped);
-    assert_eq!(vcpu.replies, [Reply::Value(2)]);
-    assert_eq!(vcpu.script.len(), 1);
+    let vcpu = machine.vcpu([Exit::PortIn { port: 0x12, size: 1 }, GOOD_IN]);
+    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Stopped);
+    assert_eq!(*vcpu.log.replies.lock(), [Reply::Value(2)]);
+    assert_eq!(vcpu.log.script.lock().len(), 1);
 }
 
 #[test]
 fn stop_from_another_thread_ends_a_guest_that_makes_no_exits() {
     let machine = Fixture::new();
-    let mut vcpu = Scripted::new([]);
-    let seat = machine.seat(&vcpu);
+    let vcpu = machine.vcpu([]);
     let reason = std::thread::scope(|scope| {
-        let run = scope.spawn(|| machine.run(&mut vcpu, &seat));
+        let run = scope.spawn(|| machine.run(&vcpu));
         std::thread::sleep(Duration::from_millis(5));
         machine.control.request_stop();
         run.join().unwrap()
@@ -239,42 +249,198 @@ fn stop_from_another_thread_ends_a_guest_that_makes_no_exits() {
 
 #[test]
 fn end_of_one_vcpu_stops_the_others() {
-    let broken = || Scripted {
-        script: [Err(EngineError::Internal("x".into()))].into(),
-        ..Scripted::new([])
-    };
-    let ends = [
-        Scripted::new([Exit::Halt]),
-        Scripted::new([Exit::Shutdown]),
-        Scripted::new([BAD_IN]),
-        broken(),
-    ];
-    for mut ending in ends {
+    let broken = || Err(EngineError::Internal("x".into()));
+    for ending in [Ok(Exit::Halt), Ok(Exit::Shutdown), Ok(BAD_IN), broken()] {
         let machine = Fixture::new();
-        let mut endless = Scripted::new([]);
-        let (first, second) = (machine.seat(&endless), machine.seat(&ending));
+        let (endless, ending) = (machine.vcpu([]), machine.broken_vcpu([ending]));
         let reason = std::thread::scope(|scope| {
-            let run = scope.spawn(|| machine.run(&mut endless, &first));
-            let _ = machine.run(&mut ending, &second);
+            let run = scope.spawn(|| machine.run(&endless));
+            let _ = machine.run(&ending);
             run.join().unwrap()
         });
         assert_eq!(reason.unwrap(), StopReason::Stopped);
-        assert!(!second.take_stop(), "a vCPU must not stop itself a second time");
+        assert!(!ending.seat.take_stop(), "a vCPU must not stop itself a second time");
     }
 }
 
 #[test]
 fn kick_without_a_request_calls_the_thread_and_goes_on() {
     let machine = Fixture::new();
-    let mut vcpu = Scripted::new([Exit::Halt]);
-    let seat = machine.seat(&vcpu);
-    seat.kick();
+    let vcpu = machine.vcpu([Exit::Halt]);
+    vcpu.seat.kick();
     let called = AtomicBool::new(false);
     let reason =
-        run_vcpu(&mut vcpu, &machine.bus, &NoHandlers, &machine.control, &seat, &mut || {
+        run_vcpu(&vcpu.vcpu, &machine.bus, &NoHandlers, &machine.control, &vcpu.seat, &mut || {
             called.store(true, Ordering::Relaxed);
             Ok(())
         });
     assert_eq!(reason.unwrap(), StopReason::Halted);
     assert!(called.into_inner());
+}
+
+const LONG: Duration = Duration::from_secs(30);
+
+/// Runs `body` beside the vCPUs, then stops them; each must have been stopped.
+fn beside(machine: &Fixture, vcpus: &[Subject], body: impl FnOnce()) {
+    std::thread::scope(|scope| {
+        let runs: Vec<_> = vcpus.iter().map(|vcpu| scope.spawn(|| machine.run(vcpu))).collect();
+        body();
+        machine.control.request_stop();
+        for run in runs {
+            assert_eq!(run.join().unwrap().unwrap(), StopReason::Stopped);
+        }
+    });
+}
+
+#[test]
+fn held_vcpus_are_free_to_look_at_and_make_no_exits_until_all_holds_end() {
+    let machine = Fixture::new();
+    let vcpus = [machine.vcpu([]), machine.vcpu([])];
+    beside(&machine, &vcpus, || {
+        machine.control.hold(LONG).unwrap();
+        machine.control.hold(LONG).unwrap();
+        for vcpu in &vcpus {
+            let mut locked = vcpu.vcpu.lock();
+            assert_eq!(locked.msr(0), None);
+            vcpu.log.script.lock().push_back(Ok(GOOD_IN));
+        }
+        let stands = machine.clock.now_ns();
+        machine.control.resume().unwrap();
+        assert!(machine.control.is_held());
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(vcpus.iter().all(|vcpu| vcpu.log.script.lock().len() == 1));
+        assert_eq!(machine.clock.now_ns(), stands);
+        machine.control.resume().unwrap();
+        assert!(!machine.clock.stands());
+        // A kick makes the vCPU of the script look at it anew.
+        for vcpu in &vcpus {
+            vcpu.seat.kick();
+            while vcpu.log.replies.lock().is_empty() {
+                std::thread::yield_now();
+            }
+        }
+    });
+    assert!(matches!(machine.control.resume(), Err(HoldError::NotHeld)));
+}
+
+#[test]
+fn vcpu_that_starts_while_the_machine_is_held_waits() {
+    let machine = Fixture::new();
+    machine.control.hold(LONG).unwrap();
+    let vcpu = [machine.vcpu([GOOD_IN])];
+    beside(&machine, &vcpu, || {
+        std::thread::sleep(Duration::from_millis(5));
+        machine.control.hold(LONG).unwrap();
+        assert!(vcpu[0].log.replies.lock().is_empty());
+        machine.control.resume().unwrap();
+        machine.control.resume().unwrap();
+        while vcpu[0].log.replies.lock().is_empty() {
+            std::thread::yield_now();
+        }
+    });
+}
+
+#[test]
+fn held_vcpu_can_be_stopped_and_its_thread_called() {
+    let machine = Fixture::new();
+    let vcpu = machine.vcpu([]);
+    let called = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| {
+            run_vcpu(
+                &vcpu.vcpu,
+                &machine.bus,
+                &NoHandlers,
+                &machine.control,
+                &vcpu.seat,
+                &mut || {
+                    called.store(machine.control.is_held(), Ordering::SeqCst);
+                    Ok(())
+                },
+            )
+        });
+        machine.control.hold(LONG).unwrap();
+        vcpu.seat.kick();
+        while !called.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        machine.control.request_stop();
+        assert_eq!(run.join().unwrap().unwrap(), StopReason::Stopped);
+        assert!(machine.control.is_held());
+    });
+}
+
+/// Answers when it is told to; and tries to hold its own machine.
+struct Slow {
+    control: Arc<RunControl>,
+    entered: AtomicBool,
+    go: AtomicBool,
+    own: Mutex<Option<HoldError>>,
+}
+
+impl Device for Slow {
+    fn read(&self, _: u64, _: u8) -> Result<u64, DeviceError> {
+        *self.own.lock() = self.control.hold(LONG).err();
+        self.entered.store(true, Ordering::SeqCst);
+        while !self.go.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        Ok(0)
+    }
+
+    fn write(&self, _: u64, _: u8, _: u64) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn device_that_does_not_return_is_named_and_the_machine_goes_on() {
+    let machine = Fixture::new();
+    let slow = Arc::new(Slow {
+        control: Arc::clone(&machine.control),
+        entered: AtomicBool::new(false),
+        go: AtomicBool::new(false),
+        own: Mutex::default(),
+    });
+    machine.bus.attach_mmio(0xE000_0000, 4, Sizes::ALL, "Slow", slow.clone()).unwrap();
+    let access = Access::Memory(0xE000_0002);
+    let vcpus =
+        [machine.vcpu([]), machine.vcpu([Exit::MmioRead { address: 0xE000_0002, size: 1 }])];
+    beside(&machine, &vcpus, || {
+        while !slow.entered.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        let error = machine.control.hold(Duration::from_millis(10)).unwrap_err();
+        assert!(
+            matches!(error, HoldError::Device { vcpu: 1, access: at, .. } if at == access),
+            "{error}"
+        );
+        assert_eq!(machine.bus.owner(access).as_deref(), Some("Slow"));
+        assert!(!machine.control.is_held() && !machine.clock.stands());
+        assert!(matches!(*slow.own.lock(), Some(HoldError::OwnThread { vcpu: 1 })));
+        slow.go.store(true, Ordering::SeqCst);
+        machine.control.hold(LONG).unwrap();
+        machine.control.resume().unwrap();
+    });
+}
+
+#[test]
+fn holds_from_many_threads_end_and_leave_nothing_held() {
+    let machine = Fixture::new();
+    let vcpus = [machine.vcpu([]), machine.vcpu([])];
+    beside(&machine, &vcpus, || {
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        machine.control.hold(LONG).unwrap();
+                        assert!(machine.clock.stands());
+                        drop(vcpus.iter().map(|vcpu| vcpu.vcpu.lock()).collect::<Vec<_>>());
+                        machine.control.resume().unwrap();
+                    }
+                });
+            }
+        });
+    });
+    assert!(!machine.control.is_held() && !machine.clock.stands());
 }

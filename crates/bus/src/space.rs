@@ -224,6 +224,14 @@ impl Space {
         record.device
     }
 
+    /// Who has an address, for messages.
+    pub fn owner(&self, address: u64) -> Option<String> {
+        let records = self.records.lock();
+        let at = Span { first: address, last: address };
+        let has = |record: &&Record| record.mapped && record.span().overlaps(at);
+        Some(records.records.iter().find(has)?.owner.clone())
+    }
+
     /// Detaches all devices; the caller drops them when it holds no lock.
     pub fn take_devices(&self) -> Vec<Arc<dyn Device>> {
         let mut records = self.records.lock();

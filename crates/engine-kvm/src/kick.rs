@@ -94,6 +94,11 @@ impl Kicker {
     }
 
     #[inline]
+    pub fn is_kicked(&self) -> bool {
+        self.kicked.load(Ordering::SeqCst)
+    }
+
+    #[inline]
     pub fn take(&self) -> bool {
         self.kicked.load(Ordering::SeqCst) && self.kicked.swap(false, Ordering::SeqCst)
     }

@@ -19,6 +19,7 @@ mod kick;
 mod msr;
 mod probe;
 mod state;
+mod time;
 mod vcpu;
 mod vm;
 

@@ -13,9 +13,11 @@ use tetrarch_engine::EngineError;
 use crate::vm::Log;
 
 pub mod index {
+    pub const TSC: u32 = 0x10;
     pub const ARCH_CAPABILITIES: u32 = 0x10A;
     pub const MISC_ENABLE: u32 = 0x1A0;
     pub const MTRR_DEFAULT_TYPE: u32 = 0x2FF;
+    pub const TSC_DEADLINE: u32 = 0x6E0;
 }
 
 /// IA32_MISC_ENABLE: fast strings.

@@ -20,6 +20,7 @@ use crate::halt::Progress;
 use crate::kick::Kicker;
 use crate::msr;
 use crate::state::{self, append, take};
+use crate::time;
 use crate::vm::{VmShared, refused};
 
 /// First word of a saved state.
@@ -76,6 +77,8 @@ struct Inner {
     /// The kernel has to finish an access before registers are right.
     unfinished: bool,
     shut_down: bool,
+    /// Ticks of the machine's pauses that the TSC has been put back by.
+    tsc_lag: u64,
     /// Since when the vCPU does not run, where a kick ended its run.
     paused: Option<Instant>,
     /// An ioctl that cannot fail has failed; told by the next run.
@@ -124,6 +127,7 @@ impl KvmVcpu {
             ready: None,
             unfinished: false,
             shut_down: false,
+            tsc_lag: 0,
             paused: None,
             broken: None,
             counts: Counts::default(),
@@ -281,6 +285,11 @@ impl Inner {
             return Ok(exit);
         }
         self.kicker.here();
+        let lag = self.vm.clock.tsc_lag();
+        if lag != self.tsc_lag {
+            time::delay_tsc(&self.fd, lag.wrapping_sub(self.tsc_lag));
+            self.tsc_lag = lag;
+        }
         if let Some(since) = self.paused.take()
             && since.elapsed() > PAUSE
             && self.vm.kvmclock_ctrl
@@ -296,9 +305,17 @@ impl Inner {
                     if self.fd.get_kvm_run().immediate_exit != 0 {
                         self.fd.set_kvm_immediate_exit(0);
                     }
-                    if self.kicker.take() {
+                    let kicked = self.kicker.is_kicked();
+                    if kicked && !self.unfinished {
+                        self.kicker.take();
                         self.paused = Some(Instant::now());
                         return Ok(Exit::Kicked);
+                    }
+                    // A kick is told between two instructions: what has been
+                    // answered is finished first, by an entry that comes back
+                    // before the guest runs (api.rst, 4.10).
+                    if kicked {
+                        self.fd.set_kvm_immediate_exit(1);
                     }
                     self.unfinished = false;
                     self.enter()?

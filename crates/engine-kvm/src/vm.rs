@@ -21,6 +21,7 @@ use crate::halt::HaltWatch;
 use crate::host;
 use crate::irqchip::{self, IrqChip, IrqRoute};
 use crate::msr::MsrPolicy;
+use crate::time::KvmClock;
 use crate::vcpu::KvmVcpu;
 
 /// Takes a line about something that was left out.
@@ -111,6 +112,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         debugregs: kvm.check_extension(Cap::Debugregs),
         events: kvm.check_extension(Cap::VcpuEvents),
     });
+    shared.clock.set_follower(Arc::new(KvmClock::new(Arc::downgrade(&shared))));
     Ok(Arc::new(KvmVm { shared, irqchip, config, created: Mutex::default() }))
 }
 

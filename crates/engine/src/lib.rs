@@ -13,7 +13,7 @@ mod platform;
 mod registers;
 
 pub use chipset::{ENGINE_MMIO, ENGINE_PORTS, GSI_COUNT};
-pub use clock::Clock;
+pub use clock::{Clock, ClockFollower};
 pub use exit::{Exit, GuestFault, Reply, Trap};
 pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};
 pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};

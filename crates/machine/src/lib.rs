@@ -5,6 +5,7 @@
 
 mod dump;
 mod error;
+mod hold;
 mod machine;
 mod registers;
 mod slot;
@@ -12,6 +13,7 @@ mod stats;
 
 pub use dump::dump;
 pub use error::MachineError;
+pub use hold::NotHeld;
 pub use machine::{Machine, engine_available};
 pub use registers::State;
 pub use slot::VcpuSlot;

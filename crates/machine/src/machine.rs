@@ -63,7 +63,7 @@ impl Machine {
             bus.reserve_mmio(region.start.0, region.len, "RAM")?;
         }
 
-        let control = RunControl::new();
+        let control = RunControl::new(Arc::clone(engine.clock()));
         let vcpus = (0..vcpus)
             .map(|id| {
                 let vcpu = engine.create_vcpu(id)?;

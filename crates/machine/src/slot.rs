@@ -9,11 +9,10 @@ use tetrarch_engine::{Counters, EngineError, Vcpu};
 
 use crate::Machine;
 
-/// One vCPU and whoever holds it at the time.
+/// One vCPU and whoever uses it at the time.
 ///
-/// Lock: `vcpu` is held for a whole run. Only a run waits for it; all else, which
-/// may hold what a device wants, tries and gives up: a run may need the device
-/// to come to its end.
+/// Lock: `vcpu` is held for a whole run, but not while the machine is held; all
+/// others hold the machine first.
 pub struct VcpuSlot {
     pub id: u32,
     pub seat: Arc<Seat>,
@@ -42,10 +41,9 @@ impl VcpuSlot {
         EngineError::Refused(format!("vCPU {} is running", self.id))
     }
 
-    /// Uses a vCPU that does not run.
-    pub fn with<T>(&self, body: impl FnOnce(&mut dyn Vcpu) -> T) -> Result<T, EngineError> {
-        let mut vcpu = self.vcpu.try_lock().ok_or_else(|| self.busy())?;
-        Ok(body(&mut **vcpu))
+    /// Uses a vCPU of a machine that is held.
+    pub(crate) fn with<T>(&self, body: impl FnOnce(&mut dyn Vcpu) -> T) -> T {
+        body(&mut **self.vcpu.lock())
     }
 
     /// The run loop; to be called by who holds no lock that a device may want.
@@ -58,16 +56,15 @@ impl VcpuSlot {
             return Err(self.busy().into());
         }
         let _running = Running(self);
-        let mut vcpu = self.vcpu.lock();
         let result = run_vcpu(
-            &mut **vcpu,
+            &self.vcpu,
             &machine.bus,
             &NoHandlers,
             &machine.control,
             &self.seat,
             looked_up,
         );
-        *self.counters.lock() = vcpu.counters();
+        *self.counters.lock() = self.vcpu.lock().counters();
         result
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tetrarch_bus::{Device, DeviceError, RunError, Sizes, StopReason};
+use tetrarch_bus::{Device, DeviceError, HoldError, RunError, Sizes, StopReason};
 use tetrarch_engine::{EngineError, Vcpu};
 use tetrarch_machine::{Machine, MachineError, State, collect, dump, engine_available};
 use tetrarch_memory::GuestPhys;
@@ -46,11 +46,11 @@ fn set(machine: &Machine, values: &[(&str, u64)]) -> Result<(), String> {
         new.set(values)?;
         new.store(&old, vcpu).map_err(|error| error.to_string())
     };
-    machine.vcpus[0].with(set).map_err(|error| error.to_string())?
+    machine.with_vcpu(&machine.vcpus[0], set).map_err(|failed| failed.error.to_string())?
 }
 
 fn registers(machine: &Machine) -> BTreeMap<String, u64> {
-    machine.vcpus[0].with(|vcpu| State::of(vcpu).values()).expect("not running")
+    machine.with_vcpu(&machine.vcpus[0], |vcpu| State::of(vcpu).values()).expect("between two")
 }
 
 fn run(machine: &Machine) -> Result<StopReason, RunError> {
@@ -116,19 +116,20 @@ fn dump_shows_registers_and_the_code_around_rip() {
     let machine = machine(b"\x90\xfa\xf4\x12\x34");
     set(&machine, &[("rbx", 0xDEAD)]).expect("rbx");
     run(&machine).expect("no error");
-    let text = machine.vcpus[0].with(dump).expect("not running");
+    let text = machine.with_vcpu(&machine.vcpus[0], dump).expect("between two");
     assert!(text.contains("RBX=000000000000dead"), "{text}");
     assert!(text.contains("90 fa f4 <12> 34"), "{text}");
 }
 
 #[test]
-fn vcpu_that_runs_is_refused_to_others() {
+fn vcpu_that_runs_is_refused_to_its_own_devices() {
     struct Again(std::sync::Weak<Machine>);
     impl Device for Again {
         fn read(&self, _: u64, _: u8) -> Result<u64, DeviceError> {
             let machine = self.0.upgrade().expect("it calls us");
-            let used = machine.vcpus[0].with(|_| ());
-            assert!(matches!(used, Err(EngineError::Refused(_))));
+            let failed = machine.with_vcpu(&machine.vcpus[0], |_| ()).unwrap_err();
+            assert!(matches!(failed.error, HoldError::OwnThread { vcpu: 0 }));
+            assert!(failed.mend().contains("another thread"));
             assert!(matches!(run(&machine), Err(RunError::Engine(EngineError::Refused(_)))));
             Ok(7)
         }

@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use tetrarch_bus::{AttachError, DeviceError, RunError};
-use tetrarch_machine::MachineError;
+use tetrarch_machine::{MachineError, NotHeld};
 use tetrarch_memory::MemoryError;
 
 pyo3::create_exception!(
@@ -26,6 +26,7 @@ pub enum Failure {
     Memory(MemoryError),
     Attach(AttachError),
     Device(DeviceError),
+    Hold(NotHeld),
     Python(PyErr),
 }
 
@@ -44,6 +45,9 @@ impl From<Failure> for PyErr {
             Failure::Engine(error) => EngineError::new_err(error.to_string()),
             Failure::Attach(error) => EngineError::new_err(error.to_string()),
             Failure::Device(error) => device_error(error),
+            Failure::Hold(failed) => {
+                EngineError::new_err(format!("{}; {}", failed.error, failed.mend()))
+            }
             Failure::Python(error) => error,
         }
     }
@@ -101,6 +105,12 @@ impl From<MachineError> for Failure {
             MachineError::Memory(error) => Self::Memory(error),
             MachineError::Attach(error) => Self::Attach(error),
         }
+    }
+}
+
+impl From<NotHeld> for Failure {
+    fn from(failed: NotHeld) -> Self {
+        Self::Hold(failed)
     }
 }
 

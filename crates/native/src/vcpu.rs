@@ -28,6 +28,15 @@ impl Vcpu {
     pub fn new(vm: Py<Vm>, slot: Arc<VcpuSlot>) -> Self {
         Self { vm, slot }
     }
+
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        body: impl FnOnce(&mut dyn tetrarch_engine::Vcpu) -> T + Send,
+    ) -> Result<T, Failure> {
+        let (slot, machine) = (&self.slot, &self.vm.get().machine);
+        Ok(py.detach(|| machine.with_vcpu(slot, body))?)
+    }
 }
 
 #[pymethods]
@@ -49,12 +58,12 @@ impl Vcpu {
         })
     }
 
-    fn regs(&self) -> Result<BTreeMap<String, u64>, Failure> {
-        Ok(self.slot.with(|vcpu| State::of(vcpu).values())?)
+    fn regs(&self, py: Python<'_>) -> Result<BTreeMap<String, u64>, Failure> {
+        self.with(py, |vcpu| State::of(vcpu).values())
     }
 
-    fn set_regs(&self, values: BTreeMap<String, u64>) -> Result<(), Failure> {
-        self.slot.with(|vcpu| {
+    fn set_regs(&self, py: Python<'_>, values: BTreeMap<String, u64>) -> Result<(), Failure> {
+        self.with(py, |vcpu| {
             let old = State::of(vcpu);
             let mut new = old;
             new.set(values).map_err(Failure::refused)?;
@@ -62,8 +71,8 @@ impl Vcpu {
         })?
     }
 
-    fn dump(&self) -> Result<String, Failure> {
-        Ok(self.slot.with(dump)?)
+    fn dump(&self, py: Python<'_>) -> Result<String, Failure> {
+        self.with(py, dump)
     }
 
     fn __repr__(&self) -> String {

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -181,6 +182,22 @@ impl Vm {
         };
         let slot = Arc::clone(slot);
         Ok(Vcpu::new(slf.unbind(), slot))
+    }
+
+    #[pyo3(signature = (timeout = 5.0))]
+    fn hold(&self, py: Python<'_>, timeout: f64) -> Result<(), Failure> {
+        let timeout = Duration::try_from_secs_f64(timeout)
+            .map_err(|error| Failure::refused(format!("a timeout of {timeout} s: {error}")))?;
+        Ok(py.detach(|| self.machine.hold(timeout))?)
+    }
+
+    fn resume(&self, py: Python<'_>) -> Result<(), Failure> {
+        Ok(py.detach(|| self.machine.resume())?)
+    }
+
+    #[getter]
+    fn held(&self) -> bool {
+        self.machine.control.is_held()
     }
 
     fn request_stop(&self) {

@@ -113,6 +113,8 @@ pub struct Cpu {
     pub kvm: Paravirtual,
     pub replay: Replay,
     pub counts: Counts,
+    /// The guest's TSC less that of the machine's clock.
+    tsc_base: u64,
 }
 
 impl Cpu {
@@ -128,6 +130,7 @@ impl Cpu {
             kvm: Paravirtual::new(),
             replay: Replay::default(),
             counts: Counts::default(),
+            tsc_base: 0,
         };
         cpu.reset();
         Ok(cpu)
@@ -222,16 +225,28 @@ impl Cpu {
         self.st.cpl == 3
     }
 
-    /// The guest's time-stamp counter: the host's, moved by what the guest wrote.
+    /// The guest's time-stamp counter: the host's, less the machine's pauses,
+    /// moved by what the guest wrote.
     #[inline]
     pub fn tsc(&self) -> u64 {
-        // SAFETY: RDTSC exists on every x86-64 CPU.
-        unsafe { core::arch::x86_64::_rdtsc() }.wrapping_add(self.st.tsc_offset)
+        self.vm.clock.tsc().wrapping_add(self.tsc_base)
+    }
+
+    pub fn set_tsc(&mut self, value: u64) {
+        self.tsc_base = value.wrapping_sub(self.vm.clock.tsc());
+        self.update_tsc_offset();
+    }
+
+    /// Tells translated code, which reads the host's counter, how far the
+    /// guest's is from it. To be called before the guest runs: the machine may
+    /// have stood since.
+    pub fn update_tsc_offset(&mut self) {
+        self.st.tsc_offset = self.tsc_base.wrapping_sub(self.vm.clock.tsc_lag());
     }
 
     /// The guest's TSC less that of the machine, which is the same for all vCPUs.
     pub fn tsc_base(&self) -> u64 {
-        self.st.tsc_offset
+        self.tsc_base
     }
 
     pub fn now_ns(&self) -> u64 {

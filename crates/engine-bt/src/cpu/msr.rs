@@ -274,8 +274,7 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
             return gp(0);
         }
         index::TSC => {
-            let now = cpu.tsc();
-            cpu.st.tsc_offset = cpu.st.tsc_offset.wrapping_add(value.wrapping_sub(now));
+            cpu.set_tsc(value);
             cpu.tsc_changed();
         }
         // Upper bits are reserved; AMD ignores them.

@@ -389,6 +389,7 @@ impl Vcpu for BtVcpu {
             })?);
         }
         signals::thread_init();
+        self.cpu.update_tsc_offset();
         let start = rdtsc();
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
         unsafe { thunk::set_gs_base(self.cpu.tlb.block.base()) };
