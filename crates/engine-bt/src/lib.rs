@@ -9,6 +9,7 @@
 //! architectural state, [`irqchip`] the interrupt controllers, [`kvm`] what KVM
 //! adds to them for its guests, [`host`] what the host's kernel is asked for.
 
+mod chipset;
 mod cpu;
 mod exec;
 mod host;

@@ -8,12 +8,12 @@ use tetrarch_memory::GuestMemory;
 
 use crate::cpu::VmShared;
 use crate::cpu::cpuid::CpuidTable;
-use crate::exec::BtVcpu;
+use crate::exec::{self, BtVcpu};
 use crate::host::wake::Bells;
 use crate::irqchip::IrqChip;
 use crate::kvm;
 use crate::memory::code_map::{CodeMap, DeviceWrites};
-use crate::translate::cache::Cache;
+use crate::translate::cache::CodeCache;
 
 /// Choices for a VM of this engine.
 #[derive(Clone, Debug)]
@@ -47,7 +47,7 @@ pub fn available() -> Result<(), Unusable> {
             ));
         }
     }
-    Cache::probe().map_err(|error| {
+    CodeCache::probe().map_err(|error| {
         Unusable::new(
             format!("the host gives no executable memory ({error})"),
             "allow memfd mappings with PROT_EXEC",
@@ -87,7 +87,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
         tsc_hz,
     });
     let cache = if config.translate {
-        let cache = Cache::new().map_err(|error| {
+        let cache = CodeCache::new(exec::fill).map_err(|error| {
             EngineError::Unavailable(format!("no memory for translated code: {error}"))
         })?;
         Some(Arc::new(Mutex::new(cache)))
@@ -124,7 +124,7 @@ fn tsc_hz() -> u64 {
 
 struct BtVm {
     shared: Arc<VmShared>,
-    cache: Option<Arc<Mutex<Cache>>>,
+    cache: Option<Arc<Mutex<CodeCache>>>,
     bells: Arc<Bells>,
     vcpus: u32,
     created: Mutex<Vec<u32>>,

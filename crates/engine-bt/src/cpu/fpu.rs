@@ -1,8 +1,9 @@
 //! Who owns the FPU, and the images of its state.
 //!
-//! Between [`load`] and [`unload`] the guest's x87 state (MMX registers are
-//! part of it) lives in the host CPU, also while Rust code runs: compiled Rust
-//! never touches x87, and saving it costs more than most instructions. MXCSR is
+//! The guest's x87 state (MMX registers are part of it) comes into the host CPU
+//! with the first instruction that wants it ([`load`]) and stays, also while Rust
+//! code runs, until [`leave`] at the end of `Vcpu::run`: compiled Rust never
+//! touches x87, and a guest that does not either pays nothing. MXCSR is
 //! different: Rust's own floating point obeys it, so the guest's value is in
 //! hardware only inside translated code and native thunks, and else in
 //! [`CpuState::mxcsr`]. XMM and YMM registers are in [`CpuState::vec`] whenever
@@ -15,6 +16,7 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
+use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind};
 use tetrarch_engine::cpuid::{self, host_is_intel};
 
 use crate::cpu::state::{CpuState, FxImage, Ymm};
@@ -114,6 +116,35 @@ pub fn reset(st: &mut CpuState) {
     set_x87(st, &initial_x87().0);
 }
 
+/// Whether an instruction reads or changes x87 or MMX state.
+pub fn touches_x87(i: &Instruction) -> bool {
+    use CpuidFeature as F;
+    // The conversions from MMX switch to MMX with a memory operand, too.
+    matches!(
+        i.mnemonic(),
+        Mnemonic::Wait | Mnemonic::Fisttp | Mnemonic::Cvtpi2ps | Mnemonic::Cvtpi2pd
+    ) || i.cpuid_features().iter().any(|feature| {
+        matches!(
+            feature,
+            F::FPU | F::FPU287 | F::FPU287XL_ONLY | F::FPU387 | F::FPU387SL_ONLY | F::MMX
+        )
+    }) || (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Register && i.op_register(op).is_mm())
+}
+
+/// Called when `Vcpu::run` begins: until [`leave`] the guest's x87 state may stay
+/// in the host CPU once it is there.
+pub fn enter(st: &mut CpuState) {
+    // SAFETY: stores four bytes of the state.
+    unsafe { asm!("stmxcsr [{}]", in(reg) &raw mut st.host_mxcsr, options(nostack)) };
+    st.fpu_stays = 1;
+}
+
+/// Called when `Vcpu::run` ends.
+pub fn leave(st: &mut CpuState) {
+    unload(st);
+    st.fpu_stays = 0;
+}
+
 /// Makes the guest's x87 state live in the host CPU.
 pub fn load(st: &mut CpuState) {
     if st.fpu_loaded != 0 {
@@ -142,12 +173,13 @@ pub fn unload(st: &mut CpuState) {
     unsafe { asm!("fninit", "fldcw [{}]", in(reg) &raw const fcw, options(nostack)) };
 }
 
-/// Runs `f` with the guest's x87 state live, whether or not it already is.
+/// Runs `f` with the guest's x87 state live, whether or not it already is. Between
+/// [`enter`] and [`leave`] it stays.
 pub fn with_loaded<T>(st: &mut CpuState, f: impl FnOnce(&mut CpuState) -> T) -> T {
     let loaded = st.fpu_loaded != 0;
     load(st);
     let result = f(st);
-    if !loaded {
+    if !loaded && st.fpu_stays == 0 {
         unload(st);
     }
     result

@@ -14,9 +14,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use tetrarch_engine::{Clock, Platform};
-use tetrarch_memory::GuestMemory;
+use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use crate::cpu::cpuid::CpuidTable;
+use crate::cpu::fault::Fault;
 use crate::cpu::msr::MsrFile;
 use crate::cpu::state::{CpuState, attr, cr, flag, seg};
 use crate::interp::replay::Replay;
@@ -103,6 +104,21 @@ pub struct Counts {
     pub run_tsc: u64,
 }
 
+/// What a TLB miss of translated code found where the access cannot hit.
+#[derive(Clone, Copy)]
+pub enum Missed {
+    /// Something that the interpreter sees to.
+    Nothing,
+    Device {
+        linear: u64,
+        address: GuestPhys,
+    },
+    Fault {
+        linear: u64,
+        fault: Fault,
+    },
+}
+
 pub struct Cpu {
     pub id: usize,
     pub st: StateRef,
@@ -112,6 +128,7 @@ pub struct Cpu {
     pub msrs: MsrFile,
     pub kvm: Paravirtual,
     pub replay: Replay,
+    pub missed: Missed,
     pub counts: Counts,
     /// The guest's TSC less that of the machine's clock.
     tsc_base: u64,
@@ -129,6 +146,7 @@ impl Cpu {
             msrs: MsrFile::new(),
             kvm: Paravirtual::new(),
             replay: Replay::default(),
+            missed: Missed::Nothing,
             counts: Counts::default(),
             tsc_base: 0,
         };

@@ -170,6 +170,8 @@ pub struct CpuState {
     pub host_fcw: u32,
     /// The guest's x87 state is in the host CPU, not in `fx`.
     pub fpu_loaded: u32,
+    /// It stays there once it is: inside [`crate::cpu::fpu::enter`] and `leave`.
+    pub fpu_stays: u32,
     pub seg: [Segment; 8],
     pub gdt: SegmentTable,
     pub idt: SegmentTable,

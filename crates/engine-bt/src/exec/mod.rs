@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use iced_x86::Instruction;
 use parking_lot::Mutex;
 use tetrarch_engine::{
     Counters, EngineError, Exit, GuestFault, Kick, Registers, Reply, SystemRegisters, Trap, Vcpu,
@@ -20,43 +21,73 @@ use crate::host::timer::HostTimer;
 use crate::host::wake::Bell;
 use crate::interp::{self, Flow, thunk};
 use crate::irqchip;
-use crate::translate::builder::Builder;
-use crate::translate::cache::Cache;
+use crate::translate::cache::CodeCache;
 
-mod translated;
+mod access;
+mod translator;
 
-use translated::Translator;
-pub use translated::fill;
+use access::Access;
+pub use translator::fill;
+use translator::{Then, Translator};
 
 pub struct BtVcpu {
     cpu: Box<Cpu>,
     translator: Option<Translator>,
     bell: Arc<Bell>,
     timer: Option<HostTimer>,
-    listener: usize,
-    /// An exit waits for its reply.
-    waiting: Option<Exit>,
+    /// What an answer of the machine goes to.
+    unfinished: Unfinished,
     shut_down: bool,
     nmi_pending: bool,
     /// An event whose delivery waits for the machine's answer.
-    delivering: Option<Event>,
-    /// A trap waits for its reply.
-    trapped: Option<Trap>,
+    delivering: Option<Interruption>,
+}
+
+/// How the code at RIP runs.
+enum Tier<'a> {
+    Interpret,
+    Translate(&'a mut Translator),
+}
+
+/// An exit that has been handed out, and what its answer goes to.
+#[derive(Clone, Copy)]
+enum Unfinished {
+    Nothing,
+    /// The instruction, or the delivery of an event, starts again and finds the
+    /// answer in [`Cpu::replay`].
+    Replay,
+    /// The same, with an answer that may be registers or a fault.
+    Platform,
+    Trap(Trap),
+    Access(Access),
+    /// The answer is there: the next run begins with the end of the instruction.
+    Answered(Access, u64),
 }
 
 /// What interrupts the guest.
 #[derive(Clone, Copy)]
-enum Event {
+enum Interruption {
     Fault(Fault),
     Interrupt(u8),
     Nmi,
+}
+
+impl<'a> Tier<'a> {
+    fn of(translator: &'a mut Option<Translator>, cpu: &Cpu) -> Self {
+        match translator {
+            Some(translator) if cpu.st.mode & mode::TRANSLATE != 0 && cpu.st.shadow == 0 => {
+                Self::Translate(translator)
+            }
+            _ => Self::Interpret,
+        }
+    }
 }
 
 impl BtVcpu {
     pub fn new(
         id: usize,
         shared: Arc<VmShared>,
-        cache: Option<Arc<Mutex<Cache>>>,
+        cache: Option<Arc<Mutex<CodeCache>>>,
     ) -> Result<Self, EngineError> {
         let no_memory =
             |error| EngineError::Unavailable(format!("no memory for vCPU {id}: {error}"));
@@ -65,22 +96,17 @@ impl BtVcpu {
         let bell = Arc::new(Bell::new(Arc::clone(&cpu.tlb.block)));
         let ring = Arc::clone(&bell);
         let listener = code.add_listener(Box::new(move || ring.ring()));
-        let translator = cache.map(|cache| {
-            let stubs = cache.lock().stubs;
-            Translator { cache, builder: Builder::new(stubs), enter: stubs.enter }
-        });
+        let translator = cache.map(|cache| Translator::new(cache, listener));
         signals::install();
         Ok(Self {
             cpu,
             translator,
             bell,
             timer: None,
-            listener,
-            waiting: None,
+            unfinished: Unfinished::Nothing,
             shut_down: false,
             nmi_pending: false,
             delivering: None,
-            trapped: None,
         })
     }
 
@@ -140,31 +166,22 @@ impl BtVcpu {
                 let cpu = &self.cpu;
                 timer.arm(deadline, || cpu.now_ns());
             }
-            let translate = self.cpu.st.mode & mode::TRANSLATE != 0
-                && self.cpu.st.shadow == 0
-                && self.translator.is_some();
-            if !translate {
-                if let Some(exit) = self.step() {
-                    return Ok(exit);
+            let then = match Tier::of(&mut self.translator, &self.cpu) {
+                Tier::Interpret => Then::Interpret,
+                Tier::Translate(translator) => translator.run(&mut self.cpu)?,
+            };
+            let exit = match then {
+                Then::Continue => None,
+                Then::Interpret => self.step(),
+                Then::Execute(instruction) => self.execute(&instruction),
+                Then::Raise(fault) => self.deliver(fault),
+                Then::Ask(exit, access) => {
+                    self.unfinished = Unfinished::Access(access);
+                    Some(exit)
                 }
-                continue;
-            }
-            match self.host_entry() {
-                Ok(Some(entry)) => {
-                    if let Some(exit) = self.run_translated(entry)? {
-                        return Ok(exit);
-                    }
-                }
-                Ok(None) => {
-                    if let Some(exit) = self.step() {
-                        return Ok(exit);
-                    }
-                }
-                Err(fault) => {
-                    if let Some(exit) = self.deliver(fault) {
-                        return Ok(exit);
-                    }
-                }
+            };
+            if let Some(exit) = exit {
+                return Ok(exit);
             }
         }
     }
@@ -172,7 +189,9 @@ impl BtVcpu {
     /// Serves what the request flag may stand for.
     fn attend(&mut self) -> Option<Exit> {
         self.cpu.tlb.block.shared().request.store(0, Ordering::SeqCst);
-        self.drop_written_code();
+        if let Some(translator) = &mut self.translator {
+            translator.drop_written_code(&mut self.cpu);
+        }
         let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
         if let Some(deadline) = deadline {
             let now = self.cpu.now_ns();
@@ -225,7 +244,7 @@ impl BtVcpu {
         self.nmi_pending = false;
         self.cpu.st.halted = 0;
         self.cpu.counts.interrupts += 1;
-        self.enter_handler(Event::Nmi)
+        self.enter_handler(Interruption::Nmi)
     }
 
     fn deliver_interrupt(&mut self) -> Option<Exit> {
@@ -234,23 +253,23 @@ impl BtVcpu {
         self.cpu.st.halted = 0;
         self.cpu.offer_quiet_eoi();
         self.cpu.update_steal_time();
-        self.enter_handler(Event::Interrupt(vector))
+        self.enter_handler(Interruption::Interrupt(vector))
     }
 
     /// Leads the guest into its handler. Where the way there goes through device
     /// memory, as with a stack in it, this is called again for each answer.
-    fn enter_handler(&mut self, event: Event) -> Option<Exit> {
+    fn enter_handler(&mut self, event: Interruption) -> Option<Exit> {
         self.cpu.replay.rewind();
         let result = match event {
-            Event::Fault(fault) => exception::deliver(&mut self.cpu, fault),
-            Event::Interrupt(vector) => exception::interrupt(&mut self.cpu, vector),
-            Event::Nmi => exception::nmi(&mut self.cpu),
+            Interruption::Fault(fault) => exception::deliver(&mut self.cpu, fault),
+            Interruption::Interrupt(vector) => exception::interrupt(&mut self.cpu, vector),
+            Interruption::Nmi => exception::nmi(&mut self.cpu),
         };
         match result {
             Ok(()) => None,
             Err(Stop::Exit(exit)) => {
                 self.delivering = Some(event);
-                self.waiting = Some(exit);
+                self.unfinished = Unfinished::Replay;
                 Some(exit)
             }
             Err(Stop::Fault(_) | Stop::Shutdown) => {
@@ -283,7 +302,6 @@ impl BtVcpu {
             self.cpu.leave_guest();
             fpu::unload(&mut self.cpu.st);
             self.bell.sleep(timeout);
-            fpu::load(&mut self.cpu.st);
             self.cpu.return_to_guest();
         }
         let now = self.cpu.now_ns();
@@ -303,14 +321,26 @@ impl BtVcpu {
         }
     }
 
+    /// Interprets the instruction at RIP, which is known.
+    fn execute(&mut self, instruction: &Instruction) -> Option<Exit> {
+        match interp::step_decoded(&mut self.cpu, instruction) {
+            Ok(()) => None,
+            Err(stop) => self.stopped(stop),
+        }
+    }
+
     fn stopped(&mut self, stop: Stop) -> Option<Exit> {
         match stop {
             Stop::Fault(fault) => self.deliver(fault),
             Stop::Exit(exit) => {
-                if let Exit::Trap(trap) = exit {
-                    self.trapped = Some(trap);
-                }
-                self.waiting = Some(exit);
+                self.unfinished = match exit {
+                    Exit::Trap(trap) => Unfinished::Trap(trap),
+                    Exit::Hypercall { .. }
+                    | Exit::MsrRead { .. }
+                    | Exit::MsrWrite { .. }
+                    | Exit::PortWithRegisters { .. } => Unfinished::Platform,
+                    _ => Unfinished::Replay,
+                };
                 Some(exit)
             }
             Stop::Shutdown => {
@@ -330,7 +360,7 @@ impl BtVcpu {
         if fault.vector == crate::cpu::fault::vector::PF {
             self.cpu.counts.page_faults += 1;
         }
-        self.enter_handler(Event::Fault(fault))
+        self.enter_handler(Interruption::Fault(fault))
     }
 }
 
@@ -342,10 +372,8 @@ fn rdtsc() -> u64 {
 /// Events of a deprivileged guest, which the platform takes.
 impl BtVcpu {
     fn trap(&mut self, trap: Trap) -> Option<Exit> {
-        self.trapped = Some(trap);
-        let exit = Exit::Trap(trap);
-        self.waiting = Some(exit);
-        Some(exit)
+        self.unfinished = Unfinished::Trap(trap);
+        Some(Exit::Trap(trap))
     }
 
     fn trap_answered(&mut self, trap: Trap, reply: Reply) {
@@ -355,7 +383,7 @@ impl BtVcpu {
             match interp::platform::complete(cpu, reply, put) {
                 Ok(Flow::Next) => cpu.st.rip = next,
                 Ok(Flow::Jump) => {}
-                Err(Stop::Fault(fault)) => self.delivering = Some(Event::Fault(fault)),
+                Err(Stop::Fault(fault)) => self.delivering = Some(Interruption::Fault(fault)),
                 Err(Stop::Exit(_) | Stop::Shutdown) => {}
             }
             return;
@@ -365,21 +393,19 @@ impl BtVcpu {
             Reply::Registers(registers) => {
                 interp::platform::replace(cpu, &registers);
             }
-            Reply::Fault(fault) => self.delivering = Some(Event::Fault(fault.into())),
+            Reply::Fault(fault) => self.delivering = Some(Interruption::Fault(fault.into())),
         }
     }
 }
 
 impl Vcpu for BtVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
-        if self.waiting.is_some_and(wants_value) && self.cpu.replay.unanswered() {
+        if !matches!(self.unfinished, Unfinished::Nothing | Unfinished::Answered(..)) {
             return Err(EngineError::Refused("the last exit was not answered".into()));
         }
         if self.shut_down {
             return Ok(Exit::Shutdown);
         }
-        self.waiting = None;
-        self.trapped = None;
         if self.timer.as_ref().is_none_or(|timer| !timer.is_here()) {
             self.timer = None;
             self.cpu.kvm.thread_changed();
@@ -387,42 +413,41 @@ impl Vcpu for BtVcpu {
             self.timer = Some(timer.map_err(|error| {
                 EngineError::Unavailable(format!("the host gives no timer: {error}"))
             })?);
+            signals::thread_init();
         }
-        signals::thread_init();
         self.cpu.update_tsc_offset();
         let start = rdtsc();
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
         unsafe { thunk::set_gs_base(self.cpu.tlb.block.base()) };
-        fpu::load(&mut self.cpu.st);
+        if let Unfinished::Answered(access, value) = self.unfinished {
+            access.finish(&mut self.cpu, value);
+            self.unfinished = Unfinished::Nothing;
+        }
+        fpu::enter(&mut self.cpu.st);
         self.cpu.return_to_guest();
         let result = self.run_inside();
         if matches!(result, Ok(Exit::Kicked)) {
             self.cpu.settle_eoi();
             self.cpu.leave_guest();
         }
-        fpu::unload(&mut self.cpu.st);
+        fpu::leave(&mut self.cpu.st);
         self.cpu.counts.run_tsc += rdtsc().wrapping_sub(start);
-        if let Ok(exit) = result {
-            self.waiting = Some(exit);
-        }
         result
     }
 
     fn reply(&mut self, reply: Reply) {
-        if let Some(trap) = self.trapped.take() {
-            return self.trap_answered(trap, reply);
-        }
-        match self.waiting {
-            Some(
-                Exit::Hypercall { .. }
-                | Exit::MsrRead { .. }
-                | Exit::MsrWrite { .. }
-                | Exit::PortWithRegisters { .. },
-            ) => self.cpu.replay.answer_platform(reply),
-            _ => self.cpu.replay.answer(match reply {
-                Reply::Value(value) => value,
-                Reply::Done | Reply::Registers(_) | Reply::Fault(_) => 0,
-            }),
+        let value = match reply {
+            Reply::Value(value) => value,
+            Reply::Done | Reply::Registers(_) | Reply::Fault(_) => 0,
+        };
+        match std::mem::replace(&mut self.unfinished, Unfinished::Nothing) {
+            Unfinished::Nothing => {}
+            Unfinished::Replay => self.cpu.replay.answer(value),
+            Unfinished::Platform => self.cpu.replay.answer_platform(reply),
+            Unfinished::Trap(trap) => self.trap_answered(trap, reply),
+            Unfinished::Access(access) | Unfinished::Answered(access, _) => {
+                self.unfinished = Unfinished::Answered(access, value);
+            }
         }
     }
 
@@ -523,8 +548,7 @@ impl Vcpu for BtVcpu {
         let ns = |tsc: u64| {
             (u128::from(tsc) * 1_000_000_000 / u128::from(self.cpu.vm.tsc_hz.max(1))) as u64
         };
-        let cache_bytes =
-            self.translator.as_ref().map_or(0, |t| t.cache.lock().used_bytes() as u64);
+        let cache_bytes = self.translator.as_ref().map_or(0, Translator::used_bytes);
         vec![
             ("bt", "blocks", c.blocks),
             ("bt", "instructions_translated", c.instructions),
@@ -558,19 +582,11 @@ impl BtVcpu {
         self.cpu.st.halted = 0;
         self.shut_down = false;
         self.delivering = None;
-        self.waiting = None;
+        // The handler of a trap may set registers before it answers.
+        if !matches!(self.unfinished, Unfinished::Trap(_)) {
+            self.unfinished = Unfinished::Nothing;
+        }
         self.cpu.tlb.flush(true);
         self.cpu.update_mode();
     }
-}
-
-fn wants_value(exit: Exit) -> bool {
-    matches!(
-        exit,
-        Exit::PortIn { .. }
-            | Exit::MmioRead { .. }
-            | Exit::MsrRead { .. }
-            | Exit::Hypercall { .. }
-            | Exit::PortWithRegisters { .. }
-    )
 }

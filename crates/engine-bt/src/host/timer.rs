@@ -7,7 +7,7 @@
 
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 
 use crate::cpu::state_block::StateBlock;
@@ -47,11 +47,21 @@ fn install() {
     });
 }
 
+/// A number that no other thread of the process has had: asked at every exit of the
+/// guest, where a system call would be felt.
+fn this_thread() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    thread_local! {
+        static NUMBER: u64 = NEXT.fetch_add(1, Ordering::Relaxed);
+    }
+    NUMBER.with(|number| *number)
+}
+
 /// One vCPU's timer; bound to the thread that made it.
 pub struct HostTimer {
     timer: libc::timer_t,
     slot: usize,
-    thread: libc::pid_t,
+    thread: u64,
     armed: Option<u64>,
     /// The slot points into it.
     _block: Arc<StateBlock>,
@@ -87,13 +97,12 @@ impl HostTimer {
             FLAGS[slot].store(null_mut(), Ordering::Release);
             return Err(std::io::Error::last_os_error());
         }
-        Ok(Self { timer, slot, thread, armed: None, _block: Arc::clone(block) })
+        Ok(Self { timer, slot, thread: this_thread(), armed: None, _block: Arc::clone(block) })
     }
 
     /// Whether the timer signals the calling thread.
     pub fn is_here(&self) -> bool {
-        // SAFETY: gettid has no effects.
-        self.thread == unsafe { libc::gettid() }
+        self.thread == this_thread()
     }
 
     /// Arms the timer for machine time `deadline`, or disarms it.

@@ -63,7 +63,7 @@ fn with_registers(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
 }
 
 /// #GP(0) unless IOPL or the TSS allows the port (SDM 1, 19.5).
-fn check_port(cpu: &mut Cpu, port: u16, size: usize) -> R<()> {
+pub fn check_port(cpu: &mut Cpu, port: u16, size: usize) -> R<()> {
     let iopl = (cpu.st.flags & flag::IOPL) >> 12;
     if !cpu.st.protected() || !cpu.st.vm86() && u64::from(cpu.st.cpl) <= iopl {
         return Ok(());
@@ -87,21 +87,17 @@ fn check_port(cpu: &mut Cpu, port: u16, size: usize) -> R<()> {
 }
 
 fn port_in(cpu: &mut Cpu, port: u16, size: usize) -> R<u64> {
-    let now = cpu.now_ns();
-    let value = match cpu.vm.irqchip.port_read(port, size as u8, now) {
-        Some(value) => u64::from(value),
-        None => cpu.replay.ask(Exit::PortIn { port, size: size as u8 })?,
-    };
-    Ok(value & mask(size))
+    match cpu.port_in(port, size) {
+        Ok(value) => Ok(value),
+        Err(exit) => Ok(cpu.replay.ask(exit)? & mask(size)),
+    }
 }
 
 fn port_out(cpu: &mut Cpu, port: u16, size: usize, value: u64) -> R<()> {
-    let data = (value & mask(size)) as u32;
-    let now = cpu.now_ns();
-    if !cpu.vm.irqchip.port_write(port, size as u8, data, now) {
-        cpu.replay.ask(Exit::PortOut { port, size: size as u8, data })?;
+    match cpu.port_out(port, size, value) {
+        Ok(()) => Ok(()),
+        Err(exit) => cpu.replay.ask(exit).map(drop),
     }
-    Ok(())
 }
 
 /// The port of operand `op`: DX or an immediate byte.

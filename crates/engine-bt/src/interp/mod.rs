@@ -84,10 +84,21 @@ pub fn step(cpu: &mut Cpu) -> R<()> {
         }
     }
     let i = fetch(cpu)?;
-    let accesses = watching.then(|| debug::accesses(cpu, &i));
+    run(cpu, &i, watching)
+}
+
+/// Runs an instruction that has been fetched and decoded at RIP, in a mode that
+/// the translator takes: no breakpoint can be on it.
+pub fn step_decoded(cpu: &mut Cpu, i: &Instruction) -> R<()> {
+    cpu.replay.rewind();
+    run(cpu, i, false)
+}
+
+fn run(cpu: &mut Cpu, i: &Instruction, watching: bool) -> R<()> {
+    let accesses = watching.then(|| debug::accesses(cpu, i));
     let shadow = std::mem::take(&mut cpu.st.shadow);
     let flags = cpu.st.flags;
-    let flow = match execute(cpu, &i) {
+    let flow = match execute(cpu, i) {
         Ok(flow) => flow,
         Err(stop) => {
             // The instruction starts again, in the same shadow.
@@ -106,7 +117,7 @@ pub fn step(cpu: &mut Cpu) -> R<()> {
     let traced = (flags | cpu.st.flags) & (flag::TF | flag::RF) != 0;
     if traced || watching || cpu.st.pending_debug != 0 {
         let hits = accesses.map_or(0, |accesses| debug::data_hits(cpu, &accesses));
-        return after(cpu, &i, flags, hits);
+        return after(cpu, i, flags, hits);
     }
     Ok(())
 }

@@ -13,7 +13,6 @@ use crate::cpu::fault::{R, Stop};
 pub struct Replay {
     answers: Vec<u64>,
     next: usize,
-    asked: bool,
     /// The answer to an exit of the platform, of which an instruction has one.
     platform: Option<Reply>,
 }
@@ -29,7 +28,6 @@ impl Replay {
     #[inline]
     pub fn clear(&mut self) {
         self.next = 0;
-        self.asked = false;
         self.answers.clear();
         self.platform = None;
     }
@@ -40,7 +38,6 @@ impl Replay {
             self.next += 1;
             return Ok(answer);
         }
-        self.asked = true;
         Err(Stop::Exit(exit))
     }
 
@@ -50,32 +47,22 @@ impl Replay {
         if let Some(reply) = self.platform.take() {
             return Ok(reply);
         }
-        self.asked = true;
         Err(Stop::Exit(exit))
     }
 
     /// Records the machine's answer to the exit that stopped the instruction.
     pub fn answer(&mut self, value: u64) {
-        if std::mem::take(&mut self.asked) {
-            self.answers.push(value);
-        }
+        self.answers.push(value);
     }
 
     /// The same for an exit of the platform.
     pub fn answer_platform(&mut self, reply: Reply) {
-        if std::mem::take(&mut self.asked) {
-            self.platform = Some(reply);
-        }
+        self.platform = Some(reply);
     }
 
     /// Whether an instruction waits for answers or has some of them.
     #[inline]
     pub fn in_progress(&self) -> bool {
         !self.answers.is_empty() || self.platform.is_some()
-    }
-
-    /// Whether an exit has been handed out and not been answered.
-    pub fn unanswered(&self) -> bool {
-        self.asked
     }
 }

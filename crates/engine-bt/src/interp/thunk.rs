@@ -507,7 +507,7 @@ fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
     // must not happen twice.
     let ram = cpu.tlb.lookup(linear, user, true).is_some() && linear & 0xFFF <= 0x1000 - 10;
     let undo = (thunk.x87_store && !ram).then(|| fpu::x87(&cpu.st));
-    let stored = if thunk.class & (class::X87 | class::MMX | class::WAIT) != 0 {
+    let stored = if fpu::touches_x87(i) {
         fpu::with_loaded(&mut cpu.st, |st| {
             enter(st, thunk).map(|()| !(thunk.x87_store && store_suppressed()))
         })

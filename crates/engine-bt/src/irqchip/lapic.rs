@@ -63,6 +63,16 @@ mod reg {
     pub const SELF_IPI: u32 = 0x3f;
 }
 
+/// Whether time counts in an access to this offset of the xAPIC page: in all that
+/// has to do with the timer.
+pub fn is_timed(offset: u32) -> bool {
+    const LVT: u32 = reg::LVT + LVT_TIMER as u32;
+    matches!(
+        offset >> 4,
+        reg::SVR | LVT | reg::TIMER_INITIAL | reg::TIMER_CURRENT | reg::TIMER_DIVIDE
+    )
+}
+
 /// What a register write asks of the rest of the machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Action {

@@ -29,6 +29,7 @@ use parking_lot::Mutex;
 
 use codec::{Reader, Writer};
 use ioapic::IoApic;
+pub use lapic::is_timed;
 use lapic::{Action, Icr, Lapic, Route};
 use pic::Pic;
 use pit::Pit;
@@ -151,6 +152,8 @@ struct Cpu {
     /// A [`Route`].
     route: AtomicU64,
     deadline: AtomicU64,
+    /// IA32_APIC_BASE.
+    base: AtomicU64,
 }
 
 /// Sequentially consistent, because a sleeper checks these after it announced its sleep and the
@@ -176,6 +179,7 @@ impl Cpu {
             unhalted: AtomicBool::new(false),
             route: AtomicU64::new(0),
             deadline: AtomicU64::new(NEVER),
+            base: AtomicU64::new(0),
             lapic: Mutex::new(lapic),
         };
         cpu.publish(&cpu.lapic.lock());
@@ -189,6 +193,7 @@ impl Cpu {
         publish_bool(&self.takes_pic, lapic.takes_pic());
         publish_u64(&self.route, lapic.route().bits());
         publish_u64(&self.deadline, lapic.deadline().unwrap_or(NEVER));
+        publish_u64(&self.base, lapic.base());
     }
 
     fn route(&self) -> Route {
@@ -292,7 +297,8 @@ impl Legacy {
     }
 }
 
-fn is_port(port: u16) -> bool {
+/// Whether the port is one of the chip's.
+pub fn is_port(port: u16) -> bool {
     matches!(port, 0x20 | 0x21 | 0x40..=0x43 | 0x61 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1)
 }
 
@@ -681,7 +687,7 @@ impl IrqChip {
 
     pub fn apic_base(&self, vcpu: usize) -> u64 {
         match self.cpus.get(vcpu) {
-            Some(cpu) => cpu.lapic.lock().base(),
+            Some(cpu) => cpu.base.load(Ordering::Relaxed),
             None => 0,
         }
     }

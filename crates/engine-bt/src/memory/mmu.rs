@@ -5,7 +5,6 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use tetrarch_engine::Exit;
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::cpu::Cpu;
@@ -15,7 +14,7 @@ use crate::memory::tlb::FetchedPage;
 
 /// Physical address bits that CPUID reports; higher ones are reserved.
 pub const PHYS_BITS: u32 = 40;
-const PHYS_MASK: u64 = (1 << PHYS_BITS) - 1;
+pub const PHYS_MASK: u64 = (1 << PHYS_BITS) - 1;
 
 const PTE_P: u64 = 1 << 0;
 const PTE_W: u64 = 1 << 1;
@@ -25,8 +24,6 @@ const PTE_D: u64 = 1 << 6;
 const PTE_PS: u64 = 1 << 7;
 const PTE_G: u64 = 1 << 8;
 const PTE_NX: u64 = 1 << 63;
-
-pub const IOAPIC_BASE: u64 = 0xFEC0_0000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -245,6 +242,9 @@ impl Cpu {
     /// writing, holds no translated code. Returns where the byte is.
     pub fn fill_tlb(&mut self, linear: u64, write: bool, user: bool) -> Result<Place, Fault> {
         self.counts.tlb_misses += 1;
+        if let Some(address) = self.tlb.device(linear, write, user) {
+            return Ok(Place::Device(address));
+        }
         if self.st.long_mode() && !canonical(linear) {
             return Err(Fault::with_error(crate::cpu::fault::vector::GP, 0));
         }
@@ -253,6 +253,7 @@ impl Cpu {
         let page = GuestPhys(walk.address.0 & !0xFFF);
         // RAM first: an APIC page that a guest moves over RAM is not seen there.
         let Some(host) = self.vm.memory.host(page, PAGE_SIZE) else {
+            self.tlb.fill_device(linear, page, write, user);
             return Ok(Place::Device(walk.address));
         };
         if walk.size > PAGE_SIZE {
@@ -273,10 +274,6 @@ impl Cpu {
             self.tlb.fill(linear, host, user, true, walk.global);
         }
         Ok(Place::Ram(place))
-    }
-
-    fn is_apic(&self, page: GuestPhys) -> bool {
-        page.0 == IOAPIC_BASE || page.0 == self.vm.irqchip.apic_base(self.id) & PHYS_MASK & !0xFFF
     }
 
     /// Where `size` bytes inside one page are.
@@ -543,40 +540,19 @@ impl Cpu {
         None
     }
 
-    /// Reads memory that is not RAM: an APIC of this VM, or the machine's.
+    /// Reads memory that is not RAM.
     fn device_read(&mut self, address: GuestPhys, size: usize) -> R<u64> {
-        let page = GuestPhys(address.0 & !0xFFF);
-        if self.is_apic(page) {
-            self.settle_eoi();
-            let offset = address.page_offset() as u32;
-            let value = if page.0 == IOAPIC_BASE {
-                self.vm.irqchip.ioapic_read(offset)
-            } else {
-                self.vm.irqchip.lapic_read(self.id, offset & !3, self.now_ns()) >> (offset % 4 * 8)
-            };
-            return Ok(u64::from(value) & mask(size));
+        match self.read_device(address, size) {
+            Ok(value) => Ok(value),
+            Err(exit) => Ok(self.replay.ask(exit)? & mask(size)),
         }
-        let exit = Exit::MmioRead { address: address.0, size: size as u8 };
-        Ok(self.replay.ask(exit)? & mask(size))
     }
 
     fn device_write(&mut self, address: GuestPhys, size: usize, value: u64) -> R<()> {
-        let page = GuestPhys(address.0 & !0xFFF);
-        if self.is_apic(page) {
-            self.settle_eoi();
-            let (offset, value) = (address.page_offset() as u32, value as u32);
-            if page.0 == IOAPIC_BASE {
-                self.vm.irqchip.ioapic_write(offset, value);
-            } else if size == 4 && offset.is_multiple_of(4) {
-                // Other widths are undefined (SDM 3A, 11.4.1); they are ignored.
-                let (now, tsc) = (self.now_ns(), self.tsc());
-                self.vm.irqchip.lapic_write(self.id, offset, value, now, tsc);
-            }
-            return Ok(());
+        match self.write_device(address, size, value) {
+            Ok(()) => Ok(()),
+            Err(exit) => self.replay.ask(exit).map(drop),
         }
-        let data = value & mask(size);
-        self.replay.ask(Exit::MmioWrite { address: address.0, size: size as u8, data })?;
-        Ok(())
     }
 }
 

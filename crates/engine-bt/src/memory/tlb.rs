@@ -10,6 +10,8 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use tetrarch_memory::GuestPhys;
+
 use crate::cpu::state_block::{
     INVALID_BRANCH_0, INVALID_PAGE_0, StateBlock, TLB_ENTRIES, TlbEntry, branch_index, exec_index,
     tlb_index,
@@ -177,6 +179,18 @@ pub struct FetchedPage {
 // SAFETY: the pointer is into guest memory, which outlives every vCPU.
 unsafe impl Send for FetchedPage {}
 
+/// A page outside RAM that an access was allowed to.
+#[derive(Clone, Copy)]
+struct DevicePage {
+    linear: u64,
+    write: bool,
+    user: bool,
+    physical: GuestPhys,
+}
+
+/// Pages of devices remembered: a driver has a few, and the local APIC's.
+const DEVICE_PAGES: usize = 16;
+
 pub struct Tlb {
     pub block: Arc<StateBlock>,
     /// Of pages that are not global, and of global ones.
@@ -186,6 +200,9 @@ pub struct Tlb {
     large: HashSet<(u64, u64)>,
     /// The page that the interpreter last fetched from.
     pub fetched: Option<FetchedPage>,
+    /// Device memory never has an entry that translated code could hit; this
+    /// spares its accesses the page walk.
+    devices: [Option<DevicePage>; DEVICE_PAGES],
     pub flushes: u64,
 }
 
@@ -193,7 +210,14 @@ impl Tlb {
     pub fn new() -> std::io::Result<Self> {
         let block = Arc::new(StateBlock::new()?);
         let logs = Default::default();
-        Ok(Self { block, logs, large: HashSet::new(), fetched: None, flushes: 0 })
+        Ok(Self {
+            block,
+            logs,
+            large: HashSet::new(),
+            fetched: None,
+            devices: [None; DEVICE_PAGES],
+            flushes: 0,
+        })
     }
 
     /// The host address of `linear`, if its page is in the TLB.
@@ -201,6 +225,23 @@ impl Tlb {
     pub fn lookup(&self, linear: u64, user: bool, write: bool) -> Option<*mut u8> {
         let entry = &self.block.tlb(user, write)[tlb_index(linear)];
         (entry.page == linear & PAGE_MASK).then(|| (entry.host + (linear & 0xFFF)) as *mut u8)
+    }
+
+    /// The physical address of `linear`, if its page is a device's.
+    #[inline]
+    pub fn device(&self, linear: u64, write: bool, user: bool) -> Option<GuestPhys> {
+        let known = self.devices[Self::device_slot(linear, write)]?;
+        let same = known.linear == linear & PAGE_MASK && known.write == write && known.user == user;
+        same.then(|| known.physical.offset(linear & 0xFFF))
+    }
+
+    pub fn fill_device(&mut self, linear: u64, physical: GuestPhys, write: bool, user: bool) {
+        let page = DevicePage { linear: linear & PAGE_MASK, write, user, physical };
+        self.devices[Self::device_slot(linear, write)] = Some(page);
+    }
+
+    fn device_slot(linear: u64, write: bool) -> usize {
+        ((linear >> 12) as usize * 2 + usize::from(write)) % DEVICE_PAGES
     }
 
     /// Notes that `linear` lies in a large page of `size` bytes.
@@ -246,6 +287,7 @@ impl Tlb {
     fn forget_copies(&mut self) {
         self.block.forget_stack();
         self.fetched = None;
+        self.devices = [None; DEVICE_PAGES];
     }
 
     /// Drops everything, with or without global pages.

@@ -5,9 +5,9 @@ use std::mem::offset_of;
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
-use super::builder::{Cold, Flags, Job};
-use super::cache::{Exit, Link};
+use super::block::{Link, Site, What};
 use super::emit::{Address, R13, R14, REQUEST, cc};
+use super::job::{Cold, Flags, Job};
 use super::liveness::ALL;
 use super::operands::number;
 use crate::cpu::state::CpuState;
@@ -20,7 +20,7 @@ impl Job<'_> {
         let backward = target <= self.source.rip;
         let mut guard = None;
         let mut places = Vec::new();
-        let mut request = Vec::new();
+        let mut request = None;
         let needs_poll = backward && !polled;
         if (needs_poll || !same_page) && self.flags == Flags::Host && live != 0 {
             self.e.save_flags(R13);
@@ -28,7 +28,7 @@ impl Job<'_> {
         }
         if needs_poll {
             self.e.cmp8_imm(REQUEST, 0);
-            request.push(self.e.jcc(cc::NE));
+            request = Some(self.e.jcc(cc::NE));
         }
         if !same_page {
             let cell = exec_offset(self.user) + exec_index(target) * 4;
@@ -38,12 +38,11 @@ impl Job<'_> {
         let jump = self.e.jmp();
         places.push(jump);
         let saved = self.flags == Flags::Saved;
-        let link = Some(Link { jump, guard, dead: ALL & !live });
-        let exit = Exit { rip: target, saved, link, straddles: false };
-        self.cold.push(Cold::Leave { places, stub: self.stubs.leave_link, exit });
-        if !request.is_empty() {
-            let exit = Exit { rip: target, saved, link: None, straddles: false };
-            self.cold.push(Cold::Leave { places: request, stub: self.stubs.leave_request, exit });
+        let what = What::Link(Link { jump, guard, dead: ALL & !live });
+        let site = Site { rip: target, saved, what };
+        self.cold.push(Cold::Leave { places, stub: self.stubs.leave_link, site });
+        if let Some(request) = request {
+            self.leave(request, self.stubs.leave_request, target, What::Nothing);
         }
     }
 
@@ -55,10 +54,8 @@ impl Job<'_> {
         let same_page = target & !0xFFF == self.source.rip & !0xFFF && self.source.second.is_none();
         if same_page && (target > self.source.rip || polled) {
             let jump = self.e.jcc(condition);
-            let link = Some(Link { jump, guard: None, dead: ALL & !live });
-            let exit = Exit { rip: target, saved: false, link, straddles: false };
-            let stub = self.stubs.leave_link;
-            self.cold.push(Cold::Leave { places: vec![jump], stub, exit });
+            let what = What::Link(Link { jump, guard: None, dead: ALL & !live });
+            self.leave(jump, self.stubs.leave_link, target, what);
             self.direct(i.next_ip(), live, polled);
             return;
         }
@@ -156,10 +153,11 @@ impl Job<'_> {
         let (miss, request) = self.e.indirect(table);
         // A target that is not canonical faults at the branch, so whoever leaves
         // tells where it came from.
-        let exit = Exit { rip: self.rip(), saved: true, link: None, straddles: false };
+        let what = What::Instruction(self.instructions[self.current]);
+        let site = Site { rip: self.rip(), saved: true, what };
         let (miss_stub, request_stub) = (self.stubs.leave_branch, self.stubs.leave_request_branch);
         for (place, stub) in [(miss, miss_stub), (request, request_stub)] {
-            self.cold.push(Cold::Leave { places: vec![place], stub, exit });
+            self.cold.push(Cold::Leave { places: vec![place], stub, site });
         }
     }
 }

@@ -10,9 +10,11 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
 
-use super::builder::Built;
-use super::stubs::{self, Stubs};
+use super::block::{Built, MapEntry, Site, What};
+use super::sites::{MAX_SITES, Sites};
+use super::stubs::{self, Fill, Stubs};
 use crate::host::code_memory::CodeMemory;
 use crate::host::signals;
 
@@ -26,16 +28,8 @@ const MAX_RECORDS: usize = 1 << 20;
 /// No translation is longer: 64 instructions with every part at its largest.
 pub const MAX_BLOCK_BYTES: usize = 64 << 10;
 
-/// The guest's state at a place in a translation.
-#[derive(Clone, Copy, Debug)]
-pub struct MapEntry {
-    /// Offset of the first host byte of the instruction in the block.
-    pub offset: u32,
-    /// Distance of the instruction from the block's first.
-    pub rip: u16,
-    /// The arithmetic flags are in `saved_flags`, not in the host's flags.
-    pub saved: bool,
-}
+/// No block has more: 64 instructions, with three ways out at most.
+const MAX_BLOCK_SITES: usize = 256;
 
 pub struct Block {
     pub rip: u64,
@@ -50,28 +44,6 @@ pub struct Block {
     pub flags_in: u32,
     pub map: Box<[MapEntry]>,
     pub live: bool,
-}
-
-/// A place where translated code leaves with a site number.
-#[derive(Clone, Copy, Debug)]
-pub struct Exit {
-    /// Where the guest goes on.
-    pub rip: u64,
-    pub saved: bool,
-    pub link: Option<Link>,
-    /// Set where the instruction's second page was not as translated.
-    pub straddles: bool,
-}
-
-/// A direct branch that can be patched to its target.
-#[derive(Clone, Copy, Debug)]
-pub struct Link {
-    /// Offset in the cache of the jump's rel32.
-    pub jump: u32,
-    /// Offset of the exec id's immediate, where the target is in another page.
-    pub guard: Option<u32>,
-    /// Arithmetic flags that the source did not keep.
-    pub dead: u32,
 }
 
 /// A page of guest code as mapped.
@@ -95,14 +67,14 @@ struct Key {
     mode: u32,
 }
 
-pub struct Cache {
+pub struct CodeCache {
     memory: CodeMemory,
     signal_slot: usize,
     pub stubs: Stubs,
     first: usize,
     next: usize,
     blocks: Vec<Block>,
-    pub exits: Vec<Exit>,
+    pub sites: Arc<Sites>,
     directory: HashMap<Key, u32, BuildHasherDefault<MixHasher>>,
     pages: HashMap<u64, CodePage, BuildHasherDefault<MixHasher>>,
     ids: HashMap<ExecPage, u32, BuildHasherDefault<MixHasher>>,
@@ -111,17 +83,18 @@ pub struct Cache {
     global: Vec<bool>,
 }
 
-impl Cache {
+impl CodeCache {
     /// Whether the host gives executable memory.
     pub fn probe() -> std::io::Result<()> {
         CodeMemory::new(4096).map(drop)
     }
 
-    pub fn new() -> std::io::Result<Self> {
+    /// `fill` is what translated code calls on a TLB miss.
+    pub fn new(fill: Fill) -> std::io::Result<Self> {
         let mut memory = CodeMemory::new(CACHE_BYTES)?;
         let avx = crate::cpu::fpu::host_avx();
-        let (bytes, stubs) = stubs::assemble(memory.run_address(0), avx, crate::exec::fill)
-            .map_err(std::io::Error::other)?;
+        let (bytes, stubs) =
+            stubs::assemble(memory.run_address(0), avx, fill).map_err(std::io::Error::other)?;
         memory.write(0, &bytes);
         let first = bytes.len().next_multiple_of(64);
         // A fault in the stubs themselves is ours and must not look like a guest's.
@@ -136,7 +109,7 @@ impl Cache {
             first,
             next: first,
             blocks: Vec::new(),
-            exits: Vec::new(),
+            sites: Arc::new(Sites::new()),
             directory: HashMap::default(),
             pages: HashMap::default(),
             ids: HashMap::default(),
@@ -149,6 +122,7 @@ impl Cache {
     pub fn is_full(&self) -> bool {
         self.memory.len() - self.next < MAX_BLOCK_BYTES
             || self.blocks.len() >= MAX_RECORDS
+            || MAX_SITES - self.sites.len() < MAX_BLOCK_SITES
             || self.exec_pages.len() >= MAX_RECORDS
     }
 
@@ -157,7 +131,7 @@ impl Cache {
     pub fn clear(&mut self) -> Vec<u64> {
         self.next = self.first;
         self.blocks.clear();
-        self.exits.clear();
+        self.sites = Arc::new(Sites::new());
         self.directory.clear();
         self.ids.clear();
         self.exec_pages.truncate(1);
@@ -212,21 +186,21 @@ impl Cache {
             let place = place as usize;
             built.code[place..place + 4].copy_from_slice(&relative.to_le_bytes());
         }
-        let first_exit = self.exits.len() as u32;
-        for place in &built.exit_numbers {
+        let first_site = self.sites.len() as u32;
+        for place in &built.site_numbers {
             let place = *place as usize;
             let mut number = [0; 4];
             number.copy_from_slice(&built.code[place..place + 4]);
-            let number = u32::from_le_bytes(number) + first_exit;
+            let number = u32::from_le_bytes(number) + first_site;
             built.code[place..place + 4].copy_from_slice(&number.to_le_bytes());
         }
-        for exit in &built.exits {
-            let mut exit = *exit;
-            if let Some(link) = &mut exit.link {
+        for site in &built.sites {
+            let mut site = *site;
+            if let What::Link(link) = &mut site.what {
                 link.jump += start as u32;
                 link.guard = link.guard.map(|guard| guard + start as u32);
             }
-            self.exits.push(exit);
+            self.sites.push(site);
         }
         self.memory.write(start, &built.code);
         self.next = (start + built.code.len()).next_multiple_of(16);
@@ -253,13 +227,13 @@ impl Cache {
     }
 
     /// Lets a direct branch go to `target` by itself from now on.
-    pub fn link(&mut self, exit: &Exit, target: u32) {
-        let Some(link) = exit.link else { return };
+    pub fn link(&mut self, site: &Site, target: u32) {
+        let What::Link(link) = site.what else { return };
         let block = self.block(target);
         if link.dead & block.flags_in != 0 {
             return;
         }
-        let entry = if exit.saved { block.indirect_entry } else { block.entry };
+        let entry = if site.saved { block.indirect_entry } else { block.entry };
         let to = block.start + entry;
         let id = block.id;
         // The guard comes last: until it matches, the jump is not reached.
@@ -314,7 +288,7 @@ impl Cache {
     }
 }
 
-impl Drop for Cache {
+impl Drop for CodeCache {
     fn drop(&mut self) {
         signals::remove_code(self.signal_slot);
     }

@@ -6,7 +6,7 @@ use iced_x86::{
 
 use std::mem::offset_of;
 
-use super::builder::Source;
+use super::block::Source;
 use crate::cpu::mode;
 use crate::cpu::state::{CpuState, seg};
 
@@ -49,6 +49,10 @@ pub enum Kind {
     JmpIndirect,
     CallIndirect,
     Ret,
+    /// IN or OUT.
+    Port {
+        out: bool,
+    },
     /// Left to the interpreter.
     Interpret,
 }
@@ -66,6 +70,7 @@ impl Kind {
                 | Kind::Ret
                 | Kind::Syscall
                 | Kind::Sysret
+                | Kind::Port { .. }
                 | Kind::Interpret
         )
     }
@@ -144,6 +149,8 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
             _ => Kind::Interpret,
         },
         M::Leave if i.code() == Code::Leaveq => Kind::Leave,
+        M::In => Kind::Port { out: false },
+        M::Out => Kind::Port { out: true },
         M::Pushfq => Kind::Pushf,
         M::Cli if kernel => Kind::Cli,
         M::Sti if kernel => Kind::Sti,

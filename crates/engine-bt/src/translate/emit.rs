@@ -31,6 +31,7 @@ pub const fn gpr_offset(guest: u8) -> usize {
 
 /// Condition codes as in Jcc opcodes.
 pub mod cc {
+    pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
 }

@@ -4,9 +4,9 @@ use std::mem::offset_of;
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::builder::{Flags, Job};
 use super::classify::Kind;
 use super::emit::{Address, R13, R14, R15, gpr_offset};
+use super::job::{Flags, Job};
 use super::operands::{number, replace_memory};
 use crate::cpu::state::CpuState;
 
@@ -129,7 +129,7 @@ impl Job<'_> {
         self.move_rsp(8);
     }
 
-    pub(super) fn leave(&mut self) {
+    pub(super) fn leave_frame(&mut self) {
         self.free_flags();
         let retry = self.e.pos();
         self.e.mov(R14, 5);

@@ -2,7 +2,7 @@
 
 use iced_x86::{Decoder, FlowControl, Instruction, RflagsBits};
 
-use super::builder::Source;
+use super::block::Source;
 use super::classify::{Kind, keeps_flags_sometimes};
 use crate::memory::code_map;
 
@@ -35,7 +35,7 @@ pub fn backwards(instructions: &[Instruction], kinds: &[Kind], end: u32) -> Vec<
     for (index, (i, kind)) in instructions.iter().zip(kinds).enumerate().rev() {
         live[index] = match kind {
             // The interpreter must find every flag.
-            Kind::Interpret | Kind::Pushf => ALL,
+            Kind::Interpret | Kind::Port { .. } | Kind::Pushf => ALL,
             // Targets unknown; nothing before the branch is read by it.
             Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Syscall => ALL,
             Kind::Sysret => 0,

@@ -6,14 +6,17 @@
 //! files of their own), [`cache`] keeps blocks and links them, [`stubs`] leads
 //! into and out of them.
 
+pub mod block;
 mod branches;
 pub mod builder;
 pub mod cache;
 mod classify;
 mod emit;
 mod instructions;
+mod job;
 mod liveness;
 mod operands;
+pub mod sites;
 mod strings;
 pub mod stubs;
 mod system;

@@ -4,9 +4,10 @@ use std::mem::offset_of;
 
 use iced_x86::{Instruction, OpAccess, OpKind, Register};
 
-use super::builder::{Cold, Flags, Job};
 use super::classify::keeps_flags_sometimes;
-use super::emit::{Address, R13, R14, R15, gpr_offset};
+use super::emit::{Address, R13, R14, R15, cc, gpr_offset};
+use super::job::{Cold, Flags, Job};
+use crate::cpu::fpu;
 use crate::cpu::state::{CpuState, seg};
 
 /// The guest register number of a general register of any width.
@@ -147,6 +148,17 @@ impl Job<'_> {
         self.cold.push(Cold::Stack { miss, resume, stub, instruction, limit: 4096 - size });
     }
 
+    /// The guest's x87 state comes into the host CPU when it is first wanted: the
+    /// interpreter runs the block's first x87 instruction then, and loads it.
+    fn need_x87(&mut self) {
+        if !self.x87_loaded {
+            self.free_flags();
+            self.e.cmp32_imm(offset_of!(CpuState, fpu_loaded), 0);
+            self.interpret_if(cc::E);
+            self.x87_loaded = true;
+        }
+    }
+
     /// Copies an instruction with its operands replaced. False if it cannot be.
     pub(super) fn copy(&mut self, i: &Instruction) -> bool {
         let read = i.rflags_read();
@@ -159,6 +171,9 @@ impl Job<'_> {
             (accesses, write)
         };
 
+        if fpu::touches_x87(i) {
+            self.need_x87();
+        }
         let mut copy = *i;
         // Guest registers in memory, with the scratch register for each.
         let mut spilled: [Option<(u8, u8, bool, bool)>; 2] = [None; 2];

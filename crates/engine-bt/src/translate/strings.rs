@@ -9,8 +9,8 @@ use std::mem::offset_of;
 
 use iced_x86::Instruction;
 
-use super::builder::Job;
 use super::emit::{Address, R13, R14, RCX, RDI, RSI, cc};
+use super::job::Job;
 use crate::cpu::state::CpuState;
 
 impl Job<'_> {

@@ -29,6 +29,8 @@ pub mod exit_kind {
     pub const REQUEST: u32 = 6;
     /// The request flag was seen at an indirect branch to `address`.
     pub const REQUEST_BRANCH: u32 = 7;
+    /// `site` is an access to a port.
+    pub const PORT: u32 = 8;
 }
 
 /// Addresses of the stubs.
@@ -42,6 +44,7 @@ pub struct Stubs {
     pub leave_interpret: u64,
     pub leave_request: u64,
     pub leave_request_branch: u64,
+    pub leave_port: u64,
     /// Where the signal handler continues.
     pub leave_signal: u64,
     /// Fill the TLB for the access whose index is in r13 and whose offset from
@@ -282,6 +285,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
         exit_kind::REQUEST,
         exit_kind::REQUEST_BRANCH,
         exit_kind::SIGNAL,
+        exit_kind::PORT,
     ];
     let mut leaves = Vec::new();
     for kind in kinds {
@@ -335,6 +339,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
         leave_request: address(&leaves[3])?,
         leave_request_branch: address(&leaves[4])?,
         leave_signal: address(&leaves[5])?,
+        leave_port: address(&leaves[6])?,
         ..Stubs::default()
     };
     for index in 0..4 {

@@ -6,11 +6,11 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Instruction, Register};
+use iced_x86::{Instruction, OpKind, Register};
 
-use super::builder::{Cold, Flags, Job};
-use super::cache::Exit;
+use super::block::{PortAccess, What};
 use super::emit::{Address, IRQ_WAIT, R11, R13, R14, RAX, RCX, cc};
+use super::job::{Flags, Job};
 use super::operands::{base_offset, number};
 use crate::cpu::mode;
 use crate::cpu::state::{CpuState, flag, seg};
@@ -26,10 +26,7 @@ impl Job<'_> {
     /// A conditional leave for the interpreter at the current instruction.
     pub(super) fn interpret_if(&mut self, condition: u8) {
         let place = self.e.jcc(condition);
-        let saved = self.flags == Flags::Saved;
-        let exit = Exit { rip: self.rip(), saved, link: None, straddles: false };
-        let stub = self.stubs.leave_interpret;
-        self.cold.push(Cold::Leave { places: vec![place], stub, exit });
+        self.interpret_from(place);
     }
 
     /// `to` := RFLAGS, from the flags put aside and the rest. Uses r13.
@@ -169,6 +166,16 @@ impl Job<'_> {
         if with_aux {
             self.e.load32(RCX, offset_of!(CpuState, tsc_aux));
         }
+    }
+
+    /// IN and OUT: the port is known, or in a register, so that the access can be
+    /// made without a look at the instruction. Rights are checked there.
+    pub(super) fn port(&mut self, i: &Instruction, out: bool) {
+        let (port, register) = if out { (0, 1) } else { (1, 0) };
+        let port = (i.op_kind(port) != OpKind::Register).then(|| i.immediate8());
+        let access = PortAccess { instruction: *i, port, register: i.op_register(register), out };
+        let place = self.e.jmp();
+        self.leave(place, self.stubs.leave_port, i.ip(), What::Port(access));
     }
 
     /// Stores what `load` brings into a register of the guest.

@@ -1,0 +1,445 @@
+//! Translated code as the run loop uses it: find it, make it, run it, and tell
+//! what it left for.
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use iced_x86::{Instruction, Mnemonic};
+use parking_lot::Mutex;
+use tetrarch_engine::{EngineError, Exit};
+use tetrarch_memory::{GuestPhys, PAGE_SIZE};
+
+use super::access::{self, Access, PlainMove};
+use crate::cpu::fault::{Fault, vector};
+use crate::cpu::state::{flag, reg};
+use crate::cpu::state_block::{INVALID_BRANCH_0, branch_index, exec_index};
+use crate::cpu::{Cpu, Missed, mode};
+use crate::interp;
+use crate::memory::code_map;
+use crate::memory::mmu::{Place, canonical};
+use crate::translate::block::{Built, Site, Source, What};
+use crate::translate::builder::Builder;
+use crate::translate::cache::{CodeCache, ExecPage};
+use crate::translate::sites::Sites;
+use crate::translate::stubs::exit_kind;
+
+/// Called by translated code on a TLB miss. Returns whether to try again; if not,
+/// [`Cpu::missed`] tells what was found.
+pub extern "sysv64" fn fill(cpu: u64, linear: u64, write: u64) -> u64 {
+    // SAFETY: `CpuState::cpu` is set to the vCPU's own `Cpu` before translated
+    // code is entered, and nothing else borrows it while that code runs.
+    let cpu = unsafe { &mut *(cpu as *mut Cpu) };
+    let user = cpu.user();
+    cpu.st.note_upper_halves();
+    cpu.missed = Missed::Nothing;
+    if cpu.tlb.lookup(linear, user, write != 0).is_some() {
+        // The page is there: the access crosses its end.
+        return 0;
+    }
+    match cpu.fill_tlb(linear, write != 0, user) {
+        Ok(Place::Ram(_)) => return 1,
+        Ok(Place::Code(..)) => {}
+        Ok(Place::Device(address)) => cpu.missed = Missed::Device { linear, address },
+        Err(fault) => cpu.missed = Missed::Fault { linear, fault },
+    }
+    0
+}
+
+/// What the run loop does next.
+pub enum Then {
+    Continue,
+    /// Interpret the instruction at RIP.
+    Interpret,
+    /// Interpret the instruction at RIP, which is this one.
+    Execute(Instruction),
+    Raise(Fault),
+    /// The machine must answer, which ends the instruction.
+    Ask(Exit, Access),
+}
+
+/// An instruction whose memory access once left translated code.
+#[derive(Clone, Copy)]
+struct SlowSite {
+    /// The host address by which it leaves; 0: the slot is empty.
+    at: u64,
+    rip: u64,
+    saved: bool,
+    instruction: Instruction,
+    plain: Option<PlainMove>,
+}
+
+/// Slots for [`SlowSite`]s: what a guest's drivers touch devices with.
+const SLOW_SITES: usize = 64;
+
+/// The translator's half of a vCPU.
+pub struct Translator {
+    cache: Arc<Mutex<CodeCache>>,
+    sites: Arc<Sites>,
+    builder: Builder,
+    enter: u64,
+    slow_sites: Box<[SlowSite; SLOW_SITES]>,
+    /// The vCPU's number in the code map.
+    listener: usize,
+}
+
+fn broken(what: &str, number: u64) -> EngineError {
+    EngineError::Internal(format!("translated code left at {what} {number:#x}, which is none"))
+}
+
+impl Translator {
+    pub fn new(cache: Arc<Mutex<CodeCache>>, listener: usize) -> Self {
+        let (stubs, sites) = {
+            let cache = cache.lock();
+            (cache.stubs, Arc::clone(&cache.sites))
+        };
+        let empty = SlowSite {
+            at: 0,
+            rip: 0,
+            saved: false,
+            instruction: Instruction::default(),
+            plain: None,
+        };
+        Self {
+            cache,
+            sites,
+            builder: Builder::new(stubs),
+            enter: stubs.enter,
+            slow_sites: Box::new([empty; SLOW_SITES]),
+            listener,
+        }
+    }
+
+    pub fn used_bytes(&self) -> u64 {
+        self.cache.lock().used_bytes() as u64
+    }
+
+    /// Goes on in translated code at RIP until it leaves.
+    pub fn run(&mut self, cpu: &mut Cpu) -> Result<Then, EngineError> {
+        match self.host_entry(cpu) {
+            Ok(Some(entry)) => self.run_from(cpu, entry),
+            Ok(None) => Ok(Then::Interpret),
+            Err(fault) => Ok(Then::Raise(fault)),
+        }
+    }
+
+    /// Where to enter translated code for RIP. `None`: to be interpreted.
+    fn host_entry(&mut self, cpu: &mut Cpu) -> Result<Option<u64>, Fault> {
+        let rip = cpu.st.rip;
+        let user = cpu.user();
+        let known = cpu.tlb.block.branches(user)[branch_index(rip)];
+        if known.target == rip {
+            return Ok(Some(known.host));
+        }
+        let Some(index) = self.resolve(cpu, rip)? else { return Ok(None) };
+        let cache = self.cache.lock();
+        let (host, global) = (cache.indirect_entry(index), cache.is_global(index));
+        drop(cache);
+        cpu.tlb.fill_branch(rip, host, user, global);
+        Ok(Some(host))
+    }
+
+    /// The block at `rip`, translated if need be. `None`: to be interpreted.
+    fn resolve(&mut self, cpu: &mut Cpu, rip: u64) -> Result<Option<u32>, Fault> {
+        cpu.counts.lookups += 1;
+        let Some(id) = self.exec_id(cpu, rip)? else { return Ok(None) };
+        if let Some(index) = self.cache.lock().find(rip, id, cpu.st.mode) {
+            return Ok(Some(index));
+        }
+        self.translate(cpu, rip, id)
+    }
+
+    /// The exec id of the page of `rip`, entered in the exec table. `None` for
+    /// code outside RAM.
+    fn exec_id(&mut self, cpu: &mut Cpu, rip: u64) -> Result<Option<u32>, Fault> {
+        let user = cpu.user();
+        let linear = rip & !0xFFF;
+        let id = cpu.tlb.exec_id(rip, user);
+        if id != 0 {
+            let known = self.cache.lock().exec_page(id);
+            if known.is_some_and(|page| page.linear == linear && page.user == user) {
+                return Ok(Some(id));
+            }
+        }
+        if !canonical(rip) {
+            return Err(Fault::with_error(vector::GP, 0));
+        }
+        let (address, walk) = cpu.fetch_page(rip, user)?;
+        let physical = address.0 & !0xFFF;
+        if cpu.vm.memory.host(GuestPhys(physical), PAGE_SIZE).is_none() {
+            return Ok(None);
+        }
+        if walk.size > PAGE_SIZE {
+            cpu.tlb.note_large(rip, walk.size);
+        }
+        let page = ExecPage { linear, physical, user };
+        let id = self.cache.lock().exec_id(page, walk.global);
+        cpu.tlb.fill_exec(rip, id, user, walk.global);
+        Ok(Some(id))
+    }
+
+    fn translate(&mut self, cpu: &mut Cpu, rip: u64, id: u32) -> Result<Option<u32>, Fault> {
+        let start = rdtsc();
+        let mut id = id;
+        if self.cache.lock().is_full() {
+            self.clear_cache(cpu);
+            match self.exec_id(cpu, rip)? {
+                Some(fresh) => id = fresh,
+                None => return Ok(None),
+            }
+        }
+        let Some(page) = self.cache.lock().exec_page(id) else { return Ok(None) };
+        let mut bytes = [0u8; PAGE_SIZE as usize];
+        let physical = GuestPhys(page.physical);
+        if cpu.vm.memory.read(physical, &mut bytes).is_err() {
+            return Ok(None);
+        }
+        let offset = (rip & 0xFFF) as usize;
+        let vm = Arc::clone(&cpu.vm);
+        let source = Source {
+            rip,
+            bytes: &bytes[offset..],
+            mode: cpu.st.mode,
+            second: None,
+            page: &bytes,
+            looked: Cell::new(0),
+            cpuid: &vm.cpuid,
+        };
+        let (mut built, second) = match self.builder.build(&source) {
+            Some(built) => (built, None),
+            None => match self.build_straddling(cpu, rip, &bytes[offset..]) {
+                Some((built, second)) => (built, Some(second)),
+                None => return Ok(None),
+            },
+        };
+        let in_first = u64::from(built.len).min(PAGE_SIZE - offset as u64);
+        let looked = source.looked.get();
+        mark_code(cpu, physical, code_map::lines(offset as u64, in_first) | looked);
+        if let Some(second) = second {
+            let rest = u64::from(built.len) - in_first;
+            mark_code(cpu, GuestPhys(second), code_map::lines(0, rest.max(1)));
+        }
+        cpu.counts.blocks += 1;
+        cpu.counts.instructions += u64::from(built.instructions);
+        let index = self.cache.lock().insert(id, cpu.st.mode, &mut built, second);
+        cpu.counts.translate_tsc += rdtsc().wrapping_sub(start);
+        Ok(Some(index))
+    }
+
+    /// A block of the one instruction at `rip` that crosses into the next page.
+    fn build_straddling(&mut self, cpu: &mut Cpu, rip: u64, tail: &[u8]) -> Option<(Built, u64)> {
+        if tail.len() >= 15 {
+            return None;
+        }
+        let next = (rip | 0xFFF).wrapping_add(1);
+        // A fault there is the instruction's own only if it needs the bytes: the
+        // interpreter finds out.
+        let second = self.exec_id(cpu, next).ok()??;
+        let page = self.cache.lock().exec_page(second)?;
+        let mut bytes = [0u8; 30];
+        bytes[..tail.len()].copy_from_slice(tail);
+        let head = &mut bytes[tail.len()..tail.len() + 15];
+        cpu.vm.memory.read(GuestPhys(page.physical), head).ok()?;
+        let source = Source {
+            rip,
+            bytes: &bytes[..tail.len() + 15],
+            mode: cpu.st.mode,
+            second: Some(second),
+            page: &[],
+            looked: Cell::new(0),
+            cpuid: &cpu.vm.cpuid,
+        };
+        let built = self.builder.build(&source)?;
+        (built.len as usize > tail.len()).then_some((built, page.physical))
+    }
+
+    fn clear_cache(&mut self, cpu: &mut Cpu) {
+        cpu.counts.cache_flushes += 1;
+        cpu.tlb.flush_exec();
+        let mut cache = self.cache.lock();
+        for page in cache.clear() {
+            cpu.vm.code.clear(page);
+        }
+        self.sites = Arc::clone(&cache.sites);
+        // The addresses mean other code from now on.
+        for site in self.slow_sites.iter_mut() {
+            site.at = 0;
+        }
+    }
+
+    pub fn drop_written_code(&mut self, cpu: &mut Cpu) {
+        let pages = cpu.vm.code.take_written(self.listener);
+        if pages.is_empty() {
+            return;
+        }
+        let mut cache = self.cache.lock();
+        for page in pages {
+            cpu.counts.invalidations += 1;
+            let block_table = &cpu.tlb.block;
+            let retired = cache.drop_page(page, |block| {
+                let user = block.mode & mode::USER != 0;
+                let index = branch_index(block.rip);
+                let entry = &mut block_table.branches(user)[index];
+                if entry.target == block.rip {
+                    entry.target = if index == 0 { INVALID_BRANCH_0 } else { 0 };
+                }
+            });
+            for gone in retired {
+                cpu.tlb.block.exec(gone.user)[exec_index(gone.linear)] = 0;
+            }
+            cpu.vm.code.clear(page);
+        }
+    }
+
+    /// Runs translated code from `entry` until it leaves, and takes over from it.
+    fn run_from(&mut self, cpu: &mut Cpu, entry: u64) -> Result<Then, EngineError> {
+        let start = rdtsc();
+        cpu.st.note_upper_halves();
+        let flags = cpu.st.flags;
+        cpu.st.saved_flags = ((flags & 0xD7) << 8 | flags >> 11 & 1) as u32;
+        let address = &raw mut *cpu as u64;
+        cpu.st.cpu = address;
+        // SAFETY: `enter` is the stub assembled for this purpose; GS is this
+        // vCPU's block (set in `run`); `entry` is a live translation for the
+        // state in that block.
+        unsafe {
+            let enter: extern "sysv64" fn(u64) = std::mem::transmute(self.enter);
+            enter(entry);
+        }
+        cpu.counts.entries += 1;
+        cpu.counts.code_tsc += rdtsc().wrapping_sub(start);
+        match cpu.st.exit_kind {
+            exit_kind::SLOW => return self.slow_access(cpu, cpu.st.address),
+            exit_kind::SIGNAL => return self.host_exception(cpu, cpu.st.scratch[2]),
+            _ => {}
+        }
+        let number = cpu.st.site;
+        let site = *self.sites.get(number).ok_or_else(|| broken("site", number.into()))?;
+        match cpu.st.exit_kind {
+            exit_kind::BRANCH | exit_kind::REQUEST_BRANCH => {
+                let target = cpu.st.address;
+                if !canonical(target) {
+                    return Ok(branch_to_nowhere(cpu, &site));
+                }
+                continue_at(cpu, target, true);
+                return Ok(Then::Continue);
+            }
+            _ => continue_at(cpu, site.rip, site.saved),
+        }
+        match site.what {
+            What::Nothing => Ok(Then::Continue),
+            What::Link(_) if cpu.st.exit_kind != exit_kind::LINK => Ok(Then::Continue),
+            What::Link(_) => Ok(self.link(cpu, &site)),
+            What::Instruction(instruction) => Ok(Then::Execute(instruction)),
+            What::Port(access) => Ok(access::port(cpu, &access)),
+            What::Straddles => {
+                self.refresh_straddling(cpu, site.rip);
+                Ok(Then::Interpret)
+            }
+        }
+    }
+
+    /// A memory access missed and cannot hit.
+    fn slow_access(&mut self, cpu: &mut Cpu, at: u64) -> Result<Then, EngineError> {
+        cpu.counts.slow_accesses += 1;
+        let slot = (at >> 2) as usize % SLOW_SITES;
+        if self.slow_sites[slot].at != at {
+            let (rip, saved) = self.instruction_at(at)?;
+            continue_at(cpu, rip, saved);
+            let Ok(instruction) = interp::fetch(cpu) else { return Ok(Then::Interpret) };
+            let plain = PlainMove::of(&instruction);
+            self.slow_sites[slot] = SlowSite { at, rip, saved, instruction, plain };
+        }
+        let site = &self.slow_sites[slot];
+        continue_at(cpu, site.rip, site.saved);
+        Ok(match (site.plain, cpu.missed) {
+            (Some(plain), Missed::Device { linear, address }) if plain.fits(linear) => {
+                plain.make(cpu, address, site.instruction.next_ip())
+            }
+            (Some(plain), Missed::Fault { linear, fault })
+                if plain.fits(linear) && fault.vector == vector::PF =>
+            {
+                Then::Raise(fault)
+            }
+            _ => Then::Execute(site.instruction),
+        })
+    }
+
+    /// A host exception in a copied instruction: the interpreter finds the guest's.
+    fn host_exception(&mut self, cpu: &mut Cpu, at: u64) -> Result<Then, EngineError> {
+        cpu.counts.slow_accesses += 1;
+        let (rip, saved) = self.instruction_at(at)?;
+        continue_at(cpu, rip, saved);
+        Ok(Then::Interpret)
+    }
+
+    fn instruction_at(&self, at: u64) -> Result<(u64, bool), EngineError> {
+        self.cache.lock().instruction_at(at).ok_or_else(|| broken("address", at))
+    }
+
+    fn link(&mut self, cpu: &mut Cpu, site: &Site) -> Then {
+        cpu.counts.links += 1;
+        let flushes = cpu.counts.cache_flushes;
+        match self.resolve(cpu, site.rip) {
+            Ok(Some(index)) => {
+                if flushes == cpu.counts.cache_flushes {
+                    self.cache.lock().link(site, index);
+                }
+                Then::Continue
+            }
+            Ok(None) => Then::Interpret,
+            Err(fault) => Then::Raise(fault),
+        }
+    }
+
+    /// The second page of a crossing instruction is not the one translated: the
+    /// block goes if another page is mapped there now.
+    fn refresh_straddling(&mut self, cpu: &mut Cpu, rip: u64) {
+        let next = (rip | 0xFFF).wrapping_add(1);
+        let Ok(Some(_)) = self.exec_id(cpu, next) else { return };
+        let Ok(Some(id)) = self.exec_id(cpu, rip) else { return };
+        self.cache.lock().forget(rip, id, cpu.st.mode);
+    }
+}
+
+/// A near branch to an address that is not canonical faults itself (SDM 2, RET,
+/// CALL, JMP), but translated code has moved RSP already.
+fn branch_to_nowhere(cpu: &mut Cpu, site: &Site) -> Then {
+    continue_at(cpu, site.rip, true);
+    let What::Instruction(i) = site.what else { return Then::Interpret };
+    let moved = match i.mnemonic() {
+        Mnemonic::Ret if i.op_count() == 1 => 8 + u64::from(i.immediate16()),
+        Mnemonic::Ret => 8,
+        Mnemonic::Call => 8u64.wrapping_neg(),
+        _ => 0,
+    };
+    let rsp = &mut cpu.st.gpr[reg::RSP];
+    *rsp = rsp.wrapping_sub(moved);
+    Then::Execute(i)
+}
+
+/// Takes over RIP and the arithmetic flags from translated code.
+fn continue_at(cpu: &mut Cpu, rip: u64, saved: bool) {
+    let st = &mut *cpu.st;
+    st.rip = rip;
+    let flags = if saved {
+        let packed = u64::from(st.saved_flags);
+        packed >> 8 & 0xD5 | (packed & 1) << 11
+    } else {
+        st.exit_flags
+    };
+    st.update_flags(flag::ARITH, flags);
+}
+
+/// Marks translated bytes; a page's first translation ends direct writes to it.
+fn mark_code(cpu: &mut Cpu, physical: GuestPhys, lines: u64) {
+    if cpu.vm.code.mark(physical.page(), lines)
+        && let Some(host) = cpu.vm.memory.host(physical, PAGE_SIZE)
+    {
+        cpu.tlb.protect_host_page(host);
+    }
+}
+
+fn rdtsc() -> u64 {
+    // SAFETY: RDTSC exists on every x86-64 CPU.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}

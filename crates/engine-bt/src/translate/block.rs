@@ -1,0 +1,101 @@
+//! What the parts of the translator hand to each other: the bytes to translate,
+//! a finished block, and the places where it leaves.
+
+use std::cell::Cell;
+
+use iced_x86::{Instruction, Register};
+
+use crate::cpu::cpuid::CpuidTable;
+
+/// What the guest's code bytes are, and where.
+pub struct Source<'a> {
+    pub rip: u64,
+    /// From `rip` to the end of its page (or of the one instruction that crosses
+    /// into the next page).
+    pub bytes: &'a [u8],
+    pub mode: u32,
+    /// For an instruction that crosses pages: the exec id of its second page.
+    pub second: Option<u32>,
+    /// Bytes of the page from its start, for looking ahead.
+    pub page: &'a [u8],
+    /// Lines of the page that were looked at beyond the block (see
+    /// [`crate::memory::code_map`]): a write there makes the block invalid too.
+    pub looked: Cell<u64>,
+    pub cpuid: &'a CpuidTable,
+}
+
+/// A finished translation, not yet at an address.
+#[derive(Default)]
+pub struct Built {
+    pub rip: u64,
+    pub code: Vec<u8>,
+    pub outward: Vec<(u32, u64)>,
+    /// Places of 32-bit site numbers, counted from the block's first site.
+    pub site_numbers: Vec<u32>,
+    pub sites: Vec<Site>,
+    pub map: Vec<MapEntry>,
+    pub entry: u32,
+    pub indirect_entry: u32,
+    pub flags_in: u32,
+    /// Guest bytes translated.
+    pub len: u32,
+    pub instructions: u32,
+}
+
+/// The guest's state at a place in a translation.
+#[derive(Clone, Copy, Debug)]
+pub struct MapEntry {
+    /// Offset of the first host byte of the instruction in the block.
+    pub offset: u32,
+    /// Distance of the instruction from the block's first.
+    pub rip: u16,
+    /// The arithmetic flags are in `saved_flags`, not in the host's flags.
+    pub saved: bool,
+}
+
+/// A place where translated code leaves for Rust.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    /// Where the guest is.
+    pub rip: u64,
+    /// The arithmetic flags are in `saved_flags`, not in the host's flags.
+    pub saved: bool,
+    pub what: What,
+}
+
+/// What a [`Site`] leaves for.
+#[derive(Clone, Copy, Debug)]
+pub enum What {
+    /// The request flag, or an indirect branch that has no translation yet.
+    Nothing,
+    /// A direct branch that is not linked yet.
+    Link(Link),
+    /// An instruction for the interpreter.
+    Instruction(Instruction),
+    /// IN or OUT.
+    Port(PortAccess),
+    /// The second page of the block's instruction is not the one translated.
+    Straddles,
+}
+
+/// IN or OUT as decoded; its bytes need not be looked at again.
+#[derive(Clone, Copy, Debug)]
+pub struct PortAccess {
+    pub instruction: Instruction,
+    /// `None`: in DX.
+    pub port: Option<u8>,
+    /// AL, AX or EAX.
+    pub register: Register,
+    pub out: bool,
+}
+
+/// A direct branch that can be patched to its target.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Offset in the cache of the jump's rel32.
+    pub jump: u32,
+    /// Offset of the exec id's immediate, where the target is in another page.
+    pub guard: Option<u32>,
+    /// Arithmetic flags that the source did not keep.
+    pub dead: u32,
+}

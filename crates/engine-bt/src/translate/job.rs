@@ -1,0 +1,293 @@
+//! A block while it is made: what its parts share, and the code that stands in
+//! every block.
+
+use std::mem::offset_of;
+
+use iced_x86::{FlowControl, Instruction, InstructionInfoFactory};
+
+use super::block::{Built, MapEntry, Site, Source, What};
+use super::classify::Kind;
+use super::emit::{Emitter, R13, R14, REQUEST, cc};
+use super::instructions::stack_run;
+use super::stubs::Stubs;
+use crate::cpu::state::CpuState;
+use crate::cpu::state_block::{exec_index, exec_offset};
+
+/// Where the arithmetic flags are while emitting.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Flags {
+    Host,
+    Saved,
+}
+
+/// Code that is emitted after the hot part.
+pub(super) enum Cold {
+    /// Fill the TLB and try again.
+    Fill {
+        miss: u32,
+        retry: u32,
+        stub: u64,
+        instruction: usize,
+    },
+    FillConstant {
+        miss: u32,
+        retry: u32,
+        stub: u64,
+        instruction: usize,
+        linear: u64,
+    },
+    /// Find the access in the TLB, remember its page as the stack's, go on.
+    Stack {
+        miss: u32,
+        resume: u32,
+        stub: u64,
+        instruction: usize,
+        limit: u32,
+    },
+    /// Leave through `stub` with a site number.
+    Leave {
+        places: Vec<u32>,
+        stub: u64,
+        site: Site,
+    },
+}
+
+pub(super) struct Job<'a> {
+    pub(super) e: &'a mut Emitter,
+    pub(super) info: &'a mut InstructionInfoFactory,
+    pub(super) stubs: Stubs,
+    pub(super) source: &'a Source<'a>,
+    pub(super) user: bool,
+    pub(super) flags: Flags,
+    pub(super) live: Vec<u32>,
+    pub(super) cold: Vec<Cold>,
+    pub(super) built: Built,
+    pub(super) current: usize,
+    pub(super) instructions: &'a [Instruction],
+    pub(super) kinds: &'a [Kind],
+    /// The block has made sure that the guest's x87 state is in the host CPU.
+    pub(super) x87_loaded: bool,
+}
+
+impl Job<'_> {
+    pub(super) fn run(&mut self, ends: bool) {
+        let (instructions, kinds) = (self.instructions, self.kinds);
+        // The indirect entry finds the flags in `saved_flags`.
+        if self.live[0] != 0 {
+            self.e.restore_flags(R13);
+        }
+        self.built.indirect_entry = 0;
+        self.built.entry = self.e.pos();
+        self.mark(0);
+        if let Some(id) = self.source.second {
+            self.check_second_page(instructions[0].ip(), id);
+        }
+        // A backward branch needs a poll of the request flag somewhere in the
+        // loop: here, at the last place where no flag is live.
+        let last = instructions.len() - 1;
+        let poll_at = if loops_back(&instructions[last], self.source.rip) {
+            (0..=last).rev().find(|&index| self.live[index] == 0)
+        } else {
+            None
+        };
+        let mut polled = false;
+        let mut index = 0;
+        while index <= last {
+            self.current = index;
+            self.mark(index);
+            if poll_at == Some(index) {
+                self.poll(instructions[index].ip());
+                polled = true;
+            }
+            let run = stack_run(&instructions[index..], &kinds[index..]);
+            if run > 1 {
+                self.stack_run(&instructions[index..index + run], &kinds[index..index + run]);
+                index += run;
+            } else {
+                self.emit(&instructions[index], kinds[index], polled);
+                index += 1;
+            }
+        }
+        if !ends {
+            let next = instructions[last].next_ip();
+            self.current = last;
+            let live = self.live[last + 1];
+            self.direct(next, live, false);
+        }
+        self.finish();
+    }
+
+    /// Notes that the code from here on belongs to instruction `index`.
+    pub(super) fn mark(&mut self, index: usize) {
+        let rip = (self.instructions[index].ip() - self.source.rip) as u16;
+        let entry = MapEntry { offset: self.e.pos(), rip, saved: self.flags == Flags::Saved };
+        self.built.map.push(entry);
+    }
+
+    pub(super) fn rip(&self) -> u64 {
+        self.instructions[self.current].ip()
+    }
+
+    /// Flags needed by the current instruction or later ones.
+    pub(super) fn live_before(&self) -> u32 {
+        self.live[self.current]
+    }
+
+    pub(super) fn live_after(&self) -> u32 {
+        self.live[self.current + 1]
+    }
+
+    /// Makes the host's flags free for checks. Uses r13.
+    pub(super) fn free_flags(&mut self) {
+        if self.flags == Flags::Host && self.live_before() != 0 {
+            self.e.save_flags(R13);
+            self.flags = Flags::Saved;
+            // From here on a leave finds the flags put aside.
+            self.mark(self.current);
+        }
+    }
+
+    /// Brings live flags back before an instruction that reads some, or writes
+    /// only a part of them. Uses r13.
+    pub(super) fn need_flags(&mut self, read: u32, written: u32) {
+        if self.flags == Flags::Saved
+            && (read != 0 || written != 0 && self.live_after() & !written != 0)
+        {
+            self.e.restore_flags(R13);
+            self.flags = Flags::Host;
+        }
+    }
+
+    pub(super) fn poll(&mut self, rip: u64) {
+        self.e.cmp8_imm(REQUEST, 0);
+        let place = self.e.jcc(cc::NE);
+        self.leave(place, self.stubs.leave_request, rip, What::Nothing);
+    }
+
+    pub(super) fn check_second_page(&mut self, rip: u64, id: u32) {
+        let page = (rip | 0xFFF).wrapping_add(1);
+        if self.live[0] != 0 {
+            self.e.save_flags(R13);
+            self.flags = Flags::Saved;
+            self.mark(0);
+        }
+        self.e.cmp32_imm(exec_offset(self.user) + exec_index(page) * 4, id);
+        let place = self.e.jcc(cc::NE);
+        self.leave(place, self.stubs.leave_interpret, rip, What::Straddles);
+    }
+
+    pub(super) fn emit(&mut self, i: &Instruction, kind: Kind, polled: bool) {
+        match kind {
+            Kind::Nothing => {}
+            Kind::Copy => {
+                if !self.copy(i) {
+                    self.interpret();
+                }
+            }
+            Kind::Lea => self.lea(i),
+            Kind::Push => self.push(i),
+            Kind::Pop => self.pop(i),
+            Kind::Leave => self.leave_frame(),
+            Kind::Pushf => self.pushf(),
+            Kind::Cli => self.e.store8_imm(offset_of!(CpuState, iflag), 0),
+            Kind::Sti => self.sti(),
+            Kind::Swapgs => self.swapgs(),
+            Kind::Rdtsc => self.rdtsc(false),
+            Kind::Rdtscp => self.rdtsc(true),
+            Kind::Syscall => self.syscall(i),
+            Kind::Sysret => self.sysret(),
+            Kind::String { size, moves } => self.string(i, size, moves),
+            Kind::BitString => {
+                if !self.bit_string(i) {
+                    self.interpret();
+                }
+            }
+            Kind::ReadSelector(segment) => self.read_selector(i, segment),
+            Kind::StoreSelector(segment) => self.store_selector(i, segment),
+            Kind::ReadControl(offset) => self.read_control(i, offset),
+            Kind::ReadBase(segment) => self.read_base(i, segment),
+            Kind::Jmp => self.direct(i.near_branch_target(), self.live_after(), polled),
+            Kind::Jcc => self.jcc(i, polled),
+            Kind::Loop => self.loop_(i),
+            Kind::Call => self.call(i),
+            Kind::JmpIndirect => {
+                self.target_to_r13(i);
+                self.indirect();
+            }
+            Kind::CallIndirect => self.call_indirect(i),
+            Kind::Ret => self.ret(i),
+            Kind::Port { out } => self.port(i, out),
+            Kind::Interpret => self.interpret(),
+        }
+    }
+
+    /// Leaves for the interpreter at the current instruction. What follows in
+    /// the block, if anything, is reached only through other blocks.
+    pub(super) fn interpret(&mut self) {
+        let place = self.e.jmp();
+        self.interpret_from(place);
+        // Later code is entered with whatever the interpreter left: never from here.
+    }
+
+    /// The jump at `place` leaves for the interpreter at the current instruction.
+    pub(super) fn interpret_from(&mut self, place: u32) {
+        let what = What::Instruction(self.instructions[self.current]);
+        self.leave(place, self.stubs.leave_interpret, self.rip(), what);
+    }
+
+    /// The jump at `place` leaves through `stub`, with the guest at `rip`.
+    pub(super) fn leave(&mut self, place: u32, stub: u64, rip: u64, what: What) {
+        let site = Site { rip, saved: self.flags == Flags::Saved, what };
+        self.cold.push(Cold::Leave { places: vec![place], stub, site });
+    }
+
+    pub(super) fn finish(&mut self) {
+        for cold in std::mem::take(&mut self.cold) {
+            match cold {
+                Cold::Fill { miss, retry, stub, instruction } => {
+                    self.e.bind(miss);
+                    self.fill(retry, stub, instruction);
+                }
+                Cold::FillConstant { miss, retry, stub, instruction, linear } => {
+                    self.e.bind(miss);
+                    self.e.mov_imm(R14, linear);
+                    self.fill(retry, stub, instruction);
+                }
+                Cold::Stack { miss, resume, stub, instruction, limit } => {
+                    self.e.bind(miss);
+                    self.e.mov_imm(R13, limit.into());
+                    self.fill(resume, stub, instruction);
+                }
+                Cold::Leave { places, stub, site } => {
+                    for place in places {
+                        self.e.bind(place);
+                    }
+                    let number = self.built.sites.len() as u32;
+                    self.e.store32_imm(offset_of!(CpuState, site), number);
+                    self.built.site_numbers.push(self.e.pos() - 4);
+                    let jump = self.e.jmp();
+                    self.e.bind_outward(jump, stub);
+                    self.built.sites.push(site);
+                }
+            }
+        }
+    }
+
+    /// Calls a stub that returns with the access ready to be tried at `retry`.
+    pub(super) fn fill(&mut self, retry: u32, stub: u64, instruction: usize) {
+        // The check has been reached with the flags free: saved if they live.
+        let saved = self.live[instruction] != 0;
+        let rip = (self.instructions[instruction].ip() - self.source.rip) as u16;
+        self.built.map.push(MapEntry { offset: self.e.pos(), rip, saved });
+        let call = self.e.call();
+        self.e.bind_outward(call, stub);
+        let jump = self.e.jmp();
+        self.e.bind_to(jump, retry);
+    }
+}
+
+/// Whether the block's last instruction may jump back to or before its start.
+fn loops_back(last: &Instruction, start: u64) -> bool {
+    matches!(last.flow_control(), FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch)
+        && last.near_branch_target() <= start
+}
