@@ -110,7 +110,7 @@ def test_output_port_can_reset_and_a20_stays_open(bench: Bench) -> None:
 def test_flood_of_commands_is_bounded(bench: Bench) -> None:
     for _ in range(1000):
         bench.command(0xAB)
-    assert len(bench.device.save()["queue"]) <= 16
+    assert len(bench.device.save()["answers"]) <= 16
 
 
 def test_saved_state_continues_where_it_was(bench: Bench) -> None:

@@ -177,7 +177,8 @@ def test_saved_state_continues_where_it_was(bench: Bench) -> None:
     bench.now = 5 * NS
     other = Bench()
     other.now = bench.now
-    other.core.load(bench.core.save(bench.now), other.now)
+    other.core.state.load(bench.core.state.save())
+    other.core.advance(other.now)
     assert other.irq()
     assert other.get(0x40) == 0x5A
     assert other.time() == bench.time()

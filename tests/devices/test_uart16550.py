@@ -129,6 +129,54 @@ def test_below_the_trigger_level_it_is_a_timeout(bench: Bench) -> None:
     assert bench.get(IIR) == 0xC4
 
 
+@pytest.mark.parametrize(("fcr", "level"), [(0x01, 1), (0x47, 4), (0x87, 8), (0xC7, 14)])
+@pytest.mark.parametrize("loop", [False, True])
+def test_at_the_trigger_level_it_is_received_data(
+    bench: Bench, fcr: int, level: int, loop: bool
+) -> None:
+    bench.put(MCR, 0x1B if loop else 0x0B)
+    bench.put(FCR, fcr)
+    bench.put(IER, 0x01)
+    for count in range(1, level + 1):
+        if loop:
+            bench.put(DATA, count)
+        else:
+            bench.uart.receive(b"x")
+        assert bench.get(IIR) == (0xC4 if count >= level else 0xCC)
+
+
+def test_break_goes_through_the_loop() -> None:
+    core = UartCore()
+    core.write(FCR, 0x01)
+    core.write(IER, 0x04)
+    core.write(MCR, 0x10)
+    core.write(DATA, 0x41)
+    core.write(LCR, 0x43)  # break, held for a while
+    core.write(LCR, 0x43)
+    assert core.read(IIR) == 0xC1  # errors are told when their byte comes to the top
+    assert core.read(LSR) == 0x80 | 0x61
+    assert core.read(DATA) == 0x41
+    assert core.read(IIR) == 0xC6
+    assert core.read(LSR) == 0x80 | 0x61 | 0x18
+    assert core.read(LSR) == 0x61
+    assert (core.read(DATA), core.read(LSR)) == (0, 0x60)
+
+
+def test_break_without_the_loop_goes_out_and_is_not_received() -> None:
+    core = UartCore()
+    core.write(LCR, 0x43)
+    assert core.read(LSR) == 0x60
+
+
+def test_line_is_driven_whatever_out2_says() -> None:
+    # A PC's board gates it; small guests forget that, so ours does not.
+    core = UartCore()
+    core.write(MCR, 0x03)
+    core.write(IER, 0x01)
+    core.receive(b"x")
+    assert core.irq
+
+
 def test_interrupts_come_by_priority() -> None:
     core = UartCore()
     core.write(FCR, 0x01)

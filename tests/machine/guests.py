@@ -30,3 +30,17 @@ ECHO = bytes.fromhex("bafd030000 ec a801 74f6 baf8030000 ec ee ebed")
 def say(text: bytes) -> bytes:
     """Prints on COM1: mov edx, 0x3f8, then for each byte mov al, byte ; out dx, al."""
     return bytes.fromhex("baf8030000") + b"".join(b"\xb0%c\xee" % byte for byte in text)
+
+
+# mov edx, 0xcf8 ; mov eax, 0x80002404 ; out dx, eax ; in eax, dx
+# then, with 0x80000000 there: mov edx, 0xcfc ; in eax, dx ; mov edx, 0x500 ; out dx, eax
+# mov edx, 0xcf8 ; mov eax, 0x80000800 ; out dx, eax ; mov edx, 0xcfc ; in eax, dx
+# mov edx, 0x500 ; out dx, eax ; POWER_OFF
+PCI_SCAN = (
+    bytes.fromhex(
+        "baf80c0000 b804240080 ef ed"
+        "b800000080 ef bafc0c0000 ed ba00050000 ef"
+        "baf80c0000 b800080080 ef bafc0c0000 ed ba00050000 ef"
+    )
+    + POWER_OFF
+)

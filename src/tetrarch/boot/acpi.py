@@ -5,7 +5,7 @@ from typing import Final
 
 from tetrarch.boot import aml
 from tetrarch.boot.layout import ACPI_BASE, ACPI_END, align_up
-from tetrarch.devices import acpi_pm, i8042, reset_cf9, rtc_cmos, uart16550
+from tetrarch.devices import acpi_pm, i8042, pci_config, reset_cf9, rtc_cmos, uart16550
 from tetrarch.errors import ConfigError
 
 __all__ = ["IOAPIC_BASE", "LAPIC_BASE", "build_acpi"]
@@ -160,7 +160,8 @@ def _dsdt() -> bytes:
             "MBRD",
             "PNP0C02",
             port(acpi_pm.PORT_BASE, acpi_pm.PORTS),
-            port(reset_cf9.PORT_BASE, reset_cf9.PORTS),
+            # PCI configuration, with the reset register at 0xCF9 in it.
+            port(pci_config.ADDRESS_PORT, 4 + pci_config.DATA_PORTS),
             aml.memory32(IOAPIC_BASE, 0x1000),
             aml.memory32(LAPIC_BASE, 0x1000),
         ),

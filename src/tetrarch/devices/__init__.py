@@ -3,6 +3,7 @@
 from tetrarch.devices.acpi_pm import AcpiPm, AcpiPmCore
 from tetrarch.devices.debug_exit import DebugExit
 from tetrarch.devices.i8042 import I8042, I8042Core
+from tetrarch.devices.pci_config import PciConfigPorts
 from tetrarch.devices.reset_cf9 import ResetCf9
 from tetrarch.devices.rtc_cmos import RtcCmos, RtcCmosCore
 from tetrarch.devices.uart16550 import Uart16550, UartCore
@@ -13,6 +14,7 @@ __all__ = [
     "AcpiPmCore",
     "DebugExit",
     "I8042Core",
+    "PciConfigPorts",
     "ResetCf9",
     "RtcCmos",
     "RtcCmosCore",

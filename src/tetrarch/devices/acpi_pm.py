@@ -1,12 +1,12 @@
 """ACPI fixed hardware: PM1a event and control blocks and the PM timer (ACPI 6.5, 4.8)."""
 
-import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
-from tetrarch.devices import _state
 from tetrarch.devices._access import MAX_ACCESS, all_ones
-from tetrarch.devices._line import IrqLine
+from tetrarch.devices._adapter import Adapter
+from tetrarch.devices._state import DeviceState, counter, register
 
 __all__ = [
     "GSI",
@@ -51,23 +51,30 @@ SLP_TYP: Final = 7 << SLP_TYP_SHIFT
 SLP_EN: Final = 1 << 13
 
 
+@dataclass
+class AcpiPmState(DeviceState):
+    kind = "acpi_pm"
+
+    status: int = register(0, STATUS_BITS)
+    enable: int = register(0, EVENTS)
+    # There is no SMI: the machine is in ACPI mode from the start.
+    control: int = register(SCI_EN, SCI_EN | BM_RLD | SLP_TYP)
+    last_timer: int = counter(survives_reset=True)
+
+
 class AcpiPmCore:
-    """The registers. Time comes with each call, in ns of the machine's clock."""
+    """What the registers do. Time comes with each call, in ns of the machine's clock."""
 
     def __init__(self) -> None:
-        self._status = 0
-        self._enable = 0
-        # There is no SMI: the machine is in ACPI mode from the start.
-        self._control = SCI_EN
-        self._last_timer = 0
+        self.state = AcpiPmState()
         self._sleep: int | None = None
 
     @property
     def irq(self) -> bool:
-        return bool(self._status & self._enable & EVENTS)
+        return bool(self.state.status & self.state.enable & EVENTS)
 
     def power_button(self) -> None:
-        self._status |= PWRBTN
+        self.state.status |= PWRBTN
 
     def take_sleep(self) -> int | None:
         """The SLP_TYP that the guest went to sleep with since the last call."""
@@ -77,15 +84,17 @@ class AcpiPmCore:
     def advance(self, now_ns: int) -> int:
         """The PM timer's count; sets TMR_STS when its top bit has changed (4.8.2.1)."""
         ticks = max(now_ns, 0) * TIMER_HZ // NS_PER_S
-        if ticks >> 31 != self._last_timer >> 31:
-            self._status |= TMR
-        self._last_timer = ticks
+        if ticks >> 31 != self.state.last_timer >> 31:
+            self.state.status |= TMR
+        self.state.last_timer = ticks
         return ticks & 0xFFFF_FFFF
 
     def read(self, offset: int, size: int, now_ns: int) -> int:
         timer = self.advance(now_ns)
         # One image for any width, so that a 4-byte timer read is one moment.
-        image = self._status | self._enable << 16 | self._control << 32 | 0xFFFF << 48
+        image = (
+            self.state.status | self.state.enable << 16 | self.state.control << 32 | 0xFFFF << 48
+        )
         image |= timer << 64
         if not 0 <= offset < PORTS:
             return all_ones(size)
@@ -101,41 +110,23 @@ class AcpiPmCore:
     def _write_byte(self, offset: int, value: int) -> None:
         match offset:
             case 0 | 1:
-                self._status &= ~(value << 8 * offset)
+                self.state.status &= ~(value << 8 * offset)
             case 2 | 3:
                 shift = 8 * (offset - 2)
-                enable = self._enable & ~(0xFF << shift) | value << shift
-                self._enable = enable & EVENTS
+                enable = self.state.enable & ~(0xFF << shift) | value << shift
+                self.state.enable = enable & EVENTS
             case 4:
-                self._control = self._control & ~BM_RLD | value & BM_RLD
+                self.state.control = self.state.control & ~BM_RLD | value & BM_RLD
             case 5:
                 word = value << 8
-                self._control = self._control & ~SLP_TYP | word & SLP_TYP
+                self.state.control = self.state.control & ~SLP_TYP | word & SLP_TYP
                 if word & SLP_EN:
                     self._sleep = (word & SLP_TYP) >> SLP_TYP_SHIFT
             case _:
                 pass  # the timer is read-only
 
-    def save(self) -> _state.State:
-        return {
-            "device": "acpi_pm",
-            "version": 1,
-            "status": self._status,
-            "enable": self._enable,
-            "control": self._control,
-            "last_timer": self._last_timer,
-        }
 
-    def load(self, state: _state.State) -> None:
-        _state.check(state, "acpi_pm", 1)
-        self._status = int(state["status"]) & STATUS_BITS
-        self._enable = int(state["enable"]) & EVENTS
-        self._control = int(state["control"]) & (BM_RLD | SLP_TYP) | SCI_EN
-        self._last_timer = max(int(state["last_timer"]), 0)
-        self._sleep = None
-
-
-class AcpiPm:
+class AcpiPm(Adapter[AcpiPmCore]):
     """The fixed hardware on a machine, at PORT_BASE; ``irq`` is the SCI.
 
     The timer's own event is raised when the guest next touches the block: Linux never enables it.
@@ -147,15 +138,9 @@ class AcpiPm:
         clock_ns: Callable[[], int],
         poweroff: Callable[[], None],
     ) -> None:
-        self._core = AcpiPmCore()
+        super().__init__(AcpiPmCore(), irq)
         self._clock_ns = clock_ns
         self._poweroff = poweroff
-        self._lock = threading.Lock()
-        self._line = IrqLine(irq, self._wanted)
-
-    def _wanted(self) -> bool:
-        with self._lock:
-            return self._core.irq
 
     def press_power_button(self) -> None:
         """Asks the guest to shut down; from any thread."""
@@ -180,12 +165,3 @@ class AcpiPm:
         self._line.update()
         if sleep == S5_TYPE:
             self._poweroff()
-
-    def save(self) -> _state.State:
-        with self._lock:
-            return self._core.save()
-
-    def load(self, state: _state.State) -> None:
-        with self._lock:
-            self._core.load(state)
-        self._line.update()

@@ -6,14 +6,14 @@ keyboard is answered as by a real controller whose keyboard does not clock: stat
 that as an immediate failure, where silence would cost it a timeout for each command.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
-from tetrarch.devices import _state
 from tetrarch.devices._access import all_ones
-from tetrarch.devices._line import IrqLine
+from tetrarch.devices._adapter import Adapter
+from tetrarch.devices._state import DeviceState, flag, memory, queue, register
 
 __all__ = ["DATA_PORT", "GSI", "I8042", "STATUS_PORT", "I8042Core", "I8042Port"]
 
@@ -51,25 +51,37 @@ QUEUE_MAX: Final = 16
 WITH_BYTE: Final = frozenset({0xD1, 0xD2, 0xD3, 0xD4, *range(0x60, 0x80)})
 
 
+@dataclass
+class I8042State(DeviceState):
+    """The registers, as firmware leaves them after its own tests."""
+
+    kind = "i8042"
+
+    ram: bytearray = memory(
+        32, bytes([CTR_SYSTEM | CTR_TRANSLATE | CTR_KBD_IRQ | CTR_AUX_DISABLED])
+    )
+    output_port: int = register(OUTPUT_NO_RESET | OUTPUT_A20, 0xFF)
+    answers: deque[int] = queue(QUEUE_MAX, 0xFF | (STATUS_AUX | STATUS_TIMEOUT) << 8)
+    """Each a byte, and above it the bits of the status register that come with it."""
+    last: int = register(0, 0xFF)
+    expects: int = register(0, 0xFF)
+    """The command whose byte is still to come; 0 is none."""
+    last_was_command: bool = flag()
+
+
 class I8042Core:
-    """The controller's registers. No bus, no threads, no I/O."""
+    """What the controller does. No bus, no threads, no I/O."""
 
     def __init__(self) -> None:
-        # As firmware leaves it after its own tests.
-        self._ram = bytearray(32)
-        self._ram[0] = CTR_SYSTEM | CTR_TRANSLATE | CTR_KBD_IRQ | CTR_AUX_DISABLED
-        self._output_port = OUTPUT_NO_RESET | OUTPUT_A20
-        self._queue: deque[tuple[int, int]] = deque()
-        self._last = 0
-        self._expects = 0
-        self._last_was_command = False
+        self.state = I8042State()
         self._reset = False
 
     @property
     def irq(self) -> bool:
         """IRQ 1, the keyboard's."""
+        answers = self.state.answers
         return bool(
-            self._queue and not self._queue[0][1] & STATUS_AUX and self._ram[0] & CTR_KBD_IRQ
+            answers and not answers[0] >> 8 & STATUS_AUX and self.state.ram[0] & CTR_KBD_IRQ
         )
 
     def take_reset(self) -> bool:
@@ -78,45 +90,45 @@ class I8042Core:
         return reset
 
     def read_status(self) -> int:
-        status = STATUS_UNLOCKED | (self._ram[0] & CTR_SYSTEM)
-        if self._last_was_command:
+        status = STATUS_UNLOCKED | (self.state.ram[0] & CTR_SYSTEM)
+        if self.state.last_was_command:
             status |= STATUS_COMMAND
-        if self._queue:
-            status |= STATUS_OBF | self._queue[0][1]
+        if self.state.answers:
+            status |= STATUS_OBF | self.state.answers[0] >> 8
         return status
 
     def read_data(self) -> int:
-        if self._queue:
-            self._last = self._queue.popleft()[0]
-        return self._last
+        if self.state.answers:
+            self.state.last = self.state.answers.popleft() & 0xFF
+        return self.state.last
 
     def write_command(self, value: int) -> None:
         value &= 0xFF
-        self._last_was_command = True
-        self._expects = value if value in WITH_BYTE else 0
+        self.state.last_was_command = True
+        self.state.expects = value if value in WITH_BYTE else 0
         match value:
             case _ if 0x20 <= value < 0x40:
-                self._answer(self._ram[value & 0x1F])
+                self._answer(self.state.ram[value & 0x1F])
             case 0xA7:
-                self._ram[0] |= CTR_AUX_DISABLED
+                self.state.ram[0] |= CTR_AUX_DISABLED
             case 0xA8:
-                self._ram[0] &= ~CTR_AUX_DISABLED
+                self.state.ram[0] &= ~CTR_AUX_DISABLED
             case 0xA9:
                 self._answer(AUX_TEST_FAILED)
             case 0xAA:
-                self._queue.clear()
-                self._ram[0] |= CTR_SYSTEM
+                self.state.answers.clear()
+                self.state.ram[0] |= CTR_SYSTEM
                 self._answer(SELF_TEST_PASSED)
             case 0xAB:
                 self._answer(0)
             case 0xAD:
-                self._ram[0] |= CTR_KBD_DISABLED
+                self.state.ram[0] |= CTR_KBD_DISABLED
             case 0xAE:
-                self._ram[0] &= ~CTR_KBD_DISABLED
+                self.state.ram[0] &= ~CTR_KBD_DISABLED
             case 0xC0:
                 self._answer(INPUT_PORT)
             case 0xD0:
-                self._answer(self._output_port)
+                self._answer(self.state.output_port)
             case _ if value >= 0xF0 and not value & OUTPUT_NO_RESET:
                 # Pulse output bits: those that are 0 in the command go low for a moment.
                 self._reset = True
@@ -125,16 +137,16 @@ class I8042Core:
 
     def write_data(self, value: int) -> None:
         value &= 0xFF
-        self._last_was_command = False
-        expects, self._expects = self._expects, 0
+        self.state.last_was_command = False
+        expects, self.state.expects = self.state.expects, 0
         match expects:
             case _ if 0x60 <= expects < 0x80:
-                self._ram[expects & 0x1F] = value
+                self.state.ram[expects & 0x1F] = value
             case 0xD1:
                 # A20 stays open whatever is written: no guest of ours needs it shut.
-                self._output_port = value | OUTPUT_A20
+                self.state.output_port = value | OUTPUT_A20
                 if not value & OUTPUT_NO_RESET:
-                    self._output_port |= OUTPUT_NO_RESET
+                    self.state.output_port |= OUTPUT_NO_RESET
                     self._reset = True
             case 0xD2 | 0xD3:
                 # The AUX loop answers as keyboard data, as on a controller without auxiliary
@@ -146,49 +158,18 @@ class I8042Core:
                 self._answer(RESEND, STATUS_TIMEOUT)
 
     def _answer(self, value: int, status: int = 0) -> None:
-        if len(self._queue) < QUEUE_MAX:
-            self._queue.append((value, status))
-
-    def save(self) -> _state.State:
-        return {
-            "device": "i8042",
-            "version": 1,
-            "ram": list(self._ram),
-            "output_port": self._output_port,
-            "queue": [data | status << 8 for data, status in self._queue],
-            "last": self._last,
-            "expects": self._expects,
-            "last_was_command": self._last_was_command,
-        }
-
-    def load(self, state: _state.State) -> None:
-        _state.check(state, "i8042", 1)
-        ram = [int(byte) & 0xFF for byte in state["ram"]][:32]
-        self._ram = bytearray(ram).ljust(32, b"\0")
-        self._output_port = int(state["output_port"]) & 0xFF
-        queue = state["queue"][:QUEUE_MAX]
-        self._queue = deque((int(item) & 0xFF, int(item) >> 8 & 0x60) for item in queue)
-        self._last = int(state["last"]) & 0xFF
-        expects = int(state["expects"])
-        self._expects = expects if expects in WITH_BYTE else 0
-        self._last_was_command = bool(state["last_was_command"])
-        self._reset = False
+        if len(self.state.answers) < QUEUE_MAX:
+            self.state.answers.append(value | status << 8)
 
 
-class I8042:
+class I8042(Adapter[I8042Core]):
     """The controller on a machine. Attach ``data`` at port 0x60 and ``status`` at 0x64."""
 
     def __init__(self, irq: Callable[[bool], None], reset: Callable[[], None]) -> None:
-        self._core = I8042Core()
+        super().__init__(I8042Core(), irq)
         self._reset = reset
-        self._lock = threading.Lock()
-        self._line = IrqLine(irq, self._wanted)
         self.data = I8042Port(self._read_data, self._write_data)
         self.status = I8042Port(self._read_status, self._write_command)
-
-    def _wanted(self) -> bool:
-        with self._lock:
-            return self._core.irq
 
     def _read_data(self) -> int:
         with self._lock:
@@ -215,15 +196,6 @@ class I8042:
         self._line.update()
         if reset:
             self._reset()
-
-    def save(self) -> _state.State:
-        with self._lock:
-            return self._core.save()
-
-    def load(self, state: _state.State) -> None:
-        with self._lock:
-            self._core.load(state)
-        self._line.update()
 
 
 class I8042Port:

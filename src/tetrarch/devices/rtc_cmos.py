@@ -10,12 +10,13 @@ in reset) the registers are plain memory.
 
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
-from tetrarch.devices import _state
 from tetrarch.devices._access import read_bytes, write_bytes
-from tetrarch.devices._line import IrqLine
+from tetrarch.devices._adapter import Adapter
+from tetrarch.devices._state import DeviceState, State, counter, memory, register
 
 __all__ = ["CENTURY", "GSI", "PORTS", "PORT_BASE", "RtcCmos", "RtcCmosCore"]
 
@@ -54,6 +55,7 @@ B_SET: Final = 0x80
 B_PIE: Final = 0x40
 B_AIE: Final = 0x20
 B_UIE: Final = 0x10
+B_SQWE: Final = 0x08
 B_BINARY: Final = 0x04
 B_24H: Final = 0x02
 
@@ -106,50 +108,68 @@ def _memory_sizes(ram_bytes: int) -> Iterable[tuple[int, int, int]]:
     yield 0x5B, 3, min(max(ram_bytes - 0xC000_0000, 0) >> 16, 0xFF_FFFF)
 
 
+@dataclass
+class RtcCmosState(DeviceState):
+    """All but the interrupts' enables and flags is kept by the battery."""
+
+    kind = "rtc_cmos"
+
+    index: int = register(0, 0x7F)
+    cmos: bytearray = memory(CMOS_SIZE, survives_reset=True)
+    flags: int = register(0, C_PF | C_AF | C_UF)
+    offset_ns: int = counter(survives_reset=True)
+    """The time in ns since 1970, less the machine's clock."""
+    seen_ns: int = counter(survives_reset=True)
+    """Update and periodic events up to here are in the flags."""
+
+    def reset(self) -> None:
+        super().reset()
+        # Data sheet, table 4: RESET clears PIE, AIE, UIE and SQWE.
+        self.cmos[REG_B] &= ~(B_PIE | B_AIE | B_UIE | B_SQWE)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        self.cmos[REG_A] &= ~A_UIP  # told, not kept
+
+
 class RtcCmosCore:
     """Clock and memory. Time comes with each call, in ns of the machine's clock."""
 
     def __init__(self, now_ns: int, wall_ns: int, ram_bytes: int = 0) -> None:
         """``wall_ns``: the time in ns since 1970 when the machine's clock is ``now_ns``."""
-        self._index = 0
-        self._cmos = bytearray(CMOS_SIZE)
-        self._cmos[REG_A] = A_INITIAL
-        self._cmos[REG_B] = B_24H
-        for register, length, value in _memory_sizes(ram_bytes):
-            self._cmos[register : register + length] = value.to_bytes(length, "little")
-        self._flags = 0
-        self._offset_ns = wall_ns - now_ns
-        # Update and periodic events up to here are in the flags.
-        self._seen_ns = now_ns
+        self.state = RtcCmosState(offset_ns=wall_ns - now_ns, seen_ns=now_ns)
+        self.state.cmos[REG_A] = A_INITIAL
+        self.state.cmos[REG_B] = B_24H
+        for first, length, value in _memory_sizes(ram_bytes):
+            self.state.cmos[first : first + length] = value.to_bytes(length, "little")
         self._store_time(now_ns)
 
     @property
     def irq(self) -> bool:
         # C_PF, C_AF and C_UF lie where B has their enables.
-        return bool(self._flags & self._cmos[REG_B] & (C_PF | C_AF | C_UF))
+        return bool(self.state.flags & self.state.cmos[REG_B] & (C_PF | C_AF | C_UF))
 
     @property
     def _held(self) -> bool:
-        return bool(
-            self._cmos[REG_B] & B_SET or self._cmos[REG_A] & A_DIVIDER_RESET == A_DIVIDER_RESET
-        )
+        a, b = self.state.cmos[REG_A], self.state.cmos[REG_B]
+        return bool(b & B_SET or a & A_DIVIDER_RESET == A_DIVIDER_RESET)
 
     def _clock(self, now_ns: int) -> int:
-        return now_ns + self._offset_ns
+        return now_ns + self.state.offset_ns
 
     # The side of the bus.
 
     def read(self, offset: int, now_ns: int) -> int:
         # The index register is write-only.
-        return self._read_register(self._index, now_ns) if offset == 1 else 0xFF
+        return self._read_register(self.state.index, now_ns) if offset == 1 else 0xFF
 
     def write(self, offset: int, value: int, now_ns: int) -> None:
         value &= 0xFF
         if offset == 0:
             # Bit 7 is the PC's NMI mask, which nothing here drives.
-            self._index = value & 0x7F
+            self.state.index = value & 0x7F
         elif offset == 1:
-            self._write_register(self._index, value, now_ns)
+            self._write_register(self.state.index, value, now_ns)
 
     def _read_register(self, register: int, now_ns: int) -> int:
         self.advance(now_ns)
@@ -157,14 +177,14 @@ class RtcCmosCore:
             if not self._held:
                 self._store_time(now_ns)
         elif register == REG_A:
-            return self._cmos[REG_A] | (A_UIP if self._updating(now_ns) else 0)
+            return self.state.cmos[REG_A] | (A_UIP if self._updating(now_ns) else 0)
         elif register == REG_C:
-            value = self._flags | (C_IRQF if self.irq else 0)
-            self._flags = 0
+            value = self.state.flags | (C_IRQF if self.irq else 0)
+            self.state.flags = 0
             return value
         elif register == REG_D:
             return D_VALID
-        return self._cmos[register]
+        return self.state.cmos[register]
 
     def _write_register(self, register: int, value: int, now_ns: int) -> None:
         self.advance(now_ns)
@@ -174,17 +194,17 @@ class RtcCmosCore:
         if not held:
             self._store_time(now_ns)
         if register == REG_A:
-            self._cmos[REG_A] = value & ~A_UIP
+            self.state.cmos[REG_A] = value & ~A_UIP
         elif register == REG_B:
             # Data sheet: setting SET clears UIE.
-            self._cmos[REG_B] = value & ~B_UIE if value & B_SET else value
+            self.state.cmos[REG_B] = value & ~B_UIE if value & B_SET else value
         else:
-            self._cmos[register] = value
+            self.state.cmos[register] = value
         # The clock runs on from the registers when it is let go, and also when the guest sets
         # the time without holding it.
         if not self._held and (held or register in TIME_REGISTERS):
-            self._offset_ns = self._stored_time(self._clock(now_ns) % NS, held) - now_ns
-            self._seen_ns = now_ns
+            self.state.offset_ns = self._stored_time(self._clock(now_ns) % NS, held) - now_ns
+            self.state.seen_ns = now_ns
 
     def _updating(self, now_ns: int) -> bool:
         return not self._held and self._clock(now_ns) % NS >= NS - UIP_NS
@@ -192,22 +212,22 @@ class RtcCmosCore:
     # Registers and time.
 
     def _encode(self, value: int) -> int:
-        if self._cmos[REG_B] & B_BINARY:
+        if self.state.cmos[REG_B] & B_BINARY:
             return value & 0xFF
         return (value // 10 % 10) << 4 | value % 10
 
     def _decode(self, value: int) -> int:
-        if self._cmos[REG_B] & B_BINARY:
+        if self.state.cmos[REG_B] & B_BINARY:
             return value
         return (value >> 4) * 10 + (value & 0xF)
 
     def _encode_hour(self, hour: int) -> int:
-        if self._cmos[REG_B] & B_24H:
+        if self.state.cmos[REG_B] & B_24H:
             return self._encode(hour)
         return self._encode(hour % 12 or 12) | (HOUR_PM if hour >= 12 else 0)
 
     def _decode_hour(self, value: int) -> int:
-        if self._cmos[REG_B] & B_24H:
+        if self.state.cmos[REG_B] & B_24H:
             return self._decode(value)
         hour = self._decode(value & ~HOUR_PM)
         return hour % 12 + (12 if value & HOUR_PM else 0)
@@ -216,24 +236,24 @@ class RtcCmosCore:
         days, second = divmod(self._clock(now_ns) // NS, DAY)
         year, month, day = civil_from_days(days)
         encode = self._encode
-        self._cmos[SECONDS] = encode(second % 60)
-        self._cmos[MINUTES] = encode(second // 60 % 60)
-        self._cmos[HOURS] = self._encode_hour(second // 3600)
+        self.state.cmos[SECONDS] = encode(second % 60)
+        self.state.cmos[MINUTES] = encode(second // 60 % 60)
+        self.state.cmos[HOURS] = self._encode_hour(second // 3600)
         # 1970-01-01 was a Thursday; 1 is Sunday.
-        self._cmos[DAY_OF_WEEK] = (days + 4) % 7 + 1
-        self._cmos[DAY_OF_MONTH] = encode(day)
-        self._cmos[MONTH] = encode(month)
-        self._cmos[YEAR] = encode(year % 100)
-        self._cmos[CENTURY] = encode(year // 100 % 100)
+        self.state.cmos[DAY_OF_WEEK] = (days + 4) % 7 + 1
+        self.state.cmos[DAY_OF_MONTH] = encode(day)
+        self.state.cmos[MONTH] = encode(month)
+        self.state.cmos[YEAR] = encode(year % 100)
+        self.state.cmos[CENTURY] = encode(year // 100 % 100)
 
     def _stored_time(self, fraction_ns: int, restart: bool) -> int:
         """What the registers say, in ns. Nonsense gives some time, never an error."""
         decode = self._decode
-        year = decode(self._cmos[CENTURY]) * 100 + decode(self._cmos[YEAR])
-        month = min(max(decode(self._cmos[MONTH]), 1), 12)
-        days = days_from_civil(year, month, max(decode(self._cmos[DAY_OF_MONTH]), 1))
-        second = decode(self._cmos[SECONDS]) + 60 * decode(self._cmos[MINUTES])
-        second += 3600 * self._decode_hour(self._cmos[HOURS])
+        year = decode(self.state.cmos[CENTURY]) * 100 + decode(self.state.cmos[YEAR])
+        month = min(max(decode(self.state.cmos[MONTH]), 1), 12)
+        days = days_from_civil(year, month, max(decode(self.state.cmos[DAY_OF_MONTH]), 1))
+        second = decode(self.state.cmos[SECONDS]) + 60 * decode(self.state.cmos[MINUTES])
+        second += 3600 * self._decode_hour(self.state.cmos[HOURS])
         # Released from hold, the first update comes half a second later (data sheet, "divider
         # control"); Linux's rtc_cmos sets its time for that.
         return (days * DAY + second) * NS + (NS // 2 if restart else fraction_ns)
@@ -242,8 +262,8 @@ class RtcCmosCore:
 
     def _period_ns(self) -> int:
         """Of the periodic interrupt; 0: none. Data sheet, table 5, 32.768 kHz time base."""
-        rate = self._cmos[REG_A] & A_RATE
-        if rate == 0 or self._cmos[REG_A] & A_DIVIDER_RESET == A_DIVIDER_RESET:
+        rate = self.state.cmos[REG_A] & A_RATE
+        if rate == 0 or self.state.cmos[REG_A] & A_DIVIDER_RESET == A_DIVIDER_RESET:
             return 0
         if rate <= 2:
             rate += 7
@@ -252,12 +272,12 @@ class RtcCmosCore:
     def _next_alarm(self, after: int) -> int | None:
         """The first second later than ``after`` that matches the alarm registers."""
         fields = []
-        for register, limit in ((HOURS_ALARM, 24), (MINUTES_ALARM, 60), (SECONDS_ALARM, 60)):
-            raw = self._cmos[register]
+        for alarm, limit in ((HOURS_ALARM, 24), (MINUTES_ALARM, 60), (SECONDS_ALARM, 60)):
+            raw = self.state.cmos[alarm]
             if raw & ALARM_ANY == ALARM_ANY:
                 fields.append(range(limit))
                 continue
-            value = self._decode_hour(raw) if register == HOURS_ALARM else self._decode(raw)
+            value = self._decode_hour(raw) if alarm == HOURS_ALARM else self._decode(raw)
             if value >= limit:
                 return None
             fields.append(range(value, value + 1))
@@ -278,23 +298,23 @@ class RtcCmosCore:
 
     def advance(self, now_ns: int) -> None:
         """Notes in the flags what happened since the last call."""
-        if now_ns <= self._seen_ns:
+        if now_ns <= self.state.seen_ns:
             return
-        before, after = self._clock(self._seen_ns), self._clock(now_ns)
-        self._seen_ns = now_ns
+        before, after = self._clock(self.state.seen_ns), self._clock(now_ns)
+        self.state.seen_ns = now_ns
         period = self._period_ns()
         if period and before // period != after // period:
-            self._flags |= C_PF
+            self.state.flags |= C_PF
         if not self._held and before // NS != after // NS:
-            self._flags |= C_UF
-            if not self._flags & C_AF:
+            self.state.flags |= C_UF
+            if not self.state.flags & C_AF:
                 alarm = self._next_alarm(before // NS)
                 if alarm is not None and alarm <= after // NS:
-                    self._flags |= C_AF
+                    self.state.flags |= C_AF
 
     def next_event(self, now_ns: int) -> int | None:
         """When, on the machine's clock, the next enabled interrupt is due."""
-        enabled = self._cmos[REG_B] & ~self._flags
+        enabled = self.state.cmos[REG_B] & ~self.state.flags
         clock = self._clock(now_ns)
         due = []
         period = self._period_ns()
@@ -307,31 +327,10 @@ class RtcCmosCore:
                 alarm = self._next_alarm(clock // NS)
                 if alarm is not None:
                     due.append(alarm * NS)
-        return min(due) - self._offset_ns if due else None
-
-    def save(self, now_ns: int) -> _state.State:
-        self.advance(now_ns)
-        return {
-            "device": "rtc_cmos",
-            "version": 1,
-            "index": self._index,
-            "cmos": list(self._cmos),
-            "flags": self._flags,
-            "offset_ns": self._offset_ns,
-        }
-
-    def load(self, state: _state.State, now_ns: int) -> None:
-        _state.check(state, "rtc_cmos", 1)
-        cmos = bytes(int(byte) & 0xFF for byte in state["cmos"][:CMOS_SIZE])
-        self._cmos = bytearray(cmos.ljust(CMOS_SIZE, b"\0"))
-        self._cmos[REG_A] &= ~A_UIP
-        self._index = int(state["index"]) & 0x7F
-        self._flags = int(state["flags"]) & (C_PF | C_AF | C_UF)
-        self._offset_ns = int(state["offset_ns"])
-        self._seen_ns = now_ns
+        return min(due) - self.state.offset_ns if due else None
 
 
-class RtcCmos:
+class RtcCmos(Adapter[RtcCmosCore]):
     """The clock on a machine, at PORT_BASE.
 
     A timer thread exists only while the guest has an interrupt enabled whose flag is not yet set;
@@ -349,15 +348,10 @@ class RtcCmos:
         """``ram``: (address, length) of the machine's RAM ranges, told in the CMOS memory."""
         self._clock_ns = clock_ns
         ram_bytes = sum(length for _, length in ram)
-        self._core = RtcCmosCore(clock_ns(), wall_ns(), ram_bytes)
-        self._changed = threading.Condition()
+        super().__init__(RtcCmosCore(clock_ns(), wall_ns(), ram_bytes), irq)
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._line = IrqLine(irq, self._wanted)
-
-    def _wanted(self) -> bool:
-        with self._changed:
-            return self._core.irq
 
     def read(self, offset: int, size: int) -> int:
         now = self._clock_ns()
@@ -407,14 +401,7 @@ class RtcCmos:
                     # Bounded both ways: the machine's clock may stand still meanwhile.
                     self._changed.wait(min(max((due - now) / NS, MIN_WAIT_S), MAX_WAIT_S))
 
-    def save(self) -> _state.State:
-        now = self._clock_ns()
+    def load(self, state: State) -> None:
+        super().load(state)
         with self._changed:
-            return self._core.save(now)
-
-    def load(self, state: _state.State) -> None:
-        now = self._clock_ns()
-        with self._changed:
-            self._core.load(state, now)
-            self._arm(now)
-        self._line.update()
+            self._arm(self._clock_ns())

@@ -10,24 +10,28 @@ What nobody claims reads as ones, and writes to it are lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tetrarch.devices import (
     I8042,
     AcpiPm,
     DebugExit,
+    PciConfigPorts,
     ResetCf9,
     RtcCmos,
     Uart16550,
     acpi_pm,
     debug_exit,
     i8042,
+    pci_config,
     reset_cf9,
     rtc_cmos,
     uart16550,
 )
+from tetrarch.devices._state import State
+from tetrarch.errors import StateError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.status import ExitStatus, StopReason
@@ -42,20 +46,53 @@ class PortRange(NamedTuple):
     base: int
     length: int
     device: Device
+    sizes: Sequence[int] | None = None
+    """The widths of access that the device decodes; None: all."""
+
+
+class SavedDevice(Protocol):
+    """A device with a state."""
+
+    def reset(self) -> None: ...
+    def save(self) -> State: ...
+    def load(self, state: State) -> None: ...
 
 
 @dataclass(frozen=True)
 class Pc:
-    """The devices of one PC that its machine talks to."""
+    """The devices of one PC."""
 
     uart: Uart16550
     rtc: RtcCmos
     acpi: AcpiPm
-    ports: tuple[PortRange, ...]
+    devices: Mapping[str, SavedDevice]
+    """All of them by the name that their state is saved under."""
+
+    def save(self) -> dict[str, State]:
+        return {name: device.save() for name, device in self.devices.items()}
+
+    def load(self, states: Mapping[str, State]) -> None:
+        """Raises StateError where there is a state too many or too few."""
+        check_names("device", states, self.devices)
+        for name, device in self.devices.items():
+            device.load(states[name])
+
+    def reset(self) -> None:
+        for device in self.devices.values():
+            device.reset()
 
     def close(self) -> None:
         """Ends what runs beside the vCPUs."""
         self.rtc.close()
+
+
+def check_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
+    for name in set(found) ^ set(wanted):
+        lacks, has = ("machine", "saved state") if name in found else ("saved state", "machine")
+        raise StateError(
+            f"the {lacks} has no {what} {name!r}, which the {has} has",
+            mend="make the machine as it was when it was saved",
+        )
 
 
 def assemble_pc(
@@ -87,6 +124,15 @@ def assemble_pc(
     keyboard = I8042(line(i8042.GSI), reset("the keyboard controller"))
     acpi = AcpiPm(line(acpi_pm.GSI), vm.clock_ns, power_off)
     reset_control = ResetCf9(reset("port 0xCF9"))
+    pci = PciConfigPorts()
+    devices: dict[str, SavedDevice] = {
+        "i8042": keyboard,
+        "rtc": rtc,
+        "com1": uart,
+        "acpi-pm": acpi,
+        "pci-config": pci,
+        "reset": reset_control,
+    }
 
     ports = [
         PortRange(i8042.DATA_PORT, 1, keyboard.data),  # GSI 1
@@ -94,11 +140,14 @@ def assemble_pc(
         PortRange(rtc_cmos.PORT_BASE, rtc_cmos.PORTS, rtc),  # GSI 8
         PortRange(uart16550.PORT_BASE, uart16550.PORTS, uart),  # GSI 4
         PortRange(acpi_pm.PORT_BASE, acpi_pm.PORTS, acpi),  # GSI 9, level
+        PortRange(pci_config.ADDRESS_PORT, 4, pci.address, sizes=(4,)),
         PortRange(reset_cf9.PORT_BASE, reset_cf9.PORTS, reset_control),
+        PortRange(pci_config.DATA_PORT, pci_config.DATA_PORTS, pci.data),
     ]
     if config.debug_exit:
-        ports.append(PortRange(debug_exit.PORT_BASE, debug_exit.PORTS, DebugExit(leave)))
+        devices["debug-exit"] = ender = DebugExit(leave)
+        ports.append(PortRange(debug_exit.PORT_BASE, debug_exit.PORTS, ender))
 
-    for base, length, device in ports:
-        vm.attach_ports(base, length, device)
-    return Pc(uart, rtc, acpi, tuple(ports))
+    for base, length, device, sizes in ports:
+        vm.attach_ports(base, length, device, sizes=sizes)
+    return Pc(uart, rtc, acpi, devices)
