@@ -1,3 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tetrarch_fuzz::harness::differential(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    tetrarch_fuzz::harness::differential(data);
+});

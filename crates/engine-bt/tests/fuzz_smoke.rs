@@ -3,21 +3,25 @@
 
 mod harness;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use harness::{Random, TARGETS};
 
-/// Runs `count` random inputs. FUZZ_SEED chooses others.
-fn random_inputs(name: &str, count: u64) {
-    let (_, target) = TARGETS.iter().find(|(known, _)| *known == name).expect("a known target");
+/// Random inputs that FUZZ_SEED chooses.
+fn inputs(name: &str, count: u64) -> impl Iterator<Item = Vec<u8>> {
     let seed = std::env::var("FUZZ_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    for number in 0..count {
+    (0..count).map(move |number| {
         let mut random = Random(seed << 32 ^ number);
         let length = 64 + random.next() as usize % 448;
-        let input = random.bytes(length);
         println!("{name}: input {number} of seed {seed}");
-        target(&input);
-    }
+        random.bytes(length)
+    })
+}
+
+fn random_inputs(name: &str, count: u64) {
+    let (_, target) = TARGETS.iter().find(|(known, _)| *known == name).expect("a known target");
+    inputs(name, count).for_each(|input| target(&input));
 }
 
 #[test]
@@ -54,7 +58,14 @@ fn translator() {
 
 #[test]
 fn differential() {
-    random_inputs("differential", 1000);
+    let mut counts: BTreeMap<String, u32> = BTreeMap::new();
+    for input in inputs("differential", 1000) {
+        *counts.entry(format!("{:?}", harness::differential(&input))).or_default() += 1;
+    }
+    println!("{counts:?}");
+    // So that a run in which nothing was compared does not pass.
+    let same = counts.get("Same").copied().unwrap_or(0);
+    assert!(same >= 700, "{same} of 1000 guests compared: {counts:?}");
 }
 
 #[test]

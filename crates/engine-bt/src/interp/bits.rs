@@ -6,8 +6,8 @@ use super::Flow;
 use super::alu::{sign_extend, zsp};
 use super::integer::update;
 use super::operand::{
-    address_size, check_alignment, effective_address, linear, op_size, read_op, read_reg, write_op,
-    write_reg,
+    address_size, check_alignment, effective_address, gpr_index, linear, op_size, read_op,
+    read_reg, write_op, write_reg,
 };
 use crate::cpu::Cpu;
 use crate::cpu::fault::{R, ud};
@@ -57,13 +57,39 @@ pub fn bit_test(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     Ok(Flow::Next)
 }
 
-/// BSF and BSR (`reverse`). A source of zero leaves the destination alone, as
-/// AMD documents (APM 3, BSF) and Intel CPUs do; the other flags too.
+/// What a scan of zero leaves in its destination. AMD documents that it keeps all
+/// of it (APM 3, BSF); on Intel it is undefined, and CPUs differ in the upper half
+/// of a 32-bit scan. Translated code runs the host's, so this does too.
+fn scan_of_zero(size: usize, mut destination: u64, reverse: bool) -> u64 {
+    macro_rules! scan {
+        ($text:literal) => {
+            // SAFETY: reads and writes two registers and the flags.
+            unsafe {
+                std::arch::asm!($text, inout(reg) destination, in(reg) 0u64,
+                    options(pure, nomem, nostack));
+            }
+        };
+    }
+    match (size, reverse) {
+        (2, false) => scan!("bsf {0:x}, {1:x}"),
+        (2, true) => scan!("bsr {0:x}, {1:x}"),
+        (4, false) => scan!("bsf {0:e}, {1:e}"),
+        (4, true) => scan!("bsr {0:e}, {1:e}"),
+        (_, false) => scan!("bsf {0:r}, {1:r}"),
+        (_, true) => scan!("bsr {0:r}, {1:r}"),
+    }
+    destination
+}
+
+/// BSF and BSR (`reverse`); the flags but ZF are undefined, and stay.
 pub fn bit_scan(cpu: &mut Cpu, i: &Instruction, reverse: bool) -> R<Flow> {
     let source = read_op(cpu, i, 1)? & mask(op_size(i, 1));
     if source != 0 {
         let index = if reverse { 63 - source.leading_zeros() } else { source.trailing_zeros() };
         write_reg(cpu, i.op0_register(), u64::from(index));
+    } else {
+        let destination = &mut cpu.st.gpr[gpr_index(i.op0_register())];
+        *destination = scan_of_zero(op_size(i, 0), *destination, reverse);
     }
     cpu.st.update_flags(flag::ZF, when(source == 0, flag::ZF));
     Ok(Flow::Next)

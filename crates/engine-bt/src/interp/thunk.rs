@@ -292,7 +292,7 @@ impl Cache {
             );
             thunk.aligned = alignment(i, class);
             thunk.natural = match size {
-                2 | 4 | 8 => thunk.size,
+                2 | 4 | 8 | 16 | 32 => thunk.size,
                 10 => 8,
                 _ => 1,
             };

@@ -30,7 +30,9 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: [(&str, Target); 5] = [
     ("interpreter", interpreter),
     ("translator", translator),
-    ("differential", differential),
+    ("differential", |data| {
+        differential(data);
+    }),
     ("irqchip", irqchip),
     ("state", state),
 ];

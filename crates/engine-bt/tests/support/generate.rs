@@ -3,14 +3,16 @@
 use iced_x86::{
     BlockEncoder, BlockEncoderOptions, Code, CpuidFeature, EncodingKind, FlowControl, Instruction,
     InstructionBlock, InstructionInfoFactory, Mnemonic, OpAccess, OpCodeOperandKind as K, OpKind,
-    Register, RflagsBits,
+    Register,
 };
 
 use super::case::{
-    ARITH, CODE, Case, DATA, DATA_BYTES, DATA_HIGH, Fpu, GS_BASE, HOLE, PAGE, READ_ONLY, State,
+    AC_FLAG, ARITH, CODE, Case, DATA, DATA_BYTES, DATA_HIGH, Fpu, GS_BASE, HOLE, PAGE, POPF_FLAGS,
+    READ_ONLY, START_FLAGS, State,
 };
 use super::features::Bits;
 use super::guest::Guest;
+use super::model::{rflags, undefined};
 use super::random::Random;
 
 /// A piece of a program. Regions nest.
@@ -67,38 +69,6 @@ const JUMPS: [Code; 16] = [
     Code::Jg_rel32_64,
 ];
 
-/// Iced's flag bits as RFLAGS has them.
-fn rflags(bits: u32) -> u64 {
-    [
-        (RflagsBits::CF, 0),
-        (RflagsBits::PF, 2),
-        (RflagsBits::AF, 4),
-        (RflagsBits::ZF, 6),
-        (RflagsBits::SF, 7),
-        (RflagsBits::OF, 11),
-    ]
-    .iter()
-    .filter(|(bit, _)| bits & bit != 0)
-    .fold(0, |flags, (_, at)| flags | 1 << at)
-}
-
-/// Flags that are undefined after an instruction where iced, which knows no
-/// counts, or the manual's "if the count is 0", say too little.
-pub fn undefined(i: &Instruction) -> u64 {
-    use Mnemonic as M;
-    let flags = rflags(i.rflags_undefined());
-    const OF_AF: u64 = 0x810;
-    match i.mnemonic() {
-        M::Shl | M::Sal | M::Shr => {
-            let size = i.op0_register().size().max(i.memory_size().size());
-            flags | OF_AF | if size < 4 { 1 } else { 0 }
-        }
-        M::Sar | M::Shld | M::Shrd => flags | OF_AF,
-        M::Rol | M::Ror | M::Rcl | M::Rcr => flags | 0x800,
-        _ => flags,
-    }
-}
-
 /// Flags that an instruction gives a value whatever its operands are.
 fn defines(i: &Instruction) -> u64 {
     use Mnemonic as M;
@@ -111,15 +81,17 @@ fn defines(i: &Instruction) -> u64 {
 }
 
 impl Program {
-    /// The flags defined at the end, or `None` if some instruction's result
-    /// depends on an undefined one.
-    pub fn defined(&self) -> Option<u64> {
+    /// The flags defined before each item and at the end, or `None` if some
+    /// instruction's result depends on an undefined one.
+    fn defined(&self) -> Option<Vec<u64>> {
         let mut unknown = 0;
+        let mut defined = Vec::with_capacity(self.items.len() + 1);
         let mut skips: Vec<usize> = Vec::new();
         let mut loops: Vec<usize> = Vec::new();
         for (index, item) in self.items.iter().enumerate() {
             skips.retain(|&end| end > index);
             loops.retain(|&end| end > index);
+            defined.push(ARITH & !unknown);
             match item {
                 Item::Plain(i) => {
                     if rflags(i.rflags_read()) & unknown != 0 || !self.prepared(index, i) {
@@ -149,7 +121,8 @@ impl Program {
                 _ => {}
             }
         }
-        Some(ARITH & !unknown)
+        defined.push(ARITH & !unknown);
+        Some(defined)
     }
 
     /// Whether an instruction that must not see a random operand does not.
@@ -196,6 +169,7 @@ impl Program {
             }
         }
         let single = out.len() == 1;
+        let items: Vec<usize> = out.iter().map(|(index, ..)| *index).collect();
         let mut end = Instruction::default();
         end.set_code(Code::Ud2);
         out.push((self.items.len(), end, None));
@@ -213,14 +187,36 @@ impl Program {
             instructions.push(i);
         }
         let block = InstructionBlock::new(&instructions, self.start.rip);
-        let code = BlockEncoder::encode(64, block, BlockEncoderOptions::NONE).ok()?.code_buffer;
+        let options = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
+        let encoded = BlockEncoder::encode(64, block, options).ok()?;
+        let code = encoded.code_buffer;
+        // A REP prefix has iterations behind it that may have written flags.
+        let exact = |item: usize| match self.items[item] {
+            Item::Plain(i) => !i.is_string_instruction(),
+            _ => true,
+        };
+        let places = items.iter().zip(&encoded.new_instruction_offsets);
+        let defined_before = places
+            .filter(|(item, _)| exact(**item))
+            .map(|(item, offset)| (self.start.rip + u64::from(*offset), defined[*item]))
+            .collect();
+        let defined = *defined.last()?;
         let dead = match &self.items[..] {
             [Item::Plain(i)] => rflags(i.rflags_modified()) | undefined(i),
             _ => 0,
         };
         let start = self.start.clone();
         let gathers = self.items.iter().any(|item| matches!(item, Item::Plain(i) if i.is_vsib()));
-        Some(Case { code, start, kernel: self.kernel, defined, single, dead, gathers })
+        Some(Case {
+            code,
+            start,
+            kernel: self.kernel,
+            defined,
+            single,
+            defined_before,
+            dead,
+            gathers,
+        })
     }
 }
 
@@ -323,6 +319,8 @@ pub struct Generator {
     x87: Vec<Code>,
     vector: Vec<Code>,
     data: Vec<u8>,
+    /// MXCSR.MM, where the guest has it.
+    misaligned: u32,
 }
 
 struct Context {
@@ -337,6 +335,7 @@ impl Generator {
     pub fn new(guest: &mut Guest) -> Self {
         let bits = Bits::of_guest(guest);
         let has = |feature| usable(feature) && bits.has(feature);
+        let misaligned = (guest.cpuid(0x8000_0001, 0)[2] >> 7 & 1) << 17;
         let mut codes = Vec::new();
         for code in Code::values() {
             if unfit(code) || matches!(code.encoding(), EncodingKind::EVEX | EncodingKind::MVEX) {
@@ -391,7 +390,7 @@ impl Generator {
             };
             data.extend_from_slice(&quad.to_le_bytes());
         }
-        Self { info: InstructionInfoFactory::new(), codes, integer, x87, vector, data }
+        Self { info: InstructionInfoFactory::new(), codes, integer, x87, vector, data, misaligned }
     }
 
     /// How many kinds of instructions cases are made from.
@@ -423,7 +422,14 @@ impl Generator {
                     self.block(&mut context, budget, 0);
                 }
             }
-            let kernel = random.percent(20);
+            // Alignment is checked in user mode only, and natively that is all there is.
+            let checked = |value: u64| value & AC_FLAG != 0;
+            let aligned = checked(start.rflags)
+                || context.items.iter().any(|item| {
+                    matches!(item, Item::Plain(i) if i.code() == Code::Pushq_imm32
+                        && checked(i.immediate32to64() as u64))
+                });
+            let kernel = random.percent(20) && !aligned;
             let program = Program { items: context.items, start, kernel };
             if program.case().is_some() {
                 return program;
@@ -457,8 +463,11 @@ impl Generator {
                 0 => PAGE - 1 - random.below(48) as u64,
                 _ => random.below(3000) as u64,
             };
-        state.rflags = 0x202 | random.bits() & ARITH;
+        state.rflags = 0x202 | flags(random, START_FLAGS);
         state.fpu = fpu(random);
+        if random.percent(5) {
+            state.fpu.mxcsr |= self.misaligned;
+        }
         let at = random.below(self.data.len() - DATA_BYTES);
         state.data = self.data[at..at + DATA_BYTES].to_vec();
         state
@@ -558,10 +567,10 @@ impl Generator {
         let _ = self.instruction(c, code);
     }
 
-    /// POPF, with a value that has no other flags than arithmetic ones.
+    /// POPF, with a value that leaves the case its single steps and interrupts.
     fn flags(&mut self, c: &mut Context) {
         let at = c.items.len();
-        let value = (c.random.bits() & ARITH | 0x202) as u32;
+        let value = (flags(&mut c.random, POPF_FLAGS) | 0x202) as u32;
         if let Ok(push) = Instruction::with1(Code::Pushq_imm32, value as i32) {
             c.items.push(Item::Plain(push));
             c.items.push(Item::Plain(Instruction::with(Code::Popfq)));
@@ -699,6 +708,12 @@ impl Generator {
             }
         }
     }
+}
+
+/// Arithmetic flags, and now and then others.
+fn flags(random: &mut Random, rare: u64) -> u64 {
+    let rare = if random.percent(10) { random.bits() & rare } else { 0 };
+    random.bits() & ARITH | rare
 }
 
 fn float(random: &mut Random) -> f64 {

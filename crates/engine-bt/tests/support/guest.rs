@@ -33,7 +33,7 @@ pub const PS: u64 = 0x80;
 pub const G: u64 = 0x100;
 pub const NX: u64 = 1 << 63;
 
-pub const CR0: u64 = 0x8001_0033; // PG WP NE ET MP PE
+pub const CR0: u64 = 0x8005_0033; // PG AM WP NE ET MP PE
 pub const WP: u64 = 1 << 16;
 pub const CR4: u64 = 0x506A0; // OSXSAVE FSGSBASE OSXMMEXCPT OSFXSR PGE PAE
 pub const SMEP: u64 = 1 << 20;
@@ -248,6 +248,9 @@ impl Guest {
     }
 
     fn enable_avx(&mut self) {
+        if !std::arch::is_x86_feature_detected!("avx") {
+            return;
+        }
         // xor ecx,ecx ; xor edx,edx ; mov eax,7 ; xsetbv ; hlt
         let code = [0x31, 0xC9, 0x31, 0xD2, 0xB8, 7, 0, 0, 0, 0x0F, 0x01, 0xD1, 0xF4];
         self.write(KERNEL_CODE, &code);

@@ -11,8 +11,8 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 
 use super::case::{
-    CODE, CODE_PAGES, Case, DATA, DATA_BYTES, DATA_HIGH, Fault, Fpu, GS_BASE, HOLE, Outcome, PAGE,
-    READ_ONLY, State,
+    AC_FLAG, CODE, CODE_PAGES, Case, DATA, DATA_BYTES, DATA_HIGH, Fault, Fpu, GS_BASE, HOLE, ID,
+    NT, Outcome, PAGE, READ_ONLY, State,
 };
 
 const IMAGE: usize = 832;
@@ -101,7 +101,17 @@ fn pipe() -> [i32; 2] {
 }
 
 impl HostCpu {
-    pub fn new() -> Self {
+    /// `None` where the host lacks AVX: then the kernel's frame has no room for what
+    /// cases start with. Says so.
+    pub fn new() -> Option<Self> {
+        if !std::arch::is_x86_feature_detected!("avx") {
+            eprintln!("skipped: the host CPU, or its kernel, has no AVX");
+            return None;
+        }
+        Some(Self::with_avx())
+    }
+
+    fn with_avx() -> Self {
         // SAFETY: plain system calls with valid arguments, results checked.
         let (memfd, shared) = unsafe {
             let memfd = libc::memfd_create(c"oracle".as_ptr(), libc::MFD_CLOEXEC);
@@ -318,7 +328,9 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut li
     // image behind its legacy part where the magic says so (Linux
     // arch/x86/include/uapi/asm/sigcontext.h); the control page is mapped.
     unsafe {
-        // The case may have changed it.
+        // The case may have set these, and changed the base of FS.
+        std::arch::asm!("pushfq", "and dword ptr [rsp], {keep}", "popfq",
+            keep = const !(AC_FLAG | NT | ID) as i32);
         arch_prctl(ARCH_SET_FS, FS_BASE.load(Ordering::Relaxed));
         set_timer(0);
         let context = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext;

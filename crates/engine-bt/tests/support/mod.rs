@@ -7,4 +7,5 @@ pub mod features;
 pub mod generate;
 pub mod guest;
 pub mod host_cpu;
+pub mod model;
 pub mod random;
