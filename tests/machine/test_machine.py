@@ -14,26 +14,29 @@ from tetrarch import (
     BootError,
     ConfigError,
     ExpectTimeout,
+    HostError,
     Machine,
     MachineStateError,
+    Phase,
     StopReason,
     load_config,
 )
+from tetrarch._native import EngineError
 from tetrarch.console.stdio import StdioConsole
 from tetrarch.machine import threads
 from tetrarch.testing import ScriptedVm, pvh_kernel
 
-Make = Callable[[Callable[[ScriptedVm], str]], Machine]
+Make = Callable[..., Machine]
 
 PANIC = b"[    1.5] ---[ end Kernel panic - not syncing: VFS: Unable to mount root fs ]---\r\n"
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    def make(script: Callable[[ScriptedVm], str]) -> Machine:
+    def make(script: Callable[[ScriptedVm], str], kind: type[ScriptedVm] = ScriptedVm) -> Machine:
         kernel = tmp_path / "kernel"
         kernel.write_bytes(pvh_kernel(b"\xf4"))
-        return Machine(kernel=kernel, vm=ScriptedVm(script))
+        return Machine(kernel=kernel, vm=kind(script))
 
     return make
 
@@ -125,9 +128,7 @@ def test_first_reason_wins(make: Make) -> None:
 
 def test_panic_with_reboot_off_is_a_crash(make: Make) -> None:
     def panic(vm: ScriptedVm) -> str:
-        if not vm.registers.get("said"):
-            vm.registers["said"] = 1
-            say(vm, PANIC)
+        say(vm, PANIC)
         return vm.spin_until_stop()
 
     status = make(panic).run(30)
@@ -138,22 +139,99 @@ def test_panic_with_reboot_off_is_a_crash(make: Make) -> None:
 def test_look_that_came_too_late_does_not_lose_the_vcpu(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The panic watch stops the run to look at the registers, and gives up while a device
-    # computes for longer. The stop that the vCPU then still sees ends nothing.
-    monkeypatch.setattr(threads, "_SAMPLE_PATIENCE_S", 0.1)
+    # The panic watch holds the machine to look at the registers, and gives up while a
+    # device computes for longer.
+    monkeypatch.setattr(threads, "_LOOK_PATIENCE_S", 0.1)
+    gave_up = threading.Event()
+
+    class Impatient(ScriptedVm):
+        def hold(self, timeout: float = 5.0) -> None:
+            try:
+                super().hold(timeout)
+            except EngineError:
+                gave_up.set()
+                raise
 
     def compute_then_power_off(vm: ScriptedVm) -> str:
-        if not vm.registers.get("said"):
-            vm.registers["said"] = 1
-            say(vm, PANIC)
-            vm.spin_until_stop()  # the watch has asked
-            until = time.monotonic() + 1
-            while time.monotonic() < until:
-                pass
-            return "stopped"
+        say(vm, PANIC)
+        while not gave_up.is_set():  # busy, as a device that computes
+            pass
         return power_off(vm)
 
-    assert make(compute_then_power_off).run(30).reason is StopReason.POWERED_OFF
+    assert make(compute_then_power_off, Impatient).run(30).reason is StopReason.POWERED_OFF
+
+
+def test_stop_that_nobody_decided_ends_nothing(make: Make) -> None:
+    # A vCPU that has met its end stops the others before it says so.
+    runs: list[int] = []
+
+    def stopped_then_power_off(vm: ScriptedVm) -> str:
+        runs.append(1)
+        return "stopped" if len(runs) < 3 else power_off(vm)
+
+    assert make(stopped_then_power_off).run(30).reason is StopReason.POWERED_OFF
+    assert len(runs) == 3
+
+
+def test_held_machine_stands_and_shows_its_registers(make: Make) -> None:
+    steps: list[int] = []
+
+    def count(vm: ScriptedVm) -> str:
+        while not vm._stop:
+            vm.port_out(0x80, 0)
+            steps.append(1)
+        return "stopped"
+
+    with make(count) as vm:
+        vm.start()
+        with vm.held():
+            assert (vm.phase, vm.running) == (Phase.HELD, False)
+            stood, uptime = len(steps), vm.uptime
+            vm.vcpus[0].set_regs(rax=7)
+            assert vm.vcpus[0].regs["rax"] == 7
+            assert (len(steps), vm.uptime) == (stood, uptime)
+            with pytest.raises(MachineStateError, match="is held; call resume"):
+                vm.hold()
+        assert (vm.phase, vm.running) == (Phase.RUNNING, True)
+        while len(steps) == stood:
+            time.sleep(0.001)
+
+
+def test_held_machine_can_be_stopped(make: Make) -> None:
+    with make(ScriptedVm.spin_until_stop) as vm:
+        vm.start()
+        with vm.held():
+            vm.stop()
+    assert vm.wait().reason is StopReason.STOPPED
+
+
+def test_device_cannot_hold_its_own_machine(make: Make) -> None:
+    def hold(scripted: ScriptedVm) -> str:
+        vm.hold()
+        return "stopped"
+
+    vm = make(hold)
+    with pytest.raises(MachineStateError, match="its own machine"):
+        vm.run(30)
+
+
+def test_device_that_does_not_return_cannot_be_held(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = threading.Event()
+
+    def hang(vm: ScriptedVm) -> str:
+        done.wait()
+        return power_off(vm)
+
+    monkeypatch.setattr(ScriptedVm.hold, "__defaults__", (0.05,))
+    with make(hang) as vm:
+        vm.start()
+        with pytest.raises(HostError, match=r"cannot be held: .*; end the device's access"):
+            vm.hold()
+        assert vm.running
+        done.set()
+        assert vm.wait(30).ok
 
 
 def test_end_is_noticed_with_nobody_in_wait(make: Make) -> None:
@@ -170,9 +248,7 @@ def test_end_is_noticed_with_nobody_in_wait(make: Make) -> None:
 
 def test_panic_is_noticed_with_nobody_in_wait(make: Make) -> None:
     def panic(vm: ScriptedVm) -> str:
-        if not vm.registers.get("said"):
-            vm.registers["said"] = 1
-            say(vm, PANIC)
+        say(vm, PANIC)
         return vm.spin_until_stop()
 
     vm = make(panic)

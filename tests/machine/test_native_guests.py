@@ -158,3 +158,14 @@ def test_ports_beside_the_pci_address_are_free(make: Make) -> None:
         vm.attach_ports(0xCFA, 2, Recorder())
         with pytest.raises(_native.EngineError, match="overlaps"):
             vm.attach_ports(0xCF9, 1, Recorder())
+
+
+def test_registers_of_a_running_machine(make: Make) -> None:
+    with make(guests.ENDLESS_LOOP) as vm:
+        vm.start()
+        assert vm.vcpus[0].regs["rip"] == 0x10_0000
+        with vm.held():
+            before = vm._vm.clock_ns()
+            assert vm._vm.clock_ns() == before
+            vm.write_memory(0x10_0000, guests.POWER_OFF)
+        assert vm.wait(LIMIT_S).ok

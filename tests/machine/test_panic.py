@@ -17,7 +17,7 @@ LIMIT_S = 30
 class Guest:
     """Busy or idle; ``places`` says of each look whether it was in the kernel."""
 
-    def __init__(self, *, busy: bool, places: list[bool]) -> None:
+    def __init__(self, *, busy: bool, places: list[bool | None]) -> None:
         self.places = iter(places)
         self.busy = busy
         self.looks = 0
@@ -30,7 +30,7 @@ class Guest:
         self.measured.release()
         return time.monotonic() if self.busy else 0.0
 
-    def in_kernel(self) -> bool:
+    def in_kernel(self) -> bool | None:
         self.looks += 1
         return next(self.places)
 
@@ -43,7 +43,7 @@ class Guest:
 def guest() -> Iterator[Callable[..., Guest]]:
     made: list[Guest] = []
 
-    def make(*, busy: bool, places: list[bool]) -> Guest:
+    def make(*, busy: bool, places: list[bool | None]) -> Guest:
         made.append(Guest(busy=busy, places=places))
         return made[-1]
 
@@ -65,6 +65,13 @@ def test_busy_kernel_after_the_line_is_a_panic(guest: Callable[..., Guest]) -> N
     one.watch.feed(PANIC)
     assert one.panicked.wait(LIMIT_S)
     assert one.panics == ["Kernel panic - not syncing: VFS: no root"]
+
+
+def test_look_that_fails_is_no_sign_of_either(guest: Callable[..., Guest]) -> None:
+    one = guest(busy=True, places=[True, True, True, None, True, True, True, False])
+    one.watch.feed(PANIC)
+    wait_for_checks()
+    assert (one.looks, one.panics) == (8, [])
 
 
 def test_program_that_prints_the_line_is_none(guest: Callable[..., Guest]) -> None:

@@ -15,19 +15,23 @@ class Phase(StrEnum):
     MADE = "made"
     """Not started: devices can be attached, memory be written."""
     RUNNING = "running"
+    HELD = "held"
+    """Every vCPU between two instructions, and the machine's clock stands."""
     ENDED = "ended"
     """For good: a machine runs once."""
 
 
 _NEXT = {
     Phase.MADE: {Phase.RUNNING, Phase.ENDED},
-    Phase.RUNNING: {Phase.ENDED},
+    Phase.RUNNING: {Phase.HELD, Phase.ENDED},
+    Phase.HELD: {Phase.RUNNING, Phase.ENDED},
     Phase.ENDED: set[Phase](),
 }
 
 _WHY_NOT = {
     Phase.MADE: ("the machine has not been started", "call start() or run() first"),
-    Phase.RUNNING: ("the machine was already started", "do it before start()"),
+    Phase.RUNNING: ("the machine was already started and runs", "do it before, or hold() it"),
+    Phase.HELD: ("the machine is held", "call resume() first"),
     Phase.ENDED: ("the machine has ended", "make another Machine: each runs once"),
 }
 

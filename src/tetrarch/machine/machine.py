@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
+from tetrarch._native import EngineError
 from tetrarch.console import ConsoleBackend, MemoryConsole
 from tetrarch.console.spec import ConsoleSpec
-from tetrarch.errors import ConfigError, MachineStateError
+from tetrarch.errors import ConfigError, HostError, MachineStateError
 from tetrarch.machine.conclusion import Conclusion, Event
 from tetrarch.machine.config import MachineConfig, MachineOptions, make_config
 from tetrarch.machine.engine_vm import (
@@ -28,6 +30,7 @@ from tetrarch.machine.selection import choose
 from tetrarch.machine.serial_line import SerialLine
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.threads import VcpuThreads
+from tetrarch.machine.vcpu import VcpuView
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
@@ -71,10 +74,12 @@ class Machine:
         self._vm = vm
         self._backend = _open_console(console, self.config.console)
         vcpus = [vm.vcpu(index) for index in range(self.config.cpus)]
+        self.vcpus: tuple[VcpuView, ...] = tuple(map(VcpuView, vcpus))
+        """The virtual CPUs: their registers, at any time."""
 
         self._conclusion = Conclusion(vm.request_stop)
         end = self._conclusion.post
-        self._threads = VcpuThreads(vcpus, vm.request_stop, self._conclusion)
+        self._threads = VcpuThreads(vm, vcpus, self._conclusion)
         panic = PanicWatch(
             self._threads.cpu_time,
             self._threads.in_kernel,
@@ -94,7 +99,7 @@ class Machine:
         # Only what __init__ has made: it may have failed.
         if getattr(self, "_backend", None) is None:
             return
-        if self.running:
+        if self.phase in (Phase.RUNNING, Phase.HELD):
             warnings.warn(
                 f"{self!r} was forgotten while it ran: use it in a with statement, or stop() it",
                 ResourceWarning,
@@ -119,7 +124,7 @@ class Machine:
 
     @property
     def phase(self) -> Phase:
-        """Where it is in its life: made, running, ended."""
+        """Where it is in its life: made, running, held, ended."""
         return self._life.phase
 
     @property
@@ -194,7 +199,7 @@ class Machine:
         Raises TimeoutError if it still runs after ``timeout`` seconds, and what a
         device raised if that ended it.
         """
-        self._life.require("wait", Phase.RUNNING, Phase.ENDED)
+        self._life.require("wait", Phase.RUNNING, Phase.HELD, Phase.ENDED)
         return self._conclusion.wait(timeout)
 
     def run(self, timeout: float | None = None) -> ExitStatus:
@@ -207,13 +212,51 @@ class Machine:
         finally:
             self.stop()
 
+    def hold(self) -> None:
+        """Brings the machine to rest between two instructions, until resume().
+
+        Its clock stands meanwhile. Raises HostError where a device does not return
+        from an access, and MachineStateError from a device's own thread.
+        """
+        self._life.require("hold", Phase.RUNNING)
+        if self._threads.current:
+            raise MachineStateError(
+                "a device cannot hold its own machine", mend="do it on another thread"
+            )
+        try:
+            self._vm.hold()
+        except EngineError as error:
+            raise HostError(
+                f"the machine cannot be held: {error}", mend="end the device's access"
+            ) from error
+        try:
+            self._life.move(Phase.HELD, "hold")
+        except MachineStateError:  # it has ended meanwhile
+            self._vm.resume()
+            raise
+
+    def resume(self) -> None:
+        """Lets a held machine run on."""
+        self._life.move(Phase.RUNNING, "resume")
+        self._vm.resume()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the machine for as long as a ``with`` statement lasts."""
+        self.hold()
+        try:
+            yield
+        finally:
+            if self.phase is Phase.HELD:  # it may have been stopped
+                self.resume()
+
     def request_stop(self) -> None:
         """Asks the machine to end; returns at once. From any thread or signal handler."""
         self._conclusion.post(ExitStatus(StopReason.STOPPED))
 
     def stop(self) -> None:
         """Ends the machine, as pulling its plug would. Without effect if it has ended."""
-        if self.phase is not Phase.RUNNING:
+        if self.phase not in (Phase.RUNNING, Phase.HELD):
             return
         self.request_stop()
         # A device's own thread, or a console that is being closed, has to return first.

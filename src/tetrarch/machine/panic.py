@@ -38,13 +38,13 @@ class PanicWatch:
     """Follows the console's output; calls ``on_panic`` with the panic's message.
 
     ``cpu_time`` is the processor time of the vCPU's thread in seconds;
-    ``in_kernel`` looks where the vCPU is.
+    ``in_kernel`` looks where the vCPUs are, None if it cannot see.
     """
 
     def __init__(
         self,
         cpu_time: Callable[[], float],
-        in_kernel: Callable[[], bool],
+        in_kernel: Callable[[], bool | None],
         on_panic: Callable[[str], None],
         interval: float = _INTERVAL_S,
     ) -> None:
@@ -88,11 +88,10 @@ class PanicWatch:
             if self._closed.wait(self._interval) or self._suspicion is not suspicion:
                 return
             busy = (self._cpu_time() - cpu_before) / (time.monotonic() - wall_before)
-            if busy < _BUSY_SHARE:
-                good = 0  # idle, or crowded out by others: look again
-            elif self._in_kernel():
-                good += 1
-            else:
+            # Idle, crowded out by others, or not to be seen: look again.
+            in_kernel = self._in_kernel() if busy >= _BUSY_SHARE else None
+            if in_kernel is False:
                 return  # a program runs: the line was only text
+            good = good + 1 if in_kernel else 0
         if not self._closed.is_set() and self._suspicion is suspicion:
             self._on_panic(suspicion)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tetrarch._native import EngineError
 from tetrarch.errors import HostError
 from tetrarch.machine.conclusion import Conclusion
 from tetrarch.machine.status import ExitStatus, StopReason
 
 if TYPE_CHECKING:
-    from tetrarch.machine.engine_vm import EngineVcpu
+    from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
 
 __all__ = ["VcpuThreads"]
 
@@ -24,8 +25,8 @@ __all__ = ["VcpuThreads"]
 _STOP_RETRY_S = 0.02
 # A vCPU that does not stop is inside a device written in Python that hangs.
 _STOP_PATIENCE_S = 10.0
-# How long somebody waits to see the vCPUs' registers.
-_SAMPLE_PATIENCE_S = 2.0
+# How long somebody who only looks waits for the vCPUs to come to rest.
+_LOOK_PATIENCE_S = 2.0
 
 
 class VcpuThreads:
@@ -33,24 +34,19 @@ class VcpuThreads:
 
     def __init__(
         self,
+        vm: EngineVm,
         vcpus: Sequence[EngineVcpu],
-        request_stop: Callable[[], None],
         conclusion: Conclusion,
     ) -> None:
+        self._vm = vm
         self._vcpus = vcpus
-        self._request_stop = request_stop
         self._conclusion = conclusion
         self._threads: list[threading.Thread] = []
-        # Which vCPUs still have to say whether they are in the kernel, and whether all
-        # that did are. Guarded by the condition.
-        self._samples = threading.Condition()
-        self._samples_due: set[int] = set()
-        self._sample_in_kernel = False
 
     def start(self) -> None:
         for index, vcpu in enumerate(self._vcpus):
             thread = threading.Thread(
-                target=self._run, args=(index, vcpu), name=f"vcpu{index}", daemon=True
+                target=self._run, args=(vcpu,), name=f"vcpu{index}", daemon=True
             )
             self._threads.append(thread)
             thread.start()
@@ -60,7 +56,7 @@ class VcpuThreads:
         deadline = time.monotonic() + _STOP_PATIENCE_S
         for thread in self._threads:
             while thread.is_alive():
-                self._request_stop()
+                self._vm.request_stop()
                 thread.join(_STOP_RETRY_S)
                 if time.monotonic() > deadline:
                     raise HostError(
@@ -79,33 +75,24 @@ class VcpuThreads:
         clocks = [time.pthread_getcpuclockid(ident) for ident in idents if ident is not None]
         return sum(map(time.clock_gettime, clocks))
 
-    def in_kernel(self) -> bool:
-        """Whether all vCPUs were seen at privilege level 0."""
-        # Registers can only be read between two run() calls, on the vCPU's thread.
-        alive = {index for index, thread in enumerate(self._threads) if thread.is_alive()}
-        with self._samples:
-            self._samples_due = alive
-            self._sample_in_kernel = bool(alive)
-        self._request_stop()
-        with self._samples:
-            taken = self._samples.wait_for(lambda: not self._samples_due, _SAMPLE_PATIENCE_S)
-            self._samples_due = set()
-            return taken and self._sample_in_kernel
-
-    def _take_sample(self, index: int, vcpu: EngineVcpu) -> None:
-        with self._samples:
-            if index in self._samples_due:
-                # The low two bits of CS are the privilege level outside of real mode.
-                self._sample_in_kernel &= vcpu.regs()["cs_selector"] & 3 == 0
-                self._samples_due.remove(index)
-                self._samples.notify_all()
-
-    def _run(self, index: int, vcpu: EngineVcpu) -> None:
+    def in_kernel(self) -> bool | None:
+        """Whether all vCPUs are at privilege level 0; None where that cannot be seen."""
         try:
-            # A stop that nobody wants any more, since whoever wanted it did not wait so
-            # long, ends nothing: only a decided end does.
+            self._vm.hold(_LOOK_PATIENCE_S)
+        except EngineError:
+            return None  # a device takes its time
+        try:
+            # The low two bits of CS are the privilege level outside of real mode.
+            return all(vcpu.regs()["cs_selector"] & 3 == 0 for vcpu in self._vcpus)
+        finally:
+            self._vm.resume()
+
+    def _run(self, vcpu: EngineVcpu) -> None:
+        try:
+            # A stop ends nothing by itself, only a decided end does: the vCPU that has met
+            # its end stops the others before it says so.
             while (why := vcpu.run()) == "stopped" and not self._conclusion.decided:
-                self._take_sample(index, vcpu)
+                pass
             if why != "stopped":
                 self._conclusion.post(_status_of(vcpu, why))
         except BaseException as error:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from tetrarch._native import EngineError
+
 if TYPE_CHECKING:  # a protocol: of the stub file alone
     from tetrarch._native import Device
 
@@ -30,8 +32,13 @@ class ScriptedVm:
         self.registers = {"idtr_limit": 0xFFF, "cs_selector": 0x10}
         self._memory = bytearray(memory)
         self._regions: list[ScriptedRegion] = []
-        self._stop = threading.Event()
         self._begun = time.monotonic_ns()
+        # Guards what follows: a request to stop, the number of holds, and whether the
+        # script runs and is not between two instructions.
+        self._changed = threading.Condition()
+        self._stop = False
+        self._holds = 0
+        self._busy = False
 
     @property
     def ram(self) -> list[tuple[int, int]]:
@@ -70,20 +77,64 @@ class ScriptedVm:
     def vcpu(self, index: int) -> ScriptedVcpu:
         return ScriptedVcpu(self)
 
+    def hold(self, timeout: float = 5.0) -> None:
+        with self._changed:
+            self._holds += 1
+            if not self._changed.wait_for(lambda: not self._busy, timeout):
+                self._holds -= 1
+                raise EngineError(f"vCPU 0 did not come to rest in {timeout:g} s")
+
+    def resume(self) -> None:
+        with self._changed:
+            self._holds -= 1
+            self._changed.notify_all()
+
     def request_stop(self) -> None:
-        self._stop.set()
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
 
     def stats(self) -> dict[str, dict[str, int]]:
         return {"exits": {"io": 0}}
 
+    def _run(self) -> str:
+        with self._changed:
+            if self._take_stop():
+                return "stopped"
+            self._busy = True
+        try:
+            self.rest()
+            return self.script(self)
+        finally:
+            with self._changed:
+                self._busy = False
+                self._take_stop()
+                self._changed.notify_all()
+
+    def _take_stop(self) -> bool:
+        """A request ends the run that goes on, or else the next one."""
+        stop, self._stop = self._stop, False
+        return stop
+
     # What a script uses.
 
+    def rest(self) -> None:
+        """Between two instructions: stays here while the machine is held."""
+        if self._holds:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._stop or not self._holds)
+                self._busy = True
+
     def port_out(self, port: int, value: int, size: int = 1) -> None:
+        self.rest()
         region = self._find(port, size)
         if region is not None:
             region.device.write(port - region.base, size, value)
 
     def port_in(self, port: int, size: int = 1) -> int:
+        self.rest()
         region = self._find(port, size)
         if region is not None:
             return region.device.read(port - region.base, size)
@@ -95,13 +146,17 @@ class ScriptedVm:
 
     def wait_for_stop(self) -> str:
         """As an idle guest: sleeps until it is stopped."""
-        self._stop.wait()
+        with self._changed:
+            self._busy = False  # HLT is between two instructions
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stop)
+            self._busy = True
         return "stopped"
 
     def spin_until_stop(self) -> str:
         """As a guest in an endless loop."""
-        while not self._stop.is_set():
-            pass
+        while not self._stop:
+            self.rest()
         return "stopped"
 
 
@@ -166,8 +221,7 @@ class ScriptedVcpu:
         self._vm = vm
 
     def run(self) -> str:
-        self._vm._stop.clear()
-        return self._vm.script(self._vm)
+        return self._vm._run()
 
     def regs(self) -> dict[str, int]:
         return dict(self._vm.registers)
