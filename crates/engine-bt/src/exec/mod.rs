@@ -189,6 +189,7 @@ impl BtVcpu {
     /// Serves what the request flag may stand for.
     fn attend(&mut self) -> Option<Exit> {
         self.cpu.tlb.block.shared().request.store(0, Ordering::SeqCst);
+        signals::look_again(rdtsc());
         if let Some(translator) = &mut self.translator {
             translator.drop_written_code(&mut self.cpu);
         }
@@ -417,6 +418,7 @@ impl Vcpu for BtVcpu {
         }
         self.cpu.update_tsc_offset();
         let start = rdtsc();
+        signals::look_again(start);
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
         unsafe { thunk::set_gs_base(self.cpu.tlb.block.base()) };
         if let Unfinished::Answered(access, value) = self.unfinished {
