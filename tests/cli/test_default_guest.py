@@ -3,7 +3,6 @@
 import os
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,21 +70,20 @@ def test_reboot_ends_with_0(shell: "pexpect.spawn[str]") -> None:
 
 
 def test_job_control(shell: "pexpect.spawn[str]") -> None:
-    shell.sendline("sleep 1000")
-    time.sleep(0.5)
+    # Each job says when it has the terminal; its name is what it is when the key arrives, or was.
+    shell.sendline("sh -c 'echo rea''dy; exec sleep 1000'")
+    shell.expect_exact("ready\r\n")
     shell.sendcontrol("c")
     shell.expect(PROMPT)
     assert "130" in command(shell, "echo $?")
-    shell.sendline("sleep 2; echo wok''en")
-    time.sleep(0.5)
+    shell.sendline("sh -c 'echo rea''dy; exec cat'")
+    shell.expect_exact("ready\r\n")
     shell.sendcontrol("z")
     shell.expect("Stopped")
     shell.expect(PROMPT)
-    assert "sleep 2" in command(shell, "jobs")
+    assert "exec cat" in command(shell, "jobs")
     shell.sendline("fg")
-    shell.expect_exact("sleep 2")
-    shell.expect(PROMPT)
-    shell.sendline("cat")
+    shell.expect_exact("exec cat")
     shell.send("typed\n\x04")
     shell.expect(r"typed\r\ntyped")
     shell.expect(PROMPT)
@@ -115,10 +113,12 @@ def test_leave_key(shell: "pexpect.spawn[str]") -> None:
 
 
 def test_idle_guest_leaves_the_cpu_alone(shell: "pexpect.spawn[str]") -> None:
-    time.sleep(1)  # what runs after the first prompt
     seconds = 5
+    command(shell, "true")  # what the first prompt started has run
+    shell.sendline(f"sleep {seconds}; echo aw''ake")
+    shell.expect_exact("aw''ake\r\n")
     before = cpu_time(shell.pid)
-    time.sleep(seconds)
+    shell.expect_exact("awake\r\n")
     assert cpu_time(shell.pid) - before < 0.03 * seconds
 
 
