@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,17 +74,22 @@ def test_memory_that_no_host_has(cli: Cli, tmp_path: Path) -> None:
     assert "--memory" in done.stderr
 
 
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What stands beside the lines on progress."""
+    return [line for line in done.stderr.splitlines() if line.startswith("tetrarch: ")]
+
+
 def test_no_apt_and_no_cached_guest(cli: Cli, tmp_path: Path) -> None:
     done = cli("run", PATH=str(tmp_path))
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "no apt-get" in done.stderr
+    assert (done.returncode, len(errors(done))) == (1, 1)
+    assert "no apt-get" in errors(done)[0]
 
 
 def test_no_network_and_no_cached_guest(cli: Cli) -> None:
     proxy = "http://127.0.0.1:9"  # nobody listens on the discard port
     done = cli("run", http_proxy=proxy, https_proxy=proxy)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
-    assert "check the network" in done.stderr
+    assert (done.returncode, done.stdout, len(errors(done))) == (1, "", 1)
+    assert "check the network" in errors(done)[0]
 
 
 @pytest.mark.parametrize("initrd", ["/nonexistent", "/"])
@@ -100,6 +107,17 @@ def test_command_line_that_no_kernel_takes(cli: Cli, tmp_path: Path) -> None:
     done = cli("run", "--kernel", kernel, "--append", "x" * 70_000)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "--append" in done.stderr
+
+
+@pytest.mark.parametrize("output", [">&-", ">/dev/full"])
+@pytest.mark.parametrize("command", ["image ls", "engines", "doctor --json", "--version"])
+def test_report_that_cannot_be_written_is_an_error(command: str, output: str) -> None:
+    program = f"{sys.executable} -m tetrarch {command} {output}"
+    done = subprocess.run(
+        ["/bin/sh", "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert any(text in done.stderr for text in ("standard output", "No space left"))
 
 
 def test_cache_in_a_place_that_cannot_be(cli: Cli) -> None:

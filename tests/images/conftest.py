@@ -27,6 +27,15 @@ case "$*" in
     echo "W: Failed to fetch http://deb/ Temporary failure resolving 'deb'" >&2
     exit 0 ;;
 esac
+# A helper of apt's that goes on, as its methods do.
+[ "$FAKE_APT" != hanging ] || {{ sleep 1000 & echo $! >"{index}/helper"; wait; }}
+# More than a pipe holds, twice.
+[ "$FAKE_APT" != noisy ] || head -c 140000 /dev/zero | tr '\\0' x >&2
+if [ "$FAKE_APT" = full ]; then
+    echo "E: Failed to fetch http://deb/x.deb write, still have 1 to write but couldn't" >&2
+    echo "E: Write error - write (28: No space left on device)" >&2
+    exit 100
+fi
 if [ "$FAKE_APT" = offline ]; then
     echo "E: Failed to fetch http://deb/x.deb Could not resolve 'deb'" >&2
     exit 100
@@ -93,5 +102,5 @@ def _package(index: Path, name: str, files: dict[str, bytes]) -> None:
     data = deb.read_bytes()
     (index / name).write_text(
         f"Package: {name}\nVersion: 6.1.1-1\nFilename: pool/{name}.deb\n"
-        f"Size: {len(data)}\nSHA256: {hashlib.sha256(data).hexdigest()}\n"
+        f"Installed-Size: 8\nSize: {len(data)}\nSHA256: {hashlib.sha256(data).hexdigest()}\n"
     )

@@ -1,6 +1,9 @@
 """From a name to a cached guest, with and without what it needs."""
 
+import shutil
 import threading
+import time
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,17 @@ from tetrarch.images import (
     ArchiveError,
     Cache,
     CacheError,
+    NoSpaceError,
     Reporter,
+    TerminalReporter,
     UnknownImageError,
+    apt,
     build,
+    disk,
     ensure,
     pull,
     rebuild,
+    remove,
 )
 
 
@@ -142,3 +150,121 @@ def test_list_shows_whole_guests_only(archive: FakeArchive) -> None:
     guest = pull(cache, "debian", Reporter())
     (cache.images / "broken.json").write_text("{")
     assert cache.list() == [guest]
+
+
+def test_program_that_does_nothing_is_ended_with_its_helpers(
+    archive: FakeArchive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_APT", "hanging")
+    monkeypatch.setattr(apt, "SILENCE_S", 0.5)
+    with pytest.raises(ArchiveError, match=r"apt-get did nothing for 0\.5 s"):
+        pull(Cache(), "debian", Reporter())
+    helper = int((archive.index / "helper").read_text())
+    while is_running(helper):  # a signal takes a moment
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """Neither gone nor dead and waiting for init to take note of it (proc(5))."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def test_program_that_says_much_does_not_wait_for_a_reader(
+    archive: FakeArchive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_APT", "noisy")
+    monkeypatch.setattr(apt, "SILENCE_S", 20.0)
+    assert pull(Cache(), "debian", Reporter()).kernel.read_bytes() == b"kernel"
+
+
+def test_disk_that_fills_up_is_one_clear_line_at_once(
+    archive: FakeArchive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_APT", "full")
+    with pytest.raises(NoSpaceError, match="XDG_CACHE_HOME") as raised:
+        pull(Cache(), "debian", Reporter())
+    assert "\n" not in str(raised.value)
+    # Newer package lists help no full disk.
+    assert "update" not in archive.log()
+
+
+def test_disk_that_is_too_small_is_told_before_anything_is_fetched(
+    archive: FakeArchive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
+    with pytest.raises(NoSpaceError, match=r"has no room for .* and 0 MB are free"):
+        pull(Cache(), "debian", Reporter())
+    assert archive.log() == ""
+
+
+def test_directories_on_one_disk_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 0, 100))
+    disk.require_space({tmp_path: 60}, "it")
+    with pytest.raises(NoSpaceError):
+        disk.require_space({tmp_path: 60, tmp_path / "not" / "yet": 60}, "it")
+
+
+def test_removed_guest_takes_the_packages_with_it_that_no_other_needs(
+    archive: FakeArchive,
+) -> None:
+    cache = Cache()
+    guest = pull(cache, "debian", Reporter())
+    other = pull(cache, KERNEL, Reporter())
+    packages = set(cache.packages.iterdir())
+    assert len(packages) == 2
+
+    remove(cache, "debian")
+
+    assert not guest.kernel.exists()
+    assert cache.list() == [other]
+    assert set(cache.packages.iterdir()) == packages
+
+    remove(cache, KERNEL)
+
+    assert cache.list() == []
+    assert list(cache.packages.iterdir()) == []
+    with pytest.raises(CacheError, match="no guest debian is cached"):
+        remove(cache, "debian")
+
+
+def test_packages_of_an_older_build_go_when_a_newer_one_is_stored(archive: FakeArchive) -> None:
+    cache = Cache()
+    pull(cache, "debian", Reporter())
+    for name in ("old.deb", ".fetch-1"):
+        path = cache.packages / name
+        path.mkdir() if name.startswith(".") else path.touch()
+    remove(cache, "debian")
+    pull(cache, "debian", Reporter())
+    assert {path.suffix for path in cache.packages.iterdir()} == {".deb"}
+    assert len(list(cache.packages.iterdir())) == 2
+
+
+def test_manifest_of_another_version_keeps_everything(archive: FakeArchive) -> None:
+    cache = Cache()
+    pull(cache, "debian", Reporter())
+    (cache.images / "later.json").write_text('{"form": "of a later version"}')
+    (cache.packages / "later.deb").touch()
+    remove(cache, "debian")
+    assert (cache.packages / "later.deb").exists()
+
+
+def test_each_step_is_said_and_only_what_is_fetched_is_called_fetched(
+    archive: FakeArchive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = Cache()
+    pull(cache, "debian", TerminalReporter())
+    first = capsys.readouterr().err.splitlines()
+    assert first[0] == "Looking up linux-image-cloud-amd64"
+    assert [line.split()[1] for line in first if line.startswith("Fetching")] == [
+        KERNEL,
+        "busybox-static",
+    ]
+    shutil.rmtree(cache.images)
+    pull(cache, "debian", TerminalReporter())
+    assert "Fetching" not in capsys.readouterr().err

@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 image_app = typer.Typer(
-    help="Guests to run: fetch, build, list.", no_args_is_help=True, rich_markup_mode=None
+    help="Guests to run: fetch, build, list, remove.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(image_app, name="image")
 
@@ -97,6 +97,17 @@ def image_ls(json: Json = False) -> None:
     from tetrarch.cli.images import show
 
     show(json)
+
+
+@image_app.command("rm")
+def image_rm(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As image ls names it.")],
+    json: Json = False,
+) -> None:
+    """Take a guest out of the cache, and the packages that no other guest needs."""
+    from tetrarch.cli.images import remove
+
+    remove(name, json)
 
 
 @image_app.command("build")

@@ -8,6 +8,7 @@ TETRARCH_DEBUG=1 in the environment a traceback comes before the line.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -37,8 +38,12 @@ def main() -> NoReturn:
     code = run_cli(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read us has gone; the interpreter would complain at its exit too.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # else whoever read us has gone, and knows
+            code = code or fail(
+                f"standard output cannot be written: {error.strerror}; open it to a file with room"
+            )
+        # The interpreter would complain at its exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
@@ -54,8 +59,9 @@ def _open_standard_files() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    # Python leaves None for a closed one, and print(file=None) is standard output.
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    # Python leaves None for a closed one, and print(file=None) is standard output. A report that
+    # nobody can read is an error, as with the closed one: this file cannot be written.
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
@@ -85,7 +91,13 @@ def run_cli(arguments: Sequence[str]) -> int:
         return fail(f"ended by {signal.Signals(request.signum).name}", 128 + request.signum)
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
+    except MemoryError:
+        return fail("the host gives no more memory; free some, or raise the limit: ulimit -v, -d")
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return fail(f"{error.strerror}; raise the limit: ulimit -n")
+        if error.errno in (errno.ENOMEM, errno.EAGAIN):
+            return fail(f"{error.strerror}; free memory, or raise the limits: ulimit -a shows them")
         named = f"{error.filename}: " if error.filename else ""
         return fail(f"{named}{error.strerror or error}; check the file system and its rights")
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 from tetrarch import images
 from tetrarch.errors import ConfigError, ImageError
 
-__all__ = ["build", "pull", "show"]
+__all__ = ["build", "pull", "remove", "show"]
 
 
 def pull(name: str, as_json: bool) -> None:
@@ -35,12 +35,20 @@ def show(as_json: bool) -> None:
         )
 
 
+def remove(name: str, as_json: bool) -> None:
+    guest = images.remove(images.Cache(), name)
+    if as_json:
+        print(json.dumps(_row(guest), indent=2))
+    else:
+        print(f"removed {guest.manifest.name}: {guest.manifest.package} {guest.manifest.version}")
+
+
 def build(name: str, output: Path | None, overlay: Path | None, as_json: bool) -> None:
     cache = images.Cache()
     reporter = images.TerminalReporter()
     if output is None:
         if overlay is not None:
-            raise ConfigError("--overlay changes the guest; say with --output where it goes")
+            raise ConfigError("--overlay changes the guest", "say with --output where it goes")
         with reporter.step(f"Building {name} from the cached packages"):
             guest = images.rebuild(cache, name)
         _show_one(guest, as_json)
@@ -50,7 +58,7 @@ def build(name: str, output: Path | None, overlay: Path | None, as_json: bool) -
     try:
         output.write_bytes(built.initrd)
     except OSError as error:
-        raise ImageError(f"cannot write {output}: {error.strerror}; name another file") from error
+        raise ImageError(f"cannot write {output}: {error.strerror}", "name another file") from error
     if as_json:
         print(json.dumps({"initrd": str(output), "release": built.release}))
     else:

@@ -3,6 +3,7 @@
 from tetrarch.images.archive import ArchiveError
 from tetrarch.images.cache import Cache, CachedGuest, CacheError
 from tetrarch.images.default_guest import DEFAULT_APPEND
+from tetrarch.images.disk import NoSpaceError
 from tetrarch.images.initramfs import Initramfs
 from tetrarch.images.progress import Reporter, TerminalReporter
 from tetrarch.images.pull import (
@@ -13,6 +14,7 @@ from tetrarch.images.pull import (
     ensure,
     pull,
     rebuild,
+    remove,
 )
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "CacheError",
     "CachedGuest",
     "Initramfs",
+    "NoSpaceError",
     "Reporter",
     "TerminalReporter",
     "UnknownImageError",
@@ -31,4 +34,5 @@ __all__ = [
     "ensure",
     "pull",
     "rebuild",
+    "remove",
 ]

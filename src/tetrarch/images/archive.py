@@ -17,39 +17,27 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tetrarch.errors import ImageError
+from tetrarch.images import apt
+from tetrarch.images.apt import ArchiveError
+from tetrarch.images.disk import require_space
+
+__all__ = ["SCRATCH", "Archive", "ArchiveError", "Package", "is_present", "sha256_of", "unpack"]
 
 # A meta package names the current kernel in its dependencies; the kernel's own
 # package has the version in its name.
 _REAL_KERNEL = re.compile(r"^(linux-image-\d[^ (|]*)")
 _META_DEPTH_MAX = 4
-_POLL_S = 0.1
-
-# What apt says when it could not reach a mirror at all (apt-pkg/acquire-worker.cc
-# and the connect method), with LC_ALL=C.
-_NETWORK_SIGNS = (
-    "Temporary failure resolving",
-    "Could not resolve",
-    "Could not connect",
-    "Unable to connect",
-    "Connection timed out",
-    "Connection failed",
-    "Network is unreachable",
-    "Failed to fetch",
-)
+# Debian 12's main list unpacks to 47 MB, and apt maps an index of the same size.
+_LISTS_BYTES = 128 << 20
+SCRATCH = ".fetch-"
+"""How the names of directories for downloads under way begin."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes so far, bytes in all)."""
-
-
-class ArchiveError(ImageError):
-    """A package could not be fetched or opened."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +48,8 @@ class Package:
     version: str
     size: int
     sha256: str
+    unpacked: int
+    """What its files take, in bytes."""
 
     @property
     def filename(self) -> str:
@@ -91,65 +81,50 @@ class Archive:
         self._private = True
         for part in ("lists/partial", "cache/archives/partial"):
             (self._state_dir / part).mkdir(parents=True, exist_ok=True)
-        done = self._run("apt-get", ["update", "-q"])
-        if done.returncode != 0 or _network_is_down(done.stderr):
-            raise ArchiveError(
-                f"apt could not fetch the package lists: {_first_complaint(done.stderr)}; "
-                "check the network and apt's sources, or give --kernel and --initrd"
+        require_space({self._state_dir: _LISTS_BYTES}, "apt's package lists")
+        done = apt.run(self._command("apt-get", ["update", "-q"]), self._state_dir)
+        if done.returncode != 0 or apt.network_is_down(done.stderr):
+            raise apt.failure(
+                "apt could not fetch the package lists",
+                done.stderr,
+                self._state_dir,
+                "check the network and apt's sources, or give --kernel and --initrd",
             )
 
     def download(self, package: Package, directory: Path, progress: Progress) -> Path:
         """Puts the package into ``directory`` and gives its path. A present one stays."""
         target = directory / package.filename
-        if target.is_file() and sha256_of(target) == package.sha256:
+        if is_present(package, directory):
             return target
         self._require_apt()
         directory.mkdir(parents=True, exist_ok=True)
-        scratch = directory / f".fetch-{os.getpid()}"
+        scratch = directory / f"{SCRATCH}{os.getpid()}"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
-            complaint = self._fetch(package, scratch, progress)
+            done = apt.run(
+                self._command("apt-get", ["download", "-q", f"{package.name}={package.version}"]),
+                scratch,
+                lambda so_far: progress(so_far, package.size),
+            )
             fetched = next(scratch.glob("*.deb"), None)
-            if complaint is not None or fetched is None:
-                raise ArchiveError(
-                    f"apt could not download {package.name}: {complaint or 'no file came'}; "
-                    "check the network, or give --kernel and --initrd"
+            if done.returncode != 0 or fetched is None:
+                raise apt.failure(
+                    f"apt could not download {package.name}",
+                    done.stderr if done.returncode != 0 else "no file came",
+                    directory,
+                    "check the network, or give --kernel and --initrd",
                 )
             if sha256_of(fetched) != package.sha256:
                 raise ArchiveError(
-                    f"{package.name}: the file does not have the checksum of the signed index; "
-                    "try again, and check apt's proxy if it happens again"
+                    f"{package.name}: the file does not have the checksum of the signed index",
+                    "try again, and check apt's proxy if it happens again",
                 )
+            progress(package.size, package.size)
             os.replace(fetched, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return target
-
-    def _fetch(self, package: Package, scratch: Path, progress: Progress) -> str | None:
-        """Runs ``apt-get download``; gives apt's complaint if it failed."""
-        command = self._command("apt-get", ["download", "-q", f"{package.name}={package.version}"])
-        with subprocess.Popen(
-            command,
-            cwd=scratch,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            try:
-                while process.poll() is None:
-                    progress(_bytes_in(scratch), package.size)
-                    time.sleep(_POLL_S)
-            except BaseException:
-                process.terminate()
-                raise
-            stderr = process.stderr.read() if process.stderr else ""
-        if process.returncode != 0:
-            return _first_complaint(stderr)
-        progress(package.size, package.size)
-        return None
 
     def _resolve(self, name: str) -> Package:
         asked = name
@@ -166,10 +141,13 @@ class Archive:
             if real is None or real == name:
                 return _package(name, fields)
             name = real
-        raise ArchiveError(f"{asked}: the meta packages of the archive name each other in a circle")
+        raise ArchiveError(
+            f"{asked}: the meta packages of the archive name each other in a circle",
+            "name a package with its version, like linux-image-6.1.0-40-amd64",
+        )
 
     def _show(self, name: str, asked: str) -> dict[str, str]:
-        done = self._run("apt-cache", ["show", "--no-all-versions", name])
+        done = apt.run(self._command("apt-cache", ["show", "--no-all-versions", name]))
         fields: dict[str, str] = {}
         for line in done.stdout.splitlines():
             if not line.strip() and fields:
@@ -179,20 +157,10 @@ class Archive:
                 fields[key] = value
         if done.returncode != 0 or "Filename" not in fields:
             raise ArchiveError(
-                f"the archive that apt is set up for has no package {asked}; "
-                "name a linux-image package of Debian, or give --kernel and --initrd"
+                f"the archive that apt is set up for has no package {asked}",
+                "name a linux-image package of Debian, or give --kernel and --initrd",
             )
         return fields
-
-    def _run(self, program: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self._command(program, arguments),
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
 
     def _command(self, program: str, arguments: Sequence[str]) -> list[str]:
         options = [
@@ -205,6 +173,8 @@ class Archive:
             "Acquire::Languages=none",
             # By default apt waits 1 + 2 + 4 s for each file of a mirror that is away.
             "Acquire::Retries=1",
+            f"Acquire::http::Timeout={apt.NETWORK_TIMEOUT_S}",
+            f"Acquire::https::Timeout={apt.NETWORK_TIMEOUT_S}",
         ]
         if self._private:
             options += [
@@ -219,24 +189,24 @@ class Archive:
         for program in ("apt-get", "apt-cache", "dpkg-deb"):
             if shutil.which(program) is None:
                 raise ArchiveError(
-                    f"no {program} on this host, so no Debian kernel can be fetched; "
-                    "give --kernel and --initrd, or install apt and dpkg"
+                    f"no {program} on this host, so no Debian kernel can be fetched",
+                    "give --kernel and --initrd, or install apt and dpkg",
                 )
 
 
 def unpack(deb: Path, directory: Path) -> None:
     """Unpacks the files of a package, without its scripts."""
-    done = subprocess.run(
-        ["dpkg-deb", "--extract", str(deb), str(directory)],
-        env=_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = apt.run(["dpkg-deb", "--extract", str(deb), str(directory)], directory)
     if done.returncode != 0:
-        reason = _first_complaint(done.stderr)
-        raise ArchiveError(f"cannot unpack {deb.name}: {reason}; remove {deb} and try again")
+        raise apt.failure(
+            f"cannot unpack {deb.name}", done.stderr, directory, f"remove {deb} and try again"
+        )
+
+
+def is_present(package: Package, directory: Path) -> bool:
+    """Whether the package lies there whole."""
+    target = directory / package.filename
+    return target.is_file() and sha256_of(target) == package.sha256
 
 
 def sha256_of(path: Path) -> str:
@@ -246,34 +216,14 @@ def sha256_of(path: Path) -> str:
 
 def _package(name: str, fields: dict[str, str]) -> Package:
     try:
-        return Package(name, fields["Version"], int(fields["Size"]), fields["SHA256"])
+        return Package(
+            name,
+            fields["Version"],
+            int(fields["Size"]),
+            fields["SHA256"],
+            int(fields.get("Installed-Size", 0)) << 10,
+        )
     except (KeyError, ValueError) as error:
-        raise ArchiveError(f"the archive's index has no usable entry for {name}") from error
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
-
-
-def _bytes_in(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # renamed between the listing and the look
-            continue
-    return total
-
-
-def _network_is_down(stderr: str) -> bool:
-    # apt-get update ends with 0 when it only failed to fetch.
-    return any(sign in stderr for sign in _NETWORK_SIGNS)
-
-
-def _first_complaint(stderr: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    for prefix in ("E: ", "W: "):
-        for line in lines:
-            if line.startswith(prefix):
-                return line.removeprefix(prefix).rstrip(".")
-    return lines[-1] if lines else "no reason given"
+        raise ArchiveError(
+            f"the archive's index has no usable entry for {name}", "name another package"
+        ) from error

@@ -4,6 +4,7 @@
     apt/                            package lists of our own (see archive.py)
     images/NAME.json                the manifest of a guest: what it is, where it is
     images/NAME-DIGEST/             its kernel and its initramfs
+                                    (whatever no manifest names goes with the next change)
     lock                            held by whoever writes
 
 A guest's directory never changes once its manifest names it: a new build gets a
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tetrarch.errors import ImageError
-from tetrarch.images.archive import sha256_of
+from tetrarch.images.archive import SCRATCH, sha256_of
 from tetrarch.images.default_guest import RECIPE_VERSION, BuiltGuest
 
 _KERNEL = "vmlinuz"
@@ -119,15 +120,46 @@ class Cache:
         _write_atomically(
             self.images / f"{name}.json", json.dumps(asdict(manifest), indent=2).encode() + b"\n"
         )
-        for old in self.images.glob(f"{name}-" + "[0-9a-f]" * 12):
-            if old != directory:
-                shutil.rmtree(old, ignore_errors=True)
+        self._sweep()
         found = self.find(name)
         if found is None:
             raise CacheError(
-                f"the guest written to {directory} cannot be read back; check the disk"
+                f"the guest written to {directory} cannot be read back", "check the disk"
             )
         return found
+
+    def remove(self, name: str) -> CachedGuest:
+        """Takes a guest out, with what no other needs; gives what it was. Call it under lock()."""
+        path = self.images / f"{name}.json"
+        manifest = self._manifest(path)
+        if manifest is None:
+            raise CacheError(f"no guest {name} is cached in {self.root}", "see tetrarch image ls")
+        path.unlink()
+        self._sweep()
+        directory = self.images / manifest.directory
+        return CachedGuest(manifest, directory / _KERNEL, directory / _INITRD)
+
+    def _sweep(self) -> None:
+        """Removes what no manifest names: older builds and packages, and what was cut short.
+
+        What another version of ours has put here cannot be read, and stays: it may be in use.
+        """
+        manifests = [self._manifest(path) for path in self.images.glob("*.json")]
+        known = [manifest for manifest in manifests if manifest is not None]
+        if len(known) < len(manifests):
+            return
+        directories = {manifest.directory for manifest in known}
+        for path in self.images.iterdir():
+            if path.is_dir() and path.name not in directories:
+                shutil.rmtree(path, ignore_errors=True)
+        packages = {name for manifest in known for name in manifest.packages}
+        for path in self.packages.iterdir():
+            if path.name.startswith(SCRATCH):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in packages:
+                path.unlink(missing_ok=True)
+        if not known:  # the package lists of our own serve the next pull only
+            shutil.rmtree(self.apt, ignore_errors=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -148,8 +180,8 @@ class Cache:
 
     def _unusable(self, error: OSError) -> CacheError:
         return CacheError(
-            f"cannot write the cache {self.root}: {error.strerror or error}; "
-            "free the space or set XDG_CACHE_HOME to another directory"
+            f"cannot write the cache {self.root}: {error.strerror or error}",
+            "free the space or set XDG_CACHE_HOME to another directory",
         )
 
     def _manifest(self, path: Path) -> Manifest | None:

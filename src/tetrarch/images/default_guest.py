@@ -94,7 +94,10 @@ def build_guest(kernel_deb: Path, busybox_deb: Path, overlay: Path | None = None
         try:
             tree = build_initramfs(busybox.read_bytes(), module_dir, overlay)
         except ModuleFormatError as error:
-            raise ArchiveError(f"{kernel_deb.name} has a module that is broken: {error}") from error
+            raise ArchiveError(
+                f"{kernel_deb.name} has a module that is broken: {error}",
+                f"remove {kernel_deb} and pull again",
+            ) from error
         return BuiltGuest(kernel.read_bytes(), tree.gzip(), module_dir.name)
 
 
@@ -146,5 +149,5 @@ def _guest_file(name: str) -> bytes:
 def _only(directory: Path, pattern: str, package: Path) -> Path:
     found = sorted(directory.glob(pattern))
     if not found:
-        raise ArchiveError(f"{package.name} has no {pattern}; name another package")
+        raise ArchiveError(f"{package.name} has no {pattern}", "name another package")
     return found[0]

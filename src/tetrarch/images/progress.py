@@ -20,7 +20,7 @@ class Reporter:
 
 
 class TerminalReporter(Reporter):
-    """Progress bars on a terminal; one line per download elsewhere."""
+    """Progress bars on a terminal; one line for each step elsewhere."""
 
     def __init__(self) -> None:
         self._interactive = sys.stderr.isatty()
@@ -28,8 +28,11 @@ class TerminalReporter(Reporter):
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
         if not self._interactive:
+            print(title, file=sys.stderr, flush=True)
             yield
             return
+        # Said before the library that draws is there: that takes a while.
+        print(f"{title} ...", end="\r", file=sys.stderr, flush=True)
         from rich.console import Console
 
         with Console(stderr=True).status(title):
@@ -38,8 +41,8 @@ class TerminalReporter(Reporter):
     @contextmanager
     def transfer(self, title: str, size: int) -> Iterator[Callable[[int, int], None]]:
         if not self._interactive:
+            print(f"Fetching {title} ({size / 1e6:.1f} MB)", file=sys.stderr, flush=True)
             yield lambda done, total: None
-            print(f"Fetched {title} ({size / 1e6:.1f} MB)", file=sys.stderr, flush=True)
             return
         from rich.console import Console
         from rich.progress import (

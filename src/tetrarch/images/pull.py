@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tetrarch.errors import ConfigError, ImageError
-from tetrarch.images.archive import Archive, ArchiveError, Package, sha256_of
+from tetrarch.images.archive import Archive, ArchiveError, Package, is_present, sha256_of
 from tetrarch.images.cache import Cache, CachedGuest
 from tetrarch.images.default_guest import (
     BUSYBOX_PACKAGE,
@@ -14,6 +16,7 @@ from tetrarch.images.default_guest import (
     BuiltGuest,
     build_guest,
 )
+from tetrarch.images.disk import require_space
 from tetrarch.images.progress import Reporter
 
 DEFAULT_IMAGE = "debian"
@@ -39,8 +42,8 @@ def package_of(name: str) -> str:
     if _PACKAGE_NAME.match(name):
         return name
     raise UnknownImageError(
-        f"no image is called {name!r}; there are {', '.join(IMAGES)}, "
-        "and any linux-image package of Debian"
+        f"no image is called {name!r}",
+        f"there are {', '.join(IMAGES)}, and any linux-image package of Debian",
     )
 
 
@@ -72,10 +75,17 @@ def rebuild(cache: Cache, name: str) -> CachedGuest:
         return _rebuild(cache, _with_packages(cache, name))
 
 
+def remove(cache: Cache, name: str) -> CachedGuest:
+    """Takes a guest out of the cache, and the packages that no other guest is built from."""
+    package_of(name)
+    with cache.lock():
+        return cache.remove(name)
+
+
 def build(cache: Cache, name: str, overlay: Path | None) -> BuiltGuest:
     """Builds from the cached packages, without network; the cache stays as it is."""
     if overlay is not None and not overlay.is_dir():
-        raise ImageError(f"{overlay} is no directory; name one whose files go into the initramfs")
+        raise ImageError(f"{overlay} is no directory", "name one whose files go into the initramfs")
     return build_guest(*_debs(cache, _with_packages(cache, name)), overlay=overlay)
 
 
@@ -84,7 +94,7 @@ def _with_packages(cache: Cache, name: str) -> CachedGuest:
     guest = cache.find(name)
     if guest is None or not _packages_are_whole(cache, guest):
         raise ArchiveError(
-            f"the packages of {name} are not in the cache; run: tetrarch image pull {name}"
+            f"the packages of {name} are not in the cache", f"run: tetrarch image pull {name}"
         )
     return guest
 
@@ -102,13 +112,14 @@ def _pull(cache: Cache, name: str, reporter: Reporter) -> CachedGuest:
     ):
         return known
     try:
-        debs = [_download(archive, cache, package, reporter) for package in (kernel, busybox)]
+        debs = _fetch(archive, cache, (kernel, busybox), reporter)
     except ArchiveError:
         # The lists may name versions that the mirror has since dropped.
-        archive.refresh()
+        with reporter.step("Fetching newer package lists"):
+            archive.refresh()
         kernel = archive.resolve(package_of(name))
         busybox = archive.resolve(BUSYBOX_PACKAGE)
-        debs = [_download(archive, cache, package, reporter) for package in (kernel, busybox)]
+        debs = _fetch(archive, cache, (kernel, busybox), reporter)
     with reporter.step(f"Building the initramfs for {kernel.name}"):
         built = build_guest(debs[0], debs[1])
         return cache.store(
@@ -120,7 +131,25 @@ def _pull(cache: Cache, name: str, reporter: Reporter) -> CachedGuest:
         )
 
 
+def _fetch(
+    archive: Archive, cache: Cache, packages: Sequence[Package], reporter: Reporter
+) -> list[Path]:
+    missing = [package for package in packages if not is_present(package, cache.packages)]
+    to_fetch = sum(package.size for package in missing)
+    require_space(
+        {
+            # The guest is made of what is in the packages, compressed anew.
+            cache.root: to_fetch + sum(package.size for package in packages),
+            Path(tempfile.gettempdir()): sum(package.unpacked for package in packages),
+        },
+        f"{packages[0].name}: to fetch it, unpack it and build a guest of it",
+    )
+    return [_download(archive, cache, package, reporter) for package in packages]
+
+
 def _download(archive: Archive, cache: Cache, package: Package, reporter: Reporter) -> Path:
+    if is_present(package, cache.packages):
+        return cache.packages / package.filename
     with reporter.transfer(f"{package.name} {package.version}", package.size) as progress:
         return archive.download(package, cache.packages, progress)
 

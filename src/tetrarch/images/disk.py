@@ -1,0 +1,38 @@
+"""Room on the disks that a guest is fetched to and built on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from tetrarch.errors import ImageError
+
+__all__ = ["NoSpaceError", "no_space", "require_space"]
+
+
+class NoSpaceError(ImageError):
+    """A disk is full, or would be."""
+
+
+def require_space(needs: Mapping[Path, int], what: str) -> None:
+    """Refuses at once what would fill a disk; directories on one disk add up."""
+    disks: dict[int, tuple[Path, int]] = {}
+    for directory, size in needs.items():
+        there = next(path for path in (directory, *directory.parents) if path.exists())
+        first, so_far = disks.setdefault(there.stat().st_dev, (directory, 0))
+        disks[there.stat().st_dev] = (first, so_far + size)
+    for directory, size in disks.values():
+        there = next(path for path in (directory, *directory.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if free < size:
+            raise no_space(
+                f"{what} ({size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free)", directory
+            )
+
+
+def no_space(what: str, directory: Path) -> NoSpaceError:
+    return NoSpaceError(
+        f"the disk of {directory} has no room for {what}",
+        "free some, or name another disk: XDG_CACHE_HOME for the cache, TMPDIR to unpack on",
+    )
