@@ -6,6 +6,7 @@ from typing import Protocol, Self, TypedDict, final, type_check_only
 from typing_extensions import disjoint_base
 
 __all__ = [
+    "LOW_RAM_END",
     "EngineError",
     "GuestMemoryError",
     "IrqSource",
@@ -22,6 +23,9 @@ __all__ = [
 ]
 
 __version__: str
+
+LOW_RAM_END: int
+"""Where RAM stops below 4 GiB; what does not fit goes on there."""
 
 @type_check_only
 class Device(Protocol):

@@ -3,6 +3,7 @@
 import calendar
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ START = calendar.timegm((2024, 3, 31, 23, 59, 58)) * NS
 class Bench:
     """A core whose clock says how long the machine runs."""
 
-    def __init__(self, ram: int = 0) -> None:
+    def __init__(self, ram: Iterable[tuple[int, int]] = ()) -> None:
         self.now = 0
         self.core = RtcCmosCore(0, START, ram)
 
@@ -158,7 +159,7 @@ def test_valid_ram_is_reported_and_register_d_is_read_only(bench: Bench) -> None
 
 
 def test_memory_sizes_are_told() -> None:
-    bench = Bench(ram=5 << 30)
+    bench = Bench(ram=[(0, 3 << 30), (4 << 30, 2 << 30)])
     assert bench.get(0x15) | bench.get(0x16) << 8 == 639
     assert bench.get(0x17) | bench.get(0x18) << 8 == 0xFFFF
     low = (3 << 30) - (16 << 20)

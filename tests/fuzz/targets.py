@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 
+from tetrarch.boot import layout
 from tetrarch.boot.loader import load_kernel
 from tetrarch.cli.entry import run_cli
 from tetrarch.console.spec import ConsoleSpec
@@ -56,7 +57,7 @@ class CountingVm:
 
     @property
     def ram(self) -> list[tuple[int, int]]:
-        low = min(self.size, 0xC000_0000)
+        low = min(self.size, layout.LOW_RAM_MAX)
         high = self.size - low
         return [(0, low)] + ([(1 << 32, high)] if high else [])
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -717,6 +719,30 @@ def test_dump_shows_registers_and_code(vm: Vm) -> None:
 def test_dump_of_a_vcpu_in_the_void_says_so(vm: Vm) -> None:
     vcpu = load(vm, b"", cs_base=MMIO, rip=0)
     assert "0xd0000000 is not mapped" in vcpu.dump()
+
+
+# Limits of the process
+
+_LIMITED = """
+import resource
+from tetrarch import _native
+resource.setrlimit(resource.RLIMIT_AS, (800 << 20, resource.RLIM_INFINITY))
+try:
+    _native.Vm("bt", 1 << 30)
+except _native.EngineError as error:
+    print(error)
+"""
+
+
+def test_memory_beyond_the_address_space_is_refused_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "1024 MiB of guest memory go beyond this process's 800 MiB of address space; "
+        "raise that with ulimit -v, or ask for less with --memory\n"
+    )
 
 
 # Counters and the end

@@ -12,7 +12,7 @@ use crate::exec::{self, BtVcpu};
 use crate::host::wake::Bells;
 use crate::irqchip::IrqChip;
 use crate::kvm;
-use crate::memory::code_map::{CodeMap, DeviceWrites};
+use crate::memory::code_map::{CodeMap, MemoryChanges};
 use crate::translate::cache::CodeCache;
 
 /// Choices for a VM of this engine.
@@ -65,7 +65,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
     available()?;
     let tsc_hz = tsc_hz();
     let code = Arc::new(CodeMap::new(&memory));
-    memory.set_observer(Box::new(DeviceWrites(Arc::clone(&code))));
+    memory.add_observer(Arc::new(MemoryChanges(Arc::clone(&code))));
     let bells = Arc::new(Bells::new(config.vcpus as usize));
     let irqchip = Arc::new(IrqChip::new(config.vcpus as usize, tsc_hz, Arc::clone(&bells) as _));
     irqchip.set_virtual_wire();

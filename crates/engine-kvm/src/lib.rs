@@ -18,6 +18,7 @@ mod irqchip;
 mod kick;
 mod msr;
 mod probe;
+mod slots;
 mod state;
 mod time;
 mod vcpu;

@@ -111,7 +111,7 @@ impl KvmVcpu {
         if id == 0 {
             set_virtual_wire(&fd)?;
         }
-        vm.dirty.add_vcpu(&fd)?;
+        vm.slots.add_vcpu(&fd)?;
         let immediate_exit = (&raw const fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
         // SAFETY: the mapping lives as long as `fd`; `drop` detaches before that.
         let kicker = Arc::new(unsafe { Kicker::new(immediate_exit) });

@@ -4,10 +4,7 @@ use std::io::Error;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use kvm_bindings::{
-    CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap,
-    kvm_userspace_memory_region,
-};
+use kvm_bindings::{CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
@@ -16,11 +13,12 @@ use tetrarch_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::cpuid::{self, Policy};
-use crate::dirty::{DeviceWrites, DirtyLog, DirtyPages, DirtyTracking};
+use crate::dirty::{DirtyPages, DirtyTracking};
 use crate::halt::HaltWatch;
 use crate::host;
 use crate::irqchip::{self, IrqChip, IrqRoute};
 use crate::msr::MsrPolicy;
+use crate::slots::{MemoryChanges, MemorySlots};
 use crate::time::KvmClock;
 use crate::vcpu::KvmVcpu;
 
@@ -84,9 +82,8 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
             .map_err(|error| refused("place its pages for real mode", error))?;
     }
     let irqchip = IrqChip::create(&fd)?;
-    let dirty = DirtyLog::new(&fd, &memory, config.dirty)?;
-    set_memory(&fd, &memory, 0)?;
-    memory.set_observer(Box::new(DeviceWrites(Arc::clone(&dirty))));
+    let slots = MemorySlots::new(&fd, config.dirty)?;
+    memory.regions().iter().try_for_each(|region| slots.map(&fd, region))?;
     enable_hypercall_exits(&fd);
 
     let supported = kvm
@@ -105,7 +102,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         supported,
         policy,
         msrs,
-        dirty,
+        slots: Arc::clone(&slots),
         halts: HaltWatch::default(),
         kvmclock_ctrl: kvm.check_extension(Cap::KvmclockCtrl),
         xcrs: kvm.check_extension(Cap::Xcrs),
@@ -113,6 +110,8 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         events: kvm.check_extension(Cap::VcpuEvents),
     });
     shared.clock.set_follower(Arc::new(KvmClock::new(Arc::downgrade(&shared))));
+    let changes = MemoryChanges { vm: Arc::downgrade(&shared), slots };
+    shared.memory.add_observer(Arc::new(changes));
     Ok(Arc::new(KvmVm { shared, irqchip, config, created: Mutex::default() }))
 }
 
@@ -136,28 +135,6 @@ fn create(kvm: &Kvm) -> Result<VmFd, EngineError> {
     }
 }
 
-/// Maps each range of RAM as a slot of the same number.
-fn set_memory(fd: &VmFd, memory: &GuestMemory, flags: u32) -> Result<(), EngineError> {
-    for (slot, region) in memory.regions().iter().enumerate() {
-        let slot = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags,
-            guest_phys_addr: region.start.0,
-            memory_size: region.len,
-            userspace_addr: region.host() as u64,
-        };
-        // SAFETY: the range is a mapping that `memory` keeps, and `VmShared`
-        // keeps `memory` for as long as the VM's descriptor.
-        unsafe { fd.set_user_memory_region(slot) }
-            .map_err(|error| slot_refused(region.len, error))?;
-    }
-    Ok(())
-}
-
-fn slot_refused(len: u64, error: kvm_ioctls::Error) -> EngineError {
-    refused(&format!("map {} MiB of guest memory", len >> 20), error)
-}
-
 /// Hypercalls that KVM would hand to a VMM reach ours, where they are answered
 /// with "unknown" by a plain table, as everywhere on a host without the call.
 fn enable_hypercall_exits(fd: &VmFd) {
@@ -178,7 +155,7 @@ pub struct VmShared {
     pub supported: CpuId,
     pub policy: Policy,
     pub msrs: MsrPolicy,
-    pub dirty: Arc<DirtyLog>,
+    pub slots: Arc<MemorySlots>,
     pub halts: HaltWatch,
     pub kvmclock_ctrl: bool,
     pub xcrs: bool,
@@ -188,7 +165,7 @@ pub struct VmShared {
 
 impl VmShared {
     pub fn harvest_dirty(&self) -> Result<(), EngineError> {
-        self.dirty.harvest(self.fd.as_raw_fd())
+        self.slots.harvest(self.fd.as_raw_fd())
     }
 }
 
@@ -253,20 +230,17 @@ impl KvmVm {
 
     /// Starts to note which pages are written.
     pub fn start_dirty_log(&self) -> Result<(), EngineError> {
-        set_memory(&self.shared.fd, &self.shared.memory, KVM_MEM_LOG_DIRTY_PAGES)?;
-        self.shared.dirty.set_on(true);
-        Ok(())
+        self.shared.slots.set_logging(&self.shared.fd, true)
     }
 
     /// The pages written since the last call, by range of RAM.
     pub fn take_dirty(&self) -> Result<Vec<DirtyPages>, EngineError> {
-        self.shared.dirty.take(&self.shared.fd)
+        self.shared.slots.take_dirty(&self.shared.fd)
     }
 
     pub fn stop_dirty_log(&self) -> Result<(), EngineError> {
-        self.shared.dirty.set_on(false);
-        set_memory(&self.shared.fd, &self.shared.memory, 0)?;
-        self.shared.dirty.take(&self.shared.fd).map(drop)
+        self.shared.slots.set_logging(&self.shared.fd, false)?;
+        self.shared.slots.take_dirty(&self.shared.fd).map(drop)
     }
 }
 
@@ -306,12 +280,6 @@ mod tests {
         let error = check_vcpus(9, 4).unwrap_err().to_string();
         assert!(error.contains("1 to 4") && error.contains("--cpus 4"), "{error}");
         assert!(check_vcpus(0, 4).is_err() && check_vcpus(4, 4).is_ok());
-    }
-
-    #[test]
-    fn slot_without_memory_names_the_option() {
-        let error = slot_refused(512 << 20, kvm_ioctls::Error::new(libc::ENOMEM)).to_string();
-        assert!(error.contains("512 MiB") && error.contains("--memory"), "{error}");
     }
 
     #[test]

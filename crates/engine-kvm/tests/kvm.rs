@@ -157,6 +157,40 @@ fn ioeventfd_takes_the_write_and_causes_no_exit() {
     m.vm.unregister_ioeventfd(&event, &address, None).unwrap();
 }
 
+#[test]
+fn memory_comes_and_goes_between_two_runs() {
+    if !kvm_is_here() {
+        return;
+    }
+    const REGION: GuestPhys = GuestPhys(0xE000_0000);
+    // mov [0x10], al ; out 0x80, al
+    let mut m = machine(config(), &[0xA2, 0x10, 0, 0xE6, 0x80]);
+    m.vm.start_dirty_log().unwrap();
+    let mut first_exit = || {
+        start_at(&mut m.vcpu, CODE);
+        let mut system = m.vcpu.system_registers();
+        system.ds = Segment { base: REGION.0, limit: 0xFFFF, attributes: 0x93, selector: 0 };
+        m.vcpu.set_system_registers(&system).unwrap();
+        let exit = m.vcpu.run().unwrap();
+        m.vcpu.reply(Reply::Done);
+        exit
+    };
+    for _ in 0..2 {
+        assert!(matches!(first_exit(), Exit::MmioWrite { address: 0xE000_0010, .. }));
+        m.memory.add_region(REGION, 0x10_000).unwrap();
+        m.memory.write(REGION.offset(0x10), &[0xAA]).unwrap();
+        assert!(matches!(first_exit(), Exit::PortOut { port: 0x80, .. }));
+        let mut written = [0xFF];
+        m.memory.read(REGION.offset(0x10), &mut written).unwrap();
+        assert_eq!(written, [0]);
+        // What is new is logged as the rest is.
+        let dirty = m.vm.take_dirty().unwrap();
+        assert!(dirty.iter().any(|pages| pages.start == REGION && pages.count() == 1));
+        drop(m.memory.remove_region(REGION).unwrap());
+        assert_eq!(m.vm.take_dirty().unwrap().len(), 1);
+    }
+}
+
 fn written_pages(config: Config) {
     // mov [0x5000], al ; mov [0x7000], al ; out 0x80, al
     let code = [0xA2, 0, 0x50, 0xA2, 0, 0x70, 0xE6, 0x80];

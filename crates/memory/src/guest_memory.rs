@@ -1,219 +1,308 @@
-//! RAM regions over one memfd, and the one path by which devices write to it.
+//! The RAM of one machine: regions that come and go, each in a memfd.
 
 use std::fs::File;
-use std::os::fd::FromRawFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use vm_memory::FileOffset;
-use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use parking_lot::Mutex;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::{Resource, getrlimit};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend,
+    GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
+use crate::host_map::{HostMap, MAX_REGIONS};
+use crate::observers::{MemoryObserver, Observers, WriteMarks};
 use crate::{GuestPhys, PAGE_SIZE};
 
 /// Where RAM stops below 4 GiB; above it lie the PCI hole and the APICs.
-const LOW_RAM_END: u64 = 0xC000_0000;
+pub const LOW_RAM_END: u64 = 0xC000_0000;
 /// Where the RAM that does not fit below the hole goes on.
-const HIGH_RAM_START: u64 = 0x1_0000_0000;
+pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
+
+/// All regions, as vm-memory and what is built on it (virtio-queue, vhost) take
+/// guest memory.
+pub type Regions = GuestMemoryMmap<WriteMarks>;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     #[error("guest memory of {0} bytes: the size must be a multiple of 4096 and not zero")]
     BadSize(u64),
-    #[error("the host gives no {size} bytes of guest memory: {source}; ask for less with --memory")]
+    #[error("a memory region at {0}: it must begin on a page and end below 2^64")]
+    BadStart(GuestPhys),
+    #[error(
+        "the host gives no {} MiB of guest memory: {source}; ask for less with --memory",
+        mib(*.size)
+    )]
     Allocate { size: u64, source: std::io::Error },
+    #[error(
+        "{} MiB of guest memory go beyond this process's {} MiB of address space; raise that \
+         with ulimit -v, or ask for less with --memory",
+        mib(*.size),
+        .limit >> 20
+    )]
+    AddressSpace { size: u64, limit: u64 },
+    #[error("memory of {len:#x} bytes at {start} overlaps a region that is there")]
+    Overlap { start: GuestPhys, len: u64 },
+    #[error("a machine has {MAX_REGIONS} memory regions at most")]
+    TooMany,
+    #[error("no memory region begins at {0}")]
+    NoRegion(GuestPhys),
+    #[error("the engine cannot use memory of {len:#x} bytes at {start}: {cause}")]
+    Refused { start: GuestPhys, len: u64, cause: String },
     #[error("{length} bytes at guest physical {address} are not RAM of this machine")]
     OutOfRange { address: GuestPhys, length: u64 },
 }
 
-/// Told of every write to guest memory that does not come from a vCPU, so that
-/// an engine can drop translations of the bytes.
-pub trait WriteObserver: Send + Sync {
-    fn written(&self, address: GuestPhys, length: u64);
+/// Rounded up, so that a refused size is never shown as one that fits.
+fn mib(bytes: u64) -> u64 {
+    bytes.div_ceil(1 << 20)
 }
 
-/// One contiguous range of RAM.
+/// One contiguous range of RAM. A copy keeps its memory mapped in this process,
+/// whether or not the machine still has it.
+#[derive(Clone)]
 pub struct Region {
     pub start: GuestPhys,
     pub len: u64,
-    mapping: MmapRegion,
+    mapping: Arc<GuestRegionMmap<WriteMarks>>,
 }
 
 impl Region {
-    /// The host address of the first byte; valid while the `GuestMemory` lives.
+    /// The host address of the first byte.
     pub fn host(&self) -> *mut u8 {
         self.mapping.as_ptr()
     }
 
-    /// The place of the region in the memfd.
-    pub fn file_offset(&self) -> u64 {
-        self.mapping.file_offset().map_or(0, FileOffset::start)
+    /// The file that the memory is in, and where: for who shares it.
+    pub fn file(&self) -> Option<&FileOffset> {
+        GuestMemoryRegion::file_offset(&*self.mapping)
     }
 }
 
 /// The RAM of one machine.
+///
+/// Lock: `regions`, held to change them, and while observers hear of the change:
+/// an engine's own come after it. Reading takes none.
 pub struct GuestMemory {
-    regions: Vec<Region>,
-    memfd: Arc<File>,
-    observer: OnceLock<Box<dyn WriteObserver>>,
+    regions: Mutex<Vec<Region>>,
+    /// The same for devices,
+    space: GuestMemoryAtomic<Regions>,
+    /// and for engines.
+    host: HostMap,
+    observers: Arc<Observers>,
 }
 
 impl GuestMemory {
     /// Maps `size` bytes of zeroed RAM: from 0 to 3 GiB, the rest from 4 GiB up.
+    /// Both parts are in one memfd.
     pub fn new(size: u64) -> Result<Self, MemoryError> {
-        if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
-            return Err(MemoryError::BadSize(size));
-        }
-        let failed = |source| MemoryError::Allocate { size, source };
-        check_host_has(size).map_err(failed)?;
-        // SAFETY: the name is a NUL-terminated string; the result is checked.
-        let fd = unsafe { libc::memfd_create(c"tetrarch-ram".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(failed(std::io::Error::last_os_error()));
-        }
-        // SAFETY: the descriptor is new and owned by nobody else.
-        let memfd = Arc::new(unsafe { File::from_raw_fd(fd) });
-        memfd.set_len(size).map_err(failed)?;
-
+        check_size(size)?;
+        let file = memfd(size)?;
+        let memory = Self {
+            regions: Mutex::default(),
+            space: GuestMemoryAtomic::new(Regions::new()),
+            host: HostMap::new(),
+            observers: Arc::default(),
+        };
         let low = size.min(LOW_RAM_END);
-        let mut regions = vec![Self::map(&memfd, GuestPhys(0), 0, low).map_err(failed)?];
+        memory.insert(GuestPhys(0), low, &file, 0)?;
         if size > low {
-            let high = Self::map(&memfd, GuestPhys(HIGH_RAM_START), low, size - low);
-            regions.push(high.map_err(failed)?);
+            memory.insert(GuestPhys(HIGH_RAM_START), size - low, &file, low)?;
         }
-        Ok(Self { regions, memfd, observer: OnceLock::new() })
+        Ok(memory)
     }
 
-    fn map(memfd: &Arc<File>, start: GuestPhys, offset: u64, len: u64) -> std::io::Result<Region> {
-        let mapping = MmapRegionBuilder::new(len as usize)
-            .with_file_offset(FileOffset::from_arc(Arc::clone(memfd), offset))
+    /// Adds zeroed RAM, in a memfd of its own, while the machine runs or before.
+    pub fn add_region(&self, start: GuestPhys, len: u64) -> Result<Region, MemoryError> {
+        check_size(len)?;
+        self.insert(start, len, &memfd(len)?, 0)
+    }
+
+    fn insert(
+        &self,
+        start: GuestPhys,
+        len: u64,
+        file: &Arc<File>,
+        offset: u64,
+    ) -> Result<Region, MemoryError> {
+        if start.page_offset() != 0 || start.0.checked_add(len).is_none() {
+            return Err(MemoryError::BadStart(start));
+        }
+        let mapping = self.map(start, len, file, offset)?;
+        let region = Region { start, len, mapping };
+        let mut regions = self.regions.lock();
+        if regions.len() >= MAX_REGIONS {
+            return Err(MemoryError::TooMany);
+        }
+        let space = self.space.memory().insert_region(Arc::clone(&region.mapping));
+        let space = space.map_err(|_| MemoryError::Overlap { start, len })?;
+        // Who has to be ready for the region is so before anybody finds it.
+        self.observers.mapped(&region).map_err(|cause| MemoryError::Refused {
+            start,
+            len,
+            cause,
+        })?;
+        regions.push(region.clone());
+        self.publish(&regions, space);
+        Ok(region)
+    }
+
+    /// Takes a region away: no access finds it any more, observers have let go
+    /// of it, and it is unmapped when the last copy of the result is dropped.
+    pub fn remove_region(&self, start: GuestPhys) -> Result<Region, MemoryError> {
+        let mut regions = self.regions.lock();
+        let index = regions.iter().position(|region| region.start == start);
+        let region = regions.remove(index.ok_or(MemoryError::NoRegion(start))?);
+        let (space, _) = self
+            .space
+            .memory()
+            .remove_region(GuestAddress(start.0), region.len)
+            .map_err(|_| MemoryError::NoRegion(start))?;
+        self.publish(&regions, space);
+        self.observers.unmapped(&region);
+        Ok(region)
+    }
+
+    fn publish(&self, regions: &[Region], space: Regions) {
+        self.host.set(regions.iter().map(|region| (region.start, region.len, region.host())));
+        let exclusive = self.space.lock();
+        // Its lock guards a swap of a pointer: a panic elsewhere leaves no harm.
+        exclusive.unwrap_or_else(std::sync::PoisonError::into_inner).replace(space);
+    }
+
+    fn map(
+        &self,
+        start: GuestPhys,
+        len: u64,
+        file: &Arc<File>,
+        offset: u64,
+    ) -> Result<Arc<GuestRegionMmap<WriteMarks>>, MemoryError> {
+        let marks = WriteMarks::new(start, Arc::clone(&self.observers));
+        let mapping = MmapRegionBuilder::new_with_bitmap(len as usize, marks)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .build()
-            .map_err(std::io::Error::other)?;
+            .map_err(|error| not_mapped(len, error))?;
         // SAFETY: the range is the mapping just made. Failure is harmless: the
         // advice only asks for 2 MiB pages where the host's policy gives them.
-        unsafe {
-            libc::madvise(mapping.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE);
-        }
-        Ok(Region { start, len, mapping })
+        let _ = unsafe {
+            let advice = rustix::mm::Advice::LinuxHugepage;
+            rustix::mm::madvise(mapping.as_ptr().cast(), len as usize, advice)
+        };
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start.0));
+        region.map(Arc::new).ok_or(MemoryError::BadStart(start))
     }
 
-    pub fn regions(&self) -> &[Region] {
-        &self.regions
+    /// The regions of this moment.
+    pub fn regions(&self) -> Vec<Region> {
+        self.regions.lock().clone()
     }
 
-    pub fn memfd(&self) -> &File {
-        &self.memfd
+    /// Guest memory for devices in Rust, as virtio-queue and vhost take it: each
+    /// request asks it anew for `memory()`, and writes are seen by observers.
+    pub fn space(&self) -> GuestMemoryAtomic<Regions> {
+        self.space.clone()
     }
 
-    /// Sets who is told of writes; a machine has one engine, so this is done once.
-    pub fn set_observer(&self, observer: Box<dyn WriteObserver>) {
-        // A second engine over the same memory would be a bug of the assembly.
-        if self.observer.set(observer).is_err() {
-            debug_assert!(false, "guest memory already has an observer");
-        }
+    /// Adds who hears of writes and of regions from now on.
+    pub fn add_observer(&self, observer: Arc<dyn MemoryObserver>) {
+        self.observers.add(&observer);
     }
 
-    /// The host address of `len` bytes of RAM at `address`, or `None` where any
-    /// of them is not RAM.
+    /// The host address of `len` bytes of one region at `address`, or `None`
+    /// where any of them is not RAM. It is valid until the region's observers
+    /// have been told that it is unmapped. Writes to it are nobody's to see.
     #[inline]
     pub fn host(&self, address: GuestPhys, len: u64) -> Option<*mut u8> {
-        for region in &self.regions {
-            let offset = address.0.wrapping_sub(region.start.0);
-            if offset < region.len && len <= region.len - offset {
-                return Some(region.host().wrapping_add(offset as usize));
-            }
-        }
-        None
+        self.host.find(address, len)
     }
 
-    fn checked(&self, address: GuestPhys, len: usize) -> Result<*mut u8, MemoryError> {
-        let length = len as u64;
-        self.host(address, length).ok_or(MemoryError::OutOfRange { address, length })
+    /// A number that is another one after each change of the regions.
+    #[inline]
+    pub fn generation(&self) -> u64 {
+        self.host.sequence()
+    }
+
+    /// Whether there is RAM at `address`, and all of `length` bytes from there on.
+    pub fn contains(&self, address: GuestPhys, length: u64) -> bool {
+        covers(&self.space.memory(), address, length)
     }
 
     pub fn read(&self, address: GuestPhys, data: &mut [u8]) -> Result<(), MemoryError> {
-        let host = self.checked(address, data.len())?;
-        // SAFETY: `checked` gave `data.len()` mapped bytes. The guest may write
-        // them at the same time; the bytes read are then any mix, as for a DMA.
-        unsafe { std::ptr::copy_nonoverlapping(host, data.as_mut_ptr(), data.len()) };
-        Ok(())
+        let length = data.len() as u64;
+        let space = self.space.memory();
+        let read = covers(&space, address, length).then(|| space.read_slice(data, address.into()));
+        read.and_then(Result::ok).ok_or(MemoryError::OutOfRange { address, length })
     }
 
-    /// Writes for a device or loader, and tells the engine.
+    /// Writes for a device or loader. Nothing is written where any of it is not
+    /// RAM.
     pub fn write(&self, address: GuestPhys, data: &[u8]) -> Result<(), MemoryError> {
-        let host = self.checked(address, data.len())?;
-        // SAFETY: as in `read`.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host, data.len()) };
-        if let Some(observer) = self.observer.get() {
-            observer.written(address, data.len() as u64);
-        }
-        Ok(())
+        let length = data.len() as u64;
+        let space = self.space.memory();
+        let wrote =
+            covers(&space, address, length).then(|| space.write_slice(data, address.into()));
+        wrote.and_then(Result::ok).ok_or(MemoryError::OutOfRange { address, length })
     }
 }
 
-/// Refuses a size that the host could never back: the memfd itself is sparse,
-/// and the guest would otherwise be killed in the middle of its work.
-fn check_host_has(size: u64) -> std::io::Result<()> {
-    // SAFETY: sysconf has no memory effects.
-    let (pages, page) =
-        unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-    let total = (pages.max(0) as u64).saturating_mul(page.max(0) as u64);
+impl Drop for GuestMemory {
+    fn drop(&mut self) {
+        self.observers.clear();
+    }
+}
+
+fn covers(space: &Regions, address: GuestPhys, length: u64) -> bool {
+    let whole = |len| GuestMemoryBackend::check_range(space, address.into(), len);
+    space.address_in_range(address.into()) && usize::try_from(length).is_ok_and(whole)
+}
+
+impl From<GuestPhys> for GuestAddress {
+    fn from(address: GuestPhys) -> Self {
+        Self(address.0)
+    }
+}
+
+fn check_size(size: u64) -> Result<(), MemoryError> {
+    if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
+        return Err(MemoryError::BadSize(size));
+    }
+    // What the host could never back is refused: the memfd itself is sparse,
+    // and the guest would otherwise be killed in the middle of its work.
+    let host = rustix::system::sysinfo();
+    let total = host.totalram.saturating_mul(u64::from(host.mem_unit));
     if size > total {
-        return Err(std::io::Error::other(format!("the host has {} MiB of memory", total >> 20)));
+        let has = std::io::Error::other(format!("the host has {} MiB of memory", total >> 20));
+        return Err(MemoryError::Allocate { size, source: has });
     }
     Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::Mutex;
+fn memfd(size: u64) -> Result<Arc<File>, MemoryError> {
+    let failed = |source| MemoryError::Allocate { size, source };
+    let file = memfd_create("tetrarch-ram", MemfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+    let file = File::from(file);
+    file.set_len(size).map_err(failed)?;
+    Ok(Arc::new(file))
+}
 
-    #[test]
-    fn bytes_written_are_read_back() {
-        let memory = GuestMemory::new(1 << 20).unwrap();
-        memory.write(GuestPhys(0xFFE), &[1, 2, 3, 4]).unwrap();
-        let mut data = [0; 4];
-        memory.read(GuestPhys(0xFFE), &mut data).unwrap();
-        assert_eq!(data, [1, 2, 3, 4]);
-    }
-
-    #[test]
-    fn range_over_the_end_is_refused() {
-        let memory = GuestMemory::new(1 << 20).unwrap();
-        for (address, len) in [((1 << 20) - 2, 4), (1 << 20, 1), (u64::MAX, 2), (u64::MAX - 1, 2)] {
-            assert!(memory.write(GuestPhys(address), &vec![0; len]).is_err());
+/// Says which limit it was, where it can be known.
+fn not_mapped(size: u64, error: MmapRegionError) -> MemoryError {
+    let source = match error {
+        MmapRegionError::Mmap(source) => source,
+        other => std::io::Error::other(other),
+    };
+    match getrlimit(Resource::As).current {
+        Some(limit) if source.raw_os_error() == Some(libc::ENOMEM) => {
+            MemoryError::AddressSpace { size, limit }
         }
-    }
-
-    #[test]
-    fn ram_over_3_gib_goes_on_at_4_gib() {
-        let memory = GuestMemory::new(LOW_RAM_END + PAGE_SIZE).unwrap();
-        assert!(memory.host(GuestPhys(LOW_RAM_END - 1), 1).is_some());
-        assert!(memory.host(GuestPhys(LOW_RAM_END), 1).is_none());
-        assert!(memory.host(GuestPhys(HIGH_RAM_START), PAGE_SIZE).is_some());
-        assert!(memory.host(GuestPhys(HIGH_RAM_START), PAGE_SIZE + 1).is_none());
-    }
-
-    #[test]
-    fn bad_sizes_are_refused() {
-        for size in [0, 1, 4095, 1 << 60] {
-            assert!(GuestMemory::new(size).is_err(), "{size}");
-        }
-    }
-
-    #[test]
-    fn observer_hears_of_each_write() {
-        struct Log(Arc<Mutex<Vec<(u64, u64)>>>);
-        impl WriteObserver for Log {
-            fn written(&self, address: GuestPhys, length: u64) {
-                self.0.lock().unwrap().push((address.0, length));
-            }
-        }
-        let memory = GuestMemory::new(1 << 20).unwrap();
-        let log = Arc::new(Mutex::new(Vec::new()));
-        memory.set_observer(Box::new(Log(Arc::clone(&log))));
-        memory.write(GuestPhys(0x1000), &[0; 3]).unwrap();
-        assert_eq!(*log.lock().unwrap(), [(0x1000, 3)]);
+        _ => MemoryError::Allocate { size, source },
     }
 }
+
+#[cfg(test)]
+#[path = "guest_memory_tests.rs"]
+mod tests;

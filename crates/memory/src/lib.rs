@@ -1,11 +1,15 @@
-//! Guest memory: RAM in one memfd, addressed by guest physical address.
+//! Guest memory: RAM in memfds, addressed by guest physical address.
 //!
 //! RAM is always a memfd, so that it can be shared with other processes
 //! (vhost-user back ends, other domains) and saved without a copy. This crate
-//! knows no device and no engine.
+//! knows no device and no engine. Devices see vm-memory's types, whose dirty
+//! marks tell the observers; engines see host addresses.
 
 mod address;
 mod guest_memory;
+mod host_map;
+mod observers;
 
 pub use address::{GuestPhys, GuestVirt, PAGE_SHIFT, PAGE_SIZE};
-pub use guest_memory::{GuestMemory, MemoryError, Region, WriteObserver};
+pub use guest_memory::{GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, Region, Regions};
+pub use observers::{MemoryObserver, WriteMarks, WriteMarksSlice};

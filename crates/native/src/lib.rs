@@ -33,6 +33,7 @@ mod _native {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("LOW_RAM_END", tetrarch_memory::LOW_RAM_END)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 

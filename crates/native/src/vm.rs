@@ -115,7 +115,7 @@ impl Vm {
         let memory = &self.machine.memory;
         let address = GuestPhys(address);
         // Before the bytes are allocated, so that no wrong length can ask for much.
-        if memory.host(address, length).is_none() {
+        if !memory.contains(address, length) {
             return Err(MemoryError::OutOfRange { address, length }.into());
         }
         let fill = |data: &mut [u8]| {

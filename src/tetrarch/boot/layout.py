@@ -2,6 +2,7 @@
 
 from typing import Final, Protocol
 
+from tetrarch._native import LOW_RAM_END
 from tetrarch.errors import BootError
 
 __all__ = [
@@ -41,7 +42,7 @@ ACPI_END: Final = 0x10_0000
 HIGH_MEMORY: Final = 0x10_0000
 
 #: RAM above this size continues at 4 GiB; below lies the hole for MMIO.
-LOW_RAM_MAX: Final = 0xC000_0000
+LOW_RAM_MAX: Final = LOW_RAM_END
 
 
 class GuestMemory(Protocol):

@@ -97,15 +97,20 @@ def civil_from_days(days: int) -> tuple[int, int, int]:
     return era * 400 + year + (month <= 2), month, day
 
 
-def _memory_sizes(ram_bytes: int) -> Iterable[tuple[int, int, int]]:
+def _memory_sizes(ram: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int, int]]:
     """(register, bytes, value): memory sizes as BIOSes keep them."""
-    extended_kib = min(max(ram_bytes - (1 << 20), 0) >> 10, 0xFFFF)
+    low = high = 0
+    for base, length in ram:
+        if base < 1 << 32:
+            low += length
+        else:
+            high += length
+    extended_kib = min(max(low - (1 << 20), 0) >> 10, 0xFFFF)
     yield 0x15, 2, 639
     yield 0x17, 2, extended_kib
     yield 0x30, 2, extended_kib
-    low = min(ram_bytes, 0xC000_0000)
     yield 0x34, 2, min(max(low - (16 << 20), 0) >> 16, 0xFFFF)
-    yield 0x5B, 3, min(max(ram_bytes - 0xC000_0000, 0) >> 16, 0xFF_FFFF)
+    yield 0x5B, 3, min(high >> 16, 0xFF_FFFF)
 
 
 @dataclass
@@ -135,12 +140,15 @@ class RtcCmosState(DeviceState):
 class RtcCmosCore:
     """Clock and memory. Time comes with each call, in ns of the machine's clock."""
 
-    def __init__(self, now_ns: int, wall_ns: int, ram_bytes: int = 0) -> None:
-        """``wall_ns``: the time in ns since 1970 when the machine's clock is ``now_ns``."""
+    def __init__(self, now_ns: int, wall_ns: int, ram: Iterable[tuple[int, int]] = ()) -> None:
+        """``wall_ns``: the time in ns since 1970 when the machine's clock is ``now_ns``.
+
+        ``ram``: (address, length) of each range.
+        """
         self.state = RtcCmosState(offset_ns=wall_ns - now_ns, seen_ns=now_ns)
         self.state.cmos[REG_A] = A_INITIAL
         self.state.cmos[REG_B] = B_24H
-        for first, length, value in _memory_sizes(ram_bytes):
+        for first, length, value in _memory_sizes(ram):
             self.state.cmos[first : first + length] = value.to_bytes(length, "little")
         self._store_time(now_ns)
 
@@ -347,8 +355,7 @@ class RtcCmos(Adapter[RtcCmosCore]):
     ) -> None:
         """``ram``: (address, length) of the machine's RAM ranges, told in the CMOS memory."""
         self._clock_ns = clock_ns
-        ram_bytes = sum(length for _, length in ram)
-        super().__init__(RtcCmosCore(clock_ns(), wall_ns(), ram_bytes), irq)
+        super().__init__(RtcCmosCore(clock_ns(), wall_ns(), ram), irq)
         self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closed = False

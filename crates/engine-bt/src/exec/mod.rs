@@ -417,6 +417,7 @@ impl Vcpu for BtVcpu {
             signals::thread_init();
         }
         self.cpu.update_tsc_offset();
+        self.cpu.follow_memory();
         let start = rdtsc();
         signals::look_again(start);
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.

@@ -5,13 +5,23 @@
 //! the page here, and each vCPU drops its translations before it goes on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use tetrarch_memory::{GuestMemory, GuestPhys, PAGE_SHIFT, PAGE_SIZE, WriteObserver};
+use tetrarch_memory::{GuestMemory, GuestPhys, MemoryObserver, PAGE_SHIFT, PAGE_SIZE, Region};
+
+use crate::memory::mmu::PHYS_BITS;
+
+/// Pages of one chunk of the map: 128 MiB of guest memory.
+const CHUNK_PAGES: u64 = 1 << 15;
+
+/// The lines of each page of a chunk.
+type Chunk = Box<[AtomicU64]>;
 
 pub struct CodeMap {
-    /// (first page, lines of each page) of every region.
-    regions: Vec<(u64, Box<[AtomicU64]>)>,
+    /// By guest physical address. A chunk is there from the first region on that
+    /// reaches into it, and stays: regions come and go while others are looked up.
+    chunks: Box<[OnceLock<Chunk>]>,
     listeners: Mutex<Vec<Listener>>,
 }
 
@@ -31,15 +41,29 @@ pub fn lines(offset: u64, len: u64) -> u64 {
 
 impl CodeMap {
     pub fn new(memory: &GuestMemory) -> Self {
-        let regions = memory
-            .regions()
-            .iter()
-            .map(|region| {
-                let pages = (0..region.len >> PAGE_SHIFT).map(|_| AtomicU64::new(0)).collect();
-                (region.start.page(), pages)
-            })
-            .collect();
-        Self { regions, listeners: Mutex::default() }
+        let count = (1 << PHYS_BITS) / (CHUNK_PAGES * PAGE_SIZE);
+        let chunks = (0..count).map(|_| OnceLock::new()).collect();
+        let map = Self { chunks, listeners: Mutex::default() };
+        memory.regions().iter().for_each(|region| map.cover(region));
+        map
+    }
+
+    /// Makes place for the lines of a region.
+    fn cover(&self, region: &Region) {
+        let last = region.start.offset(region.len - 1).page();
+        for chunk in region.start.page() / CHUNK_PAGES..=last / CHUNK_PAGES {
+            if let Some(chunk) = self.chunks.get(chunk as usize) {
+                chunk.get_or_init(|| (0..CHUNK_PAGES).map(|_| AtomicU64::new(0)).collect());
+            }
+        }
+    }
+
+    /// Lets each vCPU drop the translations of a region that is no longer there.
+    fn forget(&self, region: &Region) {
+        let first = region.start.page();
+        for page in first..first + (region.len >> PAGE_SHIFT) {
+            self.wrote(GuestPhys(page << PAGE_SHIFT), PAGE_SIZE);
+        }
     }
 
     /// Registers a vCPU: what raises its request flag. Returns its number here.
@@ -49,8 +73,10 @@ impl CodeMap {
         listeners.len() - 1
     }
 
+    #[inline]
     fn page(&self, page: u64) -> Option<&AtomicU64> {
-        self.regions.iter().find_map(|(first, pages)| pages.get(page.wrapping_sub(*first) as usize))
+        let chunk = self.chunks.get((page / CHUNK_PAGES) as usize)?.get()?;
+        chunk.get((page % CHUNK_PAGES) as usize)
     }
 
     /// Whether any byte of the page has been translated.
@@ -91,10 +117,19 @@ impl CodeMap {
     }
 }
 
-/// Tells the code map of what devices write.
-pub struct DeviceWrites(pub std::sync::Arc<CodeMap>);
+/// Tells the code map of what devices write, and of new memory.
+pub struct MemoryChanges(pub Arc<CodeMap>);
 
-impl WriteObserver for DeviceWrites {
+impl MemoryObserver for MemoryChanges {
+    fn mapped(&self, region: &Region) -> Result<(), String> {
+        self.0.cover(region);
+        Ok(())
+    }
+
+    fn unmapped(&self, region: &Region) {
+        self.0.forget(region);
+    }
+
     fn written(&self, address: GuestPhys, length: u64) {
         let mut at = address;
         let mut left = length;

@@ -238,6 +238,16 @@ impl Cpu {
         done
     }
 
+    /// Drops what is known of guest memory if regions came or went while the
+    /// vCPU stood.
+    pub fn follow_memory(&mut self) {
+        let generation = self.vm.memory.generation();
+        if self.tlb.generation != generation {
+            self.tlb.generation = generation;
+            self.tlb.flush(true);
+        }
+    }
+
     /// Makes `linear` hit in the TLB if it may: the page is RAM and, for
     /// writing, holds no translated code. Returns where the byte is.
     pub fn fill_tlb(&mut self, linear: u64, write: bool, user: bool) -> Result<Place, Fault> {

@@ -204,6 +204,8 @@ pub struct Tlb {
     /// spares its accesses the page walk.
     devices: [Option<DevicePage>; DEVICE_PAGES],
     pub flushes: u64,
+    /// Of guest memory, when what is RAM and where was last known to be as here.
+    pub generation: u64,
 }
 
 impl Tlb {
@@ -217,6 +219,7 @@ impl Tlb {
             fetched: None,
             devices: [None; DEVICE_PAGES],
             flushes: 0,
+            generation: 0,
         })
     }
 
