@@ -9,7 +9,7 @@ use tetrarch_memory::GuestPhys;
 
 use crate::cpu::Cpu;
 use crate::irqchip;
-use crate::memory::mmu::{PHYS_MASK, mask};
+use crate::memory::mmu::mask;
 
 /// Where the I/O APIC lies (82093AA, 3.1: as a PC's firmware leaves it).
 pub const IOAPIC_BASE: u64 = 0xFEC0_0000;
@@ -78,6 +78,6 @@ impl Cpu {
 
     /// RAM goes first: an APIC page that a guest moves over RAM is not seen there.
     fn is_local_apic(&self, page: u64) -> bool {
-        page == self.vm.irqchip.apic_base(self.id) & PHYS_MASK & !0xFFF
+        self.vm.irqchip.lapic_page(self.id) == Some(page)
     }
 }

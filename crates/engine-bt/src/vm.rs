@@ -63,6 +63,10 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
         )));
     }
     available()?;
+    Ok(Arc::new(build(memory, config)?))
+}
+
+fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> {
     let tsc_hz = tsc_hz();
     let code = Arc::new(CodeMap::new(&memory));
     memory.add_observer(Arc::new(MemoryChanges(Arc::clone(&code))));
@@ -95,7 +99,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
         None
     };
     let vcpus = config.vcpus;
-    Ok(Arc::new(BtVm { shared, cache, bells, vcpus, created: Mutex::default() }))
+    Ok(BtVm { shared, cache, bells, vcpus, created: Mutex::default() })
 }
 
 /// Ticks of the host's TSC in a second (measured once a process).
@@ -168,3 +172,7 @@ impl Vm for BtVm {
         self.shared.irqchip.load(data).map_err(EngineError::Refused)
     }
 }
+
+#[cfg(test)]
+#[path = "vm_tests.rs"]
+mod tests;

@@ -156,6 +156,21 @@ impl Cpu {
 
     /// The state after RESET (Intel SDM 3A, table 10-1).
     pub fn reset(&mut self) {
+        let st = &mut *self.st;
+        st.cr0 = cr::CR0_CD | cr::CR0_NW;
+        st.xcr0 = 1;
+        st.tsc_aux = 0;
+        (st.star, st.lstar, st.cstar, st.sfmask, st.kernel_gs_base) = (0, 0, 0, 0, 0);
+        (st.sysenter_cs, st.sysenter_esp, st.sysenter_eip) = (0, 0, 0);
+        crate::cpu::fpu::reset(st);
+        self.msrs = MsrFile::new();
+        self.init();
+    }
+
+    /// The state after INIT (the same table): the caches' control bits, x87 and
+    /// vector registers, XCR0, the TSC and the MSRs stay. Neither vendor's manual
+    /// has EFER among these MSRs: the start is in real mode.
+    pub fn init(&mut self) {
         use tetrarch_engine::{Segment, SegmentTable};
         let data = attr::P | attr::S | attr::RW | attr::ACCESSED;
         let st = &mut *self.st;
@@ -171,12 +186,11 @@ impl Cpu {
         st.seg[seg::TR].attributes = attr::P | 11;
         st.gdt = SegmentTable { base: 0, limit: 0xFFFF };
         st.idt = SegmentTable { base: 0, limit: 0xFFFF };
-        st.cr0 = cr::CR0_ET | cr::CR0_CD | cr::CR0_NW;
+        st.cr0 = st.cr0 & (cr::CR0_CD | cr::CR0_NW) | cr::CR0_ET;
         st.cr2 = 0;
         st.cr3 = 0;
         st.cr4 = 0;
         st.efer = 0;
-        st.xcr0 = 1;
         st.dr = [0; 8];
         st.dr[6] = 0xFFFF_0FF0;
         st.dr[7] = 0x400;
@@ -184,13 +198,20 @@ impl Cpu {
         st.cpl = 0;
         st.shadow = 0;
         st.nmi_blocked = 0;
-        st.halted = 0;
-        self.msrs = MsrFile::new();
+        st.halted = u8::from(self.vm.irqchip.waits_for_sipi(self.id));
         self.kvm = Paravirtual::new();
-        let st = &mut *self.st;
-        st.vec = Default::default();
-        crate::cpu::fpu::reset(st);
         self.tlb.flush(true);
+        self.update_mode();
+    }
+
+    /// Starts an application processor that waits: in real mode, at the page that
+    /// the SIPI names (Intel SDM 3A, 9.4.4).
+    pub fn start_up(&mut self, page: u8) {
+        let code = &mut self.st.seg[seg::CS];
+        code.selector = u16::from(page) << 8;
+        code.base = u64::from(page) << 12;
+        self.st.rip = 0;
+        self.st.halted = 0;
         self.update_mode();
     }
 

@@ -216,13 +216,11 @@ impl BtVcpu {
             match event {
                 // One NMI is held while another is served (SDM 3A, 6.7.1).
                 irqchip::Event::Nmi => self.nmi_pending = true,
-                irqchip::Event::Init | irqchip::Event::Sipi(_) => {
-                    // Only application processors act on these once they run; the
-                    // bootstrap processor takes INIT as a reset of itself.
-                    if event == irqchip::Event::Init {
-                        self.cpu.reset();
-                    }
+                irqchip::Event::Init => {
+                    self.nmi_pending = false;
+                    self.cpu.init();
                 }
+                irqchip::Event::Sipi(page) => self.cpu.start_up(page),
             }
         }
         self.bell.take_kick().then_some(Exit::Kicked)
@@ -280,8 +278,13 @@ impl BtVcpu {
         }
     }
 
-    /// HLT: sleeps until an interrupt, a kick, or forever.
+    /// HLT: sleeps until an interrupt, a kick, or forever. An application processor
+    /// that was not started has no halt to end.
     fn sleep(&mut self) -> Option<Exit> {
+        if self.cpu.vm.irqchip.waits_for_sipi(self.cpu.id) {
+            self.rest(None);
+            return None;
+        }
         let pending = self.cpu.vm.irqchip.pending(self.cpu.id);
         if pending && self.cpu.st.iflag != 0 {
             self.cpu.st.halted = 0;
@@ -299,12 +302,7 @@ impl BtVcpu {
         let start = self.cpu.now_ns();
         let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
         let timeout = deadline.map(|deadline| Duration::from_nanos(deadline.saturating_sub(start)));
-        if timeout != Some(Duration::ZERO) {
-            self.cpu.leave_guest();
-            fpu::unload(&mut self.cpu.st);
-            self.bell.sleep(timeout);
-            self.cpu.return_to_guest();
-        }
+        self.rest(timeout);
         let now = self.cpu.now_ns();
         self.cpu.counts.halted_ns += now - start;
         if deadline.is_some_and(|deadline| now >= deadline) {
@@ -312,6 +310,16 @@ impl BtVcpu {
             self.cpu.vm.irqchip.run_timers(self.cpu.id, now, tsc);
         }
         None
+    }
+
+    /// Gives the host's CPU away until the bell rings.
+    fn rest(&mut self, timeout: Option<Duration>) {
+        if timeout != Some(Duration::ZERO) {
+            self.cpu.leave_guest();
+            fpu::unload(&mut self.cpu.st);
+            self.bell.sleep(timeout);
+            self.cpu.return_to_guest();
+        }
     }
 
     /// Interprets one instruction.
@@ -582,7 +590,7 @@ impl BtVcpu {
     fn forget_progress(&mut self) {
         self.cpu.replay.clear();
         self.cpu.st.shadow = 0;
-        self.cpu.st.halted = 0;
+        self.cpu.st.halted = u8::from(self.cpu.vm.irqchip.waits_for_sipi(self.cpu.id));
         self.shut_down = false;
         self.delivering = None;
         // The handler of a trap may set registers before it answers.

@@ -7,13 +7,14 @@
 use super::codec::{Reader, Writer};
 use super::timer::{Mode, Timer};
 use super::{Delivery, Event};
+use crate::memory::mmu::PHYS_MASK;
 
 pub(super) const DEFAULT_BASE: u64 = 0xfee0_0000;
 const BASE_BSP: u64 = 1 << 8;
 const BASE_X2APIC: u64 = 1 << 10;
 const BASE_ENABLE: u64 = 1 << 11;
 /// Bits 0-7 and 9, and what lies above the widest physical address (11.4.4).
-const BASE_RESERVED: u64 = 0xfff0_0000_0000_02ff;
+const BASE_RESERVED: u64 = !PHYS_MASK | 0x2ff;
 
 const VERSION: u32 = 0x14 | (LVTS as u32 - 1) << 16;
 
@@ -242,6 +243,12 @@ impl Lapic {
         self.base
     }
 
+    /// Where the page of registers is: nowhere while the APIC is disabled, or in x2APIC mode
+    /// (11.4.3, 11.12.2).
+    pub fn page(base: u64) -> Option<u64> {
+        (base & (BASE_ENABLE | BASE_X2APIC) == BASE_ENABLE).then_some(base & PHYS_MASK & !0xfff)
+    }
+
     fn enabled(&self) -> bool {
         self.base & BASE_ENABLE != 0
     }
@@ -439,6 +446,10 @@ impl Lapic {
             self.esr_next |= bit;
             self.local_interrupt(LVT_ERROR);
         }
+    }
+
+    pub fn waits_for_sipi(&self) -> bool {
+        self.wait_for_sipi
     }
 
     pub fn has_event(&self) -> bool {

@@ -692,6 +692,11 @@ impl IrqChip {
         }
     }
 
+    /// The physical page of a vCPU's local APIC, if it has one now. Takes no lock.
+    pub fn lapic_page(&self, vcpu: usize) -> Option<u64> {
+        Lapic::page(self.apic_base(vcpu))
+    }
+
     /// CR8: the upper half of the task priority (SDM 11.8.6).
     pub fn cr8(&self, vcpu: usize) -> u8 {
         match self.cpus.get(vcpu) {
@@ -760,6 +765,11 @@ impl IrqChip {
     /// Whether something waits beside maskable interrupts. Takes no lock.
     pub fn has_event(&self, vcpu: usize) -> bool {
         self.cpus.get(vcpu).is_some_and(|cpu| cpu.event.load(Ordering::SeqCst))
+    }
+
+    /// Whether the vCPU is an application processor that nothing but a SIPI starts.
+    pub fn waits_for_sipi(&self, vcpu: usize) -> bool {
+        self.cpus.get(vcpu).is_some_and(|cpu| cpu.lapic.lock().waits_for_sipi())
     }
 
     /// The next INIT, SIPI or NMI, in this order.
