@@ -5,14 +5,20 @@ from typing import Protocol, Self, TypedDict, final, type_check_only
 
 from typing_extensions import disjoint_base
 
+from tetrarch.platforms.platform import Platform
+
 __all__ = [
     "LOW_RAM_END",
     "EngineError",
+    "GuestCall",
+    "GuestFault",
     "GuestMemoryError",
+    "GuestTrap",
     "IrqSource",
     "Latch",
     "NullPort",
     "Region",
+    "RegisterPortAccess",
     "RustDevice",
     "Vcpu",
     "Vm",
@@ -41,6 +47,15 @@ class Device(Protocol):
 
 class EngineError(Exception):
     """The engine cannot do what was asked: a host limit or a bad request."""
+
+class GuestFault(Exception):
+    """An exception for the guest: ``GuestFault(vector, error=None, address=0)``.
+
+    Raised by a handler of a platform; the guest's instruction then raises it. An error code is
+    for vectors that have one, and 0 if not given; ``address`` goes to CR2 with a page fault.
+    """
+
+    def __init__(self, vector: int, error: int | None = None, address: int = 0, /) -> None: ...
 
 class GuestMemoryError(Exception):
     """A guest physical range that is not RAM of this machine."""
@@ -114,14 +129,79 @@ class IrqSource:
         """High and low: an edge where no other source holds the line high."""
 
 @final
+class GuestCall:
+    """A vCPU at an instruction that the platform answers, for the handler's time alone.
+
+    Items are registers, named as in ``Vcpu.regs``, as they are before the instruction. Setting
+    one sets it for the guest; system registers can be set in a trap hook only.
+    """
+
+    @property
+    def vm(self) -> Vm: ...
+    @property
+    def vcpu(self) -> int:
+        """The vCPU's number."""
+    @property
+    def cpl(self) -> int:
+        """The privilege level of who called: 0 the kernel, 3 a user program."""
+    def __getitem__(self, name: str, /) -> int: ...
+    def __setitem__(self, name: str, value: int, /) -> None: ...
+    def read(self, linear: int, length: int) -> bytes:
+        """Guest memory at a linear address, as far as it is mapped; up to 1 MiB.
+
+        No access rights are checked: a user program may name what only its kernel may read.
+        """
+
+@final
+class RegisterPortAccess:
+    """An access to a port of the platform."""
+
+    @property
+    def port(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def input(self) -> bool: ...
+    @property
+    def string(self) -> bool:
+        """INS or OUTS: all of it, REP prefix included, is for the handler to do.
+
+        Engine ``kvm`` has no such access: it gives the items to devices of the bus."""
+
+@final
+class GuestTrap:
+    """An event of a deprivileged guest."""
+
+    @property
+    def vector(self) -> int | None:
+        """None: SYSCALL."""
+    @property
+    def error(self) -> int | None: ...
+    @property
+    def address(self) -> int:
+        """Of a page fault."""
+    @property
+    def next(self) -> int | None:
+        """Of SYSCALL: where the guest goes on if RIP is left alone."""
+
+@final
 class Vm:
     """Guest memory, bus, interrupt controllers and vCPUs of one machine."""
 
-    def __new__(cls, engine: str, memory: int, vcpus: int = 1, *, translate: bool = True) -> Self:
+    def __new__(
+        cls,
+        engine: str,
+        memory: int,
+        vcpus: int = 1,
+        *,
+        translate: bool = True,
+        platform: Platform | None = None,
+    ) -> Self:
         """``engine``: "bt" or "kvm"; ``memory`` in bytes, a multiple of 4096.
 
         RAM lies at 0 up to 3 GiB, the rest from 4 GiB up. With ``translate``
-        false, engine ``bt`` interprets every instruction (for tests).
+        false, engine ``bt`` interprets every instruction (for tests). EngineError where
+        the engine cannot have the ``platform``; None is a bare CPU.
         """
     @property
     def ram(self) -> list[tuple[int, int]]:
@@ -177,7 +257,7 @@ class Vm:
         also for each, as groups "vcpu0.exits" and so on.
 
         exits (by kind), accesses (rust, python, unclaimed: by who answered),
-        python (reads, writes: calls of Python devices), time_ns (run: all of
+        python (reads, writes, calls: of Python devices and platform handlers), time_ns (run: all of
         ``Vcpu.run``; devices, python: in devices of either kind; port_in and so
         on: answering exits of that kind) and what the
         engine counts, as bt (blocks, tlb misses, ...). The engine's counters

@@ -147,6 +147,25 @@ def test_json_and_stats(run: Run) -> None:
     assert "ran for" in done.stderr
 
 
+def test_linux_finds_kvm_and_uses_what_it_offers(run: Run) -> None:
+    clocks = "/sys/devices/system/clocksource/clocksource0"
+    # A second of sleep: timer interrupts, each ended by the guest.
+    script = f"dmesg; echo clock: $(cat {clocks}/current_clocksource); sleep 1; {POWER_OFF}"
+    done = run(script, "--json", "--stats")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "Hypervisor detected: KVM",
+        "kvm-clock: Using msrs 4b564d01 and 4b564d00",
+        "Booting paravirtualized kernel on KVM",
+        "clocksource: Switched to clocksource kvm-clock",
+        "x2apic enabled",
+    ):
+        assert line in done.stdout
+    assert "\nclock: kvm-clock\n" in done.stdout
+    stats = json.loads(done.stderr.splitlines()[-1])["stats"]["bt"]
+    assert stats["quiet_eois"] > stats["interrupts"] // 2
+
+
 @pytest.mark.parametrize("kind", ["stdio", "file", "none"])
 def test_consoles(run: Run, tmp_path: Path, kind: str) -> None:
     log = tmp_path / "log"

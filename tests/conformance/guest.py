@@ -10,6 +10,7 @@ import pytest
 
 from tetrarch._native import EngineError, Vcpu, Vm
 from tetrarch.machine.kvm import probe_kvm
+from tetrarch.platforms import Platform
 
 MIB = 1 << 20
 CODE = 0x1000
@@ -79,8 +80,15 @@ class End:
 class Guest:
     """A machine with the two spaces above, in front of ``code`` at 0x1000."""
 
-    def __init__(self, engine: str, *, translate: bool = True, vcpus: int = 1) -> None:
-        self.vm = Vm(engine, MIB, vcpus, translate=translate)
+    def __init__(
+        self,
+        engine: str,
+        *,
+        translate: bool = True,
+        vcpus: int = 1,
+        platform: Platform | None = None,
+    ) -> None:
+        self.vm = Vm(engine, MIB, vcpus, translate=translate, platform=platform)
         self.vcpu: Vcpu = self.vm.vcpu(0)
         self.log = Log()
         self.vm.attach_ports(PORTS, END - PORTS, Space(self.log, "in", "out", PORTS))

@@ -504,7 +504,7 @@ def test_detached_device_is_let_go_while_another_thread_is_inside_of_it(vm: Vm) 
     running = Running(vcpu)
     assert entered.wait(30)
     region.detach()
-    assert vm.stats()["python"] == {"reads": 1, "writes": 0}
+    assert vm.stats()["python"] == {"reads": 1, "writes": 0, "calls": 0}
     leave.set()
     assert running.join() == "halted"
     assert vcpu.regs()["rax"] == 0x42
@@ -756,7 +756,7 @@ def test_stats_count_exits_accesses_and_crossings(vm: Vm) -> None:
     assert exits.items() <= stats["exits"].items()
     assert stats["exits"]["halt"] == 1
     assert stats["accesses"] == {"python": 2, "rust": 0, "unclaimed": 1}
-    assert stats["python"] == {"reads": 0, "writes": 2}
+    assert stats["python"] == {"reads": 0, "writes": 2, "calls": 0}
     assert 4_000_000 <= stats["time_ns"]["python"] <= stats["time_ns"]["run"]
     assert all(isinstance(value, int) for group in stats.values() for value in group.values())
 

@@ -160,6 +160,26 @@ fn clock_counts_machine_time_through_changes_of_the_tsc() {
 }
 
 #[test]
+fn clock_stands_with_the_machine() {
+    const PAUSE_NS: u64 = 300_000_000;
+    on_both(|guest, name| {
+        write_msr(guest, SYSTEM_TIME, PAGE | 1).unwrap();
+        guest.vm.clock().stop().unwrap();
+        std::thread::sleep(std::time::Duration::from_nanos(PAUSE_NS));
+        guest.vm.clock().start().unwrap();
+        let before = guest.vm.clock().now_ns();
+        let tsc = read_msr(guest, TSC).unwrap();
+        let after = guest.vm.clock().now_ns();
+        let seen = clock_ns(guest, PAGE, tsc);
+        let slack = PAUSE_NS / 3;
+        assert!(
+            (before.saturating_sub(slack)..after + slack).contains(&seen),
+            "{name}: {seen} not in {before}..{after}"
+        );
+    });
+}
+
+#[test]
 fn clock_that_is_switched_off_is_written_no_more() {
     on_both(|guest, name| {
         write_msr(guest, SYSTEM_TIME, PAGE | 1).unwrap();

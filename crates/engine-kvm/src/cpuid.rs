@@ -3,17 +3,25 @@
 //! The policy is that of every engine: features are those of the host as far
 //! as they are virtualized, here by what KVM_GET_SUPPORTED_CPUID says; vendor,
 //! family, model and stepping are the host's; the topology is our own; the
-//! brand string names the engine. KVM's own leaves from 0x4000_0000 on stay,
-//! kvmclock with them, since the kernel keeps their promises.
+//! brand string names the engine. KVM's own leaves from 0x4000_0000 on stay
+//! where the platform wants them, since the kernel keeps their promises.
 //!
 //! Hidden for good reason: MONITOR (the host may not stop in it), VMX and SVM
 //! (guests of guests are no promise of ours), the PMU.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
-use tetrarch_engine::EngineError;
 use tetrarch_engine::cpuid::{Topology, brand, host_brand};
+use tetrarch_engine::{EngineError, Hypercalls, Platform};
+
+/// Where KVM announces itself, and its features.
+const KVM_LEAVES: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_00FF;
+const KVM_FEATURES: u32 = 0x4000_0001;
 
 mod bits {
+    // Leaf 0x4000_0001, EAX.
+    pub const PV_UNHALT: u32 = 1 << 7;
+    pub const PV_SEND_IPI: u32 = 1 << 11;
+    pub const PV_SCHED_YIELD: u32 = 1 << 13;
     // Leaf 1, ECX and EDX.
     pub const HIDDEN_1_ECX: u32 = 1 << 3 | 1 << 5 | 1 << 15;
     pub const TSC_DEADLINE: u32 = 1 << 24;
@@ -43,7 +51,12 @@ pub fn has_arch_capabilities(supported: &CpuId) -> bool {
 }
 
 /// The table of one vCPU, whose APIC ID is its number.
-pub fn table(supported: &CpuId, policy: Policy, apic_id: u32) -> Result<CpuId, EngineError> {
+pub fn table(
+    supported: &CpuId,
+    policy: Policy,
+    platform: &Platform,
+    apic_id: u32,
+) -> Result<CpuId, EngineError> {
     let Policy { topology, intel, .. } = policy;
     let brand = brand("kvm", &host_brand());
     let mut entries: Vec<kvm_cpuid_entry2> = supported
@@ -85,9 +98,37 @@ pub fn table(supported: &CpuId, policy: Policy, apic_id: u32) -> Result<CpuId, E
         adapt(&mut entry, policy, apic_id, &brand);
         entries.push(entry);
     }
+    add_platform(&mut entries, platform, apic_id);
     CpuId::from_entries(&entries).map_err(|_| {
         EngineError::Internal(format!("{} CPUID leaves are more than KVM takes", entries.len()))
     })
+}
+
+/// KVM's own leaves stay where the platform wants them; its leaves replace and
+/// add.
+fn add_platform(entries: &mut Vec<kvm_cpuid_entry2>, platform: &Platform, vcpu: u32) {
+    if !platform.kvm {
+        entries.retain(|entry| !KVM_LEAVES.contains(&entry.function));
+    } else if platform.hypercalls != Hypercalls::None {
+        // These make hypercalls, which are another's.
+        for entry in entries.iter_mut().filter(|entry| entry.function == KVM_FEATURES) {
+            entry.eax &= !(bits::PV_UNHALT | bits::PV_SEND_IPI | bits::PV_SCHED_YIELD);
+        }
+    }
+    for own in platform.cpuid.iter().filter(|own| own.vcpu.is_none_or(|own| own == vcpu)) {
+        entries.retain(|entry| {
+            entry.function != own.leaf || own.subleaf.is_some_and(|index| index != entry.index)
+        });
+        let [eax, ebx, ecx, edx] = own.registers;
+        let (index, flags) = match own.subleaf {
+            Some(index) => (index, KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
+            None => (0, 0),
+        };
+        let function = own.leaf;
+        let entry =
+            kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() };
+        entries.push(entry);
+    }
 }
 
 fn adapt(entry: &mut kvm_cpuid_entry2, policy: Policy, apic_id: u32, brand: &[u32; 12]) {
@@ -133,6 +174,7 @@ fn set(register: &mut u32, bit: u32, on: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tetrarch_engine::CpuidLeaf;
 
     fn supported() -> CpuId {
         let entry = |function, eax, ebx, ecx, edx| kvm_cpuid_entry2 {
@@ -159,6 +201,10 @@ mod tests {
         Policy { topology: Topology { vcpus }, intel: false, tsc_deadline: true }
     }
 
+    fn kvm() -> Platform {
+        Platform { kvm: true, ..Platform::default() }
+    }
+
     fn leaf(table: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
         let is = |entry: &&kvm_cpuid_entry2| entry.function == function && entry.index == index;
         *table.as_slice().iter().find(is).unwrap()
@@ -167,7 +213,7 @@ mod tests {
     #[test]
     fn topology_is_ours_and_tells_vcpus_apart() {
         for id in 0..4 {
-            let table = table(&supported(), policy(4), id).unwrap();
+            let table = table(&supported(), policy(4), &kvm(), id).unwrap();
             assert_eq!(leaf(&table, 1, 0).ebx >> 16, id << 8 | 4);
             let cores = leaf(&table, 0xB, 1);
             assert_eq!((cores.eax, cores.ebx, cores.edx), (2, 4, id));
@@ -178,15 +224,44 @@ mod tests {
 
     #[test]
     fn leaves_of_kvm_stay() {
-        let table = table(&supported(), policy(1), 0).unwrap();
+        let table = table(&supported(), policy(1), &kvm(), 0).unwrap();
         assert_eq!(leaf(&table, 0x4000_0000, 0).ebx, 0x4b4d_564b);
         assert_eq!(leaf(&table, 0x4000_0001, 0).eax & 0x0100_0009, 0x0100_0009);
         assert_ne!(leaf(&table, 1, 0).ecx & bits::HYPERVISOR, 0);
     }
 
     #[test]
+    fn leaves_of_kvm_go_where_the_platform_is_not_kvms() {
+        let own =
+            |leaf, subleaf, vcpu, eax| CpuidLeaf { leaf, subleaf, vcpu, registers: [eax, 0, 0, 0] };
+        let cpuid = vec![
+            own(0x4000_0000, None, None, 0x4000_0010),
+            own(0xB, Some(1), None, 7),
+            own(0x4000_0004, None, Some(0), 8),
+            own(0x4000_0004, None, Some(1), 9),
+        ];
+        let platform = Platform { cpuid, ..Platform::default() };
+        let table = table(&supported(), policy(2), &platform, 1).unwrap();
+        assert_eq!(leaf(&table, 0x4000_0000, 0).eax, 0x4000_0010);
+        assert_eq!(leaf(&table, 0x4000_0004, 0).eax, 9);
+        assert_eq!((leaf(&table, 0xB, 1).eax, leaf(&table, 0xB, 0).ebx), (7, 1));
+        let functions: Vec<u32> = table.as_slice().iter().map(|entry| entry.function).collect();
+        assert!(!functions.contains(&0x4000_0001));
+        assert_eq!(functions.iter().filter(|&&leaf| leaf == 0x4000_0000).count(), 1);
+    }
+
+    #[test]
+    fn features_that_call_go_where_the_calls_are_anothers() {
+        let platform = Platform { hypercalls: Hypercalls::Kernel, ..kvm() };
+        let mut all = supported().as_slice().to_vec();
+        all.iter_mut().filter(|it| it.function == 0x4000_0001).for_each(|it| it.eax = u32::MAX);
+        let table = table(&CpuId::from_entries(&all).unwrap(), policy(1), &platform, 0).unwrap();
+        assert_eq!(leaf(&table, 0x4000_0001, 0).eax, !(1 << 7 | 1 << 11 | 1 << 13));
+    }
+
+    #[test]
     fn hidden_features_stay_hidden() {
-        let table = table(&supported(), policy(1), 0).unwrap();
+        let table = table(&supported(), policy(1), &kvm(), 0).unwrap();
         assert_eq!(leaf(&table, 1, 0).ecx & bits::HIDDEN_1_ECX, 0);
         assert_eq!(leaf(&table, 1, 0).edx & bits::HTT, 0);
         assert_eq!(leaf(&table, 0x8000_0001, 0).ecx & bits::HIDDEN_E1_ECX, 0);
@@ -194,14 +269,14 @@ mod tests {
 
     #[test]
     fn brand_names_the_engine() {
-        let table = table(&supported(), policy(1), 0).unwrap();
+        let table = table(&supported(), policy(1), &kvm(), 0).unwrap();
         assert_eq!(leaf(&table, 0x8000_0002, 0).eax, u32::from_le_bytes(*b"Tetr"));
     }
 
     #[test]
     fn deadline_timer_follows_the_host() {
         let without = Policy { tsc_deadline: false, ..policy(1) };
-        let table = table(&supported(), without, 0).unwrap();
+        let table = table(&supported(), without, &kvm(), 0).unwrap();
         assert_eq!(leaf(&table, 1, 0).ecx & bits::TSC_DEADLINE, 0);
     }
 }

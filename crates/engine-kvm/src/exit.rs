@@ -6,9 +6,10 @@
 use kvm_bindings::{
     KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_HYPERCALL,
     KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN,
-    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_UNKNOWN,
-    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
-    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_EXIT_UNKNOWN, KVM_EXIT_X86_RDMSR,
+    KVM_EXIT_X86_WRMSR, KVM_EXIT_XEN, KVM_EXIT_XEN_HCALL, KVM_INTERNAL_ERROR_DELIVERY_EV,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX, KVM_SYSTEM_EVENT_CRASH,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
 use tetrarch_engine::Exit;
 
@@ -42,8 +43,19 @@ pub enum Raw {
     Shutdown,
     /// Nothing to tell the machine: go back in.
     Again,
-    /// The guest called us; it is to be told that we do not know the call.
+    /// One of KVM's own hypercalls; the guest is to be told that we do not know it.
     Hypercall,
+    /// A hypercall of the platform.
+    PlatformCall {
+        cpl: u8,
+    },
+    MsrRead {
+        index: u32,
+    },
+    MsrWrite {
+        index: u32,
+        value: u64,
+    },
     DirtyRingFull,
     Failed(Failure),
 }
@@ -138,6 +150,11 @@ pub fn decode(run: &kvm_run) -> Raw {
             KVM_EXIT_SHUTDOWN => Raw::Shutdown,
             KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN => Raw::Again,
             KVM_EXIT_HYPERCALL => Raw::Hypercall,
+            KVM_EXIT_XEN if body.xen.type_ == KVM_EXIT_XEN_HCALL => {
+                Raw::PlatformCall { cpl: body.xen.u.hcall.cpl as u8 & 3 }
+            }
+            KVM_EXIT_X86_RDMSR => Raw::MsrRead { index: body.msr.index },
+            KVM_EXIT_X86_WRMSR => Raw::MsrWrite { index: body.msr.index, value: body.msr.data },
             KVM_EXIT_DIRTY_RING_FULL => Raw::DirtyRingFull,
             KVM_EXIT_SYSTEM_EVENT => match body.system_event.type_ {
                 KVM_SYSTEM_EVENT_SHUTDOWN | KVM_SYSTEM_EVENT_RESET | KVM_SYSTEM_EVENT_CRASH => {

@@ -17,6 +17,7 @@ mod host;
 mod irqchip;
 mod kick;
 mod msr;
+mod platform;
 mod probe;
 mod slots;
 mod state;

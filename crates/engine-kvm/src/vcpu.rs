@@ -7,11 +7,14 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
-    KVM_MP_STATE_UNINITIALIZED, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_vcpu_events,
-    kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_UNINITIALIZED, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use tetrarch_engine::{Counters, EngineError, Exit, Kick, Registers, Reply, SystemRegisters, Vcpu};
+use tetrarch_engine::{
+    Counters, EngineError, Exit, GuestFault, Hypercalls, Kick, Registers, Reply, SystemRegisters,
+    Vcpu,
+};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::cpuid;
@@ -19,6 +22,7 @@ use crate::exit::{Failure, PortBlock, Raw, decode};
 use crate::halt::Progress;
 use crate::kick::Kicker;
 use crate::msr;
+use crate::platform;
 use crate::state::{self, append, take};
 use crate::time;
 use crate::vm::{VmShared, refused};
@@ -49,6 +53,22 @@ enum Wait {
     Mmio {
         size: u8,
     },
+    /// A value, registers or a fault; the instruction stands at its start.
+    Platform(PlatformExit),
+}
+
+/// Where the value in reply to an exit of the platform goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PlatformExit {
+    Hypercall,
+    MsrRead,
+    MsrWrite,
+    /// At this place of `kvm_run`.
+    PortIn {
+        place: usize,
+        size: u8,
+    },
+    PortOut,
 }
 
 #[derive(Default)]
@@ -59,6 +79,7 @@ struct Counts {
     mmio: u64,
     interrupted: u64,
     hypercalls: u64,
+    msrs: u64,
     dirty_ring_full: u64,
     run_tsc: u64,
 }
@@ -105,8 +126,9 @@ impl KvmVcpu {
             .fd
             .create_vcpu(id.into())
             .map_err(|error| refused(&format!("make vCPU {id}"), error))?;
-        let table = cpuid::table(&vm.supported, vm.policy, id)?;
+        let table = cpuid::table(&vm.supported, vm.policy, &vm.platform, id)?;
         fd.set_cpuid2(&table).map_err(|error| refused("set what the CPU says it is", error))?;
+        platform::prepare_vcpu(&fd, &vm.platform);
         vm.msrs.initialise(&fd);
         if id == 0 {
             set_virtual_wire(&fd)?;
@@ -362,6 +384,29 @@ impl Inner {
                 self.fd.get_kvm_run().__bindgen_anon_1.hypercall.ret = UNKNOWN_HYPERCALL;
                 None
             }
+            Raw::PlatformCall { cpl } => {
+                self.counts.hypercalls += 1;
+                self.unfinished = true;
+                if cpl != 0 && self.vm.platform.hypercalls != Hypercalls::All {
+                    self.wait = Wait::Platform(PlatformExit::Hypercall);
+                    self.answer_platform(Reply::Fault(GuestFault::UD));
+                    return Ok(None);
+                }
+                self.wait = Wait::Platform(PlatformExit::Hypercall);
+                Some(Exit::Hypercall { cpl })
+            }
+            Raw::MsrRead { index } => {
+                self.counts.msrs += 1;
+                self.unfinished = true;
+                self.wait = Wait::Platform(PlatformExit::MsrRead);
+                Some(Exit::MsrRead { index })
+            }
+            Raw::MsrWrite { index, value } => {
+                self.counts.msrs += 1;
+                self.unfinished = true;
+                self.wait = Wait::Platform(PlatformExit::MsrWrite);
+                Some(Exit::MsrWrite { index, value })
+            }
             Raw::DirtyRingFull => {
                 self.counts.dirty_ring_full += 1;
                 self.vm.harvest_dirty()?;
@@ -382,6 +427,14 @@ impl Inner {
         let block = self.block.as_mut()?;
         let place = block.place();
         let size = block.size;
+        if block.count == 1 && self.vm.platform.register_port(block.port).is_some() {
+            let PortBlock { port, input, .. } = *block;
+            self.block = None;
+            let exit =
+                if input { PlatformExit::PortIn { place, size } } else { PlatformExit::PortOut };
+            self.wait = Wait::Platform(exit);
+            return Some(Exit::PortWithRegisters { port, size, input, string: false });
+        }
         let data = if block.input {
             self.wait = Wait::Port { place, size };
             0
@@ -419,19 +472,9 @@ impl Inner {
     #[inline]
     fn answer(&mut self, value: u64) {
         match std::mem::replace(&mut self.wait, Wait::Nothing) {
-            Wait::Nothing => {}
-            Wait::Port { place, size } => {
-                let run: *mut u8 = (&raw mut *self.fd.get_kvm_run()).cast();
-                // SAFETY: as in `run_bytes`; the size is 1, 2 or 4 for ports.
-                unsafe {
-                    let at = run.add(place);
-                    match size {
-                        1 => *at = value as u8,
-                        2 => at.cast::<u16>().write_unaligned(value as u16),
-                        _ => at.cast::<u32>().write_unaligned(value as u32),
-                    }
-                }
-            }
+            // Answered by `answer_platform`.
+            Wait::Nothing | Wait::Platform(_) => {}
+            Wait::Port { place, size } => self.set_run_bytes(place, size, value),
             Wait::Mmio { size } => {
                 let size = size as usize;
                 let bytes = value.to_le_bytes();
@@ -441,6 +484,97 @@ impl Inner {
                 data[..size].copy_from_slice(&bytes[..size]);
             }
         }
+    }
+
+    fn set_run_bytes(&mut self, place: usize, size: u8, value: u64) {
+        let run: *mut u8 = (&raw mut *self.fd.get_kvm_run()).cast();
+        // SAFETY: as in `run_bytes`; the size is 1, 2 or 4 for ports.
+        unsafe {
+            let at = run.add(place);
+            match size {
+                1 => *at = value as u8,
+                2 => at.cast::<u16>().write_unaligned(value as u16),
+                _ => at.cast::<u32>().write_unaligned(value as u32),
+            }
+        }
+    }
+
+    /// Answers an exit of the platform. Values go by way of `kvm_run`. For
+    /// registers and faults the kernel finishes the instruction first, and what
+    /// it made of the registers is then replaced.
+    fn answer_platform(&mut self, reply: Reply) {
+        let Wait::Platform(exit) = std::mem::replace(&mut self.wait, Wait::Nothing) else { return };
+        let before = match self.fd.get_regs() {
+            Ok(regs) => regs,
+            Err(error) => {
+                self.broken = Some(refused("read registers", error));
+                return;
+            }
+        };
+        let value = match &reply {
+            Reply::Value(value) => Some(*value),
+            Reply::Done | Reply::Registers(_) | Reply::Fault(_) => None,
+        };
+        match exit {
+            PlatformExit::Hypercall => {
+                // SAFETY: the exit was a hypercall, so this field is the one in use,
+                // and plain numbers in any case.
+                let call = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.xen.u.hcall };
+                call.result = value.unwrap_or(before.rax);
+            }
+            PlatformExit::MsrRead | PlatformExit::MsrWrite => {
+                // SAFETY: as above, for RDMSR and WRMSR.
+                let msr = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.msr };
+                msr.error = 0;
+                msr.data = value.unwrap_or(before.rdx << 32 | before.rax & 0xFFFF_FFFF);
+            }
+            PlatformExit::PortIn { place, size } => {
+                self.set_run_bytes(place, size, value.unwrap_or(before.rax));
+            }
+            PlatformExit::PortOut => {}
+        }
+        let result = match reply {
+            Reply::Done | Reply::Value(_) => Ok(()),
+            Reply::Registers(registers) => self.finish_with(&before, &registers),
+            Reply::Fault(fault) => self.finish_with_fault(&before, fault),
+        };
+        if let Err(error) = result {
+            self.broken = Some(refused("go on as the platform says", error));
+        }
+    }
+
+    fn finish_with(
+        &mut self,
+        before: &kvm_regs,
+        registers: &Registers,
+    ) -> Result<(), kvm_ioctls::Error> {
+        self.settle();
+        let mut after = state::kvm_registers(registers);
+        if registers.rip == before.rip {
+            after.rip = self.fd.get_regs()?.rip;
+        }
+        self.fd.set_regs(&after)
+    }
+
+    fn finish_with_fault(
+        &mut self,
+        before: &kvm_regs,
+        fault: GuestFault,
+    ) -> Result<(), kvm_ioctls::Error> {
+        const PAGE_FAULT: u8 = 14;
+        self.settle();
+        self.fd.set_regs(before)?;
+        if fault.vector == PAGE_FAULT {
+            let mut system = self.fd.get_sregs()?;
+            system.cr2 = fault.address;
+            self.fd.set_sregs(&system)?;
+        }
+        let mut events = self.fd.get_vcpu_events()?;
+        events.exception.injected = 1;
+        events.exception.nr = fault.vector;
+        events.exception.has_error_code = fault.error.is_some().into();
+        events.exception.error_code = fault.error.unwrap_or(0);
+        self.fd.set_vcpu_events(&events)
     }
 
     /// Lets the kernel finish the access that the last exit was about, so that
@@ -546,11 +680,15 @@ impl Vcpu for KvmVcpu {
     }
 
     fn reply(&mut self, reply: Reply) {
+        let inner = self.inner.get_mut();
+        if let Wait::Platform(_) = inner.wait {
+            return inner.answer_platform(reply);
+        }
         let value = match reply {
             Reply::Value(value) => value,
             Reply::Done | Reply::Registers(_) | Reply::Fault(_) => 0,
         };
-        self.inner.get_mut().answer(value);
+        inner.answer(value);
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {
@@ -559,7 +697,10 @@ impl Vcpu for KvmVcpu {
 
     fn registers(&self) -> Registers {
         let mut inner = self.inner.borrow_mut();
-        inner.settle();
+        // At an exit of the platform they are those before the instruction.
+        if !matches!(inner.wait, Wait::Platform(_)) {
+            inner.settle();
+        }
         match inner.fd.get_regs() {
             Ok(regs) => state::registers(&regs),
             Err(error) => {
@@ -580,7 +721,9 @@ impl Vcpu for KvmVcpu {
 
     fn system_registers(&self) -> SystemRegisters {
         let mut inner = self.inner.borrow_mut();
-        inner.settle();
+        if !matches!(inner.wait, Wait::Platform(_)) {
+            inner.settle();
+        }
         match inner.fd.get_sregs() {
             Ok(sregs) => state::system_registers(&sregs),
             Err(error) => {
@@ -669,6 +812,7 @@ impl Vcpu for KvmVcpu {
             ("kvm", "exits_mmio", c.mmio),
             ("kvm", "exits_interrupted", c.interrupted),
             ("kvm", "exits_hypercall", c.hypercalls),
+            ("kvm", "exits_msr", c.msrs),
             ("kvm", "exits_dirty_ring_full", c.dirty_ring_full),
             ("time_ns", "kvm_run", ns as u64),
         ]

@@ -8,7 +8,7 @@ use kvm_bindings::{CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, kvm_ena
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
-use tetrarch_engine::{Clock, EngineError, Unusable, Vcpu, Vm};
+use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm};
 use tetrarch_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -18,6 +18,7 @@ use crate::halt::HaltWatch;
 use crate::host;
 use crate::irqchip::{self, IrqChip, IrqRoute};
 use crate::msr::MsrPolicy;
+use crate::platform;
 use crate::slots::{MemoryChanges, MemorySlots};
 use crate::time::KvmClock;
 use crate::vcpu::KvmVcpu;
@@ -38,6 +39,7 @@ pub struct Config {
     pub device: String,
     pub dirty: DirtyTracking,
     pub log: Log,
+    pub platform: Platform,
 }
 
 impl Default for Config {
@@ -47,6 +49,7 @@ impl Default for Config {
             device: host::DEVICE.into(),
             dirty: DirtyTracking::Bitmap,
             log: |line| eprintln!("tetrarch: {line}"),
+            platform: Platform::default(),
         }
     }
 }
@@ -85,6 +88,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
     let slots = MemorySlots::new(&fd, config.dirty)?;
     memory.regions().iter().try_for_each(|region| slots.map(&fd, region))?;
     enable_hypercall_exits(&fd);
+    platform::prepare(&kvm, &fd, &config.platform)?;
 
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -103,6 +107,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         policy,
         msrs,
         slots: Arc::clone(&slots),
+        platform: config.platform.clone(),
         halts: HaltWatch::default(),
         kvmclock_ctrl: kvm.check_extension(Cap::KvmclockCtrl),
         xcrs: kvm.check_extension(Cap::Xcrs),
@@ -156,6 +161,7 @@ pub struct VmShared {
     pub policy: Policy,
     pub msrs: MsrPolicy,
     pub slots: Arc<MemorySlots>,
+    pub platform: Platform,
     pub halts: HaltWatch,
     pub kvmclock_ctrl: bool,
     pub xcrs: bool,

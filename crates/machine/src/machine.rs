@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tetrarch_bus::{Bus, IrqLines, RunControl, TscScale};
-use tetrarch_engine::{ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Unusable, Vm};
+use tetrarch_engine::{ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm};
 use tetrarch_memory::GuestMemory;
 
 use crate::{MachineError, VcpuSlot};
@@ -35,6 +35,7 @@ impl Machine {
         memory: u64,
         vcpus: u32,
         translate: bool,
+        platform: Platform,
     ) -> Result<Self, MachineError> {
         if engine != "kvm" {
             // Engine kvm says why it cannot when its VM is made.
@@ -45,10 +46,10 @@ impl Machine {
         }
         let memory = Arc::new(GuestMemory::new(memory)?);
         let engine: Arc<dyn Vm> = if engine == "kvm" {
-            let config = tetrarch_engine_kvm::Config { vcpus, ..Default::default() };
+            let config = tetrarch_engine_kvm::Config { vcpus, platform, ..Default::default() };
             tetrarch_engine_kvm::create_vm(Arc::clone(&memory), config)?
         } else {
-            let config = tetrarch_engine_bt::Config { vcpus, translate, ..Default::default() };
+            let config = tetrarch_engine_bt::Config { vcpus, translate, platform };
             tetrarch_engine_bt::create_vm(Arc::clone(&memory), config)?
         };
 

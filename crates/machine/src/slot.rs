@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use tetrarch_bus::{DeviceError, NoHandlers, RunError, Seat, StopReason, run_vcpu};
+use tetrarch_bus::{DeviceError, PlatformHandlers, RunError, Seat, StopReason, run_vcpu};
 use tetrarch_engine::{Counters, EngineError, Vcpu};
 
 use crate::Machine;
@@ -50,20 +50,15 @@ impl VcpuSlot {
     pub fn run(
         &self,
         machine: &Machine,
+        platform: &dyn PlatformHandlers,
         looked_up: &mut dyn FnMut() -> Result<(), DeviceError>,
     ) -> Result<StopReason, RunError> {
         if self.running.swap(true, Ordering::Acquire) {
             return Err(self.busy().into());
         }
         let _running = Running(self);
-        let result = run_vcpu(
-            &self.vcpu,
-            &machine.bus,
-            &NoHandlers,
-            &machine.control,
-            &self.seat,
-            looked_up,
-        );
+        let result =
+            run_vcpu(&self.vcpu, &machine.bus, platform, &machine.control, &self.seat, looked_up);
         *self.counters.lock() = self.vcpu.lock().counters();
         result
     }

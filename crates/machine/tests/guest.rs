@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tetrarch_bus::{Device, DeviceError, HoldError, RunError, Sizes, StopReason};
-use tetrarch_engine::{EngineError, Vcpu};
+use tetrarch_bus::{Device, DeviceError, HoldError, NoHandlers, RunError, Sizes, StopReason};
+use tetrarch_engine::{EngineError, Platform, Vcpu};
 use tetrarch_machine::{Machine, MachineError, State, collect, dump, engine_available};
 use tetrarch_memory::GuestPhys;
 
@@ -28,7 +28,7 @@ impl Device for Register {
 
 /// A machine with `code` at [`START`], to be run in real mode.
 fn machine(code: &[u8]) -> Machine {
-    let machine = Machine::new("bt", 1 << 20, 1, true).expect("engine bt");
+    let machine = Machine::new("bt", 1 << 20, 1, true, Platform::default()).expect("engine bt");
     machine.memory.write(GuestPhys(START), code).expect("RAM");
     set(
         &machine,
@@ -54,7 +54,7 @@ fn registers(machine: &Machine) -> BTreeMap<String, u64> {
 }
 
 fn run(machine: &Machine) -> Result<StopReason, RunError> {
-    machine.vcpus[0].run(machine, &mut || Ok(()))
+    machine.vcpus[0].run(machine, &NoHandlers, &mut || Ok(()))
 }
 
 #[test]
@@ -148,7 +148,16 @@ fn vcpu_that_runs_is_refused_to_its_own_devices() {
 #[test]
 fn engines_and_sizes_that_cannot_be_are_refused() {
     assert!(engine_available("tcg").unwrap_err().mend.contains("bt, kvm"));
-    assert!(matches!(Machine::new("tcg", 1 << 20, 1, true), Err(MachineError::Engine(_))));
-    assert!(matches!(Machine::new("bt", 1 << 20, 0, true), Err(MachineError::Engine(_))));
-    assert!(matches!(Machine::new("bt", 1, 1, true), Err(MachineError::Memory(_))));
+    assert!(matches!(
+        Machine::new("tcg", 1 << 20, 1, true, Platform::default()),
+        Err(MachineError::Engine(_))
+    ));
+    assert!(matches!(
+        Machine::new("bt", 1 << 20, 0, true, Platform::default()),
+        Err(MachineError::Engine(_))
+    ));
+    assert!(matches!(
+        Machine::new("bt", 1, 1, true, Platform::default()),
+        Err(MachineError::Memory(_))
+    ));
 }

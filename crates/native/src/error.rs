@@ -1,6 +1,6 @@
 //! The one place where Rust errors become Python exceptions.
 
-use pyo3::exceptions::PyException;
+use pyo3::exceptions::{PyException, PyValueError};
 use pyo3::prelude::*;
 use tetrarch_bus::{AttachError, DeviceError, RunError};
 use tetrarch_machine::{MachineError, NotHeld};
@@ -19,6 +19,41 @@ pyo3::create_exception!(
     PyException,
     "A guest physical range that is not RAM of this machine."
 );
+
+pyo3::create_exception!(
+    tetrarch._native,
+    GuestFault,
+    PyException,
+    "An exception for the guest: GuestFault(vector, error=None, address=0)."
+);
+
+/// What a handler wants the guest to get; else what it raised goes on.
+pub fn guest_fault(py: Python<'_>, raised: PyErr) -> PyResult<tetrarch_engine::GuestFault> {
+    if !raised.is_instance_of::<GuestFault>(py) {
+        return Err(raised);
+    }
+    let arguments = raised.value(py).getattr("args")?;
+    let part = |index: usize| arguments.get_item(index).ok().filter(|part| !part.is_none());
+    let number =
+        |part: Option<Bound<'_, PyAny>>| part.map(|part| part.extract::<u64>()).transpose();
+    let (vector, error, address) = match (number(part(0)), number(part(1)), number(part(2))) {
+        (Ok(Some(vector @ 0..32)), Ok(error), Ok(address)) => (vector as u8, error, address),
+        _ => {
+            return Err(PyValueError::new_err(format!(
+                "GuestFault{arguments}: it takes a vector (0-31), an error code, an address"
+            )));
+        }
+    };
+    // Intel SDM 3A, table 6-1.
+    let has_error = matches!(vector, 8 | 10..=14 | 17 | 21);
+    if error.is_some_and(|error| !has_error || error > u64::from(u32::MAX)) {
+        return Err(PyValueError::new_err(format!(
+            "GuestFault{arguments}: exception {vector} has no such error code"
+        )));
+    }
+    let error = has_error.then(|| error.unwrap_or(0) as u32);
+    Ok(tetrarch_engine::GuestFault { vector, error, address: address.unwrap_or(0) })
+}
 
 /// Anything that can go wrong below this crate; on its way to Python.
 pub enum Failure {

@@ -4,9 +4,11 @@
 //! promised; each file here is one noun of it.
 
 mod error;
+mod guest_call;
 mod irq;
 mod kvm;
 mod python_device;
+mod python_platform;
 mod region;
 mod rust_device;
 mod vcpu;
@@ -19,7 +21,9 @@ mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::error::{EngineError, GuestMemoryError};
+    use crate::error::{EngineError, GuestFault, GuestMemoryError};
+    #[pymodule_export]
+    use crate::guest_call::{GuestCall, GuestTrap, RegisterPortAccess};
     #[pymodule_export]
     use crate::irq::IrqSource;
     #[pymodule_export]

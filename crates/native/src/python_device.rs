@@ -9,11 +9,13 @@ use pyo3::prelude::*;
 use pyo3::types::PyInt;
 use tetrarch_bus::{Device, DeviceError, DeviceKind};
 
-/// How often devices of one machine entered the interpreter.
+/// How often devices and handlers of one machine entered the interpreter.
 #[derive(Default)]
 pub struct Crossings {
     pub reads: AtomicU64,
     pub writes: AtomicU64,
+    /// Of a platform's handlers.
+    pub calls: AtomicU64,
 }
 
 /// A Python object with `read` and `write`.
@@ -70,7 +72,7 @@ impl PythonDevice {
 }
 
 /// Runs `call` in the interpreter, which an ending process has no longer.
-fn attached<T>(call: impl FnOnce(Python<'_>) -> PyResult<T>) -> Result<T, DeviceError> {
+pub fn attached<T>(call: impl FnOnce(Python<'_>) -> PyResult<T>) -> Result<T, DeviceError> {
     match Python::try_attach(call) {
         Some(result) => result.map_err(DeviceError::new),
         None => Err(DeviceError::new("the Python interpreter is shutting down")),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use tetrarch_bus::{DeviceError, RunError, StopReason};
+use tetrarch_bus::{DeviceError, PlatformHandlers, RunError, StopReason};
 use tetrarch_engine::EngineError;
 use tetrarch_machine::{Machine, State, VcpuSlot, dump};
 
@@ -44,11 +44,12 @@ impl Vcpu {
     fn run(&self, py: Python<'_>) -> Result<&'static str, Failure> {
         let on_main_thread = on_main_thread(py)?;
         let (slot, machine) = (&self.slot, &self.vm.get().machine);
+        let platform = Vm::handlers(&self.vm, py, slot.id);
         let reason = py.detach(|| {
             if on_main_thread {
-                run_with_signals(slot, machine)
+                run_with_signals(slot, machine, &platform)
             } else {
-                slot.run(machine, &mut || Ok(()))
+                slot.run(machine, &platform, &mut || Ok(()))
             }
         })?;
         Ok(match reason {
@@ -93,7 +94,11 @@ fn on_main_thread(py: Python<'_>) -> PyResult<bool> {
 
 /// Runs a vCPU on the main thread. A signal's handler must run here, so the
 /// guest is left now and then to let it.
-fn run_with_signals(slot: &VcpuSlot, machine: &Machine) -> Result<StopReason, RunError> {
+fn run_with_signals(
+    slot: &VcpuSlot,
+    machine: &Machine,
+    platform: &dyn PlatformHandlers,
+) -> Result<StopReason, RunError> {
     let mut check = || match Python::try_attach(|py| py.check_signals()) {
         Some(Err(raised)) => Err(DeviceError::new(raised)),
         _ => Ok(()),
@@ -110,6 +115,6 @@ fn run_with_signals(slot: &VcpuSlot, machine: &Machine) -> Result<StopReason, Ru
             .name("tetrarch-signals".into())
             .spawn_scoped(scope, ticker)
             .map_err(|error| EngineError::Unavailable(format!("no thread to be had: {error}")))?;
-        slot.run(machine, &mut check)
+        slot.run(machine, platform, &mut check)
     })
 }

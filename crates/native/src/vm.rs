@@ -16,6 +16,7 @@ use tetrarch_memory::{GuestPhys, MemoryError};
 use crate::error::Failure;
 use crate::irq::IrqSource;
 use crate::python_device::{Crossings, PythonDevice};
+use crate::python_platform::{OnVcpu, PythonPlatform};
 use crate::region::Region;
 use crate::rust_device::RustDevice;
 use crate::vcpu::Vcpu;
@@ -36,7 +37,9 @@ pub struct Vm {
     /// The bus's Python devices once more, for the garbage collector, which
     /// takes this lock: nothing may touch Python objects while it holds it.
     devices: Mutex<Vec<Arc<PythonDevice>>>,
-    crossings: Arc<Crossings>,
+    pub crossings: Arc<Crossings>,
+    /// Taken for a clone alone, as `devices` is.
+    platform: Mutex<Arc<PythonPlatform>>,
 }
 
 type Attach =
@@ -78,6 +81,14 @@ impl Vm {
         }
     }
 
+    /// The platform's handlers for a vCPU.
+    pub fn handlers(slf: &Py<Self>, py: Python<'_>, id: u32) -> OnVcpu {
+        let vm = slf.get();
+        let platform = Arc::clone(&vm.platform.lock());
+        let crossings = Arc::clone(&vm.crossings);
+        OnVcpu { platform, vm: slf.clone_ref(py), id, crossings }
+    }
+
     /// Takes a device off the list; the caller drops it when it holds no lock.
     pub fn forget(&self, device: &Weak<PythonDevice>) -> Option<Arc<PythonDevice>> {
         let mut devices = self.devices.lock();
@@ -94,11 +105,27 @@ fn no_line(gsi: u32) -> Failure {
 #[pymethods]
 impl Vm {
     #[new]
-    #[pyo3(signature = (engine, memory, vcpus = 1, *, translate = true))]
-    fn new(engine: &str, memory: u64, vcpus: u32, translate: bool) -> Result<Self, Failure> {
-        let machine = Machine::new(engine, memory, vcpus, translate)?;
+    #[pyo3(signature = (engine, memory, vcpus = 1, *, translate = true, platform = None))]
+    fn new(
+        engine: &str,
+        memory: u64,
+        vcpus: u32,
+        translate: bool,
+        platform: Option<&Bound<'_, PyAny>>,
+    ) -> Result<Self, Failure> {
+        let (platform, handlers) = match platform {
+            Some(platform) => PythonPlatform::new(platform, vcpus)?,
+            None => Default::default(),
+        };
+        let machine = Machine::new(engine, memory, vcpus, translate, platform)?;
         let lines = (0..GSI_COUNT).filter_map(|gsi| machine.irq.source(gsi)).collect();
-        Ok(Self { machine, lines, devices: Mutex::default(), crossings: Arc::default() })
+        Ok(Self {
+            machine,
+            lines,
+            devices: Mutex::default(),
+            crossings: Arc::default(),
+            platform: Mutex::new(Arc::new(handlers)),
+        })
     }
 
     #[getter]
@@ -206,14 +233,15 @@ impl Vm {
 
     fn stats(&self) -> Stats {
         let mut stats = collect(&self.machine);
-        let Crossings { reads, writes } = &*self.crossings;
-        let calls = [("reads", reads), ("writes", writes)];
+        let Crossings { reads, writes, calls } = &*self.crossings;
+        let calls = [("reads", reads), ("writes", writes), ("calls", calls)];
         let calls = calls.map(|(name, count)| (name.to_owned(), count.load(Ordering::Relaxed)));
         stats.insert("python".into(), calls.into());
         stats
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        self.platform.lock().traverse(&visit)?;
         self.devices.lock().iter().try_for_each(|device| device.traverse(visit))
     }
 
@@ -221,6 +249,7 @@ impl Vm {
         // Dropped when the locks are free again: that runs Python code.
         let from_bus = self.machine.bus.take_devices();
         let devices = std::mem::take(&mut *self.devices.lock());
-        drop((from_bus, devices));
+        let platform = std::mem::take(&mut *self.platform.lock());
+        drop((from_bus, devices, platform));
     }
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from tetrarch import _native
 from tetrarch.errors import HostError
 from tetrarch.machine.config import MIB, MachineConfig
+from tetrarch.platforms.platform import Platform
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
@@ -69,10 +70,10 @@ class EngineVm(Protocol):
     def stats(self) -> dict[str, dict[str, int]]: ...
 
 
-def create_vm(engine: str, config: MachineConfig) -> EngineVm:
+def create_vm(engine: str, config: MachineConfig, platform: Platform) -> EngineVm:
     """Raises HostError where this host cannot give what is asked."""
     try:
-        return _native.Vm(engine, config.memory, config.cpus)
+        return _native.Vm(engine, config.memory, config.cpus, platform=platform)
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
         raise HostError(
             f"cannot make a machine with {config.memory // MIB} MiB of memory and "

@@ -31,6 +31,8 @@ from tetrarch.machine.serial_line import SerialLine
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.threads import VcpuThreads
 from tetrarch.machine.vcpu import VcpuView
+from tetrarch.platforms.pc import PC
+from tetrarch.platforms.platform import Platform
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
@@ -47,7 +49,8 @@ class Machine:
 
     What it is made of is a ``MachineConfig``, or its fields as keywords, listed
     below. ``console`` is the other end of the serial line: an object, or as the
-    configuration writes it; None is one for programs, ``vm.console``. ``vm`` is a
+    configuration writes it; None is one for programs, ``vm.console``. ``platform`` is
+    which hypervisor's interface the guest finds; the PC's is KVM's. ``vm`` is a
     stand-in for the engine, for tests.
 
     Raises ConfigError for a value that cannot be, HostError when this host cannot
@@ -59,6 +62,7 @@ class Machine:
         config: MachineConfig | None = None,
         *,
         console: ConsoleBackend | str | None = None,
+        platform: Platform = PC,
         vm: EngineVm | None = None,
         **options: Unpack[MachineOptions],
     ) -> None:
@@ -68,10 +72,11 @@ class Machine:
         self.engine_reason: str
         if vm is None:
             self.engine, self.engine_reason = choose(self.config.engine, self.config.cpus)
-            vm = create_vm(self.engine, self.config)
+            vm = create_vm(self.engine, self.config, platform)
         else:
             self.engine, self.engine_reason = type(vm).__name__, "as given"
         self._vm = vm
+        self._platform = platform
         self._backend = _open_console(console, self.config.console)
         vcpus = [vm.vcpu(index) for index in range(self.config.cpus)]
         self.vcpus: tuple[VcpuView, ...] = tuple(map(VcpuView, vcpus))
@@ -283,6 +288,9 @@ class Machine:
         if not self._loaded:
             self.config = resolve_guest(self.config)
             load_guest(self._vm, self.config)
+            if self._platform.start is not None:
+                vcpu = self._vm.vcpu(0)
+                vcpu.set_regs(self._platform.start(self._vm, vcpu.regs()))
             self._loaded = True
 
     def _start(self, what: str) -> None:

@@ -94,6 +94,8 @@ pub struct Counts {
     pub page_faults: u64,
     pub exceptions: u64,
     pub interrupts: u64,
+    /// Interrupts that the guest ended without its local APIC.
+    pub quiet_eois: u64,
     pub invalidations: u64,
     pub cache_flushes: u64,
     pub halts: u64,

@@ -576,6 +576,7 @@ impl Vcpu for BtVcpu {
             ("bt", "exceptions", c.exceptions),
             ("bt", "page_faults", c.page_faults),
             ("bt", "interrupts", c.interrupts),
+            ("bt", "quiet_eois", c.quiet_eois),
             ("bt", "halts", c.halts),
             ("time_ns", "halted", c.halted_ns),
             ("time_ns", "translating", ns(c.translate_tsc)),

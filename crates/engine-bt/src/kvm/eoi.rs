@@ -82,6 +82,8 @@ impl Cpu {
         if byte & PENDING != 0 {
             let _ = self.vm.memory.write(self.kvm.eoi.address(), &[byte & !PENDING]);
         }
-        self.vm.irqchip.take_quiet_eoi(self.id, byte & PENDING == 0);
+        let ended = byte & PENDING == 0;
+        self.counts.quiet_eois += u64::from(ended);
+        self.vm.irqchip.take_quiet_eoi(self.id, ended);
     }
 }

@@ -1,0 +1,18 @@
+"""Platforms: which hypervisor's interface a guest finds. See docs/platforms.md."""
+
+from tetrarch._native import GuestCall, GuestFault, GuestTrap, RegisterPortAccess
+from tetrarch.platforms.pc import PC
+from tetrarch.platforms.platform import Hypercalls, Msr, Platform, RegisterPort, TrapHook
+
+__all__ = [
+    "PC",
+    "GuestCall",
+    "GuestFault",
+    "GuestTrap",
+    "Hypercalls",
+    "Msr",
+    "Platform",
+    "RegisterPort",
+    "RegisterPortAccess",
+    "TrapHook",
+]
