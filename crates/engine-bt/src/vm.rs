@@ -48,8 +48,9 @@ pub fn available() -> Result<(), Unusable> {
         }
     }
     CodeCache::probe().map_err(|error| {
-        Unusable::new(
-            format!("the host gives no executable memory ({error})"),
+        Unusable::refused(
+            "the host gives no executable memory",
+            &error,
             "allow memfd mappings with PROT_EXEC",
         )
     })
@@ -92,7 +93,7 @@ fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> 
     });
     let cache = if config.translate {
         let cache = CodeCache::new(exec::fill).map_err(|error| {
-            EngineError::Unavailable(format!("no memory for translated code: {error}"))
+            Unusable::refused("no memory for translated code", &error, "use --engine kvm")
         })?;
         Some(Arc::new(Mutex::new(cache)))
     } else {

@@ -61,15 +61,12 @@ pub fn refused(what: &str, error: kvm_ioctls::Error) -> EngineError {
 
 /// The same, where nothing of a machine is there yet.
 pub fn unusable(what: &str, error: kvm_ioctls::Error) -> Unusable {
-    let errno = error.errno();
-    let cause = Error::from_raw_os_error(errno);
-    let mend = match errno {
-        libc::ENOMEM => "free memory on the host, or ask for less with --memory",
-        libc::EMFILE | libc::ENFILE => "raise the limit of open files with ulimit -n",
+    let otherwise = match error.errno() {
         libc::EBUSY => "end other hypervisors on the host",
         _ => "look into the host's kernel log, or use --engine bt",
     };
-    Unusable::new(format!("KVM cannot {what}: {cause}"), mend)
+    let cause = Error::from_raw_os_error(error.errno());
+    Unusable::refused(&format!("KVM cannot {what}"), &cause, otherwise)
 }
 
 pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>, EngineError> {

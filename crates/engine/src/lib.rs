@@ -44,6 +44,21 @@ impl Unusable {
     pub fn new(cause: impl Into<String>, mend: impl Into<String>) -> Self {
         Self { cause: cause.into(), mend: mend.into() }
     }
+
+    /// What the host refused; `otherwise` is the mend where its error names none. A limit of the
+    /// process stands behind most of them (setrlimit(2)).
+    pub fn refused(what: &str, error: &std::io::Error, otherwise: &str) -> Self {
+        let mend = match error.raw_os_error() {
+            Some(libc::EMFILE) => "raise the limit of open files: ulimit -n",
+            Some(libc::ENFILE) => "end programs that hold many files open",
+            Some(libc::ENOMEM) => {
+                "free memory on the host, ask for less with --memory, or raise the limit: ulimit -v"
+            }
+            Some(libc::EFBIG) => "raise the limit of the size of files: ulimit -f",
+            _ => otherwise,
+        };
+        Self::new(format!("{what}: {error}"), mend)
+    }
 }
 
 impl From<Unusable> for EngineError {

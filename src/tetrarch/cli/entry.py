@@ -93,6 +93,10 @@ def run_cli(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGPIPE
     except MemoryError:
         return fail("the host gives no more memory; free some, or raise the limit: ulimit -v, -d")
+    except RuntimeError as error:
+        if error.args != ("can't start new thread",):  # Python's own, by no name or number
+            return _internal(error)
+        return fail(f"{error}; raise the limits of processes and memory: ulimit -u, -v, -d")
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return fail(f"{error.strerror}; raise the limit: ulimit -n")
@@ -101,10 +105,14 @@ def run_cli(arguments: Sequence[str]) -> int:
         named = f"{error.filename}: " if error.filename else ""
         return fail(f"{named}{error.strerror or error}; check the file system and its rights")
     except Exception as error:
-        return fail(
-            f"internal error: {type(error).__name__}: {error}; "
-            "please report it with what TETRARCH_DEBUG=1 shows"
-        )
+        return _internal(error)
+
+
+def _internal(error: Exception) -> int:
+    return fail(
+        f"internal error: {type(error).__name__}: {error}; "
+        "please report it with what TETRARCH_DEBUG=1 shows"
+    )
 
 
 def fail(message: str, code: int = FAILURE) -> int:

@@ -7,7 +7,8 @@ use std::time::Duration;
 use iced_x86::Instruction;
 use parking_lot::Mutex;
 use tetrarch_engine::{
-    Counters, EngineError, Exit, GuestFault, Kick, Registers, Reply, SystemRegisters, Trap, Vcpu,
+    Counters, EngineError, Exit, GuestFault, Kick, Registers, Reply, SystemRegisters, Trap,
+    Unusable, Vcpu,
 };
 
 use crate::cpu::exception;
@@ -90,7 +91,7 @@ impl BtVcpu {
         cache: Option<Arc<Mutex<CodeCache>>>,
     ) -> Result<Self, EngineError> {
         let no_memory =
-            |error| EngineError::Unavailable(format!("no memory for vCPU {id}: {error}"));
+            |error| Unusable::refused(&format!("no memory for vCPU {id}"), &error, "free some");
         let code = Arc::clone(&shared.code);
         let cpu = Box::new(Cpu::new(id, shared).map_err(no_memory)?);
         let bell = Arc::new(Bell::new(Arc::clone(&cpu.tlb.block)));
@@ -420,7 +421,9 @@ impl Vcpu for BtVcpu {
             self.cpu.kvm.thread_changed();
             let timer = HostTimer::new(&self.cpu.tlb.block);
             self.timer = Some(timer.map_err(|error| {
-                EngineError::Unavailable(format!("the host gives no timer: {error}"))
+                // timer_create(2): EAGAIN, where RLIMIT_SIGPENDING counts its signal.
+                let raise = "raise the limit of pending signals: ulimit -i";
+                Unusable::refused("the host gives no timer", &error, raise)
             })?);
             signals::thread_init();
         }
