@@ -34,8 +34,9 @@ def run(document: Path, directory: Path) -> list[str]:
     return done.stdout.split(f"{SEPARATOR}\n")[:-1]
 
 
-def test_examples_of_the_page_on_devices_print_what_it_says(tmp_path: Path) -> None:
-    document = ROOT / "docs" / "devices.md"
+@pytest.mark.parametrize("name", ["devices", "platforms"])
+def test_examples_of_a_page_print_what_it_says(tmp_path: Path, name: str) -> None:
+    document = ROOT / "docs" / f"{name}.md"
     wanted = examples(document)
     printed = run(document, tmp_path)
     assert len(printed) == len(wanted)

@@ -3,10 +3,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
-use tetrarch_engine::{Clock, Counters, Kick, Registers, SystemRegisters};
+use tetrarch_engine::{Clock, Counters, GuestFault, Kick, Registers, SystemRegisters, Trap};
 
 use super::*;
-use crate::{Access, Device, DeviceKind, HoldError, NoHandlers, Sizes};
+use crate::{
+    Access, Answered, Device, DeviceKind, Handler, HoldError, NoHandlers, PortAccess, Sizes,
+};
 
 /// A vCPU that makes the exits of a script, then runs until it is kicked.
 struct Scripted {
@@ -193,6 +195,76 @@ fn exits_and_accesses_are_counted_by_kind() {
     assert_eq!((stats.port_in, stats.mmio_write, stats.shutdown), (3, 1, 1));
     assert_eq!((stats.nobody, stats.native, stats.python), (1, 0, 3));
     assert!(stats.python_ticks > 0 && stats.run_ticks >= stats.python_ticks);
+}
+
+const FAULT: GuestFault = GuestFault { vector: 14, error: Some(4), address: 0x1000 };
+const OF_A_PLATFORM: [Exit; 8] = [
+    Exit::Hypercall { cpl: 0 },
+    Exit::MsrRead { index: 1 },
+    Exit::MsrWrite { index: 1, value: 2 },
+    Exit::PortWithRegisters { port: 3, size: 4, input: true, string: false },
+    Exit::PortWithRegisters { port: 3, size: 4, input: false, string: true },
+    Exit::Trap(Trap::Exception(FAULT)),
+    Exit::Trap(Trap::Syscall { next: 4 }),
+    Exit::Halt,
+];
+
+#[test]
+fn exits_of_a_platform_that_nobody_answers_are_those_of_a_bare_cpu() {
+    let machine = Fixture::new();
+    let vcpu = machine.vcpu(OF_A_PLATFORM);
+    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Halted);
+    let expected = [
+        Reply::Fault(GuestFault::UD),
+        Reply::Fault(GuestFault::GP),
+        Reply::Fault(GuestFault::GP),
+        Reply::Value(u64::MAX),
+        Reply::Done,
+        Reply::Fault(FAULT),
+        Reply::Fault(GuestFault::UD),
+    ];
+    assert_eq!(*vcpu.log.replies.lock(), expected);
+    assert_eq!(vcpu.seat.counters.stats().nobody, 7);
+}
+
+#[test]
+fn exits_of_a_platform_reach_their_handlers_and_are_counted() {
+    /// Answers with what it was asked.
+    struct Echo;
+    impl PlatformHandlers for Echo {
+        fn hypercall(&self, _: &mut dyn Vcpu, cpl: u8) -> Answered {
+            Ok((Reply::Value(u64::from(cpl) + 10), Handler::Python))
+        }
+        fn msr_read(&self, _: &mut dyn Vcpu, index: u32) -> Answered {
+            Ok((Reply::Value(u64::from(index)), Handler::Native))
+        }
+        fn msr_write(&self, _: &mut dyn Vcpu, index: u32, value: u64) -> Answered {
+            Ok((Reply::Value(u64::from(index) << 32 | value), Handler::Native))
+        }
+        fn port(&self, vcpu: &mut dyn Vcpu, access: PortAccess) -> Answered {
+            let registers = Registers { rip: access.port.into(), ..vcpu.registers() };
+            Ok((Reply::Registers(Box::new(registers)), Handler::Native))
+        }
+        fn trap(&self, _: &mut dyn Vcpu, _: Trap) -> Answered {
+            Err(DeviceError::new(BurntOut))
+        }
+    }
+    let machine = Fixture::new();
+    let Subject { vcpu, log, seat } = machine.vcpu(OF_A_PLATFORM);
+    let error =
+        run_vcpu(&vcpu, &machine.bus, &Echo, &machine.control, &seat, &mut || Ok(())).unwrap_err();
+    let RunError::Device(error) = error else { panic!("{error}") };
+    assert!(error.into_cause().is::<BurntOut>());
+    let registers = Reply::Registers(Box::new(Registers { rip: 3, ..Registers::default() }));
+    let answers = [Reply::Value(10), Reply::Value(1), Reply::Value(1 << 32 | 2)];
+    let replies = log.replies.lock().clone();
+    assert_eq!(replies[..3], answers);
+    // The last is of the trap whose handler failed.
+    assert_eq!(replies[3..], [registers.clone(), registers, Reply::Done]);
+    let stats = seat.counters.stats();
+    let counts = [stats.hypercall, stats.msr_read, stats.msr_write, stats.trap];
+    assert_eq!((counts, stats.port_with_registers), ([1; 4], 2));
+    assert_eq!((stats.python, stats.native), (1, 4));
 }
 
 #[test]
