@@ -20,14 +20,16 @@ help: ## Show this list
 setup: $(VENV)/.stamp-package ## Build the core and install everything into .venv
 
 run: setup ## Boot the default guest to a shell (ENGINE=auto|bt|kvm, ARGS= for more options)
-	@$(BIN)/tetrarch run --engine $(ENGINE) $(ARGS)
+	@$(BIN)/tetrarch run --engine $(ENGINE) $(ARGS) || { code=$$?; \
+	echo "make run: tetrarch ended with exit code $$code, which make turns into 2" >&2; exit $$code; }
 
+# Nothing may ask the terminal for input: in its background that would stop the tests.
 test: setup packages lint ## Check and test all but the long tests
-	cargo test --release --workspace --locked --no-fail-fast
+	cargo test --release --workspace --locked --no-fail-fast </dev/null
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
 test-long: setup packages ## Run all tests, the long ones too
-	cargo test --release --workspace --locked --no-fail-fast -- --include-ignored
+	cargo test --release --workspace --locked --no-fail-fast -- --include-ignored </dev/null
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup ## Measure against QEMU's TCG and native execution

@@ -173,6 +173,21 @@ def is_running(pid: int) -> bool:
     return state not in "ZX"
 
 
+def test_program_that_a_full_disk_stops_is_ended_at_once(
+    archive: FakeArchive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_APT", "hanging")
+    monkeypatch.setattr(apt, "_PAUSE_S", 0.5)
+    usage = namedtuple("usage", "total used free")
+    begun = archive.index / "helper"
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage(1 << 30, 0, 0 if begun.exists() else 1 << 30)
+    )
+    with pytest.raises(NoSpaceError, match="no room for what apt-get writes"):
+        pull(Cache(), "debian", Reporter())
+    assert not is_running(int(begun.read_text()))
+
+
 def test_program_that_says_much_does_not_wait_for_a_reader(
     archive: FakeArchive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
