@@ -208,6 +208,13 @@ class Vm:
         """(guest physical address, length) of each RAM range."""
     def read_memory(self, address: int, length: int) -> bytes: ...
     def write_memory(self, address: int, data: bytes) -> None: ...
+    def add_memory(self, address: int, length: int) -> None:
+        """Adds zeroed RAM where there is no RAM and no device, at any time."""
+    def remove_memory(self, address: int) -> None:
+        """Takes away the RAM that begins there, as ``ram`` has it, with what is in it.
+
+        The machine is held meanwhile: as ``hold``, not from its devices.
+        """
     def attach_ports(
         self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
     ) -> Region:

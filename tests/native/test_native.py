@@ -721,28 +721,106 @@ def test_dump_of_a_vcpu_in_the_void_says_so(vm: Vm) -> None:
     assert "0xd0000000 is not mapped" in vcpu.dump()
 
 
+# Memory that comes and goes
+
+
+@pytest.mark.parametrize("engine", ["bt", "kvm"])
+def test_memory_comes_and_goes_while_the_guest_uses_it(engine: str) -> None:
+    reason = _native.engine_available(engine)
+    if reason is not None:
+        pytest.skip("; ".join(reason))
+    vm = Vm(engine, MIB)
+    seen = Latch()
+    vm.attach_ports(0x80, 1, seen)
+    # again: mov al, [0] ; out 0x80, al ; jmp again
+    running = Running(load(vm, b"\xa0\x00\x00\xe6\x80\xeb\xf9", ds_base=MMIO))
+
+    def wait_for(value: int) -> None:
+        deadline = time.monotonic() + 30
+        while seen.value != value:
+            assert running.outcome is None
+            assert time.monotonic() < deadline
+
+    for value in range(1, 6):
+        wait_for(0xFF)
+        vm.add_memory(MMIO, 0x1000)
+        wait_for(0)
+        vm.write_memory(MMIO, bytes([value]))
+        wait_for(value)
+        assert vm.ram == [(0, MIB), (MMIO, 0x1000)]
+        with pytest.raises(EngineError, match="overlaps RAM"):
+            vm.attach_mmio(MMIO, 4, Log())
+        vm.remove_memory(MMIO)
+        with pytest.raises(GuestMemoryError):
+            vm.read_memory(MMIO, 1)
+    wait_for(0xFF)
+    vm.attach_mmio(MMIO, 4, Log(0x42))
+    wait_for(0x42)
+    with pytest.raises(EngineError, match="overlaps Log"):
+        vm.add_memory(MMIO, 0x1000)
+    vm.request_stop()
+    assert running.join() == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("address", "length", "message"),
+    [
+        (0x8_0000, 0x1000, "overlaps RAM"),
+        (0xFEC0_0000, 0x1000, "I/O APIC"),
+        (MMIO + 1, 0x1000, "begin on a page"),
+        (MMIO, 1, "multiple of 4096"),
+        (1 << 32, 1 << 50, "the host has"),
+    ],
+)
+def test_memory_that_cannot_be_is_refused_and_leaves_nothing(
+    vm: Vm, address: int, length: int, message: str
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        vm.add_memory(address, length)
+    assert vm.ram == [(0, MIB)]
+    vm.attach_mmio(MMIO, 0x1000, Log())
+    with pytest.raises(EngineError, match="no memory region"):
+        vm.remove_memory(MMIO)
+
+
+def test_device_cannot_remove_memory_under_its_own_access(vm: Vm) -> None:
+    vm.attach_ports(0x80, 1, Calls(lambda: vm.remove_memory(0)))
+    with pytest.raises(EngineError, match="use another thread"):
+        load(vm, OUT_80 + CLI + HLT).run()
+
+
 # Limits of the process
 
 _LIMITED = """
 import resource
 from tetrarch import _native
-resource.setrlimit(resource.RLIMIT_AS, (800 << 20, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_WHAT, (BYTES << 20, resource.RLIM_INFINITY))
 try:
-    _native.Vm("bt", 1 << 30)
+    _native.Vm("bt", MEMORY << 20)
 except _native.EngineError as error:
     print(error)
 """
 
 
-def test_memory_beyond_the_address_space_is_refused_in_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _LIMITED], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    ("limit", "mib", "memory", "cause", "mend"),
+    [
+        ("AS", 800, 1024, "1024 MiB of guest memory go beyond this process's 800 MiB", "-v"),
+        # It fits, but a machine has more to map, and would end the process in the middle.
+        ("AS", 800, 512, "are left beside guest memory, and engine bt needs", "-v"),
+        ("DATA", 60, 16, "MiB of data", "-d"),
+    ],
+)
+def test_limit_of_the_process_is_said_in_one_line(
+    limit: str, mib: int, memory: int, cause: str, mend: str
+) -> None:
+    program = _LIMITED.replace("WHAT", limit).replace("BYTES", str(mib))
+    program = program.replace("MEMORY", str(memory))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (
-        "1024 MiB of guest memory go beyond this process's 800 MiB of address space; "
-        "raise that with ulimit -v, or ask for less with --memory\n"
-    )
+    assert cause in done.stdout
+    assert done.stdout.endswith(f"; raise that with ulimit {mend}, or ask for less with --memory\n")
+    assert done.stdout.count("\n") == 1
 
 
 # Counters and the end

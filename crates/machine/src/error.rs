@@ -2,7 +2,9 @@ use tetrarch_bus::AttachError;
 use tetrarch_engine::EngineError;
 use tetrarch_memory::MemoryError;
 
-/// Why a machine cannot be put together.
+use crate::NotHeld;
+
+/// Why a machine cannot be put together, or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
     #[error(transparent)]
@@ -11,4 +13,12 @@ pub enum MachineError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error("{}; {}", .0.error, .0.mend())]
+    Hold(NotHeld),
+}
+
+impl From<NotHeld> for MachineError {
+    fn from(failed: NotHeld) -> Self {
+        Self::Hold(failed)
+    }
 }

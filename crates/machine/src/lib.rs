@@ -6,7 +6,9 @@
 mod dump;
 mod error;
 mod hold;
+mod limits;
 mod machine;
+mod memory;
 mod registers;
 mod slot;
 mod stats;

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use tetrarch_bus::{Bus, IrqLines, RunControl, TscScale};
+use parking_lot::Mutex;
+use tetrarch_bus::{Bus, IrqLines, Region, RunControl, TscScale};
 use tetrarch_engine::{ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm};
 use tetrarch_memory::GuestMemory;
 
-use crate::{MachineError, VcpuSlot};
+use crate::{MachineError, VcpuSlot, limits};
 
 /// Why the engine cannot run here, if it cannot.
 pub fn engine_available(name: &str) -> Result<(), Unusable> {
@@ -26,6 +27,8 @@ pub struct Machine {
     pub irq: Arc<IrqLines>,
     pub control: RunControl,
     pub vcpus: Vec<Arc<VcpuSlot>>,
+    /// What keeps devices away from each region of RAM, by where it begins.
+    pub(crate) ram: Mutex<Vec<(u64, Region)>>,
     pub(crate) scale: TscScale,
 }
 
@@ -45,6 +48,7 @@ impl Machine {
             return Err(EngineError::Refused("a machine needs at least 1 vCPU".into()).into());
         }
         let memory = Arc::new(GuestMemory::new(memory)?);
+        limits::check(engine)?;
         let engine: Arc<dyn Vm> = if engine == "kvm" {
             let config = tetrarch_engine_kvm::Config { vcpus, platform, ..Default::default() };
             tetrarch_engine_kvm::create_vm(Arc::clone(&memory), config)?
@@ -60,8 +64,10 @@ impl Machine {
         for (base, length, owner) in ENGINE_MMIO {
             bus.reserve_mmio(base, length, owner)?;
         }
+        let mut ram = Vec::new();
         for region in memory.regions() {
-            bus.reserve_mmio(region.start.0, region.len, "RAM")?;
+            let start = region.start.0;
+            ram.push((start, bus.reserve_mmio(start, region.len, "RAM")?));
         }
 
         let control = RunControl::new(Arc::clone(engine.clock()));
@@ -75,6 +81,7 @@ impl Machine {
         let driven = Arc::clone(&engine);
         let drive = Box::new(move |gsi, level| driven.irq_line(gsi, level));
         let irq = Arc::new(IrqLines::new(GSI_COUNT, drive));
-        Ok(Self { memory, engine, bus, irq, control, vcpus, scale: TscScale::new() })
+        let (ram, scale) = (Mutex::new(ram), TscScale::new());
+        Ok(Self { memory, engine, bus, irq, control, vcpus, ram, scale })
     }
 }

@@ -139,6 +139,7 @@ impl From<MachineError> for Failure {
             MachineError::Engine(error) => Self::Engine(error),
             MachineError::Memory(error) => Self::Memory(error),
             MachineError::Attach(error) => Self::Attach(error),
+            MachineError::Hold(failed) => Self::Hold(failed),
         }
     }
 }

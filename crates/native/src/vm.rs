@@ -162,6 +162,15 @@ impl Vm {
         Ok(py.detach(|| self.machine.memory.write(GuestPhys(address), data))?)
     }
 
+    fn add_memory(&self, py: Python<'_>, address: u64, length: u64) -> Result<(), Failure> {
+        Ok(py.detach(|| self.machine.add_memory(address, length))?)
+    }
+
+    // Detached, since a vCPU may have to come out of a Python device.
+    fn remove_memory(&self, py: Python<'_>, address: u64) -> Result<(), Failure> {
+        Ok(py.detach(|| self.machine.remove_memory(address))?)
+    }
+
     #[pyo3(signature = (base, length, device, *, sizes = None))]
     fn attach_ports(
         slf: Bound<'_, Self>,
