@@ -42,6 +42,8 @@ pub mod syscall;
 pub mod system;
 pub mod task;
 pub mod thunk;
+#[cfg(test)]
+mod vm86_tests;
 pub mod xsave;
 
 use iced_x86::{Decoder, DecoderError, Instruction, Mnemonic};
