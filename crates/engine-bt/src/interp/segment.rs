@@ -589,3 +589,7 @@ mod tests {
         assert_eq!(d.segment(0x23).attributes & attr::ACCESSED, attr::ACCESSED);
     }
 }
+
+#[cfg(test)]
+#[path = "segment_tests.rs"]
+mod rights_tests;
