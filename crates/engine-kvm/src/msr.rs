@@ -1,7 +1,8 @@
 //! Model-specific registers: those set at the start, and those saved.
 //!
 //! Hosts differ in what they let a VMM set. A refused register is left out,
-//! with one line in the log, and all others are set all the same.
+//! with one line in the log, and all others are set all the same. What no guest
+//! can notice is for who looks for it: each host refuses something.
 
 use std::collections::BTreeSet;
 
@@ -9,8 +10,6 @@ use kvm_bindings::{MsrList, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use parking_lot::Mutex;
 use tetrarch_engine::EngineError;
-
-use crate::vm::Log;
 
 pub mod index {
     pub const TSC: u32 = 0x10;
@@ -26,6 +25,9 @@ const FAST_STRINGS: u64 = 1;
 /// Linux gives up PAT as well.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 
+/// Of Python's loggers: "tetrarch.kvm".
+const LOGGER: &str = "tetrarch::kvm";
+
 /// What was refused and told, by any VM: the host is the same for all.
 static REFUSED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
@@ -33,11 +35,10 @@ static REFUSED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 pub struct MsrPolicy {
     saved: Vec<u32>,
     initial: Vec<(u32, u64)>,
-    log: Log,
 }
 
 impl MsrPolicy {
-    pub fn new(kvm: &Kvm, arch_capabilities: bool, log: Log) -> Self {
+    pub fn new(kvm: &Kvm, arch_capabilities: bool) -> Self {
         // Without the list nothing is saved; what runs is not touched by that.
         let saved = kvm.get_msr_index_list().map(|list: MsrList| list.as_slice().to_vec());
         let mut initial =
@@ -45,7 +46,7 @@ impl MsrPolicy {
         if arch_capabilities && let Some(value) = feature(kvm, index::ARCH_CAPABILITIES) {
             initial.push((index::ARCH_CAPABILITIES, value));
         }
-        Self { saved: saved.unwrap_or_default(), initial, log }
+        Self { saved: saved.unwrap_or_default(), initial }
     }
 
     pub fn initialise(&self, vcpu: &VcpuFd) {
@@ -61,11 +62,20 @@ impl MsrPolicy {
     pub fn set_all(&self, vcpu: &VcpuFd, values: &[(u32, u64)]) {
         for &(index, value) in values {
             if !set(vcpu, index, value) && REFUSED.lock().insert(index) {
-                (self.log)(&format!(
-                    "kvm: the host refuses MSR {index:#x} = {value:#x}; it is left out"
-                ));
+                let level = level_of_refusal(get(vcpu, index), value);
+                log::log!(target: LOGGER, level,
+                    "kvm: the host refuses MSR {index:#x} = {value:#x}; it is left out");
             }
         }
+    }
+}
+
+/// A guest notices a register that reads otherwise than it should, and hardly one
+/// that its vCPU does not have: that is of another vendor.
+fn level_of_refusal(reads: Option<u64>, wanted: u64) -> log::Level {
+    match reads {
+        Some(value) if value != wanted => log::Level::Warn,
+        _ => log::Level::Debug,
     }
 }
 
@@ -91,4 +101,16 @@ pub fn get(vcpu: &VcpuFd, index: u32) -> Option<u64> {
 /// False where the vCPU refuses the register or the value.
 pub fn set(vcpu: &VcpuFd, index: u32, value: u64) -> bool {
     one(index, value).is_ok_and(|msrs| vcpu.set_msrs(&msrs) == Ok(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusal_is_a_warning_where_the_guest_reads_something_else() {
+        assert_eq!(level_of_refusal(Some(0), 1), log::Level::Warn);
+        assert_eq!(level_of_refusal(Some(1), 1), log::Level::Debug);
+        assert_eq!(level_of_refusal(None, 1), log::Level::Debug);
+    }
 }

@@ -23,9 +23,6 @@ use crate::slots::{MemoryChanges, MemorySlots};
 use crate::time::KvmClock;
 use crate::vcpu::KvmVcpu;
 
-/// Takes a line about something that was left out.
-pub type Log = fn(&str);
-
 /// Where Intel CPUs without "unrestricted guest" keep what KVM needs for real
 /// mode: three pages and one, between the local APICs and the end of 4 GiB,
 /// where the PC has a ROM at most (api.rst, 4.36 and 4.41).
@@ -38,7 +35,6 @@ pub struct Config {
     pub vcpus: u32,
     pub device: String,
     pub dirty: DirtyTracking,
-    pub log: Log,
     pub platform: Platform,
 }
 
@@ -48,7 +44,6 @@ impl Default for Config {
             vcpus: 1,
             device: host::DEVICE.into(),
             dirty: DirtyTracking::Bitmap,
-            log: |line| eprintln!("tetrarch: {line}"),
             platform: Platform::default(),
         }
     }
@@ -95,7 +90,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         intel: host_is_intel(),
         tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
     };
-    let msrs = MsrPolicy::new(&kvm, cpuid::has_arch_capabilities(&supported), config.log);
+    let msrs = MsrPolicy::new(&kvm, cpuid::has_arch_capabilities(&supported));
     let shared = Arc::new(VmShared {
         fd,
         memory,

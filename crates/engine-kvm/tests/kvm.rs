@@ -33,7 +33,7 @@ fn kvm_is_here() -> bool {
 }
 
 fn config() -> Config {
-    Config { log: |line| println!("{line}"), ..Config::default() }
+    Config::default()
 }
 
 /// A machine in front of real-mode code at 0x1000.

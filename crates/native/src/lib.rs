@@ -37,6 +37,11 @@ mod _native {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        // What the crates below log goes through Python's logging. Levels are not
+        // cached: they may change at any time, and there are few messages.
+        let logger = pyo3_log::Logger::new(module.py(), pyo3_log::Caching::Loggers)?;
+        // Only a second import of the module, by another interpreter, is refused.
+        let _ = logger.install();
         module.add("LOW_RAM_END", tetrarch_memory::LOW_RAM_END)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
