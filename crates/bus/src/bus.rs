@@ -21,9 +21,9 @@ pub struct Answer {
 /// 1. The region that decodes this size and holds all of the access. Chipsets
 ///    decode so: the configuration address register at 0xCF8 takes full dwords
 ///    alone, and any other access there is an ordinary one (PCI Local Bus 3.0,
-///    3.2.2.3.2; Intel 82441FX, 3.1.1), such as a byte to the reset register at
-///    0xCF9, which lies within that dword (Intel 82371SB, 2.5.4). So regions
-///    may share addresses if no access is decoded by both.
+///    3.2.2.3.2; Intel 82441FX data sheet, CONFADD), such as a byte to the reset
+///    register at 0xCF9, which lies within that dword (Intel 82371SB data sheet,
+///    RC). So regions may share addresses if no access is decoded by both.
 /// 2. Else the region that decodes this size and single bytes and holds the
 ///    first address, for the bytes that it has; the others read as ones and are
 ///    lost. QEMU decides by the first address too, "without considering adjacent

@@ -71,13 +71,9 @@ impl Sizes {
 
 impl fmt::Display for Sizes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sizes: Vec<_> = Self::EACH.iter().filter(|&&size| self.has(size)).collect();
-        for (index, size) in sizes.iter().enumerate() {
-            let before = ["", ", ", " or "]
-                [usize::from(index > 0) + usize::from(index > 0 && index + 1 == sizes.len())];
-            write!(f, "{before}{size}")?;
-        }
-        Ok(())
+        let sizes = Self::EACH.into_iter().filter(|&size| self.has(size));
+        let sizes: Vec<_> = sizes.map(|size| size.to_string()).collect();
+        f.write_str(&sizes.join("/"))
     }
 }
 
@@ -235,14 +231,12 @@ impl Space {
     /// Detaches all devices; the caller drops them when it holds no lock.
     pub fn take_devices(&self) -> Vec<Arc<dyn Device>> {
         let mut records = self.records.lock();
-        let (gone, kept) = std::mem::take(&mut records.records)
-            .into_iter()
-            .partition(|record| record.device.is_some());
+        let list = std::mem::take(&mut records.records);
+        let (gone, kept): (Vec<_>, Vec<_>) = list.into_iter().partition(|r| r.device.is_some());
         records.records = kept;
         let old = self.publish(&records);
         drop(records);
         drop(old);
-        let gone: Vec<Record> = gone;
         gone.into_iter().filter_map(|record| record.device).collect()
     }
 }

@@ -10,6 +10,6 @@ mod guest_memory;
 mod host_map;
 mod observers;
 
-pub use address::{GuestPhys, GuestVirt, PAGE_SHIFT, PAGE_SIZE};
+pub use address::{GuestPhys, PAGE_SHIFT, PAGE_SIZE};
 pub use guest_memory::{GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, Region, Regions};
 pub use observers::{MemoryObserver, WriteMarks, WriteMarksSlice};

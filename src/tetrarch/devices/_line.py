@@ -11,8 +11,8 @@ class IrqLine:
 
     The vCPU thread and an input or timer thread can both change what a device wants. The level is
     therefore asked for inside the lock that orders the changes: the last caller drives what is true
-    then, and no stale level stays. Lock order: this lock, then the device's. Machines must not
-    call into devices from their ``irq_line``.
+    then, and no stale level stays. Lock order: this lock, then the device's. What drives the wire,
+    an ``IrqSource`` of the machine's, must not call into devices.
     """
 
     def __init__(self, irq: Callable[[bool], None], wanted: Callable[[], bool]) -> None:
