@@ -144,7 +144,7 @@ impl Sieve {
             guest.place(&case);
             let text = match guest.run_case(&case) {
                 Err(error) => error,
-                Ok(guest) => match self.judge(map, &i, &case, &host, &guest, tier) {
+                Ok(guest) => match self.judge(map, &i, &case, &host, &guest) {
                     None => continue,
                     Some(text) => text,
                 },
@@ -165,7 +165,6 @@ impl Sieve {
         case: &Case,
         host: &Outcome,
         guest: &Outcome,
-        tier: &str,
     ) -> Option<String> {
         let (host_runs, guest_runs) = (host.fault.vector != UD, guest.fault.vector != UD);
         if host_runs != guest_runs
@@ -185,7 +184,7 @@ impl Sieve {
             let same = host.fault.vector == guest.fault.vector && host.state.rip == guest.state.rip;
             return (!same).then(|| format!("host {:x?}, guest {:x?}", host.fault, guest.fault));
         }
-        let found = differences(case, host, guest, tier == "interpreter");
+        let found = differences(case, host, guest, true);
         (!found.is_empty()).then(|| found.join("; "))
     }
 

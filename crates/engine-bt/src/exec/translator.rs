@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Decoder, Instruction, InstructionInfoFactory, Mnemonic};
 use parking_lot::Mutex;
 use tetrarch_engine::{EngineError, Exit};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
@@ -18,9 +18,11 @@ use crate::interp;
 use crate::memory::code_map;
 use crate::memory::mmu::{Place, canonical};
 use crate::translate::block::{Built, Site, Source, What};
-use crate::translate::builder::Builder;
+use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
 use crate::translate::cache::{CodeCache, ExecPage};
+use crate::translate::liveness::ALL;
 use crate::translate::sites::Sites;
+use crate::translate::sources::Sources;
 use crate::translate::stubs::exit_kind;
 
 /// Called by translated code on a TLB miss. Returns whether to try again; if not,
@@ -68,6 +70,13 @@ struct SlowSite {
     plain: Option<PlainMove>,
 }
 
+/// Where Rust entered translated code last, and with which arithmetic flags.
+#[derive(Clone, Copy, Default)]
+struct Entered {
+    host: u64,
+    flags: u64,
+}
+
 /// Slots for [`SlowSite`]s: what a guest's drivers touch devices with.
 const SLOW_SITES: usize = 64;
 
@@ -78,6 +87,8 @@ pub struct Translator {
     builder: Builder,
     enter: u64,
     slow_sites: Box<[SlowSite; SLOW_SITES]>,
+    entered: Entered,
+    info: InstructionInfoFactory,
     /// The vCPU's number in the code map.
     listener: usize,
 }
@@ -105,6 +116,8 @@ impl Translator {
             builder: Builder::new(stubs),
             enter: stubs.enter,
             slow_sites: Box::new([empty; SLOW_SITES]),
+            entered: Entered::default(),
+            info: InstructionInfoFactory::new(),
             listener,
         }
     }
@@ -295,6 +308,7 @@ impl Translator {
         let start = rdtsc();
         cpu.st.note_upper_halves();
         let flags = cpu.st.flags;
+        self.entered = Entered { host: entry, flags };
         cpu.st.saved_flags = ((flags & 0xD7) << 8 | flags >> 11 & 1) as u32;
         let address = &raw mut *cpu as u64;
         cpu.st.cpu = address;
@@ -341,6 +355,8 @@ impl Translator {
     /// A memory access missed and cannot hit.
     fn slow_access(&mut self, cpu: &mut Cpu, at: u64) -> Result<Then, EngineError> {
         cpu.counts.slow_accesses += 1;
+        // Not every leave of this kind comes from a miss.
+        let missed = std::mem::replace(&mut cpu.missed, Missed::Nothing);
         let slot = (at >> 2) as usize % SLOW_SITES;
         if self.slow_sites[slot].at != at {
             let (rip, saved) = self.instruction_at(at)?;
@@ -351,16 +367,20 @@ impl Translator {
         }
         let site = &self.slow_sites[slot];
         continue_at(cpu, site.rip, site.saved);
-        Ok(match (site.plain, cpu.missed) {
-            (Some(plain), Missed::Device { linear, address }) if plain.fits(linear) => {
-                plain.make(cpu, address, site.instruction.next_ip())
-            }
+        if let (Some(plain), Missed::Device { linear, address }) = (site.plain, missed)
+            && plain.fits(linear)
+        {
+            return Ok(plain.make(cpu, address, site.instruction.next_ip()));
+        }
+        let (plain, instruction) = (site.plain, site.instruction);
+        self.restore_flags(cpu, at);
+        Ok(match (plain, missed) {
             (Some(plain), Missed::Fault { linear, fault })
                 if plain.fits(linear) && fault.vector == vector::PF =>
             {
                 Then::Raise(fault)
             }
-            _ => Then::Execute(site.instruction),
+            _ => Then::Execute(instruction),
         })
     }
 
@@ -369,11 +389,41 @@ impl Translator {
         cpu.counts.slow_accesses += 1;
         let (rip, saved) = self.instruction_at(at)?;
         continue_at(cpu, rip, saved);
+        self.restore_flags(cpu, at);
         Ok(Then::Interpret)
     }
 
     fn instruction_at(&self, at: u64) -> Result<(u64, bool), EngineError> {
-        self.cache.lock().instruction_at(at).ok_or_else(|| broken("address", at))
+        let cache = self.cache.lock();
+        let (block, entry) = cache.instruction_at(at).ok_or_else(|| broken("address", at))?;
+        Ok((block.rip.wrapping_add(u64::from(entry.rip)), entry.saved))
+    }
+
+    /// Makes the arithmetic flags again that nothing after `at` needed and that
+    /// were not put aside.
+    fn restore_flags(&mut self, cpu: &mut Cpu, at: u64) {
+        let cache = self.cache.lock();
+        let Some((block, place)) = cache.instruction_at(at) else { return };
+        let wanted = ALL & !u32::from(place.live);
+        if wanted == 0 {
+            return;
+        }
+        let Some(page) = cache.exec_page(block.id) else { return };
+        let (rip, host) = (block.rip, cache.entry_of(block));
+        drop(cache);
+        let mut bytes = [0; MAX_BLOCK_CODE];
+        let Some(bytes) = bytes.get_mut(..usize::from(place.rip)) else { return };
+        let start = GuestPhys(page.physical | rip & (PAGE_SIZE - 1));
+        if cpu.vm.memory.read(start, bytes).is_err() {
+            return;
+        }
+        let mut sources = Sources::new();
+        let options = cpu.vm.cpuid.decoder_options();
+        for i in &mut Decoder::with_ip(64, bytes, rip, options) {
+            sources.pass(&i, &mut self.info);
+        }
+        let entry = (self.entered.host == host).then_some(self.entered.flags);
+        sources.restore(cpu, wanted, entry);
     }
 
     fn link(&mut self, cpu: &mut Cpu, site: &Site) -> Then {
@@ -409,7 +459,6 @@ fn branch_to_nowhere(cpu: &mut Cpu, site: &Site) -> Then {
     let moved = match i.mnemonic() {
         Mnemonic::Ret if i.op_count() == 1 => 8 + u64::from(i.immediate16()),
         Mnemonic::Ret => 8,
-        Mnemonic::Call => 8u64.wrapping_neg(),
         _ => 0,
     };
     let rsp = &mut cpu.st.gpr[reg::RSP];

@@ -51,6 +51,8 @@ pub struct MapEntry {
     pub rip: u16,
     /// The arithmetic flags are in `saved_flags`, not in the host's flags.
     pub saved: bool,
+    /// Which of them are exact there, as iced counts them.
+    pub live: u8,
 }
 
 /// A place where translated code leaves for Rust.

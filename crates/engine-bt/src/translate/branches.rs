@@ -125,13 +125,17 @@ impl Job<'_> {
         }
     }
 
+    /// The target is looked up before the return address is stored: a call to a
+    /// wild address leaves no trace, and one that is not known yet is interpreted.
     pub(super) fn call_indirect(&mut self, i: &Instruction) {
         let scratch = offset_of!(CpuState, scratch) + 16;
         self.target_to_r13(i);
+        let (miss, request) = self.e.find_target(branch_offset(self.user));
         self.e.store(scratch, R13);
         self.push_return(i);
-        self.e.load(R13, scratch);
-        self.indirect();
+        self.e.jmp_state(scratch);
+        self.interpret_from(miss);
+        self.leave(request, self.stubs.leave_request, i.ip(), What::Nothing);
     }
 
     pub(super) fn ret(&mut self, i: &Instruction) {

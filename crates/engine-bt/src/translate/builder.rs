@@ -18,10 +18,13 @@ use super::classify::classify;
 use super::emit::Emitter;
 use super::job::{Flags, Job};
 use super::liveness;
+use super::sources;
 use super::stubs::Stubs;
 use crate::cpu::mode;
 
 const MAX_INSTRUCTIONS: usize = 64;
+/// The most guest bytes of a block.
+pub const MAX_BLOCK_CODE: usize = MAX_INSTRUCTIONS * 15;
 
 pub struct Builder {
     emitter: Emitter,
@@ -60,7 +63,12 @@ impl Builder {
         let last = *instructions.last()?;
         let ends = kinds.last().is_some_and(|kind| kind.ends_block());
         let end_live = liveness::after(&last, ends, source);
-        let live = liveness::backwards(&instructions, &kinds, end_live);
+        let mut live = liveness::backwards(&instructions, &kinds, end_live);
+        if source.second.is_some() {
+            // Its page check leaves before anything else, and must lose no flag.
+            live[0] = liveness::ALL;
+        }
+        sources::keep_lost(&instructions, &kinds, &mut live, &mut self.info);
 
         self.emitter.clear();
         let mut job = Job {

@@ -172,7 +172,11 @@ impl CodeCache {
 
     /// Where the block is entered with the flags in `saved_flags`.
     pub fn indirect_entry(&self, index: u32) -> u64 {
-        let block = self.block(index);
+        self.entry_of(self.block(index))
+    }
+
+    /// The same.
+    pub fn entry_of(&self, block: &Block) -> u64 {
         self.memory.run_address((block.start + block.indirect_entry) as usize)
     }
 
@@ -243,15 +247,14 @@ impl CodeCache {
         }
     }
 
-    /// The instruction that a host address belongs to.
-    pub fn instruction_at(&self, address: u64) -> Option<(u64, bool)> {
+    /// The block and the instruction that a host address belongs to.
+    pub fn instruction_at(&self, address: u64) -> Option<(&Block, MapEntry)> {
         let offset = self.memory.offset_of(address)? as u32;
         let index = self.blocks.partition_point(|block| block.start <= offset).checked_sub(1)?;
         let block = &self.blocks[index];
         let inside = offset - block.start;
         let entry = block.map.partition_point(|entry| entry.offset <= inside).checked_sub(1)?;
-        let entry = block.map[entry];
-        Some((block.rip.wrapping_add(u64::from(entry.rip)), entry.saved))
+        Some((block, block.map[entry]))
     }
 
     /// Drops the translations of a physical page. `gone` sees each block; the

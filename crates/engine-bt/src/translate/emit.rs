@@ -483,6 +483,27 @@ impl Emitter {
         (miss, request)
     }
 
+    /// Looks the guest address in r13 up as [`Emitter::indirect`] does, and leaves
+    /// the host's in r13.
+    pub fn find_target(&mut self, table: usize) -> (u32, u32) {
+        self.bytes(&[0x45, 0x0F, 0xB7, 0xF5]); // movzx r14d, r13w
+        self.bytes(&[0x41, 0xC1, 0xE6, 4]); // shl r14d, 4
+        self.bytes(&[0x65, 0x4D, 0x3B, 0xAE]); // cmp r13, gs:[r14 + target]
+        self.imm32(table as u32);
+        let miss = self.jcc(cc::NE);
+        self.cmp8_imm(REQUEST, 0);
+        let request = self.jcc(cc::NE);
+        self.bytes(&[0x65, 0x4D, 0x8B, 0xAE]); // mov r13, gs:[r14 + host]
+        self.imm32(table as u32 + 8);
+        (miss, request)
+    }
+
+    /// jmp gs:[offset]
+    pub fn jmp_state(&mut self, offset: usize) {
+        self.bytes(&[0x65, 0xFF, 0x24, 0x25]);
+        self.imm32(offset as u32);
+    }
+
     pub fn raw(&mut self, bytes: &[u8]) {
         self.bytes(bytes);
     }

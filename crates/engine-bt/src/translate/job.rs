@@ -44,6 +44,11 @@ pub(super) enum Cold {
         instruction: usize,
         limit: u32,
     },
+    /// Leave for the interpreter at `instruction`, which did nothing yet.
+    Slow {
+        place: u32,
+        instruction: usize,
+    },
     /// Leave through `stub` with a site number.
     Leave {
         places: Vec<u32>,
@@ -120,7 +125,12 @@ impl Job<'_> {
     /// Notes that the code from here on belongs to instruction `index`.
     pub(super) fn mark(&mut self, index: usize) {
         let rip = (self.instructions[index].ip() - self.source.rip) as u16;
-        let entry = MapEntry { offset: self.e.pos(), rip, saved: self.flags == Flags::Saved };
+        let entry = MapEntry {
+            offset: self.e.pos(),
+            rip,
+            saved: self.flags == Flags::Saved,
+            live: self.live[index] as u8,
+        };
         self.built.map.push(entry);
     }
 
@@ -181,7 +191,7 @@ impl Job<'_> {
             Kind::Nothing => {}
             Kind::Copy => {
                 if !self.copy(i) {
-                    self.interpret();
+                    self.slow();
                 }
             }
             Kind::Lea => self.lea(i),
@@ -199,7 +209,7 @@ impl Job<'_> {
             Kind::String { size, moves } => self.string(i, size, moves),
             Kind::BitString => {
                 if !self.bit_string(i) {
-                    self.interpret();
+                    self.slow();
                 }
             }
             Kind::ReadSelector(segment) => self.read_selector(i, segment),
@@ -235,6 +245,20 @@ impl Job<'_> {
         self.leave(place, self.stubs.leave_interpret, self.rip(), what);
     }
 
+    /// Leaves for the interpreter at an instruction that has no copy.
+    fn slow(&mut self) {
+        self.free_flags();
+        let place = self.e.jmp();
+        self.cold.push(Cold::Slow { place, instruction: self.current });
+    }
+
+    /// A conditional leave for the interpreter, after a check that has clobbered
+    /// flags which nothing needs: they are made again where it leaves.
+    pub(super) fn slow_if(&mut self, condition: u8) {
+        let place = self.e.jcc(condition);
+        self.cold.push(Cold::Slow { place, instruction: self.current });
+    }
+
     /// The jump at `place` leaves through `stub`, with the guest at `rip`.
     pub(super) fn leave(&mut self, place: u32, stub: u64, rip: u64, what: What) {
         let site = Site { rip, saved: self.flags == Flags::Saved, what };
@@ -258,6 +282,14 @@ impl Job<'_> {
                     self.e.mov_imm(R13, limit.into());
                     self.fill(resume, stub, instruction);
                 }
+                Cold::Slow { place, instruction } => {
+                    self.e.bind(place);
+                    self.mark_slow(instruction);
+                    let call = self.e.call();
+                    self.e.bind_outward(call, self.stubs.leave_slow);
+                    // Never run: the return address shall belong to this place.
+                    self.e.raw(&[0xCC]);
+                }
                 Cold::Leave { places, stub, site } => {
                     for place in places {
                         self.e.bind(place);
@@ -273,12 +305,18 @@ impl Job<'_> {
         }
     }
 
+    /// Notes that the code from here on leaves at `instruction`, by an address in it.
+    fn mark_slow(&mut self, instruction: usize) {
+        // The check has been reached with the flags free: saved if they live.
+        let live = self.live[instruction];
+        let rip = (self.instructions[instruction].ip() - self.source.rip) as u16;
+        let offset = self.e.pos();
+        self.built.map.push(MapEntry { offset, rip, saved: live != 0, live: live as u8 });
+    }
+
     /// Calls a stub that returns with the access ready to be tried at `retry`.
     pub(super) fn fill(&mut self, retry: u32, stub: u64, instruction: usize) {
-        // The check has been reached with the flags free: saved if they live.
-        let saved = self.live[instruction] != 0;
-        let rip = (self.instructions[instruction].ip() - self.source.rip) as u16;
-        self.built.map.push(MapEntry { offset: self.e.pos(), rip, saved });
+        self.mark_slow(instruction);
         let call = self.e.call();
         self.e.bind_outward(call, stub);
         let jump = self.e.jmp();

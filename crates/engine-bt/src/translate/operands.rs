@@ -154,7 +154,7 @@ impl Job<'_> {
         if !self.x87_loaded {
             self.free_flags();
             self.e.cmp32_imm(offset_of!(CpuState, fpu_loaded), 0);
-            self.interpret_if(cc::E);
+            self.slow_if(cc::E);
             self.x87_loaded = true;
         }
     }

@@ -24,7 +24,7 @@ impl Job<'_> {
             let done = self.e.jmp();
             self.e.bind(over);
             self.e.cmp_imm(RCX, 4096 / u32::from(size));
-            self.interpret_if(cc::A);
+            self.slow_if(cc::A);
             self.run_in_page(size, moves);
             self.e.bind(done);
         } else {
@@ -39,7 +39,7 @@ impl Job<'_> {
         let end = Address { base: Some(R13), index: Some(RCX), scale: size, disp: 0 };
         self.e.lea(true, R13, end);
         self.e.cmp_imm(R13, 4096);
-        self.interpret_if(cc::A);
+        self.slow_if(cc::A);
     }
 
     /// r14 := the host address of [register].

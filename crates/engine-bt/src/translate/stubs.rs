@@ -45,6 +45,8 @@ pub struct Stubs {
     pub leave_request: u64,
     pub leave_request_branch: u64,
     pub leave_port: u64,
+    /// Leaves as an access does that cannot hit: called, for its address.
+    pub leave_slow: u64,
     /// Where the signal handler continues.
     pub leave_signal: u64,
     /// Fill the TLB for the access whose index is in r13 and whose offset from
@@ -299,6 +301,13 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
         leaves.push(label);
     }
 
+    let mut slow = a.create_label();
+    a.set_label(&mut slow)?;
+    a.pop(r13)?;
+    a.mov(at(offset_of!(CpuState, address)), r13)?;
+    a.mov(at32(offset_of!(CpuState, exit_kind)), exit_kind::SLOW as i32)?;
+    a.jmp(leave)?;
+
     let mut fills = Vec::new();
     let mut fill_addresses = Vec::new();
     let mut stacks = Vec::new();
@@ -340,6 +349,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
         leave_request_branch: address(&leaves[4])?,
         leave_signal: address(&leaves[5])?,
         leave_port: address(&leaves[6])?,
+        leave_slow: address(&slow)?,
         ..Stubs::default()
     };
     for index in 0..4 {
