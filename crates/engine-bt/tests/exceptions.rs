@@ -335,3 +335,26 @@ fn trap_flag_stops_after_each_instruction() {
         assert_ne!(guest.frame.rflags & 0x100, 0, "{engine}: TF is in the frame");
     });
 }
+
+#[test]
+fn far_pointers_with_rex_w_are_the_vendors() {
+    on_both(|guest, engine| {
+        let [_, ebx, ..] = guest.cpuid(0, 0);
+        let amd = ebx == u32::from_le_bytes(*b"Auth");
+        // jmp far [rdi], call far [rdi] with REX.W: AMD ignores it and reads m16:32
+        // (APM 3, "JMP (Far)"), Intel reads m16:64 (SDM 2A, "JMP").
+        for code in [[0x48, 0xFF, 0x2F], [0x48, 0xFF, 0x1F]] {
+            prepare(guest, 0, &[0x0F, 0x0B]);
+            guest.write(KERNEL_CODE, &code);
+            // As m16:64 the offset has the selector in it and the selector is null.
+            guest.write64(FREE + 2 * PAGE, CODE | u64::from(CS0) << 32);
+            guest.write64(FREE + 2 * PAGE + 8, 0);
+            let mut gpr = [0; 16];
+            (gpr[4], gpr[7]) = (BASE + KERNEL_CODE + 0x800, DATA);
+            guest.start(true, BASE + KERNEL_CODE, gpr, 2);
+            let (end, rip) = if amd { (6, CODE) } else { (13, BASE + KERNEL_CODE) };
+            assert_eq!(guest.run(), fault(end, 0), "{engine}");
+            assert_eq!(guest.frame.rip, rip, "{engine}");
+        }
+    });
+}

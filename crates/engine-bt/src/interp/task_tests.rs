@@ -402,3 +402,55 @@ fn descriptor_tables_in_device_memory_are_asked_for_before_anything_changes() {
     run(&mut cpu, &call(TASK)).unwrap();
     assert_eq!(cpu.st.seg[seg::DS].base, 0x5000);
 }
+
+/// Tables of any content: each switch ends as one of the ways that the contract
+/// has, with a state that the rest of the engine can stand.
+#[test]
+fn random_tables_are_no_danger() {
+    let mut seed = 0x9E37_79B9_7F4A_7C15u64;
+    let mut random = move || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    let mut cpu = two_tasks();
+    let start = (cpu.st.seg, cpu.st.gdt, cpu.st.idt, cpu.st.cr0, cpu.st.gpr);
+    let mut tables = vec![0; 0x3000];
+    let first = tetrarch_memory::GuestPhys(GDT);
+    cpu.vm.memory.read(first, &mut tables).unwrap();
+    let mut switched = 0;
+    for _ in 0..20_000 {
+        cpu.vm.memory.write(first, &tables).unwrap();
+        (cpu.st.seg, cpu.st.gdt, cpu.st.idt, cpu.st.cr0, cpu.st.gpr) = start;
+        (cpu.st.cpl, cpu.st.rip) = (0, CODE);
+        cpu.st.set_rflags(flag::FIXED | if random() & 3 == 0 { flag::NT } else { 0 });
+        // Some words of the tables are spoilt.
+        for n in 0..3 {
+            let kind = [0x89, 0x8B, 0x81, 0x83][(random() & 3) as usize];
+            let (at, limit) = (TASK_AT + 0x100 * n, 0x67 - (random() & 1));
+            poke(&cpu, GDT + u64::from(TASK) + 8 * n, descriptor(at, limit, kind));
+        }
+        for _ in 0..random() & 7 {
+            let (table, size) =
+                [(GDT, 0x100), (TASK_AT, 0x70), (TASK16_AT, 0x30), (TSS, 0x70), (IDT, 0x800)]
+                    [(random() % 5) as usize];
+            poke(&cpu, table + ((random() % size) & !7), random());
+        }
+        let selector = (TASK + 8 * (random() & 3) as u16) | (random() & 7 & random()) as u16;
+        cpu.replay.clear();
+        let result = match random() & 3 {
+            0 => run(&mut cpu, &call(selector)),
+            1 => run(&mut cpu, &jmp(selector)),
+            2 => run(&mut cpu, IRETD),
+            _ => {
+                task_gate(&cpu, vector::GP, selector, 0);
+                deliver(&mut cpu, Fault::with_error(vector::GP, 0))
+            }
+        };
+        switched += u32::from(result.is_ok());
+        assert!(cpu.st.cpl <= 3);
+        assert!(cpu.st.rip <= 0xFFFF_FFFF && cpu.st.gpr[reg::RSP] <= 0xFFFF_FFFF);
+    }
+    assert!(switched > 1000, "only {switched} switches came through");
+}
