@@ -65,7 +65,7 @@ def test_bss_is_cleared(make_vm: Any, make_vmlinux: Any) -> None:
         ({"entry": 0x20_0000}, "outside"),
         ({"physical": 0x1000, "entry": 0x1010}, "a PC has RAM"),
         ({"physical": 0xFFFF_FFFF_FFFF_F000, "entry": 0xFFFF_F010}, "outside"),
-        ({"memory_size": 100 * MIB}, "--memory 101M"),
+        ({"memory_size": 100 * MIB}, "give it 108M"),
         ({"memory_size": 16}, "larger in the file"),
         ({"elf_class": 1}, "32-bit"),
         ({"machine": 183}, "another processor"),
@@ -106,3 +106,18 @@ def test_damaged_kernels_boot_or_are_refused(
         message = ""
     assert "\n" not in message
     assert entry is None or MIB <= entry < 4 * MIB
+
+
+def test_notes_aligned_to_4_in_a_segment_that_says_8_are_found(
+    make_vm: Any, make_vmlinux: Any
+) -> None:
+    image = bytearray(make_vmlinux())
+    image[64 + 56 + 48] = 8  # p_align of the second header
+    assert boot(make_vm(16 * MIB), bytes(image))["rip"] == 0x10_0010
+
+
+def test_damaged_note_hides_no_other(make_vm: Any, make_vmlinux: Any) -> None:
+    image = make_vmlinux()
+    at = image.index(b"Lin\0") - 12
+    damaged = image[:at] + b"\xff" * 8 + image[at + 8 :]
+    assert boot(make_vm(16 * MIB), damaged)["rip"] == 0x10_0010

@@ -1,4 +1,7 @@
-"""Linux's 64-bit boot protocol for bzImage (Documentation/arch/x86/boot.rst)."""
+"""Linux's boot protocol for bzImage (Documentation/arch/x86/boot.rst).
+
+The kernel is entered at its 64-bit entry, or at its 32-bit one where it has no other.
+"""
 
 import os
 import struct
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tetrarch.boot.cmdline import write_cmdline
-from tetrarch.boot.cpustate import long_mode_state
+from tetrarch.boot.cpustate import long_mode_state, protected_mode_state
 from tetrarch.boot.e820 import memory_map, pack_e820
 from tetrarch.boot.layout import (
     HIGH_MEMORY,
@@ -16,23 +19,34 @@ from tetrarch.boot.layout import (
     GuestMemory,
     align_up,
     low_ram_top,
-    mib_up,
-    total_ram,
 )
-from tetrarch.boot.source import Source, copy_to_guest, load_initrd
+from tetrarch.boot.source import Source, copy_to_guest, load_initrd, too_little_memory
 
 __all__ = ["SetupHeader", "is_bzimage", "load_bzimage", "parse_setup_header"]
 
 SECTOR: Final = 512
 HEADER_START: Final = 0x1F1
-#: 0x1F1 to the end of init_size, the last field that is read here.
-HEADER_NEEDED: Final = 0x264
 #: boot_params keeps the header up to here; what follows is edd_mbr_sig_buffer.
 HEADER_MAX: Final = 0x290
 BOOT_FLAG: Final = 0xAA55
 MAGIC: Final = b"HdrS"
-#: 2.12 brought xloadflags, which says whether there is a 64-bit entry (Linux 3.8).
-VERSION_64BIT: Final = 0x020C
+#: 2.02 brought cmd_line_ptr (Linux 2.4.0-test3).
+VERSION_MIN: Final = 0x0202
+#: Of each field: the version that brought it, its offset and size, and what holds before.
+FIELDS: Final = {
+    "syssize": (0x0200, 0x1F4, 4, 0),
+    "loadflags": (0x0200, 0x211, 1, 0),
+    "initrd_addr_max": (0x0203, 0x22C, 4, 0x37FF_FFFF),
+    "kernel_alignment": (0x0205, 0x230, 4, 0),
+    "relocatable_kernel": (0x0205, 0x234, 1, 0),
+    # 2.12 says whether there is a 64-bit entry (Linux 3.8).
+    "xloadflags": (0x020C, 0x236, 2, 0),
+    "cmdline_size": (0x0206, 0x238, 4, 255),
+    "payload_offset": (0x0208, 0x248, 4, 0),
+    "payload_length": (0x0208, 0x24C, 4, 0),
+    "pref_address": (0x020A, 0x258, 8, HIGH_MEMORY),
+    "init_size": (0x020A, 0x260, 4, 0),
+}
 LOADED_HIGH: Final = 1 << 0
 XLF_KERNEL_64: Final = 1 << 0
 XLF_CAN_BE_LOADED_ABOVE_4G: Final = 1 << 1
@@ -68,6 +82,11 @@ class SetupHeader:
     xloadflags: int
 
     @property
+    def is_64bit(self) -> bool:
+        """It has a 64-bit entry; else the 32-bit one is used, which each kernel has."""
+        return bool(self.xloadflags & XLF_KERNEL_64)
+
+    @property
     def above_4g(self) -> bool:
         return bool(self.xloadflags & XLF_CAN_BE_LOADED_ABOVE_4G)
 
@@ -100,37 +119,40 @@ def parse_setup_header(source: Source) -> SetupHeader:
     start = source.read(0, min(source.size, HEADER_MAX))
     if not is_bzimage(start):
         raise source.error("has no Linux setup header", mend="name a bzImage (vmlinuz)")
-    if len(start) < HEADER_NEEDED:
-        raise source.error("is cut short within its setup header", mend="get the file again")
-    (version,) = struct.unpack_from("<H", start, 0x206)
-    jump_end = 0x202 + start[0x201]
-    if version < VERSION_64BIT:
+    version = int.from_bytes(start[0x206:0x208].ljust(2, b"\xff"), "little")
+    if version < VERSION_MIN:
         raise source.error(
-            f"speaks boot protocol {version >> 8}.{version & 0xFF:02}, which has no 64-bit entry",
-            mend="use an x86-64 kernel, Linux 3.8 or newer",
+            f"speaks boot protocol {version >> 8}.{version & 0xFF:02}, which is too old",
+            mend="use Linux 2.4 or newer",
         )
-    if jump_end < HEADER_NEEDED:
+    jump_end = 0x202 + start[0x201]
+    header_end = max(
+        offset + size for since, offset, size, _ in FIELDS.values() if version >= since
+    )
+    if len(start) < header_end:
+        raise source.error("is cut short within its setup header", mend="get the file again")
+    if jump_end < header_end:
         raise source.error(
             "has a setup header that is too short for its version",
             mend="get the file again, it is damaged",
         )
 
-    syssize = struct.unpack_from("<I", start, 0x1F4)[0] * 16
-    loadflags = start[0x211]
-    initrd_addr_max, alignment = struct.unpack_from("<II", start, 0x22C)
-    relocatable = start[0x234] != 0
-    (xloadflags, cmdline_size) = struct.unpack_from("<HI", start, 0x236)
-    payload_offset, payload_length = struct.unpack_from("<II", start, 0x248)
-    pref_address, init_size = struct.unpack_from("<QI", start, 0x258)
+    def field(name: str) -> int:
+        since, offset, size, default = FIELDS[name]
+        if version < since:
+            return default
+        return int.from_bytes(start[offset : offset + size], "little")
 
-    if not xloadflags & XLF_KERNEL_64:
-        raise source.error("is a 32-bit kernel", mend="use an x86-64 one")
-    if not loadflags & LOADED_HIGH:
+    syssize = field("syssize") * 16
+    initrd_addr_max, alignment = field("initrd_addr_max"), field("kernel_alignment")
+    relocatable = field("relocatable_kernel") != 0
+    pref_address, xloadflags = field("pref_address"), field("xloadflags")
+    if not field("loadflags") & LOADED_HIGH:
         raise source.error("is a zImage that loads below 1 MiB", mend="use a bzImage")
     setup_size = ((start[0x1F1] or 4) + 1) * SECTOR
     payload_size = source.size - setup_size
     # syssize counts the whole protected-mode part, in paragraphs.
-    needed = max(syssize - 15, payload_offset + payload_length, ENTRY_64 + 1)
+    needed = max(syssize - 15, field("payload_offset") + field("payload_length"), ENTRY_64 + 1)
     if payload_size < needed:
         raise source.error(
             f"is cut short: {setup_size + needed} bytes are needed, it has {source.size}",
@@ -145,12 +167,13 @@ def parse_setup_header(source: Source) -> SetupHeader:
         version=version,
         setup_size=setup_size,
         payload_size=payload_size,
-        init_size=init_size,
+        # Kernels older than the field unpack themselves to a few times their size.
+        init_size=field("init_size") or 4 * payload_size,
         pref_address=pref_address,
         alignment=alignment,
         relocatable=relocatable,
         initrd_addr_max=initrd_addr_max,
-        cmdline_size=cmdline_size,
+        cmdline_size=field("cmdline_size"),
         xloadflags=xloadflags,
     )
     if header.load_address < HIGH_MEMORY or header.memory_end > LOW_RAM_MAX:
@@ -172,11 +195,7 @@ def load_bzimage(
     header = parse_setup_header(source)
     top = low_ram_top(vm)
     if header.memory_end > top:
-        raise source.error(
-            f"needs {mib_up(header.memory_end)} MiB to start, the machine has "
-            f"{mib_up(total_ram(vm))} MiB",
-            mend=f"give it at least --memory {mib_up(header.memory_end)}M",
-        )
+        raise too_little_memory(vm, source, header.memory_end, initrd)
     cmdline_address = write_cmdline(vm, cmdline, header.cmdline_size)
     initrd_address, initrd_size = load_initrd(
         vm, initrd, header.memory_end, min(top, header.initrd_end)
@@ -200,6 +219,10 @@ def load_bzimage(
     params[BP_E820_TABLE : BP_E820_TABLE + len(table)] = table
     vm.write_memory(ZERO_PAGE_BASE, bytes(params))
 
-    regs = long_mode_state(vm, load_address + ENTRY_64)
+    # Either entry wants the address of boot_params in ESI, and all else zero.
+    if header.is_64bit:
+        regs = long_mode_state(vm, load_address + ENTRY_64)
+    else:
+        regs = protected_mode_state(vm, load_address)
     regs["rsi"] = ZERO_PAGE_BASE
     return regs

@@ -1,14 +1,13 @@
 """A strict reader of what booting needs from an ELF64 file: segments and notes."""
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from tetrarch.boot.layout import align_up
 from tetrarch.boot.source import Source
 
-__all__ = ["MAGIC", "Elf", "Note", "Segment", "parse_elf"]
+__all__ = ["MAGIC", "Elf", "Segment", "parse_elf"]
 
 MAGIC: Final = b"\x7fELF"
 CLASS_32: Final = 1
@@ -25,6 +24,8 @@ PHDR: Final = struct.Struct("<IIQQQQQQ")
 MAX_SEGMENTS: Final = 256
 #: Linux's .notes has a few hundred bytes.
 MAX_NOTES_BYTES: Final = 1 << 20
+#: Sizes of name and content, and the type (gABI, "Note Section").
+NOTE_HEADER: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,6 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
-    name: bytes
-    type: int
-    desc: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Elf:
     entry: int
     segments: tuple[Segment, ...]
@@ -54,33 +48,26 @@ class Elf:
     def loads(self) -> list[Segment]:
         return [s for s in self.segments if s.type == PT_LOAD and s.memory_size]
 
-    def notes(self) -> Iterator[Note]:
+    def find_note(self, name: bytes, kind: int) -> bytes | None:
+        """The content of a note.
+
+        It is looked for at each multiple of 4 in the note segments, not by walking from note
+        to note: notes may be aligned to 4 in a segment that says 8, and a damaged note that
+        nobody wants must not hide the others.
+        """
+        wanted = struct.pack("<I", kind) + name + b"\0"
         for segment in self.segments:
-            if segment.type == PT_NOTE:
-                yield from _notes(self.source, segment)
-
-
-def _notes(source: Source, segment: Segment) -> Iterator[Note]:
-    if segment.file_size > MAX_NOTES_BYTES:
-        raise source.error(
-            "has a note segment of absurd size", mend="get the file again, it is damaged"
-        )
-    data = source.read(segment.offset, segment.file_size)
-    # gABI: 4-byte alignment; GNU property notes use 8 and say so in p_align.
-    alignment = 8 if segment.alignment == 8 else 4
-    at = 0
-    while at + 12 <= len(data):
-        name_size, desc_size, kind = struct.unpack_from("<III", data, at)
-        desc = align_up(at + 12 + name_size, alignment)
-        end = desc + desc_size
-        if end > len(data):
-            raise source.error(
-                "has a note that reaches out of its segment",
-                mend="get the file again, it is damaged",
-            )
-        name = data[at + 12 : at + 12 + name_size].rstrip(b"\0")
-        yield Note(name, kind, data[desc:end])
-        at = align_up(end, alignment)
+            if segment.type != PT_NOTE:
+                continue
+            size = min(segment.file_size, MAX_NOTES_BYTES)
+            data = self.source.read(segment.offset, size)
+            for at in range(0, len(data) - 12, 4):
+                name_size, desc_size = struct.unpack_from("<II", data, at)
+                start = at + NOTE_HEADER + align_up(len(name) + 1, 4)
+                whole = name_size == len(name) + 1 and start + desc_size <= len(data)
+                if whole and data.startswith(wanted, at + 8):
+                    return data[start : start + desc_size]
+        return None
 
 
 def parse_elf(source: Source) -> Elf:
@@ -91,7 +78,9 @@ def parse_elf(source: Source) -> Elf:
     if len(ident) < EHDR.size:
         raise source.error("is cut short within its ELF header", mend="get the file again")
     if ident[4] == CLASS_32:
-        raise source.error("is a 32-bit ELF file", mend="use an x86-64 kernel")
+        raise source.error(
+            "is a 32-bit ELF file, multiboot or other", mend="use a bzImage or an x86-64 vmlinux"
+        )
     if ident[4] != CLASS_64 or ident[5] != DATA_LSB:
         raise source.error("is not a little-endian 64-bit ELF file", mend="use an x86-64 kernel")
     (_, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _) = EHDR.unpack(ident)

@@ -15,10 +15,14 @@ from tetrarch.boot.layout import (
     START_INFO_BASE,
     GuestMemory,
     low_ram_top,
-    mib_up,
-    total_ram,
 )
-from tetrarch.boot.source import Source, copy_to_guest, load_initrd, zero_guest
+from tetrarch.boot.source import (
+    Source,
+    copy_to_guest,
+    load_initrd,
+    too_little_memory,
+    zero_guest,
+)
 
 __all__ = ["load_pvh", "pvh_entry"]
 
@@ -34,14 +38,12 @@ MEMMAP_MAX: Final = (0x1000 - 0x80) // 24
 
 def pvh_entry(elf: Elf) -> int | None:
     """The 32-bit physical entry point, or None if the file has no such note."""
-    for note in elf.notes():
-        if note.name == b"Xen" and note.type == XEN_ELFNOTE_PHYS32_ENTRY:
-            if len(note.desc) not in (4, 8):
-                raise elf.source.error(
-                    "has a PVH note of the wrong size", mend="get the file again, it is damaged"
-                )
-            return int.from_bytes(note.desc, "little")
-    return None
+    entry = elf.find_note(b"Xen", XEN_ELFNOTE_PHYS32_ENTRY)
+    if entry is not None and len(entry) not in (4, 8):
+        raise elf.source.error(
+            "has a PVH note of the wrong size", mend="get the file again, it is damaged"
+        )
+    return None if entry is None else int.from_bytes(entry, "little")
 
 
 def load_pvh(
@@ -80,10 +82,7 @@ def load_pvh(
         )
     top = low_ram_top(vm)
     if end > top:
-        raise source.error(
-            f"needs {mib_up(end)} MiB to start, the machine has {mib_up(total_ram(vm))} MiB",
-            mend=f"give it at least --memory {mib_up(end)}M",
-        )
+        raise too_little_memory(vm, source, end, initrd)
     cmdline_address = write_cmdline(vm, cmdline, LINUX_LIMIT)
     initrd_address, initrd_size = load_initrd(vm, initrd, end, top)
     for segment in loads:

@@ -1,5 +1,6 @@
 """Files to boot from: opened, measured and read with errors in the user's words."""
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ __all__ = ["Source", "copy_to_guest", "load_initrd", "place_initrd", "zero_guest
 
 #: Large enough to make the per-call cost vanish, small enough to stay in cache and out of swap.
 CHUNK: Final = 1 << 20
+
+GZIP_MAGIC: Final = b"\x1f\x8b"
+#: What a kernel takes for itself before the first program runs, beside its image.
+WORKING_MEMORY: Final = 4 << 20
+MEMORY_STEP: Final = 4 << 20
 
 
 class Source:
@@ -116,11 +122,13 @@ def place_initrd(vm: GuestMemory, source: Source, floor: int, ceiling: int) -> i
 
     High, because the kernel unpacks and relocates itself upwards from its load address.
     """
-    address = align_down(ceiling - source.size, PAGE_SIZE)
+    # A page is left above: Linux reads a little past the end of a damaged one (lib/inflate,
+    # nofill), and past the end of RAM there is nothing.
+    address = align_down(ceiling - source.size, PAGE_SIZE) - PAGE_SIZE
     if address >= align_up(floor, PAGE_SIZE):
         return address
     size = mib_up(source.size)
-    needed = align_up(floor, PAGE_SIZE) + align_up(source.size, PAGE_SIZE)
+    needed = align_up(floor, PAGE_SIZE) + align_up(source.size, PAGE_SIZE) + PAGE_SIZE
     if needed > LOW_RAM_MAX:
         raise source.error(
             f"is {size} MiB, and with any memory size kernel and initrd must fit below "
@@ -135,8 +143,32 @@ def place_initrd(vm: GuestMemory, source: Source, floor: int, ceiling: int) -> i
     raise source.error(
         f"is {size} MiB and does not fit beside the kernel into {mib_up(total_ram(vm))} MiB of "
         "memory",
-        mend=f"give the machine at least --memory {mib_up(needed)}M, and room to unpack it",
+        mend=f"give the machine {enough_memory(floor, source)} of memory",
     )
+
+
+def enough_memory(kernel_end: int, initrd: Source | None) -> str:
+    """What a Linux guest needs to come up, by the ends of its files: as an option's value."""
+    needed = kernel_end
+    if initrd is not None:
+        # In memory twice while it is unpacked. gzip's last four bytes are the size of the
+        # whole (RFC 1952, 2.3.1); other formats pack to a quarter at most of what initrds hold.
+        unpacked = 4 * initrd.size
+        if initrd.size >= 18 and initrd.read(0, 2) == GZIP_MAGIC:
+            unpacked = int.from_bytes(initrd.read(initrd.size - 4, 4), "little")
+        needed += initrd.size + unpacked
+    return f"{align_up(needed + WORKING_MEMORY, MEMORY_STEP) >> 20}M"
+
+
+def too_little_memory(
+    vm: GuestMemory, kernel: Source, kernel_end: int, initrd: str | os.PathLike[str] | None
+) -> BootError:
+    with contextlib.ExitStack() as stack:
+        source = None if initrd is None else stack.enter_context(Source.open(initrd, "initrd"))
+        return kernel.error(
+            f"needs more than the {mib_up(total_ram(vm))} MiB of memory that the machine has",
+            mend=f"give it {enough_memory(kernel_end, source)}",
+        )
 
 
 def load_initrd(
