@@ -9,6 +9,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
+from tetrarch import Machine
 from tetrarch.images import CachedGuest
 
 # A boot takes about two seconds on a free CPU; CI hosts are not free.
@@ -151,3 +152,26 @@ def test_terminal_is_restored_at_every_end_of_the_guest(debian_guest: CachedGues
         shell.expect(rf"rc={code}\b")
         shell.expect(r"[^-]echo\r")
     shell.close(force=True)
+
+
+def test_guest_learns_the_size_of_the_terminal(debian_guest: CachedGuest) -> None:
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "tetrarch", "run", "--engine", "bt"],
+        encoding="utf-8",
+        timeout=LIMIT_S,
+        dimensions=(33, 99),
+    )
+    child.expect(PROMPT)
+    child.sendline("stty size")
+    child.expect(r"\b33 99\b")
+    child.close(force=True)
+
+
+def test_guest_asks_no_terminal_where_there_is_none(debian_guest: CachedGuest) -> None:
+    with Machine(engine="bt") as vm:
+        vm.start()
+        vm.console.expect("# ", LIMIT_S)
+        vm.console.send("echo $((6 * 7))\n")
+        assert vm.console.expect("# ", LIMIT_S).startswith("42\r\n")
+        assert "\x1b" not in vm.console.text

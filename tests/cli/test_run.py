@@ -188,3 +188,40 @@ def test_job_started_in_the_background_comes_to_the_foreground(tmp_path: Path) -
     shell.send("\x1d")
     shell.expect("was stopped")
     shell.close(force=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "exit_code"),
+    [
+        # mov al, 0 ; out 0xf4, al ; jmp $
+        (bytes.fromhex("b000 e6f4 ebfe"), [], 1),
+        (guests.TRIPLE_FAULT, [], 6),
+        (guests.POWER_OFF, ["--initrd", "/dev/full"], 4),
+        (guests.POWER_OFF, [], 0),
+        (guests.POWER_OFF, ["--memory", "lots"], 2),
+    ],
+    ids=["value 0", "crash", "our error", "power-off", "bad usage"],
+)
+def test_codes_beside_debug_exit_are_not_the_guests(
+    cli: Cli, tmp_path: Path, code: bytes, options: list[str], exit_code: int
+) -> None:
+    kernel = write(tmp_path, code)
+    done = cli("run", "--engine", "bt", "--kernel", kernel, "--debug-exit", *options)
+    assert done.returncode == exit_code
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_that_ends_us_is_named(tmp_path: Path, signum: signal.Signals) -> None:
+    kernel = write(tmp_path, guests.say(b"ready") + guests.ENDLESS_LOOP)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tetrarch", "run", "--engine", "bt", "--kernel", str(kernel)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    assert child.stdout.read(5) == b"ready"
+    child.send_signal(signum)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 128 + signum
+    assert errors.decode().splitlines()[-1] == f"tetrarch: ended by {signum.name}"

@@ -57,7 +57,8 @@ def run(**typed: Any) -> int:
     """Run a guest; without --kernel, a Debian kernel to a shell.
 
     Exit codes: 0 the guest powered off, reset itself or was left; 1 an error of ours;
-    2 bad usage; 3 the guest crashed; 124 the timeout passed.
+    2 bad usage; 3 the guest crashed; 124 the timeout passed. With --debug-exit the
+    odd codes are the guest's: 4 an error of ours, 6 the guest crashed.
     """
     from tetrarch.cli.run import run_guest
 

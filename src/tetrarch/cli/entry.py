@@ -9,6 +9,7 @@ TETRARCH_DEBUG=1 in the environment a traceback comes before the line.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ __all__ = ["Terminated", "fail", "main"]
 
 FAILURE = 1
 BAD_USAGE = 2
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(BaseException):
@@ -33,8 +35,10 @@ class Terminated(BaseException):
 def main() -> NoReturn:
     """The console script."""
     _open_standard_files()
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _terminate)
+    for signum in _ENDING_SIGNALS:
+        # A job in the background has SIGINT ignored, and nohup SIGHUP.
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _terminate)
     code = run_cli(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -67,52 +71,67 @@ def _open_standard_files() -> None:
 
 def run_cli(arguments: Sequence[str]) -> int:
     """Runs one command; the exit code."""
-    from typer.exceptions import Abort, Exit, TyperException
+    from typer.exceptions import Exit
     from typer.main import get_command
 
     from tetrarch.cli.app import app
-    from tetrarch.errors import ConfigError, TetrarchError
 
+    _log_to_standard_error()
     try:
         command = get_command(app)
         result = command.main(list(arguments), prog_name="tetrarch", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except Exit as request:
         return request.exit_code
-    except TyperException as error:
-        return _usage_error(error)
-    except ConfigError as error:
-        return fail(str(error), BAD_USAGE)
-    except TetrarchError as error:
-        return fail(str(error))
-    except (KeyboardInterrupt, Abort):
-        return fail("ended by SIGINT", 128 + signal.SIGINT)
-    except Terminated as request:
-        return fail(f"ended by {signal.Signals(request.signum).name}", 128 + request.signum)
-    except BrokenPipeError:
-        return 128 + signal.SIGPIPE
-    except MemoryError:
-        return fail("the host gives no more memory; free some, or raise the limit: ulimit -v, -d")
-    except RuntimeError as error:
-        if error.args != ("can't start new thread",):  # Python's own, by no name or number
-            return _internal(error)
-        return fail(f"{error}; raise the limits of processes and memory: ulimit -u, -v, -d")
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
+    except BaseException as error:
+        return report_error(error)
+
+
+def report_error(error: BaseException) -> int:
+    """Says in one line what ended a command; the exit code."""
+    from typer.exceptions import Abort, TyperException
+
+    from tetrarch.errors import ConfigError, TetrarchError
+
+    match error:
+        case TyperException():
+            return _usage_error(error)
+        case ConfigError():
+            return fail(str(error), BAD_USAGE)
+        case TetrarchError():
+            return fail(str(error))
+        case KeyboardInterrupt() | Abort():
+            return fail("ended by SIGINT", 128 + signal.SIGINT)
+        case Terminated(signum=signum):
+            return fail(f"ended by {signal.Signals(signum).name}", 128 + signum)
+        case BrokenPipeError():
+            return 128 + signal.SIGPIPE
+        case MemoryError():
+            return fail(
+                "the host gives no more memory; free some, or raise the limit: ulimit -v, -d"
+            )
+        case RuntimeError(args=("can't start new thread",)):  # Python's own, of no kind
+            return fail(f"{error}; raise the limits of processes and memory: ulimit -u, -v, -d")
+        case OSError(errno=errno.EMFILE | errno.ENFILE):
             return fail(f"{error.strerror}; raise the limit: ulimit -n")
-        if error.errno in (errno.ENOMEM, errno.EAGAIN):
+        case OSError(errno=errno.ENOMEM | errno.EAGAIN):
             return fail(f"{error.strerror}; free memory, or raise the limits: ulimit -a shows them")
-        named = f"{error.filename}: " if error.filename else ""
-        return fail(f"{named}{error.strerror or error}; check the file system and its rights")
-    except Exception as error:
-        return _internal(error)
+        case OSError():
+            named = f"{error.filename}: " if error.filename else ""
+            return fail(f"{named}{error.strerror or error}; check the file system and its rights")
+        case Exception():
+            return fail(
+                f"internal error: {type(error).__name__}: {error}; "
+                "please report it with what TETRARCH_DEBUG=1 shows"
+            )
+    raise error  # SystemExit and the like
 
 
-def _internal(error: Exception) -> int:
-    return fail(
-        f"internal error: {type(error).__name__}: {error}; "
-        "please report it with what TETRARCH_DEBUG=1 shows"
-    )
+def _log_to_standard_error() -> None:
+    """Warnings of the library, each with its machine's name."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("tetrarch").addHandler(handler)
 
 
 def fail(message: str, code: int = FAILURE) -> int:
@@ -139,6 +158,6 @@ def _usage_error(error: Exception) -> int:
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     # Once is enough: what follows restores the terminal and must not be cut short.
-    for other in (signal.SIGTERM, signal.SIGHUP):
+    for other in _ENDING_SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise Terminated(signum)

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from tetrarch._native import EngineError
+from tetrarch.cli.entry import FAILURE, report_error
 from tetrarch.console import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import HostError
@@ -25,8 +26,26 @@ __all__ = ["run_guest"]
 _STDIO = ConsoleSpec("stdio")
 
 
+# With --debug-exit the odd codes are the guest's. Each of ours that is odd has an even one there.
+_CODES_BESIDE_DEBUG_EXIT = {FAILURE: 4, ExitStatus(StopReason.CRASHED).code: 6}
+
+
 def run_guest(config: MachineConfig, options: CommandOptions) -> int:
     """Runs the guest to its end; the exit code."""
+    if not config.debug_exit:
+        return _run(config, options).code
+    try:
+        status = _run(config, options)
+    except Exception as error:
+        code = report_error(error)
+    else:
+        code = status.code
+        if status.reason is StopReason.DEBUG_EXIT:
+            return code
+    return _CODES_BESIDE_DEBUG_EXIT.get(code, code)
+
+
+def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
     # What is wrong with the options is said before anything is fetched or opened.
     choose(config.engine, config.cpus)
     check_files(config)
@@ -50,7 +69,7 @@ def run_guest(config: MachineConfig, options: CommandOptions) -> int:
         show_stats(machine.stats(), machine.uptime)
     if options.report:
         _say(json.dumps(_report(machine, status)))
-    return status.code
+    return status
 
 
 def _reporter() -> Reporter:

@@ -23,6 +23,9 @@ class ConsoleBackend(Protocol):
 
     ``write`` is called on a vCPU's thread, from ``start`` until ``close``.
     What it raises stops the machine and comes out of ``Machine.run``.
+
+    One that knows whether its other end is a terminal says so in ``guest_terminal``: its
+    size as "24x80", or "none". The default guest is told.
     """
 
     def start(self, receive: Receive, leave: Leave) -> None: ...
@@ -33,6 +36,8 @@ class ConsoleBackend(Protocol):
 
 class NullConsole:
     """Drops what the guest says and types nothing."""
+
+    guest_terminal = "none"
 
     def start(self, receive: Receive, leave: Leave) -> None:
         pass

@@ -16,10 +16,13 @@ _READ_BYTES = 4096
 _BACKLOG_BYTES_MAX = 256 << 10
 # A client that reads nothing for this long is dropped; the guest must not hang on it.
 _CLIENT_TIMEOUT_S = 2.0
+_IN_USE = b"tetrarch: the console has a client already\r\n"
 
 
 class FileConsole:
     """Writes the output to a file, which is emptied first. Nothing is typed."""
+
+    guest_terminal = "none"
 
     def __init__(self, path: Path) -> None:
         try:
@@ -48,7 +51,10 @@ class FileConsole:
 
 
 class SocketConsole:
-    """Listens on a Unix socket. A client gets what it missed, then what comes."""
+    """Listens on a Unix socket. A client gets what it missed, then what comes.
+
+    There is one at a time; another is told so and hung up on.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -101,15 +107,23 @@ class SocketConsole:
                 return
             client.settimeout(_CLIENT_TIMEOUT_S)
             with self._lock:
-                if self._closed:
-                    _hang_up(client)
-                    return
-                self._client = client
-                self._send(client, bytes(self._backlog[-_BACKLOG_BYTES_MAX:]))
-            self._read(client, receive)
-            with self._lock:
-                self._client = None
-            _hang_up(client)
+                taken = self._closed or self._client is not None
+                if not taken:
+                    self._client = client
+                    self._send(client, bytes(self._backlog[-_BACKLOG_BYTES_MAX:]))
+            if taken:
+                self._send(client, _IN_USE)
+                _hang_up(client)
+                continue
+            threading.Thread(
+                target=self._attend, args=(client, receive), name="console-client", daemon=True
+            ).start()
+
+    def _attend(self, client: socket.socket, receive: Receive) -> None:
+        self._read(client, receive)
+        with self._lock:
+            self._client = None
+        _hang_up(client)
 
     def _read(self, client: socket.socket, receive: Receive) -> None:
         while True:

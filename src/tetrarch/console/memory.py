@@ -25,6 +25,8 @@ class MemoryConsole:
     Bytes that are not UTF-8 show as U+FFFD in the text that comes back.
     """
 
+    guest_terminal = "none"
+
     def __init__(self) -> None:
         # _changed guards all below it.
         self._changed = threading.Condition()

@@ -31,6 +31,14 @@ class StdioConsole:
     def interactive(self) -> bool:
         return self._terminal is not None
 
+    @property
+    def guest_terminal(self) -> str:
+        if self._terminal is None:
+            return "none"
+        size = os.get_terminal_size(self._in)
+        # A terminal that does not know its size says 0.
+        return f"{size.lines or 24}x{size.columns or 80}"
+
     def start(self, receive: Receive, leave: Leave) -> None:
         if self._terminal is not None:
             self._terminal.enter()

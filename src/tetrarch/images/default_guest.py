@@ -24,7 +24,7 @@ from tetrarch.images.modules import (
 DEFAULT_APPEND = "console=ttyS0 quiet"
 """The kernel's command line when the user gives none."""
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"

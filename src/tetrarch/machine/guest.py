@@ -11,6 +11,7 @@ from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import EngineVm
 
 if TYPE_CHECKING:
+    from tetrarch.console import ConsoleBackend
     from tetrarch.images import Reporter
 
 __all__ = ["check_files", "load_guest", "resolve_guest"]
@@ -41,14 +42,18 @@ def resolve_guest(config: MachineConfig, reporter: Reporter | None = None) -> Ma
     return config.model_copy(update=files)
 
 
-def load_guest(vm: EngineVm, config: MachineConfig) -> None:
+def load_guest(vm: EngineVm, config: MachineConfig, console: ConsoleBackend) -> None:
     """Puts a resolved guest into memory and its entry into the first vCPU's registers.
 
     Raises BootError for files that cannot be booted.
     """
     if config.kernel is None:
         raise ValueError("the guest has not been resolved")
-    append = DEFAULT_APPEND if config.append is None else config.append
+    append = config.append
+    if append is None:
+        append = DEFAULT_APPEND
+        if terminal := getattr(console, "guest_terminal", ""):
+            append += f" tetrarch.tty={terminal}"  # for images/guest/profile
     append = " ".join(filter(None, (append, config.append_extra)))
     rsdp, tables = build_acpi(config.cpus)
     for address, data in tables:

@@ -287,7 +287,7 @@ class Machine:
         self._life.require(what, Phase.MADE)
         if not self._loaded:
             self.config = resolve_guest(self.config)
-            load_guest(self._vm, self.config)
+            load_guest(self._vm, self.config, self._backend)
             if self._platform.start is not None:
                 vcpu = self._vm.vcpu(0)
                 vcpu.set_regs(self._platform.start(self._vm, vcpu.regs()))
