@@ -311,6 +311,30 @@ fn access_in_flight_finishes_on_a_device_that_is_detached() {
     assert_eq!(bus.port_in(0x90, 1).unwrap().value, 0x20);
 }
 
+#[test]
+fn device_whose_region_is_refused_is_dropped_under_no_lock() {
+    struct Last(Arc<Bus>);
+    impl Device for Last {
+        fn read(&self, _: u64, _: u8) -> Result<u64, DeviceError> {
+            Ok(0)
+        }
+        fn write(&self, _: u64, _: u8, _: u64) -> Result<(), DeviceError> {
+            Ok(())
+        }
+    }
+    impl Drop for Last {
+        fn drop(&mut self) {
+            // Would hang if a lock of the bus were held.
+            self.0.attach_ports(0x90, 1, Sizes::ALL, "late", Tagged::new(2)).expect("free");
+        }
+    }
+    let bus = Arc::new(Bus::new());
+    bus.attach_ports(0x80, 1, Sizes::ALL, "first", Tagged::new(1)).unwrap();
+    let last = Arc::new(Last(Arc::clone(&bus)));
+    assert!(bus.attach_ports(0x80, 1, Sizes::ALL, "last", last).is_err());
+    assert_eq!(bus.port_in(0x90, 1).unwrap().value, 0x20);
+}
+
 /// Whatever is placed, moved and detached, each access has the owner that the
 /// rule at [`Bus`] names, said here without a table.
 #[test]

@@ -147,10 +147,12 @@ impl Space {
         if !Sizes::EACH.iter().any(|&size| sizes.has(size) && span.starts(size).is_some()) {
             return Err(AttachError::Sizes { space: self.name, base, length, sizes });
         }
+        let owner = owner.to_owned();
+        // Before the lock, so that a device which is refused is dropped after it.
+        let mut record = Record { id: 0, base, length, sizes, owner, device, mapped: true };
         let mut records = self.records.lock();
         let id = records.next;
-        let owner = owner.to_owned();
-        let record = Record { id, base, length, sizes, owner, device, mapped: true };
+        record.id = id;
         if let Some(taken) = records.records.iter().find(|r| r.mapped && r.conflicts(&record)) {
             return Err(AttachError::Overlap {
                 space: self.name,
