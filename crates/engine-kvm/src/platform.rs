@@ -6,6 +6,7 @@
 //! option is off in some distributions. Ports need nothing: an exit for a port
 //! leaves the registers where they can be read and set.
 
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
@@ -27,8 +28,14 @@ vmm_sys_util::ioctl_iow_nr!(KVM_XEN_HVM_CONFIG, KVMIO, 0x7a, kvm_xen_hvm_config)
 const BACKDOOR_PORTS: [u16; 2] = [0x5658, 0x5659];
 const BACKDOOR_PARAMETER: &str = "/sys/module/kvm/parameters/enable_vmware_backdoor";
 
+/// The kernel intercepts hypercalls only where Xen's MSR for the hypercall page
+/// has an index (arch/x86/kvm/xen.c, kvm_xen_hvm_config), of 0x40000000 to
+/// 0x4FFFFFFF. This one is nobody's, and filtered, so that it is as absent as
+/// any other.
+const XEN_PAGE_MSR: u32 = 0x4FFF_FFFF;
+
 /// MSRs that no filter reaches (api.rst, 4.97).
-const X2APIC: std::ops::RangeInclusive<u32> = 0x800..=0x8FF;
+const X2APIC: RangeInclusive<u32> = 0x800..=0x8FF;
 const MSRS_PER_RANGE: u32 = KVM_MSR_FILTER_MAX_BITMAP_SIZE * 8;
 
 fn lacks(what: &str, mend: &str) -> EngineError {
@@ -43,13 +50,12 @@ pub fn prepare(kvm: &Kvm, fd: &VmFd, platform: &Platform) -> Result<(), EngineEr
         ));
     }
     check_ports(platform, std::fs::read_to_string(BACKDOOR_PARAMETER).ok().as_deref())?;
+    let mut msrs = platform.msrs.clone();
     if platform.hypercalls != Hypercalls::None {
         intercept_hypercalls(kvm, fd)?;
+        msrs.push(XEN_PAGE_MSR..=XEN_PAGE_MSR);
     }
-    if !platform.msrs.is_empty() {
-        filter_msrs(kvm, fd, platform)?;
-    }
-    Ok(())
+    if msrs.is_empty() { Ok(()) } else { filter_msrs(kvm, fd, &msrs) }
 }
 
 /// To be called with the vCPU's CPUID set.
@@ -91,8 +97,11 @@ fn intercept_hypercalls(kvm: &Kvm, fd: &VmFd) -> Result<(), EngineError> {
             "boot a kernel that has it",
         ));
     }
-    let config =
-        kvm_xen_hvm_config { flags: KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL, ..Default::default() };
+    let config = kvm_xen_hvm_config {
+        flags: KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL,
+        msr: XEN_PAGE_MSR,
+        ..Default::default()
+    };
     // SAFETY: the kernel reads the structure, which lives through the call.
     let done = unsafe { libc::ioctl(fd.as_raw_fd(), KVM_XEN_HVM_CONFIG(), &raw const config) };
     if done < 0 {
@@ -101,14 +110,14 @@ fn intercept_hypercalls(kvm: &Kvm, fd: &VmFd) -> Result<(), EngineError> {
     Ok(())
 }
 
-fn filter_msrs(kvm: &Kvm, fd: &VmFd, platform: &Platform) -> Result<(), EngineError> {
+fn filter_msrs(kvm: &Kvm, fd: &VmFd, msrs: &[RangeInclusive<u32>]) -> Result<(), EngineError> {
     if !kvm.check_extension(Cap::X86UserSpaceMsr) || !kvm.check_extension(Cap::X86MsrFilter) {
         return Err(lacks(
             "KVM on this host keeps MSRs to itself",
             "boot a kernel of Linux 5.10 or later",
         ));
     }
-    if let Some(range) = platform.msrs.iter().find(|range| overlaps(range, &X2APIC)) {
+    if let Some(range) = msrs.iter().find(|range| overlaps(range, &X2APIC)) {
         return Err(EngineError::Unavailable(format!(
             "KVM does not hand over the x2APIC's MSRs, of which {:#x}-{:#x} are some; \
              use --engine bt",
@@ -118,7 +127,7 @@ fn filter_msrs(kvm: &Kvm, fd: &VmFd, platform: &Platform) -> Result<(), EngineEr
     }
     let zeros = [0; KVM_MSR_FILTER_MAX_BITMAP_SIZE as usize];
     let mut ranges = Vec::new();
-    for range in &platform.msrs {
+    for range in msrs {
         let (mut base, mut left) = (*range.start(), u64::from(range.end() - range.start()) + 1);
         while left > 0 {
             let msr_count = left.min(u64::from(MSRS_PER_RANGE)) as u32;
@@ -142,7 +151,7 @@ fn filter_msrs(kvm: &Kvm, fd: &VmFd, platform: &Platform) -> Result<(), EngineEr
         .map_err(|error| refused("filter MSRs", error))
 }
 
-fn overlaps(a: &std::ops::RangeInclusive<u32>, b: &std::ops::RangeInclusive<u32>) -> bool {
+fn overlaps(a: &RangeInclusive<u32>, b: &RangeInclusive<u32>) -> bool {
     a.start() <= b.end() && b.start() <= a.end()
 }
 
@@ -151,7 +160,7 @@ mod tests {
     use super::*;
     use tetrarch_engine::RegisterPorts;
 
-    fn ports(ports: std::ops::RangeInclusive<u16>, any_privilege: bool) -> Platform {
+    fn ports(ports: RangeInclusive<u16>, any_privilege: bool) -> Platform {
         Platform { ports: vec![RegisterPorts { ports, any_privilege }], ..Platform::default() }
     }
 
