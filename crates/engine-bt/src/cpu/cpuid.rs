@@ -66,8 +66,11 @@ mod bits {
     pub const AVX2: u32 = 1 << 5;
     pub const FSGSBASE: u32 = 1 << 0;
     pub const SMEP: u32 = 1 << 7;
-    /// BMI1 AVX2 BMI2 ERMS RDSEED ADX CLFLUSHOPT CLWB SHA.
-    pub const L7_EBX: u32 = set(&[3, 5, 8, 9, 18, 19, 23, 24, 29]);
+    /// The selectors of the last x87 instruction are zero.
+    pub const NO_FCS_FDS: u32 = 1 << 13;
+    /// BMI1 AVX2 BMI2 ERMS RDSEED ADX CLFLUSHOPT CLWB SHA; FDP changes with
+    /// exceptions only.
+    pub const L7_EBX: u32 = set(&[3, 5, 6, 8, 9, 18, 19, 23, 24, 29]);
     pub const UMIP: u32 = 1 << 2;
     /// GFNI VAES VPCLMULQDQ RDPID.
     pub const L7_ECX: u32 = set(&[8, 9, 10, 22]);
@@ -190,7 +193,7 @@ impl CpuidTable {
             l7[2] &= !(bits::VAES | bits::VPCLMULQDQ);
         }
         ecx |= bits::HYPERVISOR | bits::X2APIC | bits::TSC_DEADLINE;
-        l7[1] |= bits::FSGSBASE | bits::SMEP;
+        l7[1] |= bits::FSGSBASE | bits::SMEP | bits::NO_FCS_FDS;
         l7[2] |= bits::UMIP;
         let mut edx = host1[3] & bits::L1_EDX | bits::APIC;
         if vcpus > 1 {
@@ -541,7 +544,7 @@ mod tests {
         let t = table(1);
         let software = bits::HYPERVISOR | bits::X2APIC | bits::TSC_DEADLINE;
         assert_eq!(t.l1[2] & !host(1, 0)[2] & !software, 0);
-        let software = bits::FSGSBASE | bits::SMEP;
+        let software = bits::FSGSBASE | bits::SMEP | bits::NO_FCS_FDS;
         assert_eq!(t.l7[1] & !host(7, 0)[1] & !software, 0);
         assert_eq!(t.l7[2] & !host(7, 0)[2] & !bits::UMIP, 0);
     }

@@ -9,9 +9,8 @@
 //! [`CpuState::mxcsr`]. XMM and YMM registers are in [`CpuState::vec`] whenever
 //! Rust code runs.
 //!
-//! An image never shows where an x87 instruction ran: on this engine that is a
-//! host address. FOP, FIP and FDP read as zero, as on CPUs that save them only
-//! with a pending exception (AMD APM 2, 11.4.4.3).
+//! FOP, FIP and FDP of an image are the guest's; [`crate::cpu::x87_pointers`] says
+//! how.
 
 use std::arch::asm;
 use std::sync::OnceLock;
@@ -20,6 +19,7 @@ use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind};
 use tetrarch_engine::cpuid::{self, host_is_intel};
 
 use crate::cpu::state::{CpuState, FxImage, Ymm};
+use crate::cpu::x87_pointers::{self, Pointers};
 
 /// MXCSR after reset: all exceptions masked (Intel SDM 1, 10.2.3).
 pub const MXCSR_INIT: u32 = 0x1F80;
@@ -33,7 +33,7 @@ pub const FX_MXCSR_MASK: usize = 28;
 pub const FX_ST: usize = 32;
 pub const FX_XMM: usize = 160;
 /// FOP, FIP with its selector, FDP with its selector.
-const FX_POINTERS: std::ops::Range<usize> = 6..24;
+pub const FX_POINTERS: std::ops::Range<usize> = 6..24;
 
 /// Parts of an XSAVE image (Intel SDM 1, 13.4). With x87, SSE and AVX alone the
 /// compacted format has the same offsets as the standard one.
@@ -157,6 +157,7 @@ pub fn load(st: &mut CpuState) {
         asm!("stmxcsr [{}]", in(reg) &raw mut st.host_mxcsr, options(nostack));
     }
     st.host_fcw = u32::from(fcw);
+    st.last_thunk = Default::default();
     fxrstor(&mut st.fx);
     st.fpu_loaded = 1;
 }
@@ -180,12 +181,14 @@ pub fn with_loaded<T>(st: &mut CpuState, f: impl FnOnce(&mut CpuState) -> T) -> 
     load(st);
     let result = f(st);
     if !loaded && st.fpu_stays == 0 {
+        x87_pointers::settle_thunks(st);
         unload(st);
     }
     result
 }
 
-/// The x87 part of an FXSAVE image, without pointers; all else is zero.
+/// The x87 part of an FXSAVE image, with the pointers that are settled; all else
+/// is zero.
 pub fn x87(st: &CpuState) -> FxImage {
     let mut image = FxImage([0; 512]);
     if st.fpu_loaded != 0 {
@@ -193,7 +196,7 @@ pub fn x87(st: &CpuState) -> FxImage {
     } else {
         image.0 = st.fx.0;
     }
-    image.0[FX_POINTERS].fill(0);
+    image.0[FX_POINTERS].copy_from_slice(&st.fx.0[FX_POINTERS]);
     image.0[5] = 0;
     image.0[FX_MXCSR..FX_ST].fill(0);
     image.0[FX_XMM..].fill(0);
@@ -204,9 +207,11 @@ pub fn x87(st: &CpuState) -> FxImage {
 pub fn set_x87(st: &mut CpuState, image: &[u8]) {
     let mut new = FxImage([0; 512]);
     new.0[..FX_XMM].copy_from_slice(&image[..FX_XMM]);
-    new.0[FX_POINTERS].fill(0);
+    Pointers::of(&new).put(&mut new);
     if st.fpu_loaded != 0 {
         fxrstor(&mut new);
+        st.fx.0[FX_POINTERS].copy_from_slice(&new.0[FX_POINTERS]);
+        st.last_thunk = Default::default();
     } else {
         st.fx = new;
     }
@@ -217,9 +222,19 @@ pub fn init_x87(st: &mut CpuState) {
     set_x87(st, &initial_x87().0);
 }
 
+/// Whether an image has the x87 pointers: AMD saves those of a pending exception
+/// only (AMD APM 2, 11.4.4.3).
+pub fn saves_pointers(image: &FxImage) -> bool {
+    const ES: u8 = 0x80;
+    image.0[2] & ES != 0 || host_is_intel()
+}
+
 /// An FXSAVE image with the first `registers` XMM registers.
 pub fn fx_image(st: &CpuState, registers: usize) -> FxImage {
     let mut image = x87(st);
+    if !saves_pointers(&image) {
+        image.0[FX_POINTERS].fill(0);
+    }
     image.0[FX_MXCSR..FX_MXCSR + 4].copy_from_slice(&st.mxcsr.to_le_bytes());
     image.0[FX_MXCSR_MASK..FX_ST].copy_from_slice(&mxcsr_mask().to_le_bytes());
     for (slot, ymm) in image.0[FX_XMM..].chunks_exact_mut(16).zip(&st.vec).take(registers) {
@@ -248,7 +263,9 @@ pub fn set_half(ymm: &mut Ymm, which: usize, bytes: &[u8]) {
 pub fn in_use(st: &CpuState, x87: &FxImage, registers: usize) -> u64 {
     let vec = &st.vec[..registers];
     let mut used = 0;
-    if x87.0[..FX_XMM] != initial_x87().0[..FX_XMM] {
+    let differs = |range: std::ops::Range<usize>| x87.0[range.clone()] != initial_x87().0[range];
+    // Pointers alone make no use of it.
+    if differs(0..FX_POINTERS.start) || differs(FX_POINTERS.end..FX_XMM) {
         used |= component::X87;
     }
     if st.mxcsr != MXCSR_INIT || vec.iter().any(|ymm| ymm.0[..2] != [0; 2]) {

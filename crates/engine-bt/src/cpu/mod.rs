@@ -8,6 +8,7 @@ pub mod fpu;
 pub mod msr;
 pub mod state;
 pub mod state_block;
+pub mod x87_pointers;
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -20,6 +21,7 @@ use crate::cpu::cpuid::CpuidTable;
 use crate::cpu::fault::Fault;
 use crate::cpu::msr::MsrFile;
 use crate::cpu::state::{CpuState, attr, cr, flag, seg};
+use crate::cpu::x87_pointers::CodePlaces;
 use crate::interp::replay::Replay;
 use crate::irqchip::IrqChip;
 use crate::kvm::{self, Paravirtual};
@@ -131,6 +133,8 @@ pub struct Cpu {
     pub kvm: Paravirtual,
     pub replay: Replay,
     pub missed: Missed,
+    /// Where translated code belongs, if this machine translates.
+    pub places: Option<Arc<dyn CodePlaces>>,
     pub counts: Counts,
     /// The guest's TSC less that of the machine's clock.
     tsc_base: u64,
@@ -149,6 +153,7 @@ impl Cpu {
             kvm: Paravirtual::new(),
             replay: Replay::default(),
             missed: Missed::Nothing,
+            places: None,
             counts: Counts::default(),
             tsc_base: 0,
         };

@@ -7,6 +7,7 @@
 //! are the truth, while x87 and MXCSR stay in the host CPU between
 //! [`crate::cpu::fpu::load`] and [`crate::cpu::fpu::unload`].
 
+use crate::cpu::x87_pointers::LastThunk;
 use std::sync::atomic::AtomicU8;
 
 use tetrarch_engine::{Segment, SegmentTable};
@@ -206,6 +207,8 @@ pub struct CpuState {
     pub fx: FxImage,
     /// Where the native executor puts memory operands.
     pub bounce: [u64; 16],
+    /// See [`crate::cpu::x87_pointers`].
+    pub last_thunk: LastThunk,
 }
 
 impl CpuState {

@@ -16,6 +16,7 @@ use crate::cpu::fault::{Fault, Stop};
 use crate::cpu::fpu;
 use crate::cpu::msr;
 use crate::cpu::state::{reg, seg, shadow};
+use crate::cpu::x87_pointers::{self, CodePlaces};
 use crate::cpu::{Cpu, VmShared, mode};
 use crate::host::signals;
 use crate::host::timer::HostTimer;
@@ -93,7 +94,8 @@ impl BtVcpu {
         let no_memory =
             |error| Unusable::refused(&format!("no memory for vCPU {id}"), &error, "free some");
         let code = Arc::clone(&shared.code);
-        let cpu = Box::new(Cpu::new(id, shared).map_err(no_memory)?);
+        let mut cpu = Box::new(Cpu::new(id, shared).map_err(no_memory)?);
+        cpu.places = cache.clone().map(|cache| cache as Arc<dyn CodePlaces>);
         let bell = Arc::new(Bell::new(Arc::clone(&cpu.tlb.block)));
         let ring = Arc::clone(&bell);
         let listener = code.add_listener(Box::new(move || ring.ring()));
@@ -317,6 +319,7 @@ impl BtVcpu {
     fn rest(&mut self, timeout: Option<Duration>) {
         if timeout != Some(Duration::ZERO) {
             self.cpu.leave_guest();
+            x87_pointers::settle(&mut self.cpu);
             fpu::unload(&mut self.cpu.st);
             self.bell.sleep(timeout);
             self.cpu.return_to_guest();
@@ -444,6 +447,7 @@ impl Vcpu for BtVcpu {
             self.cpu.settle_eoi();
             self.cpu.leave_guest();
         }
+        x87_pointers::settle(&mut self.cpu);
         fpu::leave(&mut self.cpu.st);
         self.cpu.counts.run_tsc += rdtsc().wrapping_sub(start);
         result

@@ -13,6 +13,7 @@ use super::access::{self, Access, PlainMove};
 use crate::cpu::fault::{Fault, vector};
 use crate::cpu::state::{flag, reg};
 use crate::cpu::state_block::{INVALID_BRANCH_0, branch_index, exec_index};
+use crate::cpu::x87_pointers;
 use crate::cpu::{Cpu, Missed, mode};
 use crate::interp;
 use crate::memory::code_map;
@@ -268,6 +269,7 @@ impl Translator {
     fn clear_cache(&mut self, cpu: &mut Cpu) {
         cpu.counts.cache_flushes += 1;
         cpu.tlb.flush_exec();
+        x87_pointers::settle(cpu);
         let mut cache = self.cache.lock();
         for page in cache.clear() {
             cpu.vm.code.clear(page);

@@ -29,6 +29,7 @@ use crate::cpu::cpuid::Vendor;
 use crate::cpu::fault::{Fault, R, Stop, gp, ud, vector};
 use crate::cpu::fpu;
 use crate::cpu::state::{CpuState, cr, reg};
+use crate::cpu::x87_pointers;
 use crate::host::signals;
 
 pub use arena::{fault_exit, set_gs_base, thunk_range_contains};
@@ -94,6 +95,9 @@ struct Thunk {
     natural: u8,
     /// The register that stands in for RSP.
     stand_in: Option<u8>,
+    /// Changes FOP, FIP and FDP: what is neither a control instruction of x87 (Intel
+    /// SDM 1, 8.3.12) nor one of MMX.
+    x87_operation: bool,
     /// Stores nothing if it raises an unmasked x87 exception.
     x87_store: bool,
 }
@@ -265,6 +269,7 @@ impl Cache {
             aligned: Aligned::No,
             natural: 1,
             stand_in: None,
+            x87_operation: class == class::X87 && !x87_control(i),
             x87_store: false,
         };
         if has_memory(i) {
@@ -348,6 +353,21 @@ impl Cache {
         };
         Ok(thunk)
     }
+}
+
+fn x87_control(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Fninit
+            | M::Fnclex
+            | M::Fldcw
+            | M::Fnstcw
+            | M::Fnstsw
+            | M::Fnsetpm
+            | M::Fndisi
+            | M::Fneni
+    )
 }
 
 /// Whether the operands, and nothing but them, are what the instruction touches,
@@ -473,7 +493,7 @@ fn takes_misaligned(cpu: &Cpu, i: &Instruction) -> bool {
 fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
     check_mode(cpu, thunk.class)?;
     let (size, user) = (usize::from(thunk.size), cpu.user());
-    let mut linear = 0;
+    let (mut linear, mut offset) = (0, 0);
     if size != 0 {
         // A pending x87 exception comes before the operand is looked at.
         if thunk.class & (class::X87 | class::MMX) != 0
@@ -482,7 +502,7 @@ fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
         {
             run_registers(cpu, &Instruction::with(Code::Wait))?;
         }
-        let offset = operand::effective_address(cpu, i);
+        offset = operand::effective_address(cpu, i);
         linear = operand::linear(cpu, i.memory_segment(), offset, size, thunk.writes)?;
         let mut natural = usize::from(thunk.natural);
         if thunk.aligned != Aligned::No && linear & (size as u64 - 1) != 0 {
@@ -506,10 +526,17 @@ fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
     // A store to a device stops the instruction after its x87 side effects; they
     // must not happen twice.
     let ram = cpu.tlb.lookup(linear, user, true).is_some() && linear & 0xFFF <= 0x1000 - 10;
-    let undo = (thunk.x87_store && !ram).then(|| fpu::x87(&cpu.st));
+    let undo = (thunk.x87_store && !ram).then(|| {
+        x87_pointers::settle(cpu);
+        fpu::x87(&cpu.st)
+    });
     let stored = if fpu::touches_x87(i) {
         fpu::with_loaded(&mut cpu.st, |st| {
-            enter(st, thunk).map(|()| !(thunk.x87_store && store_suppressed()))
+            enter(st, thunk)?;
+            if thunk.x87_operation {
+                x87_pointers::ran_thunk(st, thunk.code, i.ip(), (size != 0).then_some(offset));
+            }
+            Ok(!(thunk.x87_store && store_suppressed()))
         })
     } else {
         enter(&mut cpu.st, thunk).map(|()| true)

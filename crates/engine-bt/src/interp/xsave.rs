@@ -12,7 +12,8 @@ use super::thunk::{check_mode, class, wait};
 use crate::cpu::Cpu;
 use crate::cpu::fault::{Fault, R, gp, ud, vector};
 use crate::cpu::fpu::{self, component};
-use crate::cpu::state::{cr, reg};
+use crate::cpu::state::{FxImage, cr, reg};
+use crate::cpu::x87_pointers::{self, Pointers};
 
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<()>> {
     Some(match i.mnemonic() {
@@ -86,7 +87,7 @@ fn fxsave(cpu: &mut Cpu, i: &Instruction) -> R<()> {
     let user = cpu.user();
     cpu.probe_write(linear, 512, user)?;
     let count = fast_registers(cpu);
-    let image = fpu::fx_image(&cpu.st, count);
+    let image = image(cpu, i, count);
     cpu.store_bytes(linear, &image.0[..fpu::FX_XMM + count * 16], user)
 }
 
@@ -97,6 +98,7 @@ fn fxrstor(cpu: &mut Cpu, i: &Instruction) -> R<()> {
     let mut image = [0; 512];
     cpu.load_bytes(linear, &mut image, user)?;
     let mxcsr = mxcsr_of(&image)?;
+    narrow_pointers(i, &mut image);
     let count = fast_registers(cpu);
     let st = &mut *cpu.st;
     fpu::set_x87(st, &image);
@@ -105,6 +107,34 @@ fn fxrstor(cpu: &mut Cpu, i: &Instruction) -> R<()> {
         fpu::set_half(ymm, 0, slot);
     }
     Ok(())
+}
+
+/// Without REX.W an image has 32 bits of FIP and FDP, and selectors, which are zero
+/// (Intel SDM 1, table 10-2).
+fn narrow_pointers(i: &Instruction, image: &mut [u8]) {
+    let wide = matches!(
+        i.mnemonic(),
+        Mnemonic::Fxsave64
+            | Mnemonic::Fxrstor64
+            | Mnemonic::Xsave64
+            | Mnemonic::Xsaveopt64
+            | Mnemonic::Xsavec64
+            | Mnemonic::Xrstor64
+    );
+    if !wide {
+        image[12..16].fill(0);
+        image[20..24].fill(0);
+    }
+}
+
+/// The image that FXSAVE and its kin store.
+fn image(cpu: &mut Cpu, i: &Instruction, registers: usize) -> FxImage {
+    if fpu::saves_pointers(&fpu::x87(&cpu.st)) {
+        x87_pointers::settle(cpu);
+    }
+    let mut image = fpu::fx_image(&cpu.st, registers);
+    narrow_pointers(i, &mut image.0);
+    image
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -137,7 +167,7 @@ fn xsave(cpu: &mut Cpu, i: &Instruction, form: Form) -> R<()> {
     let user = cpu.user();
     cpu.probe_write(linear, size, user)?;
     let count = registers(cpu);
-    let image = fpu::fx_image(&cpu.st, count).0;
+    let image = image(cpu, i, count).0;
     let used = fpu::in_use(&cpu.st, &fpu::x87(&cpu.st), count) & wanted;
     let written = if form == Form::Plain { wanted } else { used };
     let mut header = [0; 16];
@@ -201,6 +231,7 @@ fn xrstor(cpu: &mut Cpu, i: &Instruction) -> R<()> {
     if bad {
         return gp(0);
     }
+    narrow_pointers(i, &mut image);
     let loaded = wanted & present;
     if loaded & component::AVX != 0 {
         image_at(cpu, i, fpu::XSAVE_BYTES, 64, false)?;
@@ -261,8 +292,30 @@ fn env_size(i: &Instruction) -> usize {
     if short { ENV_16 } else { ENV_32 }
 }
 
-/// Control, status and tag word in the 32-bit format; pointers are zero, and the
-/// unused halves are ones, as the CPU stores them.
+/// The dwords or words of an environment that hold pointers: FIP, FCS or FOP, FDP,
+/// FDS (Intel SDM 1, figures 8-9 to 8-12).
+fn pack(cpu: &Cpu, env: usize, pointers: Pointers) -> [u32; 4] {
+    let Pointers { opcode, instruction, data } = pointers;
+    let (opcode, ip, dp) = (u32::from(opcode), instruction as u32, data as u32);
+    match (cpu.st.protected() && !cpu.st.vm86(), env == ENV_32) {
+        (true, true) => [ip, opcode << 16, dp, 0],
+        (true, false) => [ip, 0, dp, 0],
+        (false, _) => [ip & 0xFFFF, ip >> 16 << 12 | opcode, dp & 0xFFFF, dp >> 16 << 12],
+    }
+}
+
+fn unpack(cpu: &Cpu, env: usize, [ip, second, dp, fourth]: [u32; 4]) -> Pointers {
+    let (opcode, ip, dp) = match (cpu.st.protected() && !cpu.st.vm86(), env == ENV_32) {
+        (true, true) => (second >> 16, ip, dp),
+        (true, false) => (0, ip, dp),
+        (false, _) => (second, ip & 0xFFFF | second >> 12 << 16, dp & 0xFFFF | fourth >> 12 << 16),
+    };
+    let opcode = opcode as u16 & 0x7FF;
+    Pointers { opcode, instruction: u64::from(ip), data: u64::from(dp) }
+}
+
+/// Control, status and tag word in the 32-bit format, with pointers; the unused
+/// halves are ones, as the CPU stores them.
 #[repr(C, align(16))]
 struct Environment([u8; ENV_32 + STACK]);
 
@@ -277,6 +330,8 @@ fn store_x87(cpu: &mut Cpu, i: &Instruction, all: bool) -> R<()> {
     let linear = image_at(cpu, i, size, 1, true)?;
     let user = cpu.user();
     cpu.probe_write(linear, size, user)?;
+    x87_pointers::settle(cpu);
+    let pointers = pack(cpu, env, Pointers::of(&cpu.st.fx));
     let before = fpu::x87(&cpu.st);
     let mut image = Environment([0; ENV_32 + STACK]);
     fpu::with_loaded(&mut cpu.st, |_| {
@@ -294,10 +349,15 @@ fn store_x87(cpu: &mut Cpu, i: &Instruction, all: bool) -> R<()> {
     let mut bytes = [0; ENV_32 + STACK];
     if env == ENV_32 {
         bytes = image.0;
-        bytes[12..26].fill(0);
+        for (field, value) in bytes[12..26].chunks_mut(4).zip(pointers) {
+            field.copy_from_slice(&value.to_le_bytes()[..field.len()]);
+        }
     } else {
         for word in 0..3 {
             bytes[word * 2..word * 2 + 2].copy_from_slice(&image.0[word * 4..word * 4 + 2]);
+        }
+        for (field, value) in bytes[6..ENV_16].chunks_exact_mut(2).zip(pointers) {
+            field.copy_from_slice(&value.to_le_bytes()[..2]);
         }
         bytes[ENV_16..ENV_16 + STACK].copy_from_slice(&image.0[ENV_32..]);
     }
@@ -323,6 +383,11 @@ fn load_x87(cpu: &mut Cpu, i: &Instruction, all: bool) -> R<()> {
         let at = word * stride;
         image.0[word * 4..word * 4 + 2].copy_from_slice(&bytes[at..at + 2]);
     }
+    let field = |index: usize| {
+        let at = (3 + index) * stride;
+        bytes[at..at + stride].iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte))
+    };
+    let pointers = unpack(cpu, env, std::array::from_fn(field));
     if all {
         image.0[ENV_32..].copy_from_slice(&bytes[env..env + STACK]);
     }
@@ -339,5 +404,9 @@ fn load_x87(cpu: &mut Cpu, i: &Instruction, all: bool) -> R<()> {
             }
         }
     });
+    // The host's environment has none.
+    let mut now = fpu::x87(&cpu.st);
+    pointers.put(&mut now);
+    fpu::set_x87(&mut cpu.st, &now.0);
     Ok(())
 }

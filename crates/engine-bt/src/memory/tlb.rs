@@ -230,6 +230,23 @@ impl Tlb {
         (entry.page == linear & PAGE_MASK).then(|| (entry.host + (linear & 0xFFF)) as *mut u8)
     }
 
+    /// The linear address of a byte of RAM, by the low half of its host address: the
+    /// user's, if it is the user's too.
+    pub fn linear_of(&self, host: u32) -> Option<u64> {
+        let page = host & PAGE_MASK as u32;
+        [(true, true), (true, false), (false, true), (false, false)].iter().find_map(
+            |&(user, write)| {
+                let table = self.block.tlb(user, write);
+                let found = table.iter().enumerate().find(|(index, entry)| {
+                    entry.host as u32 == page
+                        && entry.page & !PAGE_MASK == 0
+                        && tlb_index(entry.page) == *index
+                });
+                found.map(|(_, entry)| entry.page | u64::from(host & 0xFFF))
+            },
+        )
+    }
+
     /// The physical address of `linear`, if its page is a device's.
     #[inline]
     pub fn device(&self, linear: u64, write: bool, user: bool) -> Option<GuestPhys> {

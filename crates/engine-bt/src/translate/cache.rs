@@ -12,9 +12,12 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::block::{Built, MapEntry, Site, What};
 use super::sites::{MAX_SITES, Sites};
 use super::stubs::{self, Fill, Stubs};
+use crate::cpu::x87_pointers::CodePlaces;
 use crate::host::code_memory::CodeMemory;
 use crate::host::signals;
 
@@ -288,6 +291,16 @@ impl CodeCache {
 
     pub fn used_bytes(&self) -> usize {
         self.next - self.first
+    }
+}
+
+impl CodePlaces for Mutex<CodeCache> {
+    fn rip_of(&self, host: u32) -> Option<u64> {
+        let cache = self.lock();
+        let base = cache.memory.run_address(0);
+        let address = base + u64::from(host.wrapping_sub(base as u32));
+        let (block, entry) = cache.instruction_at(address)?;
+        Some(block.rip.wrapping_add(u64::from(entry.rip)))
     }
 }
 
