@@ -252,6 +252,18 @@ class Vm:
         """Ends one ``hold``; the last one lets the machine run."""
     @property
     def held(self) -> bool: ...
+    def save_state(self) -> bytes:
+        """What the vCPUs share, as one section with name, version, length and CRC:
+        interrupt controllers, timers and the machine's clock, in a form that either
+        engine takes up. With it belong each vCPU's ``save_state`` and RAM, all taken
+        in one ``hold``.
+        """
+    def load_state(self, data: bytes) -> None:
+        """Takes up what ``save_state`` of a machine with as many vCPUs gave: before the
+        vCPUs' states, in one ``hold`` with them. EngineError where it is damaged, of
+        another version, or of a host whose TSC counts at another rate; then nothing
+        has changed.
+        """
     def request_stop(self) -> None:
         """Makes every running ``Vcpu.run`` return "stopped" soon. From any thread.
 
@@ -300,6 +312,12 @@ class Vcpu:
         """Sets the given ones of ``regs`` and leaves the others.
 
         Sets none where one does not exist or a value does not fit."""
+    def save_state(self) -> bytes:
+        """All of the vCPU but its memory, as one section: registers of every kind,
+        pending events, local APIC, and the guest's TSC at the moment of saving."""
+    def load_state(self, data: bytes) -> None:
+        """Takes up what ``save_state`` of a vCPU of the same number gave, on either
+        engine. EngineError where it cannot; the vCPU must not run then."""
     def dump(self) -> str:
         """Registers and the bytes at RIP as text, for a crash report."""
 

@@ -873,3 +873,86 @@ def test_device_lives_as_long_as_a_vcpu_that_may_call_it() -> None:
     survivor = kept()
     assert survivor is not None
     assert survivor.writes == [(0, 1, 0x5A)]
+
+
+# Saved state
+
+# sti ; hlt ; inc word [0x500] ; mov ax, [0x500] ; out 0x80, ax ; jmp to the hlt
+TICKS = b"\xfb\xf4\xff\x06\x00\x05\xa1\x00\x05\xe7\x80\xeb\xf5"
+# The same number as a program: a timer at 1 kHz, its interrupt at vector 0x20, whose
+# handler at 0x1100 only ends it.
+PROGRAM = bytes.fromhex("b011e620b020e621b004e621b001e621b0fee621b034e643b0a9e640b004e640") + TICKS
+HANDLER = b"\x50\xb0\x20\xe6\x20\x58\xcf"
+
+RESTORE = """
+import sys
+from tetrarch._native import Vm
+vm = Vm("bt", 1 << 20)
+seen = []
+class Port:
+    def write(self, offset, size, value):
+        seen.append(value)
+        if len(seen) == 5:
+            vm.request_stop()
+    def read(self, offset, size):
+        return 0
+port = vm.attach_ports(0x80, 2, Port())
+ram, chips, cpu = (bytes.fromhex(line) for line in sys.stdin.read().split())
+vm.hold()
+vm.write_memory(0, ram)
+vm.load_state(chips)
+vm.vcpu(0).load_state(cpu)
+clock = vm.clock_ns()
+vm.resume()
+assert vm.vcpu(0).run() == "stopped"
+print(clock, *seen)
+"""
+
+
+def test_saved_guest_goes_on_in_a_new_process(vm: Vm) -> None:
+    enough = threading.Event()
+
+    class Port(Log):
+        def write(self, offset: int, size: int, value: int) -> None:
+            super().write(offset, size, value)
+            if value >= 5:
+                enough.set()
+
+    port = Port()
+    vm.attach_ports(0x80, 2, port)
+    vm.write_memory(0x1100, HANDLER)
+    vm.write_memory(0x80, b"\x00\x11\x00\x00")
+    running = Running(load(vm, PROGRAM))
+    assert enough.wait(30)
+    vm.hold()
+    saved = (vm.read_memory(0, MIB), vm.save_state(), vm.vcpu(0).save_state())
+    last, clock = port.writes[-1][2], vm.clock_ns()
+    done = subprocess.run(
+        [sys.executable, "-c", RESTORE],
+        input="\n".join(part.hex() for part in saved),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    vm.request_stop()
+    assert running.join() == "stopped"
+    assert done.returncode == 0, done.stderr
+    # The count may have been made and not written when the machine was held.
+    assert [int(word) for word in done.stdout.split()] == [clock, *range(last + 1, last + 6)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_damaged_state_is_refused_by_name(vm: Vm, vcpu: Vcpu, which: int) -> None:
+    good = (vm.save_state(), vcpu.save_state())[which]
+    load_state = (vm.load_state, vcpu.load_state)[which]
+    name = ("vm", "vcpu")[which]
+    for bad, message in (
+        (good[:-1], "ends too early"),
+        (good[:-1] + bytes([good[-1] ^ 1]), "checksum"),
+        ((vm.save_state(), vcpu.save_state())[1 - which], f"section '{name}' was expected"),
+        (good.replace(name.encode() + b"\x01\x00", name.encode() + b"\x63\x00"), "version 99"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            load_state(bad)
+    load_state(good)

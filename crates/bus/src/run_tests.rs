@@ -3,7 +3,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
-use tetrarch_engine::{Clock, Counters, GuestFault, Kick, Registers, SystemRegisters, Trap};
+use tetrarch_engine::{
+    Clock, Counters, GuestFault, Kick, Registers, SystemRegisters, Trap, VcpuState,
+};
 
 use super::*;
 use crate::{
@@ -92,6 +94,12 @@ impl Vcpu for Scripted {
     }
     fn counters(&self) -> Counters {
         Vec::new()
+    }
+    fn save(&mut self) -> Result<VcpuState, EngineError> {
+        Err(EngineError::Refused("a script has no state".into()))
+    }
+    fn load(&mut self, _: &VcpuState) -> Result<(), EngineError> {
+        Err(EngineError::Refused("a script has no state".into()))
     }
 }
 

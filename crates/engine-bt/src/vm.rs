@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm};
+use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm, VmState};
 use tetrarch_memory::GuestMemory;
 
 use crate::cpu::VmShared;
@@ -165,12 +165,27 @@ impl Vm for BtVm {
         &self.shared.clock
     }
 
-    fn save_irqchip(&self) -> Vec<u8> {
-        self.shared.irqchip.save()
+    fn save(&self) -> Result<VmState, EngineError> {
+        let VmShared { clock, irqchip, kvm_time, tsc_hz, .. } = &*self.shared;
+        let (clock_ns, tsc) = (clock.now_ns(), clock.tsc());
+        Ok(VmState {
+            vcpus: self.vcpus,
+            clock_ns,
+            kvmclock_ns: kvm_time.clock_ns(clock_ns, tsc, *tsc_hz),
+            tsc_hz: *tsc_hz,
+            chipset: irqchip.chipset(),
+        })
     }
 
-    fn load_irqchip(&self, data: &[u8]) -> Result<(), EngineError> {
-        self.shared.irqchip.load(data).map_err(EngineError::Refused)
+    fn load(&self, state: &VmState) -> Result<(), EngineError> {
+        state.check(self.vcpus, self.shared.tsc_hz)?;
+        self.shared.irqchip.set_chipset(&state.chipset).map_err(|what| {
+            EngineError::Refused(format!("engine bt cannot take up these chips: {what}"))
+        })?;
+        let VmShared { clock, kvm_time, .. } = &*self.shared;
+        clock.set_ns(state.clock_ns);
+        kvm_time.set(state.kvmclock_ns, clock.tsc());
+        Ok(())
     }
 }
 

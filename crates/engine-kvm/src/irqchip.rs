@@ -3,16 +3,14 @@
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_clock_data,
-    kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irqchip, kvm_msi, kvm_pit_config,
-    kvm_pit_state2,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
+    kvm_irq_routing_irqchip, kvm_msi, kvm_pit_config,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::EngineError;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::state::{append, take};
 use crate::vm::refused;
 
 /// Pins of the I/O APIC.
@@ -22,9 +20,6 @@ const ISA_LINES: u32 = 16;
 /// The timer's interrupt, GSI 0, is on this pin, where the PICs' cascade would
 /// be; the MADT says so.
 const TIMER_PIN: u32 = 2;
-const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
-/// First word of a saved state.
-const VERSION: u32 = 1;
 
 /// A line above the I/O APIC's pins that stands for a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,54 +149,6 @@ pub fn unregister_ioevent(
         None => vm.unregister_ioevent(event, address, NoDatamatch),
     }
     .map_err(|error| refused("untie a write from an event", error))
-}
-
-/// PICs, I/O APIC, PIT and the clock of the guest.
-pub fn save(vm: &VmFd) -> Vec<u8> {
-    let mut data = Vec::new();
-    append(&mut data, &VERSION);
-    for chip_id in CHIPS {
-        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-        // These reads fail for a VM without interrupt controllers alone.
-        let _ = vm.get_irqchip(&mut chip);
-        append(&mut data, &chip);
-    }
-    append(&mut data, &vm.get_pit2().unwrap_or_default());
-    append(&mut data, &vm.get_clock().map_or(0, |clock| clock.clock));
-    data
-}
-
-pub fn load(vm: &VmFd, mut data: &[u8]) -> Result<(), EngineError> {
-    let malformed = || {
-        EngineError::Refused(
-            "this is no state of engine kvm's interrupt controllers, or one cut short".into(),
-        )
-    };
-    let version: u32 = take(&mut data).ok_or_else(malformed)?;
-    if version != VERSION {
-        return Err(EngineError::Refused(format!(
-            "the state of the interrupt controllers has version {version}, not {VERSION}"
-        )));
-    }
-    let mut chips = Vec::new();
-    for chip_id in CHIPS {
-        let chip: kvm_irqchip = take(&mut data).ok_or_else(malformed)?;
-        if chip.chip_id != chip_id {
-            return Err(malformed());
-        }
-        chips.push(chip);
-    }
-    let pit: kvm_pit_state2 = take(&mut data).ok_or_else(malformed)?;
-    let clock: u64 = take(&mut data).ok_or_else(malformed)?;
-    if !data.is_empty() {
-        return Err(malformed());
-    }
-    for chip in &chips {
-        vm.set_irqchip(chip).map_err(|error| refused("set interrupt controllers", error))?;
-    }
-    vm.set_pit2(&pit).map_err(|error| refused("set the interval timer", error))?;
-    vm.set_clock(&kvm_clock_data { clock, ..Default::default() })
-        .map_err(|error| refused("set the guest's clock", error))
 }
 
 #[cfg(test)]

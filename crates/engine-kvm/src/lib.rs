@@ -9,6 +9,7 @@
 //! into `kvm_run`, as a value) → one [`tetrarch_engine::Exit`] at a time.
 
 mod capabilities;
+mod chipset;
 mod cpuid;
 mod dirty;
 mod exit;
@@ -19,6 +20,7 @@ mod kick;
 mod msr;
 mod platform;
 mod probe;
+mod saved;
 mod slots;
 mod state;
 mod time;

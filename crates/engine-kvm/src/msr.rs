@@ -13,10 +13,16 @@ use tetrarch_engine::EngineError;
 
 pub mod index {
     pub const TSC: u32 = 0x10;
+    pub const OLD_WALL_CLOCK: u32 = 0x11;
+    pub const OLD_SYSTEM_TIME: u32 = 0x12;
+    pub const APIC_BASE: u32 = 0x1B;
     pub const ARCH_CAPABILITIES: u32 = 0x10A;
     pub const MISC_ENABLE: u32 = 0x1A0;
     pub const MTRR_DEFAULT_TYPE: u32 = 0x2FF;
     pub const TSC_DEADLINE: u32 = 0x6E0;
+    pub const EFER: u32 = 0xC000_0080;
+    pub const FS_BASE: u32 = 0xC000_0100;
+    pub const GS_BASE: u32 = 0xC000_0101;
 }
 
 /// IA32_MISC_ENABLE: fast strings.

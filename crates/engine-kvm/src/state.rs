@@ -135,57 +135,6 @@ pub fn kvm_system_registers(s: &SystemRegisters, old: &kvm_sregs) -> kvm_sregs {
 /// Always set on CPUs with an FPU of their own (Intel SDM 3A, 2.5).
 const CR0_ET: u64 = 1 << 4;
 
-/// The bytes of a structure of the kernel's interface, for a saved state.
-pub fn append<T: Copy>(out: &mut Vec<u8>, value: &T) {
-    let at = out.len();
-    out.resize(at + size_of::<T>(), 0);
-    // SAFETY: both ranges are `size_of::<T>()` bytes, and do not overlap.
-    unsafe {
-        std::ptr::copy_nonoverlapping(
-            (&raw const *value).cast::<u8>(),
-            out[at..].as_mut_ptr(),
-            size_of::<T>(),
-        );
-    }
-}
-
-/// Structures of the kernel's interface: plain numbers, for which every bit
-/// pattern is valid.
-///
-/// # Safety
-/// The type must be of that kind.
-pub unsafe trait Plain: Copy {}
-
-macro_rules! plain {
-    ($($name:ident),*) => {
-        // SAFETY: bindings of C structures made of integers and arrays of them.
-        $(unsafe impl Plain for kvm_bindings::$name {})*
-    };
-}
-
-plain!(
-    kvm_irqchip,
-    kvm_pit_state2,
-    kvm_lapic_state,
-    kvm_vcpu_events,
-    kvm_mp_state,
-    kvm_debugregs,
-    kvm_xcrs
-);
-
-// SAFETY: a plain number.
-unsafe impl Plain for u32 {}
-// SAFETY: a plain number.
-unsafe impl Plain for u64 {}
-
-/// Takes back what [`append`] wrote; `None` where the data ends too early.
-pub fn take<T: Plain>(data: &mut &[u8]) -> Option<T> {
-    let (bytes, rest) = data.split_at_checked(size_of::<T>())?;
-    *data = rest;
-    // SAFETY: as many bytes as the type has, valid in every pattern.
-    Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -206,16 +155,5 @@ mod tests {
             rflags: 0x246,
         };
         assert_eq!(registers(&kvm_registers(&there)), there);
-    }
-
-    #[test]
-    fn structures_survive_saving() {
-        let mut data = Vec::new();
-        append(&mut data, &0x1234_5678_u32);
-        append(&mut data, &u64::MAX);
-        let mut rest = &data[..];
-        assert_eq!(take::<u32>(&mut rest), Some(0x1234_5678));
-        assert_eq!(take::<u64>(&mut rest), Some(u64::MAX));
-        assert_eq!(take::<u32>(&mut rest), None);
     }
 }

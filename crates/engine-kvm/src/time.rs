@@ -34,6 +34,24 @@ impl KvmClock {
     pub fn new(vm: Weak<VmShared>) -> Self {
         Self { vm, stands: Mutex::new(None) }
     }
+
+    /// What kvmclock says: now, or where it stands.
+    pub fn read(&self, vm: &VmShared) -> Result<u64, EngineError> {
+        match *self.stands.lock() {
+            Some(clock) => Ok(clock),
+            None => Ok(vm.fd.get_clock().map_err(|e| refused("read the guest's clock", e))?.clock),
+        }
+    }
+
+    pub fn set(&self, vm: &VmShared, clock: u64) -> Result<(), EngineError> {
+        let mut stands = self.stands.lock();
+        if stands.is_some() {
+            *stands = Some(clock);
+        }
+        vm.fd
+            .set_clock(&kvm_clock_data { clock, ..Default::default() })
+            .map_err(|error| refused("set the guest's clock", error))
+    }
 }
 
 impl ClockFollower for KvmClock {
@@ -74,6 +92,17 @@ fn attribute(offset: *mut u64) -> kvm_device_attr {
         group: KVM_VCPU_TSC_CTRL,
         attr: KVM_VCPU_TSC_OFFSET.into(),
         addr: offset as u64,
+    }
+}
+
+/// Lets the guest's TSC be `value` now.
+pub fn set_tsc(vcpu: &VcpuFd, value: u64) {
+    let moved = tsc_offset(vcpu).is_some_and(|offset| {
+        let now = msr::get(vcpu, msr::index::TSC);
+        now.is_some_and(|now| set_tsc_offset(vcpu, offset.wrapping_add(value.wrapping_sub(now))))
+    });
+    if !moved {
+        msr::set(vcpu, msr::index::TSC, value);
     }
 }
 

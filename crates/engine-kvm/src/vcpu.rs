@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
-    KVM_MP_STATE_UNINITIALIZED, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_UNINITIALIZED, kvm_mp_state, kvm_regs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use tetrarch_engine::{
-    Counters, EngineError, Exit, GuestFault, Hypercalls, Kick, Registers, Reply, SystemRegisters,
-    Vcpu,
+    Counters, EngineError, Exit, GuestFault, Hypercalls, Kick, Registers, Reply, RunState,
+    SystemRegisters, Vcpu, VcpuState,
 };
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
@@ -23,12 +22,11 @@ use crate::halt::Progress;
 use crate::kick::Kicker;
 use crate::msr;
 use crate::platform;
-use crate::state::{self, append, take};
+use crate::saved;
+use crate::state;
 use crate::time;
 use crate::vm::{VmShared, refused};
 
-/// First word of a saved state.
-const VERSION: u32 = 1;
 /// KVM_ENOSYS (linux/kvm_para.h): the hypercall is unknown.
 const UNKNOWN_HYPERCALL: u64 = (-1000_i64) as u64;
 /// Shorter pauses are no reason to tell the guest that it stood still.
@@ -130,6 +128,9 @@ impl KvmVcpu {
         fd.set_cpuid2(&table).map_err(|error| refused("set what the CPU says it is", error))?;
         platform::prepare_vcpu(&fd, &vm.platform);
         vm.msrs.initialise(&fd);
+        if let Ok(khz) = fd.get_tsc_khz() {
+            let _ = vm.tsc_hz.set(u64::from(khz) * 1000);
+        }
         if id == 0 {
             set_virtual_wire(&fd)?;
         }
@@ -156,88 +157,6 @@ impl KvmVcpu {
             start: (Instant::now(), rdtsc()),
         };
         Ok(Self { inner: RefCell::new(inner) })
-    }
-
-    /// What the contract's registers leave out: local APIC, pending events,
-    /// whether it runs, debug registers, XCR0, MSRs.
-    pub fn save(&self) -> Result<Vec<u8>, EngineError> {
-        let mut inner = self.inner.borrow_mut();
-        inner.settle();
-        let fd = &inner.fd;
-        let failed = |error| refused("read the state of a vCPU", error);
-        let mut data = Vec::new();
-        append(&mut data, &VERSION);
-        append(&mut data, &fd.get_lapic().map_err(failed)?);
-        let events = if inner.vm.events {
-            fd.get_vcpu_events().map_err(failed)?
-        } else {
-            kvm_vcpu_events::default()
-        };
-        append(&mut data, &events);
-        append(&mut data, &fd.get_mp_state().map_err(failed)?);
-        let debug = if inner.vm.debugregs {
-            fd.get_debug_regs().map_err(failed)?
-        } else {
-            kvm_debugregs::default()
-        };
-        append(&mut data, &debug);
-        let xcrs = if inner.vm.xcrs { fd.get_xcrs().map_err(failed)? } else { kvm_xcrs::default() };
-        append(&mut data, &xcrs);
-        let msrs = inner.vm.msrs.read_all(fd);
-        append(&mut data, &(msrs.len() as u32));
-        for (index, value) in msrs {
-            append(&mut data, &index);
-            append(&mut data, &value);
-        }
-        Ok(data)
-    }
-
-    /// Takes back what [`KvmVcpu::save`] gave; to be done before the registers.
-    pub fn load(&mut self, mut data: &[u8]) -> Result<(), EngineError> {
-        let inner = self.inner.get_mut();
-        inner.settle();
-        let malformed = || {
-            EngineError::Refused(
-                "this is no state of a vCPU of engine kvm, or one cut short".into(),
-            )
-        };
-        let version: u32 = take(&mut data).ok_or_else(malformed)?;
-        if version != VERSION {
-            return Err(EngineError::Refused(format!(
-                "the state of a vCPU has version {version}, not {VERSION}"
-            )));
-        }
-        let lapic: kvm_lapic_state = take(&mut data).ok_or_else(malformed)?;
-        let events: kvm_vcpu_events = take(&mut data).ok_or_else(malformed)?;
-        let mp_state: kvm_mp_state = take(&mut data).ok_or_else(malformed)?;
-        let debug: kvm_debugregs = take(&mut data).ok_or_else(malformed)?;
-        let xcrs: kvm_xcrs = take(&mut data).ok_or_else(malformed)?;
-        let count: u32 = take(&mut data).ok_or_else(malformed)?;
-        let mut msrs = Vec::new();
-        for _ in 0..count {
-            let index: u32 = take(&mut data).ok_or_else(malformed)?;
-            let value: u64 = take(&mut data).ok_or_else(malformed)?;
-            msrs.push((index, value));
-        }
-        if !data.is_empty() {
-            return Err(malformed());
-        }
-        let (fd, vm) = (&inner.fd, &inner.vm);
-        let failed = |error| refused("set the state of a vCPU", error);
-        fd.set_mp_state(mp_state).map_err(failed)?;
-        if vm.xcrs {
-            fd.set_xcrs(&xcrs).map_err(failed)?;
-        }
-        if vm.debugregs {
-            fd.set_debug_regs(&debug).map_err(failed)?;
-        }
-        // MSRs before the local APIC's state: IA32_APIC_BASE chooses its mode.
-        vm.msrs.set_all(fd, &msrs);
-        fd.set_lapic(&lapic).map_err(failed)?;
-        if vm.events {
-            fd.set_vcpu_events(&events).map_err(failed)?;
-        }
-        Ok(())
     }
 }
 
@@ -750,37 +669,16 @@ impl Vcpu for KvmVcpu {
     fn xsave(&self) -> Vec<u8> {
         let mut inner = self.inner.borrow_mut();
         inner.settle();
-        match inner.fd.get_xsave() {
-            Ok(image) => image.region.iter().flat_map(|word| word.to_le_bytes()).collect(),
-            Err(error) => {
-                inner.broken = Some(refused("read AVX state", error));
-                Vec::new()
-            }
-        }
+        saved::xsave(&inner.fd).unwrap_or_else(|error| {
+            inner.broken = Some(error);
+            Vec::new()
+        })
     }
 
     fn set_xsave(&mut self, image: &[u8]) -> Result<(), EngineError> {
         let inner = self.inner.get_mut();
         inner.settle();
-        let mut xsave = kvm_xsave::default();
-        // Legacy region and header (Intel SDM 1, 13.4) have to be there.
-        if image.len() < 576 || image.len() > size_of_val(&xsave.region) {
-            return Err(EngineError::Refused(format!(
-                "an XSAVE image has 576 to {} bytes, not {}",
-                size_of_val(&xsave.region),
-                image.len()
-            )));
-        }
-        for (word, bytes) in xsave.region.iter_mut().zip(image.chunks(4)) {
-            let mut four = [0; 4];
-            four[..bytes.len()].copy_from_slice(bytes);
-            *word = u32::from_le_bytes(four);
-        }
-        // SAFETY: the structure is whole; states larger than it are opted into by
-        // a call that this program does not make (arch_prctl, ARCH_REQ_XCOMP_*).
-        unsafe { inner.fd.set_xsave(&xsave) }.map_err(|error| {
-            EngineError::Refused(format!("KVM does not take the XSAVE image: {error}"))
-        })
+        saved::set_xsave(&inner.fd, image)
     }
 
     fn msr(&mut self, index: u32) -> Option<u64> {
@@ -816,5 +714,31 @@ impl Vcpu for KvmVcpu {
             ("kvm", "exits_dirty_ring_full", c.dirty_ring_full),
             ("time_ns", "kvm_run", ns as u64),
         ]
+    }
+
+    fn save(&mut self) -> Result<VcpuState, EngineError> {
+        let inner = self.inner.get_mut();
+        inner.settle();
+        if inner.ready.is_some() {
+            return Err(EngineError::Refused(
+                "the vCPU is in the middle of an instruction; hold the machine, then save".into(),
+            ));
+        }
+        let lag = inner.vm.clock.tsc_lag().wrapping_sub(inner.tsc_lag);
+        let mut state = saved::save(&inner.fd, &inner.vm, lag)?;
+        if inner.shut_down {
+            state.run = RunState::Shutdown;
+        }
+        Ok(state)
+    }
+
+    fn load(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        let inner = self.inner.get_mut();
+        inner.settle();
+        inner.forget_progress();
+        saved::load(&inner.fd, &inner.vm, inner.id, state)?;
+        inner.tsc_lag = inner.vm.clock.tsc_lag();
+        inner.shut_down = state.run == RunState::Shutdown;
+        Ok(())
     }
 }

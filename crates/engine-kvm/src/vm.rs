@@ -2,16 +2,17 @@
 
 use std::io::Error;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
-use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm};
+use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm, VmState};
 use tetrarch_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::chipset;
 use crate::cpuid::{self, Policy};
 use crate::dirty::{DirtyPages, DirtyTracking};
 use crate::halt::HaltWatch;
@@ -105,11 +106,13 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         xcrs: kvm.check_extension(Cap::Xcrs),
         debugregs: kvm.check_extension(Cap::Debugregs),
         events: kvm.check_extension(Cap::VcpuEvents),
+        tsc_hz: OnceLock::new(),
     });
-    shared.clock.set_follower(Arc::new(KvmClock::new(Arc::downgrade(&shared))));
+    let kvmclock = Arc::new(KvmClock::new(Arc::downgrade(&shared)));
+    shared.clock.set_follower(Arc::clone(&kvmclock) as _);
     let changes = MemoryChanges { vm: Arc::downgrade(&shared), slots };
     shared.memory.add_observer(Arc::new(changes));
-    Ok(Arc::new(KvmVm { shared, irqchip, config, created: Mutex::default() }))
+    Ok(Arc::new(KvmVm { shared, kvmclock, irqchip, config, created: Mutex::default() }))
 }
 
 fn check_vcpus(vcpus: u32, max: u32) -> Result<(), EngineError> {
@@ -159,9 +162,15 @@ pub struct VmShared {
     pub xcrs: bool,
     pub debugregs: bool,
     pub events: bool,
+    /// Ticks of a vCPU's TSC in a second; the first vCPU tells.
+    pub tsc_hz: OnceLock<u64>,
 }
 
 impl VmShared {
+    fn tsc_hz(&self) -> u64 {
+        self.tsc_hz.get().copied().unwrap_or(0)
+    }
+
     pub fn harvest_dirty(&self) -> Result<(), EngineError> {
         self.slots.harvest(self.fd.as_raw_fd())
     }
@@ -170,6 +179,7 @@ impl VmShared {
 /// A virtual machine of engine `kvm`.
 pub struct KvmVm {
     shared: Arc<VmShared>,
+    kvmclock: Arc<KvmClock>,
     irqchip: IrqChip,
     config: Config,
     created: Mutex<Vec<u32>>,
@@ -260,12 +270,23 @@ impl Vm for KvmVm {
         &self.shared.clock
     }
 
-    fn save_irqchip(&self) -> Vec<u8> {
-        irqchip::save(&self.shared.fd)
+    fn save(&self) -> Result<VmState, EngineError> {
+        let VmShared { fd, clock, .. } = &*self.shared;
+        let clock_ns = clock.now_ns();
+        Ok(VmState {
+            vcpus: self.config.vcpus,
+            clock_ns,
+            kvmclock_ns: self.kvmclock.read(&self.shared)?,
+            tsc_hz: self.shared.tsc_hz(),
+            chipset: chipset::save(fd, clock_ns)?,
+        })
     }
 
-    fn load_irqchip(&self, data: &[u8]) -> Result<(), EngineError> {
-        irqchip::load(&self.shared.fd, data)
+    fn load(&self, state: &VmState) -> Result<(), EngineError> {
+        state.check(self.config.vcpus, self.shared.tsc_hz())?;
+        chipset::load(&self.shared.fd, &state.chipset)?;
+        self.shared.clock.set_ns(state.clock_ns);
+        self.kvmclock.set(&self.shared, state.kvmclock_ns)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::IoEventAddress;
-use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu, Vm};
+use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu};
 use tetrarch_engine_kvm::{
     Config, DEVICE, DirtyTracking, IrqRoute, KvmVcpu, KvmVm, available, create_vm, probe,
 };
@@ -238,31 +238,6 @@ fn wrong_ring_size_is_refused() {
     let memory = Arc::new(GuestMemory::new(MIB).unwrap());
     let dirty = DirtyTracking::Ring { entries: 1000 };
     assert!(create_vm(memory, Config { dirty, ..config() }).is_err());
-}
-
-#[test]
-fn state_goes_from_one_machine_to_another() {
-    if !kvm_is_here() {
-        return;
-    }
-    // mov al, 0x34 ; out 0x43, al (PIT mode 2) ; out 0x80, al
-    let mut first = machine(config(), &[0xB0, 0x34, 0xE6, 0x43, 0xE6, 0x80]);
-    first.vcpu.run().unwrap();
-    assert!(first.vcpu.set_msr(0x174, 0x1234));
-    let (irqchip, vcpu) = (first.vm.save_irqchip(), first.vcpu.save().unwrap());
-    let mut second = machine(config(), &[]);
-    second.vm.load_irqchip(&irqchip).unwrap();
-    second.vcpu.load(&vcpu).unwrap();
-    assert_eq!(second.vcpu.msr(0x174), Some(0x1234));
-    // The chips' bytes, without the guest's clock, which goes on.
-    let again = second.vm.save_irqchip();
-    assert_eq!(again[..1500], irqchip[..1500]);
-    for cut in [0, 3, 100, irqchip.len() - 1] {
-        assert!(second.vm.load_irqchip(&irqchip[..cut]).is_err());
-    }
-    for cut in [0, 3, 100, vcpu.len() - 1] {
-        assert!(second.vcpu.load(&vcpu[..cut]).is_err());
-    }
 }
 
 #[test]

@@ -11,12 +11,20 @@ pub mod cpuid;
 mod exit;
 mod platform;
 mod registers;
+pub mod section;
+mod state;
 
 pub use chipset::{ENGINE_MMIO, ENGINE_PORTS, GSI_COUNT};
 pub use clock::{Clock, ClockFollower};
 pub use exit::{Exit, GuestFault, Reply, Trap};
 pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};
 pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};
+pub use section::SectionError;
+pub use state::{
+    ChipsetState, DebugRegisters, IoapicState, LAPIC_REGISTERS, LapicState, PendingEvents,
+    PendingException, PicState, PitChannelState, PitCounting, PitState, RunState, Saved, VcpuState,
+    VmState,
+};
 
 use std::sync::Arc;
 
@@ -28,6 +36,8 @@ pub enum EngineError {
     Refused(String),
     #[error("internal error of the engine: {0}")]
     Internal(String),
+    #[error(transparent)]
+    Section(#[from] SectionError),
     #[error(transparent)]
     Memory(#[from] tetrarch_memory::MemoryError),
 }
@@ -85,9 +95,12 @@ pub trait Vm: Send + Sync {
     fn msi(&self, address: u64, data: u32);
     /// The machine's clock.
     fn clock(&self) -> &Arc<Clock>;
-    /// The state of the interrupt controllers, in the engine's own format.
-    fn save_irqchip(&self) -> Vec<u8>;
-    fn load_irqchip(&self, data: &[u8]) -> Result<(), EngineError>;
+    /// What the vCPUs share: interrupt controllers and clock. Exact while no
+    /// vCPU runs and the clock stands.
+    fn save(&self) -> Result<VmState, EngineError>;
+    /// Takes up what an engine saved, of either kind; to be done before the
+    /// vCPUs' own states, while none runs. On an error nothing has changed.
+    fn load(&self, state: &VmState) -> Result<(), EngineError>;
 }
 
 /// One virtual CPU. It belongs to the thread that calls `run`.
@@ -113,4 +126,10 @@ pub trait Vcpu: Send {
     /// access checks, no accessed bits. Returns how many bytes could be read.
     fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize;
     fn counters(&self) -> Counters;
+
+    /// All of the vCPU, between two instructions; times are exact while the
+    /// machine's clock stands.
+    fn save(&mut self) -> Result<VcpuState, EngineError>;
+    /// Takes up what a vCPU of the same number was, on either engine.
+    fn load(&mut self, state: &VcpuState) -> Result<(), EngineError>;
 }

@@ -1,7 +1,9 @@
 //! Architectural register state as every engine exchanges it.
 
+use serde::{Deserialize, Serialize};
+
 /// General registers in encoding order: rax rcx rdx rbx rsp rbp rsi rdi r8-r15.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {
     pub gpr: [u64; 16],
     pub rip: u64,
@@ -12,7 +14,7 @@ pub struct Registers {
 ///
 /// `attributes` has the layout of a VMCS access-rights field (Intel SDM 3C,
 /// 25.4.1): type 0-3, S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15, unusable 16.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(C)]
 pub struct Segment {
     pub base: u64,
@@ -22,7 +24,7 @@ pub struct Segment {
 }
 
 /// GDTR or IDTR.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(C)]
 pub struct SegmentTable {
     pub base: u64,
@@ -30,7 +32,7 @@ pub struct SegmentTable {
 }
 
 /// Segments, descriptor tables and control registers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SystemRegisters {
     pub es: Segment,
     pub cs: Segment,

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use tetrarch_bus::{DeviceError, PlatformHandlers, RunError, StopReason};
-use tetrarch_engine::EngineError;
+use tetrarch_engine::{EngineError, Saved, VcpuState};
 use tetrarch_machine::{Machine, State, VcpuSlot, dump};
 
 use crate::error::Failure;
@@ -74,6 +75,16 @@ impl Vcpu {
 
     fn dump(&self, py: Python<'_>) -> Result<String, Failure> {
         self.with(py, dump)
+    }
+
+    fn save_state<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Failure> {
+        let state = self.with(py, |vcpu| vcpu.save())??;
+        Ok(PyBytes::new(py, &state.to_bytes().map_err(EngineError::from)?))
+    }
+
+    fn load_state(&self, py: Python<'_>, data: &[u8]) -> Result<(), Failure> {
+        let state = VcpuState::from_bytes(data).map_err(EngineError::from)?;
+        Ok(self.with(py, |vcpu| vcpu.load(&state))??)
     }
 
     fn __repr__(&self) -> String {

@@ -9,7 +9,7 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use tetrarch_bus::{AttachError, Bus, Device, Sizes};
-use tetrarch_engine::GSI_COUNT;
+use tetrarch_engine::{EngineError, GSI_COUNT, Saved, VmState};
 use tetrarch_machine::{Machine, Stats, collect};
 use tetrarch_memory::{GuestPhys, MemoryError};
 
@@ -234,6 +234,17 @@ impl Vm {
     #[getter]
     fn held(&self) -> bool {
         self.machine.control.is_held()
+    }
+
+    fn save_state<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Failure> {
+        let state = py.detach(|| self.machine.held(|| self.machine.engine.save()))??;
+        Ok(PyBytes::new(py, &state.to_bytes().map_err(EngineError::from)?))
+    }
+
+    fn load_state(&self, py: Python<'_>, data: &[u8]) -> Result<(), Failure> {
+        let state = VmState::from_bytes(data).map_err(EngineError::from)?;
+        py.detach(|| self.machine.held(|| self.machine.engine.load(&state)))??;
+        Ok(())
     }
 
     fn request_stop(&self) {

@@ -166,6 +166,40 @@ fn is_apic(number: u32) -> bool {
         || (index::X2APIC..index::X2APIC + 0x100).contains(&number)
 }
 
+/// The registers of a saved vCPU that have no place of their own in it, on
+/// either vendor's CPU and with every guest interface.
+pub fn saved() -> impl Iterator<Item = u32> {
+    const SINGLE: [u32; 22] = [
+        index::TSC_AUX,
+        index::STAR,
+        index::LSTAR,
+        index::CSTAR,
+        index::SFMASK,
+        index::KERNEL_GS_BASE,
+        index::SYSENTER_CS,
+        index::SYSENTER_ESP,
+        index::SYSENTER_EIP,
+        index::PAT,
+        index::MTRR_DEFAULT_TYPE,
+        index::MTRR_FIXED_64K,
+        index::MTRR_FIXED_16K,
+        index::MTRR_FIXED_16K + 1,
+        index::MCG_STATUS,
+        index::SPEC_CTRL,
+        index::MISC_ENABLE,
+        index::HWCR,
+        index::SYSCFG,
+        index::TOP_MEM,
+        index::TOP_MEM2,
+        index::LS_CFG,
+    ];
+    SINGLE
+        .into_iter()
+        .chain(index::MTRR_FIXED_4K..index::MTRR_FIXED_4K + 8)
+        .chain(index::MTRR_VARIABLE..index::MTRR_VARIABLE + 2 * VARIABLE_MTRRS as u32)
+        .chain(kvm::SAVED_MSRS)
+}
+
 /// RDMSR.
 pub fn read(cpu: &mut Cpu, number: u32) -> R<u64> {
     if is_apic(number) {

@@ -8,7 +8,7 @@ use iced_x86::Instruction;
 use parking_lot::Mutex;
 use tetrarch_engine::{
     Counters, EngineError, Exit, GuestFault, Kick, Registers, Reply, SystemRegisters, Trap,
-    Unusable, Vcpu,
+    Unusable, Vcpu, VcpuState,
 };
 
 use crate::cpu::exception;
@@ -26,6 +26,7 @@ use crate::irqchip;
 use crate::translate::cache::CodeCache;
 
 mod access;
+mod saved;
 mod translator;
 
 use access::Access;
@@ -590,6 +591,14 @@ impl Vcpu for BtVcpu {
             ("time_ns", "translated_code", ns(c.code_tsc)),
             ("time_ns", "engine", ns(c.run_tsc).saturating_sub(c.halted_ns)),
         ]
+    }
+
+    fn save(&mut self) -> Result<VcpuState, EngineError> {
+        self.saved()
+    }
+
+    fn load(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        self.take_up(state)
     }
 }
 

@@ -3,7 +3,8 @@
 //!
 //! A line's level is its logical assertion; the polarity bit is kept and has no effect.
 
-use super::codec::{Reader, Writer};
+use tetrarch_engine::IoapicState;
+
 use super::{Delivery, Message};
 
 pub(super) const PINS: usize = 24;
@@ -143,26 +144,19 @@ impl IoApic {
         self.service_level(pin, send);
     }
 
-    pub fn save(&self, w: &mut Writer) {
-        w.u8(self.select);
-        w.u8(self.id);
-        w.u32(self.lines);
-        for &entry in &self.entries {
-            w.u64(entry);
-        }
+    pub fn state(&self) -> IoapicState {
+        let Self { select, id, lines, entries } = *self;
+        IoapicState { select, id, lines, entries }
     }
 
-    pub fn load(r: &mut Reader) -> Result<Self, String> {
-        let mut new = Self {
-            select: r.u8()?,
-            id: r.u8_max(15, "ID")?,
-            lines: r.u32()? & ((1 << PINS) - 1),
-            ..Self::new()
-        };
-        for entry in &mut new.entries {
-            *entry = r.u64()? & (RTE_WRITABLE | RTE_REMOTE_IRR);
+    pub fn restored(state: &IoapicState) -> Self {
+        let writable = |entry| entry & (RTE_WRITABLE | RTE_REMOTE_IRR);
+        Self {
+            select: state.select,
+            id: state.id & 15,
+            lines: state.lines & ((1 << PINS) - 1),
+            entries: state.entries.map(writable),
         }
-        Ok(new)
     }
 }
 

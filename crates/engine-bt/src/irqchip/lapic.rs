@@ -4,7 +4,8 @@
 //! Fixed by choice: version 14h with six LVT entries (no CMCI, no EOI broadcast suppression),
 //! an APIC ID that is the vCPU's index and cannot be changed, and no trigger-level LINT pins.
 
-use super::codec::{Reader, Writer};
+use tetrarch_engine::{LAPIC_REGISTERS, LapicState};
+
 use super::timer::{Mode, Timer};
 use super::{Delivery, Event};
 use crate::memory::mmu::PHYS_MASK;
@@ -702,59 +703,95 @@ impl Lapic {
         self.lvt[LVT_LINT1] = 0x400;
     }
 
-    pub fn save(&self, w: &mut Writer) {
-        w.u64(self.base);
-        w.u8(self.tpr);
-        w.u8(self.ldr);
-        for value in [self.dfr, self.svr, self.esr, self.esr_next, self.icr_low, self.icr_high] {
-            w.u32(value);
-        }
-        let vectors = [&self.irr, &self.isr, &self.tmr];
-        for &word in self.lvt.iter().chain(vectors.into_iter().flat_map(|v| &v.0)) {
-            w.u32(word);
-        }
-        self.timer.save(w);
-        w.bool(self.nmi);
-        w.bool(self.init);
-        w.opt_u64(self.sipi.map(u64::from));
-        w.bool(self.wait_for_sipi);
-        w.bool(self.ext_int);
+    /// What waits beside interrupts: NMI, INIT, and the vector of a SIPI.
+    pub fn waiting(&self) -> (bool, bool, Option<u8>) {
+        (self.nmi, self.init, self.sipi)
     }
 
-    pub fn load(id: u32, tsc_hz: u64, r: &mut Reader) -> Result<Self, String> {
-        let mut new = Self::new(id, tsc_hz);
-        new.base = r.u64()?;
-        let x2apic_without_enable = new.base & (BASE_ENABLE | BASE_X2APIC) == BASE_X2APIC;
-        if new.base & BASE_RESERVED != 0 || x2apic_without_enable {
-            return Err(format!("APIC base {:#x} is invalid", new.base));
+    pub fn set_waiting(&mut self, (nmi, init, sipi): (bool, bool, Option<u8>)) {
+        (self.nmi, self.init, self.sipi) = (nmi, init, sipi);
+    }
+
+    pub fn set_waits_for_sipi(&mut self, waits: bool) {
+        self.wait_for_sipi = waits;
+    }
+
+    pub fn state(&self, now_ns: u64) -> LapicState {
+        let mut registers = vec![0; LAPIC_REGISTERS];
+        let mut set = |reg: u32, value| registers[reg as usize] = value;
+        set(reg::ID, self.id << 24);
+        set(reg::VERSION, VERSION);
+        set(reg::TPR, u32::from(self.tpr));
+        set(reg::PPR, u32::from(self.ppr()));
+        set(reg::LDR, if self.x2apic() { self.x2apic_ldr() } else { u32::from(self.ldr) << 24 });
+        set(reg::DFR, self.dfr);
+        set(reg::SVR, self.svr);
+        set(reg::ESR, self.esr);
+        set(reg::ICR, self.icr_low);
+        set(reg::ICR_HIGH, self.icr_high);
+        set(reg::TIMER_INITIAL, self.timer.initial());
+        set(reg::TIMER_CURRENT, self.timer.current(now_ns));
+        set(reg::TIMER_DIVIDE, self.timer.divide());
+        for (first, words) in
+            [(reg::ISR, &self.isr.0), (reg::TMR, &self.tmr.0), (reg::IRR, &self.irr.0)]
+        {
+            registers[first as usize..][..words.len()].copy_from_slice(words);
         }
-        new.tpr = r.u8()?;
-        new.ldr = r.u8()?;
-        new.dfr = r.u32()? | 0x0fff_ffff;
-        new.svr = r.u32()? & 0x3ff;
-        new.esr = r.u32()?;
-        new.esr_next = r.u32()?;
-        new.icr_low = r.u32()? & ICR_WRITABLE;
-        new.icr_high = r.u32()?;
-        for (entry, writable) in new.lvt.iter_mut().zip(LVT_WRITABLE) {
-            *entry = r.u32()? & writable;
+        registers[reg::LVT as usize..][..LVTS].copy_from_slice(&self.lvt);
+        LapicState {
+            base: self.base,
+            registers,
+            esr_pending: self.esr_next,
+            ext_int: self.ext_int,
+            tsc_deadline: self.timer.tsc_deadline(),
+            timer_left_ns: self.timer.left_ns(now_ns),
         }
-        for vectors in [&mut new.irr, &mut new.isr, &mut new.tmr] {
-            for word in &mut vectors.0 {
-                *word = r.u32()?;
-            }
+    }
+
+    /// An APIC with this state. What is waiting to happen is not part of it.
+    pub fn restored(
+        id: u32,
+        tsc_hz: u64,
+        state: &LapicState,
+        now: (u64, u64),
+    ) -> Result<Self, String> {
+        let base = state.base;
+        let x2apic_without_enable = base & (BASE_ENABLE | BASE_X2APIC) == BASE_X2APIC;
+        if base & BASE_RESERVED != 0 || x2apic_without_enable {
+            return Err(format!("APIC base {base:#x} is invalid"));
         }
-        new.timer = Timer::load(tsc_hz, Mode::from_lvt(new.lvt[LVT_TIMER]), r)?;
-        new.nmi = r.bool()?;
-        new.init = r.bool()?;
-        new.sipi = match r.opt_u64()? {
-            Some(v) => {
-                Some(u8::try_from(v).map_err(|_| format!("SIPI vector {v:#x} is too wide"))?)
-            }
-            None => None,
+        let Ok(registers) = <&[u32; LAPIC_REGISTERS]>::try_from(&state.registers[..]) else {
+            return Err(format!("{} APIC registers are not 64", state.registers.len()));
         };
-        new.wait_for_sipi = r.bool()?;
-        new.ext_int = r.bool()?;
-        Ok(new)
+        let get = |reg: u32| registers[reg as usize];
+        let vectors = |first: u32| Vectors(std::array::from_fn(|index| get(first + index as u32)));
+        let lvt: [u32; LVTS] =
+            std::array::from_fn(|index| get(reg::LVT + index as u32) & LVT_WRITABLE[index]);
+        let timer = Timer::restored(
+            tsc_hz,
+            Mode::from_lvt(lvt[LVT_TIMER]),
+            [get(reg::TIMER_INITIAL), get(reg::TIMER_DIVIDE), get(reg::TIMER_CURRENT)],
+            (state.tsc_deadline, state.timer_left_ns),
+            now,
+        );
+        Ok(Self {
+            base,
+            tpr: get(reg::TPR) as u8,
+            // In x2APIC mode the register follows from the ID.
+            ldr: if base & BASE_X2APIC == 0 { (get(reg::LDR) >> 24) as u8 } else { 0 },
+            dfr: get(reg::DFR) | 0x0fff_ffff,
+            svr: get(reg::SVR) & 0x3ff,
+            esr: get(reg::ESR),
+            esr_next: state.esr_pending,
+            icr_low: get(reg::ICR) & ICR_WRITABLE,
+            icr_high: get(reg::ICR_HIGH),
+            lvt,
+            irr: vectors(reg::IRR),
+            isr: vectors(reg::ISR),
+            tmr: vectors(reg::TMR),
+            timer,
+            ext_int: state.ext_int,
+            ..Self::new(id, tsc_hz)
+        })
     }
 }

@@ -11,7 +11,6 @@
 //! sender must know to find its targets are atomics, published before the lock they summarise is
 //! released.
 
-mod codec;
 mod ioapic;
 mod lapic;
 #[cfg(test)]
@@ -26,16 +25,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
+use tetrarch_engine::{ChipsetState, LapicState};
 
-use codec::{Reader, Writer};
 use ioapic::IoApic;
 pub use lapic::is_timed;
 use lapic::{Action, Icr, Lapic, Route};
 use pic::Pic;
 use pit::Pit;
-
-const MAGIC: &[u8; 4] = b"TIRQ";
-const FORMAT: u32 = 1;
 
 const MSR_APIC_BASE: u32 = 0x1b;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
@@ -278,26 +274,36 @@ impl Legacy {
         self.ioapic.set_line(gsi as usize, level, send);
     }
 
-    fn save(&self, w: &mut Writer) {
-        w.section(*b"PIC ", |w| self.pic.save(w));
-        w.section(*b"PIT ", |w| self.pit.save(w));
-        w.section(*b"IOAP", |w| self.ioapic.save(w));
-        w.section(*b"LINE", |w| {
-            w.u32(self.lines);
-            w.bool(self.timer_out);
-        });
+    fn state(&self) -> ChipsetState {
+        ChipsetState {
+            lines: self.lines,
+            pics: self.pic.state(),
+            ioapic: self.ioapic.state(),
+            pit: self.pit.state(),
+        }
     }
 
-    fn load(r: &mut Reader) -> Result<Self, String> {
-        let pic = r.section(*b"PIC ", Pic::load)?;
-        let pit = r.section(*b"PIT ", Pit::load)?;
-        let ioapic = r.section(*b"IOAP", IoApic::load)?;
-        let (lines, timer_out) = r.section(*b"LINE", |r| Ok((r.u32()?, r.bool()?)))?;
-        Ok(Self { pic, pit, ioapic, lines: lines & ((1 << ioapic::PINS) - 1), timer_out })
+    fn restored(state: &ChipsetState) -> Result<Self, String> {
+        let mut state = *state;
+        state.lines &= (1 << ioapic::PINS) - 1;
+        let pit = Pit::restored(&state.pit)?;
+        // The timer's line is as its output says. An engine that only pulses the
+        // line has it low, and no edge shall come of that.
+        let timer_out = pit.irq0();
+        let isa = timer_out || state.lines & 1 != 0;
+        let pin = isa || state.lines >> TIMER_PIN & 1 != 0;
+        state.pics[0].lines = state.pics[0].lines & !1 | u8::from(isa);
+        state.ioapic.lines = state.ioapic.lines & !(1 << TIMER_PIN) | u32::from(pin) << TIMER_PIN;
+        Ok(Self {
+            pic: Pic::restored(&state.pics),
+            pit,
+            ioapic: IoApic::restored(&state.ioapic),
+            lines: state.lines,
+            timer_out,
+        })
     }
 }
 
-/// Whether the port is one of the chip's.
 pub fn is_port(port: u16) -> bool {
     matches!(port, 0x20 | 0x21 | 0x40..=0x43 | 0x61 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1)
 }
@@ -808,56 +814,78 @@ impl IrqChip {
 
     // Snapshots.
 
-    /// All guest-visible state. Exact only while no vCPU runs. Times are of the machine clock.
-    pub fn save(&self) -> Vec<u8> {
-        let mut w = Writer::default();
-        w.bytes(MAGIC);
-        w.u32(FORMAT);
-        w.u32(self.cpus.len() as u32);
-        self.legacy.lock().save(&mut w);
-        for cpu in &self.cpus {
-            let lapic = cpu.lapic.lock();
-            w.section(*b"LAPC", |w| lapic.save(w));
-        }
-        w.finish()
+    /// What the machine has once. Exact only while no vCPU runs.
+    pub fn chipset(&self) -> ChipsetState {
+        self.legacy.lock().state()
     }
 
-    /// Takes over what [`IrqChip::save`] gave, from a machine with as many vCPUs. On an error
-    /// nothing has changed. Every vCPU is woken.
-    pub fn load(&self, data: &[u8]) -> Result<(), String> {
-        let mut r = Reader::new(data);
-        if r.bytes(MAGIC.len())? != MAGIC {
-            return Err("not the state of an interrupt chip".into());
-        }
-        let format = r.u32()?;
-        if format != FORMAT {
-            return Err(format!("format {format}, only {FORMAT} is known"));
-        }
-        let vcpus = r.u32()?;
-        if vcpus as usize != self.cpus.len() {
-            return Err(format!("{vcpus} vCPUs, the machine has {}", self.cpus.len()));
-        }
-        let legacy = Legacy::load(&mut r)?;
-        let lapics = (0..vcpus)
-            .map(|id| r.section(*b"LAPC", |r| Lapic::load(id, self.tsc_hz, r)))
-            .collect::<Result<Vec<_>, _>>()?;
-        r.end()?;
-
-        let mut wakes = WakeSet::default();
+    /// Takes over what [`IrqChip::chipset`] gave. On an error nothing has changed.
+    pub fn set_chipset(&self, state: &ChipsetState) -> Result<(), String> {
+        let legacy = Legacy::restored(state)?;
         let mut current = self.legacy.lock();
         *current = legacy;
-        for (index, (cpu, lapic)) in self.cpus.iter().zip(lapics).enumerate() {
-            let mut current = cpu.lapic.lock();
-            *current = lapic;
-            cpu.publish(&current);
-            wakes.add(index);
-        }
         // Not publish_legacy: INTR has not risen, it is as it was when saved.
         publish_bool(&self.intr, current.pic.output());
         let deadline = current.pit.next_deadline().unwrap_or(NEVER);
         publish_u64(&self.pit_deadline, deadline);
         drop(current);
-        wakes.wake(&*self.wake);
+        self.wake_all();
         Ok(())
+    }
+
+    fn wake_all(&self) {
+        for vcpu in 0..self.cpus.len() {
+            self.wake.wake(vcpu);
+        }
+    }
+
+    /// A vCPU's local APIC; `None` where there is no such vCPU.
+    pub fn lapic(&self, vcpu: usize, now_ns: u64) -> Option<LapicState> {
+        Some(self.cpus.get(vcpu)?.lapic.lock().state(now_ns))
+    }
+
+    /// Takes over what [`IrqChip::lapic`] gave, but for NMI, INIT and SIPI. `now`
+    /// is machine time and the guest's TSC. On an error nothing has changed.
+    pub fn set_lapic(
+        &self,
+        vcpu: usize,
+        state: &LapicState,
+        now: (u64, u64),
+    ) -> Result<(), String> {
+        let Some(cpu) = self.cpus.get(vcpu) else {
+            return Err(format!("there is no vCPU {vcpu}"));
+        };
+        let restored = Lapic::restored(vcpu as u32, self.tsc_hz, state, now)?;
+        let mut lapic = cpu.lapic.lock();
+        let (waiting, waits) = (lapic.waiting(), lapic.waits_for_sipi());
+        *lapic = restored;
+        lapic.set_waiting(waiting);
+        lapic.set_waits_for_sipi(waits);
+        cpu.publish(&lapic);
+        drop(lapic);
+        self.wake_all();
+        Ok(())
+    }
+
+    /// NMI, INIT and the vector of a SIPI that wait for the vCPU, and whether it
+    /// waits for a SIPI.
+    pub fn waiting(&self, vcpu: usize) -> (bool, bool, Option<u8>, bool) {
+        self.cpus.get(vcpu).map_or_else(Default::default, |cpu| {
+            let lapic = cpu.lapic.lock();
+            let (nmi, init, sipi) = lapic.waiting();
+            (nmi, init, sipi, lapic.waits_for_sipi())
+        })
+    }
+
+    pub fn set_waiting(
+        &self,
+        vcpu: usize,
+        (nmi, init, sipi, waits): (bool, bool, Option<u8>, bool),
+    ) {
+        self.with_lapic(vcpu, |lapic| {
+            lapic.set_waiting((nmi, init, sipi));
+            lapic.set_waits_for_sipi(waits);
+        });
+        self.wake_all();
     }
 }

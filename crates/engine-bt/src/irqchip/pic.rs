@@ -5,7 +5,7 @@
 //! before INTA, so a short pulse is never turned into a spurious interrupt; and the slave's INT
 //! is seen by the master as a level, so that a request raised during an acknowledge is not lost.
 
-use super::codec::{Reader, Writer};
+use tetrarch_engine::PicState;
 
 /// The master's input that the slave's INT is wired to.
 const CASCADE: u8 = 2;
@@ -194,59 +194,58 @@ impl Chip {
         self.irr = self.irr & !level | self.lines & level;
     }
 
-    fn save(&self, w: &mut Writer) {
-        for value in [
-            self.lines,
-            self.irr,
-            self.imr,
-            self.isr,
-            self.elcr,
-            self.base,
-            self.highest,
-            self.init as u8,
-        ] {
-            w.u8(value);
-        }
-        for value in [
-            self.single,
-            self.icw4_follows,
-            self.auto_eoi,
-            self.rotate_on_auto_eoi,
-            self.special_fully_nested,
-            self.special_mask,
-            self.poll,
-            self.read_isr,
-        ] {
-            w.bool(value);
+    fn state(&self) -> PicState {
+        PicState {
+            lines: self.lines,
+            irr: self.irr,
+            imr: self.imr,
+            isr: self.isr,
+            elcr: self.elcr,
+            base: self.base,
+            highest: self.highest,
+            awaits: match self.init {
+                Init::Done => 0,
+                Init::Icw2 => 2,
+                Init::Icw3 => 3,
+                Init::Icw4 => 4,
+            },
+            icw4_follows: self.icw4_follows,
+            single: self.single,
+            auto_eoi: self.auto_eoi,
+            rotate_on_auto_eoi: self.rotate_on_auto_eoi,
+            special_fully_nested: self.special_fully_nested,
+            special_mask: self.special_mask,
+            poll: self.poll,
+            read_isr: self.read_isr,
         }
     }
 
-    fn load(master: bool, r: &mut Reader) -> Result<Self, String> {
-        let new = Self::new(master);
-        Ok(Self {
-            lines: r.u8()?,
-            irr: r.u8()?,
-            imr: r.u8()?,
-            isr: r.u8()?,
-            elcr: r.u8()? & new.elcr_mask,
-            base: r.u8()? & 0xf8,
-            highest: r.u8_max(7, "priority")?,
-            init: match r.u8_max(3, "initialisation step")? {
-                0 => Init::Done,
-                1 => Init::Icw2,
-                2 => Init::Icw3,
-                _ => Init::Icw4,
+    fn restored(master: bool, state: &PicState) -> Self {
+        let fresh = Self::new(master);
+        Self {
+            lines: state.lines,
+            irr: state.irr,
+            imr: state.imr,
+            isr: state.isr,
+            elcr: state.elcr & fresh.elcr_mask,
+            base: state.base & 0xf8,
+            highest: state.highest & 7,
+            init: match state.awaits {
+                2 => Init::Icw2,
+                3 => Init::Icw3,
+                4 => Init::Icw4,
+                _ => Init::Done,
             },
-            single: r.bool()?,
-            icw4_follows: r.bool()?,
-            auto_eoi: r.bool()?,
-            rotate_on_auto_eoi: r.bool()?,
-            special_fully_nested: r.bool()?,
-            special_mask: r.bool()?,
-            poll: r.bool()?,
-            read_isr: r.bool()?,
-            ..new
-        })
+            icw4_follows: state.icw4_follows,
+            single: state.single,
+            auto_eoi: state.auto_eoi,
+            rotate_on_auto_eoi: state.rotate_on_auto_eoi,
+            special_fully_nested: state.special_fully_nested,
+            special_mask: state.special_mask,
+            poll: state.poll,
+            read_isr: state.read_isr,
+            ..fresh
+        }
     }
 }
 
@@ -351,15 +350,15 @@ impl Pic {
         self.update();
     }
 
-    pub fn save(&self, w: &mut Writer) {
-        self.master.save(w);
-        self.slave.save(w);
+    pub fn state(&self) -> [PicState; 2] {
+        [self.master.state(), self.slave.state()]
     }
 
-    pub fn load(r: &mut Reader) -> Result<Self, String> {
-        let mut pic = Self { master: Chip::load(true, r)?, slave: Chip::load(false, r)? };
+    pub fn restored([master, slave]: &[PicState; 2]) -> Self {
+        let mut pic =
+            Self { master: Chip::restored(true, master), slave: Chip::restored(false, slave) };
         pic.update();
-        Ok(pic)
+        pic
     }
 }
 

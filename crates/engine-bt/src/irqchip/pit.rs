@@ -8,7 +8,7 @@
 //!
 //! In mode 3 a new count takes over at the end of the whole period, not of the half period.
 
-use super::codec::{Reader, Writer};
+use tetrarch_engine::{PitChannelState, PitCounting as Counting, PitState};
 
 const HZ: u128 = 1_193_182;
 const NS: u128 = 1_000_000_000;
@@ -24,16 +24,6 @@ fn ticks(now_ns: u64) -> u64 {
 
 fn tick_to_ns(tick: u64) -> u64 {
     u64::try_from((u128::from(tick) * NS).div_ceil(HZ)).unwrap_or(u64::MAX)
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Counting {
-    /// A control word was written and no count since.
-    Stopped,
-    /// The count was loaded at clock `start`, which may be the next one.
-    Running { start: u64 },
-    /// GATE is low; so many clocks had been counted.
-    Held { elapsed: u64 },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -309,63 +299,55 @@ impl Channel {
         }
     }
 
-    fn save(&self, w: &mut Writer) {
-        w.u8(self.mode);
-        w.u8(self.access);
-        w.bool(self.bcd);
-        w.u32(self.count);
-        w.opt_u64(self.reload.map(u64::from));
-        let (kind, clock) = match self.counting {
-            Counting::Stopped => (0, 0),
-            Counting::Running { start } => (1, start),
-            Counting::Held { elapsed } => (2, elapsed),
-        };
-        w.u8(kind);
-        w.u64(clock);
-        w.opt_u64(self.first_byte.map(u64::from));
-        w.bool(self.read_high);
-        w.opt_u64(self.latch.map(u64::from));
-        w.opt_u64(self.status.map(u64::from));
-        w.bool(self.gate);
+    fn state(&self) -> PitChannelState {
+        PitChannelState {
+            mode: self.mode,
+            access: self.access,
+            bcd: self.bcd,
+            count: self.count,
+            reload: self.reload,
+            counting: self.counting,
+            first_byte: self.first_byte,
+            read_high: self.read_high,
+            latch: self.latch,
+            status: self.status,
+            gate: self.gate,
+        }
     }
 
-    fn load(r: &mut Reader) -> Result<Self, String> {
-        fn narrow<T: TryFrom<u64>>(value: Option<u64>) -> Result<Option<T>, String> {
-            value.map(|v| T::try_from(v).map_err(|_| format!("{v:#x} is too wide"))).transpose()
+    fn restored(state: &PitChannelState) -> Result<Self, String> {
+        if state.mode > 5 || state.access > 3 {
+            return Err(format!("mode {} with access {} is none", state.mode, state.access));
         }
-        let mode = r.u8_max(5, "mode")?;
-        let access = r.u8_max(3, "access mode")?;
-        let bcd = r.bool()?;
-        let count = r.u32()?;
-        let reload = narrow::<u32>(r.opt_u64()?)?;
-        for n in [Some(count), reload].into_iter().flatten() {
+        for n in [Some(state.count), state.reload].into_iter().flatten() {
             if !(1..=0x10000).contains(&n) {
                 return Err(format!("count {n:#x} is outside 1..=0x10000"));
             }
         }
-        let (kind, clock) = (r.u8()?, r.u64()?);
-        let counting = match kind {
-            0 => Counting::Stopped,
-            // Room for the arithmetic above; a real clock takes 150,000 years to get there.
-            _ if clock > u64::MAX >> 2 => return Err(format!("clock {clock:#x} is absurd")),
-            1 => Counting::Running { start: clock },
-            2 => Counting::Held { elapsed: clock },
-            other => return Err(format!("{other} is not a counting state")),
-        };
+        if let Counting::Running { start: clock } | Counting::Held { elapsed: clock } =
+            state.counting
+        {
+            check_clock(clock)?;
+        }
         Ok(Self {
-            mode,
-            access,
-            bcd,
-            count,
-            reload,
-            counting,
-            first_byte: narrow(r.opt_u64()?)?,
-            read_high: r.bool()?,
-            latch: narrow(r.opt_u64()?)?,
-            status: narrow(r.opt_u64()?)?,
-            gate: r.bool()?,
+            mode: state.mode,
+            access: state.access,
+            bcd: state.bcd,
+            count: state.count,
+            reload: state.reload,
+            counting: state.counting,
+            first_byte: state.first_byte,
+            read_high: state.read_high,
+            latch: state.latch,
+            status: state.status,
+            gate: state.gate,
         })
     }
+}
+
+/// Room for the arithmetic above; a real clock takes 150,000 years to get there.
+fn check_clock(clock: u64) -> Result<(), String> {
+    if clock > u64::MAX >> 2 { Err(format!("clock {clock:#x} is absurd")) } else { Ok(()) }
 }
 
 /// Three channels. Every access brings them up to `now_ns` first, through [`Pit::sync`].
@@ -461,24 +443,21 @@ impl Pit {
         }
     }
 
-    pub fn save(&self, w: &mut Writer) {
-        w.u64(self.clock);
-        w.u8(self.control);
-        for channel in &self.channels {
-            channel.save(w);
+    pub fn state(&self) -> PitState {
+        PitState {
+            clock: self.clock,
+            control: self.control,
+            channels: self.channels.each_ref().map(Channel::state),
         }
     }
 
-    pub fn load(r: &mut Reader) -> Result<Self, String> {
-        let clock = r.u64()?;
-        if clock > u64::MAX >> 2 {
-            return Err(format!("clock {clock:#x} is absurd"));
+    pub fn restored(state: &PitState) -> Result<Self, String> {
+        check_clock(state.clock)?;
+        if state.control > 0xf {
+            return Err(format!("port 61h {:#x} is above 0xf", state.control));
         }
-        Ok(Self {
-            clock,
-            control: r.u8_max(0xf, "port 61h")?,
-            channels: [Channel::load(r)?, Channel::load(r)?, Channel::load(r)?],
-        })
+        let [first, second, third] = state.channels.each_ref().map(Channel::restored);
+        Ok(Self { clock: state.clock, control: state.control, channels: [first?, second?, third?] })
     }
 }
 

@@ -3,8 +3,6 @@
 //! The undivided clock is 1 GHz, so a tick is a nanosecond of the machine clock. Nothing counts:
 //! the timer holds the time of its expiry, and the current count is computed from it.
 
-use super::codec::{Reader, Writer};
-
 /// Periods below this (in ns) expire in multiples of themselves, at least this far apart, so
 /// that a guest cannot make the engine do nothing but expire its timer.
 const MIN_PERIOD_NS: u64 = 20_000;
@@ -175,22 +173,30 @@ impl Timer {
         }
     }
 
-    pub fn save(&self, w: &mut Writer) {
-        w.u32(self.initial);
-        w.u32(self.divide);
-        w.opt_u64(self.expiry_ns);
-        w.u64(self.tsc_deadline);
+    /// To the expiry; negative where it is overdue.
+    pub fn left_ns(&self, now_ns: u64) -> Option<i64> {
+        Some(self.expiry_ns?.wrapping_sub(now_ns) as i64)
     }
 
-    pub fn load(tsc_hz: u64, mode: Mode, r: &mut Reader) -> Result<Self, String> {
-        Ok(Self {
-            mode,
-            initial: r.u32()?,
-            divide: r.u32()? & 0xb,
-            expiry_ns: r.opt_u64()?,
-            tsc_deadline: r.u64()?,
-            ..Self::new(tsc_hz)
-        })
+    /// A timer with these registers. Where the expiry is not known it follows
+    /// from the current count.
+    pub fn restored(
+        tsc_hz: u64,
+        mode: Mode,
+        [initial, divide, current]: [u32; 3],
+        (tsc_deadline, left_ns): (u64, Option<i64>),
+        (now_ns, tsc): (u64, u64),
+    ) -> Self {
+        let mut timer =
+            Self { mode, initial, divide: divide & 0xb, tsc_deadline, ..Self::new(tsc_hz) };
+        timer.expiry_ns = match (left_ns, mode) {
+            (Some(left), _) => Some(now_ns.saturating_add_signed(left)),
+            (None, Mode::TscDeadline) => (tsc_deadline != 0).then(|| timer.estimate(now_ns, tsc)),
+            (None, _) => {
+                (current != 0).then(|| now_ns.saturating_add(u64::from(current) << timer.shift()))
+            }
+        };
+        timer
     }
 }
 

@@ -34,6 +34,18 @@ struct Moment {
 }
 
 impl Timebase {
+    /// The guest's clock says `ns` at this TSC of the machine: it goes on from a
+    /// saved state.
+    pub fn set(&self, ns: u64, tsc: u64) {
+        *self.0.lock() = Some(Moment { ns, tsc });
+    }
+
+    /// What the guest's clock says at a moment of the machine.
+    pub fn clock_ns(&self, ns: u64, tsc: u64, tsc_hz: u64) -> u64 {
+        let (now, scale) = (Moment { ns, tsc }, Scale::new(tsc_hz));
+        clock_ns(self.moment(now, scale), now, scale)
+    }
+
     fn moment(&self, now: Moment, scale: Scale) -> Moment {
         let mut base = self.0.lock();
         let follows = |base: &Moment| {

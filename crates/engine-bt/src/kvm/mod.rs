@@ -64,6 +64,11 @@ mod msr {
     pub const POLL_CONTROL: u32 = 0x4B56_4D05;
 }
 
+/// What of the interface a saved vCPU holds; the old numbers of two of them are
+/// the same registers.
+pub const SAVED_MSRS: [u32; 5] =
+    [msr::WALL_CLOCK, msr::SYSTEM_TIME, msr::STEAL_TIME, msr::PV_EOI, msr::POLL_CONTROL];
+
 /// Bit 0 of the MSRs that hold an address.
 const ENABLED: u64 = 1;
 

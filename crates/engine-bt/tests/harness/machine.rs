@@ -206,8 +206,8 @@ impl Machine {
                 let _ = self.memory.write(GuestPhys(at % RAM), input.bytes(8));
             }
             6 => {
-                let state = self.vm.save_irqchip();
-                self.vm.load_irqchip(&state).expect("what was saved is valid");
+                let state = self.vm.save().expect("it always can");
+                self.vm.load(&state).expect("what was saved is valid");
             }
             7 => {
                 let mut bytes = [0; 64];

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tetrarch_engine::Vm;
+use tetrarch_engine::{Vcpu, VcpuState, Vm, VmState};
 
 use super::guest::Guest;
 use super::input::Input;
@@ -26,17 +26,35 @@ fn image(input: &mut Input, valid: Vec<u8>) -> Vec<u8> {
     image
 }
 
-fn load_irqchip(vm: &dyn Vm, input: &mut Input) {
-    let before = vm.save_irqchip();
-    let image = image(input, before.clone());
-    match vm.load_irqchip(&image) {
+/// Damages the encoding below its checksum, which would find any damage.
+fn load_chips(vm: &dyn Vm, input: &mut Input) {
+    let before = vm.save().expect("no vCPU runs");
+    let image = image(input, postcard::to_stdvec(&before).expect("plain values"));
+    let Ok(state) = postcard::from_bytes::<VmState>(&image) else { return };
+    match vm.load(&state) {
         // What the engine accepts it must be able to hand on.
         Ok(()) => {
-            let saved = vm.save_irqchip();
-            vm.load_irqchip(&saved).expect("what was saved is valid");
-            assert!(vm.save_irqchip() == saved, "loading changed the state");
+            let saved = vm.save().expect("no vCPU runs");
+            vm.load(&saved).expect("what was saved is valid");
+            let again = vm.save().expect("no vCPU runs");
+            assert!(again.chipset == saved.chipset, "loading changed the state");
         }
-        Err(_) => assert!(vm.save_irqchip() == before, "refused, but changed"),
+        Err(_) => {
+            let after = vm.save().expect("no vCPU runs");
+            assert!(after.chipset == before.chipset, "refused, but changed");
+        }
+    }
+}
+
+fn load_vcpu(vcpu: &mut dyn Vcpu, input: &mut Input) {
+    let valid = vcpu.save().expect("between two instructions");
+    let image = image(input, postcard::to_stdvec(&valid).expect("plain values"));
+    let Ok(state) = postcard::from_bytes::<VcpuState>(&image) else { return };
+    if vcpu.load(&state).is_ok() {
+        let saved = vcpu.save().expect("between two instructions");
+        vcpu.load(&saved).expect("what was saved is valid");
+    } else {
+        vcpu.load(&valid).expect("what was saved is valid");
     }
 }
 
@@ -44,7 +62,8 @@ fn load_irqchip(vm: &dyn Vm, input: &mut Input) {
 pub fn state(data: &[u8]) {
     let mut input = Input::new(data);
     let mut machine = Machine::new(input.bool());
-    load_irqchip(&*machine.vm, &mut input);
+    load_chips(&*machine.vm, &mut input);
+    load_vcpu(&mut *machine.vcpu, &mut input);
     let before = machine.vcpu.xsave();
     let image = image(&mut input, before.clone());
     match machine.vcpu.set_xsave(&image) {

@@ -1,0 +1,143 @@
+//! A VM of either engine in front of a few bytes of code.
+
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu, Vm};
+use tetrarch_memory::{GuestMemory, GuestPhys};
+
+pub const MIB: u64 = 1 << 20;
+pub const CODE: u64 = 0x1000;
+pub const STACK: u64 = 0x800;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    Bt,
+    /// `Bt` without its translator.
+    Interpreter,
+    Kvm,
+}
+
+impl Engine {
+    pub const ALL: [Self; 3] = [Self::Bt, Self::Interpreter, Self::Kvm];
+
+    pub fn vm(self, memory: &Arc<GuestMemory>) -> Arc<dyn Vm> {
+        let memory = Arc::clone(memory);
+        let made = match self {
+            Self::Kvm => {
+                let config = tetrarch_engine_kvm::Config::default();
+                tetrarch_engine_kvm::create_vm(memory, config).map(|vm| vm as Arc<dyn Vm>)
+            }
+            _ => {
+                let translate = self == Self::Bt;
+                let config = tetrarch_engine_bt::Config { translate, ..Default::default() };
+                tetrarch_engine_bt::create_vm(memory, config)
+            }
+        };
+        made.unwrap_or_else(|error| panic!("no VM: {error}"))
+    }
+}
+
+/// No exit of these guests is longer in coming, on any host.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// Makes a vCPU look up now and then while this lives, so that a guest that
+/// hangs is seen.
+struct Watchdog {
+    _end: Sender<()>,
+}
+
+impl Watchdog {
+    fn new(vcpu: &dyn Vcpu) -> Self {
+        let (kicker, (end, ended)) = (vcpu.kicker(), channel());
+        std::thread::spawn(move || {
+            while ended.recv_timeout(LONGEST / 10) == Err(RecvTimeoutError::Timeout) {
+                kicker.kick();
+            }
+        });
+        Self { _end: end }
+    }
+}
+
+pub struct Guest {
+    pub vm: Arc<dyn Vm>,
+    pub vcpu: Box<dyn Vcpu>,
+    pub memory: Arc<GuestMemory>,
+    _watchdog: Watchdog,
+}
+
+impl Guest {
+    /// In real mode, before its first instruction.
+    pub fn new(engine: Engine, code: &[u8]) -> Self {
+        let memory = Arc::new(GuestMemory::new(MIB).expect("a mebibyte"));
+        let vm = engine.vm(&memory);
+        let vcpu = vm.create_vcpu(0).expect("vCPU 0");
+        let _watchdog = Watchdog::new(&*vcpu);
+        let mut guest = Self { vm, vcpu, memory, _watchdog };
+        guest.write(CODE, code);
+        guest.start_at(CODE);
+        guest
+    }
+
+    pub fn write(&self, address: u64, data: &[u8]) {
+        self.memory.write(GuestPhys(address), data).expect("RAM");
+    }
+
+    pub fn read<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut data = [0; N];
+        self.memory.read(GuestPhys(address), &mut data).expect("RAM");
+        data
+    }
+
+    pub fn start_at(&mut self, rip: u64) {
+        let mut system = self.vcpu.system_registers();
+        system.cs = Segment { base: 0, limit: 0xFFFF, attributes: 0x9B, selector: 0 };
+        self.vcpu.set_system_registers(&system).expect("real mode");
+        let mut registers = Registers { rip, rflags: 2, ..Registers::default() };
+        registers.gpr[4] = STACK;
+        self.vcpu.set_registers(&registers);
+    }
+
+    /// Runs to the next exit that is no kick.
+    pub fn run(&mut self) -> Exit {
+        let start = Instant::now();
+        loop {
+            match self.vcpu.run().unwrap_or_else(|error| panic!("{error}")) {
+                Exit::Kicked => assert!(start.elapsed() < LONGEST, "the guest hangs"),
+                exit => return exit,
+            }
+        }
+    }
+
+    /// Finishes the instruction whose exit was answered.
+    pub fn settle(&mut self) {
+        self.vcpu.kicker().kick();
+        assert_eq!(self.vcpu.run().unwrap_or_else(|error| panic!("{error}")), Exit::Kicked);
+    }
+
+    /// The next exit, which must be an OUT to port 0x80; what it writes.
+    pub fn out(&mut self) -> u32 {
+        match self.run() {
+            Exit::PortOut { port: 0x80, data, .. } => {
+                self.vcpu.reply(Reply::Done);
+                data
+            }
+            exit => panic!("{exit:?}, not an OUT to port 0x80"),
+        }
+    }
+}
+
+/// Whether the kernel lets a vCPU's TSC be set; a KVM without hardware may not.
+pub fn tsc_can_be_set(engine: Engine) -> bool {
+    const TSC: u32 = 0x10;
+    let mut guest = Guest::new(engine, &[]);
+    let wanted = 1 << 50;
+    let can = guest.vcpu.set_msr(TSC, wanted)
+        && guest.vcpu.msr(TSC).is_some_and(|tsc| (wanted..2 * wanted).contains(&tsc));
+    assert!(can || engine == Engine::Kvm);
+    if !can {
+        eprintln!("left out: this KVM does not let a TSC be set");
+    }
+    can
+}
