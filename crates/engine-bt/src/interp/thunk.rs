@@ -13,8 +13,6 @@ mod arena;
 mod masked;
 
 use std::cell::RefCell;
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::mem::offset_of;
 use std::sync::atomic::{Ordering, fence};
 
@@ -22,6 +20,8 @@ use iced_x86::{
     Code, CpuidFeature, Encoder, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
     Mnemonic, OpAccess, OpCodeTableKind, OpKind, Register,
 };
+
+use rustc_hash::FxHashMap;
 
 use super::{Flow, operand, xsave};
 use crate::cpu::Cpu;
@@ -102,44 +102,10 @@ struct Thunk {
     x87_store: bool,
 }
 
-/// Hashes the few words of an [`Instruction`].
-#[derive(Default)]
-struct WordHasher(u64);
-
-impl WordHasher {
-    fn add(&mut self, value: u64) {
-        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x517C_C1B7_2722_0A95);
-    }
-}
-
-impl Hasher for WordHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for part in bytes.chunks(8) {
-            self.add(part.iter().fold(0, |value, &byte| value << 8 | u64::from(byte)));
-        }
-    }
-
-    fn write_u32(&mut self, value: u32) {
-        self.add(u64::from(value));
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        self.add(value);
-    }
-
-    fn write_usize(&mut self, value: usize) {
-        self.add(value as u64);
-    }
-}
-
 /// The thunks of a thread, by instruction without its memory operand. `None`:
 /// not an instruction for us.
 struct Cache {
-    thunks: HashMap<Instruction, Option<Thunk>, BuildHasherDefault<WordHasher>>,
+    thunks: FxHashMap<Instruction, Option<Thunk>>,
     slab: Option<arena::Slab>,
     infos: InstructionInfoFactory,
 }
@@ -149,7 +115,7 @@ const CACHE_ENTRIES: usize = 4096;
 
 thread_local! {
     static CACHE: RefCell<Cache> = RefCell::new(Cache {
-        thunks: HashMap::default(),
+        thunks: FxHashMap::default(),
         slab: None,
         infos: InstructionInfoFactory::new(),
     });

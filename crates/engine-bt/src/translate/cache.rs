@@ -8,11 +8,10 @@
 //! so links survive address-space switches and die with a change of mapping.
 //! Dropping a page retires its ids: every link into it then misses by itself.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustc_hash::FxHashMap;
 
 use super::block::{Built, MapEntry, Site, What};
 use super::sites::{MAX_SITES, Sites};
@@ -78,9 +77,11 @@ pub struct CodeCache {
     next: usize,
     blocks: Vec<Block>,
     pub sites: Arc<Sites>,
-    directory: HashMap<Key, u32, BuildHasherDefault<MixHasher>>,
-    pages: HashMap<u64, CodePage, BuildHasherDefault<MixHasher>>,
-    ids: HashMap<ExecPage, u32, BuildHasherDefault<MixHasher>>,
+    // Keys are page numbers and addresses: a guest that makes them collide slows only
+    // itself down.
+    directory: FxHashMap<Key, u32>,
+    pages: FxHashMap<u64, CodePage>,
+    ids: FxHashMap<ExecPage, u32>,
     exec_pages: Vec<ExecPage>,
     /// Whether the guest mapped the page as global when it was last walked.
     global: Vec<bool>,
@@ -113,9 +114,11 @@ impl CodeCache {
             next: first,
             blocks: Vec::new(),
             sites: Arc::new(Sites::new()),
-            directory: HashMap::default(),
-            pages: HashMap::default(),
-            ids: HashMap::default(),
+            // Keys are page numbers and addresses: a guest that makes them collide slows only
+            // itself down.
+            directory: FxHashMap::default(),
+            pages: FxHashMap::default(),
+            ids: FxHashMap::default(),
             exec_pages: vec![none],
             global: vec![false],
         })
@@ -307,34 +310,5 @@ impl CodePlaces for Mutex<CodeCache> {
 impl Drop for CodeCache {
     fn drop(&mut self) {
         signals::remove_code(self.signal_slot);
-    }
-}
-
-/// Keys are made by us from page numbers and addresses, so one multiplication
-/// is hash enough; a guest that makes them collide slows only itself down.
-#[derive(Default)]
-pub struct MixHasher(u64);
-
-impl Hasher for MixHasher {
-    fn finish(&self) -> u64 {
-        self.0 ^ self.0 >> 29
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.write_u64(u64::from(byte));
-        }
-    }
-
-    fn write_u8(&mut self, value: u8) {
-        self.write_u64(u64::from(value));
-    }
-
-    fn write_u32(&mut self, value: u32) {
-        self.write_u64(u64::from(value));
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     }
 }
