@@ -5,7 +5,7 @@ mod support;
 
 use support::case::{Fault, PAGE};
 use support::guest::{BASE, CS3, DS0, End, FREE, Guest, KERNEL_CODE, P, U, W, on_both};
-use tetrarch_engine::Exit;
+use tetrarch_engine::{Exit, Reply};
 
 const USER: u64 = 0x40_0000;
 const TF: u64 = 0x100;
@@ -230,5 +230,28 @@ fn syscall_that_clears_tf_goes_unstepped() {
             assert_eq!(guest.run(), if traps { DB } else { ud }, "{engine}");
             assert_eq!(guest.frame.rip, BASE + KERNEL_CODE + 0x300, "{engine}");
         }
+    });
+}
+
+#[test]
+fn new_registers_forget_a_held_back_exception() {
+    on_both(|guest, engine| {
+        watch(guest);
+        // mov ss, [rdi] ; out 0x80, al: it stops there with the breakpoint held back.
+        assert_eq!(
+            run(guest, &[MOV_SS[0], MOV_SS[1], 0xE6, 0x80], 2),
+            End::Exit(Exit::PortOut { port: 0x80, size: 1, data: 0 }),
+            "{engine}"
+        );
+        guest.vcpu.reply(Reply::Done);
+        let ud = End::Fault(Fault { vector: 6, error: 0, cr2: 0 });
+        assert_eq!(run(guest, &[0x0F, 0x0B], 2), ud, "{engine}");
+        // Else it comes behind the answered instruction.
+        watch(guest);
+        let out = [MOV_SS[0], MOV_SS[1], 0xE6, 0x80, 0x90];
+        assert!(matches!(run(guest, &out, 2), End::Exit(_)), "{engine}");
+        guest.vcpu.reply(Reply::Done);
+        assert_eq!(guest.run(), DB, "{engine}");
+        assert_eq!(guest.frame.rip, START + 4, "{engine}");
     });
 }

@@ -607,6 +607,7 @@ impl BtVcpu {
     fn forget_progress(&mut self) {
         self.cpu.replay.clear();
         self.cpu.st.shadow = 0;
+        self.cpu.st.pending_debug = 0;
         self.cpu.st.halted = u8::from(self.cpu.vm.irqchip.waits_for_sipi(self.cpu.id));
         self.shut_down = false;
         self.delivering = None;
