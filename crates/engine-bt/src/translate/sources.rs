@@ -32,6 +32,9 @@ enum Operation {
     Neg,
     /// SUB or XOR of a register with itself.
     Zero,
+    /// By a constant: what is rotated out stays in the result.
+    Rol,
+    Ror,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +81,8 @@ impl Recipe {
             M::Inc => Operation::Inc,
             M::Dec => Operation::Dec,
             M::Neg => Operation::Neg,
+            M::Rol if first.size() >= 4 => Operation::Rol,
+            M::Ror if first.size() >= 4 => Operation::Ror,
             _ => return None,
         };
         Some(Self { operation, size: first.size(), first, second })
@@ -86,7 +91,9 @@ impl Recipe {
     fn needs(&self, full: Register) -> bool {
         let second = match (self.operation, self.second) {
             (Operation::Zero, _) => return false,
-            (Operation::Logic, _) | (_, Operand::Constant(_)) => Register::None,
+            (Operation::Logic | Operation::Rol | Operation::Ror, _) | (_, Operand::Constant(_)) => {
+                Register::None
+            }
             (_, Operand::Register(register)) => register.full_register(),
         };
         self.first.full_register() == full || second == full
@@ -109,6 +116,17 @@ impl Recipe {
             Operation::Dec => alu::dec(size, first.wrapping_add(1)).1,
             Operation::Neg => alu::neg(size, first.wrapping_neg()).1,
             Operation::Zero => alu::xor(size, 0, 0).1,
+            // OF means something for a count of 1 (SDM 2B, RCL/RCR/ROL/ROR).
+            Operation::Rol => {
+                let carry = first & 1;
+                let top = first >> (size * 8 - 1) & 1;
+                carry | (top ^ carry) << 11
+            }
+            Operation::Ror => {
+                let carry = first >> (size * 8 - 1) & 1;
+                let below = first >> (size * 8 - 2) & 1;
+                carry | (carry ^ below) << 11
+            }
         }
     }
 }
