@@ -196,9 +196,6 @@ pub struct CpuState {
     pub sysenter_cs: u64,
     pub sysenter_esp: u64,
     pub sysenter_eip: u64,
-    /// The page of the stack, for kernel and for user mode: a copy of the TLB's
-    /// write entry, found without an index.
-    pub stack: [StackPage; 2],
     /// Any upper half in `vec` is not zero; see [`CpuState::note_upper_halves`].
     pub upper_halves: u32,
     /// Vector registers while Rust code runs.

@@ -7,7 +7,10 @@
 //! rotate and one mask, with no conflicts within 256 MiB.
 
 use std::mem::size_of;
+use std::ops::Deref;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use crate::cpu::state::{CpuState, Shared, StackPage};
 
@@ -38,6 +41,16 @@ pub const SHARED_OFFSET: usize = STATE_BYTES / 2;
 
 const _: () = assert!(size_of::<CpuState>() <= SHARED_OFFSET);
 
+/// The page of the stack, for kernel and for user mode: a copy of the TLB's write
+/// entry, found without an index.
+pub const STACK_OFFSET: usize = SHARED_OFFSET + size_of::<Shared>();
+
+const _: () = assert!(STACK_OFFSET + 2 * size_of::<StackPage>() <= STATE_BYTES);
+
+pub const fn stack_offset(user: bool) -> usize {
+    STACK_OFFSET + user as usize * size_of::<StackPage>()
+}
+
 pub const fn branch_offset(user: bool) -> usize {
     BRANCH_OFFSET + user as usize * BRANCH_BYTES
 }
@@ -67,27 +80,41 @@ pub struct BranchEntry {
     pub host: u64,
 }
 
-/// Owns the mapping.
-pub struct StateBlock {
+/// The memory. It lives as long as anybody has a pointer into it: the vCPU, or a
+/// bell or timer that sets its flags.
+struct Mapping {
     base: NonNull<u8>,
+    /// What another process would map.
+    _memfd: OwnedFd,
 }
 
-// SAFETY: the block is plain memory owned by one vCPU; other threads touch only
-// its atomics, through pointers made for that (`crate::exec::Kicker`).
-unsafe impl Send for StateBlock {}
-// SAFETY: as above; `shared` gives out atomics only.
-unsafe impl Sync for StateBlock {}
+// SAFETY: plain memory. Nothing here hands out a reference to it but
+// `SharedFlags`, to atomics, and `StateBlock`, to what it alone owns.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
 
-impl StateBlock {
-    pub fn new() -> std::io::Result<Self> {
-        // SAFETY: an anonymous private mapping at an address of the kernel's choice.
+impl Mapping {
+    fn new() -> std::io::Result<Self> {
+        // SAFETY: the name is a NUL-terminated string; the result is checked.
+        let fd = unsafe { libc::memfd_create(c"tetrarch-vcpu".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new and ours.
+        let memfd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: a plain call on our descriptor.
+        if unsafe { libc::ftruncate(memfd.as_raw_fd(), BLOCK_BYTES as libc::off_t) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: a shared mapping at an address of the kernel's choice.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 BLOCK_BYTES,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                memfd.as_raw_fd(),
                 0,
             )
         };
@@ -95,15 +122,52 @@ impl StateBlock {
             return Err(std::io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast::<u8>()).ok_or_else(std::io::Error::last_os_error)?;
-        // Huge pages would turn the sparse tables into dense ones.
+        // Huge pages would turn the sparse tables into dense ones, and a child of
+        // fork would share a running CPU.
         // SAFETY: the range is the mapping just made.
-        unsafe { libc::madvise(base.as_ptr().cast(), BLOCK_BYTES, libc::MADV_NOHUGEPAGE) };
-        let block = Self { base };
+        unsafe {
+            libc::madvise(base.as_ptr().cast(), BLOCK_BYTES, libc::MADV_NOHUGEPAGE);
+            libc::madvise(base.as_ptr().cast(), BLOCK_BYTES, libc::MADV_DONTFORK);
+        }
+        Ok(Self { base, _memfd: memfd })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nothing borrows from it any more.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), BLOCK_BYTES) };
+    }
+}
+
+/// The flags that other threads set; they outlive the vCPU.
+#[derive(Clone)]
+pub struct SharedFlags(Arc<Mapping>);
+
+impl Deref for SharedFlags {
+    type Target = Shared;
+
+    #[inline]
+    fn deref(&self) -> &Shared {
+        // SAFETY: it lies inside the mapping, holds only atomics, and zero is valid.
+        unsafe { &*self.0.base.as_ptr().add(SHARED_OFFSET).cast() }
+    }
+}
+
+/// A vCPU's own part of the memory: the tables beside its state. There is one for
+/// each mapping.
+pub struct StateBlock {
+    flags: SharedFlags,
+}
+
+impl StateBlock {
+    pub fn new() -> std::io::Result<Self> {
+        let mut block = Self { flags: SharedFlags(Arc::new(Mapping::new()?)) };
         block.forget_stack();
         for user in [false, true] {
-            block.branches(user)[0].target = INVALID_BRANCH_0;
+            block.branches_mut(user)[0].target = INVALID_BRANCH_0;
             for write in [false, true] {
-                block.tlb(user, write)[0].page = INVALID_PAGE_0;
+                block.tlb_mut(user, write)[0].page = INVALID_PAGE_0;
             }
         }
         Ok(block)
@@ -111,53 +175,67 @@ impl StateBlock {
 
     /// The address that GS holds.
     pub fn base(&self) -> *mut u8 {
-        self.base.as_ptr()
+        self.flags.0.base.as_ptr()
     }
 
     pub fn state_ptr(&self) -> *mut CpuState {
-        self.base.as_ptr().cast()
-    }
-
-    /// Drops the stack pages: an entry of the TLB has gone that they may copy.
-    pub fn forget_stack(&self) {
-        // SAFETY: in the mapping; only the thread that owns the vCPU comes here.
-        unsafe { (*self.state_ptr()).stack = [StackPage::NONE; 2] };
+        self.base().cast()
     }
 
     /// The flags that other threads set.
-    pub fn shared(&self) -> &Shared {
-        // SAFETY: it lies inside the mapping, holds only atomics, and zero is valid.
-        unsafe { &*self.base.as_ptr().add(SHARED_OFFSET).cast() }
+    #[inline]
+    pub fn shared(&self) -> &SharedFlags {
+        &self.flags
     }
 
-    #[allow(clippy::mut_from_ref)]
-    fn table<T>(&self, offset: usize, len: usize) -> &mut [T] {
-        // SAFETY: the tables lie inside the mapping (BLOCK_BYTES is their sum),
-        // are aligned to pages, hold plain integers, and only the thread that
-        // owns the vCPU comes here or runs translated code.
-        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(offset).cast(), len) }
+    /// Drops the stack pages: an entry of the TLB has gone that they may copy.
+    pub fn forget_stack(&mut self) {
+        self.table_mut(STACK_OFFSET, 2).fill(StackPage::NONE);
     }
 
-    #[allow(clippy::mut_from_ref)]
-    pub fn tlb(&self, user: bool, write: bool) -> &mut [TlbEntry] {
+    #[inline]
+    fn table<T>(&self, offset: usize, len: usize) -> &[T] {
+        // SAFETY: the tables lie inside the mapping (BLOCK_BYTES is their sum), apart
+        // from each other and from state and flags, are aligned, and hold plain
+        // integers. `self` is their one owner, and no translated code runs while
+        // Rust code of its thread does.
+        unsafe { std::slice::from_raw_parts(self.base().add(offset).cast(), len) }
+    }
+
+    #[inline]
+    fn table_mut<T>(&mut self, offset: usize, len: usize) -> &mut [T] {
+        // SAFETY: as above, and `&mut self` is the only way to them.
+        unsafe { std::slice::from_raw_parts_mut(self.base().add(offset).cast(), len) }
+    }
+
+    #[inline]
+    pub fn tlb(&self, user: bool, write: bool) -> &[TlbEntry] {
         self.table(tlb_offset(user, write), TLB_ENTRIES)
     }
 
-    #[allow(clippy::mut_from_ref)]
-    pub fn branches(&self, user: bool) -> &mut [BranchEntry] {
+    #[inline]
+    pub fn tlb_mut(&mut self, user: bool, write: bool) -> &mut [TlbEntry] {
+        self.table_mut(tlb_offset(user, write), TLB_ENTRIES)
+    }
+
+    #[inline]
+    pub fn branches(&self, user: bool) -> &[BranchEntry] {
         self.table(branch_offset(user), BRANCH_ENTRIES)
     }
 
-    #[allow(clippy::mut_from_ref)]
-    pub fn exec(&self, user: bool) -> &mut [u32] {
+    #[inline]
+    pub fn branches_mut(&mut self, user: bool) -> &mut [BranchEntry] {
+        self.table_mut(branch_offset(user), BRANCH_ENTRIES)
+    }
+
+    #[inline]
+    pub fn exec(&self, user: bool) -> &[u32] {
         self.table(exec_offset(user), EXEC_ENTRIES)
     }
-}
 
-impl Drop for StateBlock {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours and nothing borrows from it any more.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), BLOCK_BYTES) };
+    #[inline]
+    pub fn exec_mut(&mut self, user: bool) -> &mut [u32] {
+        self.table_mut(exec_offset(user), EXEC_ENTRIES)
     }
 }
 

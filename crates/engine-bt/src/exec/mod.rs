@@ -97,7 +97,7 @@ impl BtVcpu {
         let code = Arc::clone(&shared.code);
         let mut cpu = Box::new(Cpu::new(id, shared).map_err(no_memory)?);
         cpu.places = cache.clone().map(|cache| cache as Arc<dyn CodePlaces>);
-        let bell = Arc::new(Bell::new(Arc::clone(&cpu.tlb.block)));
+        let bell = Arc::new(Bell::new(cpu.tlb.block.shared().clone()));
         let ring = Arc::clone(&bell);
         let listener = code.add_listener(Box::new(move || ring.ring()));
         let translator = cache.map(|cache| Translator::new(cache, listener));
@@ -423,7 +423,7 @@ impl Vcpu for BtVcpu {
         if self.timer.as_ref().is_none_or(|timer| !timer.is_here()) {
             self.timer = None;
             self.cpu.kvm.thread_changed();
-            let timer = HostTimer::new(&self.cpu.tlb.block);
+            let timer = HostTimer::new(self.cpu.tlb.block.shared());
             self.timer = Some(timer.map_err(|error| {
                 // timer_create(2): EAGAIN, where RLIMIT_SIGPENDING counts its signal.
                 let raise = "raise the limit of pending signals: ulimit -i";

@@ -12,7 +12,7 @@ use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 use super::access::{self, Access, PlainMove};
 use crate::cpu::fault::{Fault, vector};
 use crate::cpu::state::{flag, reg};
-use crate::cpu::state_block::{INVALID_BRANCH_0, branch_index, exec_index};
+use crate::cpu::state_block::branch_index;
 use crate::cpu::x87_pointers;
 use crate::cpu::{Cpu, Missed, mode};
 use crate::interp;
@@ -289,17 +289,12 @@ impl Translator {
         let mut cache = self.cache.lock();
         for page in pages {
             cpu.counts.invalidations += 1;
-            let block_table = &cpu.tlb.block;
+            let tlb = &mut cpu.tlb;
             let retired = cache.drop_page(page, |block| {
-                let user = block.mode & mode::USER != 0;
-                let index = branch_index(block.rip);
-                let entry = &mut block_table.branches(user)[index];
-                if entry.target == block.rip {
-                    entry.target = if index == 0 { INVALID_BRANCH_0 } else { 0 };
-                }
+                tlb.drop_block(block.rip, block.mode & mode::USER != 0);
             });
             for gone in retired {
-                cpu.tlb.block.exec(gone.user)[exec_index(gone.linear)] = 0;
+                tlb.drop_exec(gone.linear, gone.user);
             }
             cpu.vm.code.clear(page);
         }

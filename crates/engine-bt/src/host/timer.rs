@@ -7,10 +7,10 @@
 
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
+use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Once};
 
-use crate::cpu::state_block::StateBlock;
+use crate::cpu::state_block::SharedFlags;
 
 const SLOTS: usize = 4096;
 static FLAGS: [AtomicPtr<AtomicU8>; SLOTS] = [const { AtomicPtr::new(null_mut()) }; SLOTS];
@@ -64,16 +64,16 @@ pub struct HostTimer {
     thread: u64,
     armed: Option<u64>,
     /// The slot points into it.
-    _block: Arc<StateBlock>,
+    _flags: SharedFlags,
 }
 
 // SAFETY: a timer id is a plain number of this process.
 unsafe impl Send for HostTimer {}
 
 impl HostTimer {
-    pub fn new(block: &Arc<StateBlock>) -> std::io::Result<Self> {
+    pub fn new(flags: &SharedFlags) -> std::io::Result<Self> {
         install();
-        let flag = (&raw const block.shared().request).cast_mut();
+        let flag = (&raw const flags.request).cast_mut();
         let free = |cell: &AtomicPtr<AtomicU8>| {
             cell.compare_exchange(null_mut(), flag, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         };
@@ -97,7 +97,7 @@ impl HostTimer {
             FLAGS[slot].store(null_mut(), Ordering::Release);
             return Err(std::io::Error::last_os_error());
         }
-        Ok(Self { timer, slot, thread: this_thread(), armed: None, _block: Arc::clone(block) })
+        Ok(Self { timer, slot, thread: this_thread(), armed: None, _flags: flags.clone() })
     }
 
     /// Whether the timer signals the calling thread.

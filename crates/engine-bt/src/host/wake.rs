@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use tetrarch_engine::Kick;
 
-use crate::cpu::state_block::StateBlock;
+use crate::cpu::state_block::SharedFlags;
 use crate::irqchip::Wake;
 
 /// The bell of one vCPU.
 pub struct Bell {
-    block: Arc<StateBlock>,
+    flags: SharedFlags,
     kicked: AtomicBool,
     sleeping: AtomicBool,
     lock: Mutex<()>,
@@ -22,9 +22,9 @@ pub struct Bell {
 }
 
 impl Bell {
-    pub fn new(block: Arc<StateBlock>) -> Self {
+    pub fn new(flags: SharedFlags) -> Self {
         Self {
-            block,
+            flags,
             kicked: AtomicBool::new(false),
             sleeping: AtomicBool::new(false),
             lock: Mutex::new(()),
@@ -34,7 +34,7 @@ impl Bell {
 
     /// Makes the vCPU come to its run loop soon.
     pub fn ring(&self) {
-        self.block.shared().request.store(1, Ordering::SeqCst);
+        self.flags.request.store(1, Ordering::SeqCst);
         if self.sleeping.load(Ordering::SeqCst) {
             let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.wakeup.notify_all();
@@ -52,7 +52,7 @@ impl Bell {
         // Announced before the flag is looked at: `ring` does it in the other
         // order, so one of the two sees the other.
         self.sleeping.store(true, Ordering::SeqCst);
-        if self.block.shared().request.load(Ordering::SeqCst) == 0 {
+        if self.flags.request.load(Ordering::SeqCst) == 0 {
             match timeout {
                 Some(timeout) => drop(self.wakeup.wait_timeout(guard, timeout)),
                 None => drop(self.wakeup.wait(guard)),

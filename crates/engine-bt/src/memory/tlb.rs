@@ -8,7 +8,6 @@
 //! path and is exact there.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 
 use tetrarch_memory::GuestPhys;
 
@@ -106,16 +105,16 @@ impl Logs {
         tlb.max(self.exec[0].len()).max(self.exec[1].len())
     }
 
-    fn drain_exec(&mut self, block: &StateBlock) {
+    fn drain_exec(&mut self, block: &mut StateBlock) {
         for user in [false, true] {
-            let table = block.exec(user);
+            let table = block.exec_mut(user);
             for page in self.exec[usize::from(user)].drain(..) {
                 table[exec_index(page)] = 0;
             }
         }
     }
 
-    fn drain_branches(&mut self, block: &StateBlock) {
+    fn drain_branches(&mut self, block: &mut StateBlock) {
         for user in [false, true] {
             for target in self.branches[usize::from(user)].drain(..) {
                 invalidate_branch(block, target, user);
@@ -123,11 +122,11 @@ impl Logs {
         }
     }
 
-    fn drain(&mut self, block: &StateBlock) {
+    fn drain(&mut self, block: &mut StateBlock) {
         for user in [false, true] {
             for write in [false, true] {
                 let log = &mut self.tlb[usize::from(user) * 2 + usize::from(write)];
-                log.drain(block.tlb(user, write));
+                log.drain(block.tlb_mut(user, write));
             }
         }
         self.drain_exec(block);
@@ -135,7 +134,7 @@ impl Logs {
     }
 
     /// Drops the branch targets in the pages that `goes` chooses.
-    fn drop_branches(&mut self, block: &StateBlock, user: bool, goes: impl Fn(u64) -> bool) {
+    fn drop_branches(&mut self, block: &mut StateBlock, user: bool, goes: impl Fn(u64) -> bool) {
         self.branches[usize::from(user)].retain(|&target| {
             let gone = goes(target & PAGE_MASK);
             if gone {
@@ -145,13 +144,13 @@ impl Logs {
         });
     }
 
-    fn drop_pages(&mut self, block: &StateBlock, goes: impl Fn(u64) -> bool + Copy) {
+    fn drop_pages(&mut self, block: &mut StateBlock, goes: impl Fn(u64) -> bool + Copy) {
         for user in [false, true] {
             for write in [false, true] {
                 let log = &self.tlb[usize::from(user) * 2 + usize::from(write)];
-                log.drop_pages(block.tlb(user, write), goes);
+                log.drop_pages(block.tlb_mut(user, write), goes);
             }
-            let table = block.exec(user);
+            let table = block.exec_mut(user);
             for &page in self.exec[usize::from(user)].iter().filter(|&&page| goes(page)) {
                 table[exec_index(page)] = 0;
             }
@@ -160,9 +159,9 @@ impl Logs {
     }
 }
 
-fn invalidate_branch(block: &StateBlock, target: u64, user: bool) {
+fn invalidate_branch(block: &mut StateBlock, target: u64, user: bool) {
     let index = branch_index(target);
-    let entry = &mut block.branches(user)[index];
+    let entry = &mut block.branches_mut(user)[index];
     if entry.target == target {
         entry.target = if index == 0 { INVALID_BRANCH_0 } else { 0 };
     }
@@ -192,7 +191,7 @@ struct DevicePage {
 const DEVICE_PAGES: usize = 16;
 
 pub struct Tlb {
-    pub block: Arc<StateBlock>,
+    pub block: StateBlock,
     /// Of pages that are not global, and of global ones.
     logs: [Logs; 2],
     /// Large pages that may have entries, as (base, size): INVLPG must drop all
@@ -210,7 +209,7 @@ pub struct Tlb {
 
 impl Tlb {
     pub fn new() -> std::io::Result<Self> {
-        let block = Arc::new(StateBlock::new()?);
+        let block = StateBlock::new()?;
         let logs = Default::default();
         Ok(Self {
             block,
@@ -278,7 +277,7 @@ impl Tlb {
             self.flush(true);
         }
         let page = linear & PAGE_MASK;
-        self.block.tlb(user, write)[tlb_index(linear)] = TlbEntry { page, host: host as u64 };
+        self.block.tlb_mut(user, write)[tlb_index(linear)] = TlbEntry { page, host: host as u64 };
         let log =
             &mut self.logs[usize::from(global)].tlb[usize::from(user) * 2 + usize::from(write)];
         log.push(page, host as u64);
@@ -288,7 +287,7 @@ impl Tlb {
         if self.logs[usize::from(global)].branches[usize::from(user)].len() >= LOG_LIMIT {
             self.flush_branches();
         }
-        let entry = &mut self.block.branches(user)[branch_index(target)];
+        let entry = &mut self.block.branches_mut(user)[branch_index(target)];
         entry.target = target;
         entry.host = host;
         self.logs[usize::from(global)].branches[usize::from(user)].push(target);
@@ -299,7 +298,7 @@ impl Tlb {
     }
 
     pub fn fill_exec(&mut self, linear: u64, id: u32, user: bool, global: bool) {
-        self.block.exec(user)[exec_index(linear)] = id;
+        self.block.exec_mut(user)[exec_index(linear)] = id;
         self.logs[usize::from(global)].exec[usize::from(user)].push(linear & PAGE_MASK);
     }
 
@@ -315,9 +314,9 @@ impl Tlb {
         self.flushes += 1;
         self.forget_copies();
         let [local, global] = &mut self.logs;
-        local.drain(&self.block);
+        local.drain(&mut self.block);
         if global_too {
-            global.drain(&self.block);
+            global.drain(&mut self.block);
             self.large.clear();
         }
     }
@@ -329,21 +328,21 @@ impl Tlb {
             let base = linear & !(size - 1);
             if self.large.remove(&(base, size)) {
                 for logs in &mut self.logs {
-                    logs.drop_pages(&self.block, |page| page.wrapping_sub(base) < size);
+                    logs.drop_pages(&mut self.block, |page| page.wrapping_sub(base) < size);
                 }
             }
         }
         let page = linear & PAGE_MASK;
         for user in [false, true] {
             for write in [false, true] {
-                invalidate(self.block.tlb(user, write), page);
+                invalidate(self.block.tlb_mut(user, write), page);
             }
             // Branch targets are not found by their page: look for them only
             // where code of the page has run at all.
-            let exec = &mut self.block.exec(user)[exec_index(page)];
+            let exec = &mut self.block.exec_mut(user)[exec_index(page)];
             if std::mem::take(exec) != 0 {
                 for logs in &mut self.logs {
-                    logs.drop_branches(&self.block, user, |target| target == page);
+                    logs.drop_branches(&mut self.block, user, |target| target == page);
                 }
             }
         }
@@ -353,7 +352,7 @@ impl Tlb {
     pub fn protect_host_page(&mut self, host: *mut u8) {
         self.block.forget_stack();
         for user in [false, true] {
-            let table = self.block.tlb(user, true);
+            let table = self.block.tlb_mut(user, true);
             for logs in &self.logs {
                 logs.tlb[usize::from(user) * 2 + 1].drop_host(table, host as u64);
             }
@@ -363,15 +362,25 @@ impl Tlb {
     /// Drops every indirect branch target: they belong to another mode.
     pub fn flush_branches(&mut self) {
         for logs in &mut self.logs {
-            logs.drain_branches(&self.block);
+            logs.drain_branches(&mut self.block);
         }
+    }
+
+    /// Drops what the tables hold of one translation, which is no more.
+    pub fn drop_block(&mut self, target: u64, user: bool) {
+        invalidate_branch(&mut self.block, target, user);
+    }
+
+    /// Drops the mapping of an executable page that is no more.
+    pub fn drop_exec(&mut self, linear: u64, user: bool) {
+        self.block.exec_mut(user)[exec_index(linear)] = 0;
     }
 
     /// Drops every executable page and branch target.
     pub fn flush_exec(&mut self) {
         for logs in &mut self.logs {
-            logs.drain_branches(&self.block);
-            logs.drain_exec(&self.block);
+            logs.drain_branches(&mut self.block);
+            logs.drain_exec(&mut self.block);
         }
     }
 }

@@ -9,7 +9,7 @@ use std::mem::offset_of;
 use iced_x86::{Encoder, Instruction};
 
 use crate::cpu::state::{CpuState, Shared, StackPage};
-use crate::cpu::state_block::{SHARED_OFFSET, TLB_ENTRIES, tlb_index, tlb_offset};
+use crate::cpu::state_block::{SHARED_OFFSET, TLB_ENTRIES, stack_offset, tlb_index, tlb_offset};
 
 /// Host register numbers by their encoding.
 pub const RAX: u8 = 0;
@@ -459,7 +459,7 @@ impl Emitter {
     /// finds the offset from the stack page in r14.
     pub fn check_stack(&mut self, disp: i32, size: u32, user: bool) -> u32 {
         self.lea(true, R14, Address { base: Some(R15), index: None, scale: 1, disp });
-        let entry = offset_of!(CpuState, stack) + usize::from(user) * size_of::<StackPage>();
+        let entry = stack_offset(user);
         self.gs(true, &[0x2B], R14, entry + offset_of!(StackPage, page)); // sub r14, page
         self.cmp_imm(R14, 4096 - size);
         let miss = self.jcc(cc::A);

@@ -10,7 +10,7 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use crate::cpu::state::{CpuState, StackPage};
-use crate::cpu::state_block::{TLB_ENTRIES, TlbEntry, tlb_offset};
+use crate::cpu::state_block::{TLB_ENTRIES, TlbEntry, stack_offset, tlb_offset};
 
 /// Why translated code was left; in [`CpuState::exit_kind`].
 pub mod exit_kind {
@@ -191,7 +191,7 @@ fn stack_miss(
     (user, write): (bool, bool),
     failed: CodeLabel,
 ) -> Result<(), IcedError> {
-    let entry = offset_of!(CpuState, stack) + user as usize * size_of::<StackPage>();
+    let entry = stack_offset(user);
     let page = at(entry + offset_of!(StackPage, page));
     let host = at(entry + offset_of!(StackPage, host));
     let limit = at(offset_of!(CpuState, stack_limit));
