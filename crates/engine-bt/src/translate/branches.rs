@@ -32,10 +32,10 @@ impl Job<'_> {
         }
         if !same_page {
             let cell = exec_offset(self.user) + exec_index(target) * 4;
-            guard = Some(self.e.cmp32_imm(cell, u32::MAX));
+            guard = Some(self.e.patched_cmp32(cell, u32::MAX));
             places.push(self.e.jcc(cc::NE));
         }
-        let jump = self.e.jmp();
+        let jump = self.e.patched_jmp();
         places.push(jump);
         let saved = self.flags == Flags::Saved;
         let what = What::Link(Link { jump, guard, dead: ALL & !live });
@@ -53,7 +53,7 @@ impl Job<'_> {
         let live = self.live_after();
         let same_page = target & !0xFFF == self.source.rip & !0xFFF && self.source.second.is_none();
         if same_page && (target > self.source.rip || polled) {
-            let jump = self.e.jcc(condition);
+            let jump = self.e.patched_jcc(condition);
             let what = What::Link(Link { jump, guard: None, dead: ALL & !live });
             self.leave(jump, self.stubs.leave_link, target, what);
             self.direct(i.next_ip(), live, polled);

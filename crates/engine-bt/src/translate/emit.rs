@@ -358,6 +358,37 @@ impl Emitter {
         self.pos() - 4
     }
 
+    /// Puts the four bytes that come after `before` more into one aligned quadword,
+    /// so that they can be patched while another vCPU runs the code.
+    fn align_patch(&mut self, before: u32) {
+        match (self.pos() + before) % 8 {
+            5 => self.bytes(&[0x0F, 0x1F, 0x00]), // nop [rax]
+            6 => self.bytes(&[0x66, 0x90]),
+            7 => self.bytes(&[0x90]),
+            _ => {}
+        }
+    }
+
+    /// A JMP that can be patched. Returns where rel32 is.
+    pub fn patched_jmp(&mut self) -> u32 {
+        self.align_patch(1);
+        self.jmp()
+    }
+
+    /// A Jcc that can be patched. Returns where rel32 is.
+    pub fn patched_jcc(&mut self, condition: u8) -> u32 {
+        self.align_patch(2);
+        self.jcc(condition)
+    }
+
+    /// cmp dword gs:[offset], imm32 that can be patched. Returns where the
+    /// immediate is.
+    pub fn patched_cmp32(&mut self, offset: usize, value: u32) -> u32 {
+        // GS, REX, opcode, ModRM, SIB and the offset come first.
+        self.align_patch(9);
+        self.cmp32_imm(offset, value)
+    }
+
     /// JMP rel32 with the target open. Returns where rel32 is.
     pub fn jmp(&mut self) -> u32 {
         self.bytes(&[0xE9]);
