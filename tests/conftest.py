@@ -1,8 +1,19 @@
 """What tests of whole guests share."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from tetrarch import images
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_environment() -> Iterator[None]:
+    """What a user has set to see more of the program does not change what tests see of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TETRARCH_DEBUG", "FORCE_COLOR", "COLUMNS"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

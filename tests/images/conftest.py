@@ -85,6 +85,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeArchive:
 def _package(index: Path, name: str, files: dict[str, bytes]) -> None:
     root = index.parent / f"root-{name}"
     (root / "DEBIAN").mkdir(parents=True)
+    (root / "DEBIAN").chmod(0o755)  # dpkg-deb refuses what a strict umask makes of it
     (root / "DEBIAN/control").write_text(
         f"Package: {name}\nVersion: 6.1.1-1\nArchitecture: amd64\n"
         "Maintainer: nobody <nobody@example.org>\nDescription: for a test\n"
