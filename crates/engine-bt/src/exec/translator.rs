@@ -16,7 +16,7 @@ use crate::cpu::state_block::branch_index;
 use crate::cpu::x87_pointers;
 use crate::cpu::{Cpu, Missed, mode};
 use crate::interp;
-use crate::memory::code_map;
+use crate::memory::code_map::{self, Written};
 use crate::memory::mmu::{Place, canonical};
 use crate::translate::block::{Built, Site, Source, What};
 use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
@@ -77,6 +77,9 @@ struct Entered {
     host: u64,
     flags: u64,
 }
+
+/// Bytes of an instruction that can lie on its second page, and one more.
+const MAX_HEAD: usize = 15;
 
 /// Slots for [`SlowSite`]s: what a guest's drivers touch devices with.
 const SLOW_SITES: usize = 64;
@@ -226,22 +229,39 @@ impl Translator {
             },
         };
         let in_first = u64::from(built.len).min(PAGE_SIZE - offset as u64);
-        let looked = source.looked.get();
-        mark_code(cpu, physical, code_map::lines(offset as u64, in_first) | looked);
-        if let Some(second) = second {
-            let rest = u64::from(built.len) - in_first;
-            mark_code(cpu, GuestPhys(second), code_map::lines(0, rest.max(1)));
+        let lines = code_map::lines(offset as u64, in_first) | source.looked.get();
+        // Marking and dropping a page exclude each other.
+        let mut cache = self.cache.lock();
+        mark_code(cpu, physical, lines);
+        let mut as_read = is_unchanged(cpu, physical, &bytes, lines);
+        if let Some((second, head)) = second {
+            let rest = (u64::from(built.len) - in_first).max(1);
+            mark_code(cpu, GuestPhys(second), code_map::lines(0, rest));
+            let mut now = [0; MAX_HEAD];
+            as_read &= cpu.vm.memory.read(GuestPhys(second), &mut now).is_ok();
+            as_read &= now[..rest as usize] == head[..rest as usize];
+        }
+        if !as_read {
+            // Somebody wrote between the reading and the marking, unnoticed.
+            return Ok(None);
         }
         cpu.counts.blocks += 1;
         cpu.counts.instructions += u64::from(built.instructions);
-        let index = self.cache.lock().insert(id, cpu.st.mode, &mut built, second);
+        let second = second.map(|(second, _)| second);
+        let index = cache.insert(id, cpu.st.mode, &mut built, second);
+        drop(cache);
         cpu.counts.translate_tsc += rdtsc().wrapping_sub(start);
         Ok(Some(index))
     }
 
     /// A block of the one instruction at `rip` that crosses into the next page.
-    fn build_straddling(&mut self, cpu: &mut Cpu, rip: u64, tail: &[u8]) -> Option<(Built, u64)> {
-        if tail.len() >= 15 {
+    fn build_straddling(
+        &mut self,
+        cpu: &mut Cpu,
+        rip: u64,
+        tail: &[u8],
+    ) -> Option<(Built, (u64, [u8; MAX_HEAD]))> {
+        if tail.len() >= MAX_HEAD {
             return None;
         }
         let next = (rip | 0xFFF).wrapping_add(1);
@@ -249,13 +269,14 @@ impl Translator {
         // interpreter finds out.
         let second = self.exec_id(cpu, next).ok()??;
         let page = self.cache.lock().exec_page(second)?;
-        let mut bytes = [0u8; 30];
+        let mut bytes = [0u8; 2 * MAX_HEAD];
+        let mut head = [0; MAX_HEAD];
+        cpu.vm.memory.read(GuestPhys(page.physical), &mut head).ok()?;
         bytes[..tail.len()].copy_from_slice(tail);
-        let head = &mut bytes[tail.len()..tail.len() + 15];
-        cpu.vm.memory.read(GuestPhys(page.physical), head).ok()?;
+        bytes[tail.len()..tail.len() + MAX_HEAD].copy_from_slice(&head);
         let source = Source {
             rip,
-            bytes: &bytes[..tail.len() + 15],
+            bytes: &bytes[..tail.len() + MAX_HEAD],
             mode: cpu.st.mode,
             second: Some(second),
             page: &[],
@@ -263,7 +284,7 @@ impl Translator {
             cpuid: &cpu.vm.cpuid,
         };
         let built = self.builder.build(&source)?;
-        (built.len as usize > tail.len()).then_some((built, page.physical))
+        (built.len as usize > tail.len()).then_some((built, (page.physical, head)))
     }
 
     fn clear_cache(&mut self, cpu: &mut Cpu) {
@@ -287,8 +308,14 @@ impl Translator {
             return;
         }
         let mut cache = self.cache.lock();
-        for page in pages {
+        for Written { page, epoch } in pages {
             cpu.counts.invalidations += 1;
+            if cache.dropped_since(page, epoch) {
+                // Another vCPU was first, and the page may have been translated
+                // anew: what must go is in this one's tables alone.
+                cpu.tlb.flush_exec();
+                continue;
+            }
             let tlb = &mut cpu.tlb;
             let retired = cache.drop_page(page, |block| {
                 tlb.drop_block(block.rip, block.mode & mode::USER != 0);
@@ -296,7 +323,8 @@ impl Translator {
             for gone in retired {
                 tlb.drop_exec(gone.linear, gone.user);
             }
-            cpu.vm.code.clear(page);
+            let epoch = cpu.vm.code.clear(page);
+            cache.note_dropped(page, epoch);
         }
     }
 
@@ -474,6 +502,17 @@ fn continue_at(cpu: &mut Cpu, rip: u64, saved: bool) {
         st.exit_flags
     };
     st.update_flags(flag::ARITH, flags);
+}
+
+/// Whether the marked lines of a page are still as they were read.
+fn is_unchanged(cpu: &Cpu, physical: GuestPhys, bytes: &[u8], lines: u64) -> bool {
+    let mut now = [0; PAGE_SIZE as usize];
+    cpu.vm.memory.read(physical, &mut now).is_ok()
+        && bytes
+            .chunks(code_map::LINE)
+            .zip(now.chunks(code_map::LINE))
+            .enumerate()
+            .all(|(line, (read, now))| lines >> line & 1 == 0 || read == now)
 }
 
 /// Marks translated bytes; a page's first translation ends direct writes to it.

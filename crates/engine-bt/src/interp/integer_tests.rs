@@ -428,7 +428,7 @@ fn rep_stos_is_bounded_by_step_and_reports_code() {
     while c.st.rip == CODE {
         step(&mut c).unwrap();
     }
-    assert_eq!(c.vm.code.take_written(listener), [DATA >> 12]);
+    assert_eq!(c.vm.code.take_written(listener)[0].page, DATA >> 12);
     assert_eq!(peek(&c, DATA + 0x1_FFF8), 0x0102_0304_0506_0708u64.to_le_bytes());
     assert_eq!(peek(&c, DATA + 0x2_0000), [0; 8]);
 }

@@ -12,6 +12,9 @@ use tetrarch_memory::{GuestMemory, GuestPhys, MemoryObserver, PAGE_SHIFT, PAGE_S
 
 use crate::memory::mmu::PHYS_BITS;
 
+/// Bytes that one bit stands for.
+pub const LINE: usize = 64;
+
 /// Pages of one chunk of the map: 128 MiB of guest memory.
 const CHUNK_PAGES: u64 = 1 << 15;
 
@@ -23,11 +26,22 @@ pub struct CodeMap {
     /// reaches into it, and stays: regions come and go while others are looked up.
     chunks: Box<[OnceLock<Chunk>]>,
     listeners: Mutex<Vec<Listener>>,
+    /// How often translations of a page were dropped.
+    drops: AtomicU64,
+}
+
+/// A page whose translations were written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Written {
+    pub page: u64,
+    /// How many drops there had been by then: a later one of this page has seen to
+    /// the write, and what was translated since is current.
+    pub epoch: u64,
 }
 
 /// A vCPU that runs translations.
 struct Listener {
-    written: Vec<u64>,
+    written: Vec<Written>,
     /// Raises the vCPU's request flag.
     notify: Box<dyn Fn() + Send + Sync>,
 }
@@ -43,7 +57,7 @@ impl CodeMap {
     pub fn new(memory: &GuestMemory) -> Self {
         let count = (1 << PHYS_BITS) / (CHUNK_PAGES * PAGE_SIZE);
         let chunks = (0..count).map(|_| OnceLock::new()).collect();
-        let map = Self { chunks, listeners: Mutex::default() };
+        let map = Self { chunks, listeners: Mutex::default(), drops: AtomicU64::new(0) };
         memory.regions().iter().for_each(|region| map.cover(region));
         map
     }
@@ -90,10 +104,13 @@ impl CodeMap {
         self.page(page).is_some_and(|word| word.fetch_or(lines, Ordering::AcqRel) == 0)
     }
 
-    pub fn clear(&self, page: u64) {
+    /// Forgets a page whose translations have been dropped. Returns the epoch that
+    /// begins with that.
+    pub fn clear(&self, page: u64) -> u64 {
         if let Some(word) = self.page(page) {
             word.store(0, Ordering::Release);
         }
+        self.drops.fetch_add(1, Ordering::SeqCst) + 1
     }
 
     /// Notes a write of `len` bytes inside one page, after the bytes are there.
@@ -101,9 +118,13 @@ impl CodeMap {
     pub fn wrote(&self, address: GuestPhys, len: u64) {
         let Some(word) = self.page(address.page()) else { return };
         if word.load(Ordering::Acquire) & lines(address.page_offset(), len) != 0 {
-            for listener in self.listeners.lock().iter_mut() {
-                if listener.written.last() != Some(&address.page()) {
-                    listener.written.push(address.page());
+            let mut listeners = self.listeners.lock();
+            let page = address.page();
+            let epoch = self.drops.load(Ordering::SeqCst);
+            for listener in listeners.iter_mut() {
+                match listener.written.last_mut() {
+                    Some(last) if last.page == page => last.epoch = epoch,
+                    _ => listener.written.push(Written { page, epoch }),
                 }
                 (listener.notify)();
             }
@@ -111,7 +132,7 @@ impl CodeMap {
     }
 
     /// Takes the pages whose translations are out of date for this listener.
-    pub fn take_written(&self, listener: usize) -> Vec<u64> {
+    pub fn take_written(&self, listener: usize) -> Vec<Written> {
         let mut listeners = self.listeners.lock();
         listeners.get_mut(listener).map(|l| std::mem::take(&mut l.written)).unwrap_or_default()
     }
@@ -139,5 +160,46 @@ impl MemoryObserver for MemoryChanges {
             at = at.offset(len);
             left -= len;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two vCPUs hear of a write. One drops the page and translates it anew; the
+    /// other comes late, and must be able to tell.
+    #[test]
+    fn note_tells_whether_the_page_was_dropped_since() {
+        let map = CodeMap::new(&GuestMemory::new(1 << 20).unwrap());
+        let (first, second) =
+            (map.add_listener(Box::new(|| ())), map.add_listener(Box::new(|| ())));
+        map.mark(5, 1);
+        map.wrote(GuestPhys(5 << PAGE_SHIFT), 1);
+        let note = map.take_written(first);
+        assert_eq!(note, [Written { page: 5, epoch: 0 }]);
+        let dropped = map.clear(5);
+        map.mark(5, 1);
+        let late = map.take_written(second);
+        assert!(dropped > late[0].epoch, "what is there now is newer than the write");
+        // A write to the new translation is for both, the late one too.
+        map.wrote(GuestPhys(5 << PAGE_SHIFT), 1);
+        for listener in [first, second] {
+            let note = map.take_written(listener);
+            assert_eq!(note.len(), 1);
+            assert!(note[0].epoch >= dropped);
+        }
+    }
+
+    #[test]
+    fn repeated_writes_leave_one_note_of_the_last() {
+        let map = CodeMap::new(&GuestMemory::new(1 << 20).unwrap());
+        let listener = map.add_listener(Box::new(|| ()));
+        map.mark(5, u64::MAX);
+        map.wrote(GuestPhys(5 << PAGE_SHIFT), 1);
+        let epoch = map.clear(6);
+        map.wrote(GuestPhys(5 << PAGE_SHIFT), 8);
+        assert_eq!(map.take_written(listener), [Written { page: 5, epoch }]);
+        assert!(map.take_written(listener).is_empty());
     }
 }

@@ -83,6 +83,8 @@ pub struct CodeCache {
     pages: FxHashMap<u64, CodePage>,
     ids: FxHashMap<ExecPage, u32>,
     exec_pages: Vec<ExecPage>,
+    /// The epoch of the code map in which a page was last dropped.
+    dropped: FxHashMap<u64, u64>,
     /// Whether the guest mapped the page as global when it was last walked.
     global: Vec<bool>,
 }
@@ -120,6 +122,7 @@ impl CodeCache {
             pages: FxHashMap::default(),
             ids: FxHashMap::default(),
             exec_pages: vec![none],
+            dropped: FxHashMap::default(),
             global: vec![false],
         })
     }
@@ -285,6 +288,16 @@ impl CodeCache {
                 self.ids.remove(page);
             })
             .collect()
+    }
+
+    /// Whether a page was dropped after the epoch of the code map.
+    pub fn dropped_since(&self, page: u64, epoch: u64) -> bool {
+        self.dropped.get(&page).is_some_and(|&dropped| dropped > epoch)
+    }
+
+    /// Notes the epoch that began when the page was dropped.
+    pub fn note_dropped(&mut self, page: u64, epoch: u64) {
+        self.dropped.insert(page, epoch);
     }
 
     /// Drops one block from the directory: it can no longer be found.
