@@ -3,8 +3,16 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tetrarch import images
+
+# How long an example takes is the host's affair and not a device's: a loaded
+# machine must not fail a test.
+settings.register_profile(
+    "tetrarch", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tetrarch")
 
 
 @pytest.fixture(scope="session", autouse=True)

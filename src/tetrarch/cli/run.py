@@ -87,7 +87,8 @@ def _say_end(status: ExitStatus, console: ConsoleBackend) -> None:
     # A guest seldom ends its last line.
     start = "\n" if _is_interactive(console) else ""
     if status.reason in (StopReason.CRASHED, StopReason.TIMEOUT, StopReason.STOPPED):
-        _say(f"{start}tetrarch: {status}")
+        option = " (--timeout)" if status.reason is StopReason.TIMEOUT else ""
+        _say(f"{start}tetrarch: {status}{option}")
     if status.dump:
         _say(status.dump.rstrip())
 
