@@ -16,8 +16,8 @@ use tetrarch_engine::cpuid::{Topology, brand, host, host_brand, host_is_intel};
 
 use crate::cpu::Cpu;
 use crate::cpu::fpu::{MXCSR_MM, mxcsr_mask};
+use crate::cpu::state::PHYS_BITS;
 use crate::cpu::state::cr;
-use crate::memory::mmu::PHYS_BITS;
 
 /// Who made the CPU; some instructions and MSRs differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,7 +18,8 @@ use std::sync::OnceLock;
 use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind};
 use tetrarch_engine::cpuid::{self, host_is_intel};
 
-use crate::cpu::state::{CpuState, FxImage, Ymm};
+use crate::cpu::fault::{Fault, R, ud, vector};
+use crate::cpu::state::{CpuState, FxImage, Ymm, cr};
 use crate::cpu::x87_pointers::{self, Pointers};
 
 /// MXCSR after reset: all exceptions masked (Intel SDM 1, 10.2.3).
@@ -47,6 +48,37 @@ pub mod component {
     pub const SSE: u64 = 2;
     pub const AVX: u64 = 4;
     pub const ALL: u64 = X87 | SSE | AVX;
+}
+
+/// What an instruction needs of the CPU's mode.
+pub mod class {
+    pub const X87: u8 = 1;
+    pub const WAIT: u8 = 2;
+    pub const MMX: u8 = 4;
+    pub const SSE: u8 = 8;
+    pub const AVX: u8 = 16;
+    /// Encoded by VEX: protected mode only.
+    pub const VEX: u8 = 32;
+}
+
+/// #UD and #NM by the control registers (Intel SDM 2, 2.4 and 2.5; SDM 3A, 2.5).
+pub fn check_mode(st: &CpuState, class: u8) -> R<()> {
+    let em = st.cr0 & cr::CR0_EM != 0;
+    let ts = st.cr0 & cr::CR0_TS != 0;
+    if class & class::VEX != 0 && (!st.protected() || st.vm86()) {
+        return ud();
+    }
+    let avx = st.cr4 & cr::CR4_OSXSAVE != 0 && st.xcr0 & component::ALL == component::ALL;
+    if class & class::AVX != 0 && !avx
+        || class & class::SSE != 0 && (em || st.cr4 & cr::CR4_OSFXSR == 0)
+        || class & class::MMX != 0 && em
+    {
+        return ud();
+    }
+    let absent = class & class::X87 != 0 && (em || ts)
+        || class & class::WAIT != 0 && ts && st.cr0 & cr::CR0_MP != 0
+        || class & (class::MMX | class::SSE | class::AVX) != 0 && ts;
+    if absent { Err(Fault::new(vector::NM).into()) } else { Ok(()) }
 }
 
 /// Whether the host CPU and its kernel have AVX.

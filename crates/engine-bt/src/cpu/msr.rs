@@ -6,9 +6,10 @@
 use crate::cpu::Cpu;
 use crate::cpu::cpuid::{ARCH_CAPABILITIES, Vendor};
 use crate::cpu::fault::{R, gp};
+use crate::cpu::state::PHYS_BITS;
 use crate::cpu::state::{cr, seg};
 use crate::kvm;
-use crate::memory::mmu::{PHYS_BITS, canonical};
+use crate::memory::mmu::canonical;
 
 pub mod index {
     pub const TSC: u32 = 0x10;

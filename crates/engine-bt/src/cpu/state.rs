@@ -12,6 +12,10 @@ use std::sync::atomic::AtomicU8;
 
 use tetrarch_engine::{Segment, SegmentTable};
 
+/// Physical address bits that CPUID reports; higher ones are reserved.
+pub const PHYS_BITS: u32 = 40;
+pub const PHYS_MASK: u64 = (1 << PHYS_BITS) - 1;
+
 /// RFLAGS bits (Intel SDM 1, 3.4.3).
 pub mod flag {
     pub const CF: u64 = 1 << 0;
@@ -147,7 +151,7 @@ pub struct CpuState {
     pub halted: u8,
     /// Whether the guest may use AVX (CR4.OSXSAVE and XCR0[2:1] = 3).
     pub avx: u8,
-    /// The mode word by which translations are keyed; see [`crate::cpu::Mode`].
+    /// The mode word by which translations are keyed; see [`crate::cpu::mode`].
     pub mode: u32,
     /// Arithmetic flags saved around a memory access: AH by LAHF, AL by SETO.
     pub saved_flags: u32,

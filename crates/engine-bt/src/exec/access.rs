@@ -2,13 +2,26 @@
 //! answer ends the instruction without another look at it.
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use tetrarch_engine::Exit;
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
-use super::translator::Then;
 use crate::cpu::Cpu;
+use crate::cpu::fault::Fault;
 use crate::cpu::state::{flag, reg};
 use crate::interp::{io, operand};
 use crate::translate::block::PortAccess;
+
+/// What the run loop does next.
+pub enum Then {
+    Continue,
+    /// Interpret the instruction at RIP.
+    Interpret,
+    /// Interpret the instruction at RIP, which is this one.
+    Execute(Instruction),
+    Raise(Fault),
+    /// The machine must answer, which ends the instruction.
+    Ask(Exit, Access),
+}
 
 /// An access that waits for the machine's answer.
 #[derive(Clone, Copy, Debug)]
@@ -127,7 +140,7 @@ pub fn port(cpu: &mut Cpu, access: &PortAccess) -> Then {
     settle(cpu, Access { next, to }, answer)
 }
 
-fn settle(cpu: &mut Cpu, access: Access, answer: Result<u64, tetrarch_engine::Exit>) -> Then {
+fn settle(cpu: &mut Cpu, access: Access, answer: Result<u64, Exit>) -> Then {
     match answer {
         Ok(value) => {
             access.finish(cpu, value);

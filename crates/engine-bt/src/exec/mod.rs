@@ -29,9 +29,9 @@ mod access;
 mod saved;
 mod translator;
 
-use access::Access;
+use access::{Access, Then};
+use translator::Translator;
 pub use translator::fill;
-use translator::{Then, Translator};
 
 pub struct BtVcpu {
     cpu: Box<Cpu>,

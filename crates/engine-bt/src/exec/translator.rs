@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use iced_x86::{Decoder, Instruction, InstructionInfoFactory, Mnemonic};
 use parking_lot::Mutex;
-use tetrarch_engine::{EngineError, Exit};
+use tetrarch_engine::EngineError;
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
-use super::access::{self, Access, PlainMove};
+use super::access::{self, PlainMove, Then};
 use crate::cpu::fault::{Fault, vector};
 use crate::cpu::state::{flag, reg};
 use crate::cpu::state_block::branch_index;
@@ -46,18 +46,6 @@ pub extern "sysv64" fn fill(cpu: u64, linear: u64, write: u64) -> u64 {
         Err(fault) => cpu.missed = Missed::Fault { linear, fault },
     }
     0
-}
-
-/// What the run loop does next.
-pub enum Then {
-    Continue,
-    /// Interpret the instruction at RIP.
-    Interpret,
-    /// Interpret the instruction at RIP, which is this one.
-    Execute(Instruction),
-    Raise(Fault),
-    /// The machine must answer, which ends the instruction.
-    Ask(Exit, Access),
 }
 
 /// An instruction whose memory access once left translated code.

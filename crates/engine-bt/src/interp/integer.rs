@@ -222,11 +222,13 @@ pub fn cmpxchg16b(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     let expected = u128::from(g[reg::RDX]) << 64 | u128::from(g[reg::RAX]);
     let new = u128::from(g[reg::RCX]) << 64 | u128::from(g[reg::RBX]);
     let old = match cpu.writable_16(address, user)? {
-        Some((host, physical)) => {
+        Some((host, code)) => {
             // SAFETY: 16 mapped and aligned bytes; the CPU has the instruction,
             // since CPUID of the guest shows only what the host has.
             let old = unsafe { exchange_16(host, expected, new) };
-            cpu.vm.code.wrote(physical, 16);
+            if let Some(written) = code {
+                cpu.vm.code.wrote(written, 16);
+            }
             old
         }
         None => {

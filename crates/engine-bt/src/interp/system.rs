@@ -10,8 +10,9 @@ use crate::cpu::cpuid;
 use crate::cpu::fault::{Fault, R, gp, ud};
 use crate::cpu::fpu;
 use crate::cpu::msr;
+use crate::cpu::state::PHYS_BITS;
 use crate::cpu::state::{attr, cr, reg, seg};
-use crate::memory::mmu::{PHYS_BITS, canonical};
+use crate::memory::mmu::canonical;
 
 /// The bits of CR0 that exist; others read as 0.
 const CR0_BITS: u64 = cr::CR0_PE

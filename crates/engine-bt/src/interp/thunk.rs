@@ -27,7 +27,7 @@ use super::{Flow, operand, xsave};
 use crate::cpu::Cpu;
 use crate::cpu::cpuid::Vendor;
 use crate::cpu::fault::{Fault, R, Stop, gp, ud, vector};
-use crate::cpu::fpu;
+use crate::cpu::fpu::{self, check_mode, class};
 use crate::cpu::state::{CpuState, cr, reg};
 use crate::cpu::x87_pointers;
 use crate::host::signals;
@@ -38,38 +38,6 @@ const BOUNCE: usize = offset_of!(CpuState, bounce);
 /// The largest memory operand: a YMM register.
 const BOUNCE_BYTES: usize = 32;
 const _: () = assert!(BOUNCE.is_multiple_of(64) && size_of::<[u64; 16]>() >= BOUNCE_BYTES);
-
-/// What an instruction needs of the CPU's mode.
-pub mod class {
-    pub const X87: u8 = 1;
-    pub const WAIT: u8 = 2;
-    pub const MMX: u8 = 4;
-    pub const SSE: u8 = 8;
-    pub const AVX: u8 = 16;
-    /// Encoded by VEX: protected mode only.
-    pub const VEX: u8 = 32;
-}
-
-/// #UD and #NM by the control registers (Intel SDM 2, 2.4 and 2.5; SDM 3A, 2.5).
-pub fn check_mode(cpu: &Cpu, class: u8) -> R<()> {
-    let st = &*cpu.st;
-    let em = st.cr0 & cr::CR0_EM != 0;
-    let ts = st.cr0 & cr::CR0_TS != 0;
-    if class & class::VEX != 0 && (!st.protected() || st.vm86()) {
-        return ud();
-    }
-    let avx = st.cr4 & cr::CR4_OSXSAVE != 0 && st.xcr0 & fpu::component::ALL == fpu::component::ALL;
-    if class & class::AVX != 0 && !avx
-        || class & class::SSE != 0 && (em || st.cr4 & cr::CR4_OSFXSR == 0)
-        || class & class::MMX != 0 && em
-    {
-        return ud();
-    }
-    let absent = class & class::X87 != 0 && (em || ts)
-        || class & class::WAIT != 0 && ts && st.cr0 & cr::CR0_MP != 0
-        || class & (class::MMX | class::SSE | class::AVX) != 0 && ts;
-    if absent { Err(Fault::new(vector::NM).into()) } else { Ok(()) }
-}
 
 /// Whether a misaligned memory operand is #GP(0).
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -104,7 +72,7 @@ struct Thunk {
 
 /// The thunks of a thread, by instruction without its memory operand. `None`:
 /// not an instruction for us.
-struct Cache {
+struct Thunks {
     thunks: FxHashMap<Instruction, Option<Thunk>>,
     slab: Option<arena::Slab>,
     infos: InstructionInfoFactory,
@@ -114,7 +82,7 @@ struct Cache {
 const CACHE_ENTRIES: usize = 4096;
 
 thread_local! {
-    static CACHE: RefCell<Cache> = RefCell::new(Cache {
+    static THUNKS: RefCell<Thunks> = RefCell::new(Thunks {
         thunks: FxHashMap::default(),
         slab: None,
         infos: InstructionInfoFactory::new(),
@@ -198,7 +166,7 @@ fn has_memory(i: &Instruction) -> bool {
 
 fn find(i: &Instruction) -> Result<Thunk, Missing> {
     let key = canonical(i);
-    CACHE.with_borrow_mut(|cache| {
+    THUNKS.with_borrow_mut(|cache| {
         if let Some(known) = cache.thunks.get(&key) {
             return known.ok_or(Missing::Foreign);
         }
@@ -215,7 +183,7 @@ fn find(i: &Instruction) -> Result<Thunk, Missing> {
     })
 }
 
-impl Cache {
+impl Thunks {
     fn clear(&mut self) {
         self.thunks.clear();
         if let Some(slab) = &mut self.slab {
@@ -457,7 +425,7 @@ fn takes_misaligned(cpu: &Cpu, i: &Instruction) -> bool {
 }
 
 fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
-    check_mode(cpu, thunk.class)?;
+    check_mode(&cpu.st, thunk.class)?;
     let (size, user) = (usize::from(thunk.size), cpu.user());
     let (mut linear, mut offset) = (0, 0);
     if size != 0 {

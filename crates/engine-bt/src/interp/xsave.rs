@@ -8,10 +8,10 @@
 use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::operand;
-use super::thunk::{check_mode, class, wait};
+use super::thunk::wait;
 use crate::cpu::Cpu;
 use crate::cpu::fault::{Fault, R, gp, ud, vector};
-use crate::cpu::fpu::{self, component};
+use crate::cpu::fpu::{self, check_mode, class, component};
 use crate::cpu::state::{FxImage, cr, reg};
 use crate::cpu::x87_pointers::{self, Pointers};
 
@@ -64,7 +64,7 @@ fn mxcsr_of(image: &[u8]) -> R<u32> {
 }
 
 fn ldmxcsr(cpu: &mut Cpu, i: &Instruction, class: u8) -> R<()> {
-    check_mode(cpu, class)?;
+    check_mode(&cpu.st, class)?;
     let value = operand::load_mem(cpu, i, 4)? as u32;
     if value & !fpu::mxcsr_mask() != 0 {
         return gp(0);
@@ -74,7 +74,7 @@ fn ldmxcsr(cpu: &mut Cpu, i: &Instruction, class: u8) -> R<()> {
 }
 
 fn stmxcsr(cpu: &mut Cpu, i: &Instruction, class: u8) -> R<()> {
-    check_mode(cpu, class)?;
+    check_mode(&cpu.st, class)?;
     let value = u64::from(cpu.st.mxcsr);
     operand::store_mem(cpu, i, 4, value)
 }
@@ -82,7 +82,7 @@ fn stmxcsr(cpu: &mut Cpu, i: &Instruction, class: u8) -> R<()> {
 /// FXSAVE. Bytes 416 to 511 are not the CPU's: 464 and up are for software, and
 /// none of them is written (Intel SDM 1, 10.5.1).
 fn fxsave(cpu: &mut Cpu, i: &Instruction) -> R<()> {
-    check_mode(cpu, class::X87)?;
+    check_mode(&cpu.st, class::X87)?;
     let linear = image_at(cpu, i, 512, 16, true)?;
     let user = cpu.user();
     cpu.probe_write(linear, 512, user)?;
@@ -92,7 +92,7 @@ fn fxsave(cpu: &mut Cpu, i: &Instruction) -> R<()> {
 }
 
 fn fxrstor(cpu: &mut Cpu, i: &Instruction) -> R<()> {
-    check_mode(cpu, class::X87)?;
+    check_mode(&cpu.st, class::X87)?;
     let linear = image_at(cpu, i, 512, 16, false)?;
     let user = cpu.user();
     let mut image = [0; 512];
@@ -321,7 +321,7 @@ struct Environment([u8; ENV_32 + STACK]);
 
 /// FNSTENV and FNSAVE. The host CPU makes the image, then it is changed.
 fn store_x87(cpu: &mut Cpu, i: &Instruction, all: bool) -> R<()> {
-    check_mode(cpu, class::X87)?;
+    check_mode(&cpu.st, class::X87)?;
     if matches!(i.mnemonic(), Mnemonic::Fsave | Mnemonic::Fstenv) {
         wait(cpu)?;
     }
@@ -369,7 +369,7 @@ fn store_x87(cpu: &mut Cpu, i: &Instruction, all: bool) -> R<()> {
 }
 
 fn load_x87(cpu: &mut Cpu, i: &Instruction, all: bool) -> R<()> {
-    check_mode(cpu, class::X87)?;
+    check_mode(&cpu.st, class::X87)?;
     wait(cpu)?;
     let env = env_size(i);
     let size = env + if all { STACK } else { 0 };

@@ -138,7 +138,7 @@ impl WakeSet {
 }
 
 /// One vCPU's local APIC and what others may know about it without its lock.
-struct Cpu {
+struct LocalApic {
     lapic: Mutex<Lapic>,
     pending: AtomicBool,
     event: AtomicBool,
@@ -166,7 +166,7 @@ fn publish_u64(cell: &AtomicU64, value: u64) {
     }
 }
 
-impl Cpu {
+impl LocalApic {
     fn new(lapic: Lapic) -> Self {
         let cpu = Self {
             pending: AtomicBool::new(false),
@@ -317,7 +317,7 @@ fn is_pit(port: u16) -> bool {
 pub struct IrqChip {
     tsc_hz: u64,
     wake: Arc<dyn Wake>,
-    cpus: Vec<Cpu>,
+    cpus: Vec<LocalApic>,
     legacy: Mutex<Legacy>,
     /// The PIC's INTR.
     intr: AtomicBool,
@@ -329,7 +329,7 @@ pub struct IrqChip {
 
 impl IrqChip {
     pub fn new(vcpus: usize, tsc_hz: u64, wake: Arc<dyn Wake>) -> Self {
-        let cpus = (0..vcpus).map(|id| Cpu::new(Lapic::new(id as u32, tsc_hz))).collect();
+        let cpus = (0..vcpus).map(|id| LocalApic::new(Lapic::new(id as u32, tsc_hz))).collect();
         Self {
             tsc_hz,
             wake,
@@ -419,7 +419,7 @@ impl IrqChip {
         if !everyone && !message.logical {
             return self.deliver_to(message.dest as usize, message, wakes);
         }
-        let matches = |cpu: &Cpu| everyone || cpu.route().matches_logical(message.dest);
+        let matches = |cpu: &LocalApic| everyone || cpu.route().matches_logical(message.dest);
         if message.mode == Delivery::LowestPriority {
             return match self.lowest_priority(matches) {
                 Some(index) => self.deliver_to(index, message, wakes),
@@ -435,7 +435,7 @@ impl IrqChip {
         taken
     }
 
-    fn lowest_priority(&self, matches: impl Fn(&Cpu) -> bool) -> Option<usize> {
+    fn lowest_priority(&self, matches: impl Fn(&LocalApic) -> bool) -> Option<usize> {
         let count = self.cpus.len();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         (0..count)

@@ -9,12 +9,9 @@ use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::cpu::Cpu;
 use crate::cpu::fault::{Fault, R, pf};
+use crate::cpu::state::PHYS_MASK;
 use crate::cpu::state::cr;
 use crate::memory::tlb::FetchedPage;
-
-/// Physical address bits that CPUID reports; higher ones are reserved.
-pub const PHYS_BITS: u32 = 40;
-pub const PHYS_MASK: u64 = (1 << PHYS_BITS) - 1;
 
 const PTE_P: u64 = 1 << 0;
 const PTE_W: u64 = 1 << 1;
@@ -437,12 +434,17 @@ impl Cpu {
         Ok(old)
     }
 
-    /// The host address of 16 aligned bytes of RAM for CMPXCHG16B, else `None`.
-    pub fn writable_16(&mut self, linear: u64, user: bool) -> R<Option<(*mut u8, GuestPhys)>> {
+    /// The host address of 16 aligned bytes of RAM for CMPXCHG16B, else `None`. Where
+    /// the page holds translated code, a write must be reported: there.
+    pub fn writable_16(
+        &mut self,
+        linear: u64,
+        user: bool,
+    ) -> R<Option<(*mut u8, Option<GuestPhys>)>> {
         debug_assert!(linear.is_multiple_of(16));
         Ok(match self.place(linear, true, user)? {
-            Place::Ram(host) => Some((host, GuestPhys(!0xFFF))),
-            Place::Code(host, address) => Some((host, address)),
+            Place::Ram(host) => Some((host, None)),
+            Place::Code(host, address) => Some((host, Some(address))),
             Place::Device(_) => None,
         })
     }

@@ -14,9 +14,11 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<()>> {
     let result = match i.mnemonic() {
         Mnemonic::Vmaskmovps | Mnemonic::Vpmaskmovd => masked_move(cpu, i, 4),
         Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovq => masked_move(cpu, i, 8),
-        Mnemonic::Maskmovdqu => check_mode(cpu, class::SSE).and_then(|()| mask_bytes_xmm(cpu, i)),
+        Mnemonic::Maskmovdqu => {
+            check_mode(&cpu.st, class::SSE).and_then(|()| mask_bytes_xmm(cpu, i))
+        }
         Mnemonic::Vmaskmovdqu => {
-            check_mode(cpu, class::AVX | class::VEX).and_then(|()| mask_bytes_xmm(cpu, i))
+            check_mode(&cpu.st, class::AVX | class::VEX).and_then(|()| mask_bytes_xmm(cpu, i))
         }
         Mnemonic::Maskmovq => mask_bytes_mmx(cpu, i),
         // Others with the same names are EVEX forms.
@@ -79,7 +81,7 @@ fn address_mask(i: &Instruction) -> u64 {
 
 /// VMASKMOVPS/PD and VPMASKMOVD/Q (Intel SDM 2, VMASKMOV).
 fn masked_move(cpu: &mut Cpu, i: &Instruction, size: usize) -> R<()> {
-    check_mode(cpu, class::AVX | class::VEX)?;
+    check_mode(&cpu.st, class::AVX | class::VEX)?;
     let user = cpu.user();
     let store = i.op_kind(0) == OpKind::Memory;
     let (mask, data) = if store { (1, 2) } else { (1, 0) };
@@ -117,7 +119,7 @@ fn masked_move(cpu: &mut Cpu, i: &Instruction, size: usize) -> R<()> {
 /// VGATHER and VPGATHER by VEX (Intel SDM 2, VPGATHERDD). Elements that were
 /// loaded before a fault stay, with their mask cleared.
 fn gather(cpu: &mut Cpu, i: &Instruction, index_size: usize, size: usize) -> R<()> {
-    check_mode(cpu, class::AVX | class::VEX)?;
+    check_mode(&cpu.st, class::AVX | class::VEX)?;
     let (to, by, mask) = (i.op0_register(), i.memory_index(), i.op2_register());
     let numbers = [to.number(), by.number(), mask.number()];
     if numbers[0] == numbers[1] || numbers[0] == numbers[2] || numbers[1] == numbers[2] {
@@ -186,7 +188,7 @@ fn mask_bytes_xmm(cpu: &mut Cpu, i: &Instruction) -> R<()> {
 }
 
 fn mask_bytes_mmx(cpu: &mut Cpu, i: &Instruction) -> R<()> {
-    check_mode(cpu, class::MMX)?;
+    check_mode(&cpu.st, class::MMX)?;
     // Reading a register makes the transition to MMX state: #MF if one is pending,
     // TOP = 0, so that the image has MM0 first (Intel SDM 1, 9.5). A write would
     // also set the exponent of the register that it writes.
