@@ -106,8 +106,9 @@ pub fn run_vcpu(
 /// Lets the vCPU finish the instruction whose exit was answered. What else the
 /// instruction asks for gets the answer of an empty bus.
 fn finish_instruction(vcpu: &mut dyn Vcpu) {
-    /// Accesses of one instruction: two operands of 64 bytes, byte by byte.
-    const MOST: usize = 128;
+    /// Accesses of one instruction: two operands of 64 bytes, byte by byte, or the
+    /// items of a string instruction that engine kvm has in one page.
+    const MOST: usize = 4096;
     vcpu.kicker().kick();
     for _ in 0..MOST {
         match vcpu.run() {

@@ -67,18 +67,20 @@ impl Vcpu for Scripted {
         self.kick.clone()
     }
 
-    fn registers(&self) -> Registers {
-        Registers::default()
+    fn registers(&mut self) -> Result<Registers, EngineError> {
+        Ok(Registers::default())
     }
-    fn set_registers(&mut self, _: &Registers) {}
-    fn system_registers(&self) -> SystemRegisters {
-        SystemRegisters::default()
+    fn set_registers(&mut self, _: &Registers) -> Result<(), EngineError> {
+        Ok(())
+    }
+    fn system_registers(&mut self) -> Result<SystemRegisters, EngineError> {
+        Ok(SystemRegisters::default())
     }
     fn set_system_registers(&mut self, _: &SystemRegisters) -> Result<(), EngineError> {
         Ok(())
     }
-    fn xsave(&self) -> Vec<u8> {
-        Vec::new()
+    fn xsave(&mut self) -> Result<Vec<u8>, EngineError> {
+        Ok(Vec::new())
     }
     fn set_xsave(&mut self, _: &[u8]) -> Result<(), EngineError> {
         Ok(())
@@ -250,7 +252,10 @@ fn exits_of_a_platform_reach_their_handlers_and_are_counted() {
             Ok((Reply::Value(u64::from(index) << 32 | value), Handler::Native))
         }
         fn port(&self, vcpu: &mut dyn Vcpu, access: PortAccess) -> Answered {
-            let registers = Registers { rip: access.port.into(), ..vcpu.registers() };
+            let registers = Registers {
+                rip: access.port.into(),
+                ..vcpu.registers().map_err(DeviceError::new)?
+            };
             Ok((Reply::Registers(Box::new(registers)), Handler::Native))
         }
         fn trap(&self, _: &mut dyn Vcpu, _: Trap) -> Answered {

@@ -34,32 +34,32 @@ fn an_application_processor_waits_for_its_sipi() {
         vm.shared.memory.write(GuestPhys(page << 12), &[0xE6, 0x80, 0xEB, 0xFE]).unwrap();
     }
     let mut vcpu = vm.create_vcpu(1).unwrap();
-    let reset = vcpu.registers();
+    let reset = vcpu.registers().expect("state");
     run_kicked(&mut *vcpu);
     // A SIPI, too, counts only from an INIT on in the order of the protocol, but
     // the processor waits since RESET. An NMI has to wait with it.
     send(&vm, 1, NMI);
     run_kicked(&mut *vcpu);
-    assert_eq!(vcpu.registers(), reset, "nothing has run");
+    assert_eq!(vcpu.registers().expect("state"), reset, "nothing has run");
 
     send(&vm, 1, INIT);
     send(&vm, 1, SIPI | 0x10);
     // The second one of the protocol comes too late to count.
     send(&vm, 1, SIPI | 0x20);
     assert!(matches!(vcpu.run().unwrap(), Exit::PortOut { port: 0x80, .. }));
-    let system = vcpu.system_registers();
+    let system = vcpu.system_registers().expect("state");
     assert_eq!((system.cs.selector, system.cs.base), (0x1000, 0x1_0000));
-    assert_eq!(vcpu.registers().rip & !2, 0);
+    assert_eq!(vcpu.registers().expect("state").rip & !2, 0);
     vcpu.reply(Reply::Done);
 
     // It runs now; an INIT makes it wait again.
     send(&vm, 1, INIT);
     run_kicked(&mut *vcpu);
     run_kicked(&mut *vcpu);
-    assert_eq!(vcpu.registers().rip, 0xFFF0);
+    assert_eq!(vcpu.registers().expect("state").rip, 0xFFF0);
     send(&vm, 1, SIPI | 0x20);
     assert!(matches!(vcpu.run().unwrap(), Exit::PortOut { port: 0x80, .. }));
-    assert_eq!(vcpu.system_registers().cs.base, 0x2_0000);
+    assert_eq!(vcpu.system_registers().expect("state").cs.base, 0x2_0000);
 }
 
 #[test]
@@ -67,12 +67,13 @@ fn registers_can_be_set_without_starting_a_waiting_processor() {
     let vm = vm(2);
     vm.shared.memory.write(GuestPhys(0x1000), &LOOP).unwrap();
     let mut vcpu = vm.create_vcpu(1).unwrap();
-    vcpu.set_registers(&Registers { rip: 0x1000, rflags: 2, ..Registers::default() });
+    vcpu.set_registers(&Registers { rip: 0x1000, rflags: 2, ..Registers::default() })
+        .expect("registers");
     run_kicked(&mut *vcpu);
-    assert_eq!(vcpu.registers().rip, 0x1000);
+    assert_eq!(vcpu.registers().expect("state").rip, 0x1000);
     send(&vm, 1, SIPI);
     run_kicked(&mut *vcpu);
-    assert_eq!(vcpu.registers().rip, 0);
+    assert_eq!(vcpu.registers().expect("state").rip, 0);
 }
 
 #[test]
@@ -80,34 +81,35 @@ fn init_of_the_bootstrap_processor_keeps_what_the_manual_says() {
     let vm = vm(1);
     let mut vcpu = vm.create_vcpu(0).unwrap();
     vm.shared.memory.write(GuestPhys(0x1000), &LOOP).unwrap();
-    let mut system = vcpu.system_registers();
+    let mut system = vcpu.system_registers().expect("state");
     system.cs.base = 0;
     system.cr0 = 0x11; // CD and NW clear: they stay so
     system.cr3 = 0x5000;
     system.cr4 = 0x620;
     vcpu.set_system_registers(&system).unwrap();
     let registers = Registers { rip: 0x1000, rflags: 0x202, gpr: [7; 16] };
-    vcpu.set_registers(&registers);
+    vcpu.set_registers(&registers).expect("registers");
     const STAR: u32 = 0xC000_0081;
     assert!(vcpu.set_msr(STAR, 0x1234));
-    let mut xsave = vcpu.xsave();
+    let mut xsave = vcpu.xsave().expect("state");
     xsave[160..176].fill(0x5A); // XMM0
     xsave[512] |= 3;
     vcpu.set_xsave(&xsave).unwrap();
     run_kicked(&mut *vcpu);
-    assert_eq!(vcpu.registers(), registers);
+    assert_eq!(vcpu.registers().expect("state"), registers);
 
     send(&vm, 0, INIT);
     run_kicked(&mut *vcpu);
-    let (after, system) = (vcpu.registers(), vcpu.system_registers());
+    let (after, system) =
+        (vcpu.registers().expect("state"), vcpu.system_registers().expect("state"));
     assert_eq!((after.rip, after.rflags, after.gpr[0]), (0xFFF0, 2, 0));
     assert_eq!((system.cs.selector, system.cs.base), (0xF000, 0xFFFF_0000));
     assert_eq!((system.cr0, system.cr3, system.cr4), (0x10, 0, 0));
     assert_eq!(system.idt.limit, 0xFFFF);
     assert_eq!(vcpu.msr(STAR), Some(0x1234));
-    assert_eq!(vcpu.xsave()[160..176], [0x5A; 16]);
+    assert_eq!(vcpu.xsave().expect("state")[160..176], [0x5A; 16]);
     // It starts instead of waiting, though a SIPI comes.
     send(&vm, 0, SIPI | 0x10);
     run_kicked(&mut *vcpu);
-    assert_eq!(vcpu.system_registers().cs.base, 0xFFFF_0000);
+    assert_eq!(vcpu.system_registers().expect("state").cs.base, 0xFFFF_0000);
 }

@@ -31,7 +31,11 @@ fn fault(vector: u8) -> End {
 fn page_is_the_apic_only_while_it_is_enabled() {
     on_both(|guest, engine| {
         assert_eq!(write_base_and_read(guest, APIC | ENABLE | BSP), fault(6), "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[0] & 0xFF, 0x14, "{engine}: the version");
+        assert_eq!(
+            guest.vcpu.registers().expect("state").gpr[0] & 0xFF,
+            0x14,
+            "{engine}: the version"
+        );
         for base in [APIC | BSP, APIC | BSP | ENABLE, APIC | BSP | ENABLE | X2APIC] {
             let end = write_base_and_read(guest, base);
             if base & (ENABLE | X2APIC) == ENABLE {
@@ -42,7 +46,7 @@ fn page_is_the_apic_only_while_it_is_enabled() {
             assert_eq!(end, End::Exit(read), "{engine}: {base:#x}");
             guest.vcpu.reply(Reply::Value(0xFFFF_FFFF));
             assert_eq!(guest.run(), fault(6), "{engine}");
-            assert_eq!(guest.vcpu.registers().gpr[0], 0xFFFF_FFFF, "{engine}");
+            assert_eq!(guest.vcpu.registers().expect("state").gpr[0], 0xFFFF_FFFF, "{engine}");
         }
     });
 }

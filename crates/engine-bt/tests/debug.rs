@@ -44,7 +44,7 @@ fn dr6(guest: &mut Guest) -> u64 {
     guest.write(KERNEL_CODE + 0x400, &[0x0F, 0x21, 0xF0, 0xF4]);
     guest.start(true, START + 0x400, [0; 16], 2);
     assert_eq!(guest.run_raw(), Exit::Halt);
-    guest.vcpu.registers().gpr[0] & 0xE00F
+    guest.vcpu.registers().expect("state").gpr[0] & 0xE00F
 }
 
 #[test]
@@ -63,7 +63,7 @@ fn single_step_ends_hlt() {
         let code = [0xF4, 0xBB, 7, 0, 0, 0, 0x0F, 0x0B];
         let end = run(guest, &code, 2 | TF);
         assert_eq!(end, End::Fault(Fault { vector: 6, error: 0, cr2: 0 }), "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[3], 7, "{engine}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[3], 7, "{engine}");
     });
 }
 
@@ -74,7 +74,7 @@ fn mov_ss_holds_its_data_breakpoint_back_for_one_instruction() {
         let code = [MOV_SS[0], MOV_SS[1], 0xFF, 0xC3, 0xFF, 0xC3]; // inc ebx, twice
         assert_eq!(run(guest, &code, 2), DB, "{engine}");
         assert_eq!(guest.frame.rip, START + 4, "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[3], 1, "{engine}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[3], 1, "{engine}");
         assert_eq!(dr6(guest), 1, "{engine}");
     });
 }
@@ -111,7 +111,7 @@ fn int1_behind_mov_ss_is_one_exception_with_the_breakpoint() {
             let code = [MOV_SS[0], MOV_SS[1], 0xF1, 0x0F, 0x0B];
             let ud = End::Fault(Fault { vector: 6, error: 0, cr2: 0 });
             assert_eq!(run(guest, &code, 2), ud, "{engine}");
-            assert_eq!(guest.vcpu.registers().gpr[15], 1, "{engine}");
+            assert_eq!(guest.vcpu.registers().expect("state").gpr[15], 1, "{engine}");
             let handlers = 0x5_3000;
             guest.gate(1, BASE + handlers + 16, 1, 3);
         }
@@ -195,7 +195,7 @@ fn sysret_that_sets_tf_traps_before_user_code() {
         guest.start(true, START, gpr, 2);
         assert_eq!(guest.run(), DB, "{engine}");
         assert_eq!((guest.frame.rip, guest.frame.cs), (USER, u64::from(CS3)), "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[3], 0, "{engine}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[3], 0, "{engine}");
         assert_eq!(dr6(guest), DR6_BS, "{engine}");
     });
 }

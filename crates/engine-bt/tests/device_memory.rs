@@ -30,16 +30,16 @@ fn guest(code: &[u8], stack: u64, rflags: u64) -> Guest {
     }
     let vm = create_vm(memory, Config { translate: false, ..Config::default() }).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
-    let mut system = vcpu.system_registers();
+    let mut system = vcpu.system_registers().expect("state");
     system.cs = Segment { base: CODE, limit: 0xFFFF, attributes: 0x9B, selector: 0x1000 };
     system.ss = Segment { base: stack, limit: 0xFFFF, attributes: 0x93, selector: 0 };
     system.idt = SegmentTable { base: 0, limit: 0x3FF };
     vcpu.set_system_registers(&system).unwrap();
-    let mut registers = vcpu.registers();
+    let mut registers = vcpu.registers().expect("state");
     registers.rip = 0;
     registers.rflags = rflags;
     registers.gpr[4] = 0x1000;
-    vcpu.set_registers(&registers);
+    vcpu.set_registers(&registers).expect("registers");
     Guest { vm, vcpu }
 }
 
@@ -85,7 +85,7 @@ fn interrupt_frame_goes_to_a_device() {
 fn undeliverable_interrupt_shuts_down() {
     // jmp $, with an IDT that has no vectors.
     let mut guest = guest(&[0xEB, 0xFE], 0x8000, 0x202);
-    let mut system = guest.vcpu.system_registers();
+    let mut system = guest.vcpu.system_registers().expect("state");
     system.idt.limit = 0;
     guest.vcpu.set_system_registers(&system).unwrap();
     guest.vm.msi(0xFEE0_0000, 0x40);
@@ -109,13 +109,13 @@ fn kick_ends_a_repeated_device_access() {
     // addr32 rep outsb; addr32 rep stosb, both with ECX near 2^32.
     for code in [&[0x67, 0xF3, 0x6E][..], &[0x67, 0xF3, 0xAA]] {
         let mut guest = guest(code, 0x8000, 2);
-        let mut system = guest.vcpu.system_registers();
+        let mut system = guest.vcpu.system_registers().expect("state");
         system.es = Segment { base: DEVICE, limit: u32::MAX, attributes: 0x8093, selector: 0 };
         guest.vcpu.set_system_registers(&system).unwrap();
-        let mut registers = guest.vcpu.registers();
+        let mut registers = guest.vcpu.registers().expect("state");
         registers.gpr[1] = 0xFFFF_FFF0;
         registers.gpr[2] = 0x99;
-        guest.vcpu.set_registers(&registers);
+        guest.vcpu.set_registers(&registers).expect("registers");
         for _ in 0..3 {
             let exit = guest.vcpu.run().unwrap();
             assert!(matches!(exit, Exit::PortOut { .. } | Exit::MmioWrite { .. }), "{exit:x?}");
@@ -174,7 +174,7 @@ mod answered {
                 guest.vcpu.reply(Reply::Value(VALUE));
             };
             assert_eq!(end, End::Fault(Fault { vector: 6, error: 0, cr2: 0 }));
-            let mut gpr = guest.vcpu.registers().gpr;
+            let mut gpr = guest.vcpu.registers().expect("state").gpr;
             gpr[4] = guest.frame.rsp;
             assert_eq!(guest.frame.rip, CODE + code.len() as u64 - 2);
             last = (exits, gpr, guest.frame.rflags & 0xFFFF);
@@ -332,7 +332,7 @@ mod answered {
             guest.start(true, CODE + 1, [7; 16], 0x2);
             guest.run();
             assert_eq!(guest.frame.rip, CODE + 1, "{engine}");
-            assert_eq!(guest.vcpu.registers().gpr[0], 7, "{engine}");
+            assert_eq!(guest.vcpu.registers().expect("state").gpr[0], 7, "{engine}");
         });
     }
 

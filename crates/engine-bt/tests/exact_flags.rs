@@ -157,7 +157,7 @@ fn store_into_the_code_that_overwrites_flags_keeps_them() {
                 gpr[7] = image;
                 guest.start(false, CODE, gpr, 0x202);
                 guest.run();
-                let flags = guest.vcpu.registers().gpr[3] & ARITH;
+                let flags = guest.vcpu.registers().expect("state").gpr[3] & ARITH;
                 assert_eq!(flags, image & ARITH, "{engine}: {image:#x}");
             }
             for (left, right) in [(1u64, 2u64), (2, 1), (7, 7), (1 << 63, 1)] {
@@ -167,7 +167,7 @@ fn store_into_the_code_that_overwrites_flags_keeps_them() {
                 (gpr[7], gpr[2]) = (left, right);
                 guest.start(false, CODE, gpr, 0xAD7);
                 guest.run();
-                let flags = guest.vcpu.registers().gpr[3];
+                let flags = guest.vcpu.registers().expect("state").gpr[3];
                 let carry = left < right;
                 assert_eq!(flags & 1 != 0, carry, "{engine}: {left} and {right}");
                 assert_eq!(flags & 0x40 != 0, left == right, "{engine}: {left} and {right}");

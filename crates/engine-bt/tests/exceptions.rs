@@ -53,7 +53,7 @@ fn fault_in_the_middle_of_a_block_is_precise() {
             prepare(guest, 0, &code);
             assert_eq!(run_user(guest, 0, [0; 16]), fault(vector, error), "{engine} {bytes:x?}");
             assert_eq!(guest.frame.rip, CODE + 2 + skip, "{engine} {bytes:x?}");
-            assert_eq!(guest.vcpu.registers().gpr[3], 1, "{engine} {bytes:x?}");
+            assert_eq!(guest.vcpu.registers().expect("state").gpr[3], 1, "{engine} {bytes:x?}");
             assert_eq!(guest.frame.cs, u64::from(CS3), "{engine} {bytes:x?}");
             assert_eq!(guest.frame.ss, u64::from(DS3), "{engine} {bytes:x?}");
             assert_eq!(guest.frame.rsp, DATA + 0x800, "{engine} {bytes:x?}");
@@ -102,7 +102,7 @@ fn page_fault_leaves_earlier_instructions_done_and_later_ones_not() {
         let end = run_user(guest, 0, gpr);
         assert_eq!(end, End::Fault(Fault { vector: 14, error: 6, cr2: 0x66_6000 }), "{engine}");
         assert_eq!(guest.frame.rip, CODE + 4, "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[1], 8, "{engine}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[1], 8, "{engine}");
         assert_eq!(guest.read64(FREE + 2 * PAGE) & 0xFFFF_FFFF, 7, "{engine}");
     });
 }
@@ -116,10 +116,10 @@ fn fetch_across_pages_faults_at_the_second_page() {
         let end = run_user(guest, offset, [0; 16]);
         assert_eq!(end, End::Fault(Fault { vector: 14, error: 20, cr2: CODE + PAGE }), "{engine}");
         assert_eq!(guest.frame.rip, CODE + PAGE - 1, "{engine}: of the instruction's start");
-        assert_eq!(guest.vcpu.registers().gpr[3], 1, "{engine}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[3], 1, "{engine}");
         guest.map(CODE + PAGE, FREE + PAGE, P | U);
         assert_eq!(run_user(guest, offset, [0; 16]), fault(6, 0), "{engine}: mapped now");
-        assert_eq!(guest.vcpu.registers().gpr[0], 1, "{engine}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[0], 1, "{engine}");
     });
 }
 
@@ -151,7 +151,7 @@ fn handler_returns_with_iret_to_the_instruction_that_faulted() {
         let mut gpr = [0; 16];
         (gpr[6], gpr[7], gpr[8]) = (BASE + slot, 0x66_6000, (FREE + 3 * PAGE) | P | W | U);
         assert_eq!(run_user(guest, 0, gpr), fault(6, 0), "{engine}");
-        let gpr = guest.vcpu.registers().gpr;
+        let gpr = guest.vcpu.registers().expect("state").gpr;
         assert_eq!((gpr[0], gpr[3]), (0xABCD, 1), "{engine}");
         assert_eq!(guest.frame.rsp, DATA + 0x800, "{engine}: the user's stack is back");
     });
@@ -164,15 +164,23 @@ fn exception_from_user_mode_switches_to_rsp0_and_aligns_in_the_kernel() {
         guest.gate(6, BASE + HANDLER, 0, 0);
         prepare(guest, 0, &[0x0F, 0x0B]);
         assert_eq!(run_user(guest, 0, [0; 16]), End::Exit(Exit::Halt), "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[4], BASE + STACK0 - 40, "{engine}");
-        assert_eq!(guest.vcpu.registers().rflags & 0x300, 0, "{engine}: IF and TF are off");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[4], BASE + STACK0 - 40, "{engine}");
+        assert_eq!(
+            guest.vcpu.registers().expect("state").rflags & 0x300,
+            0,
+            "{engine}: IF and TF are off"
+        );
         // In the kernel the frame goes below RSP, aligned to 16 (SDM 3A, 6.14.2).
         guest.write(KERNEL_CODE, &[0x0F, 0x0B]);
         let mut gpr = [0; 16];
         gpr[4] = BASE + KERNEL_CODE + 0x80D;
         guest.start(true, BASE + KERNEL_CODE, gpr, 2);
         assert_eq!(guest.run(), End::Exit(Exit::Halt), "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[4], BASE + KERNEL_CODE + 0x800 - 40, "{engine}");
+        assert_eq!(
+            guest.vcpu.registers().expect("state").gpr[4],
+            BASE + KERNEL_CODE + 0x800 - 40,
+            "{engine}"
+        );
     });
 }
 
@@ -222,8 +230,8 @@ fn iret_goes_to_user_mode_and_back_by_int3() {
         let frame = guest.frame;
         assert_eq!((frame.cs, frame.ss), (u64::from(CS3), u64::from(DS3)), "{engine}");
         assert_eq!((frame.rip, frame.rsp), (CODE + 3, DATA + 0x800), "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[3], 0x33, "{engine}");
-        let system = guest.vcpu.system_registers();
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[3], 0x33, "{engine}");
+        let system = guest.vcpu.system_registers().expect("state");
         assert_eq!((system.cs.selector, system.ss.selector & 3), (CS0, 0), "{engine}");
     });
 }
@@ -278,7 +286,7 @@ fn sti_holds_interrupts_off_for_one_instruction() {
         let end = with_interrupt_pending(guest, &[0xFB, 0xFF, 0xC3, 0xFF, 0xC3, 0x0F, 0x0B]);
         assert_eq!(end, fault(0x20, 0), "{engine}");
         assert_eq!(guest.frame.rip, TAIL + 3, "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[3], 1, "{engine}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[3], 1, "{engine}");
     });
 }
 
@@ -298,7 +306,7 @@ fn popf_that_sets_if_takes_the_interrupt_at_once() {
         let tail = [0x68, 0x02, 0x02, 0, 0, 0x9D, 0xFF, 0xC3, 0x0F, 0x0B];
         assert_eq!(with_interrupt_pending(guest, &tail), fault(0x20, 0), "{engine}");
         assert_eq!(guest.frame.rip, TAIL + 6, "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[3], 0, "{engine}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[3], 0, "{engine}");
     });
 }
 
@@ -331,7 +339,7 @@ fn trap_flag_stops_after_each_instruction() {
         guest.start(false, CODE, gpr, 0x302);
         assert_eq!(guest.run(), fault(1, 0), "{engine}");
         assert_eq!(guest.frame.rip, CODE + 2, "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[3], 1, "{engine}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[3], 1, "{engine}");
         assert_ne!(guest.frame.rflags & 0x100, 0, "{engine}: TF is in the frame");
     });
 }

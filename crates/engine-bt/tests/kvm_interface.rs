@@ -42,7 +42,7 @@ fn run(guest: &mut Guest, code: &[u8], gpr: [u64; 16]) -> Result<u64, End> {
     guest.write(KERNEL_CODE, &[code, &[HLT]].concat());
     guest.start(true, BASE + KERNEL_CODE, gpr, 2);
     match guest.run() {
-        End::Exit(Exit::Halt) => Ok(guest.vcpu.registers().gpr[0]),
+        End::Exit(Exit::Halt) => Ok(guest.vcpu.registers().expect("state").gpr[0]),
         end => Err(end),
     }
 }
@@ -63,7 +63,7 @@ fn read_msr(guest: &mut Guest, index: u32) -> Result<u64, End> {
     let mut gpr = [0; 16];
     gpr[1] = index.into();
     let low = run(guest, &RDMSR, gpr)?;
-    Ok(low | guest.vcpu.registers().gpr[2] << 32)
+    Ok(low | guest.vcpu.registers().expect("state").gpr[2] << 32)
 }
 
 fn read32(guest: &Guest, physical: u64) -> u32 {
@@ -101,7 +101,7 @@ fn unknown_hypercalls_are_refused_and_a_users_not_permitted() {
         guest.write(CODE_AT, &[&VMCALL[..], &[HLT]].concat());
         guest.start(false, CODE, [1; 16], 2);
         assert_eq!(guest.run(), GP, "{name}: HLT in user mode");
-        assert_eq!(guest.vcpu.registers().gpr[0] as i64, -1, "{name}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[0] as i64, -1, "{name}");
         assert_eq!(guest.frame.rip, CODE + 3, "{name}");
     });
 }
@@ -359,7 +359,7 @@ fn another_vcpus_wish_for_a_tlb_flush_is_seen_on_return() {
                 flags.compare_exchange(1, 3, Ordering::SeqCst, Ordering::SeqCst).unwrap();
             }
             assert_eq!(guest.run_raw(), Exit::Halt, "{name}");
-            let seen = guest.vcpu.registers().gpr[0];
+            let seen = guest.vcpu.registers().expect("state").gpr[0];
             // Without the wish the old translation may stay, and does.
             assert_eq!(seen, if wish { 2 } else { 1 }, "{name}");
             assert_eq!(guest.read64(PAGE + 16) & 0xFF, 0, "{name}: it runs again");
@@ -399,6 +399,6 @@ fn kick_ends_one_halt() {
         let code =
             [0xB8, 5, 0, 0, 0, 0x31, 0xDB, 0x31, 0xC9, 0x0F, 0x01, 0xC1, HLT, 0xBA, 7, 0, 0, 0];
         run(guest, &code, [0; 16]).unwrap();
-        assert_eq!(guest.vcpu.registers().gpr[2], 7, "{name}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[2], 7, "{name}");
     });
 }

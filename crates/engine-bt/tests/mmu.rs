@@ -218,7 +218,7 @@ fn dirty_is_set_by_a_write_after_a_read() {
         (gpr[6], gpr[7]) = (BASE + slot, AT);
         guest.start(true, BASE + KERNEL_CODE, gpr, 2);
         assert_eq!(guest.run(), UD, "{engine}");
-        let gpr = guest.vcpu.registers().gpr;
+        let gpr = guest.vcpu.registers().expect("state").gpr;
         assert_eq!((gpr[1] & (A | D), gpr[2] & (A | D)), (A, A | D), "{engine}");
     });
 }
@@ -237,7 +237,11 @@ fn large_pages_reach_where_they_should() {
                 let user = Mode { kernel: false, ..PLAIN };
                 let got = access(guest, &user, Access::Read, linear + offset);
                 assert_eq!(got, UD, "{engine}: level {level}");
-                assert_eq!(guest.vcpu.registers().gpr[0], value, "{engine}: level {level}");
+                assert_eq!(
+                    guest.vcpu.registers().expect("state").gpr[0],
+                    value,
+                    "{engine}: level {level}"
+                );
             }
             let slot = guest.slot(linear, level);
             assert_eq!(guest.read64(slot) & (A | D), A, "{engine}");
@@ -303,7 +307,7 @@ fn stale(guest: &mut Guest, flush: &[u8], global: bool) -> u64 {
     gpr[10] = CR4 & !0x80;
     guest.start(true, BASE + KERNEL_CODE, gpr, 2);
     assert_eq!(guest.run(), UD);
-    let gpr = guest.vcpu.registers().gpr;
+    let gpr = guest.vcpu.registers().expect("state").gpr;
     assert_eq!(gpr[0], 1);
     gpr[3]
 }
@@ -364,7 +368,7 @@ fn code_mapped_elsewhere_runs_after_invlpg() {
         (gpr[6], gpr[7], gpr[8]) = (BASE + slot, AT, (FREE + PAGE) | P | W | A | D);
         guest.start(true, BASE + KERNEL_CODE, gpr, 2);
         assert_eq!(guest.run(), UD, "{engine}");
-        let gpr = guest.vcpu.registers().gpr;
+        let gpr = guest.vcpu.registers().expect("state").gpr;
         assert_eq!((gpr[3], gpr[0]), (1, 2), "{engine}");
     });
 }
@@ -387,7 +391,7 @@ fn invlpg_drops_a_whole_large_page() {
         (gpr[6], gpr[7], gpr[8]) = (BASE + slot, linear, 0x40_0000 | P | W | A | D | PS);
         guest.start(true, BASE + KERNEL_CODE, gpr, 2);
         assert_eq!(guest.run(), UD, "{engine}");
-        let gpr = guest.vcpu.registers().gpr;
+        let gpr = guest.vcpu.registers().expect("state").gpr;
         assert_eq!((gpr[0], gpr[3]), (1, 2), "{engine}");
     });
 }

@@ -73,11 +73,11 @@ fn hypercall_of_either_vendor_shows_registers_and_takes_a_value() {
         for code in [VMCALL, VMMCALL] {
             let at = start(guest, true, &code, gpr(&[(RAX, 7), (RBX, 8)]));
             assert_eq!(guest.run_raw(), Exit::Hypercall { cpl: 0 }, "{name}");
-            let registers = guest.vcpu.registers();
+            let registers = guest.vcpu.registers().expect("state");
             assert_eq!((registers.rip, registers.gpr), (at, gpr(&[(RAX, 7), (RBX, 8)])), "{name}");
             guest.vcpu.reply(Reply::Value((-1000_i64) as u64));
             assert_eq!(guest.run_raw(), Exit::Halt, "{name}");
-            let after = guest.vcpu.registers();
+            let after = guest.vcpu.registers().expect("state");
             assert_eq!(after.rip, at + code.len() as u64 + 1, "{name}");
             assert_eq!(after.gpr, gpr(&[(RAX, (-1000_i64) as u64), (RBX, 8)]), "{name}");
         }
@@ -96,7 +96,7 @@ fn hypercall_from_user_mode_is_the_platforms_choice() {
         guest.vcpu.reply(Reply::Value(9));
         // HLT is privileged.
         assert_eq!(guest.run(), GP, "{name}");
-        assert_eq!(guest.vcpu.registers().gpr[RAX], 9, "{name}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[RAX], 9, "{name}");
         assert_eq!(guest.frame.rip, CODE + 3, "{name}");
     });
 }
@@ -106,12 +106,12 @@ fn reply_sets_all_registers_and_leaves_the_instruction_behind() {
     on_both(hypercalls(Hypercalls::Kernel), |guest, name| {
         let at = start(guest, true, &VMCALL, gpr(&[]));
         guest.run_raw();
-        let mut registers = guest.vcpu.registers();
+        let mut registers = guest.vcpu.registers().expect("state");
         registers.gpr[RCX] = 0xC0;
         registers.rflags |= 1;
         guest.vcpu.reply(Reply::Registers(Box::new(registers)));
         assert_eq!(guest.run_raw(), Exit::Halt, "{name}");
-        let after = guest.vcpu.registers();
+        let after = guest.vcpu.registers().expect("state");
         assert_eq!((after.gpr, after.rflags & 1), (gpr(&[(RCX, 0xC0)]), 1), "{name}");
         assert_eq!(after.rip, at + 4, "{name}");
     });
@@ -123,10 +123,10 @@ fn reply_that_moves_rip_is_obeyed() {
         // vmcall ; ud2 ; hlt
         let at = start(guest, true, &[&VMCALL[..], &[0x0F, 0x0B]].concat(), gpr(&[]));
         guest.run_raw();
-        let registers = Registers { rip: at + 5, ..guest.vcpu.registers() };
+        let registers = Registers { rip: at + 5, ..guest.vcpu.registers().expect("state") };
         guest.vcpu.reply(Reply::Registers(Box::new(registers)));
         assert_eq!(guest.run_raw(), Exit::Halt, "{name}");
-        assert_eq!(guest.vcpu.registers().rip, at + 6, "{name}");
+        assert_eq!(guest.vcpu.registers().expect("state").rip, at + 6, "{name}");
     });
 }
 
@@ -151,7 +151,7 @@ fn msrs_of_the_platform_are_read_and_written_by_the_machine() {
         assert_eq!(guest.run_raw(), Exit::MsrRead { index: MSR }, "{name}");
         guest.vcpu.reply(Reply::Value(0x1234_5678_9ABC_DEF0));
         assert_eq!(guest.run_raw(), Exit::Halt, "{name}");
-        let after = guest.vcpu.registers().gpr;
+        let after = guest.vcpu.registers().expect("state").gpr;
         assert_eq!((after[RAX], after[RDX]), (0x9ABC_DEF0, 0x1234_5678), "{name}");
 
         start(guest, true, &WRMSR, state);
@@ -159,7 +159,7 @@ fn msrs_of_the_platform_are_read_and_written_by_the_machine() {
         assert_eq!(guest.run_raw(), exit, "{name}");
         guest.vcpu.reply(Reply::Done);
         assert_eq!(guest.run_raw(), Exit::Halt, "{name}");
-        assert_eq!(guest.vcpu.registers().gpr, state, "{name}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr, state, "{name}");
 
         start(guest, true, &WRMSR, state);
         guest.run_raw();
@@ -192,14 +192,14 @@ fn port_shows_registers_to_user_mode_past_iopl() {
         start(guest, false, &[0xED], state);
         let exit = Exit::PortWithRegisters { port: BACKDOOR, size: 4, input: true, string: false };
         assert_eq!(guest.run_raw(), exit, "{name}");
-        let mut registers = guest.vcpu.registers();
+        let mut registers = guest.vcpu.registers().expect("state");
         assert_eq!(registers.gpr, state, "{name}");
         registers.gpr[RAX] = 6;
         registers.gpr[RBX] = 0x564D_5868;
         guest.vcpu.reply(Reply::Registers(Box::new(registers)));
         assert_eq!(guest.run(), GP, "{name}: HLT in user mode");
         assert_eq!(guest.frame.rip, CODE + 1, "{name}");
-        let after = guest.vcpu.registers().gpr;
+        let after = guest.vcpu.registers().expect("state").gpr;
         assert_eq!((after[RAX], after[RBX]), (6, 0x564D_5868), "{name}");
     });
 }
@@ -215,7 +215,7 @@ fn port_of_the_platform_still_has_its_privilege_check_unless_told() {
         assert_eq!(guest.run_raw(), exit, "{name}");
         guest.vcpu.reply(Reply::Done);
         assert_eq!(guest.run_raw(), Exit::Halt, "{name}");
-        assert_eq!(guest.vcpu.registers().gpr, state, "{name}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr, state, "{name}");
     });
 }
 
@@ -227,7 +227,7 @@ fn value_in_reply_to_a_narrow_input_leaves_the_rest_of_rax() {
         guest.run_raw();
         guest.vcpu.reply(Reply::Value(0xABCD));
         assert_eq!(guest.run_raw(), Exit::Halt, "{name}");
-        assert_eq!(guest.vcpu.registers().gpr[RAX], 0x1_2345_67CD, "{name}");
+        assert_eq!(guest.vcpu.registers().expect("state").gpr[RAX], 0x1_2345_67CD, "{name}");
     });
 }
 
@@ -240,14 +240,14 @@ fn repeated_string_access_is_one_exit() {
         let exit =
             Exit::PortWithRegisters { port: BACKDOOR + 1, size: 1, input: false, string: true };
         assert_eq!(guest.run_raw(), exit, "{name}");
-        let mut registers = guest.vcpu.registers();
+        let mut registers = guest.vcpu.registers().expect("state");
         assert_eq!((registers.rip, registers.gpr), (at, state), "{name}");
         registers.gpr[RCX] = 0;
         registers.gpr[RSI] += 100;
         guest.vcpu.reply(Reply::Registers(Box::new(registers)));
         assert_eq!(guest.run(), GP, "{name}: HLT in user mode");
         assert_eq!(guest.frame.rip, at + 2, "{name}");
-        let after = guest.vcpu.registers().gpr;
+        let after = guest.vcpu.registers().expect("state").gpr;
         assert_eq!((after[RCX], after[RSI]), (0, CODE + 100), "{name}");
     });
 }
@@ -289,7 +289,7 @@ fn deprivileged_guests_exceptions_are_the_machines() {
         let code = [0xFA, 0x8A, 0x04, 0x25, 0, 0, 0, 0, 0x0F, 0x0B];
         let at = start(guest, false, &code, gpr(&[]));
         assert_eq!(guest.run_raw(), Exit::Trap(Trap::Exception(GuestFault::GP)), "{name}");
-        let registers = Registers { rip: at + 1, ..guest.vcpu.registers() };
+        let registers = Registers { rip: at + 1, ..guest.vcpu.registers().expect("state") };
         guest.vcpu.reply(Reply::Registers(Box::new(registers)));
         let page_fault = GuestFault { vector: 14, error: Some(4), address: 0 };
         assert_eq!(guest.run_raw(), Exit::Trap(Trap::Exception(page_fault)), "{name}");
@@ -327,25 +327,25 @@ fn syscall_of_a_deprivileged_guest_is_the_machines() {
             let at = start(guest, false, &SYSCALL, gpr(&[(RAX, 23)]));
             let syscall = Trap::Syscall { next: at + 2 };
             assert_eq!(guest.run_raw(), Exit::Trap(syscall), "{name}");
-            assert_eq!(guest.vcpu.registers().rip, at, "{name}");
+            assert_eq!(guest.vcpu.registers().expect("state").rip, at, "{name}");
             if kernel_entry {
                 // Into the kernel of the guest, with other segments and page tables.
-                let mut system = guest.vcpu.system_registers();
+                let mut system = guest.vcpu.system_registers().expect("state");
                 let entry = support::guest::system(true);
                 (system.cs, system.ss, system.cr3) = (entry.cs, entry.ss, entry.cr3);
                 guest.vcpu.set_system_registers(&system).unwrap();
                 guest.write(KERNEL_CODE, &[HLT]);
                 let rip = BASE + KERNEL_CODE;
-                let registers = Registers { rip, ..guest.vcpu.registers() };
+                let registers = Registers { rip, ..guest.vcpu.registers().expect("state") };
                 guest.vcpu.reply(Reply::Registers(Box::new(registers)));
                 assert_eq!(guest.run_raw(), Exit::Halt, "{name}");
-                assert_eq!(guest.vcpu.registers().rip, rip + 1, "{name}");
+                assert_eq!(guest.vcpu.registers().expect("state").rip, rip + 1, "{name}");
             } else {
                 guest.vcpu.reply(Reply::Value(0x2323));
                 // HLT behind it.
                 let halt = Exit::Trap(Trap::Exception(GuestFault::GP));
                 assert_eq!(guest.run_raw(), halt, "{name}");
-                let after = guest.vcpu.registers();
+                let after = guest.vcpu.registers().expect("state");
                 assert_eq!((after.rip, after.gpr[RAX]), (at + 2, 0x2323), "{name}");
                 guest.vcpu.reply(Reply::Done);
             }

@@ -27,7 +27,7 @@ fn map(guest: &mut Guest, linear: u64, physical: u64, pages: u64) {
 fn run(guest: &mut Guest, rip: u64, gpr: [u64; 16]) -> [u64; 16] {
     guest.start(false, rip, gpr, 0x202);
     assert_eq!(guest.run(), UD);
-    guest.vcpu.registers().gpr
+    guest.vcpu.registers().expect("state").gpr
 }
 
 #[test]

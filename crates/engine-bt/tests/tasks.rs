@@ -82,10 +82,22 @@ fn two_tasks_take_turns() {
         // inc ebx ; iret ; jmp back
         prepare(guest, [&main, &[0x43, 0xCF, 0xEB, 0xFC], &[]]);
         assert_eq!(guest.run_raw(), Exit::Halt, "{engine}");
-        assert_eq!(guest.vcpu.registers().rip, CODE[0] + main.len() as u64, "{engine}");
-        assert_eq!(guest.vcpu.registers().gpr[3], 0, "{engine}: the registers are a task's own");
+        assert_eq!(
+            guest.vcpu.registers().expect("state").rip,
+            CODE[0] + main.len() as u64,
+            "{engine}"
+        );
+        assert_eq!(
+            guest.vcpu.registers().expect("state").gpr[3],
+            0,
+            "{engine}: the registers are a task's own"
+        );
         assert_eq!(read32(guest, TASKS[1] + 0x34), 1000, "{engine}");
-        assert_eq!(guest.vcpu.system_registers().tr.selector, SELECTORS[0], "{engine}");
+        assert_eq!(
+            guest.vcpu.system_registers().expect("state").tr.selector,
+            SELECTORS[0],
+            "{engine}"
+        );
     });
 }
 
@@ -98,7 +110,7 @@ fn a_kernel_without_handlers_survives_its_double_fault() {
         // Only the double fault has a gate, of task 1.
         guest.write64(IDT + 8 * 8, u64::from(SELECTORS[1]) << 16 | 0x8500 << 32);
         assert_eq!(guest.run_raw(), Exit::Halt, "{engine}");
-        let registers = guest.vcpu.registers();
+        let registers = guest.vcpu.registers().expect("state");
         assert_eq!(registers.rip, CODE[1] + 2, "{engine}");
         assert_eq!((registers.gpr[2], registers.gpr[4]), (0, STACKS[1]), "{engine}: error code 0");
         assert_eq!(read32(guest, TASKS[0] + 0x20), CODE[0] + 2, "{engine}: MOV SS is the culprit");
@@ -116,10 +128,14 @@ fn faults_of_the_new_task_are_handled_in_it() {
         let gate = |at: u64| at & 0xFFFF | u64::from(CS) << 16 | 0x8E00 << 32 | at >> 16 << 48;
         guest.write64(IDT + 10 * 8, gate(CODE[2]));
         assert_eq!(guest.run_raw(), Exit::Halt, "{engine}");
-        let registers = guest.vcpu.registers();
+        let registers = guest.vcpu.registers().expect("state");
         assert_eq!((registers.gpr[2], registers.gpr[3]), (0x18, CODE[1]), "{engine}");
         assert_eq!(registers.gpr[4], STACKS[1] - 8, "{engine}");
-        assert_eq!(guest.vcpu.system_registers().tr.selector, SELECTORS[1], "{engine}");
+        assert_eq!(
+            guest.vcpu.system_registers().expect("state").tr.selector,
+            SELECTORS[1],
+            "{engine}"
+        );
     });
 }
 
@@ -133,7 +149,7 @@ fn the_trap_bit_stops_a_task_before_its_first_instruction() {
         let gate = |at: u64| at & 0xFFFF | u64::from(CS) << 16 | 0x8E00 << 32 | at >> 16 << 48;
         guest.write64(IDT + 8, gate(CODE[2]));
         assert_eq!(guest.run_raw(), Exit::Halt, "{engine}");
-        let registers = guest.vcpu.registers();
+        let registers = guest.vcpu.registers().expect("state");
         assert_eq!(registers.gpr[0] & 0xE00F, 1 << 15, "{engine}: DR6.BT");
         assert_eq!((registers.gpr[3], registers.gpr[1]), (CODE[1], 0), "{engine}");
     });
@@ -155,12 +171,12 @@ fn base_msrs_take_what_is_canonical() {
             {
                 prepare(guest, [&code, &[], &[0xF4]]);
                 guest.write64(IDT + 13 * 8, gate(CODE[2]));
-                let mut registers = guest.vcpu.registers();
+                let mut registers = guest.vcpu.registers().expect("state");
                 registers.gpr[0] = value & 0xFFFF_FFFF;
                 (registers.gpr[1], registers.gpr[2]) = (msr, value >> 32);
                 guest.set_registers(&registers);
                 assert_eq!(guest.run_raw(), Exit::Halt, "{engine}: {msr:#x} {value:#x}");
-                let after = guest.vcpu.registers();
+                let after = guest.vcpu.registers().expect("state");
                 let canonical = (value as i64) << 16 >> 16 == value as i64;
                 let end = if canonical { CODE[0] + 5 } else { CODE[2] + 1 };
                 assert_eq!(after.rip, end, "{engine}: {msr:#x} {value:#x}");

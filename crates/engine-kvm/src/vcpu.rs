@@ -1,6 +1,5 @@
 //! One vCPU: into the guest, out of it, one exit of the contract at a time.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
 use std::time::{Duration, Instant};
@@ -39,20 +38,25 @@ const APIC_SPURIOUS: usize = 0xF0;
 const APIC_LINT0: usize = 0x350;
 const APIC_LINT1: usize = 0x360;
 
-/// What the exit that was handed out last waits for.
+/// How far the last exit of KVM has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wait {
-    Nothing,
-    /// A value, to be put at this place of `kvm_run`.
-    Port {
-        place: usize,
+enum Exchange {
+    /// The vCPU is between two instructions, or in the guest.
+    Idle,
+    /// The next item of this block was handed out and waits for its answer.
+    Item(PortBlock),
+    /// The items before were answered; the next one is to be handed out.
+    Items(PortBlock),
+    MmioRead {
         size: u8,
     },
-    Mmio {
-        size: u8,
-    },
+    MmioWrite,
     /// A value, registers or a fault; the instruction stands at its start.
     Platform(PlatformExit),
+    /// The answer is in `kvm_run`: the kernel finishes the access at its next entry.
+    Answered,
+    /// This came while the exit before was finished.
+    Ready(Raw),
 }
 
 /// Where the value in reply to an exit of the platform goes.
@@ -82,35 +86,23 @@ struct Counts {
     run_tsc: u64,
 }
 
-struct Inner {
+/// A vCPU of engine `kvm`.
+pub struct KvmVcpu {
     fd: VcpuFd,
     id: u32,
     vm: Arc<VmShared>,
     kicker: Arc<Kicker>,
     progress: Arc<Progress>,
-    wait: Wait,
-    /// Items of a string instruction that are still to be handed out.
-    block: Option<PortBlock>,
-    /// An exit that came while the one before was completed.
-    ready: Option<Raw>,
-    /// The kernel has to finish an access before registers are right.
-    unfinished: bool,
+    exchange: Exchange,
     shut_down: bool,
     /// Ticks of the machine's pauses that the TSC has been put back by.
     tsc_lag: u64,
     /// Since when the vCPU does not run, where a kick ended its run.
     paused: Option<Instant>,
-    /// An ioctl that cannot fail has failed; told by the next run.
+    /// A reply could not be carried out; told by the next run.
     broken: Option<EngineError>,
     counts: Counts,
     start: (Instant, u64),
-}
-
-/// A vCPU of engine `kvm`.
-pub struct KvmVcpu {
-    // Registers are read through a shared reference, and reading may have to
-    // let the kernel finish an access first.
-    inner: RefCell<Inner>,
 }
 
 fn rdtsc() -> u64 {
@@ -139,30 +131,26 @@ impl KvmVcpu {
         // SAFETY: the mapping lives as long as `fd`; `drop` detaches before that.
         let kicker = Arc::new(unsafe { Kicker::new(immediate_exit) });
         let progress = vm.halts.add(Arc::clone(&kicker))?;
-        let inner = Inner {
+        Ok(Self {
             fd,
             id,
             vm,
             kicker,
             progress,
-            wait: Wait::Nothing,
-            block: None,
-            ready: None,
-            unfinished: false,
+            exchange: Exchange::Idle,
             shut_down: false,
             tsc_lag: 0,
             paused: None,
             broken: None,
             counts: Counts::default(),
             start: (Instant::now(), rdtsc()),
-        };
-        Ok(Self { inner: RefCell::new(inner) })
+        })
     }
 }
 
 impl Drop for KvmVcpu {
     fn drop(&mut self) {
-        self.inner.get_mut().kicker.detach();
+        self.kicker.detach();
     }
 }
 
@@ -179,7 +167,7 @@ fn set_virtual_wire(fd: &VcpuFd) -> Result<(), EngineError> {
     fd.set_lapic(&lapic).map_err(failed)
 }
 
-impl Inner {
+impl KvmVcpu {
     /// One KVM_RUN.
     #[inline]
     fn enter(&mut self) -> Result<Raw, EngineError> {
@@ -212,18 +200,22 @@ impl Inner {
         }
     }
 
-    fn run(&mut self) -> Result<Exit, EngineError> {
+    fn next_exit(&mut self) -> Result<Exit, EngineError> {
         if let Some(error) = self.broken.take() {
             return Err(error);
         }
-        if self.wait != Wait::Nothing {
-            return Err(EngineError::Refused("the last exit was not answered".into()));
+        match self.exchange {
+            Exchange::Item(_)
+            | Exchange::MmioRead { .. }
+            | Exchange::MmioWrite
+            | Exchange::Platform(_) => {
+                return Err(EngineError::Refused("the last exit was not answered".into()));
+            }
+            Exchange::Items(block) => return Ok(self.hand_out(block)),
+            Exchange::Idle | Exchange::Answered | Exchange::Ready(_) => {}
         }
         if self.shut_down {
             return Ok(Exit::Shutdown);
-        }
-        if let Some(exit) = self.next_item() {
-            return Ok(exit);
         }
         self.kicker.here();
         let lag = self.vm.clock.tsc_lag();
@@ -239,15 +231,15 @@ impl Inner {
             let _ = self.fd.kvmclock_ctrl();
         }
         loop {
-            let raw = match self.ready.take() {
-                Some(raw) => raw,
-                None => {
-                    // In this order, or a kick could be lost: see kick.rs.
-                    if self.fd.get_kvm_run().immediate_exit != 0 {
-                        self.fd.set_kvm_immediate_exit(0);
-                    }
-                    let kicked = self.kicker.is_kicked();
-                    if kicked && !self.unfinished {
+            let raw = if let Exchange::Ready(raw) = self.exchange {
+                raw
+            } else {
+                // In this order, or a kick could be lost: see kick.rs.
+                if self.fd.get_kvm_run().immediate_exit != 0 {
+                    self.fd.set_kvm_immediate_exit(0);
+                }
+                if self.kicker.is_kicked() {
+                    if self.exchange == Exchange::Idle {
                         self.kicker.take();
                         self.paused = Some(Instant::now());
                         return Ok(Exit::Kicked);
@@ -255,13 +247,11 @@ impl Inner {
                     // A kick is told between two instructions: what has been
                     // answered is finished first, by an entry that comes back
                     // before the guest runs (api.rst, 4.10).
-                    if kicked {
-                        self.fd.set_kvm_immediate_exit(1);
-                    }
-                    self.unfinished = false;
-                    self.enter()?
+                    self.fd.set_kvm_immediate_exit(1);
                 }
+                self.enter()?
             };
+            self.exchange = Exchange::Idle;
             if let Some(exit) = self.serve(raw)? {
                 return Ok(exit);
             }
@@ -274,19 +264,16 @@ impl Inner {
         Ok(match raw {
             Raw::Port(block) => {
                 self.counts.port_blocks += 1;
-                self.unfinished = true;
-                self.block = Some(block);
-                self.next_item()
+                Some(self.hand_out(block))
             }
             Raw::MmioRead { address, size } => {
                 self.counts.mmio += 1;
-                self.unfinished = true;
-                self.wait = Wait::Mmio { size };
+                self.exchange = Exchange::MmioRead { size };
                 Some(Exit::MmioRead { address, size })
             }
             Raw::MmioWrite { address, size, data } => {
                 self.counts.mmio += 1;
-                self.unfinished = true;
+                self.exchange = Exchange::MmioWrite;
                 Some(Exit::MmioWrite { address, size, data })
             }
             Raw::Halt => Some(Exit::Halt),
@@ -299,31 +286,28 @@ impl Inner {
             }
             Raw::Hypercall => {
                 self.counts.hypercalls += 1;
-                self.unfinished = true;
+                self.exchange = Exchange::Answered;
                 self.fd.get_kvm_run().__bindgen_anon_1.hypercall.ret = UNKNOWN_HYPERCALL;
                 None
             }
             Raw::PlatformCall { cpl } => {
                 self.counts.hypercalls += 1;
-                self.unfinished = true;
                 if cpl != 0 && self.vm.platform.hypercalls != Hypercalls::All {
-                    self.wait = Wait::Platform(PlatformExit::Hypercall);
+                    self.exchange = Exchange::Platform(PlatformExit::Hypercall);
                     self.answer_platform(Reply::Fault(GuestFault::UD));
                     return Ok(None);
                 }
-                self.wait = Wait::Platform(PlatformExit::Hypercall);
+                self.exchange = Exchange::Platform(PlatformExit::Hypercall);
                 Some(Exit::Hypercall { cpl })
             }
             Raw::MsrRead { index } => {
                 self.counts.msrs += 1;
-                self.unfinished = true;
-                self.wait = Wait::Platform(PlatformExit::MsrRead);
+                self.exchange = Exchange::Platform(PlatformExit::MsrRead);
                 Some(Exit::MsrRead { index })
             }
             Raw::MsrWrite { index, value } => {
                 self.counts.msrs += 1;
-                self.unfinished = true;
-                self.wait = Wait::Platform(PlatformExit::MsrWrite);
+                self.exchange = Exchange::Platform(PlatformExit::MsrWrite);
                 Some(Exit::MsrWrite { index, value })
             }
             Raw::DirtyRingFull => {
@@ -342,34 +326,21 @@ impl Inner {
 
     /// Hands out the next item of a block of port accesses.
     #[inline]
-    fn next_item(&mut self) -> Option<Exit> {
-        let block = self.block.as_mut()?;
+    fn hand_out(&mut self, block: PortBlock) -> Exit {
+        let PortBlock { port, size, input, count, .. } = block;
         let place = block.place();
-        let size = block.size;
-        if block.count == 1 && self.vm.platform.register_port(block.port).is_some() {
-            let PortBlock { port, input, .. } = *block;
-            self.block = None;
+        if count == 1 && self.vm.platform.register_port(port).is_some() {
             let exit =
                 if input { PlatformExit::PortIn { place, size } } else { PlatformExit::PortOut };
-            self.wait = Wait::Platform(exit);
-            return Some(Exit::PortWithRegisters { port, size, input, string: false });
+            self.exchange = Exchange::Platform(exit);
+            return Exit::PortWithRegisters { port, size, input, string: false };
         }
-        let data = if block.input {
-            self.wait = Wait::Port { place, size };
-            0
-        } else {
-            self.run_bytes(place, size)
-        };
-        let block = self.block.as_mut()?;
-        let exit = block.exit(data);
-        block.done += 1;
-        if block.count > 1 {
+        if count > 1 {
             self.counts.string_items += 1;
         }
-        if block.done >= block.count {
-            self.block = None;
-        }
-        Some(exit)
+        let data = if input { 0 } else { self.run_bytes(place, size) };
+        self.exchange = Exchange::Item(block);
+        block.exit(data)
     }
 
     /// A number of `size` bytes in the pages of `kvm_run`.
@@ -390,19 +361,27 @@ impl Inner {
 
     #[inline]
     fn answer(&mut self, value: u64) {
-        match std::mem::replace(&mut self.wait, Wait::Nothing) {
-            // Answered by `answer_platform`.
-            Wait::Nothing | Wait::Platform(_) => {}
-            Wait::Port { place, size } => self.set_run_bytes(place, size, value),
-            Wait::Mmio { size } => {
+        self.exchange = match self.exchange {
+            Exchange::Item(mut block) => {
+                if block.input {
+                    self.set_run_bytes(block.place(), block.size, value);
+                }
+                block.done += 1;
+                if block.done < block.count { Exchange::Items(block) } else { Exchange::Answered }
+            }
+            Exchange::MmioRead { size } => {
                 let size = size as usize;
                 let bytes = value.to_le_bytes();
                 // SAFETY: the exit was an access to memory, so this field is the one
                 // in use, and plain bytes in any case.
                 let data = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio.data };
                 data[..size].copy_from_slice(&bytes[..size]);
+                Exchange::Answered
             }
-        }
+            Exchange::MmioWrite => Exchange::Answered,
+            // Nothing waits; those of the platform are answered elsewhere.
+            other => other,
+        };
     }
 
     fn set_run_bytes(&mut self, place: usize, size: u8, value: u64) {
@@ -422,7 +401,8 @@ impl Inner {
     /// registers and faults the kernel finishes the instruction first, and what
     /// it made of the registers is then replaced.
     fn answer_platform(&mut self, reply: Reply) {
-        let Wait::Platform(exit) = std::mem::replace(&mut self.wait, Wait::Nothing) else { return };
+        let Exchange::Platform(exit) = self.exchange else { return };
+        self.exchange = Exchange::Answered;
         let before = match self.fd.get_regs() {
             Ok(regs) => regs,
             Err(error) => {
@@ -458,61 +438,65 @@ impl Inner {
             Reply::Fault(fault) => self.finish_with_fault(&before, fault),
         };
         if let Err(error) = result {
-            self.broken = Some(refused("go on as the platform says", error));
+            self.broken = Some(error);
         }
     }
 
-    fn finish_with(
-        &mut self,
-        before: &kvm_regs,
-        registers: &Registers,
-    ) -> Result<(), kvm_ioctls::Error> {
-        self.settle();
+    fn finish_with(&mut self, before: &kvm_regs, registers: &Registers) -> Result<(), EngineError> {
+        let failed = |error| refused("go on as the platform says", error);
+        self.settle()?;
         let mut after = state::kvm_registers(registers);
         if registers.rip == before.rip {
-            after.rip = self.fd.get_regs()?.rip;
+            after.rip = self.fd.get_regs().map_err(failed)?.rip;
         }
-        self.fd.set_regs(&after)
+        self.fd.set_regs(&after).map_err(failed)
     }
 
     fn finish_with_fault(
         &mut self,
         before: &kvm_regs,
         fault: GuestFault,
-    ) -> Result<(), kvm_ioctls::Error> {
+    ) -> Result<(), EngineError> {
         const PAGE_FAULT: u8 = 14;
-        self.settle();
-        self.fd.set_regs(before)?;
+        let failed = |error| refused("go on as the platform says", error);
+        self.settle()?;
+        self.fd.set_regs(before).map_err(failed)?;
         if fault.vector == PAGE_FAULT {
-            let mut system = self.fd.get_sregs()?;
+            let mut system = self.fd.get_sregs().map_err(failed)?;
             system.cr2 = fault.address;
-            self.fd.set_sregs(&system)?;
+            self.fd.set_sregs(&system).map_err(failed)?;
         }
-        let mut events = self.fd.get_vcpu_events()?;
+        let mut events = self.fd.get_vcpu_events().map_err(failed)?;
         events.exception.injected = 1;
         events.exception.nr = fault.vector;
         events.exception.has_error_code = fault.error.is_some().into();
         events.exception.error_code = fault.error.unwrap_or(0);
-        self.fd.set_vcpu_events(&events)
+        self.fd.set_vcpu_events(&events).map_err(failed)
     }
 
     /// Lets the kernel finish the access that the last exit was about, so that
     /// registers are those between two instructions (api.rst, 4.10: completed by
     /// the next KVM_RUN, which `immediate_exit` keeps from running the guest).
-    fn settle(&mut self) {
-        while self.unfinished && self.ready.is_none() {
-            self.wait = Wait::Nothing;
-            self.block = None;
-            self.unfinished = false;
-            self.fd.set_kvm_immediate_exit(1);
-            match self.enter() {
-                Ok(Raw::Again) => {}
-                Ok(raw) => self.ready = Some(raw),
-                Err(error) => self.broken = Some(error),
-            }
-            // A kick that comes meanwhile is noted, and noticed by the next run.
-            self.fd.set_kvm_immediate_exit(0);
+    fn settle(&mut self) -> Result<(), EngineError> {
+        if matches!(self.exchange, Exchange::Idle | Exchange::Ready(_)) {
+            return Ok(());
         }
+        self.exchange = Exchange::Idle;
+        self.fd.set_kvm_immediate_exit(1);
+        let came = self.enter();
+        // A kick that comes meanwhile is noted, and noticed by the next run.
+        self.fd.set_kvm_immediate_exit(0);
+        match came? {
+            Raw::Again => {}
+            raw => self.exchange = Exchange::Ready(raw),
+        }
+        Ok(())
+    }
+
+    /// As [`KvmVcpu::settle`], but at an exit of the platform, whose registers are
+    /// those before the instruction.
+    fn settle_to_read(&mut self) -> Result<(), EngineError> {
+        if matches!(self.exchange, Exchange::Platform(_)) { Ok(()) } else { self.settle() }
     }
 
     /// Whether the machine has ended in HLT.
@@ -546,7 +530,7 @@ impl Inner {
     fn place(&self) -> String {
         let Some(linear) = self.linear_rip() else { return "at an unknown place".into() };
         let mut code = [0; LONGEST_INSTRUCTION];
-        let read = self.peek(linear, &mut code);
+        let read = self.read_linear(linear, &mut code);
         let bytes: Vec<String> = code[..read].iter().map(|byte| format!("{byte:02x}")).collect();
         if bytes.is_empty() {
             format!("at {linear:#x}, which is not mapped, on vCPU {}", self.id)
@@ -559,7 +543,7 @@ impl Inner {
         EngineError::Internal(failure.explain(&self.place()))
     }
 
-    fn peek(&self, linear: u64, data: &mut [u8]) -> usize {
+    fn read_linear(&self, linear: u64, data: &mut [u8]) -> usize {
         let mut done = 0;
         while done < data.len() {
             let address = linear.wrapping_add(done as u64);
@@ -579,9 +563,7 @@ impl Inner {
 
     /// New registers: nothing of what the vCPU was about counts any more.
     fn forget_progress(&mut self) {
-        self.ready = None;
-        self.block = None;
-        self.wait = Wait::Nothing;
+        self.exchange = Exchange::Idle;
         self.shut_down = false;
         if self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_HALTED) {
             let _ = self.fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE });
@@ -591,116 +573,87 @@ impl Inner {
 
 impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
-        let inner = self.inner.get_mut();
-        inner.progress.set_inside(true);
-        let result = inner.run();
-        inner.progress.set_inside(false);
+        self.progress.set_inside(true);
+        let result = self.next_exit();
+        self.progress.set_inside(false);
         result
     }
 
     fn reply(&mut self, reply: Reply) {
-        let inner = self.inner.get_mut();
-        if let Wait::Platform(_) = inner.wait {
-            return inner.answer_platform(reply);
+        if let Exchange::Platform(_) = self.exchange {
+            return self.answer_platform(reply);
         }
         let value = match reply {
             Reply::Value(value) => value,
             Reply::Done | Reply::Registers(_) | Reply::Fault(_) => 0,
         };
-        inner.answer(value);
+        self.answer(value);
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {
-        Arc::clone(&self.inner.borrow().kicker) as Arc<dyn Kick>
+        Arc::clone(&self.kicker) as Arc<dyn Kick>
     }
 
-    fn registers(&self) -> Registers {
-        let mut inner = self.inner.borrow_mut();
-        // At an exit of the platform they are those before the instruction.
-        if !matches!(inner.wait, Wait::Platform(_)) {
-            inner.settle();
-        }
-        match inner.fd.get_regs() {
-            Ok(regs) => state::registers(&regs),
-            Err(error) => {
-                inner.broken = Some(refused("read registers", error));
-                Registers::default()
-            }
-        }
+    fn registers(&mut self) -> Result<Registers, EngineError> {
+        self.settle_to_read()?;
+        let regs = self.fd.get_regs().map_err(|error| refused("read registers", error))?;
+        Ok(state::registers(&regs))
     }
 
-    fn set_registers(&mut self, registers: &Registers) {
-        let inner = self.inner.get_mut();
-        inner.settle();
-        if let Err(error) = inner.fd.set_regs(&state::kvm_registers(registers)) {
-            inner.broken = Some(refused("set registers", error));
-        }
-        inner.forget_progress();
+    fn set_registers(&mut self, registers: &Registers) -> Result<(), EngineError> {
+        self.settle()?;
+        self.fd
+            .set_regs(&state::kvm_registers(registers))
+            .map_err(|error| refused("set registers", error))?;
+        self.forget_progress();
+        Ok(())
     }
 
-    fn system_registers(&self) -> SystemRegisters {
-        let mut inner = self.inner.borrow_mut();
-        if !matches!(inner.wait, Wait::Platform(_)) {
-            inner.settle();
-        }
-        match inner.fd.get_sregs() {
-            Ok(sregs) => state::system_registers(&sregs),
-            Err(error) => {
-                inner.broken = Some(refused("read system registers", error));
-                SystemRegisters::default()
-            }
-        }
+    fn system_registers(&mut self) -> Result<SystemRegisters, EngineError> {
+        self.settle_to_read()?;
+        let sregs = self.fd.get_sregs().map_err(|error| refused("read system registers", error))?;
+        Ok(state::system_registers(&sregs))
     }
 
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<(), EngineError> {
-        let inner = self.inner.get_mut();
-        inner.settle();
-        let old = inner.fd.get_sregs().map_err(|error| refused("read system registers", error))?;
-        inner.fd.set_sregs(&state::kvm_system_registers(registers, &old)).map_err(|error| {
+        self.settle()?;
+        let old = self.fd.get_sregs().map_err(|error| refused("read system registers", error))?;
+        self.fd.set_sregs(&state::kvm_system_registers(registers, &old)).map_err(|error| {
             EngineError::Refused(format!(
                 "KVM does not take these system registers ({error}): the modes that CR0, CR4, \
                  EFER and the segments ask for do not go together"
             ))
         })?;
-        inner.forget_progress();
+        self.forget_progress();
         Ok(())
     }
 
-    fn xsave(&self) -> Vec<u8> {
-        let mut inner = self.inner.borrow_mut();
-        inner.settle();
-        saved::xsave(&inner.fd).unwrap_or_else(|error| {
-            inner.broken = Some(error);
-            Vec::new()
-        })
+    fn xsave(&mut self) -> Result<Vec<u8>, EngineError> {
+        self.settle()?;
+        saved::xsave(&self.fd)
     }
 
     fn set_xsave(&mut self, image: &[u8]) -> Result<(), EngineError> {
-        let inner = self.inner.get_mut();
-        inner.settle();
-        saved::set_xsave(&inner.fd, image)
+        self.settle()?;
+        saved::set_xsave(&self.fd, image)
     }
 
     fn msr(&mut self, index: u32) -> Option<u64> {
-        let inner = self.inner.get_mut();
-        inner.settle();
-        msr::get(&inner.fd, index)
+        self.settle().ok()?;
+        msr::get(&self.fd, index)
     }
 
     fn set_msr(&mut self, index: u32, value: u64) -> bool {
-        let inner = self.inner.get_mut();
-        inner.settle();
-        msr::set(&inner.fd, index, value)
+        self.settle().is_ok() && msr::set(&self.fd, index, value)
     }
 
     fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize {
-        self.inner.get_mut().peek(linear, data)
+        self.read_linear(linear, data)
     }
 
     fn counters(&self) -> Counters {
-        let inner = self.inner.borrow();
-        let c = &inner.counts;
-        let (start, start_tsc) = inner.start;
+        let c = &self.counts;
+        let (start, start_tsc) = self.start;
         let ticks = u128::from(rdtsc().wrapping_sub(start_tsc).max(1));
         let ns = u128::from(c.run_tsc) * start.elapsed().as_nanos() / ticks;
         vec![
@@ -717,28 +670,26 @@ impl Vcpu for KvmVcpu {
     }
 
     fn save(&mut self) -> Result<VcpuState, EngineError> {
-        let inner = self.inner.get_mut();
-        inner.settle();
-        if inner.ready.is_some() {
+        self.settle()?;
+        if matches!(self.exchange, Exchange::Ready(_)) {
             return Err(EngineError::Refused(
                 "the vCPU is in the middle of an instruction; hold the machine, then save".into(),
             ));
         }
-        let lag = inner.vm.clock.tsc_lag().wrapping_sub(inner.tsc_lag);
-        let mut state = saved::save(&inner.fd, &inner.vm, lag)?;
-        if inner.shut_down {
+        let lag = self.vm.clock.tsc_lag().wrapping_sub(self.tsc_lag);
+        let mut state = saved::save(&self.fd, &self.vm, lag)?;
+        if self.shut_down {
             state.run = RunState::Shutdown;
         }
         Ok(state)
     }
 
     fn load(&mut self, state: &VcpuState) -> Result<(), EngineError> {
-        let inner = self.inner.get_mut();
-        inner.settle();
-        inner.forget_progress();
-        saved::load(&inner.fd, &inner.vm, inner.id, state)?;
-        inner.tsc_lag = inner.vm.clock.tsc_lag();
-        inner.shut_down = state.run == RunState::Shutdown;
+        self.settle()?;
+        self.forget_progress();
+        saved::load(&self.fd, &self.vm, self.id, state)?;
+        self.tsc_lag = self.vm.clock.tsc_lag();
+        self.shut_down = state.run == RunState::Shutdown;
         Ok(())
     }
 }

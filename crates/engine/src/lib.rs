@@ -105,18 +105,18 @@ pub trait Vm: Send + Sync {
 
 /// One virtual CPU. It belongs to the thread that calls `run`.
 pub trait Vcpu: Send {
-    /// Runs guest code until an exit. An exit that asks for a value must be
-    /// answered by [`Vcpu::reply`] before the next `run`.
+    /// Runs guest code until an exit. Each but `Halt`, `Shutdown` and `Kicked` must
+    /// be answered by [`Vcpu::reply`], writes too; until then `run` is refused.
     fn run(&mut self) -> Result<Exit, EngineError>;
     fn reply(&mut self, reply: Reply);
     fn kicker(&self) -> Arc<dyn Kick>;
 
-    fn registers(&self) -> Registers;
-    fn set_registers(&mut self, registers: &Registers);
-    fn system_registers(&self) -> SystemRegisters;
+    fn registers(&mut self) -> Result<Registers, EngineError>;
+    fn set_registers(&mut self, registers: &Registers) -> Result<(), EngineError>;
+    fn system_registers(&mut self) -> Result<SystemRegisters, EngineError>;
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<(), EngineError>;
     /// The XSAVE image (Intel SDM 1, 13.4): legacy region, header, AVX state.
-    fn xsave(&self) -> Vec<u8>;
+    fn xsave(&mut self) -> Result<Vec<u8>, EngineError>;
     fn set_xsave(&mut self, image: &[u8]) -> Result<(), EngineError>;
     /// `None` where the CPU has no such register.
     fn msr(&mut self, index: u32) -> Option<u64>;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use tetrarch_engine::Vcpu;
+use tetrarch_engine::{EngineError, Vcpu};
 
 use crate::registers::{GPR, State};
 
@@ -35,15 +35,14 @@ const FLAGS: [(u32, &str); 16] = [
     (21, "ID"),
 ];
 
-pub fn dump(vcpu: &mut dyn Vcpu) -> String {
-    let mut text = String::new();
+pub fn dump(vcpu: &mut dyn Vcpu) -> Result<String, EngineError> {
+    let (mut text, state) = (String::new(), State::of(vcpu)?);
     // Writing to a String cannot fail.
-    let _ = write_dump(&mut text, vcpu);
-    text
+    let _ = write_dump(&mut text, state, vcpu);
+    Ok(text)
 }
 
-fn write_dump(out: &mut String, vcpu: &mut dyn Vcpu) -> std::fmt::Result {
-    let mut state = State::of(vcpu);
+fn write_dump(out: &mut String, mut state: State, vcpu: &mut dyn Vcpu) -> std::fmt::Result {
     let general = state.general;
     for (index, (name, value)) in GPR.iter().zip(general.gpr).enumerate() {
         let end = if index % 4 == 3 { '\n' } else { ' ' };

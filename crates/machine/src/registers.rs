@@ -46,8 +46,8 @@ pub struct State {
 }
 
 impl State {
-    pub fn of(vcpu: &dyn Vcpu) -> Self {
-        Self { general: vcpu.registers(), system: vcpu.system_registers() }
+    pub fn of(vcpu: &mut dyn Vcpu) -> Result<Self, EngineError> {
+        Ok(Self { general: vcpu.registers()?, system: vcpu.system_registers()? })
     }
 
     /// Hands what changed since `old` to the vCPU. The system registers go
@@ -57,7 +57,7 @@ impl State {
             vcpu.set_system_registers(&self.system)?;
         }
         if self.general != old.general {
-            vcpu.set_registers(&self.general);
+            vcpu.set_registers(&self.general)?;
         }
         Ok(())
     }

@@ -41,7 +41,7 @@ fn machine(code: &[u8]) -> Machine {
 fn set(machine: &Machine, values: &[(&str, u64)]) -> Result<(), String> {
     let values = values.iter().map(|&(name, value)| (name.to_owned(), value)).collect();
     let set = |vcpu: &mut dyn Vcpu| {
-        let old = State::of(vcpu);
+        let old = State::of(vcpu).map_err(|error| error.to_string())?;
         let mut new = old;
         new.set(values)?;
         new.store(&old, vcpu).map_err(|error| error.to_string())
@@ -50,7 +50,11 @@ fn set(machine: &Machine, values: &[(&str, u64)]) -> Result<(), String> {
 }
 
 fn registers(machine: &Machine) -> BTreeMap<String, u64> {
-    machine.with_vcpu(&machine.vcpus[0], |vcpu| State::of(vcpu).values()).expect("between two")
+    machine
+        .with_vcpu(&machine.vcpus[0], |vcpu| State::of(vcpu))
+        .expect("between two")
+        .expect("registers")
+        .values()
 }
 
 fn run(machine: &Machine) -> Result<StopReason, RunError> {
@@ -116,7 +120,7 @@ fn dump_shows_registers_and_the_code_around_rip() {
     let machine = machine(b"\x90\xfa\xf4\x12\x34");
     set(&machine, &[("rbx", 0xDEAD)]).expect("rbx");
     run(&machine).expect("no error");
-    let text = machine.with_vcpu(&machine.vcpus[0], dump).expect("between two");
+    let text = machine.with_vcpu(&machine.vcpus[0], dump).expect("between two").expect("registers");
     assert!(text.contains("RBX=000000000000dead"), "{text}");
     assert!(text.contains("90 fa f4 <12> 34"), "{text}");
 }

@@ -47,8 +47,8 @@ impl Borrowed {
         unsafe { &mut *self.vcpu }
     }
 
-    fn state(&mut self) -> State {
-        State { general: self.registers, system: self.vcpu().system_registers() }
+    fn state(&mut self) -> Result<State, Failure> {
+        Ok(State { general: self.registers, system: self.vcpu().system_registers()? })
     }
 }
 
@@ -83,20 +83,20 @@ impl GuestCall {
         const DPL_SHIFT: u32 = 5;
         match self.caller.cpl {
             Some(cpl) => Ok(cpl),
-            None => self.with(|it| Ok((it.state().system.ss.attributes >> DPL_SHIFT & 3) as u8)),
+            None => self.with(|it| Ok((it.state()?.system.ss.attributes >> DPL_SHIFT & 3) as u8)),
         }
     }
 
     fn __getitem__(&self, name: &str) -> PyResult<u64> {
         self.with(|borrowed| {
-            let values = borrowed.state().values();
+            let values = borrowed.state()?.values();
             values.get(name).copied().ok_or_else(|| PyKeyError::new_err(name.to_owned()))
         })
     }
 
     fn __setitem__(&self, name: String, value: u64) -> PyResult<()> {
         self.with(|borrowed| {
-            let old = borrowed.state();
+            let old = borrowed.state()?;
             let mut new = old;
             new.set(BTreeMap::from([(name.clone(), value)])).map_err(Failure::refused)?;
             if new.system != old.system {
@@ -154,7 +154,7 @@ impl<'py, 'vcpu> Lent<'py, 'vcpu> {
         caller: Caller,
         vcpu: &'vcpu mut dyn Vcpu,
     ) -> PyResult<Self> {
-        let registers = vcpu.registers();
+        let registers = vcpu.registers().map_err(Failure::from)?;
         let vcpu: *mut (dyn Vcpu + 'vcpu) = vcpu;
         // SAFETY: only the lifetime changes; `drop` takes the pointer back before
         // the borrow ends.

@@ -240,7 +240,7 @@ impl OnVcpu {
     ) -> Answered {
         self.crossings.calls.fetch_add(1, Ordering::Relaxed);
         let reply = attached(|py| {
-            let before = vcpu.registers();
+            let before = vcpu.registers().map_err(crate::error::Failure::from)?;
             let lent = Lent::new(py, self.vm.clone_ref(py), self.id, caller, vcpu)?;
             let result = invoke(lent.call());
             // Nobody else ends the call, so they are there.

@@ -61,12 +61,12 @@ impl Vcpu {
     }
 
     fn regs(&self, py: Python<'_>) -> Result<BTreeMap<String, u64>, Failure> {
-        self.with(py, |vcpu| State::of(vcpu).values())
+        Ok(self.with(py, |vcpu| State::of(vcpu))??.values())
     }
 
     fn set_regs(&self, py: Python<'_>, values: BTreeMap<String, u64>) -> Result<(), Failure> {
         self.with(py, |vcpu| {
-            let old = State::of(vcpu);
+            let old = State::of(vcpu)?;
             let mut new = old;
             new.set(values).map_err(Failure::refused)?;
             Ok(new.store(&old, vcpu)?)
@@ -74,7 +74,7 @@ impl Vcpu {
     }
 
     fn dump(&self, py: Python<'_>) -> Result<String, Failure> {
-        self.with(py, dump)
+        Ok(self.with(py, dump)??)
     }
 
     fn save_state<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Failure> {

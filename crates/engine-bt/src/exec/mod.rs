@@ -474,22 +474,23 @@ impl Vcpu for BtVcpu {
         Arc::clone(&self.bell) as Arc<dyn Kick>
     }
 
-    fn registers(&self) -> Registers {
+    fn registers(&mut self) -> Result<Registers, EngineError> {
         let st = &self.cpu.st;
-        Registers { gpr: st.gpr, rip: st.rip, rflags: st.rflags() }
+        Ok(Registers { gpr: st.gpr, rip: st.rip, rflags: st.rflags() })
     }
 
-    fn set_registers(&mut self, registers: &Registers) {
+    fn set_registers(&mut self, registers: &Registers) -> Result<(), EngineError> {
         let st = &mut self.cpu.st;
         st.gpr = registers.gpr;
         st.rip = registers.rip;
         st.set_rflags(registers.rflags);
         self.forget_progress();
+        Ok(())
     }
 
-    fn system_registers(&self) -> SystemRegisters {
+    fn system_registers(&mut self) -> Result<SystemRegisters, EngineError> {
         let st = &self.cpu.st;
-        SystemRegisters {
+        Ok(SystemRegisters {
             es: st.seg[seg::ES],
             cs: st.seg[seg::CS],
             ss: st.seg[seg::SS],
@@ -507,7 +508,7 @@ impl Vcpu for BtVcpu {
             cr8: u64::from(self.cpu.vm.irqchip.cr8(self.cpu.id)),
             efer: st.efer,
             apic_base: self.cpu.vm.irqchip.apic_base(self.cpu.id),
-        }
+        })
     }
 
     fn set_system_registers(&mut self, registers: &SystemRegisters) -> Result<(), EngineError> {
@@ -542,8 +543,8 @@ impl Vcpu for BtVcpu {
         Ok(())
     }
 
-    fn xsave(&self) -> Vec<u8> {
-        fpu::save_xsave(&self.cpu.st)
+    fn xsave(&mut self) -> Result<Vec<u8>, EngineError> {
+        Ok(fpu::save_xsave(&self.cpu.st))
     }
 
     fn set_xsave(&mut self, image: &[u8]) -> Result<(), EngineError> {

@@ -86,7 +86,7 @@ impl BtVcpu {
         let msrs = msr::saved()
             .filter_map(|index| Some((index, msr::read(&mut self.cpu, index).ok()?)))
             .collect();
-        let (registers, system) = (self.registers(), self.system_registers());
+        let (registers, system) = (self.registers()?, self.system_registers()?);
         let st = &self.cpu.st;
         let (exception, interrupt, injected_nmi) = self.pending();
         Ok(VcpuState {
@@ -151,7 +151,7 @@ impl BtVcpu {
         irqchip.set_lapic(id, &state.lapic, now).map_err(refused)?;
         let waits = state.run == RunState::WaitForSipi;
         irqchip.set_waiting(id, (false, state.events.init, state.events.sipi, waits));
-        self.set_registers(&state.registers);
+        self.set_registers(&state.registers)?;
         let st = &mut *self.cpu.st;
         let DebugRegisters { breakpoints, dr6, dr7 } = state.debug;
         st.dr[..4].copy_from_slice(&breakpoints);

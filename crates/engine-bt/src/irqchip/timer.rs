@@ -190,7 +190,9 @@ impl Timer {
         let mut timer =
             Self { mode, initial, divide: divide & 0xb, tsc_deadline, ..Self::new(tsc_hz) };
         timer.expiry_ns = match (left_ns, mode) {
-            (Some(left), _) => Some(now_ns.saturating_add_signed(left)),
+            // Modulo 2^64 as it was taken. Only a TSC deadline can be so far ahead
+            // that this wraps, and that one is judged by the TSC.
+            (Some(left), _) => Some(now_ns.wrapping_add_signed(left)),
             (None, Mode::TscDeadline) => (tsc_deadline != 0).then(|| timer.estimate(now_ns, tsc)),
             (None, _) => {
                 (current != 0).then(|| now_ns.saturating_add(u64::from(current) << timer.shift()))

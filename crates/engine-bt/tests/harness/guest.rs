@@ -294,7 +294,7 @@ impl Guest {
             vcpu.set_msr(index, value);
         }
         if let Some(random) = &self.xsave {
-            let image = vector_state(vcpu.xsave(), random.clone());
+            let image = vector_state(vcpu.xsave().expect("state"), random.clone());
             vcpu.set_xsave(&image).expect("the image is valid");
         }
         if self.avx {
@@ -303,7 +303,7 @@ impl Guest {
             system.cr4 |= 1 << 18;
             if vcpu.set_system_registers(&system).is_ok() {
                 let registers = Registers { rip: tables::XSETBV, ..self.registers };
-                vcpu.set_registers(&registers);
+                vcpu.set_registers(&registers).expect("registers");
                 // On a host without AVX the guest gets an exception instead.
                 let _ = vcpu.run();
             }
@@ -313,7 +313,7 @@ impl Guest {
             system.cr4 |= 1 << 18;
         }
         let accepted = vcpu.set_system_registers(&system).is_ok();
-        vcpu.set_registers(&self.registers);
+        vcpu.set_registers(&self.registers).expect("registers");
         accepted
     }
 }

@@ -105,7 +105,7 @@ impl Machine {
             }
             exits.push(exit);
             if places.len() < exits.len() {
-                places.push(self.vcpu.registers().rip);
+                places.push(self.vcpu.registers().expect("state").rip);
             }
             if exits.len() == MAX_EXITS {
                 break End::Enough;
@@ -118,7 +118,7 @@ impl Machine {
         };
         let mut memory = vec![0; RAM as usize];
         self.memory.read(GuestPhys(0), &mut memory).expect("all of RAM");
-        let mut registers = self.vcpu.registers();
+        let mut registers = self.vcpu.registers().expect("state");
         if guest.repeatable && end != End::Halt && exits.last() != Some(&END) {
             // As in `skip_faulting`.
             hide_frame_flags(&mut exits);
@@ -129,8 +129,8 @@ impl Machine {
             exits,
             places,
             registers,
-            system: self.vcpu.system_registers(),
-            xsave: self.vcpu.xsave(),
+            system: self.vcpu.system_registers().expect("state"),
+            xsave: self.vcpu.xsave().expect("state"),
             memory,
         })
     }
@@ -142,7 +142,8 @@ impl Machine {
         self.vcpu.reply(Reply::Done);
         let word = guest.mode.frame_word();
         let error = if guest.mode != Mode::Real && has_error_code(vector) { word } else { 0 };
-        let (registers, system) = (self.vcpu.registers(), self.vcpu.system_registers());
+        let (registers, system) =
+            (self.vcpu.registers().expect("state"), self.vcpu.system_registers().expect("state"));
         let sp = match guest.mode {
             Mode::Real => system.ss.base.wrapping_add(registers.gpr[4] & 0xFFFF),
             _ if word == 4 => registers.gpr[4] & 0xFFFF_FFFF,
@@ -214,10 +215,10 @@ impl Machine {
                 self.vcpu.peek(input.u64(), &mut bytes);
             }
             8 => {
-                let mut registers = self.vcpu.registers();
+                let mut registers = self.vcpu.registers().expect("state");
                 registers.rip = registers.rip.wrapping_add(u64::from(input.u8()));
                 registers.rflags ^= u64::from(input.u32());
-                self.vcpu.set_registers(&registers);
+                self.vcpu.set_registers(&registers).expect("registers");
             }
             9 => {
                 let bases = [0, 0x170, 0x200, 0x250, 0x6E0, 0x800, 0xC000_0080, 0xC001_0000];
@@ -227,18 +228,18 @@ impl Machine {
                 self.vcpu.msr(index);
             }
             10 => {
-                let image = self.vcpu.xsave();
+                let image = self.vcpu.xsave().expect("state");
                 self.vcpu.set_xsave(&image).expect("what was saved is valid");
             }
             11 => {
-                let mut system = self.vcpu.system_registers();
+                let mut system = self.vcpu.system_registers().expect("state");
                 system.cr3 ^= u64::from(input.u16()) << 12;
                 system.cr4 ^= u64::from(input.u32()) & 0x15_07FF;
                 system.cr0 ^= u64::from(input.u8());
                 let _ = self.vcpu.set_system_registers(&system);
             }
             12 => {
-                let system = self.vcpu.system_registers();
+                let system = self.vcpu.system_registers().expect("state");
                 let _ = self.vcpu.set_system_registers(&system);
             }
             _ => {}

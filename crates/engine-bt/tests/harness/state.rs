@@ -64,15 +64,15 @@ pub fn state(data: &[u8]) {
     let mut machine = Machine::new(input.bool());
     load_chips(&*machine.vm, &mut input);
     load_vcpu(&mut *machine.vcpu, &mut input);
-    let before = machine.vcpu.xsave();
+    let before = machine.vcpu.xsave().expect("state");
     let image = image(&mut input, before.clone());
     match machine.vcpu.set_xsave(&image) {
         Ok(()) => {
-            let saved = machine.vcpu.xsave();
+            let saved = machine.vcpu.xsave().expect("state");
             machine.vcpu.set_xsave(&saved).expect("what was saved is valid");
-            assert!(machine.vcpu.xsave() == saved, "loading changed the state");
+            assert!(machine.vcpu.xsave().expect("state") == saved, "loading changed the state");
         }
-        Err(_) => assert!(machine.vcpu.xsave() == before, "refused, but changed"),
+        Err(_) => assert!(machine.vcpu.xsave().expect("state") == before, "refused, but changed"),
     }
     let guest = Guest::read(&mut input, false);
     machine.run(&guest, Duration::from_millis(4), None);

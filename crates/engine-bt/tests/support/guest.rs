@@ -256,18 +256,26 @@ impl Guest {
         self.write(KERNEL_CODE, &code);
         self.set_system(&system(true));
         self.set_registers(&Registers { rip: BASE + KERNEL_CODE, rflags: 2, ..Default::default() });
-        assert_eq!(self.run_raw(), Exit::Halt, "XSETBV: {:?}", self.vcpu.registers());
-        assert_eq!(self.vcpu.registers().rip, BASE + KERNEL_CODE + code.len() as u64);
+        assert_eq!(
+            self.run_raw(),
+            Exit::Halt,
+            "XSETBV: {:?}",
+            self.vcpu.registers().expect("state")
+        );
+        assert_eq!(
+            self.vcpu.registers().expect("state").rip,
+            BASE + KERNEL_CODE + code.len() as u64
+        );
     }
 
     pub fn set_system(&mut self, registers: &SystemRegisters) {
         let mut registers = *registers;
-        registers.apic_base = self.vcpu.system_registers().apic_base;
+        registers.apic_base = self.vcpu.system_registers().expect("state").apic_base;
         self.vcpu.set_system_registers(&registers).unwrap();
     }
 
     pub fn set_registers(&mut self, registers: &Registers) {
-        self.vcpu.set_registers(registers);
+        self.vcpu.set_registers(registers).expect("registers");
     }
 
     /// Runs to the next exit.
@@ -282,7 +290,7 @@ impl Guest {
     /// Runs until an exception reaches its handler, or to any other exit.
     pub fn run(&mut self) -> End {
         let exit = self.run_raw();
-        let registers = self.vcpu.registers();
+        let registers = self.vcpu.registers().expect("state");
         let offset = registers.rip.wrapping_sub(BASE + HANDLERS);
         if exit != Exit::Halt || offset >= VECTORS * 16 || offset % 16 != 1 {
             return End::Exit(exit);
@@ -301,7 +309,7 @@ impl Guest {
         frame.rsp = self.read64(at + 24);
         frame.ss = self.read64(at + 32);
         self.frame = frame;
-        let cr2 = if vector == 14 { self.vcpu.system_registers().cr2 } else { 0 };
+        let cr2 = if vector == 14 { self.vcpu.system_registers().expect("state").cr2 } else { 0 };
         End::Fault(Fault { vector, error: frame.error, cr2 })
     }
 
@@ -330,10 +338,10 @@ impl Guest {
         match self.run() {
             End::Fault(fault) => {
                 let mut state = State {
-                    gpr: self.vcpu.registers().gpr,
+                    gpr: self.vcpu.registers().expect("state").gpr,
                     rip: self.frame.rip,
                     rflags: self.frame.rflags,
-                    fpu: Fpu::from_image(&self.vcpu.xsave()),
+                    fpu: Fpu::from_image(&self.vcpu.xsave().expect("state")),
                     data: vec![0; DATA_BYTES],
                 };
                 state.gpr[4] = self.frame.rsp;
@@ -343,7 +351,7 @@ impl Guest {
             End::Exit(exit) => {
                 // An exit that waits for an answer must not block the next case.
                 self.vcpu.reply(Reply::Value(0));
-                Err(format!("exit {exit:?} at {:x?}", self.vcpu.registers()))
+                Err(format!("exit {exit:?} at {:x?}", self.vcpu.registers().expect("state")))
             }
         }
     }
@@ -396,7 +404,7 @@ impl Guest {
         (gpr[0], gpr[1]) = (u64::from(leaf), u64::from(subleaf));
         self.start(true, BASE + KERNEL_CODE, gpr, 2);
         assert_eq!(self.run_raw(), Exit::Halt);
-        let gpr = self.vcpu.registers().gpr;
+        let gpr = self.vcpu.registers().expect("state").gpr;
         [gpr[0] as u32, gpr[3] as u32, gpr[1] as u32, gpr[2] as u32]
     }
 }

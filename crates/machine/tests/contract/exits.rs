@@ -6,6 +6,7 @@ use super::Body;
 use super::guest::{CODE, Engine, Guest};
 
 pub const BODIES: &[(&str, Body)] = &[
+    ("unanswered_exits_of_every_kind_refuse_the_next_run", unanswered_exits),
     ("items_of_string_instructions_come_one_at_a_time", items_of_string_instructions),
     ("registers_are_those_between_two_instructions", registers_between_two_instructions),
 ];
@@ -26,7 +27,7 @@ fn items_of_string_instructions(engine: Engine) {
         assert_eq!(guest.run(), Exit::PortOut { port: 0x84, size: 2, data });
         guest.vcpu.reply(Reply::Done);
     }
-    assert_eq!(guest.vcpu.registers().gpr[0] & 0xFFFF, 0x1234);
+    assert_eq!(guest.vcpu.registers().expect("state").gpr[0] & 0xFFFF, 0x1234);
     for value in [0x41, 0x42] {
         assert_eq!(guest.run(), Exit::PortIn { port: 0x84, size: 1 });
         guest.vcpu.reply(Reply::Value(value));
@@ -40,10 +41,40 @@ fn registers_between_two_instructions(engine: Engine) {
     let mut guest = Guest::new(engine, &[0xE6, 0x80, 0xE4, 0x81, 0xF4]);
     guest.out();
     guest.settle();
-    assert_eq!(guest.vcpu.registers().rip, CODE + 2);
+    assert_eq!(guest.vcpu.registers().expect("state").rip, CODE + 2);
     assert_eq!(guest.run(), Exit::PortIn { port: 0x81, size: 1 });
     guest.vcpu.reply(Reply::Value(0x77));
     guest.settle();
-    let registers = guest.vcpu.registers();
+    let registers = guest.vcpu.registers().expect("state");
     assert_eq!((registers.rip, registers.gpr[0]), (CODE + 4, 0x77));
+}
+
+fn unanswered_exits(engine: Engine) {
+    // out 0x80, al ; in al, 0x81 ; mov [bx], al ; mov al, [bx] ; mov dx, 0x84 ;
+    // mov cx, 2 ; es rep outsb ; out 0x80, al
+    let code = [
+        0xE6, 0x80, 0xE4, 0x81, 0x88, 0x07, 0x8A, 0x07, 0xBA, 0x84, 0, 0xB9, 2, 0, 0x26, 0xF3,
+        0x6E, 0xE6, 0x80,
+    ];
+    let mut guest = Guest::new(engine, &code);
+    // Where there is no RAM: the accesses through DS go to the bus.
+    let mut system = guest.vcpu.system_registers().expect("state");
+    system.ds.base = 0xD000_0000;
+    guest.vcpu.set_system_registers(&system).expect("real mode");
+    let mut kinds = 0;
+    for (at, value) in [0u64, 0x55, 0, 0x66, 0, 0, 0].into_iter().enumerate() {
+        let exit = guest.run();
+        for _ in 0..2 {
+            let error = guest.vcpu.run().expect_err("an unanswered exit").to_string();
+            assert!(error.contains("not answered"), "exit {at}, {exit:?}: {error}");
+        }
+        kinds += 1;
+        let wants_value = matches!(exit, Exit::PortIn { .. } | Exit::MmioRead { .. });
+        guest.vcpu.reply(if wants_value { Reply::Value(value) } else { Reply::Done });
+        if at == 6 {
+            let last = Exit::PortOut { port: 0x80, size: 1, data: 0x66 };
+            assert_eq!(exit, last, "each exit came once");
+        }
+    }
+    assert_eq!(kinds, 7);
 }

@@ -91,12 +91,12 @@ impl Guest {
     }
 
     pub fn start_at(&mut self, rip: u64) {
-        let mut system = self.vcpu.system_registers();
+        let mut system = self.vcpu.system_registers().expect("state");
         system.cs = Segment { base: 0, limit: 0xFFFF, attributes: 0x9B, selector: 0 };
         self.vcpu.set_system_registers(&system).expect("real mode");
         let mut registers = Registers { rip, rflags: 2, ..Registers::default() };
         registers.gpr[4] = STACK;
-        self.vcpu.set_registers(&registers);
+        self.vcpu.set_registers(&registers).expect("registers");
     }
 
     /// Runs to the next exit that is no kick.

@@ -226,7 +226,7 @@ fn goes_on(from: Engine, to: Engine) {
     load(&mut second, &saved);
     drop(first);
     second.vm.clock().start().expect("it stands");
-    assert_eq!(second.vcpu.registers().rip & !0xFF, CODE + 0x100);
+    assert_eq!(second.vcpu.registers().expect("state").rip & !0xFF, CODE + 0x100);
     let start = second.vm.clock().now_ns();
     assert!(start >= saved.0.clock_ns && start < saved.0.clock_ns + 1_000_000_000);
     for tick in 21..=40 {
