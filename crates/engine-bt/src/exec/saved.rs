@@ -141,12 +141,13 @@ impl BtVcpu {
         let mut system = state.system;
         system.apic_base = irqchip.apic_base(id);
         self.set_system_registers(&system)?;
+        // Before the MSR of kvmclock, with which the guest's clock is written by the TSC.
+        self.cpu.set_tsc(state.tsc);
         for &(index, value) in &state.msrs {
             if msr::write(&mut self.cpu, index, value).is_err() {
                 log::debug!("bt: MSR {index:#x} = {value:#x} of the saved vCPU is left out");
             }
         }
-        self.cpu.set_tsc(state.tsc);
         let now = (self.cpu.now_ns(), self.cpu.tsc());
         irqchip.set_lapic(id, &state.lapic, now).map_err(refused)?;
         let waits = state.run == RunState::WaitForSipi;
