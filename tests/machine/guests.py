@@ -26,6 +26,30 @@ ANSWER_MMIO = bytes.fromhex("a0000000d0 fec0 a2040000d0") + POWER_OFF
 # mov edx, 0x3f8 ; in al, dx ; out dx, al ; jmp wait
 ECHO = bytes.fromhex("bafd030000 ec a801 74f6 baf8030000 ec ee ebed")
 
+# ECHO, with a digit that counts behind each byte: mov ecx, 0x30 first, then inc ecx ;
+# mov eax, ecx ; out dx, al behind the echo
+COUNTING_ECHO = bytes.fromhex("b930000000 bafd030000 ec a801 74f6 baf8030000 ec ee 41 89c8 ee ebe9")
+# Says "?" for the first typed byte. For each further one: "0" if the upper half of the TSC's
+# difference since the last is 0, else "1".
+#       mov ebp, '?'                 the first answer
+# wait: mov edx, 0x3fd ; in al, dx ; test al, 1 ; jz wait
+#       mov edx, 0x3f8 ; in al, dx
+#       rdtsc ; mov ebx, eax ; mov ecx, edx ; sub eax, esi ; sbb edx, edi
+#       mov esi, ebx ; mov edi, ecx
+#       mov eax, ebp ; cmp eax, 0 ; jne say
+#       mov eax, '0' ; test edx, edx ; jz say ; mov eax, '1'
+# say:  mov edx, 0x3f8 ; out dx, al ; xor ebp, ebp ; jmp wait
+TICKS_BETWEEN = bytes.fromhex(
+    "bd3f000000"
+    "bafd030000 ec a801 74f6"
+    "baf8030000 ec"
+    "0f31 89c3 89d1 29f0 19fa"
+    "89de 89cf"
+    "89e8 83f800 750e"
+    "b830000000 85d2 7405 b831000000"
+    "baf8030000 ee 31ed ebc3"
+)
+
 
 def say(text: bytes) -> bytes:
     """Prints on COM1: mov edx, 0x3f8, then for each byte mov al, byte ; out dx, al."""

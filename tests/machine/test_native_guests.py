@@ -1,5 +1,9 @@
 """Whole machines on the real engine, with guests of a few bytes."""
 
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,3 +173,55 @@ def test_registers_of_a_running_machine(make: Make) -> None:
             assert vm._vm.clock_ns() == before
             vm.write_memory(0x10_0000, guests.POWER_OFF)
         assert vm.wait(LIMIT_S).ok
+
+
+def test_saved_machine_goes_on_in_another_process(make: Make, tmp_path: Path, engine: str) -> None:
+    saved = tmp_path / "saved"
+    with make(guests.COUNTING_ECHO) as vm:
+        vm.start()
+        vm.console.send("ab")
+        vm.console.expect("a1b2", timeout=LIMIT_S)
+        with vm.held():
+            clock = vm._vm.clock_ns()
+            vm.console.send("c")
+            vm.save(saved)
+    program = f"""
+from tetrarch import Machine
+with Machine.restore({str(saved)!r}) as vm:
+    assert vm.engine == {engine!r}
+    clock = vm._vm.clock_ns()
+    vm.start()
+    print(clock, vm.console.expect("c3", timeout={LIMIT_S}))
+    vm.console.send("d")
+    print(vm.console.expect("d4", timeout={LIMIT_S}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{clock} c3\nd4\n"
+
+
+def test_guest_sees_no_jump_of_its_tsc(make: Make, tmp_path: Path, engine: str) -> None:
+    if engine == "kvm":
+        pytest.skip("a KVM without hardware behind it has no TSC of the guest's own to move")
+    # It says the upper halves of its TSC's differences between two typed bytes, which are
+    # zero where less than 2**32 ticks, about a second, have passed.
+    saved = tmp_path / "saved"
+    with make(guests.TICKS_BETWEEN) as vm:
+        vm.start()
+        vm.console.send("x")
+        vm.console.expect("?", timeout=LIMIT_S)
+        first = vm.uptime
+        vm.save(saved)
+    time.sleep(4)  # of the host's time, which the guest must not see
+    with Machine.restore(saved) as vm:
+        vm.start()
+        vm.console.send("x")
+        long = vm.console.expect(re.compile("[01]"), timeout=LIMIT_S) == "1"
+        # No TSC takes less than half a second for 2**32 ticks.
+        assert not long or vm.uptime - first > 0.5

@@ -72,6 +72,8 @@ class DeviceState:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Takes all of ``state``, or raises StateError and takes nothing."""
+        if not isinstance(state, Mapping):
+            raise StateError(f"saved state of {self.kind!r} is none", mend="save it again")
         found = state.get("device"), state.get("version")
         if found != (self.kind, self.version):
             raise StateError(

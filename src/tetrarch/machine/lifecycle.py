@@ -60,6 +60,11 @@ class LifeCycle:
         with self._lock:
             return self._ran + self._current()
 
+    def take_up(self, uptime: float) -> None:
+        """A machine that has run for so long in another life."""
+        with self._lock:
+            self._ran = uptime
+
     def move(self, to: Phase, what: str) -> None:
         """Enters a phase. Raises MachineStateError for ``what`` where it cannot follow."""
         with self._lock:

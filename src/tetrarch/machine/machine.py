@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -13,8 +15,9 @@ from tetrarch._native import EngineError
 from tetrarch.console import ConsoleBackend, MemoryConsole
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import ConfigError, HostError, MachineStateError
+from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.conclusion import Conclusion, Event
-from tetrarch.machine.config import MachineConfig, MachineOptions, make_config
+from tetrarch.machine.config import EngineName, MachineConfig, MachineOptions, make_config
 from tetrarch.machine.engine_vm import (
     BusRegion,
     EngineVcpu,
@@ -26,8 +29,10 @@ from tetrarch.machine.guest import check_files, load_guest, resolve_guest
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc, assemble_pc
+from tetrarch.machine.saved import open_saved
 from tetrarch.machine.selection import choose
 from tetrarch.machine.serial_line import SerialLine
+from tetrarch.machine.snapshot import MachineParts, read_about, restore_machine, save_machine
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.threads import VcpuThreads
 from tetrarch.machine.vcpu import VcpuView
@@ -96,6 +101,8 @@ class Machine:
             self._life, panic, self._threads, self._pc, self._backend, vcpus[0]
         )
         self._loaded = False
+        self._restored = False
+        self._attached = AttachedDevices()
 
     def __repr__(self) -> str:
         return f"<Machine {self.config.name!r} on {self.engine}, {self.phase.value}>"
@@ -147,22 +154,39 @@ class Machine:
         return self._life.uptime
 
     def attach_ports(
-        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        name: str | None = None,
     ) -> BusRegion:
         """Puts a device of yours on I/O ports, before start().
 
         It sees accesses of ``sizes`` bytes, by default of any; others pass it by. The region
-        can be moved, unmapped and detached at any time.
+        can be moved, unmapped and detached at any time. A saved machine knows the device by
+        ``name``, which is its class and ``base`` if it is not given.
         """
         self._life.require("attach_ports", Phase.MADE)
-        return self._vm.attach_ports(base, length, device, sizes=sizes)
+        region = self._vm.attach_ports(base, length, device, sizes=sizes)
+        self._attached.add(name, base, device)
+        return region
 
     def attach_mmio(
-        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        name: str | None = None,
     ) -> BusRegion:
         """Puts a device of yours on guest physical addresses, before start()."""
         self._life.require("attach_mmio", Phase.MADE)
-        return self._vm.attach_mmio(base, length, device, sizes=sizes)
+        region = self._vm.attach_mmio(base, length, device, sizes=sizes)
+        self._attached.add(name, base, device)
+        return region
 
     def irq_source(self, gsi: int) -> InterruptWire:
         """A wire of its own to an interrupt line, to be driven from any thread.
@@ -281,7 +305,66 @@ class Machine:
         if self.phase is Phase.MADE:
             self._discard()
 
+    # Saved machines.
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all of the machine to a file, from which ``restore`` makes one that goes on.
+
+        It is held meanwhile, and runs on if it ran. Devices of yours need ``save`` and ``load``.
+        Raises HostError where the file cannot be written: then there is none.
+        """
+        self._life.require("save", Phase.RUNNING, Phase.HELD)
+        with nullcontext() if self.phase is Phase.HELD else self.held():
+            save_machine(self._parts(), Path(path))
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        engine: EngineName | None = None,
+        name: str | None = None,
+        console: ConsoleBackend | str | None = None,
+        platform: Platform = PC,
+        vm: EngineVm | None = None,
+    ) -> Self:
+        """A machine as it was saved; start() lets it go on from there.
+
+        ``engine`` and ``name`` are those of the saved machine if they are not given. Attach
+        devices of yours before start(), as they were.
+
+        Raises StateError for a file that is no saved machine, or damaged.
+        """
+        with open_saved(Path(path)) as reader:
+            about = read_about(reader, platform.name)
+            given = {"engine": engine, "name": name}
+            config = about.config.updated({key: value for key, value in given.items() if value})
+            machine = cls(config, console=console, platform=platform, vm=vm)
+            try:
+                # Its clock stands until start().
+                machine._vm.hold()
+                machine._attached.awaited = restore_machine(machine._parts(), reader)
+            except BaseException:
+                machine._discard()
+                raise
+        machine._life.take_up(about.uptime)
+        machine._loaded = machine._restored = True
+        return machine
+
     # What happens inside.
+
+    def _parts(self) -> MachineParts:
+        vcpus = [self._vm.vcpu(index) for index in range(self.config.cpus)]
+        return MachineParts(
+            self.config,
+            self.engine,
+            self._platform.name,
+            self.uptime,
+            self._vm,
+            vcpus,
+            self._pc,
+            self._attached,
+        )
 
     def _load(self, what: str) -> None:
         self._life.require(what, Phase.MADE)
@@ -295,6 +378,7 @@ class Machine:
 
     def _start(self, what: str) -> None:
         self._load(what)
+        self._attached.require_all()
         self._life.move(Phase.RUNNING, what)
         try:
             self._serial.start(self._pc.uart)
@@ -303,6 +387,8 @@ class Machine:
             raise
         self._conclusion.keep(self.config.name, self._descent.stop, self._descent.close)
         self._threads.start()
+        if self._restored:
+            self._vm.resume()
 
     def _discard(self) -> None:
         """Ends a machine that was never started."""

@@ -1,0 +1,50 @@
+"""The devices that a program attached to its machine, by name, for saved machines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tetrarch.errors import ConfigError, MachineStateError, StateError
+
+if TYPE_CHECKING:
+    from tetrarch._native import Device
+
+__all__ = ["AttachedDevices"]
+
+
+class AttachedDevices:
+    def __init__(self) -> None:
+        self._devices: dict[str, Device] = {}
+        self.awaited: dict[str, Any] = {}
+        """States of a saved machine whose devices have not been attached yet."""
+
+    def add(self, name: str | None, base: int, device: Device) -> None:
+        if name is None:
+            if any(device is other for other in self._devices.values()):
+                return  # another range of the same one
+            name = f"{type(device).__qualname__}@{base:#x}"
+        if self._devices.get(name, device) is not device:
+            raise ConfigError(f"there is a device {name!r} already", mend="name it otherwise")
+        self._devices[name] = device
+        if name in self.awaited:
+            _method(name, device, "load")(self.awaited.pop(name))
+
+    def require_all(self) -> None:
+        """Raises StateError where the saved machine had a device that this one has not."""
+        for name in self.awaited:
+            raise StateError(
+                f"the saved machine had a device {name!r}", mend="attach it before start()"
+            )
+
+    def save(self) -> dict[str, Any]:
+        return {name: _method(name, device, "save")() for name, device in self._devices.items()}
+
+
+def _method(name: str, device: Device, method: str) -> Any:
+    found = getattr(device, method, None)
+    if not callable(found):
+        raise MachineStateError(
+            f"the device {name!r} cannot be saved: it has no {method}()",
+            mend="give it save() and load(state)",
+        )
+    return found
