@@ -9,9 +9,7 @@ from tetrarch import images
 
 # How long an example takes is the host's affair and not a device's: a loaded
 # machine must not fail a test.
-settings.register_profile(
-    "tetrarch", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("tetrarch", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tetrarch")
 
 
