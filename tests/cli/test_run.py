@@ -42,6 +42,9 @@ def test_standard_output_is_the_guests_alone(cli: Cli, tmp_path: Path) -> None:
     done = cli("run", "--kernel", kernel, "--stats")
     assert done.stdout == "hello\n"
     assert "exits" in done.stderr
+    # A heading does not say ns where seconds are shown.
+    assert "\ntime\n" in done.stderr
+    assert "_ns" not in done.stderr
 
 
 def test_crash_dump_goes_to_standard_error(cli: Cli, tmp_path: Path) -> None:

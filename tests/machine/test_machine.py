@@ -395,3 +395,10 @@ def test_wait_before_start_is_refused(make: Make) -> None:
 def test_missing_kernel_is_said_when_the_machine_is_made(tmp_path: Path) -> None:
     with pytest.raises(BootError, match="kernel nosuch: no such file"):
         Machine(kernel="nosuch", vm=ScriptedVm(power_off))
+
+
+def test_infinite_timeout_is_none(make: Make) -> None:
+    with make(power_off) as vm:
+        vm.start()
+        assert vm.console.expect("bye", float("inf")) == "bye"
+        assert vm.wait(float("inf")).ok

@@ -43,7 +43,8 @@ def show_stats(stats: Mapping[str, Mapping[str, int]], uptime: float) -> None:
     """Counters by group, on standard error: standard output is the guest's."""
     lines = [f"ran for {uptime:.3f} s"]
     for group, counters in stats.items():
-        lines.append(group)
+        # Times are counted in ns and shown in seconds.
+        lines.append(group.removesuffix("_ns"))
         for name, value in sorted(counters.items(), key=lambda item: -item[1]):
             if group.endswith("time_ns"):
                 lines.append(f"  {name:<28} {value / 1e9:>16.3f} s")

@@ -116,7 +116,7 @@ class MemoryConsole:
                         "expect() waits for a machine that has not been started",
                         mend="call start() first",
                     )
-                self._changed.wait(left)
+                self._changed.wait(min(left, threading.TIMEOUT_MAX))
 
     @property
     def text(self) -> str:

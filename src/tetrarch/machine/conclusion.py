@@ -99,4 +99,6 @@ class Conclusion:
 
     def wait_done(self, timeout: float | None = None) -> bool:
         """Until the machine is down, however it ended; False if it is not in that time."""
-        return self._done.wait(timeout)
+        # What is longer than the host's clock can count, infinity too, is for ever.
+        bounded = None if timeout is None or timeout > threading.TIMEOUT_MAX else timeout
+        return self._done.wait(bounded)
