@@ -29,7 +29,8 @@ pub enum Exit {
         size: u8,
         data: u64,
     },
-    /// HLT that no interrupt can end: interrupts are off and no NMI is wired.
+    /// The machine has ended in HLT: every vCPU is halted with interrupts off or
+    /// was never started, and none can wake another.
     Halt,
     /// Triple fault: the CPU is in shutdown until a reset.
     Shutdown,

@@ -299,8 +299,13 @@ impl BtVcpu {
             return None;
         }
         if self.cpu.st.iflag == 0 {
-            // Only an NMI could end this, and nothing here raises one by itself.
-            return Some(Exit::Halt);
+            // Only another vCPU could end this; where none can, all have ended.
+            if self.cpu.vm.irqchip.halted_for_good(self.cpu.id) {
+                return Some(Exit::Halt);
+            }
+            self.rest(None);
+            self.cpu.vm.irqchip.looks_up(self.cpu.id);
+            return None;
         }
         self.cpu.counts.halts += 1;
         let start = self.cpu.now_ns();
