@@ -3,6 +3,8 @@
 //!
 //! Leaves are those of Intel SDM 2A "CPUID" and AMD APM 3, appendix E.
 
+use std::sync::OnceLock;
+
 use core::arch::x86_64::{__cpuid, __cpuid_count};
 
 /// The host's answer; zeros where it has no such leaf.
@@ -17,9 +19,11 @@ pub fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
     [r.eax, r.ebx, r.ecx, r.edx]
 }
 
-/// "GenuineIntel"; whatever else is x86-64 follows AMD.
+/// "GenuineIntel"; whatever else is x86-64 follows AMD. Asked once: where the host
+/// is itself a guest, each CPUID costs microseconds.
 pub fn host_is_intel() -> bool {
-    host(0, 0)[1] == u32::from_le_bytes(*b"Genu")
+    static INTEL: OnceLock<bool> = OnceLock::new();
+    *INTEL.get_or_init(|| host(0, 0)[1] == u32::from_le_bytes(*b"Genu"))
 }
 
 /// The processor's name as leaves 0x8000_0002 to 0x8000_0004 give it.
