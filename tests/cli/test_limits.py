@@ -63,11 +63,3 @@ def test_limit_of_open_files_is_named_or_enough(kernel: Path, number: int) -> No
         return
     assert done.returncode == 1
     assert "ulimit -n" in done.stderr.splitlines()[-1]
-
-
-def test_what_is_said_to_be_enough_is_enough(kernel: Path) -> None:
-    line = run(kernel, f"--as={700 * MIB}").stderr
-    words = line.split()
-    enough = int(words[words.index("-v") + 1].rstrip(",")) << 10
-    done = run(kernel, f"--as={enough}")
-    assert (done.returncode, done.stdout) == (0, "hello"), done.stderr

@@ -1,6 +1,7 @@
 """Files to boot from: opened, measured and read with errors in the user's words."""
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -96,8 +97,11 @@ def _why_not_open(what: str, error: OSError | ValueError) -> tuple[str, str]:
         return f"{what}: no permission to read it", (
             "make it readable (Debian's kernels in /boot are readable, some initrds only by root)"
         )
-    cause = error.strerror if isinstance(error, OSError) else str(error)
-    return f"{what}: {cause}", "name another file"
+    if not isinstance(error, OSError):
+        return f"{what}: {error}", "name another file"
+    if error.errno == errno.EMFILE:
+        return f"{what}: {error.strerror}", "raise the limit: ulimit -n"
+    return f"{what}: {error.strerror}", "name another file"
 
 
 def copy_to_guest(vm: GuestMemory, address: int, source: Source, offset: int, length: int) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 from tetrarch import _native
 from tetrarch.errors import HostError
 from tetrarch.machine.config import MIB, MachineConfig
-from tetrarch.machine.limits import check_limits
 from tetrarch.platforms.platform import Platform
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
@@ -77,7 +76,6 @@ class EngineVm(Protocol):
 
 def create_vm(engine: str, config: MachineConfig, platform: Platform) -> EngineVm:
     """Raises HostError where this host cannot give what is asked."""
-    check_limits(engine, config.memory, config.cpus)
     try:
         return _native.Vm(engine, config.memory, config.cpus, platform=platform)
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
