@@ -49,6 +49,8 @@ lint: setup ## Check format, types and style of Rust and Python
 	cargo fmt --all --check
 	cargo fetch --quiet --locked --manifest-path fuzz/Cargo.toml
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" \
+		cargo doc --quiet --workspace --no-deps --document-private-items --locked
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

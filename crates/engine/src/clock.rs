@@ -21,7 +21,7 @@ pub trait ClockFollower: Send + Sync {
 /// Reading takes no lock: a sequence count tells the reader that the state
 /// changed meanwhile (odd: it is changing).
 pub struct Clock {
-    /// What machine nanoseconds and [`now`] are counted from on the host.
+    /// What machine nanoseconds and [`Clock::now_ns`] are counted from on the host.
     origin: Instant,
     sequence: AtomicU64,
     /// Host time less machine time while it runs.

@@ -78,7 +78,7 @@ impl Topology {
     }
 
     /// A subleaf of leaf 4 or 0x8000_001D: each CPU has its caches for itself
-    /// (EAX[25:14]); Intel puts the cores of the package, less one, above that.
+    /// (`EAX[25:14]`); Intel puts the cores of the package, less one, above that.
     pub fn cache(self, mut leaf: [u32; 4], intel: bool) -> [u32; 4] {
         leaf[0] &= 0x3FFF;
         if intel && leaf[0] & 0x1F != 0 {

@@ -149,7 +149,7 @@ pub struct CpuState {
     pub cpl: u8,
     pub nmi_blocked: u8,
     pub halted: u8,
-    /// Whether the guest may use AVX (CR4.OSXSAVE and XCR0[2:1] = 3).
+    /// Whether the guest may use AVX (CR4.OSXSAVE and `XCR0[2:1]` = 3).
     pub avx: u8,
     /// The mode word by which translations are keyed; see [`crate::cpu::mode`].
     pub mode: u32,

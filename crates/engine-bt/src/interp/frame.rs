@@ -71,7 +71,7 @@ pub fn write(
     Ok(top)
 }
 
-/// As [`write`], on the flat stack of 64-bit mode. `target` is where execution
+/// As [`write()`], on the flat stack of 64-bit mode. `target` is where execution
 /// goes on, #GP(0) if that cannot be.
 pub fn write64(cpu: &mut Cpu, top: u64, frame: &Frame, user: bool, target: u64) -> R<u64> {
     let len = frame.len * 8;

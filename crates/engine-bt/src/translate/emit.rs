@@ -97,7 +97,7 @@ impl Emitter {
         }
     }
 
-    /// opcode reg, gs:[offset] in its plain absolute form.
+    /// `opcode reg, gs:[offset]` in its plain absolute form.
     fn gs(&mut self, wide: bool, opcode: &[u8], reg: u8, offset: usize) {
         self.bytes(&[0x65, 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2]);
         self.bytes(opcode);
@@ -121,7 +121,7 @@ impl Emitter {
         self.gs(false, &[0x89], reg, offset);
     }
 
-    /// movzx reg, byte gs:[offset]
+    /// `movzx reg, byte gs:[offset]`
     pub fn load8(&mut self, reg: u8, offset: usize) {
         self.gs(false, &[0x0F, 0xB6], reg, offset);
     }
@@ -150,7 +150,7 @@ impl Emitter {
         self.gs(false, &[0x89], reg, offset);
     }
 
-    /// movzx reg, word gs:[offset]
+    /// `movzx reg, word gs:[offset]`
     pub fn load16(&mut self, reg: u8, offset: usize) {
         self.gs(false, &[0x0F, 0xB7], reg, offset);
     }
@@ -160,7 +160,7 @@ impl Emitter {
         self.bytes(&[value]);
     }
 
-    /// cmp dword gs:[offset], imm32. Returns where the immediate is.
+    /// `cmp dword gs:[offset], imm32`. Returns where the immediate is.
     pub fn cmp32_imm(&mut self, offset: usize, value: u32) -> u32 {
         self.gs(false, &[0x81], 7, offset);
         self.imm32(value);
@@ -245,7 +245,7 @@ impl Emitter {
         self.imm32(value);
     }
 
-    /// lea reg, [address]; 32 bits wide if not `wide`. Leaves the flags.
+    /// `lea reg, [address]`; 32 bits wide if not `wide`. Leaves the flags.
     pub fn lea(&mut self, wide: bool, reg: u8, address: Address) {
         let base = address.base;
         let index = address.index;
@@ -311,7 +311,7 @@ impl Emitter {
         self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp });
     }
 
-    /// Loads 1, 2, 4 or 8 bytes at [base], zero-extended.
+    /// Loads 1, 2, 4 or 8 bytes at `[base]`, zero-extended.
     pub fn load_sized(&mut self, reg: u8, base: u8, size: u8) {
         let rex = 0x40 | u8::from(size == 8) << 3 | (reg >> 3) << 2 | base >> 3;
         match size {
@@ -322,7 +322,7 @@ impl Emitter {
         self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp: 0 });
     }
 
-    /// Stores 1, 2, 4 or 8 bytes at [base].
+    /// Stores 1, 2, 4 or 8 bytes at `[base]`.
     pub fn store_sized(&mut self, base: u8, reg: u8, size: u8) {
         if size == 2 {
             self.bytes(&[0x66]);
@@ -381,7 +381,7 @@ impl Emitter {
         self.jcc(condition)
     }
 
-    /// cmp dword gs:[offset], imm32 that can be patched. Returns where the
+    /// `cmp dword gs:[offset], imm32` that can be patched. Returns where the
     /// immediate is.
     pub fn patched_cmp32(&mut self, offset: usize, value: u32) -> u32 {
         // GS, REX, opcode, ModRM, SIB and the offset come first.
@@ -529,7 +529,7 @@ impl Emitter {
         (miss, request)
     }
 
-    /// jmp gs:[offset]
+    /// `jmp gs:[offset]`
     pub fn jmp_state(&mut self, offset: usize) {
         self.bytes(&[0x65, 0xFF, 0x24, 0x25]);
         self.imm32(offset as u32);

@@ -42,7 +42,7 @@ impl Job<'_> {
         self.slow_if(cc::A);
     }
 
-    /// r14 := the host address of [register].
+    /// r14 := the host address of `[register]`.
     fn pointer(&mut self, register: u8, size: u32, write: bool) {
         let retry = self.e.pos();
         self.e.mov(R14, register);

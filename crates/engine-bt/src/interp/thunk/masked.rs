@@ -180,7 +180,7 @@ fn vsib_mask(i: &Instruction) -> u64 {
     if wide { u64::MAX } else { 0xFFFF_FFFF }
 }
 
-/// MASKMOVDQU and VMASKMOVDQU: bytes to DS:[rDI], or to the segment of a prefix.
+/// MASKMOVDQU and VMASKMOVDQU: bytes to `DS:[rDI]`, or to the segment of a prefix.
 fn mask_bytes_xmm(cpu: &mut Cpu, i: &Instruction) -> R<()> {
     let data = fpu::half(&vec(cpu, i.op_register(1)), 0);
     let mask = fpu::half(&vec(cpu, i.op_register(2)), 0);
