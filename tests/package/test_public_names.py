@@ -1,6 +1,7 @@
 """The lists of public names say what there is."""
 
 import importlib
+import inspect
 import pkgutil
 
 import pytest
@@ -24,6 +25,18 @@ def test_every_name_in_all_exists_once(name: str) -> None:
     assert len(public) == len(set(public))
     missing = [entry for entry in public if not hasattr(module, entry)]
     assert not missing
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_function_and_class_without_underscore_is_in_all(name: str) -> None:
+    module = importlib.import_module(name)
+    made_here = {
+        entry
+        for entry, thing in vars(module).items()
+        if (inspect.isfunction(thing) or inspect.isclass(thing)) and thing.__module__ == name
+    }
+    public = {entry for entry in made_here if not entry.startswith("_")}
+    assert public <= set(module.__all__)
 
 
 def test_names_of_the_package_are_the_objects_of_their_homes() -> None:

@@ -4,6 +4,7 @@ import struct
 from typing import Final
 
 __all__ = [
+    "buffer",
     "device",
     "eisa_id",
     "end_tag",
@@ -12,10 +13,12 @@ __all__ = [
     "irq",
     "memory32",
     "name",
+    "name_string",
     "package",
     "resources",
     "scope",
     "string",
+    "with_length",
 ]
 
 ZERO_OP: Final = b"\x00"

@@ -19,7 +19,15 @@ from tetrarch.boot.layout import (
 )
 from tetrarch.errors import BootError
 
-__all__ = ["Source", "copy_to_guest", "load_initrd", "place_initrd", "zero_guest"]
+__all__ = [
+    "Source",
+    "copy_to_guest",
+    "enough_memory",
+    "load_initrd",
+    "place_initrd",
+    "too_little_memory",
+    "zero_guest",
+]
 
 #: Large enough to make the per-call cost vanish, small enough to stay in cache and out of swap.
 CHUNK: Final = 1 << 20

@@ -9,7 +9,17 @@ import typer
 
 from tetrarch.cli.options import take_options, with_options
 
-__all__ = ["app"]
+__all__ = [
+    "app",
+    "doctor",
+    "engines",
+    "image_build",
+    "image_ls",
+    "image_pull",
+    "image_rm",
+    "root",
+    "run",
+]
 
 app = typer.Typer(
     help="Virtual machines for x86-64 Linux guests, with or without hardware virtualization.",

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["Terminated", "fail", "main"]
+__all__ = ["FAILURE", "Terminated", "fail", "main", "report_error", "run_cli"]
 
 FAILURE = 1
 BAD_USAGE = 2

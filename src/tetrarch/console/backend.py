@@ -7,6 +7,8 @@ from typing import Protocol
 
 from tetrarch.errors import HostError
 
+__all__ = ["ConsoleBackend", "ConsoleError", "Leave", "NullConsole", "Receive"]
+
 Receive = Callable[[bytes], None]
 """Takes what was typed. May block while the guest does not read."""
 

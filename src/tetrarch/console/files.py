@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tetrarch.console.backend import ConsoleError, Leave, Receive
 
+__all__ = ["FileConsole", "SocketConsole"]
+
 _READ_BYTES = 4096
 # What a client that comes late still sees of the output: a boot log and more.
 _BACKLOG_BYTES_MAX = 256 << 10

@@ -9,6 +9,8 @@ import time
 from tetrarch.console.backend import Leave, Receive
 from tetrarch.errors import MachineStateError, TetrarchError
 
+__all__ = ["ExpectTimeout", "MemoryConsole"]
+
 # What is kept of a guest that prints without end; a boot log is under 100 KiB.
 _KEPT_BYTES_MAX = 4 << 20
 # How much of the output an error message shows.

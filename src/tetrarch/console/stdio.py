@@ -10,6 +10,8 @@ import threading
 from tetrarch.console.backend import ConsoleError, Leave, Receive
 from tetrarch.console.terminal import RawTerminal
 
+__all__ = ["StdioConsole"]
+
 # Ctrl-], as telnet has it: rarely needed in a guest, and one key.
 LEAVE_KEY = b"\x1d"
 _READ_BYTES = 4096

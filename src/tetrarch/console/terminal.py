@@ -21,6 +21,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+__all__ = ["RawTerminal"]
+
 _FAREWELL = b"."
 # termios.tcgetattr(3): [iflag, oflag, cflag, lflag, ispeed, ospeed, cc].
 _Attributes = list[Any]

@@ -18,6 +18,7 @@ __all__ = [
     "S5_TYPE",
     "AcpiPm",
     "AcpiPmCore",
+    "AcpiPmState",
 ]
 
 PORT_BASE: Final = 0x600

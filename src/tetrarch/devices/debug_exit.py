@@ -7,7 +7,7 @@ from typing import Final
 from tetrarch.devices._access import all_ones
 from tetrarch.devices._state import DeviceState, State
 
-__all__ = ["PORTS", "PORT_BASE", "DebugExit"]
+__all__ = ["PORTS", "PORT_BASE", "DebugExit", "DebugExitState"]
 
 PORT_BASE: Final = 0xF4
 PORTS: Final = 4

@@ -15,7 +15,7 @@ from tetrarch.devices._access import all_ones
 from tetrarch.devices._adapter import Adapter
 from tetrarch.devices._state import DeviceState, flag, memory, queue, register
 
-__all__ = ["DATA_PORT", "GSI", "I8042", "STATUS_PORT", "I8042Core", "I8042Port"]
+__all__ = ["DATA_PORT", "GSI", "I8042", "STATUS_PORT", "I8042Core", "I8042Port", "I8042State"]
 
 DATA_PORT: Final = 0x60
 STATUS_PORT: Final = 0x64

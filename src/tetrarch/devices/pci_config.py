@@ -10,7 +10,15 @@ from typing import Final
 from tetrarch.devices._access import MAX_ACCESS, all_ones
 from tetrarch.devices._state import DeviceState, State, register
 
-__all__ = ["ADDRESS_PORT", "DATA_PORT", "DATA_PORTS", "PciConfigPorts"]
+__all__ = [
+    "ADDRESS_PORT",
+    "DATA_PORT",
+    "DATA_PORTS",
+    "PciAddressPort",
+    "PciConfigPorts",
+    "PciConfigState",
+    "PciDataPorts",
+]
 
 #: Takes dwords alone: bytes there are ordinary ports, such as the reset register.
 ADDRESS_PORT: Final = 0xCF8

@@ -7,7 +7,7 @@ from typing import Final
 from tetrarch.devices._access import all_ones
 from tetrarch.devices._state import DeviceState, State, register
 
-__all__ = ["PORTS", "PORT_BASE", "RESET_VALUE", "ResetCf9"]
+__all__ = ["PORTS", "PORT_BASE", "RESET_VALUE", "ResetCf9", "ResetCf9State"]
 
 PORT_BASE: Final = 0xCF9
 PORTS: Final = 1

@@ -18,7 +18,17 @@ from tetrarch.devices._access import read_bytes, write_bytes
 from tetrarch.devices._adapter import Adapter
 from tetrarch.devices._state import DeviceState, State, counter, memory, register
 
-__all__ = ["CENTURY", "GSI", "PORTS", "PORT_BASE", "RtcCmos", "RtcCmosCore"]
+__all__ = [
+    "CENTURY",
+    "GSI",
+    "PORTS",
+    "PORT_BASE",
+    "RtcCmos",
+    "RtcCmosCore",
+    "RtcCmosState",
+    "civil_from_days",
+    "days_from_civil",
+]
 
 PORT_BASE: Final = 0x70
 PORTS: Final = 2

@@ -15,7 +15,7 @@ from tetrarch.devices._access import read_bytes, write_bytes
 from tetrarch.devices._adapter import Adapter
 from tetrarch.devices._state import DeviceState, flag, queue, register
 
-__all__ = ["GSI", "PORTS", "PORT_BASE", "Uart16550", "UartCore"]
+__all__ = ["GSI", "PORTS", "PORT_BASE", "Uart16550", "UartCore", "UartState"]
 
 PORT_BASE: Final = 0x3F8
 PORTS: Final = 8

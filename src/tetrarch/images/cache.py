@@ -29,6 +29,8 @@ from tetrarch.errors import ImageError
 from tetrarch.images.archive import SCRATCH, sha256_of
 from tetrarch.images.default_guest import RECIPE_VERSION, BuiltGuest
 
+__all__ = ["Cache", "CacheError", "CachedGuest", "Manifest", "default_root"]
+
 _KERNEL = "vmlinuz"
 _INITRD = "initrd.gz"
 

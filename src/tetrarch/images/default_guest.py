@@ -21,6 +21,15 @@ from tetrarch.images.modules import (
     modules_dep,
 )
 
+__all__ = [
+    "BUSYBOX_PACKAGE",
+    "DEFAULT_APPEND",
+    "RECIPE_VERSION",
+    "BuiltGuest",
+    "build_guest",
+    "build_initramfs",
+]
+
 DEFAULT_APPEND = "console=ttyS0 quiet"
 """The kernel's command line when the user gives none."""
 

@@ -17,6 +17,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+__all__ = ["Initramfs"]
+
 _MAGIC = b"070701"
 _TRAILER = "TRAILER!!!"
 # The header's file size is one 32-bit number.

@@ -16,6 +16,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+__all__ = [
+    "Module",
+    "ModuleFormatError",
+    "ModuleTree",
+    "canonical_name",
+    "modinfo",
+    "modules_alias",
+    "modules_dep",
+]
+
 _SUFFIXES = (".ko", ".ko.xz", ".ko.gz")
 
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+__all__ = ["Reporter", "TerminalReporter"]
+
 
 class Reporter:
     """Says nothing: for use from a program."""

@@ -19,6 +19,18 @@ from tetrarch.images.default_guest import (
 from tetrarch.images.disk import require_space
 from tetrarch.images.progress import Reporter
 
+__all__ = [
+    "DEFAULT_IMAGE",
+    "IMAGES",
+    "UnknownImageError",
+    "build",
+    "ensure",
+    "package_of",
+    "pull",
+    "rebuild",
+    "remove",
+]
+
 DEFAULT_IMAGE = "debian"
 
 # The names a user types, and the meta package of Debian behind each.

@@ -21,13 +21,17 @@ from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import ConfigError
 
 __all__ = [
+    "MEMORY_MAX",
+    "MEMORY_MIN",
     "MIB",
+    "VCPUS_MAX",
     "EngineName",
     "MachineConfig",
     "MachineOptions",
     "ValueProblem",
     "check_options",
     "make_config",
+    "option",
     "parse_size",
 ]
 

@@ -39,7 +39,7 @@ from tetrarch.machine.status import ExitStatus, StopReason
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
 
-__all__ = ["Pc", "assemble_pc"]
+__all__ = ["Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
 
 
 class PortRange(NamedTuple):

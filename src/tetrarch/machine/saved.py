@@ -29,7 +29,17 @@ from tetrarch.errors import HostError, StateError
 if TYPE_CHECKING:
     from tetrarch.machine.engine_vm import EngineVm
 
-__all__ = ["SavedReader", "SavedWriter", "open_saved", "read_ram", "write_ram", "writing_saved"]
+__all__ = [
+    "MAGIC",
+    "SavedReader",
+    "SavedWriter",
+    "SectionReader",
+    "SectionWriter",
+    "open_saved",
+    "read_ram",
+    "write_ram",
+    "writing_saved",
+]
 
 MAGIC = b"TETRASV\x01"
 _TAIL = struct.Struct("<HQI")

@@ -17,7 +17,7 @@ from tetrarch._native import EngineError
 if TYPE_CHECKING:  # a protocol: of the stub file alone
     from tetrarch._native import Device
 
-__all__ = ["ScriptedVcpu", "ScriptedVm"]
+__all__ = ["ScriptedRegion", "ScriptedSource", "ScriptedVcpu", "ScriptedVm"]
 
 
 Script = Callable[["ScriptedVm"], str]
