@@ -1,9 +1,11 @@
 //! The form of saved state: sections, each with name, version, length and CRC.
 //!
-//!     u8   length of the name      name in UTF-8
-//!     u16  version                 u32  length of the body
-//!     u32  CRC-32 (IEEE 802.3) of all that precedes and of the body
-//!     body
+//! ```text
+//! u8   length of the name      name in UTF-8
+//! u16  version                 u32  length of the body
+//! u32  CRC-32 (IEEE 802.3) of all that precedes and of the body
+//! body
+//! ```
 //!
 //! Numbers are little-endian. The body is postcard's encoding of the state: a
 //! documented, stable form that is read with checks of every length, and small.
