@@ -57,7 +57,7 @@ struct Hold {
 }
 
 /// The place of one vCPU in its machine's [`RunControl`].
-pub struct Seat {
+pub struct VcpuControl {
     index: usize,
     stop: AtomicBool,
     kicker: Arc<dyn Kick>,
@@ -67,7 +67,7 @@ pub struct Seat {
     pub counters: LoopCounters,
 }
 
-impl Seat {
+impl VcpuControl {
     /// Makes this vCPU's run loop look up from the guest, or from its place
     /// where the machine is held.
     pub fn kick(&self) {
@@ -103,7 +103,7 @@ impl Seat {
 }
 
 /// A vCPU is inside its run loop while this lives.
-pub(crate) struct Inside<'a>(&'a Seat);
+pub(crate) struct Inside<'a>(&'a VcpuControl);
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
@@ -125,7 +125,7 @@ impl Drop for Inside<'_> {
 /// only after `hold` has returned.
 pub struct RunControl {
     clock: Arc<Clock>,
-    seats: RwLock<Vec<Arc<Seat>>>,
+    vcpus: RwLock<Vec<Arc<VcpuControl>>>,
     parking: Arc<Parking>,
 }
 
@@ -134,37 +134,37 @@ impl RunControl {
     pub fn new(clock: Arc<Clock>) -> Self {
         let hold = Mutex::new(Hold { places: Vec::new(), nudged: Vec::new() });
         let parking = Parking { hold, changed: Condvar::new(), holds: AtomicU32::new(0) };
-        Self { clock, seats: RwLock::default(), parking: Arc::new(parking) }
+        Self { clock, vcpus: RwLock::default(), parking: Arc::new(parking) }
     }
 
-    /// Adds a vCPU; the seat goes with it into `run_vcpu`.
-    pub fn add(&self, kicker: Arc<dyn Kick>) -> Arc<Seat> {
-        let mut seats = self.seats.write();
+    /// Adds a vCPU, which [`crate::run_vcpu`] gets with what this returns.
+    pub fn add(&self, kicker: Arc<dyn Kick>) -> Arc<VcpuControl> {
+        let mut vcpus = self.vcpus.write();
         let mut hold = self.parking.hold.lock();
         hold.places.push(Place::Outside);
         hold.nudged.push(false);
-        let seat = Arc::new(Seat {
-            index: seats.len(),
+        let control = Arc::new(VcpuControl {
+            index: vcpus.len(),
             stop: AtomicBool::new(false),
             kicker,
             parking: Arc::clone(&self.parking),
             serving: AtomicU64::new(0),
             counters: LoopCounters::default(),
         });
-        seats.push(Arc::clone(&seat));
-        seat
+        vcpus.push(Arc::clone(&control));
+        control
     }
 
     pub fn request_stop(&self) {
-        for seat in self.seats.read().iter() {
-            seat.request_stop();
+        for vcpu in self.vcpus.read().iter() {
+            vcpu.request_stop();
         }
     }
 
-    pub(crate) fn stop_others(&self, own: &Arc<Seat>) {
-        for seat in self.seats.read().iter() {
-            if !Arc::ptr_eq(seat, own) {
-                seat.request_stop();
+    pub(crate) fn stop_others(&self, own: &Arc<VcpuControl>) {
+        for vcpu in self.vcpus.read().iter() {
+            if !Arc::ptr_eq(vcpu, own) {
+                vcpu.request_stop();
             }
         }
     }
@@ -174,7 +174,7 @@ impl RunControl {
     /// it fails nothing is held.
     pub fn hold(&self, timeout: Duration) -> Result<(), HoldError> {
         let deadline = Instant::now() + timeout;
-        let seats = self.seats.read().clone();
+        let vcpus = self.vcpus.read().clone();
         let own = std::thread::current().id();
         let mut hold = self.parking.hold.lock();
         let is_own = |place: &Place| matches!(place, Place::Inside(thread) | Place::Parked(thread) if *thread == own);
@@ -183,8 +183,8 @@ impl RunControl {
         }
         self.parking.holds.fetch_add(1, Ordering::SeqCst);
         let is_inside = |place: &Place| matches!(place, Place::Inside(_));
-        for (seat, _) in seats.iter().zip(&hold.places).filter(|(_, place)| is_inside(place)) {
-            seat.kicker.kick();
+        for (vcpu, _) in vcpus.iter().zip(&hold.places).filter(|(_, place)| is_inside(place)) {
+            vcpu.kicker.kick();
         }
         let result = loop {
             let Some(vcpu) = hold.places.iter().position(is_inside) else {
@@ -193,7 +193,7 @@ impl RunControl {
             if self.parking.changed.wait_until(&mut hold, deadline).timed_out()
                 && is_inside(&hold.places[vcpu])
             {
-                let serving = seats.get(vcpu).map_or(0, |s| s.serving.load(Ordering::Relaxed));
+                let serving = vcpus.get(vcpu).map_or(0, |s| s.serving.load(Ordering::Relaxed));
                 let (vcpu, waited) = (vcpu as u32, timeout);
                 break Err(match Access::decode(serving) {
                     Some(access) => HoldError::Device { vcpu, access, waited },
@@ -231,30 +231,29 @@ impl RunControl {
 
     /// The vCPU's thread comes into the run loop, where it parks at once if
     /// the machine is held: to be called before the guest runs.
-    pub(crate) fn enter<'a>(&self, seat: &'a Seat) -> Inside<'a> {
-        seat.set_place(Place::Inside(std::thread::current().id()));
-        Inside(seat)
+    pub(crate) fn enter<'a>(&self, own: &'a VcpuControl) -> Inside<'a> {
+        own.set_place(Place::Inside(std::thread::current().id()));
+        Inside(own)
     }
 
     /// Parks a vCPU for as long as the machine is held. Returns early, with
     /// true, where its thread is wanted for something else.
-    pub(crate) fn park(&self, seat: &Seat, vcpu: &mut MutexGuard<'_, Box<dyn Vcpu>>) -> bool {
+    pub(crate) fn park(&self, own: &VcpuControl, vcpu: &mut MutexGuard<'_, Box<dyn Vcpu>>) -> bool {
         let thread = std::thread::current().id();
         MutexGuard::unlocked(vcpu, || {
             let mut hold = self.parking.hold.lock();
             while self.is_held() {
-                if hold.places[seat.index] != Place::Parked(thread) {
-                    hold.places[seat.index] = Place::Parked(thread);
+                if hold.places[own.index] != Place::Parked(thread) {
+                    hold.places[own.index] = Place::Parked(thread);
                     self.parking.changed.notify_all();
                 }
-                if std::mem::take(&mut hold.nudged[seat.index]) || seat.stop.load(Ordering::SeqCst)
-                {
+                if std::mem::take(&mut hold.nudged[own.index]) || own.stop.load(Ordering::SeqCst) {
                     // Still parked: the guest does not run before the next look.
                     return true;
                 }
                 self.parking.changed.wait(&mut hold);
             }
-            hold.places[seat.index] = Place::Inside(thread);
+            hold.places[own.index] = Place::Inside(thread);
             false
         })
     }

@@ -6,7 +6,7 @@ use crate::{Bus, DeviceError, Handler, PlatformHandlers, PortAccess};
 
 /// Why a run loop came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StopReason {
+pub enum RunEnd {
     /// HLT that no interrupt can end.
     Halted,
     /// Triple fault.
@@ -22,9 +22,9 @@ pub enum Step {
         reply: Reply,
         by: Handler,
     },
-    Stop(StopReason),
+    End(RunEnd),
     /// Look whether somebody wants something of this vCPU, then go on.
-    LookUp,
+    Attend,
 }
 
 pub fn dispatch(
@@ -48,9 +48,9 @@ pub fn dispatch(
         Exit::MmioWrite { address, size, data } => {
             Step::Answer { reply: Reply::Done, by: bus.mmio_write(address, size, data)? }
         }
-        Exit::Halt => Step::Stop(StopReason::Halted),
-        Exit::Shutdown => Step::Stop(StopReason::Shutdown),
-        Exit::Kicked => Step::LookUp,
+        Exit::Halt => Step::End(RunEnd::Halted),
+        Exit::Shutdown => Step::End(RunEnd::Shutdown),
+        Exit::Kicked => Step::Attend,
         Exit::Hypercall { cpl } => Step::answer(platform.hypercall(vcpu, cpl)?),
         Exit::MsrRead { index } => Step::answer(platform.msr_read(vcpu, index)?),
         Exit::MsrWrite { index, value } => Step::answer(platform.msr_write(vcpu, index, value)?),

@@ -18,10 +18,10 @@ mod tsc;
 
 pub use access::Access;
 pub use bus::{Answer, Bus};
-pub use control::{HoldError, RunControl, Seat};
+pub use control::{HoldError, RunControl, VcpuControl};
 pub use counters::{LoopCounters, LoopStats};
 pub use device::{Device, DeviceError, DeviceKind, Handler};
-pub use dispatch::{Step, StopReason, dispatch};
+pub use dispatch::{RunEnd, Step, dispatch};
 pub use irq::{IrqLines, IrqSource};
 pub use platform::{Answered, NoHandlers, PlatformHandlers, PortAccess};
 pub use run::{RunError, run_vcpu};

@@ -6,7 +6,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tetrarch_engine::{EngineError, Exit, Reply, Vcpu};
 
 use crate::{
-    Bus, DeviceError, PlatformHandlers, RunControl, Seat, Step, StopReason, dispatch, tsc::ticks,
+    Bus, DeviceError, PlatformHandlers, RunControl, RunEnd, Step, VcpuControl, dispatch, tsc::ticks,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -21,14 +21,14 @@ pub enum RunError {
 /// where the end came to all of them at once.
 struct StopOthers<'a> {
     control: &'a RunControl,
-    seat: &'a Arc<Seat>,
+    own: &'a Arc<VcpuControl>,
     armed: bool,
 }
 
 impl Drop for StopOthers<'_> {
     fn drop(&mut self) {
         if self.armed {
-            self.control.stop_others(self.seat);
+            self.control.stop_others(self.own);
         }
     }
 }
@@ -37,7 +37,7 @@ impl Drop for StopOthers<'_> {
 /// fails; then the machine's other vCPUs are stopped too. While the machine is
 /// held the thread waits in here, and the vCPU's lock is free.
 ///
-/// `looked_up` is called at each kick, for what the thread itself must see to
+/// `on_kick` is called at each kick, for what the thread itself must see to
 /// (signals); its error ends the run as a device's does. All ends leave the
 /// vCPU between two instructions, so that it can run again; an instruction
 /// whose device failed has then read all ones.
@@ -46,34 +46,34 @@ pub fn run_vcpu(
     bus: &Bus,
     platform: &dyn PlatformHandlers,
     control: &RunControl,
-    seat: &Arc<Seat>,
-    looked_up: &mut dyn FnMut() -> Result<(), DeviceError>,
-) -> Result<StopReason, RunError> {
-    let counters = &seat.counters;
-    let mut others = StopOthers { control, seat, armed: true };
+    own: &Arc<VcpuControl>,
+    on_kick: &mut dyn FnMut() -> Result<(), DeviceError>,
+) -> Result<RunEnd, RunError> {
+    let counters = &own.counters;
+    let mut others = StopOthers { control, own, armed: true };
     let mut vcpu = vcpu.lock();
-    let _inside = control.enter(seat);
+    let _inside = control.enter(own);
     let mut last = ticks();
-    let mut look_up = true;
+    let mut attend = true;
     loop {
         // Stop and hold kick, and a kick is seen between two instructions: one
         // that has been answered is finished by then.
-        while std::mem::take(&mut look_up) {
-            if control.park(seat, &mut vcpu) {
-                MutexGuard::unlocked(&mut vcpu, &mut *looked_up)?;
-                if seat.take_stop() {
+        while std::mem::take(&mut attend) {
+            if control.park(own, &mut vcpu) {
+                MutexGuard::unlocked(&mut vcpu, &mut *on_kick)?;
+                if own.take_stop() {
                     others.armed = false;
-                    return Ok(StopReason::Stopped);
+                    return Ok(RunEnd::Stopped);
                 }
-                look_up = true;
+                attend = true;
             }
         }
         let exit = vcpu.run()?;
         counters.count(&exit);
         let exited = ticks();
-        seat.set_serving(Some(&exit));
+        own.set_serving(Some(&exit));
         let step = dispatch(exit, &mut **vcpu, bus, platform);
-        seat.set_serving(None);
+        own.set_serving(None);
         let answered = ticks();
         counters.run_ticks.add(answered.saturating_sub(last));
         last = answered;
@@ -82,14 +82,14 @@ pub fn run_vcpu(
                 counters.count_access(&exit, by, answered.saturating_sub(exited));
                 vcpu.reply(reply);
             }
-            Ok(Step::Stop(reason)) => return Ok(reason),
-            Ok(Step::LookUp) => {
-                looked_up()?;
-                if seat.take_stop() {
+            Ok(Step::End(reason)) => return Ok(reason),
+            Ok(Step::Attend) => {
+                on_kick()?;
+                if own.take_stop() {
                     others.armed = false;
-                    return Ok(StopReason::Stopped);
+                    return Ok(RunEnd::Stopped);
                 }
-                look_up = true;
+                attend = true;
             }
             Err(error) => {
                 vcpu.reply(match exit {

@@ -29,7 +29,7 @@ struct Log {
 struct Subject {
     vcpu: Mutex<Box<dyn Vcpu>>,
     log: Arc<Log>,
-    seat: Arc<Seat>,
+    control: Arc<VcpuControl>,
 }
 
 #[derive(Default)]
@@ -160,13 +160,13 @@ impl Fixture {
         let script = Mutex::new(script.into_iter().collect());
         let log = Arc::new(Log { script, ..Default::default() });
         let vcpu = Scripted { log: Arc::clone(&log), kick: Arc::default() };
-        let seat = self.control.add(vcpu.kicker());
-        Subject { vcpu: Mutex::new(Box::new(vcpu)), log, seat }
+        let control = self.control.add(vcpu.kicker());
+        Subject { vcpu: Mutex::new(Box::new(vcpu)), log, control }
     }
 
-    fn run(&self, subject: &Subject) -> Result<StopReason, RunError> {
-        let Subject { vcpu, seat, .. } = subject;
-        run_vcpu(vcpu, &self.bus, &NoHandlers, &self.control, seat, &mut || Ok(()))
+    fn run(&self, subject: &Subject) -> Result<RunEnd, RunError> {
+        let Subject { vcpu, control, .. } = subject;
+        run_vcpu(vcpu, &self.bus, &NoHandlers, &self.control, control, &mut || Ok(()))
     }
 }
 
@@ -184,7 +184,7 @@ fn each_access_gets_its_reply_until_the_guest_halts() {
         Exit::PortIn { port: 0x80, size: 2 },
         Exit::Halt,
     ]);
-    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Halted);
+    assert_eq!(machine.run(&vcpu).unwrap(), RunEnd::Halted);
     let expected =
         [Reply::Value(0x5A), Reply::Done, Reply::Value(0x5A), Reply::Done, Reply::Value(0xFFFF)];
     assert_eq!(*vcpu.log.replies.lock(), expected);
@@ -200,8 +200,8 @@ fn exits_and_accesses_are_counted_by_kind() {
         Exit::MmioWrite { address: 0xD000_0000, size: 4, data: 1 },
         Exit::Shutdown,
     ]);
-    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Shutdown);
-    let stats = vcpu.seat.counters.stats();
+    assert_eq!(machine.run(&vcpu).unwrap(), RunEnd::Shutdown);
+    let stats = vcpu.control.counters.stats();
     assert_eq!((stats.port_in, stats.mmio_write, stats.shutdown), (3, 1, 1));
     assert_eq!((stats.nobody, stats.native, stats.python), (1, 0, 3));
     assert!(stats.python_ticks > 0 && stats.run_ticks >= stats.python_ticks);
@@ -223,7 +223,7 @@ const OF_A_PLATFORM: [Exit; 8] = [
 fn exits_of_a_platform_that_nobody_answers_are_those_of_a_bare_cpu() {
     let machine = Fixture::new();
     let vcpu = machine.vcpu(OF_A_PLATFORM);
-    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Halted);
+    assert_eq!(machine.run(&vcpu).unwrap(), RunEnd::Halted);
     let expected = [
         Reply::Fault(GuestFault::UD),
         Reply::Fault(GuestFault::GP),
@@ -234,7 +234,7 @@ fn exits_of_a_platform_that_nobody_answers_are_those_of_a_bare_cpu() {
         Reply::Fault(GuestFault::UD),
     ];
     assert_eq!(*vcpu.log.replies.lock(), expected);
-    assert_eq!(vcpu.seat.counters.stats().nobody, 7);
+    assert_eq!(vcpu.control.counters.stats().nobody, 7);
 }
 
 #[test]
@@ -263,9 +263,9 @@ fn exits_of_a_platform_reach_their_handlers_and_are_counted() {
         }
     }
     let machine = Fixture::new();
-    let Subject { vcpu, log, seat } = machine.vcpu(OF_A_PLATFORM);
-    let error =
-        run_vcpu(&vcpu, &machine.bus, &Echo, &machine.control, &seat, &mut || Ok(())).unwrap_err();
+    let Subject { vcpu, log, control } = machine.vcpu(OF_A_PLATFORM);
+    let error = run_vcpu(&vcpu, &machine.bus, &Echo, &machine.control, &control, &mut || Ok(()))
+        .unwrap_err();
     let RunError::Device(error) = error else { panic!("{error}") };
     assert!(error.into_cause().is::<BurntOut>());
     let registers = Reply::Registers(Box::new(Registers { rip: 3, ..Registers::default() }));
@@ -274,7 +274,7 @@ fn exits_of_a_platform_reach_their_handlers_and_are_counted() {
     assert_eq!(replies[..3], answers);
     // The last is of the trap whose handler failed.
     assert_eq!(replies[3..], [registers.clone(), registers, Reply::Done]);
-    let stats = seat.counters.stats();
+    let stats = control.counters.stats();
     let counts = [stats.hypercall, stats.msr_read, stats.msr_write, stats.trap];
     assert_eq!((counts, stats.port_with_registers), ([1; 4], 2));
     assert_eq!((stats.python, stats.native), (1, 4));
@@ -298,7 +298,7 @@ fn vcpu_can_run_on_after_a_device_error() {
     assert!(machine.run(&vcpu).is_err());
     assert!(machine.run(&vcpu).is_err());
     assert_eq!(*vcpu.log.replies.lock(), [Reply::Value(u64::MAX), Reply::Done]);
-    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Halted);
+    assert_eq!(machine.run(&vcpu).unwrap(), RunEnd::Halted);
 }
 
 #[test]
@@ -306,15 +306,15 @@ fn stop_asked_for_before_run_is_not_lost_and_taken_once() {
     let machine = Fixture::new();
     let vcpu = machine.vcpu([Exit::Halt]);
     machine.control.request_stop();
-    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Stopped);
-    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Halted);
+    assert_eq!(machine.run(&vcpu).unwrap(), RunEnd::Stopped);
+    assert_eq!(machine.run(&vcpu).unwrap(), RunEnd::Halted);
 }
 
 #[test]
 fn stop_from_within_a_device_ends_the_loop_after_the_reply() {
     let machine = Fixture::new();
     let vcpu = machine.vcpu([Exit::PortIn { port: 0x12, size: 1 }, GOOD_IN]);
-    assert_eq!(machine.run(&vcpu).unwrap(), StopReason::Stopped);
+    assert_eq!(machine.run(&vcpu).unwrap(), RunEnd::Stopped);
     assert_eq!(*vcpu.log.replies.lock(), [Reply::Value(2)]);
     assert_eq!(vcpu.log.script.lock().len(), 1);
 }
@@ -329,7 +329,7 @@ fn stop_from_another_thread_ends_a_guest_that_makes_no_exits() {
         machine.control.request_stop();
         run.join().unwrap()
     });
-    assert_eq!(reason.unwrap(), StopReason::Stopped);
+    assert_eq!(reason.unwrap(), RunEnd::Stopped);
 }
 
 #[test]
@@ -343,8 +343,8 @@ fn end_of_one_vcpu_stops_the_others() {
             let _ = machine.run(&ending);
             run.join().unwrap()
         });
-        assert_eq!(reason.unwrap(), StopReason::Stopped);
-        assert!(!ending.seat.take_stop(), "a vCPU must not stop itself a second time");
+        assert_eq!(reason.unwrap(), RunEnd::Stopped);
+        assert!(!ending.control.take_stop(), "a vCPU must not stop itself a second time");
     }
 }
 
@@ -352,14 +352,20 @@ fn end_of_one_vcpu_stops_the_others() {
 fn kick_without_a_request_calls_the_thread_and_goes_on() {
     let machine = Fixture::new();
     let vcpu = machine.vcpu([Exit::Halt]);
-    vcpu.seat.kick();
+    vcpu.control.kick();
     let called = AtomicBool::new(false);
-    let reason =
-        run_vcpu(&vcpu.vcpu, &machine.bus, &NoHandlers, &machine.control, &vcpu.seat, &mut || {
+    let reason = run_vcpu(
+        &vcpu.vcpu,
+        &machine.bus,
+        &NoHandlers,
+        &machine.control,
+        &vcpu.control,
+        &mut || {
             called.store(true, Ordering::Relaxed);
             Ok(())
-        });
-    assert_eq!(reason.unwrap(), StopReason::Halted);
+        },
+    );
+    assert_eq!(reason.unwrap(), RunEnd::Halted);
     assert!(called.into_inner());
 }
 
@@ -372,7 +378,7 @@ fn beside(machine: &Fixture, vcpus: &[Subject], body: impl FnOnce()) {
         body();
         machine.control.request_stop();
         for run in runs {
-            assert_eq!(run.join().unwrap().unwrap(), StopReason::Stopped);
+            assert_eq!(run.join().unwrap().unwrap(), RunEnd::Stopped);
         }
     });
 }
@@ -399,7 +405,7 @@ fn held_vcpus_are_free_to_look_at_and_make_no_exits_until_all_holds_end() {
         assert!(!machine.clock.stands());
         // A kick makes the vCPU of the script look at it anew.
         for vcpu in &vcpus {
-            vcpu.seat.kick();
+            vcpu.control.kick();
             while vcpu.log.replies.lock().is_empty() {
                 std::thread::yield_now();
             }
@@ -437,7 +443,7 @@ fn held_vcpu_can_be_stopped_and_its_thread_called() {
                 &machine.bus,
                 &NoHandlers,
                 &machine.control,
-                &vcpu.seat,
+                &vcpu.control,
                 &mut || {
                     called.store(machine.control.is_held(), Ordering::SeqCst);
                     Ok(())
@@ -445,12 +451,12 @@ fn held_vcpu_can_be_stopped_and_its_thread_called() {
             )
         });
         machine.control.hold(LONG).unwrap();
-        vcpu.seat.kick();
+        vcpu.control.kick();
         while !called.load(Ordering::SeqCst) {
             std::thread::yield_now();
         }
         machine.control.request_stop();
-        assert_eq!(run.join().unwrap().unwrap(), StopReason::Stopped);
+        assert_eq!(run.join().unwrap().unwrap(), RunEnd::Stopped);
         assert!(machine.control.is_held());
     });
 }

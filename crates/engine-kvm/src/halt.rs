@@ -33,7 +33,7 @@ pub struct Progress {
 
 #[derive(Default)]
 struct Shared {
-    seats: Mutex<Vec<Arc<Progress>>>,
+    vcpus: Mutex<Vec<Arc<Progress>>>,
     round: AtomicU64,
     ended: Mutex<bool>,
     end: Condvar,
@@ -54,8 +54,8 @@ impl HaltWatch {
             dead: AtomicU64::new(0),
             dead_since: AtomicU64::new(0),
         });
-        let mut seats = self.shared.seats.lock();
-        if seats.is_empty() {
+        let mut vcpus = self.shared.vcpus.lock();
+        if vcpus.is_empty() {
             let shared = Arc::clone(&self.shared);
             std::thread::Builder::new()
                 .name("kvm-halt-watch".into())
@@ -64,7 +64,7 @@ impl HaltWatch {
                     EngineError::Unavailable(format!("no thread to be had: {error}"))
                 })?;
         }
-        seats.push(Arc::clone(&progress));
+        vcpus.push(Arc::clone(&progress));
         Ok(progress)
     }
 
@@ -79,9 +79,9 @@ impl HaltWatch {
         if before != round && before + 1 != round {
             own.dead_since.store(round, Ordering::SeqCst);
         }
-        self.shared.seats.lock().iter().all(|seat| {
-            seat.dead.load(Ordering::SeqCst) == round
-                && seat.dead_since.load(Ordering::SeqCst) < round
+        self.shared.vcpus.lock().iter().all(|vcpu| {
+            vcpu.dead.load(Ordering::SeqCst) == round
+                && vcpu.dead_since.load(Ordering::SeqCst) < round
         })
     }
 }
@@ -129,8 +129,8 @@ impl Shared {
                 return;
             }
             drop(ended);
-            let seats = self.seats.lock().clone();
-            let now: Vec<_> = seats.iter().map(|seat| seat.cpu_time()).collect();
+            let vcpus = self.vcpus.lock().clone();
+            let now: Vec<_> = vcpus.iter().map(|vcpu| vcpu.cpu_time()).collect();
             let asleep = now.len() == times.len()
                 && now.iter().zip(&times).all(|(now, before)| match (now, before) {
                     (Some(now), Some(before)) => now.saturating_sub(*before) < wait / BUSY_PART,
@@ -143,10 +143,10 @@ impl Shared {
             }
             let last = self.round.load(Ordering::SeqCst);
             let any_dead =
-                last != 0 && seats.iter().all(|seat| seat.dead.load(Ordering::SeqCst) == last);
+                last != 0 && vcpus.iter().all(|vcpu| vcpu.dead.load(Ordering::SeqCst) == last);
             self.round.store(last + 1, Ordering::SeqCst);
-            for seat in &seats {
-                seat.kicker.request_check();
+            for vcpu in &vcpus {
+                vcpu.kicker.request_check();
             }
             wait = if any_dead || last == 0 { FIRST_LOOK } else { (wait * 2).min(LAST_LOOK) };
         }

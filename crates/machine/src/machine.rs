@@ -74,8 +74,8 @@ impl Machine {
         let vcpus = (0..vcpus)
             .map(|id| {
                 let vcpu = engine.create_vcpu(id)?;
-                let seat = control.add(vcpu.kicker());
-                Ok(Arc::new(VcpuSlot::new(id, vcpu, seat)))
+                let control = control.add(vcpu.kicker());
+                Ok(Arc::new(VcpuSlot::new(id, vcpu, control)))
             })
             .collect::<Result<_, EngineError>>()?;
         let driven = Arc::clone(&engine);

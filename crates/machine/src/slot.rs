@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use tetrarch_bus::{DeviceError, PlatformHandlers, RunError, Seat, StopReason, run_vcpu};
+use tetrarch_bus::{DeviceError, PlatformHandlers, RunEnd, RunError, VcpuControl, run_vcpu};
 use tetrarch_engine::{Counters, EngineError, Vcpu};
 
 use crate::Machine;
@@ -15,7 +15,7 @@ use crate::Machine;
 /// others hold the machine first.
 pub struct VcpuSlot {
     pub id: u32,
-    pub seat: Arc<Seat>,
+    pub control: Arc<VcpuControl>,
     vcpu: Mutex<Box<dyn Vcpu>>,
     running: AtomicBool,
     /// The engine's counters when the vCPU last stopped.
@@ -32,9 +32,9 @@ impl Drop for Running<'_> {
 }
 
 impl VcpuSlot {
-    pub(crate) fn new(id: u32, vcpu: Box<dyn Vcpu>, seat: Arc<Seat>) -> Self {
+    pub(crate) fn new(id: u32, vcpu: Box<dyn Vcpu>, control: Arc<VcpuControl>) -> Self {
         let counters = Mutex::new(vcpu.counters());
-        Self { id, seat, vcpu: Mutex::new(vcpu), running: AtomicBool::new(false), counters }
+        Self { id, control, vcpu: Mutex::new(vcpu), running: AtomicBool::new(false), counters }
     }
 
     fn busy(&self) -> EngineError {
@@ -51,14 +51,14 @@ impl VcpuSlot {
         &self,
         machine: &Machine,
         platform: &dyn PlatformHandlers,
-        looked_up: &mut dyn FnMut() -> Result<(), DeviceError>,
-    ) -> Result<StopReason, RunError> {
+        on_kick: &mut dyn FnMut() -> Result<(), DeviceError>,
+    ) -> Result<RunEnd, RunError> {
         if self.running.swap(true, Ordering::Acquire) {
             return Err(self.busy().into());
         }
         let _running = Running(self);
         let result =
-            run_vcpu(&self.vcpu, &machine.bus, platform, &machine.control, &self.seat, looked_up);
+            run_vcpu(&self.vcpu, &machine.bus, platform, &machine.control, &self.control, on_kick);
         *self.counters.lock() = self.vcpu.lock().counters();
         result
     }

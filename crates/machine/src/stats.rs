@@ -18,7 +18,7 @@ pub fn collect(machine: &Machine) -> Stats {
     let many = machine.vcpus.len() > 1;
     let scale = |ticks| machine.scale.nanoseconds(ticks);
     for slot in &machine.vcpus {
-        let counted = slot.seat.counters.stats();
+        let counted = slot.control.counters.stats();
         let spent = [
             ("time_ns", "port_in", scale(counted.port_in_ticks)),
             ("time_ns", "port_out", scale(counted.port_out_ticks)),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tetrarch_bus::{Device, DeviceError, HoldError, NoHandlers, RunError, Sizes, StopReason};
+use tetrarch_bus::{Device, DeviceError, HoldError, NoHandlers, RunEnd, RunError, Sizes};
 use tetrarch_engine::{EngineError, Platform, Vcpu};
 use tetrarch_machine::{Machine, MachineError, State, collect, dump, engine_available};
 use tetrarch_memory::GuestPhys;
@@ -57,7 +57,7 @@ fn registers(machine: &Machine) -> BTreeMap<String, u64> {
         .values()
 }
 
-fn run(machine: &Machine) -> Result<StopReason, RunError> {
+fn run(machine: &Machine) -> Result<RunEnd, RunError> {
     machine.vcpus[0].run(machine, &NoHandlers, &mut || Ok(()))
 }
 
@@ -67,7 +67,7 @@ fn guest_runs_to_its_halt_and_reaches_a_device() {
     let machine = machine(b"\xb0\x5a\xe6\x80\xe4\x80\x40\xfa\xf4");
     let register = Arc::new(Register::default());
     machine.bus.attach_ports(0x80, 1, Sizes::ALL, "register", register.clone()).expect("free");
-    assert_eq!(run(&machine).expect("no error"), StopReason::Halted);
+    assert_eq!(run(&machine).expect("no error"), RunEnd::Halted);
     assert_eq!(register.0.load(Ordering::SeqCst), 0x5A);
     let registers = registers(&machine);
     assert_eq!((registers["rax"] & 0xFF, registers["rip"]), (0x5B, START + 9));

@@ -8,7 +8,7 @@ use std::time::Duration;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use tetrarch_bus::{DeviceError, PlatformHandlers, RunError, StopReason};
+use tetrarch_bus::{DeviceError, PlatformHandlers, RunEnd, RunError};
 use tetrarch_engine::{EngineError, Saved, VcpuState};
 use tetrarch_machine::{Machine, State, VcpuSlot, dump};
 
@@ -54,9 +54,9 @@ impl Vcpu {
             }
         })?;
         Ok(match reason {
-            StopReason::Halted => "halted",
-            StopReason::Shutdown => "shutdown",
-            StopReason::Stopped => "stopped",
+            RunEnd::Halted => "halted",
+            RunEnd::Shutdown => "shutdown",
+            RunEnd::Stopped => "stopped",
         })
     }
 
@@ -109,7 +109,7 @@ fn run_with_signals(
     slot: &VcpuSlot,
     machine: &Machine,
     platform: &dyn PlatformHandlers,
-) -> Result<StopReason, RunError> {
+) -> Result<RunEnd, RunError> {
     let mut check = || match Python::try_attach(|py| py.check_signals()) {
         Some(Err(raised)) => Err(DeviceError::new(raised)),
         _ => Ok(()),
@@ -119,7 +119,7 @@ fn run_with_signals(
         let (_end, ended) = channel::<()>();
         let ticker = move || {
             while ended.recv_timeout(SIGNAL_CHECK) == Err(RecvTimeoutError::Timeout) {
-                slot.seat.kick();
+                slot.control.kick();
             }
         };
         std::thread::Builder::new()
