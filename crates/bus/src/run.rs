@@ -3,11 +3,9 @@
 use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
-use tetrarch_engine::{EngineError, Exit, Reply, Vcpu};
+use tetrarch_engine::{EngineError, Exit, Reply, Vcpu, host_tsc};
 
-use crate::{
-    Bus, DeviceError, PlatformHandlers, RunControl, RunEnd, Step, VcpuControl, dispatch, tsc::ticks,
-};
+use crate::{Bus, DeviceError, PlatformHandlers, RunControl, RunEnd, Step, VcpuControl, dispatch};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -53,7 +51,7 @@ pub fn run_vcpu(
     let mut others = StopOthers { control, own, armed: true };
     let mut vcpu = vcpu.lock();
     let _inside = control.enter(own);
-    let mut last = ticks();
+    let mut last = host_tsc();
     let mut attend = true;
     loop {
         // Stop and hold kick, and a kick is seen between two instructions: one
@@ -70,11 +68,11 @@ pub fn run_vcpu(
         }
         let exit = vcpu.run()?;
         counters.count(&exit);
-        let exited = ticks();
+        let exited = host_tsc();
         own.set_serving(Some(&exit));
         let step = dispatch(exit, &mut **vcpu, bus, platform);
         own.set_serving(None);
-        let answered = ticks();
+        let answered = host_tsc();
         counters.run_ticks.add(answered.saturating_sub(last));
         last = answered;
         match step {

@@ -3,12 +3,7 @@
 
 use std::time::Instant;
 
-/// The host's time-stamp counter (Intel SDM 2B, RDTSC).
-#[inline]
-pub(crate) fn ticks() -> u64 {
-    // SAFETY: RDTSC is part of x86-64 and user space may use it on Linux.
-    unsafe { core::arch::x86_64::_rdtsc() }
-}
+use tetrarch_engine::host_tsc;
 
 /// Converts ticks to time, by the ratio seen since it was made: that needs no
 /// knowledge of the frequency, and is the more exact the later it is asked.
@@ -19,12 +14,12 @@ pub struct TscScale {
 
 impl TscScale {
     pub fn new() -> Self {
-        Self { start: Instant::now(), start_ticks: ticks() }
+        Self { start: Instant::now(), start_ticks: host_tsc() }
     }
 
     pub fn nanoseconds(&self, ticks_taken: u64) -> u64 {
         let elapsed_ns = self.start.elapsed().as_nanos();
-        let elapsed_ticks = u128::from(ticks().saturating_sub(self.start_ticks).max(1));
+        let elapsed_ticks = u128::from(host_tsc().saturating_sub(self.start_ticks).max(1));
         u64::try_from(u128::from(ticks_taken) * elapsed_ns / elapsed_ticks).unwrap_or(u64::MAX)
     }
 }
@@ -43,9 +38,9 @@ mod tests {
     #[test]
     fn scale_agrees_with_the_clock() {
         let scale = TscScale::new();
-        let (clock, start) = (Instant::now(), ticks());
+        let (clock, start) = (Instant::now(), host_tsc());
         std::thread::sleep(Duration::from_millis(20));
-        let (measured, expected) = (scale.nanoseconds(ticks() - start), clock.elapsed());
+        let (measured, expected) = (scale.nanoseconds(host_tsc() - start), clock.elapsed());
         let ratio = measured as f64 / expected.as_nanos() as f64;
         assert!((0.9..1.1).contains(&ratio), "{ratio}");
     }

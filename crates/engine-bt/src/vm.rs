@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm, VmState};
+use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm, VmState, host_tsc};
 use tetrarch_memory::GuestMemory;
 
 use crate::cpu::VmShared;
@@ -112,8 +112,7 @@ fn tsc_hz() -> u64 {
             (0..16)
                 .map(|_| {
                     let at = std::time::Instant::now();
-                    // SAFETY: RDTSC exists on every x86-64 CPU.
-                    let tsc = unsafe { core::arch::x86_64::_rdtsc() };
+                    let tsc = host_tsc();
                     (at.elapsed(), at, tsc)
                 })
                 .min_by_key(|(took, ..)| *took)

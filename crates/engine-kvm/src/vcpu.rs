@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use tetrarch_engine::{
     Counters, EngineError, Exit, GuestFault, Hypercalls, Kick, Registers, Reply, RunState,
-    SystemRegisters, Vcpu, VcpuState,
+    SystemRegisters, Vcpu, VcpuState, host_tsc,
 };
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
@@ -105,11 +105,6 @@ pub struct KvmVcpu {
     start: (Instant, u64),
 }
 
-fn rdtsc() -> u64 {
-    // SAFETY: RDTSC exists on every x86-64 CPU.
-    unsafe { core::arch::x86_64::_rdtsc() }
-}
-
 impl KvmVcpu {
     pub(crate) fn new(id: u32, vm: Arc<VmShared>) -> Result<Self, EngineError> {
         let mut fd = vm
@@ -143,7 +138,7 @@ impl KvmVcpu {
             paused: None,
             broken: None,
             counts: Counts::default(),
-            start: (Instant::now(), rdtsc()),
+            start: (Instant::now(), host_tsc()),
         })
     }
 }
@@ -171,7 +166,7 @@ impl KvmVcpu {
     /// One KVM_RUN.
     #[inline]
     fn enter(&mut self) -> Result<Raw, EngineError> {
-        let start = rdtsc();
+        let start = host_tsc();
         let result = match self.fd.run() {
             Ok(VcpuExit::MemoryFault { gpa, size, .. }) => Err(EngineError::Internal(format!(
                 "KVM cannot reach {size} bytes of guest memory at {gpa:#x}; free memory on the host"
@@ -179,7 +174,7 @@ impl KvmVcpu {
             Ok(_) => Ok(None),
             Err(error) => Ok(Some(error.errno())),
         };
-        self.counts.run_tsc += rdtsc().wrapping_sub(start);
+        self.counts.run_tsc += host_tsc().wrapping_sub(start);
         self.counts.entries += 1;
         match result? {
             None => Ok(decode(self.fd.get_kvm_run())),
@@ -654,7 +649,7 @@ impl Vcpu for KvmVcpu {
     fn counters(&self) -> Counters {
         let c = &self.counts;
         let (start, start_tsc) = self.start;
-        let ticks = u128::from(rdtsc().wrapping_sub(start_tsc).max(1));
+        let ticks = u128::from(host_tsc().wrapping_sub(start_tsc).max(1));
         let ns = u128::from(c.run_tsc) * start.elapsed().as_nanos() / ticks;
         vec![
             ("kvm", "entries", c.entries),

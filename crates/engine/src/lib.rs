@@ -15,7 +15,7 @@ pub mod section;
 mod state;
 
 pub use chipset::{ENGINE_MMIO, ENGINE_PORTS, GSI_COUNT};
-pub use clock::{Clock, ClockFollower};
+pub use clock::{Clock, ClockFollower, host_tsc};
 pub use exit::{Exit, GuestFault, Reply, Trap};
 pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};
 pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};

@@ -8,7 +8,7 @@ use iced_x86::Instruction;
 use parking_lot::Mutex;
 use tetrarch_engine::{
     Counters, EngineError, Exit, GuestFault, Kick, Registers, Reply, SystemRegisters, Trap,
-    Unusable, Vcpu, VcpuState,
+    Unusable, Vcpu, VcpuState, host_tsc,
 };
 
 use crate::cpu::exception;
@@ -193,7 +193,7 @@ impl BtVcpu {
     /// Serves what the request flag may stand for.
     fn attend(&mut self) -> Option<Exit> {
         self.cpu.tlb.block.shared().request.store(0, Ordering::SeqCst);
-        signals::look_again(rdtsc());
+        signals::look_again(host_tsc());
         if let Some(translator) = &mut self.translator {
             translator.drop_written_code(&mut self.cpu);
         }
@@ -383,11 +383,6 @@ impl BtVcpu {
     }
 }
 
-fn rdtsc() -> u64 {
-    // SAFETY: RDTSC exists on every x86-64 CPU.
-    unsafe { core::arch::x86_64::_rdtsc() }
-}
-
 /// Events of a deprivileged guest, which the platform takes.
 impl BtVcpu {
     fn trap(&mut self, trap: Trap) -> Option<Exit> {
@@ -438,7 +433,7 @@ impl Vcpu for BtVcpu {
         }
         self.cpu.update_tsc_offset();
         self.cpu.follow_memory();
-        let start = rdtsc();
+        let start = host_tsc();
         signals::look_again(start);
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
         unsafe { thunk::set_gs_base(self.cpu.tlb.block.base()) };
@@ -455,7 +450,7 @@ impl Vcpu for BtVcpu {
         }
         x87_pointers::settle(&mut self.cpu);
         fpu::leave(&mut self.cpu.st);
-        self.cpu.counts.run_tsc += rdtsc().wrapping_sub(start);
+        self.cpu.counts.run_tsc += host_tsc().wrapping_sub(start);
         result
     }
 

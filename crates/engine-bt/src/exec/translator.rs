@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use iced_x86::{Decoder, Instruction, InstructionInfoFactory, Mnemonic};
 use parking_lot::Mutex;
-use tetrarch_engine::EngineError;
+use tetrarch_engine::{EngineError, host_tsc};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use super::access::{self, PlainMove, Then};
@@ -183,7 +183,7 @@ impl Translator {
     }
 
     fn translate(&mut self, cpu: &mut Cpu, rip: u64, id: u32) -> Result<Option<u32>, Fault> {
-        let start = rdtsc();
+        let start = host_tsc();
         let mut id = id;
         if self.cache.lock().is_full() {
             self.clear_cache(cpu);
@@ -238,7 +238,7 @@ impl Translator {
         let second = second.map(|(second, _)| second);
         let index = cache.insert(id, cpu.st.mode, &mut built, second);
         drop(cache);
-        cpu.counts.translate_tsc += rdtsc().wrapping_sub(start);
+        cpu.counts.translate_tsc += host_tsc().wrapping_sub(start);
         Ok(Some(index))
     }
 
@@ -318,7 +318,7 @@ impl Translator {
 
     /// Runs translated code from `entry` until it leaves, and takes over from it.
     fn run_from(&mut self, cpu: &mut Cpu, entry: u64) -> Result<Then, EngineError> {
-        let start = rdtsc();
+        let start = host_tsc();
         cpu.st.note_upper_halves();
         let flags = cpu.st.flags;
         self.entered = Entered { host: entry, flags };
@@ -333,7 +333,7 @@ impl Translator {
             enter(entry);
         }
         cpu.counts.entries += 1;
-        cpu.counts.code_tsc += rdtsc().wrapping_sub(start);
+        cpu.counts.code_tsc += host_tsc().wrapping_sub(start);
         match cpu.st.exit_kind {
             exit_kind::SLOW => return self.slow_access(cpu, cpu.st.address),
             exit_kind::SIGNAL => return self.host_exception(cpu, cpu.st.scratch[2]),
@@ -510,9 +510,4 @@ fn mark_code(cpu: &mut Cpu, physical: GuestPhys, lines: u64) {
     {
         cpu.tlb.protect_host_page(host);
     }
-}
-
-fn rdtsc() -> u64 {
-    // SAFETY: RDTSC exists on every x86-64 CPU.
-    unsafe { core::arch::x86_64::_rdtsc() }
 }
