@@ -77,3 +77,8 @@ fn irqchip() {
 fn state() {
     random_inputs("state", 500);
 }
+
+#[test]
+fn saved() {
+    random_inputs("saved", 1000);
+}

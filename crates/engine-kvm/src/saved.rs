@@ -99,6 +99,7 @@ pub fn save(fd: &VcpuFd, vm: &VmShared, lag: u64) -> Result<VcpuState, EngineErr
 
 pub fn load(fd: &VcpuFd, vm: &VmShared, id: u32, state: &VcpuState) -> Result<(), EngineError> {
     let failed = |error| refused("set the state of a vCPU", error);
+    state.check()?;
     let lapic = kvm_lapic(&state.lapic)?;
     // The mode of the CPU before what depends on it.
     let old = fd.get_sregs().map_err(failed)?;

@@ -100,6 +100,23 @@ pub struct VcpuState {
     pub lapic: LapicState,
 }
 
+/// More than any CPU and guest interface have.
+const MSRS_MAX: usize = 4096;
+
+impl VcpuState {
+    /// Whether the lists in it are of a length that a vCPU can have: each entry costs an
+    /// engine work, and the state may be somebody else's.
+    pub fn check(&self) -> Result<(), EngineError> {
+        if self.msrs.len() > MSRS_MAX {
+            return Err(EngineError::Refused(format!(
+                "the saved vCPU has {} MSRs, more than any CPU; it is damaged",
+                self.msrs.len()
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// One 8259A (order 231468).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PicState {
@@ -211,6 +228,9 @@ pub struct VmState {
 /// what is left by its own clock discipline.
 const TSC_TOLERANCE: u64 = 200;
 
+/// What a machine's clocks can say: 292 years. Sums of it and any deadline do not wrap.
+const CLOCK_MAX_NS: u64 = i64::MAX as u64;
+
 impl VmState {
     /// Whether a machine with so many vCPUs on a host with this TSC can take it up.
     pub fn check(&self, vcpus: u32, tsc_hz: u64) -> Result<(), EngineError> {
@@ -227,6 +247,13 @@ impl VmState {
                 self.tsc_hz / 1_000_000,
                 tsc_hz / 1_000_000
             )));
+        }
+        for clock in [self.clock_ns, self.kvmclock_ns] {
+            if clock > CLOCK_MAX_NS {
+                return Err(EngineError::Refused(format!(
+                    "the saved machine's clock says {clock} ns, which none can; it is damaged"
+                )));
+            }
         }
         Ok(())
     }

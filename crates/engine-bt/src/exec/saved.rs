@@ -126,6 +126,7 @@ impl BtVcpu {
     }
 
     pub(super) fn take_up(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        state.check()?;
         let irqchip = std::sync::Arc::clone(&self.cpu.vm.irqchip);
         let id = self.cpu.id;
         let avx_without_sse = state.xcr0 & 6 == 4;

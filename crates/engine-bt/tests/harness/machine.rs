@@ -59,15 +59,13 @@ impl Machine {
 
     /// Runs the guest to its end. `chaos` says what a hostile world does to the
     /// machine at its exits.
-    pub fn run(
-        &mut self,
-        guest: &Guest,
-        limit: Duration,
-        mut chaos: Option<Input>,
-    ) -> Option<Outcome> {
-        if !guest.load(&self.memory, &mut *self.vcpu) {
-            return None;
-        }
+    pub fn run(&mut self, guest: &Guest, limit: Duration, chaos: Option<Input>) -> Option<Outcome> {
+        let loaded = guest.load(&self.memory, &mut *self.vcpu);
+        loaded.then(|| self.go_on(guest, limit, chaos))
+    }
+
+    /// Runs on from the state that the vCPU has.
+    pub fn go_on(&mut self, guest: &Guest, limit: Duration, mut chaos: Option<Input>) -> Outcome {
         let _watchdog = Watchdog::new(self.vcpu.kicker(), limit);
         let mut random = Random(guest.answers);
         let (mut exits, mut places) = (Vec::new(), Vec::new());
@@ -124,7 +122,7 @@ impl Machine {
             hide_frame_flags(&mut exits);
             registers.rflags &= !u64::from(ARITHMETIC_FLAGS);
         }
-        Some(Outcome {
+        Outcome {
             end,
             exits,
             places,
@@ -132,7 +130,7 @@ impl Machine {
             system: self.vcpu.system_registers().expect("state"),
             xsave: self.vcpu.xsave().expect("state"),
             memory,
-        })
+        }
     }
 
     /// The guest is in an exception handler: makes it return to the instruction

@@ -21,18 +21,19 @@ pub use differential::differential;
 pub use input::Random;
 pub use irqchip::irqchip;
 pub use machine::{interpreter, translator};
-pub use state::state;
+pub use state::{saved, state};
 
 /// A fuzz target: never panics unless it found something.
 pub type Target = fn(&[u8]);
 
 /// All targets by the names of their corpora.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("interpreter", interpreter),
     ("translator", translator),
     ("differential", |data| {
         differential(data);
     }),
     ("irqchip", irqchip),
+    ("saved", saved),
     ("state", state),
 ];

@@ -187,9 +187,21 @@ fn state_of_another_kind_is_refused(engine: Engine) {
     assert!(error.contains("3 vCPUs"), "{error}");
     let error = guest.vm.load(&VmState { tsc_hz: 1, ..vm.clone() }).unwrap_err().to_string();
     assert!(error.contains("TSC"), "{error}");
+    for absurd in [
+        VmState { clock_ns: u64::MAX, ..vm.clone() },
+        VmState { kvmclock_ns: u64::MAX - 1, ..vm.clone() },
+    ] {
+        let error = guest.vm.load(&absurd).unwrap_err().to_string();
+        assert!(error.contains("clock says"), "{error}");
+    }
+    // Nothing of it was taken, and time goes on from where it was.
+    assert!(guest.vm.clock().now_ns() < vm.clock_ns + (1 << 40));
     let mut short = vcpu.clone();
     short.lapic.registers.pop();
     assert!(guest.vcpu.load(&short).is_err());
+    let many = VcpuState { msrs: vec![(0x174, 0); 1 << 20], ..vcpu.clone() };
+    let error = guest.vcpu.load(&many).unwrap_err().to_string();
+    assert!(error.contains("1048576 MSRs"), "{error}");
     let short = VcpuState { xsave: vec![0; 100], ..vcpu };
     assert!(guest.vcpu.load(&short).is_err());
     assert!(VcpuState::from_bytes(&vm.to_bytes().expect("plain values")).is_err());
