@@ -82,3 +82,8 @@ fn state() {
 fn saved() {
     random_inputs("saved", 1000);
 }
+
+#[test]
+fn platform() {
+    random_inputs("platform", 800);
+}

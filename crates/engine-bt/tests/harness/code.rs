@@ -34,6 +34,19 @@ impl GuestCode {
 }
 
 impl GuestCode {
+    /// Puts what `choose` gives for an instruction in its place, where it has room.
+    pub fn replace_some(&mut self, mut choose: impl FnMut() -> Option<&'static [u8]>) {
+        for window in self.starts.windows(2) {
+            let place = usize::from(window[0])..usize::from(window[1]);
+            if let Some(bytes) = choose()
+                && bytes.len() <= place.len()
+            {
+                self.bytes[place.clone()].fill(0x90);
+                self.bytes[place.start..][..bytes.len()].copy_from_slice(bytes);
+            }
+        }
+    }
+
     /// Keeps the first `count` instructions.
     pub fn truncate(&mut self, count: usize) {
         self.bytes.truncate(usize::from(self.starts[count]));

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tetrarch_engine::{Exit, Registers, Reply, SystemRegisters, Vcpu, Vm};
+use tetrarch_engine::{
+    Exit, GuestFault, Hypercalls, Platform, RegisterPorts, Registers, Reply, SystemRegisters, Trap,
+    Traps, Vcpu, Vm,
+};
 use tetrarch_engine_bt::{Config, create_vm};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
@@ -49,10 +52,16 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// On the bare CPU.
     pub fn new(translate: bool) -> Self {
+        Self::on(translate, Platform::default())
+    }
+
+    pub fn on(translate: bool, platform: Platform) -> Self {
         let memory = Arc::new(GuestMemory::new(RAM).expect("1 MiB of memory"));
-        let vm = create_vm(Arc::clone(&memory), Config { translate, ..Config::default() })
-            .expect("the engine runs on this host");
+        let vm =
+            create_vm(Arc::clone(&memory), Config { translate, platform, ..Config::default() })
+                .expect("the engine runs on this host");
         let vcpu = vm.create_vcpu(0).expect("the VM has a vCPU");
         Self { memory, vm, vcpu }
     }
@@ -99,6 +108,11 @@ impl Machine {
                 Exit::PortIn { .. } | Exit::MmioRead { .. } => {
                     self.vcpu.reply(Reply::Value(random.next()));
                 }
+                Exit::Hypercall { .. }
+                | Exit::MsrRead { .. }
+                | Exit::MsrWrite { .. }
+                | Exit::PortWithRegisters { .. }
+                | Exit::Trap(_) => self.answer_as_platform(exit, &mut random),
                 _ => self.vcpu.reply(Reply::Done),
             }
             exits.push(exit);
@@ -131,6 +145,50 @@ impl Machine {
             xsave: self.vcpu.xsave().expect("state"),
             memory,
         }
+    }
+
+    /// Any answer that a handler can give, sensible or not.
+    fn answer_as_platform(&mut self, exit: Exit, random: &mut Random) {
+        let choice = random.next();
+        if matches!(exit, Exit::Trap(_)) && choice & 7 == 0 {
+            let mut system = self.vcpu.system_registers().expect("registers");
+            system.cr0 ^= random.next() & 0x8001_0001;
+            system.cs.attributes ^= random.next() as u32 & 0x60FF;
+            system.ss.attributes ^= random.next() as u32 & 0x60FF;
+            system.gs.base = random.next();
+            let _ = self.vcpu.set_system_registers(&system);
+        }
+        let registers = self.vcpu.registers().expect("registers");
+        let length = match exit {
+            Exit::Trap(Trap::Syscall { next }) => next.wrapping_sub(registers.rip),
+            Exit::Hypercall { .. } => 3,
+            _ => 2,
+        };
+        self.vcpu.reply(match choice >> 8 & 7 {
+            0 => Reply::Done,
+            1 | 2 => Reply::Value(random.next()),
+            3 => Reply::Fault(GuestFault {
+                vector: random.next() as u8 & if choice & 64 == 0 { 31 } else { 255 },
+                error: (choice & 128 != 0).then(|| random.next() as u32),
+                address: random.next(),
+            }),
+            4 => {
+                let mut registers = registers;
+                registers.gpr[random.next() as usize & 15] = random.next();
+                registers.rflags ^= random.next() >> (random.next() & 63);
+                registers.rip = registers.rip.wrapping_add(random.next() & 15);
+                Reply::Registers(Box::new(registers))
+            }
+            5 => Reply::Registers(Box::new(Registers {
+                gpr: std::array::from_fn(|_| random.next()),
+                rip: random.next(),
+                rflags: random.next(),
+            })),
+            _ => {
+                let rip = registers.rip.wrapping_add(length);
+                Reply::Registers(Box::new(Registers { rip, ..registers }))
+            }
+        });
     }
 
     /// The guest is in an exception handler: makes it return to the instruction
@@ -219,7 +277,7 @@ impl Machine {
                 self.vcpu.set_registers(&registers).expect("registers");
             }
             9 => {
-                let bases = [0, 0x170, 0x200, 0x250, 0x6E0, 0x800, 0xC000_0080, 0xC001_0000];
+                let bases = [0, 0x170, 0x200, 0x250, 0x6E0, 0x800, 0xC000_0080, 0x4B56_4D00];
                 let index = bases[usize::from(input.u8()) % 8] + u32::from(input.u8());
                 let value = input.u64();
                 self.vcpu.set_msr(index, value);
@@ -256,11 +314,16 @@ fn hide_frame_flags(exits: &mut [Exit]) {
 }
 
 fn hostile(data: &[u8], translate: bool) {
+    hostile_on(data, translate, Platform { kvm: true, ..Platform::default() }, |_| {});
+}
+
+fn hostile_on(data: &[u8], translate: bool, platform: Platform, change: impl Fn(&mut Guest)) {
     let mut input = Input::new(data);
     let share = usize::from(input.u8()) % 4;
     let chaos = input.bytes(data.len() / 8 * share);
-    let guest = Guest::read(&mut input, false);
-    let mut machine = Machine::new(translate);
+    let mut guest = Guest::read(&mut input, false);
+    change(&mut guest);
+    let mut machine = Machine::on(translate, platform);
     let outcome = machine.run(&guest, Duration::from_millis(4), Some(Input::new(chaos)));
     if outcome.is_some_and(|outcome| outcome.end == End::Enough) {
         machine.must_be_stoppable();
@@ -275,4 +338,40 @@ pub fn interpreter(data: &[u8]) {
 /// Any guest in any world, translated.
 pub fn translator(data: &[u8]) {
     hostile(data, true);
+}
+
+/// A platform that takes whatever it can, with handlers that answer anything.
+pub fn platform(data: &[u8]) {
+    let (&first, data) = data.split_first().unwrap_or((&0, &[]));
+    let platform = Platform {
+        kvm: first & 2 != 0,
+        msrs: vec![if first & 64 != 0 { 0..=u32::MAX } else { 0xC000_0080..=0xC000_0103 }],
+        hypercalls: if first & 4 != 0 { Hypercalls::All } else { Hypercalls::Kernel },
+        ports: vec![
+            RegisterPorts { ports: 0x40..=0x43, any_privilege: false },
+            RegisterPorts { ports: 0x100..=0xFFFF, any_privilege: first & 8 != 0 },
+        ],
+        traps: Traps {
+            exceptions: if first & 16 != 0 { u32::MAX } else { 0 },
+            syscall: first & 32 != 0,
+        },
+        ..Platform::default()
+    };
+    hostile_on(data, first & 1 != 0, platform, |guest| {
+        let mut random = Random(guest.answers);
+        guest.code.replace_some(|| {
+            let instructions: [&[u8]; 8] = [
+                &[0x0F, 0x01, 0xC1], // vmcall
+                &[0x0F, 0x01, 0xD9], // vmmcall
+                &[0x0F, 0x32],       // rdmsr
+                &[0x0F, 0x30],       // wrmsr
+                &[0x0F, 0x05],       // syscall
+                &[0xED],             // in eax, dx
+                &[0xF3, 0x6E],       // rep outsb
+                &[0x6D],             // insd
+            ];
+            let choice = random.next();
+            instructions.get((choice & 15) as usize).copied()
+        });
+    });
 }

@@ -20,20 +20,21 @@ mod watchdog;
 pub use differential::differential;
 pub use input::Random;
 pub use irqchip::irqchip;
-pub use machine::{interpreter, translator};
+pub use machine::{interpreter, platform, translator};
 pub use state::{saved, state};
 
 /// A fuzz target: never panics unless it found something.
 pub type Target = fn(&[u8]);
 
 /// All targets by the names of their corpora.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("interpreter", interpreter),
     ("translator", translator),
     ("differential", |data| {
         differential(data);
     }),
     ("irqchip", irqchip),
+    ("platform", platform),
     ("saved", saved),
     ("state", state),
 ];
