@@ -100,6 +100,7 @@ def test_file_gives_options_with_paths_relative_to_it(tmp_path: Path) -> None:
     [
         ("memroy = 3", "memroy: there is no such option; did you mean memory?"),
         ("memory = ", "is no TOML file"),
+        ("name = " + "[" * 3000, "is no TOML file"),
         ("run = 3", "run is no table"),
         ('image = "debian"\nkernel = "x"', "image and kernel both name a kernel"),
         (None, "No such file"),

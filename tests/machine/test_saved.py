@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -143,6 +144,18 @@ def test_machine_that_does_not_run_cannot_be_saved(kernel: Path, tmp_path: Path)
         pytest.raises(MachineStateError, match="not been started"),
     ):
         vm.save(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["", "pipe", "a\0b"])
+def test_nothing_but_a_file_is_replaced(kernel: Path, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with Machine(kernel=kernel, memory="16M", vm=scripted()) as vm:
+        vm.start()
+        with pytest.raises(HostError, match="is no regular file"):
+            vm.save(tmp_path / name)
+        assert vm.running
+    assert (tmp_path / "pipe").is_fifo()
+    assert {path.name for path in tmp_path.iterdir()} == {"kernel", "pipe"}
 
 
 def test_file_is_sparse_and_for_its_owner_alone(saved: Path) -> None:

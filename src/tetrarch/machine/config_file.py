@@ -37,7 +37,7 @@ def read_options(path: Path) -> tuple[MachineConfig, dict[str, Any]]:
         values = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", mend="name a readable file") from error
-    except ValueError as error:  # no UTF-8, or no TOML
+    except (ValueError, RecursionError) as error:  # no UTF-8, or no TOML, or absurdly nested
         raise ConfigError(f"{path} is no TOML file: {error}", mend="correct it") from error
     run = values.pop(RUN_TABLE, {})
     if not isinstance(run, dict):

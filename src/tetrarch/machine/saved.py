@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tetrarch._native import GuestMemoryError
@@ -169,19 +170,24 @@ class SectionReader:
 @contextmanager
 def writing_saved(path: Path) -> Iterator[SavedWriter]:
     """A saved machine that is at ``path`` when it is whole, and not before."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        # What a guest had in memory is for nobody but its owner.
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # A device or a socket would be replaced by the file.
+        if "\0" in str(path) or (path.exists() and not path.is_file()):
+            raise HostError(
+                f"cannot save the machine to {path}: it is no regular file",
+                mend="name another file",
+            )
+        # What a guest had in memory is for nobody but its owner, as mkstemp makes it.
+        descriptor, scratch = mkstemp(".part", ".tetrarch-", path.parent)
         try:
             with os.fdopen(descriptor, "wb", buffering=_CHUNK) as file:
                 yield SavedWriter(file)
                 file.flush()
                 os.fsync(file.fileno())
-            scratch.replace(path)
+            Path(scratch).replace(path)
         except BaseException:
             with suppress(OSError):
-                scratch.unlink()
+                Path(scratch).unlink()
             raise
     except OSError as error:
         raise HostError(
