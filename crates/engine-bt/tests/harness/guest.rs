@@ -1,11 +1,14 @@
 //! A guest out of fuzz data: mode, registers, code and odd bytes in memory.
 
+use std::time::Duration;
+
 use tetrarch_engine::{Registers, Segment, SegmentTable, SystemRegisters, Vcpu};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use super::code::{self, GuestCode};
 use super::input::{Input, Random};
 use super::tables::{self, CODE, DATA, KERNEL_STACK_END, RAM, STACK, segment};
+use super::watchdog::Watchdog;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {
@@ -304,7 +307,9 @@ impl Guest {
             if vcpu.set_system_registers(&system).is_ok() {
                 let registers = Registers { rip: tables::XSETBV, ..self.registers };
                 vcpu.set_registers(&registers).expect("registers");
-                // On a host without AVX the guest gets an exception instead.
+                // On a host without AVX the guest gets an exception instead, and what was
+                // poked into memory may have made a loop of its handler.
+                let _watchdog = Watchdog::new(vcpu.kicker(), Duration::from_secs(1));
                 let _ = vcpu.run();
             }
         }

@@ -70,7 +70,7 @@ fn number(input: &mut Input) -> u64 {
         4 => 1 << 47,
         5 => (1 << 62) + 1,
         6 => u64::from(u32::MAX),
-        7 => 1 << input.u8() % 64,
+        7 => 1 << (input.u8() % 64),
         8 => u64::MAX - u64::from(input.u8()),
         9 => u64::from(input.u16()),
         10 => u64::from(input.u32()),
