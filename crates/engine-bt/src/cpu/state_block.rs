@@ -8,9 +8,12 @@
 
 use std::mem::size_of;
 use std::ops::Deref;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::ptr::NonNull;
+use std::os::fd::OwnedFd;
+use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 use crate::cpu::state::{CpuState, Shared, StackPage};
 
@@ -96,38 +99,19 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new() -> std::io::Result<Self> {
-        // SAFETY: the name is a NUL-terminated string; the result is checked.
-        let fd = unsafe { libc::memfd_create(c"tetrarch-vcpu".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor is new and ours.
-        let memfd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: a plain call on our descriptor.
-        if unsafe { libc::ftruncate(memfd.as_raw_fd(), BLOCK_BYTES as libc::off_t) } != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        // SAFETY: a shared mapping at an address of the kernel's choice.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                BLOCK_BYTES,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                memfd.as_raw_fd(),
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error());
-        }
-        let base = NonNull::new(base.cast::<u8>()).ok_or_else(std::io::Error::last_os_error)?;
+        let memfd = memfd_create("tetrarch-vcpu", MemfdFlags::CLOEXEC)?;
+        ftruncate(&memfd, BLOCK_BYTES as u64)?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { mmap(null_mut(), BLOCK_BYTES, protection, flags, &memfd, 0)? };
+        let base = NonNull::new(base.cast::<u8>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
         // Huge pages would turn the sparse tables into dense ones, and a child of
         // fork would share a running CPU.
-        // SAFETY: the range is the mapping just made.
-        unsafe {
-            libc::madvise(base.as_ptr().cast(), BLOCK_BYTES, libc::MADV_NOHUGEPAGE);
-            libc::madvise(base.as_ptr().cast(), BLOCK_BYTES, libc::MADV_DONTFORK);
+        for advice in [Advice::LinuxNoHugepage, Advice::LinuxDontFork] {
+            // SAFETY: the range is the mapping just made. A kernel without huge
+            // pages refuses the first.
+            let _ = unsafe { madvise(base.as_ptr().cast(), BLOCK_BYTES, advice) };
         }
         Ok(Self { base, _memfd: memfd })
     }
@@ -136,7 +120,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and nothing borrows from it any more.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), BLOCK_BYTES) };
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), BLOCK_BYTES) };
     }
 }
 

@@ -1,9 +1,12 @@
-//! Memory for translated code: one memfd, mapped once to write and once to run.
+//! Memory for code: one memfd, mapped once to write and once to run.
 //!
 //! Nothing is ever writable and executable at the same address.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 pub struct CodeMemory {
     write: *mut u8,
@@ -11,41 +14,29 @@ pub struct CodeMemory {
     len: usize,
 }
 
-// SAFETY: plain memory; who writes it holds the lock of the cache that owns it.
+// SAFETY: plain memory; who writes it has it alone, or its part of it.
 unsafe impl Send for CodeMemory {}
-// SAFETY: as above; shared references only read addresses.
+// SAFETY: as above; shared references read addresses, but for `write_own`.
 unsafe impl Sync for CodeMemory {}
 
 impl CodeMemory {
-    pub fn new(len: usize) -> std::io::Result<Self> {
-        // SAFETY: the name is a NUL-terminated string; the result is checked.
-        let fd = unsafe { libc::memfd_create(c"tetrarch-code".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor is new and ours.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: a plain call on our descriptor.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), len as libc::off_t) } != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        let map = |prot| {
-            // SAFETY: a shared mapping at an address of the kernel's choice.
-            let at = unsafe {
-                libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, fd.as_raw_fd(), 0)
-            };
-            if at == libc::MAP_FAILED {
-                Err(std::io::Error::last_os_error())
-            } else {
-                Ok(at.cast::<u8>())
-            }
+    /// `name` is shown in /proc/PID/maps.
+    pub fn new(name: &str, len: usize) -> std::io::Result<Self> {
+        // Linux 6.3 asks a memfd that will be executed to say so; before, the flag
+        // is an error.
+        let memfd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::EXEC)
+            .or_else(|_| memfd_create(name, MemfdFlags::CLOEXEC))?;
+        ftruncate(&memfd, len as u64)?;
+        let map = |protection| {
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            unsafe { mmap(null_mut(), len, protection, MapFlags::SHARED, &memfd, 0) }
         };
-        let write = map(libc::PROT_READ | libc::PROT_WRITE)?;
-        let run = map(libc::PROT_READ | libc::PROT_EXEC).inspect_err(|_| {
+        let write = map(ProtFlags::READ | ProtFlags::WRITE)?;
+        let run = map(ProtFlags::READ | ProtFlags::EXEC).inspect_err(|_| {
             // SAFETY: the mapping was just made and is used by nobody.
-            unsafe { libc::munmap(write.cast(), len) };
+            let _ = unsafe { munmap(write, len) };
         })?;
-        Ok(Self { write, run, len })
+        Ok(Self { write: write.cast(), run: run.cast(), len })
     }
 
     pub fn len(&self) -> usize {
@@ -64,8 +55,18 @@ impl CodeMemory {
     }
 
     pub fn write(&mut self, offset: usize, bytes: &[u8]) {
+        // SAFETY: nobody else writes while this has `&mut self`.
+        unsafe { self.write_own(offset, bytes) };
+    }
+
+    /// Writes where several threads have a part of the memory each.
+    ///
+    /// # Safety
+    /// No other thread writes to these bytes.
+    pub unsafe fn write_own(&self, offset: usize, bytes: &[u8]) {
         assert!(offset <= self.len && bytes.len() <= self.len - offset);
-        // SAFETY: the range was checked, and `bytes` is not in this mapping.
+        // SAFETY: the range was checked, `bytes` is not in this mapping, and the
+        // caller vouches for other threads.
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.write.add(offset), bytes.len());
         }
@@ -89,8 +90,8 @@ impl Drop for CodeMemory {
     fn drop(&mut self) {
         // SAFETY: both mappings are ours; no vCPU runs when the cache goes.
         unsafe {
-            libc::munmap(self.write.cast(), self.len);
-            libc::munmap(self.run.cast(), self.len);
+            let _ = munmap(self.write.cast(), self.len);
+            let _ = munmap(self.run.cast(), self.len);
         }
     }
 }
@@ -101,7 +102,7 @@ mod tests {
 
     #[test]
     fn patch_changes_its_four_bytes_alone() {
-        let mut memory = CodeMemory::new(4096).unwrap();
+        let mut memory = CodeMemory::new("test", 4096).unwrap();
         let before: Vec<u8> = (0..16).collect();
         for offset in 0..=4 {
             memory.write(0, &before);

@@ -92,12 +92,12 @@ pub struct CodeCache {
 impl CodeCache {
     /// Whether the host gives executable memory.
     pub fn probe() -> std::io::Result<()> {
-        CodeMemory::new(4096).map(drop)
+        CodeMemory::new("tetrarch-code", 4096).map(drop)
     }
 
     /// `fill` is what translated code calls on a TLB miss.
     pub fn new(fill: Fill) -> std::io::Result<Self> {
-        let mut memory = CodeMemory::new(CACHE_BYTES)?;
+        let mut memory = CodeMemory::new("tetrarch-code", CACHE_BYTES)?;
         let avx = crate::cpu::fpu::host_avx();
         let (bytes, stubs) =
             stubs::assemble(memory.run_address(0), avx, fill).map_err(std::io::Error::other)?;

@@ -2,18 +2,17 @@
 //!
 //! A thunk is one guest instruction and a jump to the exit below. All thunks of
 //! the process lie in one range, so that the signal handler knows them by their
-//! address; inside it each thread has a slab of its own and needs no lock. The
-//! memory is mapped twice, writable and executable, never both at one address.
+//! address; inside it each thread has a slab of its own and needs no lock.
 
 use std::arch::global_asm;
 use std::cell::Cell;
 use std::mem::offset_of;
-use std::ptr::null_mut;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::cpu::fpu;
 use crate::cpu::state::{CpuState, flag};
+use crate::host::code_memory::CodeMemory;
 
 const SLAB_BYTES: usize = 64 * 1024;
 const SLABS: usize = 1024;
@@ -31,8 +30,7 @@ pub fn thunk_range_contains(rip: usize) -> bool {
 }
 
 struct Arena {
-    writable: usize,
-    executable: usize,
+    memory: CodeMemory,
     /// Slabs that nobody has.
     free: Mutex<Vec<usize>>,
 }
@@ -41,41 +39,11 @@ fn arena() -> Option<&'static Arena> {
     static ARENA: OnceLock<Option<Arena>> = OnceLock::new();
     ARENA
         .get_or_init(|| {
-            let (writable, executable) = map_twice()?;
-            RANGE.store(executable, Ordering::Relaxed);
-            Some(Arena { writable, executable, free: Mutex::new((0..SLABS).rev().collect()) })
+            let memory = CodeMemory::new("tetrarch-thunks", ARENA_BYTES).ok()?;
+            RANGE.store(memory.run_address(0) as usize, Ordering::Relaxed);
+            Some(Arena { memory, free: Mutex::new((0..SLABS).rev().collect()) })
         })
         .as_ref()
-}
-
-fn map_twice() -> Option<(usize, usize)> {
-    // Linux 6.3 asks a memfd that will be executed to say so; before, the flag
-    // is an error.
-    const MFD_EXEC: u32 = 0x10;
-    let name = c"tetrarch-thunks";
-    // SAFETY: plain system calls; the descriptor is closed when the two mappings,
-    // which live as long as the process, exist.
-    unsafe {
-        let mut fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | MFD_EXEC);
-        if fd < 0 {
-            fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC);
-        }
-        if fd < 0 {
-            return None;
-        }
-        let map =
-            |protection| libc::mmap(null_mut(), ARENA_BYTES, protection, libc::MAP_SHARED, fd, 0);
-        let mut mappings = None;
-        if libc::ftruncate(fd, ARENA_BYTES as i64) == 0 {
-            let writable = map(libc::PROT_READ | libc::PROT_WRITE);
-            let executable = map(libc::PROT_READ | libc::PROT_EXEC);
-            if writable != libc::MAP_FAILED && executable != libc::MAP_FAILED {
-                mappings = Some((writable as usize, executable as usize));
-            }
-        }
-        libc::close(fd);
-        mappings
-    }
 }
 
 /// The thunk memory of one thread.
@@ -105,17 +73,14 @@ impl Slab {
         bytes[..end].copy_from_slice(instruction);
         bytes[end..end + 6].copy_from_slice(&[0xFF, 0x25, 0, 0, 0, 0]);
         bytes[end + 6..end + 14].copy_from_slice(&exit().to_le_bytes());
-        // SAFETY: inside this thread's slab of the writable mapping.
-        unsafe {
-            let target = (arena.writable + offset) as *mut u8;
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, THUNK_BYTES);
-        }
+        // SAFETY: these bytes lie in the slab that is this one's.
+        unsafe { arena.memory.write_own(offset, &bytes) };
         if self.reused {
             // Code changed under another linear address needs a serializing
             // instruction (Intel SDM 3A, 8.1.3).
             tetrarch_engine::cpuid::host(0, 0);
         }
-        Some(arena.executable + offset)
+        Some(arena.memory.run_address(offset) as usize)
     }
 
     /// Forgets all thunks.
