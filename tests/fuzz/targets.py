@@ -7,19 +7,28 @@ than the ones that its caller turns into a line for the user, or breaks a promis
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import json
 import os
 import struct
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+from tetrarch import Machine
 from tetrarch.boot import layout
 from tetrarch.boot.loader import load_kernel
 from tetrarch.cli.entry import run_cli
 from tetrarch.console.spec import ConsoleSpec
-from tetrarch.errors import BootError, ConfigError
+from tetrarch.errors import BootError, ConfigError, StateError
 from tetrarch.images.initramfs import Initramfs
 from tetrarch.images.modules import Module, ModuleFormatError, modinfo, modules_dep
 from tetrarch.machine.config import MEMORY_MAX, MEMORY_MIN, VCPUS_MAX, MachineConfig, make_config
+from tetrarch.machine.saved import MAGIC
+from tetrarch.testing import ScriptedVm, pvh_kernel
 
 MIB = 1 << 20
 Target = Callable[[bytes], None]
@@ -339,10 +348,90 @@ def command_line(data: bytes) -> None:
         assert err.getvalue().startswith(("tetrarch: ", "Usage", "\nUsage")), err.getvalue()
 
 
+@functools.cache
+def saved_sections() -> tuple[tuple[bytes, int, bytes], ...]:
+    """Name, version and body of each section of a machine that was saved on a stand-in."""
+    with file_of(pvh_kernel(b"\xf4")) as kernel, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "saved"
+        with Machine(kernel=kernel, memory="16M", vm=ScriptedVm(idle)) as vm:
+            vm.start()
+            vm.save(path)
+        image = path.read_bytes()
+    sections, at = [], len(MAGIC)
+    while at < len(image):
+        name = image[at + 1 : at + 1 + image[at]]
+        at += 1 + len(name)
+        version, length, _ = struct.unpack_from("<HQI", image, at)
+        at += struct.calcsize("<HQI")
+        sections.append((name, version, image[at : at + length]))
+        at += length
+    return tuple(sections)
+
+
+def idle(vm: ScriptedVm) -> str:
+    while not vm._stop:
+        vm.rest()
+    return "stopped"
+
+
+def damage(source: Input, value: Any) -> Any:
+    """JSON with values that nobody saved."""
+    odd: list[Any] = [
+        None,
+        True,
+        -1,
+        1 << 64,
+        1e308,
+        float("nan"),
+        "",
+        "\0",
+        "1K",
+        [],
+        {},
+        [1 << 65],
+        "9" * 30,
+    ]
+    if source.number(1) % 8 == 7:
+        return odd[source.number(1) % len(odd)]
+    if isinstance(value, dict):
+        changed = {key: damage(source, item) for key, item in value.items()}
+        match source.number(1) % 16:
+            case 14 if changed:
+                del changed[next(iter(changed))]
+            case 15:
+                changed["kernel"] = "/etc/hostname"
+        return changed
+    return value
+
+
+def saved(data: bytes) -> None:
+    """A saved machine of which some sections say nonsense, under checksums that fit."""
+    source = Input(data)
+    image = MAGIC
+    for name, version, body in saved_sections():
+        if source.number(1) % 4 == 3:
+            if name in (b"machine", b"devices", b"attached"):
+                body = json.dumps(damage(source, json.loads(body))).encode()
+            elif name == b"ram":  # what is the engine's, the stand-in does not check
+                body = source.bytes(source.number(1)) + body[source.number(2) :]
+        head = struct.pack("B", len(name)) + name + struct.pack("<HQ", version, len(body))
+        image += head + struct.pack("<I", zlib.crc32(head, zlib.crc32(body))) + body
+    with file_of(image) as path:
+        try:
+            machine = Machine.restore(path, vm=ScriptedVm(idle))
+        except StateError:
+            return
+        with machine, contextlib.suppress(StateError):
+            machine.start()
+            machine.hold()
+            assert machine.vcpus[0].regs is not None
+
+
 TARGETS: dict[str, Target] = {
     "kernel": kernel,
     "options": options,
     "archive": archive,
     "modules": modules,
     "command_line": command_line,
+    "saved": saved,
 }

@@ -7,7 +7,14 @@ import pytest
 from tests.fuzz.targets import TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
-COUNTS = {"kernel": 1500, "options": 3000, "archive": 1500, "modules": 3000, "command_line": 150}
+COUNTS = {
+    "kernel": 1500,
+    "options": 3000,
+    "archive": 1500,
+    "modules": 3000,
+    "command_line": 150,
+    "saved": 300,
+}
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*.bin")), ids=lambda path: path.stem)
