@@ -1,4 +1,4 @@
-"""A Debian system with Python and our wheel as one initramfs, to run where KVM is.
+"""A Debian system with Python, our wheel and tests as one initramfs, to run where KVM is.
 
 The host of the test needs no virtualization: QEMU's TCG emulates a CPU with SVM, on
 which Debian's own kvm-amd gives a real /dev/kvm.
@@ -44,7 +44,8 @@ busybox poweroff -f
 class NestedHost:
     """The outer system; ``boot`` runs commands in it and returns its console."""
 
-    def __init__(self, wheel: Path, scratch: Path) -> None:
+    def __init__(self, wheel: Path, programs: dict[str, Path], scratch: Path) -> None:
+        self._programs = programs
         self._debian = DebianRoot(PACKAGES)
         self._debian.build()
         self._site = scratch / "site"
@@ -98,6 +99,8 @@ class NestedHost:
                 tree.file(f"site/{file.relative_to(self._site)}", file.read_bytes(), 0o755)
         for file in (Path(__file__).parents[1] / "conformance").glob("*.py"):
             tree.file(f"suite/tests/conformance/{file.name}", file.read_bytes())
+        for name, program in self._programs.items():
+            tree.file(f"suite/{name}", program.read_bytes(), 0o755)
         tree.file("inner.cpio", inner)
         tree.file("vmlinuz", self.kernel.read_bytes())
         tree.character_device("dev/console", 5, 1)

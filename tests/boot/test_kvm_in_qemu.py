@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -47,18 +48,42 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def host(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> NestedHost:
+def programs() -> dict[str, Path]:
+    """The Rust tests that need a KVM, as programs by name; built if they are not yet."""
+    built = subprocess.run(
+        [
+            *("cargo", "test", "--release", "--locked", "--no-run", "--message-format=json"),
+            *("-p", "tetrarch-engine-kvm", "--test", "kvm"),
+            *("-p", "tetrarch-machine", "--test", "contract"),
+        ],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        timeout=BUILD_LIMIT_S,
+    )
+    artifacts = [json.loads(line) for line in built.stdout.splitlines()]
+    return {
+        artifact["target"]["name"]: Path(artifact["executable"])
+        for artifact in artifacts
+        if artifact.get("executable") and "test" in artifact["target"]["kind"]
+    }
+
+
+@pytest.fixture(scope="module")
+def host(
+    wheel: Path, programs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> NestedHost:
     if shutil.which("qemu-system-x86_64") is None:
         missing = "no qemu-system-x86_64 for a host with SVM; install qemu-system-x86"
         if os.environ.get("REQUIRE_KVM") == "1":
             pytest.fail(missing)
         pytest.skip(missing)
-    return NestedHost(wheel, tmp_path_factory.mktemp("nested"))
+    return NestedHost(wheel, programs, tmp_path_factory.mktemp("nested"))
 
 
 @pytest.fixture(scope="module")
 def console(host: NestedHost) -> str:
-    """What one boot of the outer system shows: doctor, the machine, the conformance tests."""
+    """What one boot of the outer system shows: doctor, the machine, the tests."""
     run = (
         "python3 -m tetrarch run --engine kvm --cpus 2 --memory 256M --kernel /vmlinuz "
         f'--initrd /inner.cpio --append "{INNER_APPEND}" --timeout {BOOT_LIMIT_S // 2} --stats'
@@ -73,6 +98,10 @@ def console(host: NestedHost) -> str:
         "echo outer: exit code $?",
         suite,
         "echo outer: conformance $?",
+        "REQUIRE_KVM=1 /suite/contract Kvm",
+        "echo outer: contract $?",
+        "REQUIRE_KVM=1 /suite/kvm",
+        "echo outer: engine kvm $?",
     )
     return host.boot("\n".join(commands), BOOT_LIMIT_S)
 
@@ -92,3 +121,15 @@ def test_debian_boots_on_two_vcpus(console: str) -> None:
 
 def test_conformance_tests_pass(console: str) -> None:
     assert "outer: conformance 0\n" in console, console
+
+
+def test_contract_holds_for_both_engines(console: str) -> None:
+    passed = re.findall(
+        r"^test result: ok\. (\d+) passed; 0 failed; 0 ignored", console, re.MULTILINE
+    )
+    assert "outer: contract 0\n" in console and len(passed) == 2, console
+    assert all(int(count) > 0 for count in passed), console
+
+
+def test_doorbells_eventfds_and_dirty_log_work(console: str) -> None:
+    assert "outer: engine kvm 0\n" in console, console
