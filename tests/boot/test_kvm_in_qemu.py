@@ -127,8 +127,9 @@ def test_contract_holds_for_both_engines(console: str) -> None:
     passed = re.findall(
         r"^test result: ok\. (\d+) passed; 0 failed; 0 ignored", console, re.MULTILINE
     )
-    assert "outer: contract 0\n" in console and len(passed) == 2, console
-    assert all(int(count) > 0 for count in passed), console
+    assert "outer: contract 0\n" in console, console
+    # One line of the contract's, one of the engine's own.
+    assert [int(count) > 0 for count in passed] == [True, True], console
 
 
 def test_doorbells_eventfds_and_dirty_log_work(console: str) -> None:
