@@ -323,6 +323,17 @@ pub fn save_xsave(st: &CpuState) -> Vec<u8> {
     image
 }
 
+/// An XSAVE image without the components that this engine lacks and XCR0 does not
+/// enable: no guest has used them. KVM marks PKRU as there whatever the guest does.
+pub fn without_disabled(image: &[u8], xcr0: u64) -> Vec<u8> {
+    let mut image = image.to_vec();
+    let keep = (xcr0 | component::ALL).to_le_bytes();
+    for (byte, keep) in image.iter_mut().skip(XSAVE_HEADER).zip(keep) {
+        *byte &= keep;
+    }
+    image
+}
+
 /// Replaces the whole state by that of an XSAVE image in standard format.
 /// Components that the image leaves out become initial. On an error nothing has
 /// changed.

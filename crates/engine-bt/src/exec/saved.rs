@@ -137,7 +137,8 @@ impl BtVcpu {
             return Err(refused(format_args!("this host has no XCR0 {:#x}", state.xcr0)));
         }
         self.cpu.st.xcr0 = state.xcr0;
-        fpu::load_xsave(&mut self.cpu.st, &state.xsave).map_err(refused)?;
+        let image = fpu::without_disabled(&state.xsave, state.xcr0);
+        fpu::load_xsave(&mut self.cpu.st, &image).map_err(refused)?;
         // The base comes with the local APIC, whose registers go by it.
         let mut system = state.system;
         system.apic_base = irqchip.apic_base(id);

@@ -157,7 +157,15 @@ fn registers_come_over(from: Engine, to: Engine) {
     assert_eq!(there.registers, vcpu.registers);
     assert_eq!(there.system, vcpu.system);
     assert_eq!(there.debug, vcpu.debug);
-    assert_eq!(there.events, vcpu.events);
+    // AMD's CPUs know one shadow (APM 2, 15.21.5): KVM tells it as both kinds.
+    let shadow = |state: &VcpuState| state.events.shadow_sti || state.events.shadow_mov_ss;
+    assert_eq!(shadow(&there), shadow(&vcpu));
+    let shadowless = |state: &VcpuState| {
+        let mut events = state.events;
+        (events.shadow_sti, events.shadow_mov_ss) = (false, false);
+        events
+    };
+    assert_eq!(shadowless(&there), shadowless(&vcpu));
     assert_eq!(there.run, vcpu.run);
     assert_eq!(there.xsave[..416], vcpu.xsave[..416]);
     for index in [0x174, 0xC000_0081, 0xC000_0102] {
