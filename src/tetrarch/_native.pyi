@@ -46,7 +46,14 @@ class Device(Protocol):
     def write(self, offset: int, size: int, value: int) -> None: ...
 
 class EngineError(Exception):
-    """The engine cannot do what was asked: a host limit or a bad request."""
+    """The engine cannot do what was asked: a host limit or a bad request.
+
+    ``cause`` and ``mend`` are those of ``tetrarch.TetrarchError``; ``mend`` is empty where
+    the engine knows none.
+    """
+
+    cause: str
+    mend: str
 
 class GuestFault(Exception):
     """An exception for the guest: ``GuestFault(vector, error=None, address=0)``.

@@ -956,3 +956,14 @@ def test_damaged_state_is_refused_by_name(vm: Vm, vcpu: Vcpu, which: int) -> Non
         with pytest.raises(EngineError, match=message):
             load_state(bad)
     load_state(good)
+
+
+def test_engine_error_has_cause_and_mend() -> None:
+    with pytest.raises(EngineError) as raised:
+        Vm("bt", 1 << 20, vcpus=100)
+    error = raised.value
+    assert "not 100" in error.cause
+    assert "--cpus" not in error.cause
+    assert "--cpus" in error.mend
+    assert str(error) == f"{error.cause}; {error.mend}"
+    assert (EngineError("of a stand-in").cause, EngineError("of a stand-in").mend) == ("", "")

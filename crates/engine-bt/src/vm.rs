@@ -59,9 +59,10 @@ pub fn available() -> Result<(), Unusable> {
 pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>, EngineError> {
     if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
         return Err(EngineError::Refused(format!(
-            "engine bt runs {MAX_VCPUS} vCPU, not {}; use --cpus {MAX_VCPUS}",
+            "engine bt runs {MAX_VCPUS} vCPU, not {}",
             config.vcpus
-        )));
+        ))
+        .mended_by(format!("use --cpus {MAX_VCPUS}")));
     }
     available()?;
     Ok(Arc::new(build(memory, config)?))

@@ -73,7 +73,10 @@ pub fn enable_ring(vm: &VmFd, entries: u32) -> Result<(), EngineError> {
             || bytes > largest as u32
         {
             return Err(EngineError::Refused(format!(
-                "a dirty ring of {entries} entries cannot be; give a power of two from 256 to {}",
+                "a dirty ring of {entries} entries cannot be"
+            ))
+            .mended_by(format!(
+                "give a power of two from 256 to {}",
                 largest as usize / size_of::<kvm_dirty_gfn>()
             )));
         }
@@ -82,8 +85,9 @@ pub fn enable_ring(vm: &VmFd, entries: u32) -> Result<(), EngineError> {
         return vm.enable_cap(&enable).map_err(|error| refused("make dirty rings", error));
     }
     Err(EngineError::Unavailable(
-        "the host's KVM has no dirty rings (KVM_CAP_DIRTY_LOG_RING); use the bitmap".into(),
-    ))
+        "the host's KVM has no dirty rings (KVM_CAP_DIRTY_LOG_RING)".into(),
+    )
+    .mended_by("use the bitmap"))
 }
 
 /// One vCPU's ring, shared with the kernel.

@@ -39,15 +39,16 @@ const X2APIC: RangeInclusive<u32> = 0x800..=0x8FF;
 const MSRS_PER_RANGE: u32 = KVM_MSR_FILTER_MAX_BITMAP_SIZE * 8;
 
 fn lacks(what: &str, mend: &str) -> EngineError {
-    EngineError::Unavailable(format!("{what}; {mend}, or use --engine bt"))
+    EngineError::Unavailable(what.into()).mended_by(format!("{mend}, or use --engine bt"))
 }
 
 /// Makes the VM hand over what the platform answers, or says why it cannot.
 pub fn prepare(kvm: &Kvm, fd: &VmFd, platform: &Platform) -> Result<(), EngineError> {
     if platform.traps.any() {
         return Err(EngineError::Unavailable(
-            "KVM delivers a deprivileged guest's traps to the guest itself; use --engine bt".into(),
-        ));
+            "KVM delivers a deprivileged guest's traps to the guest itself".into(),
+        )
+        .mended_by("use --engine bt"));
     }
     check_ports(platform, std::fs::read_to_string(BACKDOOR_PARAMETER).ok().as_deref())?;
     let mut msrs = platform.msrs.clone();
@@ -74,10 +75,11 @@ fn check_ports(platform: &Platform, parameter: Option<&str>) -> Result<(), Engin
         if ports.ports.clone().any(|port| !BACKDOOR_PORTS.contains(&port)) {
             return Err(EngineError::Unavailable(format!(
                 "KVM lets user mode past IOPL to the ports 0x5658 and 0x5659 alone, not to \
-                 {:#x}-{:#x}; use --engine bt",
+                 {:#x}-{:#x}",
                 ports.ports.start(),
                 ports.ports.end()
-            )));
+            ))
+            .mended_by("use --engine bt"));
         }
         if parameter.is_none_or(|value| value.trim() != "Y") {
             return Err(lacks(
@@ -137,8 +139,9 @@ fn filter_msrs(kvm: &Kvm, fd: &VmFd, msrs: &[RangeInclusive<u32>]) -> Result<(),
             if ranges.len() > KVM_MSR_FILTER_MAX_RANGES as usize {
                 return Err(EngineError::Unavailable(format!(
                     "KVM hands over MSRs of {KVM_MSR_FILTER_MAX_RANGES} ranges at most, of \
-                     {MSRS_PER_RANGE} each; use --engine bt"
-                )));
+                     {MSRS_PER_RANGE} each"
+                ))
+                .mended_by("use --engine bt"));
             }
             left -= u64::from(msr_count);
             base = base.wrapping_add(msr_count);

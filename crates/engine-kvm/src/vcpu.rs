@@ -667,9 +667,8 @@ impl Vcpu for KvmVcpu {
     fn save(&mut self) -> Result<VcpuState, EngineError> {
         self.settle()?;
         if matches!(self.exchange, Exchange::Ready(_)) {
-            return Err(EngineError::Refused(
-                "the vCPU is in the middle of an instruction; hold the machine, then save".into(),
-            ));
+            return Err(EngineError::Refused("the vCPU is in the middle of an instruction".into())
+                .mended_by("hold the machine, then save"));
         }
         let lag = self.vm.clock.tsc_lag().wrapping_sub(self.tsc_lag);
         let mut state = saved::save(&self.fd, &self.vm, lag)?;

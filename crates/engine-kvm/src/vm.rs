@@ -118,9 +118,9 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
 fn check_vcpus(vcpus: u32, max: u32) -> Result<(), EngineError> {
     if vcpus == 0 || vcpus > max {
         return Err(EngineError::Refused(format!(
-            "{vcpus} vCPUs cannot be: the host's KVM runs 1 to {max}; use --cpus {}",
-            vcpus.clamp(1, max.max(1))
-        )));
+            "{vcpus} vCPUs cannot be: the host's KVM runs 1 to {max}"
+        ))
+        .mended_by(format!("use --cpus {}", vcpus.clamp(1, max.max(1)))));
     }
     Ok(())
 }

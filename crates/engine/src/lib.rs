@@ -40,6 +40,26 @@ pub enum EngineError {
     Section(#[from] SectionError),
     #[error(transparent)]
     Memory(#[from] tetrarch_memory::MemoryError),
+    /// One of the others, and what mends it.
+    #[error("{error}; {mend}")]
+    Mended { error: Box<EngineError>, mend: String },
+}
+
+impl EngineError {
+    /// The same error with what its reader can do about it.
+    #[must_use]
+    pub fn mended_by(self, mend: impl Into<String>) -> Self {
+        Self::Mended { error: Box::new(self), mend: mend.into() }
+    }
+
+    /// What went wrong and what mends it, where that is known.
+    pub fn parts(&self) -> (String, Option<String>) {
+        match self {
+            Self::Mended { error, mend } => (error.parts().0, Some(mend.clone())),
+            Self::Memory(error) => (error.cause(), error.mend().map(str::to_owned)),
+            other => (other.to_string(), None),
+        }
+    }
 }
 
 /// Why an engine cannot run on this host, and what mends it.
@@ -73,7 +93,7 @@ impl Unusable {
 
 impl From<Unusable> for EngineError {
     fn from(reason: Unusable) -> Self {
-        Self::Unavailable(reason.to_string())
+        Self::Unavailable(reason.cause).mended_by(reason.mend)
     }
 }
 

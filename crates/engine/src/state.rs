@@ -236,17 +236,18 @@ impl VmState {
     pub fn check(&self, vcpus: u32, tsc_hz: u64) -> Result<(), EngineError> {
         if self.vcpus != vcpus {
             return Err(EngineError::Refused(format!(
-                "the saved machine has {} vCPUs, this one {vcpus}; make it with --cpus {}",
-                self.vcpus, self.vcpus
-            )));
+                "the saved machine has {} vCPUs, this one {vcpus}",
+                self.vcpus
+            ))
+            .mended_by(format!("make it with --cpus {}", self.vcpus)));
         }
         if self.tsc_hz.abs_diff(tsc_hz) > tsc_hz / TSC_TOLERANCE {
             return Err(EngineError::Refused(format!(
-                "the saved machine's TSC counts {} MHz, this host's {} MHz; restore it on a host \
-                 with the same",
+                "the saved machine's TSC counts {} MHz, this host's {} MHz",
                 self.tsc_hz / 1_000_000,
                 tsc_hz / 1_000_000
-            )));
+            ))
+            .mended_by("restore it on a host with the same"));
         }
         for clock in [self.clock_ns, self.kvmclock_ns] {
             if clock > CLOCK_MAX_NS {

@@ -28,11 +28,12 @@ pub fn check(engine: &str) -> Result<(), EngineError> {
             let mib = |bytes: u64| bytes >> 20;
             return Err(EngineError::Unavailable(format!(
                 "of this process's {} MiB of {what} {} are left beside guest memory, and engine \
-                 {engine} needs {}; raise that with {option}, or ask for less with --memory",
+                 {engine} needs {}",
                 mib(limit),
                 mib(left),
                 mib(needed),
-            )));
+            ))
+            .mended_by(format!("raise that with {option}, or ask for less with --memory")));
         }
     }
     Ok(())

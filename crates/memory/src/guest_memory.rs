@@ -32,13 +32,12 @@ pub enum MemoryError {
     #[error("a memory region at {0}: it must begin on a page and end below 2^64")]
     BadStart(GuestPhys),
     #[error(
-        "the host gives no {} MiB of guest memory: {source}; ask for less with --memory",
+        "the host gives no {} MiB of guest memory: {source}; {LESS}",
         mib(*.size)
     )]
     Allocate { size: u64, source: std::io::Error },
     #[error(
-        "{} MiB of guest memory go beyond this process's {} MiB of address space; raise that \
-         with ulimit -v, or ask for less with --memory",
+        "{} MiB of guest memory go beyond this process's {} MiB of address space; {LESS_OR_RAISE}",
         mib(*.size),
         .limit >> 20
     )]
@@ -54,6 +53,27 @@ pub enum MemoryError {
     #[error("{length} bytes at guest physical {address} are not RAM of this machine")]
     OutOfRange { address: GuestPhys, length: u64 },
 }
+
+impl MemoryError {
+    /// What the reader can do about it.
+    pub fn mend(&self) -> Option<&'static str> {
+        match self {
+            Self::Allocate { .. } => Some(LESS),
+            Self::AddressSpace { .. } => Some(LESS_OR_RAISE),
+            _ => None,
+        }
+    }
+
+    /// The message without the mend.
+    pub fn cause(&self) -> String {
+        let line = self.to_string();
+        let mend = self.mend().and_then(|mend| line.strip_suffix(mend)?.strip_suffix("; "));
+        mend.map_or_else(|| line.clone(), str::to_owned)
+    }
+}
+
+const LESS: &str = "ask for less with --memory";
+const LESS_OR_RAISE: &str = "raise that with ulimit -v, or ask for less with --memory";
 
 /// Rounded up, so that a refused size is never shown as one that fits.
 fn mib(bytes: u64) -> u64 {

@@ -77,20 +77,38 @@ impl From<Failure> for PyErr {
         match failure {
             Failure::Memory(error)
             | Failure::Engine(tetrarch_engine::EngineError::Memory(error)) => memory_error(error),
-            Failure::Engine(error) => EngineError::new_err(error.to_string()),
-            Failure::Attach(error) => EngineError::new_err(error.to_string()),
+            Failure::Engine(error) => {
+                let (cause, mend) = error.parts();
+                engine_error(&error.to_string(), &cause, mend.as_deref())
+            }
+            Failure::Attach(error) => {
+                let line = error.to_string();
+                engine_error(&line, &line, None)
+            }
             Failure::Device(error) => device_error(error),
             Failure::Hold(failed) => {
-                EngineError::new_err(format!("{}; {}", failed.error, failed.mend()))
+                let (cause, mend) = (failed.error.to_string(), failed.mend());
+                engine_error(&format!("{cause}; {mend}"), &cause, Some(&mend))
             }
             Failure::Python(error) => error,
         }
     }
 }
 
+/// With `cause` and `mend` as `TetrarchError` has them.
+fn engine_error(line: &str, cause: &str, mend: Option<&str>) -> PyErr {
+    Python::attach(|py| {
+        let exception = EngineError::new_err(line.to_owned());
+        let value = exception.value(py);
+        let fields =
+            value.setattr("cause", cause).and_then(|()| value.setattr("mend", mend.unwrap_or("")));
+        fields.map_or_else(|failed| failed, |()| exception)
+    })
+}
+
 fn memory_error(error: MemoryError) -> PyErr {
     let MemoryError::OutOfRange { address, length } = error else {
-        return EngineError::new_err(error.to_string());
+        return engine_error(&error.to_string(), &error.cause(), error.mend());
     };
     Python::attach(|py| {
         let exception = GuestMemoryError::new_err(error.to_string());

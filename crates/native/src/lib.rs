@@ -42,6 +42,10 @@ mod _native {
         let logger = pyo3_log::Logger::new(module.py(), pyo3_log::Caching::Loggers)?;
         // Only a second import of the module, by another interpreter, is refused.
         let _ = logger.install();
+        // One that is raised without them, from Python, has them too.
+        let error = module.py().get_type::<crate::error::EngineError>();
+        error.setattr("cause", "")?;
+        error.setattr("mend", "")?;
         module.add("LOW_RAM_END", tetrarch_memory::LOW_RAM_END)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }

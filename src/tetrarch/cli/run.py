@@ -12,6 +12,7 @@ from tetrarch.console import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import HostError
 from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.engine_vm import engine_cause, engine_mend
 from tetrarch.machine.guest import check_files, resolve_guest
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import choose
@@ -58,7 +59,8 @@ def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
         status = machine.run(options.timeout)
     except EngineError as error:
         raise HostError(
-            f"the engine failed: {error}", mend="if that does not help, please report it"
+            f"the engine failed: {engine_cause(error)}",
+            mend=engine_mend(error, "please report it"),
         ) from error
     finally:
         console.close()

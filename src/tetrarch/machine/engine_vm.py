@@ -13,7 +13,15 @@ from tetrarch.platforms.platform import Platform
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
 
-__all__ = ["BusRegion", "EngineVcpu", "EngineVm", "InterruptWire", "create_vm"]
+__all__ = [
+    "BusRegion",
+    "EngineVcpu",
+    "EngineVm",
+    "InterruptWire",
+    "create_vm",
+    "engine_cause",
+    "engine_mend",
+]
 
 
 class BusRegion(Protocol):
@@ -81,7 +89,16 @@ def create_vm(engine: str, config: MachineConfig, platform: Platform) -> EngineV
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
         raise HostError(
             f"cannot make a machine with {config.memory // MIB} MiB of memory and "
-            f"{config.cpus} CPUs: {error or type(error).__name__}",
-            # The engine's errors say themselves what to do.
-            mend="" if isinstance(error, _native.EngineError) else "try less memory",
+            f"{config.cpus} CPUs: {engine_cause(error) or type(error).__name__}",
+            mend=engine_mend(error, "try less memory"),
         ) from error
+
+
+def engine_cause(error: BaseException) -> str:
+    """What went wrong in the engine, without what mends it."""
+    return str(getattr(error, "cause", "") or error)
+
+
+def engine_mend(error: BaseException, otherwise: str) -> str:
+    """What mends an error of the engine, or ``otherwise`` where it does not say."""
+    return str(getattr(error, "mend", "") or otherwise)

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from tetrarch._native import EngineError
 from tetrarch.console import ConsoleBackend, MemoryConsole
 from tetrarch.console.spec import ConsoleSpec
-from tetrarch.errors import ConfigError, HostError, MachineStateError
+from tetrarch.errors import (
+    ConfigError,
+    HostError,
+    MachineStateError,
+)
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.conclusion import Conclusion, Event
 from tetrarch.machine.config import EngineName, MachineConfig, MachineOptions, make_config
@@ -24,6 +28,8 @@ from tetrarch.machine.engine_vm import (
     EngineVm,
     InterruptWire,
     create_vm,
+    engine_cause,
+    engine_mend,
 )
 from tetrarch.machine.guest import check_files, load_guest, resolve_guest
 from tetrarch.machine.lifecycle import LifeCycle, Phase
@@ -256,7 +262,8 @@ class Machine:
             self._vm.hold()
         except EngineError as error:
             raise HostError(
-                f"the machine cannot be held: {error}", mend="end the device's access"
+                f"the machine cannot be held: {engine_cause(error)}",
+                mend=engine_mend(error, "end the device's access"),
             ) from error
         try:
             self._life.move(Phase.HELD, "hold")

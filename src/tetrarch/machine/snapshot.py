@@ -17,7 +17,7 @@ from tetrarch._native import EngineError
 from tetrarch.errors import ConfigError, HostError, StateError
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.config import MachineConfig, make_config
-from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
+from tetrarch.machine.engine_vm import EngineVcpu, EngineVm, engine_cause, engine_mend
 from tetrarch.machine.pc import Pc
 from tetrarch.machine.saved import SavedReader, read_ram, write_ram, writing_saved
 
@@ -74,7 +74,8 @@ def save_machine(parts: MachineParts, path: Path) -> None:
                 writer.section(f"vcpu{index}", 1, vcpu.save_state())
         except EngineError as error:
             raise HostError(
-                f"the engine cannot save the machine: {error}", mend="please report it"
+                f"the engine cannot save the machine: {engine_cause(error)}",
+                mend=engine_mend(error, "please report it"),
             ) from error
         writer.json("devices", _DEVICES_VERSION, parts.pc.save())
         writer.json("attached", _DEVICES_VERSION, attached)
@@ -111,8 +112,10 @@ def restore_machine(parts: MachineParts, reader: SavedReader) -> dict[str, Any]:
             vcpu.load_state(reader.section(f"vcpu{index}", 1))
     except EngineError as error:
         raise StateError(
-            f"the engine {parts.engine} cannot take the machine up: {error}",
-            mend="restore it on the engine and the kind of host where it was saved",
+            f"the engine {parts.engine} cannot take the machine up: {engine_cause(error)}",
+            mend=engine_mend(
+                error, "restore it on the engine and the kind of host where it was saved"
+            ),
         ) from error
     devices = _mapping(reader, "devices", _DEVICES_VERSION)
     attached = _mapping(reader, "attached", _DEVICES_VERSION)

@@ -70,9 +70,8 @@ impl BtVcpu {
 
     pub(super) fn saved(&mut self) -> Result<VcpuState, EngineError> {
         if self.in_progress() {
-            return Err(EngineError::Refused(
-                "the vCPU is in the middle of an instruction; hold the machine, then save".into(),
-            ));
+            return Err(EngineError::Refused("the vCPU is in the middle of an instruction".into())
+                .mended_by("hold the machine, then save"));
         }
         self.cpu.settle_eoi();
         let id = self.cpu.id;
