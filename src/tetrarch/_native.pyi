@@ -1,7 +1,7 @@
 """Types of the native module: the Rust core behind one machine."""
 
-from collections.abc import Sequence
-from typing import Protocol, Self, TypedDict, final, type_check_only
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self, TypedDict, final, type_check_only
 
 from typing_extensions import disjoint_base
 
@@ -20,6 +20,7 @@ __all__ = [
     "Region",
     "RegisterPortAccess",
     "RustDevice",
+    "SerialPort",
     "Vcpu",
     "Vm",
     "__version__",
@@ -93,6 +94,43 @@ class Latch(RustDevice):
     @property
     def writes(self) -> int:
         """How often it was written."""
+
+@type_check_only
+class Wire(Protocol):
+    """What a device drives an interrupt line by: an ``IrqSource``, or a stand-in for one."""
+
+    def set(self, level: bool) -> None: ...
+
+@disjoint_base
+class SerialPort(RustDevice):
+    """A 16550A UART in Rust: no byte of a guest's enters Python by itself.
+
+    What the guest sends is collected, and given to whoever waits for it: when a millisecond
+    has passed since the first byte, or with 4 KiB. With 16 KiB the vCPU waits for the reader.
+    A wire that is not an ``IrqSource`` must not refer to the port.
+    """
+
+    def __new__(cls, wire: Wire) -> Self: ...
+    def receive(self, data: bytes) -> None:
+        """Input. Never blocks: it comes as the guest takes it, and nothing is lost."""
+    @property
+    def queued(self) -> int:
+        """Input bytes that the guest has not taken into its FIFO."""
+    def take_output(self) -> bytes:
+        """What the guest has sent since it was asked last, maybe nothing."""
+    def wait_output(self) -> bytes:
+        """The next bytes that the guest sends, for one thread that asks again and again.
+
+        Asking again says that the last ones are delivered. Empty after ``end_output``,
+        when all bytes were given.
+        """
+    def flush_output(self, timeout: float) -> bool:
+        """Waits until all that was sent is delivered; false if it is not in that time."""
+    def end_output(self) -> None:
+        """Says that the guest sends no more, and that no vCPU waits any longer."""
+    def registers(self) -> dict[str, Any]:
+        """The state; see ``tetrarch.devices.uart16550.UartState``."""
+    def set_registers(self, values: Mapping[str, Any]) -> None: ...
 
 @final
 class Region:

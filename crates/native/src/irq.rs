@@ -1,10 +1,12 @@
 //! `tetrarch._native.IrqSource`: one device's wire to an interrupt line.
 
+use std::sync::Arc;
+
 use pyo3::prelude::*;
 
 /// One source of an interrupt line, which is high while any of its sources is.
 #[pyclass(frozen, module = "tetrarch._native")]
-pub struct IrqSource(pub tetrarch_bus::IrqSource);
+pub struct IrqSource(pub Arc<tetrarch_bus::IrqSource>);
 
 // Attached, unlike a write to memory: the locks of the line and of the
 // controllers are held for a few instructions, and never by who waits for the

@@ -11,6 +11,7 @@ mod python_device;
 mod python_platform;
 mod region;
 mod rust_device;
+mod serial_port;
 mod vcpu;
 mod vm;
 
@@ -30,6 +31,8 @@ mod _native {
     use crate::region::Region;
     #[pymodule_export]
     use crate::rust_device::{Latch, NullPort, RustDevice};
+    #[pymodule_export]
+    use crate::serial_port::SerialPort;
     #[pymodule_export]
     use crate::vcpu::Vcpu;
     #[pymodule_export]

@@ -16,6 +16,10 @@ pub struct RustDevice {
 }
 
 impl RustDevice {
+    pub fn new(device: Arc<dyn Device>) -> Self {
+        Self { device }
+    }
+
     /// What goes onto the bus.
     pub fn device(&self) -> Arc<dyn Device> {
         Arc::clone(&self.device)
@@ -52,7 +56,7 @@ impl NullPort {
     #[new]
     fn new() -> PyClassInitializer<Self> {
         let device = Arc::new(Null);
-        PyClassInitializer::from(RustDevice { device }).add_subclass(Self)
+        PyClassInitializer::from(RustDevice::new(device)).add_subclass(Self)
     }
 }
 
@@ -80,7 +84,7 @@ impl Latch {
     fn new() -> PyClassInitializer<Self> {
         let register = Arc::new(Register::default());
         let device = Arc::clone(&register);
-        PyClassInitializer::from(RustDevice { device }).add_subclass(Self { register })
+        PyClassInitializer::from(RustDevice::new(device)).add_subclass(Self { register })
     }
 
     #[getter]

@@ -194,7 +194,7 @@ impl Vm {
     }
 
     fn irq_source(&self, gsi: u32) -> Result<IrqSource, Failure> {
-        Ok(IrqSource(self.machine.irq.source(gsi).ok_or_else(|| no_line(gsi))?))
+        Ok(IrqSource(Arc::new(self.machine.irq.source(gsi).ok_or_else(|| no_line(gsi))?)))
     }
 
     fn irq_line(&self, gsi: u32, level: bool) -> Result<(), Failure> {

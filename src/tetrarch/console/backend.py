@@ -23,8 +23,9 @@ class ConsoleError(HostError):
 class ConsoleBackend(Protocol):
     """The other end of a serial line.
 
-    ``write`` is called on a vCPU's thread, from ``start`` until ``close``.
-    What it raises stops the machine and comes out of ``Machine.run``.
+    ``write`` is called on a thread of the machine's own, from ``start`` until ``close``;
+    while it blocks, the guest waits. What it raises stops the machine and comes out of
+    ``Machine.run``.
 
     One that knows whether its other end is a terminal says so in ``guest_terminal``: its
     size as "24x80", or "none". The default guest is told.

@@ -6,7 +6,7 @@ from tetrarch.devices.i8042 import I8042, I8042Core
 from tetrarch.devices.pci_config import PciConfigPorts
 from tetrarch.devices.reset_cf9 import ResetCf9
 from tetrarch.devices.rtc_cmos import RtcCmos, RtcCmosCore
-from tetrarch.devices.uart16550 import Uart16550, UartCore
+from tetrarch.devices.uart16550 import Uart16550
 
 __all__ = [
     "I8042",
@@ -19,5 +19,4 @@ __all__ = [
     "RtcCmos",
     "RtcCmosCore",
     "Uart16550",
-    "UartCore",
 ]

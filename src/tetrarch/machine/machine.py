@@ -102,9 +102,9 @@ class Machine:
             lambda message: end(ExitStatus(StopReason.CRASHED, message)),
         )
         self._serial = SerialLine(self._backend, panic, self._conclusion)
-        self._pc = assemble_pc(vm, self.config, self._serial.output, end)
+        self._pc = assemble_pc(vm, self.config, end)
         self._descent = _Descent(
-            self._life, panic, self._threads, self._pc, self._backend, vcpus[0]
+            self._life, panic, self._threads, self._pc, self._serial, self._backend, vcpus[0]
         )
         self._loaded = False
         self._restored = False
@@ -265,6 +265,12 @@ class Machine:
                 f"the machine cannot be held: {engine_cause(error)}",
                 mend=engine_mend(error, "end the device's access"),
             ) from error
+        if not self._serial.flush():
+            self._vm.resume()
+            raise HostError(
+                "the machine cannot be held: its console does not take what the guest sent",
+                mend="end its write()",
+            )
         try:
             self._life.move(Phase.HELD, "hold")
         except MachineStateError:  # it has ended meanwhile
@@ -296,7 +302,8 @@ class Machine:
             return
         self.request_stop()
         # A device's own thread, or a console that is being closed, has to return first.
-        if not self._threads.current and not self._conclusion.keeping:
+        inside = self._threads.current or self._serial.current or self._conclusion.keeping
+        if not inside:
             self._conclusion.wait_done()
 
     def __enter__(self) -> Self:
@@ -411,13 +418,19 @@ class _Descent:
     panic: PanicWatch
     threads: VcpuThreads
     pc: Pc
+    serial: SerialLine
     console: ConsoleBackend
     boot_vcpu: EngineVcpu
 
     def stop(self, event: Event) -> Event:
         self.panic.close()
-        self.threads.stop()
-        self.pc.close()
+        try:
+            self.threads.stop()
+        finally:
+            self.pc.close()
+            failure = self.serial.end()
+        if failure is not None and isinstance(event, ExitStatus):
+            return failure  # the last of what a guest says counts, whatever it did then
         if isinstance(event, ExitStatus) and event.reason is StopReason.CRASHED:
             # A panic is seen from outside: registers can be read only after the stop.
             return replace(event, dump=event.dump or self.boot_vcpu.dump())

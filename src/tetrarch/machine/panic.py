@@ -53,22 +53,26 @@ class PanicWatch:
         self._on_panic = on_panic
         self._interval = interval
         self._line = bytearray()
-        # Written by the vCPU's thread, read by the checking thread: one reference.
+        # Written by the thread that feeds, read by the checking thread: one reference.
         self._suspicion: str | None = None
         self._closed = threading.Event()
 
     def feed(self, data: bytes) -> None:
-        """Takes output of the guest, on the vCPU's thread."""
-        for byte in data:
-            if byte == 0x0A:
-                self._end_line()
-            elif byte != 0x0D:
-                self._suspicion = None
-                if len(self._line) < _LINE_BYTES_MAX:
-                    self._line.append(byte)
+        """Takes output of the guest, on one thread."""
+        begun, *lines = data.split(b"\n")
+        self._extend(begun)
+        for part in lines:
+            self._end_line()
+            self._extend(part)
 
     def close(self) -> None:
         self._closed.set()
+
+    def _extend(self, part: bytes) -> None:
+        text = part.replace(b"\r", b"")
+        if text:
+            self._suspicion = None
+            self._line += text[: _LINE_BYTES_MAX - len(self._line)]
 
     def _end_line(self) -> None:
         line = bytes(self._line)

@@ -98,13 +98,12 @@ def check_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
 def assemble_pc(
     vm: EngineVm,
     config: MachineConfig,
-    output: Callable[[bytes], None],
     end: Callable[[ExitStatus], None],
 ) -> Pc:
     """Makes the devices and attaches them to ``vm``.
 
-    ``output`` takes what the serial line sends; ``end`` is called, on a vCPU's
-    thread, when the guest switches the machine off or resets it.
+    ``end`` is called, on a vCPU's thread, when the guest switches the machine off
+    or resets it.
     """
 
     def line(gsi: int) -> Callable[[bool], None]:
@@ -119,7 +118,7 @@ def assemble_pc(
     def leave(value: int) -> None:
         end(ExitStatus(StopReason.DEBUG_EXIT, value=value))
 
-    uart = Uart16550(line(uart16550.GSI), output)
+    uart = Uart16550(vm.irq_source(uart16550.GSI))
     rtc = RtcCmos(line(rtc_cmos.GSI), vm.clock_ns, vm.ram)
     keyboard = I8042(line(i8042.GSI), reset("the keyboard controller"))
     acpi = AcpiPm(line(acpi_pm.GSI), vm.clock_ns, power_off)

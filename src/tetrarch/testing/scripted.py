@@ -64,7 +64,7 @@ class ScriptedVm:
         raise ValueError("a scripted machine has ports only")
 
     def irq_source(self, gsi: int) -> ScriptedSource:
-        return ScriptedSource(self, gsi)
+        return ScriptedSource(self.lines, gsi)
 
     def irq_line(self, gsi: int, level: bool) -> None:
         self.lines.append((gsi, level))
@@ -209,12 +209,13 @@ class ScriptedRegion:
 class ScriptedSource:
     """Drives an interrupt line of the machine."""
 
-    def __init__(self, vm: ScriptedVm, gsi: int) -> None:
-        self._vm = vm
+    # Not the machine: a device in Rust that holds both would keep them alive for ever.
+    def __init__(self, lines: list[tuple[int, bool]], gsi: int) -> None:
+        self._lines = lines
         self.gsi = gsi
 
     def set(self, level: bool) -> None:
-        self._vm.irq_line(self.gsi, level)
+        self._lines.append((self.gsi, level))
 
     def pulse(self) -> None:
         self.set(True)

@@ -1,0 +1,145 @@
+//! `tetrarch._native.SerialPort`: the UART, and the two ways of its bytes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use tetrarch_devices::{Drive, Registers};
+
+use crate::error::Failure;
+use crate::irq::IrqSource;
+use crate::rust_device::RustDevice;
+
+/// A 16550A UART. Its state has its form, and is checked, in Python
+/// (`tetrarch.devices.uart16550`), since a machine saves and loads it as a whole.
+// Each method lets go of the interpreter: what drives the wire may want it.
+#[pyclass(frozen, subclass, extends = RustDevice, module = "tetrarch._native")]
+pub struct SerialPort {
+    port: Arc<tetrarch_devices::SerialPort>,
+}
+
+#[pymethods]
+impl SerialPort {
+    #[new]
+    fn new(wire: &Bound<'_, PyAny>) -> PyResult<PyClassInitializer<Self>> {
+        let port = Arc::new(tetrarch_devices::SerialPort::new(drive(wire)?));
+        let base = RustDevice::new(port.clone());
+        Ok(PyClassInitializer::from(base).add_subclass(Self { port }))
+    }
+
+    fn receive(&self, py: Python<'_>, data: &[u8]) {
+        py.detach(|| self.port.receive(data));
+    }
+
+    #[getter]
+    fn queued(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.port.queued())
+    }
+
+    fn take_output<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &py.detach(|| self.port.output().take()))
+    }
+
+    fn wait_output<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &py.detach(|| self.port.output().wait()))
+    }
+
+    fn flush_output(&self, py: Python<'_>, timeout: f64) -> Result<bool, Failure> {
+        let timeout = Duration::try_from_secs_f64(timeout)
+            .map_err(|error| Failure::refused(format!("a timeout of {timeout} s: {error}")))?;
+        Ok(py.detach(|| self.port.output().flush(timeout)))
+    }
+
+    fn end_output(&self, py: Python<'_>) {
+        py.detach(|| self.port.output().end());
+    }
+
+    fn registers(&self, py: Python<'_>) -> State {
+        py.detach(|| self.port.registers()).into()
+    }
+
+    fn set_registers(&self, py: Python<'_>, values: State) {
+        py.detach(|| self.port.set_registers(values.into()));
+    }
+}
+
+/// A wire of the machine's is driven as it is; a stand-in for one in Python is called.
+fn drive(wire: &Bound<'_, PyAny>) -> PyResult<Drive> {
+    if let Ok(source) = wire.cast::<IrqSource>() {
+        let source = Arc::clone(&source.get().0);
+        return Ok(Box::new(move |level| source.set(level)));
+    }
+    let set = match wire.getattr_opt("set")? {
+        Some(set) if set.is_callable() => set.unbind(),
+        _ => {
+            let kind = wire.get_type().qualname()?;
+            return Err(PyTypeError::new_err(format!("{kind} is no wire: it has no method 'set'")));
+        }
+    };
+    Ok(Box::new(move |level| {
+        // An ending process has no interpreter any more, and no use for the level.
+        Python::try_attach(|py| {
+            if let Err(error) = set.call1(py, (level,)) {
+                error.write_unraisable(py, Some(set.bind(py)));
+            }
+        });
+    }))
+}
+
+/// `Registers`, as a dictionary.
+#[derive(FromPyObject, IntoPyObject)]
+#[pyo3(from_item_all)]
+struct State {
+    ier: u8,
+    fcr: u8,
+    lcr: u8,
+    mcr: u8,
+    mcr_written: bool,
+    overrun: bool,
+    msr_delta: u8,
+    scr: u8,
+    divisor: u16,
+    thre_pending: bool,
+    rx: Vec<u16>,
+    line: Vec<u8>,
+}
+
+impl From<Registers> for State {
+    fn from(from: Registers) -> Self {
+        Self {
+            ier: from.ier,
+            fcr: from.fcr,
+            lcr: from.lcr,
+            mcr: from.mcr,
+            mcr_written: from.mcr_written,
+            overrun: from.overrun,
+            msr_delta: from.msr_delta,
+            scr: from.scr,
+            divisor: from.divisor,
+            thre_pending: from.thre_pending,
+            rx: from.rx.into(),
+            line: from.line.into(),
+        }
+    }
+}
+
+impl From<State> for Registers {
+    fn from(from: State) -> Self {
+        Self {
+            ier: from.ier,
+            fcr: from.fcr,
+            lcr: from.lcr,
+            mcr: from.mcr,
+            mcr_written: from.mcr_written,
+            overrun: from.overrun,
+            msr_delta: from.msr_delta,
+            scr: from.scr,
+            divisor: from.divisor,
+            thre_pending: from.thre_pending,
+            rx: from.rx.into(),
+            line: from.line.into(),
+        }
+    }
+}
