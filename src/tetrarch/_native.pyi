@@ -309,6 +309,15 @@ class Vm:
         another version, or of a host whose TSC counts at another rate; then nothing
         has changed.
         """
+    def keep_reset_state(self) -> None:
+        """Keeps what ``reset`` goes back to: before any vCPU runs or has its registers set."""
+    def reset(self) -> None:
+        """Interrupt controllers, timers and vCPUs as they were made; while no vCPU runs.
+
+        RAM and the machine's clock go on, and a line that a source holds is high
+        afterwards. EngineError without ``keep_reset_state``, or where the host refuses:
+        the machine cannot run on then.
+        """
     def request_stop(self) -> None:
         """Makes every running ``Vcpu.run`` return "stopped" soon. From any thread.
 

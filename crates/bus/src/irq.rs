@@ -29,6 +29,16 @@ impl IrqLines {
         self.high.get(gsi as usize)?;
         Some(IrqSource { lines: Arc::clone(self), gsi, level: AtomicBool::new(false) })
     }
+
+    /// Tells controllers that were reset, and know of no line, which are high.
+    pub fn drive_high(&self) {
+        for (gsi, high) in (0..).zip(&self.high) {
+            let high = high.lock();
+            if *high > 0 {
+                (self.drive)(gsi, true);
+            }
+        }
+    }
 }
 
 /// One device's wire to a line. A device that goes away lets go of the line.
@@ -124,6 +134,19 @@ mod tests {
         drop(source);
         assert_eq!(*seen.lock(), [(0, true), (0, false)]);
         assert!(lines.source(24).is_none());
+    }
+
+    #[test]
+    fn controllers_that_were_reset_hear_of_each_high_line_once() {
+        let (lines, seen) = lines();
+        let (first, second) = (lines.source(7).unwrap(), lines.source(7).unwrap());
+        let low = lines.source(8).unwrap();
+        first.set(true);
+        second.set(true);
+        low.pulse();
+        seen.lock().clear();
+        lines.drive_high();
+        assert_eq!(*seen.lock(), [(7, true)]);
     }
 
     #[test]

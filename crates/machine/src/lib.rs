@@ -10,6 +10,7 @@ mod limits;
 mod machine;
 mod memory;
 mod registers;
+mod reset;
 mod slot;
 mod stats;
 
@@ -18,5 +19,6 @@ pub use error::MachineError;
 pub use hold::NotHeld;
 pub use machine::{Machine, engine_available};
 pub use registers::State;
+pub use reset::ResetState;
 pub use slot::VcpuSlot;
 pub use stats::{Stats, collect};

@@ -1,7 +1,7 @@
 //! `tetrarch._native.Vm`.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use tetrarch_bus::{AttachError, Bus, Device, Sizes};
 use tetrarch_engine::{EngineError, GSI_COUNT, Saved, VmState};
-use tetrarch_machine::{Machine, Stats, collect};
+use tetrarch_machine::{Machine, ResetState, Stats, collect};
 use tetrarch_memory::{GuestPhys, MemoryError};
 
 use crate::error::Failure;
@@ -40,6 +40,8 @@ pub struct Vm {
     pub crossings: Arc<Crossings>,
     /// Taken for a clone alone, as `devices` is.
     platform: Mutex<Arc<PythonPlatform>>,
+    /// What `reset` goes back to, where it was asked for.
+    reset_state: OnceLock<ResetState>,
 }
 
 type Attach =
@@ -125,6 +127,7 @@ impl Vm {
             devices: Mutex::default(),
             crossings: Arc::default(),
             platform: Mutex::new(Arc::new(handlers)),
+            reset_state: OnceLock::new(),
         })
     }
 
@@ -245,6 +248,20 @@ impl Vm {
         let state = VmState::from_bytes(data).map_err(EngineError::from)?;
         py.detach(|| self.machine.held(|| self.machine.engine.load(&state)))??;
         Ok(())
+    }
+
+    fn keep_reset_state(&self, py: Python<'_>) -> Result<(), Failure> {
+        let state = py.detach(|| self.machine.reset_state())?;
+        // The first stays: a second call may come after the guest has run.
+        let _ = self.reset_state.set(state);
+        Ok(())
+    }
+
+    fn reset(&self, py: Python<'_>) -> Result<(), Failure> {
+        let state = self.reset_state.get().ok_or_else(|| {
+            Failure::refused("there is nothing to reset to: call keep_reset_state() before run()")
+        })?;
+        Ok(py.detach(|| self.machine.reset(state))?)
     }
 
     fn request_stop(&self) {

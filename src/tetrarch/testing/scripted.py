@@ -96,6 +96,12 @@ class ScriptedVm:
     def load_state(self, data: bytes) -> None:
         self._begun = time.monotonic_ns() - int(json.loads(data))
 
+    def keep_reset_state(self) -> None:
+        self._reset_registers = dict(self.registers)
+
+    def reset(self) -> None:
+        self.registers = dict(self._reset_registers)
+
     def request_stop(self) -> None:
         with self._changed:
             self._stop = True
