@@ -1,9 +1,10 @@
-"""ACPI fixed hardware, reset register and debug exit."""
+"""ACPI fixed hardware, reset register, port 0x92 and debug exit."""
 
 import pytest
 
 from tetrarch.devices.acpi_pm import AcpiPm
 from tetrarch.devices.debug_exit import DebugExit
+from tetrarch.devices.port_92 import Port92
 from tetrarch.devices.reset_cf9 import ResetCf9
 
 STATUS, ENABLE, CONTROL, TIMER = 0, 2, 4, 8
@@ -112,3 +113,19 @@ def test_debug_exit_reports_the_value() -> None:
     device.write(0, 4, 0x1234_5678)
     device.write(0, 1, 0x1FF)
     assert values == [0x1234_5678, 0xFF]
+
+
+def test_port_92_resets_on_the_rising_edge_of_init_and_reads_back() -> None:
+    resets: list[int] = []
+    device = Port92(lambda: resets.append(1))
+    assert device.read(0, 1) == 0x02, "A20 is open"
+    device.write(0, 1, 0x00)
+    assert device.read(0, 1) == 0x00
+    device.write(0, 1, 0xFE)
+    assert (device.read(0, 1), resets) == (0x02, [])
+    device.write(0, 1, 0x03)
+    device.write(0, 1, 0x03)
+    assert (device.read(0, 1), resets) == (0x03, [1])
+    device.write(0, 1, 0x02)
+    device.write(0, 1, 0x03)
+    assert resets == [1, 1]

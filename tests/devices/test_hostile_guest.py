@@ -17,6 +17,7 @@ from tetrarch.devices import (
     AcpiPm,
     DebugExit,
     PciConfigPorts,
+    Port92,
     ResetCf9,
     RtcCmos,
     Uart16550,
@@ -102,6 +103,7 @@ DEVICES: dict[str, Callable[[Bench], tuple[Any, list[Any]]]] = {
     "i8042": i8042,
     "acpi": lambda bench: alone(AcpiPm(bench.irq, bench.clock_ns, bench.note)),
     "reset": lambda bench: alone(ResetCf9(bench.note)),
+    "port 92": lambda bench: alone(Port92(bench.note)),
     "debug exit": lambda bench: alone(DebugExit(bench.note)),
     "pci": pci,
 }

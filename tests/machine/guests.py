@@ -6,6 +6,8 @@ POWER_OFF = bytes.fromhex("ba04060000 b800340000 66ef ebfe")
 KEYBOARD_RESET = bytes.fromhex("b0fe e664 ebfe")
 # mov edx, 0xcf9 ; mov al, 6 ; out dx, al ; jmp $
 CF9_RESET = bytes.fromhex("baf90c0000 b006 ee ebfe")
+# mov al, 1 ; out 0x92, al ; jmp $
+PORT_92_RESET = bytes.fromhex("b001 e692 ebfe")
 # lidt [0x100008] ; int3 ; 0x100008: six bytes of 0
 TRIPLE_FAULT_ON_PURPOSE = bytes.fromhex("0f011d08001000 cc 000000000000")
 # ud2, with no IDT of the guest's
@@ -67,4 +69,34 @@ PCI_SCAN = (
         "baf80c0000 b800080080 ef bafc0c0000 ed ba00050000 ef"
     )
     + POWER_OFF
+)
+
+
+# lidt [0x4000], six bytes that nobody wrote ; int3
+TRIPLE_FAULT_ANYWHERE = bytes.fromhex("0f011d00400000 cc")
+
+
+def reset_until(count: int, reset: bytes, each: bytes = b"") -> bytes:
+    """Does ``each`` and resets by ``reset``, until it has started ``count`` times.
+
+    inc dword [0x5000] ; each ; cmp dword [0x5000], count ; jae off ; reset ; off: POWER_OFF
+    """
+    return (
+        bytes.fromhex("ff0500500000")
+        + each
+        + bytes.fromhex("833d00500000")
+        + bytes([count, 0x73, len(reset)])
+        + reset
+        + POWER_OFF
+    )
+
+
+# mov edx, 0x500 ; mov eax, [0x5000] ; out dx, al
+TELL_PORT_500 = bytes.fromhex("ba00050000 a100500000 ee")
+# Says what it finds in the UART's scratch register, the PIC's mask and CR2, and leaves 0x5a there:
+# mov edx, 0x3ff ; in al, dx ; mov edx, 0x500 ; out dx, al ; in al, 0x21 ; out dx, al ;
+# mov eax, cr2 ; out dx, al ; mov edx, 0x3ff ; mov al, 0x5a ; out dx, al ; out 0x21, al ;
+# mov cr2, eax
+TELL_STATE = bytes.fromhex(
+    "baff030000 ec ba00050000 ee e421 ee 0f20d0 ee baff030000 b05a ee e621 0f22d0"
 )

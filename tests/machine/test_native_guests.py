@@ -44,11 +44,12 @@ def make(tmp_path: Path, engine: str) -> Make:
         (guests.POWER_OFF, StopReason.POWERED_OFF, 0),
         (guests.KEYBOARD_RESET, StopReason.RESET, 0),
         (guests.CF9_RESET, StopReason.RESET, 0),
+        (guests.PORT_92_RESET, StopReason.RESET, 0),
         (guests.TRIPLE_FAULT, StopReason.CRASHED, 3),
         (guests.JUMP_TO_NOWHERE, StopReason.CRASHED, 3),
         (guests.HALT_FOREVER, StopReason.CRASHED, 3),
     ],
-    ids=["acpi", "keyboard", "cf9", "ud2", "nowhere", "halt"],
+    ids=["acpi", "keyboard", "cf9", "port-92", "ud2", "nowhere", "halt"],
 )
 def test_each_end_has_its_reason_and_code(
     make: Make, code: bytes, reason: StopReason, exit_code: int

@@ -19,6 +19,7 @@ from tetrarch.devices import (
     AcpiPm,
     DebugExit,
     PciConfigPorts,
+    Port92,
     ResetCf9,
     RtcCmos,
     Uart16550,
@@ -26,6 +27,7 @@ from tetrarch.devices import (
     debug_exit,
     i8042,
     pci_config,
+    port_92,
     reset_cf9,
     rtc_cmos,
     uart16550,
@@ -122,6 +124,7 @@ def assemble_pc(
     rtc = RtcCmos(line(rtc_cmos.GSI), vm.clock_ns, vm.ram)
     keyboard = I8042(line(i8042.GSI), reset("the keyboard controller"))
     acpi = AcpiPm(line(acpi_pm.GSI), vm.clock_ns, power_off)
+    control_a = Port92(reset("port 0x92"))
     reset_control = ResetCf9(reset("port 0xCF9"))
     pci = PciConfigPorts()
     devices: dict[str, SavedDevice] = {
@@ -130,6 +133,7 @@ def assemble_pc(
         "com1": uart,
         "acpi-pm": acpi,
         "pci-config": pci,
+        "port-92": control_a,
         "reset": reset_control,
     }
 
@@ -137,6 +141,7 @@ def assemble_pc(
         PortRange(i8042.DATA_PORT, 1, keyboard.data),  # GSI 1
         PortRange(i8042.STATUS_PORT, 1, keyboard.status),
         PortRange(rtc_cmos.PORT_BASE, rtc_cmos.PORTS, rtc),  # GSI 8
+        PortRange(port_92.PORT_BASE, port_92.PORTS, control_a),
         PortRange(uart16550.PORT_BASE, uart16550.PORTS, uart),  # GSI 4
         PortRange(acpi_pm.PORT_BASE, acpi_pm.PORTS, acpi),  # GSI 9, level
         PortRange(pci_config.ADDRESS_PORT, 4, pci.address, sizes=(4,)),
