@@ -142,6 +142,22 @@ def test_closed_standard_files_harm_nobody(tmp_path: Path, closed: str, output: 
     assert done.stdout == output
 
 
+def test_reset_starts_the_guest_anew_if_it_is_asked_for(cli: Cli, tmp_path: Path) -> None:
+    code = guests.reset_until(3, guests.CF9_RESET, guests.say(b"up\n"))
+    command = ["run", "--engine", "bt", "--json", "--kernel", write(tmp_path, code)]
+    ended = cli(*command)
+    assert (ended.returncode, ended.stdout) == (0, "up\n")
+    done = cli(*command, "--on-reset", "restart")
+    assert (done.returncode, done.stdout) == (0, "up\n" * 3)
+    report = json.loads(done.stderr.splitlines()[-1])
+    assert (report["status"], report["resets"]) == ("powered-off", 2)
+    wrong = cli(*command, "--on-reset", "again")
+    assert wrong.returncode == 2
+    assert "--on-reset: 'again' is nothing that a reset can do; there are end and restart" in (
+        wrong.stderr
+    )
+
+
 def test_options_of_a_file_and_the_command_line_on_top(cli: Cli, tmp_path: Path) -> None:
     write(tmp_path, guests.DEBUG_EXIT_16)
     file = tmp_path / "machine.toml"

@@ -106,6 +106,7 @@ def _report(machine: Machine, status: ExitStatus) -> dict[str, Any]:
         "status": status.reason.value,
         "detail": status.detail,
         "exit_code": status.code,
+        "resets": machine.resets,
         "uptime_s": round(machine.uptime, 6),
         "stats": machine.stats(),
     }

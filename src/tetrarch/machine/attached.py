@@ -1,4 +1,4 @@
-"""The devices that a program attached to its machine, by name, for saved machines."""
+"""The devices that a program attached to its machine, by name, for saved machines and resets."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ class AttachedDevices:
             raise StateError(
                 f"the saved machine had a device {name!r}", mend="attach it before start()"
             )
+
+    def reset(self) -> None:
+        """Resets those that can be: a device need not have a state."""
+        for device in self._devices.values():
+            if callable(reset := getattr(device, "reset", None)):
+                reset()
 
     def save(self) -> dict[str, Any]:
         return {name: _method(name, device, "save")() for name, device in self._devices.items()}

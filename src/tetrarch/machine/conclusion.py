@@ -3,8 +3,9 @@
 Whatever ends the machine (the guest's power button, a fault, an exception in a
 device, a timeout, a signal handler) posts one event. The keeper, a thread that
 does nothing else, takes the first of them and takes the machine down, whether
-anybody waits for that or not. The queue is a SimpleQueue because that one may
-be filled from a signal handler and from a device in the middle of anything.
+anybody waits for that or not. Where it is a reset that the machine survives, the
+next one counts. The queue is a SimpleQueue because that one may be filled from a
+signal handler and from a device in the middle of anything.
 
 Nothing here refers to the ``Machine``: one that its user forgot can be collected
 while it runs, and ends.
@@ -17,12 +18,15 @@ import threading
 from collections.abc import Callable
 
 from tetrarch.errors import MachineStateError
-from tetrarch.machine.status import ExitStatus
+from tetrarch.machine.status import ExitStatus, StopReason
 
 __all__ = ["Conclusion", "Event"]
 
 Event = ExitStatus | BaseException
 """What ended the machine: by its own or our will, or by an exception."""
+
+# Ends that come from outside of the guest.
+_FROM_OUTSIDE = {StopReason.STOPPED, StopReason.TIMEOUT}
 
 
 class Conclusion:
@@ -35,7 +39,7 @@ class Conclusion:
         self._done = threading.Event()
         self._keeper: threading.Thread | None = None
         self.decided = False
-        """An event was posted: no vCPU runs on. Set once, by whichever thread is first."""
+        """An event was posted: no vCPU runs on."""
         self.status: ExitStatus | None = None
         self.failure: BaseException | None = None
         """One of the two is set once the machine has ended."""
@@ -48,20 +52,58 @@ class Conclusion:
         self._request_stop()
 
     def keep(
-        self, name: str, stop: Callable[[Event], Event], close: Callable[[Event], None]
+        self,
+        name: str,
+        survive: Callable[[Event], Event | None],
+        stop: Callable[[Event], Event],
+        close: Callable[[Event], None],
     ) -> None:
         """Starts the keeper.
 
-        ``stop`` brings the machine to rest and gives what is to be reported; ``close`` is
-        called when ``status`` or ``failure`` is set, and tells all others.
+        ``survive`` gives what ends the machine, None where it runs on; ``stop`` brings it to
+        rest and gives what is to be reported; ``close`` is called when ``status`` or
+        ``failure`` is set, and tells all others.
         """
         self._keeper = threading.Thread(
-            target=self._keep, args=(stop, close), name=f"{name}-keeper", daemon=True
+            target=self._keep, args=(survive, stop, close), name=f"{name}-keeper", daemon=True
         )
         self._keeper.start()
 
-    def _keep(self, stop: Callable[[Event], Event], close: Callable[[Event], None]) -> None:
-        event = self._events.get()
+    def reopen(self) -> Event | None:
+        """Forgets the events of a guest that was reset; gives what ends the machine even so.
+
+        To be called on the keeper's thread, while no vCPU runs.
+        """
+        # In this order: an event that comes now is either found or met by the keeper next.
+        self.decided = False
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                return None
+            if not isinstance(event, ExitStatus) or event.reason in _FROM_OUTSIDE:
+                return event
+
+    def _next_end(self, survive: Callable[[Event], Event | None]) -> Event:
+        while True:
+            event = self._events.get()
+            # Again: reopen() may have come between the event and its flag.
+            self.decided = True
+            try:
+                ended = survive(event)
+            except BaseException as error:  # it comes out of wait()
+                return error
+            if ended is not None:
+                return ended
+
+    def _keep(
+        self,
+        survive: Callable[[Event], Event | None],
+        stop: Callable[[Event], Event],
+        close: Callable[[Event], None],
+    ) -> None:
+        event = self._next_end(survive)
+        self.decided = True
         try:
             event = stop(event)
         except BaseException as error:  # it comes out of wait()

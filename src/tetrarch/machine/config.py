@@ -28,6 +28,7 @@ __all__ = [
     "EngineName",
     "MachineConfig",
     "MachineOptions",
+    "OnReset",
     "ValueProblem",
     "check_options",
     "make_config",
@@ -53,6 +54,7 @@ _COUNT = re.compile(r"^[0-9]{1,9}$")
 _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 EngineName = Literal["auto", "bt", "kvm"]
+OnReset = Literal["end", "restart"]
 
 
 class ValueProblem(ValueError):
@@ -161,6 +163,9 @@ class MachineConfig(BaseModel):
         "Where the guest's serial console goes. Ctrl-] leaves stdio.",
         "stdio|none|file=PATH|socket=PATH",
     )
+    on_reset: OnReset = option(
+        "end", "What a reset by the guest does [default: end].", "end|restart"
+    )
     debug_exit: bool = option(False, "A value V written to port 0xf4 ends with (V << 1) | 1.")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = option(
         "tetrarch", "A name for the machine, for reports [default: tetrarch].", "NAME"
@@ -201,6 +206,7 @@ class MachineOptions(TypedDict, total=False):
     append_extra: str
     memory: str | int
     cpus: int
+    on_reset: OnReset
     debug_exit: bool
     name: str
 
@@ -208,6 +214,7 @@ class MachineOptions(TypedDict, total=False):
 # What pydantic's own checks say in its words, in ours: cause and mend.
 _PROBLEMS = {
     "engine": ("is no engine", "there are auto, bt and kvm"),
+    "on_reset": ("is nothing that a reset can do", "there are end and restart"),
     "name": ("is no name", "use up to 64 letters, digits, '.', '_' and '-'"),
     "debug_exit": ("is neither true nor false", "give one of them"),
 }

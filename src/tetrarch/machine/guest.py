@@ -9,6 +9,7 @@ from tetrarch.boot.source import Source
 from tetrarch.images.default_guest import DEFAULT_APPEND
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import EngineVm
+from tetrarch.platforms.platform import Platform
 
 if TYPE_CHECKING:
     from tetrarch.console import ConsoleBackend
@@ -42,7 +43,9 @@ def resolve_guest(config: MachineConfig, reporter: Reporter | None = None) -> Ma
     return config.model_copy(update=files)
 
 
-def load_guest(vm: EngineVm, config: MachineConfig, console: ConsoleBackend) -> None:
+def load_guest(
+    vm: EngineVm, config: MachineConfig, console: ConsoleBackend, platform: Platform
+) -> None:
     """Puts a resolved guest into memory and its entry into the first vCPU's registers.
 
     Raises BootError for files that cannot be booted.
@@ -61,4 +64,7 @@ def load_guest(vm: EngineVm, config: MachineConfig, console: ConsoleBackend) -> 
     registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp)
     # Boot protocols leave the IDT open. With the limit of a CPU after RESET (SDM
     # Vol. 3A, table 10-1), an IDT of limit 0 is always the guest's own doing.
-    vm.vcpu(0).set_regs({**registers, "idtr_limit": _RESET_IDT_LIMIT})
+    vcpu = vm.vcpu(0)
+    vcpu.set_regs({**registers, "idtr_limit": _RESET_IDT_LIMIT})
+    if platform.start is not None:
+        vcpu.set_regs(platform.start(vm, vcpu.regs()))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -35,6 +36,7 @@ from tetrarch.machine.guest import check_files, load_guest, resolve_guest
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc, assemble_pc
+from tetrarch.machine.resets import Resets
 from tetrarch.machine.saved import open_saved
 from tetrarch.machine.selection import choose
 from tetrarch.machine.serial_line import SerialLine
@@ -109,6 +111,17 @@ class Machine:
         self._loaded = False
         self._restored = False
         self._attached = AttachedDevices()
+        self._resets = Resets(
+            self.config.on_reset == "restart",
+            self._life,
+            self._conclusion,
+            panic,
+            self._serial,
+            self._threads,
+            vm,
+            self._pc,
+            self._attached,
+        )
 
     def __repr__(self) -> str:
         return f"<Machine {self.config.name!r} on {self.engine}, {self.phase.value}>"
@@ -158,6 +171,11 @@ class Machine:
     def uptime(self) -> float:
         """Seconds for which the machine has run."""
         return self._life.uptime
+
+    @property
+    def resets(self) -> int:
+        """How often the guest has reset the machine and it has started anew."""
+        return self._resets.count
 
     def attach_ports(
         self,
@@ -258,29 +276,33 @@ class Machine:
             raise MachineStateError(
                 "a device cannot hold its own machine", mend="do it on another thread"
             )
-        try:
-            self._vm.hold()
-        except EngineError as error:
-            raise HostError(
-                f"the machine cannot be held: {engine_cause(error)}",
-                mend=engine_mend(error, "end the device's access"),
-            ) from error
-        if not self._serial.flush():
-            self._vm.resume()
-            raise HostError(
-                "the machine cannot be held: its console does not take what the guest sent",
-                mend="end its write()",
-            )
-        try:
-            self._life.move(Phase.HELD, "hold")
-        except MachineStateError:  # it has ended meanwhile
-            self._vm.resume()
-            raise
+        with self._resets.lock:
+            try:
+                self._vm.hold()
+            except EngineError as error:
+                raise HostError(
+                    f"the machine cannot be held: {engine_cause(error)}",
+                    mend=engine_mend(error, "end the device's access"),
+                ) from error
+            if not self._serial.flush():
+                self._vm.resume()
+                raise HostError(
+                    "the machine cannot be held: its console does not take what the guest sent",
+                    mend="end its write()",
+                )
+            try:
+                self._life.move(Phase.HELD, "hold")
+            except MachineStateError:  # it has ended meanwhile
+                self._vm.resume()
+                raise
 
     def resume(self) -> None:
         """Lets a held machine run on."""
-        self._life.move(Phase.RUNNING, "resume")
-        self._vm.resume()
+        self._life.require("resume", Phase.HELD)
+        with self._resets.lock:
+            self._life.move(Phase.RUNNING, "resume")
+            self._vm.resume()
+            self._resets.resumed()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -384,10 +406,9 @@ class Machine:
         self._life.require(what, Phase.MADE)
         if not self._loaded:
             self.config = resolve_guest(self.config)
-            load_guest(self._vm, self.config, self._backend)
-            if self._platform.start is not None:
-                vcpu = self._vm.vcpu(0)
-                vcpu.set_regs(self._platform.start(self._vm, vcpu.regs()))
+            load = partial(load_guest, self._vm, self.config, self._backend, self._platform)
+            load()
+            self._resets.load = load
             self._loaded = True
 
     def _start(self, what: str) -> None:
@@ -399,7 +420,9 @@ class Machine:
         except BaseException as error:
             self._conclusion.settle(error, self._descent.close)
             raise
-        self._conclusion.keep(self.config.name, self._descent.stop, self._descent.close)
+        self._conclusion.keep(
+            self.config.name, self._resets.survive, self._descent.stop, self._descent.close
+        )
         self._threads.start()
         if self._restored:
             self._vm.resume()

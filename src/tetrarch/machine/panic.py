@@ -56,6 +56,8 @@ class PanicWatch:
         # Written by the thread that feeds, read by the checking thread: one reference.
         self._suspicion: str | None = None
         self._closed = threading.Event()
+        # Held where a panic is told: after forget() none of before is.
+        self._telling = threading.Lock()
 
     def feed(self, data: bytes) -> None:
         """Takes output of the guest, on one thread."""
@@ -64,6 +66,12 @@ class PanicWatch:
         for part in lines:
             self._end_line()
             self._extend(part)
+
+    def forget(self) -> None:
+        """The guest was reset: what it printed says nothing of the next one."""
+        with self._telling:
+            self._suspicion = None
+        self._line.clear()
 
     def close(self) -> None:
         self._closed.set()
@@ -97,5 +105,6 @@ class PanicWatch:
             if in_kernel is False:
                 return  # a program runs: the line was only text
             good = good + 1 if in_kernel else 0
-        if not self._closed.is_set() and self._suspicion is suspicion:
-            self._on_panic(suspicion)
+        with self._telling:
+            if not self._closed.is_set() and self._suspicion is suspicion:
+                self._on_panic(suspicion)

@@ -30,7 +30,7 @@ _LOOK_PATIENCE_S = 2.0
 
 
 class VcpuThreads:
-    """Runs vCPUs until the machine's end is decided."""
+    """Runs vCPUs until the machine's end is decided. Can be started again after a stop."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class VcpuThreads:
             thread.start()
 
     def stop(self) -> None:
-        """Waits until no vCPU runs. Raises HostError where one does not return."""
+        """Waits until all have ended. Raises HostError where a vCPU does not return."""
         deadline = time.monotonic() + _STOP_PATIENCE_S
         for thread in self._threads:
             while thread.is_alive():
@@ -63,6 +63,7 @@ class VcpuThreads:
                         f"{thread.name} does not stop: a device does not return from an access",
                         mend="end its read() or write()",
                     )
+        self._threads.clear()
 
     @property
     def current(self) -> bool:
