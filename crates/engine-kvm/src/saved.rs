@@ -1,5 +1,7 @@
 //! A vCPU of KVM as the contract's saved state.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
     KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
@@ -41,6 +43,10 @@ const ELSEWHERE: [u32; 8] = [
     index::OLD_SYSTEM_TIME,
 ];
 
+/// Hyper-V's (TLFS, appendix "Synthetic MSRs"), which no platform offers: among them
+/// are counters of time, and KVM lists them all.
+const HYPER_V: RangeInclusive<u32> = 0x4000_0000..=0x4000_01FF;
+
 /// All but what the vCPU's own bookkeeping knows: shutdown, and the machine's
 /// pauses that its TSC does not reflect yet, `lag`.
 pub fn save(fd: &VcpuFd, vm: &VmShared, lag: u64) -> Result<VcpuState, EngineError> {
@@ -67,7 +73,7 @@ pub fn save(fd: &VcpuFd, vm: &VmShared, lag: u64) -> Result<VcpuState, EngineErr
     let tsc = msr::get(fd, index::TSC)
         .ok_or_else(|| EngineError::Internal("KVM does not tell a vCPU's TSC".into()))?;
     let mut msrs = vm.msrs.read_all(fd);
-    msrs.retain(|(index, _)| !ELSEWHERE.contains(index));
+    msrs.retain(|(index, _)| !ELSEWHERE.contains(index) && !HYPER_V.contains(index));
     Ok(VcpuState {
         registers,
         debug,
