@@ -197,14 +197,15 @@ def test_kick_ends_an_idle_guest(guest: Guest) -> None:
 def test_paused_guest_goes_on_where_it_was(guest: Guest) -> None:
     # again: inc ecx ; jmp again
     guest.protected_mode(bytes.fromhex("41 ebfd"))
-    counts = []
+    counts = [0]
     for _ in range(3):
-        timer = threading.Timer(0.05, guest.vm.request_stop)
-        timer.start()
-        assert guest.run() == "stopped"
+        # A loaded host may stop the guest before its first instruction.
+        while guest.register("rcx") == counts[-1]:
+            threading.Timer(0.05, guest.vm.request_stop).start()
+            assert guest.run() == "stopped"
         counts.append(guest.register("rcx"))
         assert guest.register("rcx") == counts[-1]
-    assert 0 < counts[0] < counts[1] < counts[2]
+    assert counts == sorted(set(counts))
 
 
 def test_changed_registers_count_after_a_pause(guest: Guest) -> None:
