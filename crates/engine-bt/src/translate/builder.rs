@@ -68,6 +68,10 @@ impl Builder {
             // Its page check leaves before anything else, and must lose no flag.
             live[0] = liveness::ALL;
         }
+        // What is put aside for a fault alone asks nothing of a link: flags from before
+        // the block are not followed there. A shift by a count of 0 leaves them, so a link
+        // from code that has none would never be made.
+        let flags_in = live[0];
         sources::keep_lost(&instructions, &kinds, &mut live, &mut self.info);
 
         self.emitter.clear();
@@ -88,7 +92,7 @@ impl Builder {
         };
         job.run(ends);
         let mut built = job.built;
-        built.flags_in = job.live[0];
+        built.flags_in = flags_in;
         built.code = std::mem::take(&mut job.e.code);
         built.outward = std::mem::take(&mut job.e.outward);
         built.instructions = instructions.len() as u32;
