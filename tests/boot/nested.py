@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.initrds import shell_tree
@@ -44,8 +45,7 @@ busybox poweroff -f
 class NestedHost:
     """The outer system; ``boot`` runs commands in it and returns its console."""
 
-    def __init__(self, wheel: Path, programs: dict[str, Path], scratch: Path) -> None:
-        self._programs = programs
+    def __init__(self, wheel: Path, scratch: Path) -> None:
         self._debian = DebianRoot(PACKAGES)
         self._debian.build()
         self._site = scratch / "site"
@@ -65,9 +65,12 @@ class NestedHost:
         (kernel,) = (self._debian.root / "boot").glob("vmlinuz-*")
         return kernel
 
-    def boot(self, commands: str, timeout: float) -> str:
+    def boot(
+        self, commands: str, timeout: float, programs: Mapping[str, Path] | None = None
+    ) -> str:
+        """``programs`` lie in /suite by name."""
         inner = shell_tree(INNER_SCRIPT).cpio()
-        self._initrd.write_bytes(self._outer(commands, inner).cpio())
+        self._initrd.write_bytes(self._outer(commands, inner, programs or {}).cpio())
         done = subprocess.run(
             [
                 *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max,+svm", "-smp", "2"),
@@ -83,7 +86,7 @@ class NestedHost:
         )
         return done.stdout.decode("utf-8", "replace").replace("\r", "")
 
-    def _outer(self, commands: str, inner: bytes) -> Initramfs:
+    def _outer(self, commands: str, inner: bytes, programs: Mapping[str, Path]) -> Initramfs:
         tree = Initramfs()
         slim = self._initrd.parent / "root"
         shutil.rmtree(slim, ignore_errors=True)
@@ -99,7 +102,7 @@ class NestedHost:
                 tree.file(f"site/{file.relative_to(self._site)}", file.read_bytes(), 0o755)
         for file in (Path(__file__).parents[1] / "conformance").glob("*.py"):
             tree.file(f"suite/tests/conformance/{file.name}", file.read_bytes())
-        for name, program in self._programs.items():
+        for name, program in programs.items():
             tree.file(f"suite/{name}", program.read_bytes(), 0o755)
         tree.file("inner.cpio", inner)
         tree.file("vmlinuz", self.kernel.read_bytes())
