@@ -33,8 +33,15 @@ fn divide(guest: &mut Guest) -> End {
 
 const DE: End = End::Fault(Fault { vector: 0, error: 0, cr2: 0 });
 
+/// One test: a guest of another thread would fault between a new handler and the
+/// next look.
 #[test]
-fn guests_fault_in_a_process_that_handles_the_signals() {
+fn guests_fault_whatever_the_process_does_with_the_signals() {
+    blocked_signals_do_not_end_the_process();
+    handlers_of_others_are_kept_and_not_called();
+}
+
+fn handlers_of_others_are_kept_and_not_called() {
     on_both(|guest, engine| {
         assert_eq!(divide(guest), DE, "{engine}");
         // Handlers that come later, as of a library that is loaded now.
@@ -56,7 +63,6 @@ fn guests_fault_in_a_process_that_handles_the_signals() {
     });
 }
 
-#[test]
 fn blocked_signals_do_not_end_the_process() {
     let thread = std::thread::spawn(|| {
         // SAFETY: plain calls with valid pointers.

@@ -121,9 +121,10 @@ pub fn look_again(tsc: u64) {
     /// About a millisecond of any CPU's TSC.
     const INTERVAL: u64 = 1 << 21;
     static LAST: AtomicU64 = AtomicU64::new(0);
-    if tsc.wrapping_sub(LAST.load(Ordering::Relaxed)) >= INTERVAL {
-        LAST.store(tsc, Ordering::Relaxed);
+    if tsc.wrapping_sub(LAST.load(Ordering::Acquire)) >= INTERVAL {
         install();
+        // After it: who finds the look fresh relies on the handlers.
+        LAST.store(tsc, Ordering::Release);
     }
 }
 
