@@ -40,7 +40,7 @@ def make(engine: str) -> Make:
                 platform=platform,
             )
         except EngineError as error:
-            if engine == "kvm" and "use --engine bt" in str(error):
+            if engine == "kvm" and "use engine bt" in str(error):
                 pytest.skip(str(error))
             raise
 

@@ -62,6 +62,6 @@ def test_platform_that_the_engine_cannot_have_is_refused_with_the_mend() -> None
     if reason is not None:
         pytest.skip("; ".join(reason))
     platform = Platform(name="test", trap_hook=TrapHook(print, frozenset({13})))
-    with pytest.raises(HostError, match="use --engine bt") as raised:
+    with pytest.raises(HostError, match="use engine bt") as raised:
         Machine(memory="16M", engine="kvm", platform=platform)
     assert len(str(raised.value).splitlines()) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.machine import guests
 
-from tetrarch import Machine, StopReason, _native
+from tetrarch import Machine, MachineStateError, StopReason, _native
 from tetrarch.images import CachedGuest
 from tetrarch.testing import ScriptedVm, pvh_kernel
 
@@ -142,6 +142,28 @@ def test_held_machine_is_not_reset(make: Make) -> None:
         vm.hold()
         vm.stop()
         assert vm.wait().reason is StopReason.STOPPED
+
+
+def test_saved_machine_never_waits_for_a_reset_that_came_before(make: Make, tmp_path: Path) -> None:
+    # It is saved at any moment, also between the write that resets it and the reset: then
+    # it is refused, since the guest would wait for ever behind its write.
+    with make(guests.say(b".") + guests.CF9_RESET) as vm:
+        vm.start()
+        for turn in range(60):
+            vm.console.expect(".", LIMIT_S)
+            with vm.held():
+                # Beyond the write stands the guest's endless loop.
+                waits = vm.vcpus[0].regs["rip"] >= 0x10_0000 + len(guests.say(b".")) + 8
+                path = tmp_path / f"saved-{turn}"
+                if not waits:
+                    vm.save(path)
+                    continue
+                with pytest.raises(MachineStateError, match="resetting it"):
+                    vm.save(path)
+                assert not path.exists()
+                break
+        else:
+            pytest.skip("the machine was never met behind its write")
 
 
 def test_kernel_that_is_gone_ends_the_machine(make: Make) -> None:

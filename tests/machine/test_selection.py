@@ -54,13 +54,13 @@ def test_kvm_that_crawls_is_taken_when_asked_for_and_is_said_to_crawl(
     host.setattr(selection, "probe_kvm", lambda: probe(hardware=False))
     name, why = selection.choose("kvm")
     assert name == "kvm"
-    assert "1/1,500 of the CPU; --engine bt is faster" in why
+    assert "1/1,500 of the CPU; engine bt is faster" in why
     (info,) = (info for info in selection.engines() if info.name == "kvm")
     assert (info.available, info.slow) == (True, True)
 
 
 def test_kvm_whose_guests_do_not_run_is_refused_when_asked_for(host: pytest.MonkeyPatch) -> None:
-    dead = Unusable("a small guest did not run", "use --engine bt")
+    dead = Unusable("a small guest did not run", "use engine bt")
     host.setattr(selection, "probe_kvm", lambda: probe(dead))
     with pytest.raises(HostError, match="a small guest did not run"):
         selection.choose("kvm")
@@ -81,7 +81,7 @@ def test_auto_takes_any_kvm_for_several_cpus(host: pytest.MonkeyPatch) -> None:
 
 def test_several_cpus_without_kvm_are_refused(host: pytest.MonkeyPatch) -> None:
     host.setattr(selection, "probe_kvm", lambda: probe(BROKEN))
-    with pytest.raises(HostError, match=r"4 CPUs need engine kvm.*--cpus 1"):
+    with pytest.raises(HostError, match=r"4 CPUs need engine kvm.*ask for 1 CPU"):
         selection.choose("auto", cpus=4)
     with pytest.raises(HostError, match="engine bt runs 1 CPU, not 4"):
         selection.choose("bt", cpus=4)
@@ -90,7 +90,7 @@ def test_several_cpus_without_kvm_are_refused(host: pytest.MonkeyPatch) -> None:
 def test_asked_for_engine_that_cannot_run_names_the_other(host: pytest.MonkeyPatch) -> None:
     host.setattr(_native, "engine_available", lambda name: BROKEN if name == "kvm" else None)
     with pytest.raises(
-        HostError, match=r"engine kvm cannot be used: .*; join its group; or use --engine bt"
+        HostError, match=r"engine kvm cannot be used: .*; join its group; or use engine bt"
     ):
         selection.choose("kvm")
 

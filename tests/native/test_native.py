@@ -819,7 +819,7 @@ def test_limit_of_the_process_is_said_in_one_line(
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert cause in done.stdout
-    assert done.stdout.endswith(f"; raise that with ulimit {mend}, or ask for less with --memory\n")
+    assert done.stdout.endswith(f"; raise that with ulimit {mend}, or ask for less memory\n")
     assert done.stdout.count("\n") == 1
 
 
@@ -963,7 +963,6 @@ def test_engine_error_has_cause_and_mend() -> None:
         Vm("bt", 1 << 20, vcpus=100)
     error = raised.value
     assert "not 100" in error.cause
-    assert "--cpus" not in error.cause
-    assert "--cpus" in error.mend
+    assert error.mend == "ask for 1"
     assert str(error) == f"{error.cause}; {error.mend}"
     assert (EngineError("of a stand-in").cause, EngineError("of a stand-in").mend) == ("", "")

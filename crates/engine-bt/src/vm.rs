@@ -62,7 +62,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
             "engine bt runs {MAX_VCPUS} vCPU, not {}",
             config.vcpus
         ))
-        .mended_by(format!("use --cpus {MAX_VCPUS}")));
+        .mended_by(format!("ask for {MAX_VCPUS}")));
     }
     available()?;
     Ok(Arc::new(build(memory, config)?))
@@ -94,7 +94,7 @@ fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> 
     });
     let cache = if config.translate {
         let cache = CodeCache::new(exec::fill).map_err(|error| {
-            Unusable::refused("no memory for translated code", &error, "use --engine kvm")
+            Unusable::refused("no memory for translated code", &error, "use engine kvm")
         })?;
         Some(Arc::new(Mutex::new(cache)))
     } else {

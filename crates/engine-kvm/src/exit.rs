@@ -98,21 +98,21 @@ impl Failure {
                     if details.is_empty() { details } else { format!(", data {details}") };
                 format!(
                     "{what} (KVM_EXIT_INTERNAL_ERROR, suberror {suberror}{details}) {place}; \
-                     run the guest with --engine bt"
+                     run the guest on engine bt"
                 )
             }
             Self::Entry { reason, cpu } => format!(
                 "the host CPU {cpu} refused to enter the guest (KVM_EXIT_FAIL_ENTRY, hardware \
                  reason {reason:#x}) {place}; look into the host's kernel log, or run the guest \
-                 with --engine bt"
+                 on engine bt"
             ),
             Self::Hardware(reason) => format!(
                 "KVM does not know why the guest was left (KVM_EXIT_UNKNOWN, hardware reason \
-                 {reason:#x}) {place}; update the host's kernel, or use --engine bt"
+                 {reason:#x}) {place}; update the host's kernel, or use engine bt"
             ),
             Self::Unexpected(reason) => format!(
                 "KVM left the guest with exit {reason}, which this version does not know, \
-                 {place}; update the program, or use --engine bt"
+                 {place}; update the program, or use engine bt"
             ),
         }
     }
@@ -234,7 +234,7 @@ mod tests {
         assert!(failure.is_emulation());
         let line = failure.explain("at rip 0x1000 <0f 0b>");
         assert!(line.contains("cannot emulate") && line.contains("<0f 0b>"), "{line}");
-        assert!(line.contains("--engine bt") && !line.contains('\n'), "{line}");
+        assert!(line.contains("engine bt") && !line.contains('\n'), "{line}");
     }
 
     #[test]
@@ -245,7 +245,7 @@ mod tests {
         let Raw::Failed(failure) = decode(&run) else { panic!() };
         let line = failure.explain("at rip 0x1000");
         assert!(line.contains("CPU 3") && line.contains("0x80000021"), "{line}");
-        assert!(line.contains("--engine bt"), "{line}");
+        assert!(line.contains("engine bt"), "{line}");
     }
 
     #[test]

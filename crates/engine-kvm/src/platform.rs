@@ -39,7 +39,7 @@ const X2APIC: RangeInclusive<u32> = 0x800..=0x8FF;
 const MSRS_PER_RANGE: u32 = KVM_MSR_FILTER_MAX_BITMAP_SIZE * 8;
 
 fn lacks(what: &str, mend: &str) -> EngineError {
-    EngineError::Unavailable(what.into()).mended_by(format!("{mend}, or use --engine bt"))
+    EngineError::Unavailable(what.into()).mended_by(format!("{mend}, or use engine bt"))
 }
 
 /// Makes the VM hand over what the platform answers, or says why it cannot.
@@ -48,7 +48,7 @@ pub fn prepare(kvm: &Kvm, fd: &VmFd, platform: &Platform) -> Result<(), EngineEr
         return Err(EngineError::Unavailable(
             "KVM delivers a deprivileged guest's traps to the guest itself".into(),
         )
-        .mended_by("use --engine bt"));
+        .mended_by("use engine bt"));
     }
     check_ports(platform, std::fs::read_to_string(BACKDOOR_PARAMETER).ok().as_deref())?;
     let mut msrs = platform.msrs.clone();
@@ -79,7 +79,7 @@ fn check_ports(platform: &Platform, parameter: Option<&str>) -> Result<(), Engin
                 ports.ports.start(),
                 ports.ports.end()
             ))
-            .mended_by("use --engine bt"));
+            .mended_by("use engine bt"));
         }
         if parameter.is_none_or(|value| value.trim() != "Y") {
             return Err(lacks(
@@ -122,7 +122,7 @@ fn filter_msrs(kvm: &Kvm, fd: &VmFd, msrs: &[RangeInclusive<u32>]) -> Result<(),
     if let Some(range) = msrs.iter().find(|range| overlaps(range, &X2APIC)) {
         return Err(EngineError::Unavailable(format!(
             "KVM does not hand over the x2APIC's MSRs, of which {:#x}-{:#x} are some; \
-             use --engine bt",
+             use engine bt",
             range.start(),
             range.end()
         )));
@@ -141,7 +141,7 @@ fn filter_msrs(kvm: &Kvm, fd: &VmFd, msrs: &[RangeInclusive<u32>]) -> Result<(),
                     "KVM hands over MSRs of {KVM_MSR_FILTER_MAX_RANGES} ranges at most, of \
                      {MSRS_PER_RANGE} each"
                 ))
-                .mended_by("use --engine bt"));
+                .mended_by("use engine bt"));
             }
             left -= u64::from(msr_count);
             base = base.wrapping_add(msr_count);
@@ -173,7 +173,7 @@ mod tests {
         assert!(check_ports(&backdoor, Some("Y\n")).is_ok());
         for refusal in [Some("N\n"), None] {
             let line = check_ports(&backdoor, refusal).unwrap_err().to_string();
-            assert!(line.contains("enable_vmware_backdoor=Y") && line.contains("--engine bt"));
+            assert!(line.contains("enable_vmware_backdoor=Y") && line.contains("engine bt"));
         }
         let line = check_ports(&ports(0x5658..=0x5670, true), Some("Y")).unwrap_err().to_string();
         assert!(line.contains("0x5658-0x5670"), "{line}");

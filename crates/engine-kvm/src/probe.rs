@@ -260,7 +260,7 @@ impl Guest {
 
 /// KVM is there and does not do what it should.
 fn wrong(cause: impl Into<String>) -> Unusable {
-    Unusable::new(cause, "use --engine bt")
+    Unusable::new(cause, "use engine bt")
 }
 
 #[cfg(test)]

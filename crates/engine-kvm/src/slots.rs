@@ -225,6 +225,6 @@ mod tests {
     #[test]
     fn slot_without_memory_names_the_option() {
         let error = slot_refused(512 << 20, kvm_ioctls::Error::new(libc::ENOMEM)).to_string();
-        assert!(error.contains("512 MiB") && error.contains("--memory"), "{error}");
+        assert!(error.contains("512 MiB") && error.contains("less memory"), "{error}");
     }
 }

@@ -188,7 +188,7 @@ impl KvmVcpu {
                 self.place()
             ))),
             Some(errno) => Err(EngineError::Internal(format!(
-                "KVM_RUN failed: {} {}; look into the host's kernel log, or use --engine bt",
+                "KVM_RUN failed: {} {}; look into the host's kernel log, or use engine bt",
                 std::io::Error::from_raw_os_error(errno),
                 self.place()
             ))),

@@ -59,7 +59,7 @@ pub fn refused(what: &str, error: kvm_ioctls::Error) -> EngineError {
 pub fn unusable(what: &str, error: kvm_ioctls::Error) -> Unusable {
     let otherwise = match error.errno() {
         libc::EBUSY => "end other hypervisors on the host",
-        _ => "look into the host's kernel log, or use --engine bt",
+        _ => "look into the host's kernel log, or use engine bt",
     };
     let cause = Error::from_raw_os_error(error.errno());
     Unusable::refused(&format!("KVM cannot {what}"), &cause, otherwise)
@@ -120,7 +120,7 @@ fn check_vcpus(vcpus: u32, max: u32) -> Result<(), EngineError> {
         return Err(EngineError::Refused(format!(
             "{vcpus} vCPUs cannot be: the host's KVM runs 1 to {max}"
         ))
-        .mended_by(format!("use --cpus {}", vcpus.clamp(1, max.max(1)))));
+        .mended_by(format!("ask for at most {} CPUs", vcpus.clamp(1, max.max(1)))));
     }
     Ok(())
 }
@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn too_many_vcpus_are_refused_with_the_limit() {
         let error = check_vcpus(9, 4).unwrap_err().to_string();
-        assert!(error.contains("1 to 4") && error.contains("--cpus 4"), "{error}");
+        assert!(error.contains("1 to 4") && error.contains("at most 4 CPUs"), "{error}");
         assert!(check_vcpus(0, 4).is_err() && check_vcpus(4, 4).is_ok());
     }
 

@@ -82,7 +82,7 @@ impl Unusable {
             Some(libc::EMFILE) => "raise the limit of open files: ulimit -n",
             Some(libc::ENFILE) => "end programs that hold many files open",
             Some(libc::ENOMEM) => {
-                "free memory on the host, ask for less with --memory, or raise the limit: ulimit -v"
+                "free memory on the host, ask for less memory, or raise the limit: ulimit -v"
             }
             Some(libc::EFBIG) => "raise the limit of the size of files: ulimit -f",
             _ => otherwise,

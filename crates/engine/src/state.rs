@@ -239,7 +239,7 @@ impl VmState {
                 "the saved machine has {} vCPUs, this one {vcpus}",
                 self.vcpus
             ))
-            .mended_by(format!("make it with --cpus {}", self.vcpus)));
+            .mended_by(format!("make it with {} of them", self.vcpus)));
         }
         if self.tsc_hz.abs_diff(tsc_hz) > tsc_hz / TSC_TOLERANCE {
             return Err(EngineError::Refused(format!(

@@ -33,7 +33,7 @@ pub fn check(engine: &str) -> Result<(), EngineError> {
                 mib(left),
                 mib(needed),
             ))
-            .mended_by(format!("raise that with {option}, or ask for less with --memory")));
+            .mended_by(format!("raise that with {option}, or ask for less memory")));
         }
     }
     Ok(())

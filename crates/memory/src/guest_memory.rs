@@ -72,8 +72,8 @@ impl MemoryError {
     }
 }
 
-const LESS: &str = "ask for less with --memory";
-const LESS_OR_RAISE: &str = "raise that with ulimit -v, or ask for less with --memory";
+const LESS: &str = "ask for less memory";
+const LESS_OR_RAISE: &str = "raise that with ulimit -v, or ask for less memory";
 
 /// Rounded up, so that a refused size is never shown as one that fits.
 fn mib(bytes: u64) -> u64 {

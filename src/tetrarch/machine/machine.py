@@ -351,6 +351,12 @@ class Machine:
         """
         self._life.require("save", Phase.RUNNING, Phase.HELD)
         with nullcontext() if self.phase is Phase.HELD else self.held():
+            if self._conclusion.decided:
+                # The event is no state of the machine: one that goes on from the file never had it.
+                raise MachineStateError(
+                    "the machine cannot be saved: its guest is switching it off or resetting it",
+                    mend="resume it; after a reset save it again",
+                )
             save_machine(self._parts(), Path(path))
 
     @classmethod

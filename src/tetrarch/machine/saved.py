@@ -14,6 +14,7 @@ nothing in it is more than data.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -49,6 +50,7 @@ _RUN = struct.Struct("<QQ")
 _BODY_BYTES_MAX = 16 << 20
 _CHUNK = 1 << 20
 _PAGE = 4096
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SavedWriter:
@@ -192,7 +194,7 @@ def writing_saved(path: Path) -> Iterator[SavedWriter]:
     except OSError as error:
         raise HostError(
             f"cannot save the machine to {path}: {error.strerror or error}",
-            mend="free the space, or name another file",
+            mend="free the space" if error.errno in _FULL else "name another file",
         ) from error
 
 

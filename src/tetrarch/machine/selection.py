@@ -88,17 +88,17 @@ def choose(name: str, cpus: int = 1) -> tuple[str, str]:
     limit = _VCPUS_MAX.get(name)
     if limit is not None and cpus > limit:
         raise HostError(
-            f"engine {name} runs {limit} CPU, not {cpus}", f"give --cpus {limit}, or --engine kvm"
+            f"engine {name} runs {limit} CPU, not {cpus}", f"ask for {limit} CPU, or for engine kvm"
         )
     if probe is not None and not probe.hardware:
-        return name, f"as asked, but {_crawls(probe)}; --engine bt is faster"
+        return name, f"as asked, but {_crawls(probe)}; engine bt is faster"
     return name, "as asked"
 
 
 def _or_another(name: str, unusable: Unusable) -> str:
     for other in ENGINES:
         if other != name and engine_unusable(other) is None:
-            return f"{unusable.mend}; or use --engine {other}"
+            return f"{unusable.mend}; or use engine {other}"
     return unusable.mend
 
 
@@ -121,6 +121,6 @@ def _best(cpus: int) -> tuple[str, str]:
     if too_many:
         raise HostError(
             f"{cpus} CPUs need engine kvm, which cannot be used: {no_kvm.cause}",
-            f"{no_kvm.mend}; or give --cpus {_VCPUS_MAX['bt']}",
+            f"{no_kvm.mend}; or ask for {_VCPUS_MAX['bt']} CPU",
         )
     return "bt", f"not kvm: {no_kvm.cause}; see tetrarch doctor"
