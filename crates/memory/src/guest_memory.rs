@@ -52,6 +52,8 @@ pub enum MemoryError {
     Refused { start: GuestPhys, len: u64, cause: String },
     #[error("{length} bytes at guest physical {address} are not RAM of this machine")]
     OutOfRange { address: GuestPhys, length: u64 },
+    #[error("a request names more than {} pieces of memory", crate::ScatterList::MAX_PIECES)]
+    TooManyPieces,
 }
 
 impl MemoryError {
