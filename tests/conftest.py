@@ -1,6 +1,8 @@
 """What tests of whole guests share."""
 
+import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,7 +21,16 @@ def plain_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("TETRARCH_DEBUG", "FORCE_COLOR", "COLUMNS"):
             patch.delenv(name, raising=False)
+        # A shell without job control ignores it in what runs in the background, nohup that of
+        # a terminal which goes: the programs that tests start would inherit it.
+        signals: dict[signal.Signals, Any] = {
+            signal.SIGINT: signal.default_int_handler,
+            signal.SIGHUP: signal.SIG_DFL,
+        }
+        found = {number: signal.signal(number, handler) for number, handler in signals.items()}
         yield
+        for number, handler in found.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

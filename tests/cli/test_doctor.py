@@ -130,5 +130,5 @@ def test_more_vcpus_than_the_host_allows_are_refused_with_the_limit(cli: Cli) ->
     if reason is not None:
         pytest.skip("; ".join(reason))
     limit = _native.kvm_probe()["max_vcpus"]
-    with pytest.raises(_native.EngineError, match=f"1 to {limit}; use --cpus {limit}"):
+    with pytest.raises(_native.EngineError, match=f"1 to {limit}; ask for at most {limit} CPUs"):
         _native.Vm("kvm", 1 << 20, limit + 1)

@@ -232,15 +232,18 @@ def test_codes_beside_debug_exit_are_not_the_guests(
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_that_ends_us_is_named(tmp_path: Path, signum: signal.Signals) -> None:
     kernel = write(tmp_path, guests.say(b"ready") + guests.ENDLESS_LOOP)
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "tetrarch", "run", "--engine", "bt", "--kernel", str(kernel)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )
-    assert child.stdout is not None
-    assert child.stdout.read(5) == b"ready"
-    child.send_signal(signum)
-    _, errors = child.communicate(timeout=60)
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.read(5) == b"ready"
+            child.send_signal(signum)
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == 128 + signum
     assert errors.decode().splitlines()[-1] == f"tetrarch: ended by {signum.name}"

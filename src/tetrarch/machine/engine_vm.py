@@ -91,7 +91,8 @@ def create_vm(engine: str, config: MachineConfig, platform: Platform) -> EngineV
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
         raise HostError(
             f"cannot make a machine with {config.memory // MIB} MiB of memory and "
-            f"{config.cpus} CPUs: {engine_cause(error) or type(error).__name__}",
+            f"{config.cpus} CPU{'s' if config.cpus > 1 else ''}: "
+            f"{engine_cause(error) or type(error).__name__}",
             mend=engine_mend(error, "try less memory"),
         ) from error
 
