@@ -3,7 +3,9 @@
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm, VmState, host_tsc};
+use tetrarch_engine::{
+    Clock, DirtyPages, EngineError, Platform, Unusable, Vcpu, Vm, VmState, host_tsc,
+};
 use tetrarch_memory::GuestMemory;
 
 use crate::cpu::VmShared;
@@ -13,6 +15,7 @@ use crate::host::wake::Bells;
 use crate::irqchip::IrqChip;
 use crate::kvm;
 use crate::memory::code_map::{CodeMap, MemoryChanges};
+use crate::memory::dirty_log::{DeviceWrites, DirtyLog};
 use crate::translate::cache::CodeCache;
 
 /// Choices for a VM of this engine.
@@ -73,6 +76,9 @@ fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> 
     let code = Arc::new(CodeMap::new(&memory));
     memory.add_observer(Arc::new(MemoryChanges(Arc::clone(&code))));
     let bells = Arc::new(Bells::new(config.vcpus as usize));
+    let dirty = DirtyLog::new(&memory, config.vcpus as usize, Arc::clone(&bells) as _);
+    let dirty = Arc::new(dirty);
+    memory.add_observer(Arc::new(DeviceWrites(Arc::clone(&dirty))));
     let irqchip = Arc::new(IrqChip::new(config.vcpus as usize, tsc_hz, Arc::clone(&bells) as _));
     irqchip.set_virtual_wire();
     let mut platform = config.platform;
@@ -84,6 +90,7 @@ fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> 
     let shared = Arc::new(VmShared {
         memory,
         code,
+        dirty,
         irqchip,
         clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(config.vcpus),
@@ -163,6 +170,15 @@ impl Vm for BtVm {
 
     fn clock(&self) -> &Arc<Clock> {
         &self.shared.clock
+    }
+
+    fn set_dirty_log(&self, on: bool) -> Result<(), EngineError> {
+        self.shared.dirty.set(&self.shared.memory, on);
+        Ok(())
+    }
+
+    fn take_dirty_log(&self) -> Result<Vec<DirtyPages>, EngineError> {
+        Ok(self.shared.dirty.take(&self.shared.memory))
     }
 
     fn save(&self) -> Result<VmState, EngineError> {

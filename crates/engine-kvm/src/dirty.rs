@@ -14,7 +14,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use tetrarch_engine::EngineError;
-use tetrarch_memory::{GuestPhys, PAGE_SHIFT, PAGE_SIZE};
+use tetrarch_memory::PAGE_SIZE;
 
 use crate::vm::refused;
 
@@ -29,36 +29,6 @@ pub enum DirtyTracking {
     Bitmap,
     /// A ring of so many entries, a power of two, for each vCPU.
     Ring { entries: u32 },
-}
-
-/// Written pages of one range of RAM.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DirtyPages {
-    pub start: GuestPhys,
-    /// One bit a page, from the lowest.
-    pub bitmap: Vec<u64>,
-}
-
-impl DirtyPages {
-    pub(crate) fn new(start: GuestPhys, len: u64) -> Self {
-        let pages = (len >> PAGE_SHIFT) as usize;
-        Self { start, bitmap: vec![0; pages.div_ceil(64)] }
-    }
-
-    pub(crate) fn mark(&mut self, page: u64) {
-        if let Some(word) = self.bitmap.get_mut((page / 64) as usize) {
-            *word |= 1 << (page % 64);
-        }
-    }
-
-    pub fn contains(&self, address: GuestPhys) -> bool {
-        let page = address.0.wrapping_sub(self.start.0) >> PAGE_SHIFT;
-        self.bitmap.get((page / 64) as usize).is_some_and(|word| word >> (page % 64) & 1 != 0)
-    }
-
-    pub fn count(&self) -> u64 {
-        self.bitmap.iter().map(|word| u64::from(word.count_ones())).sum()
-    }
 }
 
 pub fn enable_ring(vm: &VmFd, entries: u32) -> Result<(), EngineError> {

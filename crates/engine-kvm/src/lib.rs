@@ -28,7 +28,7 @@ mod vcpu;
 mod vm;
 
 pub use capabilities::{Capability, capabilities};
-pub use dirty::{DirtyPages, DirtyTracking};
+pub use dirty::DirtyTracking;
 pub use host::{DEVICE, available};
 pub use irqchip::IrqRoute;
 pub use probe::{Probe, probe};

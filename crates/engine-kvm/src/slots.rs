@@ -8,10 +8,10 @@ use std::sync::{Arc, Weak};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
-use tetrarch_engine::EngineError;
+use tetrarch_engine::{DirtyPages, EngineError};
 use tetrarch_memory::{GuestPhys, MemoryObserver, PAGE_SHIFT, Region};
 
-use crate::dirty::{DirtyPages, DirtyTracking, Ring, enable_ring};
+use crate::dirty::{DirtyTracking, Ring, enable_ring};
 use crate::vm::{VmShared, refused};
 
 // KVM_RESET_DIRTY_RINGS (linux/kvm.h).

@@ -8,13 +8,13 @@ use kvm_bindings::{CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, kvm_ena
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
-use tetrarch_engine::{Clock, EngineError, Platform, Unusable, Vcpu, Vm, VmState};
+use tetrarch_engine::{Clock, DirtyPages, EngineError, Platform, Unusable, Vcpu, Vm, VmState};
 use tetrarch_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chipset;
 use crate::cpuid::{self, Policy};
-use crate::dirty::{DirtyPages, DirtyTracking};
+use crate::dirty::DirtyTracking;
 use crate::halt::HaltWatch;
 use crate::host;
 use crate::irqchip::{self, IrqChip, IrqRoute};
@@ -235,21 +235,6 @@ impl KvmVm {
     ) -> Result<(), EngineError> {
         irqchip::unregister_ioevent(&self.shared.fd, event, address, value)
     }
-
-    /// Starts to note which pages are written.
-    pub fn start_dirty_log(&self) -> Result<(), EngineError> {
-        self.shared.slots.set_logging(&self.shared.fd, true)
-    }
-
-    /// The pages written since the last call, by range of RAM.
-    pub fn take_dirty(&self) -> Result<Vec<DirtyPages>, EngineError> {
-        self.shared.slots.take_dirty(&self.shared.fd)
-    }
-
-    pub fn stop_dirty_log(&self) -> Result<(), EngineError> {
-        self.shared.slots.set_logging(&self.shared.fd, false)?;
-        self.shared.slots.take_dirty(&self.shared.fd).map(drop)
-    }
 }
 
 impl Vm for KvmVm {
@@ -268,6 +253,16 @@ impl Vm for KvmVm {
 
     fn clock(&self) -> &Arc<Clock> {
         &self.shared.clock
+    }
+
+    fn set_dirty_log(&self, on: bool) -> Result<(), EngineError> {
+        let VmShared { fd, slots, .. } = &*self.shared;
+        slots.set_logging(fd, on)?;
+        if on { Ok(()) } else { slots.take_dirty(fd).map(drop) }
+    }
+
+    fn take_dirty_log(&self) -> Result<Vec<DirtyPages>, EngineError> {
+        self.shared.slots.take_dirty(&self.shared.fd)
     }
 
     fn save(&self) -> Result<VmState, EngineError> {

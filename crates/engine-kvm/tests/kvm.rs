@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kvm_ioctls::IoEventAddress;
 use libtest_mimic::{Arguments, Failed, Trial};
-use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu};
+use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu, Vm};
 use tetrarch_engine_kvm::{
     Config, DEVICE, DirtyTracking, IrqRoute, KvmVcpu, KvmVm, available, create_vm, probe,
 };
@@ -134,7 +134,7 @@ fn memory_comes_and_goes_between_two_runs() {
     const REGION: GuestPhys = GuestPhys(0xE000_0000);
     // mov [0x10], al ; out 0x80, al
     let mut m = machine(config(), &[0xA2, 0x10, 0, 0xE6, 0x80]);
-    m.vm.start_dirty_log().unwrap();
+    m.vm.set_dirty_log(true).unwrap();
     let mut first_exit = || {
         start_at(&mut m.vcpu, CODE);
         let mut system = m.vcpu.system_registers().expect("state");
@@ -153,10 +153,10 @@ fn memory_comes_and_goes_between_two_runs() {
         m.memory.read(REGION.offset(0x10), &mut written).unwrap();
         assert_eq!(written, [0]);
         // What is new is logged as the rest is.
-        let dirty = m.vm.take_dirty().unwrap();
+        let dirty = m.vm.take_dirty_log().unwrap();
         assert!(dirty.iter().any(|pages| pages.start == REGION && pages.count() == 1));
         drop(m.memory.remove_region(REGION).unwrap());
-        assert_eq!(m.vm.take_dirty().unwrap().len(), 1);
+        assert_eq!(m.vm.take_dirty_log().unwrap().len(), 1);
     }
 }
 
@@ -164,19 +164,19 @@ fn written_pages(config: Config) {
     // mov [0x5000], al ; mov [0x7000], al ; out 0x80, al
     let code = [0xA2, 0, 0x50, 0xA2, 0, 0x70, 0xE6, 0x80];
     let mut m = machine(config, &code);
-    m.vm.start_dirty_log().unwrap();
+    m.vm.set_dirty_log(true).unwrap();
     m.vcpu.run().unwrap();
     m.memory.write(GuestPhys(0x9FFF), &[1, 2]).unwrap();
-    let dirty = m.vm.take_dirty().unwrap();
+    let dirty = m.vm.take_dirty_log().unwrap();
     for (page, written) in
         [(0x5000, true), (0x6000, false), (0x7000, true), (0x9000, true), (0xA000, true)]
     {
         assert_eq!(dirty[0].contains(GuestPhys(page)), written, "{page:#x}");
     }
-    assert!(!m.vm.take_dirty().unwrap()[0].contains(GuestPhys(0x5000)));
-    m.vm.stop_dirty_log().unwrap();
+    assert!(!m.vm.take_dirty_log().unwrap()[0].contains(GuestPhys(0x5000)));
+    m.vm.set_dirty_log(false).unwrap();
     m.memory.write(GuestPhys(0), &[1]).unwrap();
-    assert_eq!(m.vm.take_dirty().unwrap()[0].count(), 0);
+    assert_eq!(m.vm.take_dirty_log().unwrap()[0].count(), 0);
 }
 
 fn bitmap_names_the_pages_written() {

@@ -8,6 +8,7 @@
 mod chipset;
 mod clock;
 pub mod cpuid;
+mod dirty;
 mod exit;
 mod platform;
 mod registers;
@@ -16,6 +17,7 @@ mod state;
 
 pub use chipset::{ENGINE_MMIO, ENGINE_PORTS, GSI_COUNT};
 pub use clock::{Clock, ClockFollower, host_tsc};
+pub use dirty::DirtyPages;
 pub use exit::{Exit, GuestFault, Reply, Trap};
 pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};
 pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};
@@ -115,6 +117,14 @@ pub trait Vm: Send + Sync {
     fn msi(&self, address: u64, data: u32);
     /// The machine's clock.
     fn clock(&self) -> &Arc<Clock>;
+    /// Starts or stops to note which pages are written, by vCPUs (their page walks
+    /// included) and by devices. The log begins empty; while it is off it costs
+    /// nothing.
+    fn set_dirty_log(&self, on: bool) -> Result<(), EngineError>;
+    /// The pages written since the last call, or since the log was switched on, by
+    /// region. vCPUs may run meanwhile: a page that is written after it was read by
+    /// the caller is in the next log.
+    fn take_dirty_log(&self) -> Result<Vec<DirtyPages>, EngineError>;
     /// What the vCPUs share: interrupt controllers and clock. Exact while no
     /// vCPU runs and the clock stands.
     fn save(&self) -> Result<VmState, EngineError>;

@@ -26,12 +26,14 @@ use crate::interp::replay::Replay;
 use crate::irqchip::IrqChip;
 use crate::kvm::{self, Paravirtual};
 use crate::memory::code_map::CodeMap;
+use crate::memory::dirty_log::DirtyLog;
 use crate::memory::tlb::Tlb;
 
 /// What the vCPUs of a VM share.
 pub struct VmShared {
     pub memory: Arc<GuestMemory>,
     pub code: Arc<CodeMap>,
+    pub dirty: Arc<DirtyLog>,
     pub irqchip: Arc<IrqChip>,
     pub clock: Arc<Clock>,
     pub cpuid: CpuidTable,

@@ -197,6 +197,7 @@ impl BtVcpu {
         if let Some(translator) = &mut self.translator {
             translator.drop_written_code(&mut self.cpu);
         }
+        self.cpu.follow_dirty_log();
         let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
         if let Some(deadline) = deadline {
             let now = self.cpu.now_ns();
@@ -433,6 +434,8 @@ impl Vcpu for BtVcpu {
         }
         self.cpu.update_tsc_offset();
         self.cpu.follow_memory();
+        self.cpu.vm.dirty.enter(self.cpu.id);
+        self.cpu.follow_dirty_log();
         let start = host_tsc();
         signals::look_again(start);
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
@@ -450,6 +453,7 @@ impl Vcpu for BtVcpu {
         }
         x87_pointers::settle(&mut self.cpu);
         fpu::leave(&mut self.cpu.st);
+        self.cpu.vm.dirty.leave(self.cpu.id);
         self.cpu.counts.run_tsc += host_tsc().wrapping_sub(start);
         result
     }

@@ -16,6 +16,7 @@ use crate::cpu::state::{attr, cr, flag, reg, seg, shadow};
 use crate::cpu::{Cpu, VmShared};
 use crate::irqchip::{IrqChip, Wake};
 use crate::memory::code_map::CodeMap;
+use crate::memory::dirty_log::DirtyLog;
 
 const CODE: u64 = 0x1000;
 const STACK: u64 = 0x8000;
@@ -34,6 +35,7 @@ fn cpu(bits: u32) -> Cpu {
     let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
     let vm = VmShared {
         code: Arc::new(CodeMap::new(&memory)),
+        dirty: Arc::new(DirtyLog::new(&memory, 1, Arc::new(NoWake))),
         memory,
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(NoWake))),
         clock: Arc::new(Clock::new()),

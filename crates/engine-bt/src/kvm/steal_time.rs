@@ -120,10 +120,11 @@ impl Cpu {
         let _ = memory.write(version_at, &odd.wrapping_add(1).to_le_bytes());
     }
 
-    /// The flags, which other vCPUs of the guest change with locked accesses.
+    /// The flags, about to be written, which other vCPUs of the guest change with locked accesses.
     fn preempted_flags(&self) -> Option<&AtomicU8> {
         let address = GuestPhys(self.kvm.steal_time.address()? + PREEMPTED);
         let host = self.vm.memory.host(address, 1)?;
+        self.vm.dirty.mark(address);
         // SAFETY: a mapped byte of guest RAM, which lives as long as the VM; a
         // byte is always aligned.
         Some(unsafe { AtomicU8::from_ptr(host) })

@@ -222,6 +222,7 @@ impl Cpu {
         let done = self.entry_cell(slot).is_some_and(|cell| {
             cell.compare_exchange(old, old | bits, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         });
+        self.vm.dirty.mark(GuestPhys(slot));
         self.vm.code.wrote(GuestPhys(slot), 8);
         done
     }
@@ -231,6 +232,7 @@ impl Cpu {
         let done = self.entry_cell_32(slot).is_some_and(|cell| {
             cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         });
+        self.vm.dirty.mark(GuestPhys(slot));
         self.vm.code.wrote(GuestPhys(slot), 4);
         done
     }
@@ -242,6 +244,14 @@ impl Cpu {
         if self.tlb.generation != generation {
             self.tlb.generation = generation;
             self.tlb.flush(true);
+        }
+    }
+
+    /// Drops write entries for the dirty log, if it was switched on or taken.
+    pub fn follow_dirty_log(&mut self) {
+        if let Some(epoch) = self.vm.dirty.wanted(self.id) {
+            self.tlb.drop_writes();
+            self.vm.dirty.dropped(self.id, epoch);
         }
     }
 
@@ -269,6 +279,7 @@ impl Cpu {
         let place = host.wrapping_add(walk.address.page_offset() as usize);
         let code = self.vm.code.has_code(page);
         if write {
+            self.vm.dirty.mark(page);
             if code {
                 return Ok(Place::Code(place, walk.address));
             }
@@ -277,7 +288,7 @@ impl Cpu {
         }
         self.tlb.fill(linear, host, user, false, walk.global);
         // What is read is often written next; spare that walk.
-        if walk.writable && !code {
+        if walk.writable && !code && !self.vm.dirty.waits_for(page) {
             self.tlb.fill(linear, host, user, true, walk.global);
         }
         Ok(Place::Ram(place))

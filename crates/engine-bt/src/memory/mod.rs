@@ -2,5 +2,6 @@
 //! looks into, and the map of what has been translated.
 
 pub mod code_map;
+pub mod dirty_log;
 pub mod mmu;
 pub mod tlb;

@@ -359,6 +359,17 @@ impl Tlb {
         }
     }
 
+    /// Drops every write entry: each page's next write is to be seen.
+    pub fn drop_writes(&mut self) {
+        self.block.forget_stack();
+        for user in [false, true] {
+            let table = self.block.tlb_mut(user, true);
+            for logs in &mut self.logs {
+                logs.tlb[usize::from(user) * 2 + 1].drain(table);
+            }
+        }
+    }
+
     /// Drops every indirect branch target: they belong to another mode.
     pub fn flush_branches(&mut self) {
         for logs in &mut self.logs {

@@ -10,6 +10,10 @@ use tetrarch_memory::{GuestMemory, GuestPhys};
 pub const MIB: u64 = 1 << 20;
 pub const CODE: u64 = 0x1000;
 pub const STACK: u64 = 0x800;
+/// PML4, page directory pointers, page directory, and the page tables of the first
+/// and of the second 2 MiB.
+pub const PAGE_TABLES: [u64; 5] = [0x1_0000, 0x1_1000, 0x1_2000, 0x1_3000, 0x1_4000];
+pub const FRESH: u64 = 2 * MIB;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
@@ -40,7 +44,7 @@ impl Engine {
 }
 
 /// No exit of these guests is longer in coming, on any host.
-const LONGEST: Duration = Duration::from_secs(60);
+pub const LONGEST: Duration = Duration::from_secs(60);
 
 /// Makes a vCPU look up now and then while this lives, so that a guest that
 /// hangs is seen.
@@ -77,6 +81,40 @@ impl Guest {
         let mut guest = Self { vm, vcpu, memory, _watchdog };
         guest.write(CODE, code);
         guest.start_at(CODE);
+        guest
+    }
+
+    /// In 64-bit mode, where `Bt` translates. The first 2 MiB are mapped to themselves
+    /// with all A and D bits set, and once more from [`FRESH`] on with those of
+    /// the pages clear.
+    pub fn new_64_bit(engine: Engine, code: &[u8]) -> Self {
+        const TABLE: u64 = 3; // present and writable
+        const ACCESSED: u64 = 1 << 5;
+        const DIRTY: u64 = 1 << 6;
+        let mut guest = Self::new(engine, code);
+        let [root, pointers, directory, first, second] = PAGE_TABLES;
+        for (at, entry) in [
+            (root, pointers | TABLE | ACCESSED),
+            (pointers, directory | TABLE | ACCESSED),
+            (directory, first | TABLE | ACCESSED),
+            (directory + 8, second | TABLE | ACCESSED),
+        ] {
+            guest.write(at, &entry.to_le_bytes());
+        }
+        for page in 0..512 {
+            let entry = page << 12 | TABLE;
+            guest.write(first + page * 8, &(entry | ACCESSED | DIRTY).to_le_bytes());
+            guest.write(second + page * 8, &entry.to_le_bytes());
+        }
+        let mut system = guest.vcpu.system_registers().expect("state");
+        system.cs = Segment { base: 0, limit: 0xFFFF_FFFF, attributes: 0xA09B, selector: 8 };
+        let data = Segment { base: 0, limit: 0xFFFF_FFFF, attributes: 0xC093, selector: 16 };
+        (system.ds, system.es, system.ss) = (data, data, data);
+        system.cr0 = 0x8000_0011; // PG, ET, PE
+        system.cr3 = root;
+        system.cr4 = 0x20; // PAE
+        system.efer = 0x500; // LMA, LME
+        guest.vcpu.set_system_registers(&system).expect("64-bit mode");
         guest
     }
 

@@ -14,6 +14,7 @@ use crate::interp::segment::{Descriptor, null_segment};
 use crate::interp::{Flow, system};
 use crate::irqchip::{IrqChip, Wake};
 use crate::memory::code_map::CodeMap;
+use crate::memory::dirty_log::DirtyLog;
 
 pub const GDT: u64 = 0x1000;
 pub const IDT: u64 = 0x2000;
@@ -50,6 +51,7 @@ pub fn machine() -> Cpu {
     let tsc_hz = 1_000_000_000;
     let shared = VmShared {
         code: Arc::new(CodeMap::new(&memory)),
+        dirty: Arc::new(DirtyLog::new(&memory, 1, Arc::new(NoWake))),
         memory,
         irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
         clock: Arc::new(Clock::new()),

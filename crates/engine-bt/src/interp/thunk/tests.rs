@@ -15,6 +15,7 @@ use crate::cpu::cpuid::CpuidTable;
 use crate::cpu::state::{Ymm, attr, cr, flag, reg, seg};
 use crate::irqchip::{IrqChip, Wake};
 use crate::memory::code_map::CodeMap;
+use crate::memory::dirty_log::DirtyLog;
 
 struct Asleep;
 
@@ -31,8 +32,10 @@ pub(crate) fn machine() -> Cpu {
     signals::install();
     let memory = Arc::new(GuestMemory::new(RAM).unwrap());
     let code = Arc::new(CodeMap::new(&memory));
+    let dirty = Arc::new(DirtyLog::new(&memory, 1, Arc::new(Asleep)));
     let vm = VmShared {
         memory,
+        dirty,
         code,
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(Asleep))),
         clock: Arc::new(Clock::new()),
