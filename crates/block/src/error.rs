@@ -17,6 +17,8 @@ pub enum BlockError {
     Truncated,
     #[error("an earlier flush failed, and what was written before it may be lost")]
     LostWrites,
+    #[error("a raw disk may not begin like an image unless format=raw is given")]
+    LooksLikeAnImage,
     #[error("the host: {0}")]
     Host(Errno),
 }
@@ -68,6 +70,7 @@ impl ImageError {
             Some(Errno::NOSPC | Errno::DQUOT) => "make room on the host's file system",
             Some(Errno::MFILE | Errno::NFILE) => "raise the limit of open files: ulimit -n",
             Some(Errno::LOOP) => "mend the loop of symbolic links",
+            None => "look for damage: tetrarch disk check IMAGE",
             _ => "look at the host's kernel log, and at the file system that it is on",
         };
         let cause = format!("{what}: {}", reason(&source));

@@ -7,9 +7,13 @@
 //! policies, each a backend around another.
 
 mod backend;
+mod create;
 mod error;
+mod format;
+mod image;
 mod lock;
 mod pread;
+mod qcow2;
 mod raw;
 #[cfg(test)]
 mod testing;
@@ -18,5 +22,8 @@ mod uring;
 mod workers;
 
 pub use backend::{BlockBackend, BlockInfo, BlockQueue, Completion, Request, SECTOR};
+pub use create::{NewImage, Source, create};
 pub use error::{BlockError, ImageError};
+pub use image::{Format, ImageOptions, open};
+pub use qcow2::Qcow2Header;
 pub use raw::{Cache, RawDisk, RawOptions};

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use crate::backend::SECTOR;
+use crate::image::open_file;
 use crate::uring::UringQueue;
 use crate::workers::WorkerQueue;
 use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, ImageError, lock};
@@ -30,6 +31,9 @@ pub enum Cache {
 pub struct RawOptions {
     pub readonly: bool,
     pub cache: Cache,
+    /// It was taken for raw by its first bytes: they may not come to look like another
+    /// format's, which could name any file of the host, when it is opened again.
+    pub guessed: bool,
 }
 
 /// What O_DIRECT asks of a request.
@@ -41,13 +45,17 @@ pub(crate) struct Alignment {
 
 /// The file of a raw disk, as its queues use it.
 pub(crate) struct RawFile {
-    /// By the page cache; it holds the lock.
+    /// Holds the lock, and is used for nothing else: what io_uring had of a file it lets
+    /// go of some time after its end, or this process's.
+    _lock: File,
+    /// By the page cache.
     pub file: File,
     /// Past it. A request that it cannot take goes by `file`: the kernel keeps both
     /// coherent (open(2), O_DIRECT), and its pages are the bounce buffer.
     pub direct: Option<(File, Alignment)>,
     pub path: PathBuf,
     pub readonly: bool,
+    pub guessed: bool,
     device: bool,
     block_size: u32,
     /// The disk's size: the file's, rounded up to sectors.
@@ -68,22 +76,18 @@ pub struct RawDisk {
 impl RawDisk {
     pub fn open(path: impl AsRef<Path>, options: RawOptions) -> Result<Self, ImageError> {
         let path = path.as_ref();
-        let open = |flags| {
-            OpenOptions::new().read(true).write(!options.readonly).custom_flags(flags).open(path)
-        };
+        let lock = open_file(path, !options.readonly)?;
         let failed = |source| ImageError::host(path, "cannot open the image", source);
-        // A FIFO would make the open wait, a tape would wind.
-        let file = open(libc::O_NONBLOCK).map_err(failed)?;
-        // io_uring would take it for the wish not to wait for the disk either.
-        rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(|e| failed(e.into()))?;
-        let metadata = file.metadata().map_err(failed)?;
-        let device = metadata.file_type().is_block_device();
-        if !device && !metadata.is_file() {
-            let cause = "is neither a file nor a block device";
-            return Err(ImageError::new(path, cause, "give the path of a disk image"));
-        }
-        take_lock(&file, path, !options.readonly)?;
-        let direct = (options.cache == Cache::None).then(|| open(libc::O_DIRECT));
+        let device = lock.metadata().map_err(failed)?.file_type().is_block_device();
+        take_lock(&lock, path, !options.readonly)?;
+        // The same file, whatever has the path by now.
+        let again = |flags| {
+            let path = format!("/proc/self/fd/{}", lock.as_raw_fd());
+            let mut open = OpenOptions::new();
+            open.read(true).write(!options.readonly).custom_flags(flags).open(path)
+        };
+        let file = again(0).map_err(failed)?;
+        let direct = (options.cache == Cache::None).then(|| again(libc::O_DIRECT));
         let direct = match direct {
             None => None,
             Some(Ok(direct)) => {
@@ -98,9 +102,11 @@ impl RawDisk {
             Some(Err(error)) => return Err(failed(error)),
         };
         let file = RawFile {
+            _lock: lock,
             direct,
             path: path.to_owned(),
             readonly: options.readonly,
+            guessed: options.guessed,
             device,
             // Guests are installed for blocks of 512 bytes: a file serves them at any
             // alignment, a device in its own.

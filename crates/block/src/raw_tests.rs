@@ -20,7 +20,8 @@ fn image(len: u64) -> NamedTempFile {
 }
 
 fn open(image: &NamedTempFile, cache: Cache) -> RawDisk {
-    RawDisk::open(image.path(), RawOptions { cache, readonly: false }).unwrap()
+    let options = RawOptions { cache, ..RawOptions::default() };
+    RawDisk::open(image.path(), options).unwrap()
 }
 
 /// Every way to serve a raw disk: by either cache, by io_uring and by threads.
@@ -274,7 +275,7 @@ fn what_is_no_image_is_refused_with_cause_and_mend() {
     let missing = error("/nonexistent/disk.img");
     assert!(missing.contains("no such file or directory; give the path of an image"), "{missing}");
     let directory = error("/");
-    assert!(directory.contains("give the path of an image, not of a directory"), "{directory}");
+    assert!(directory.contains("is a directory; give the path of an image"), "{directory}");
     let device = error("/dev/null");
     assert!(device.contains("neither a file nor a block device; give"), "{device}");
 }

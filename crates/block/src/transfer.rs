@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use tetrarch_memory::ScatterList;
 
 use crate::raw::RawFile;
-use crate::{BlockError, Request};
+use crate::{BlockError, Format, Request};
 
 /// Zeroes that are written where the file system knows no other way, so many at a time.
 static ZEROES: Aligned = Aligned([0; 1 << 20]);
@@ -49,6 +49,15 @@ impl Transfer {
     /// `Err` is a request that is done, or refused, without an operation.
     pub fn new(file: &RawFile, request: Request) -> Result<Self, Result<(), BlockError>> {
         request.check(&file.info()).map_err(Err)?;
+        if let Request::Write { offset: 0, data } = &request
+            && file.guessed
+        {
+            let mut first = [0; 64];
+            let len = data.read_at(0, &mut first);
+            if Format::of(&first[..len]) != Format::Raw {
+                return Err(Err(BlockError::LooksLikeAnImage));
+            }
+        }
         let mode = match request {
             Request::Discard { .. } => Some(file.zero_mode(true).ok_or(Ok(()))?),
             Request::WriteZeroes { unmap, .. } => file.zero_mode(unmap),

@@ -1,0 +1,145 @@
+//! Disks in a format: imago knows qcow2 and VMDK, threads wait for it.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use imago::FormatAccess;
+use imago::file::File;
+use imago::format::PreallocateMode;
+use parking_lot::RwLock;
+use rustix::io::Errno;
+use tetrarch_memory::ScatterList;
+
+use crate::backend::SECTOR;
+use crate::workers::{Blocking, WorkerQueue};
+use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, ImageError, Request};
+
+/// Data goes by a buffer of this size at most: guest memory changes while it is read,
+/// which no format's code expects.
+const CHUNK: usize = 256 << 10;
+
+pub(crate) type Access = FormatAccess<File>;
+
+/// Lock: `access`, to read for what leaves the mapping of clusters alone or adds to it,
+/// to write for what takes clusters away. It is held while the file is waited for.
+struct FormatImage {
+    access: RwLock<Access>,
+    path: PathBuf,
+    readonly: bool,
+    /// The format's unit, in bytes.
+    cluster: u32,
+}
+
+/// A disk in a format.
+pub(crate) struct FormatDisk(Arc<FormatImage>);
+
+impl FormatDisk {
+    pub fn new(access: Access, path: PathBuf, readonly: bool, cluster: u64) -> Self {
+        let (access, cluster) = (RwLock::new(access), cluster.max(SECTOR) as u32);
+        Self(Arc::new(FormatImage { access, path, readonly, cluster }))
+    }
+}
+
+impl BlockBackend for FormatDisk {
+    fn info(&self) -> BlockInfo {
+        self.0.info()
+    }
+
+    fn open_queue(&self) -> Result<Box<dyn BlockQueue>, ImageError> {
+        let failed = |e| ImageError::host(&self.0.path, "cannot start an I/O thread", e);
+        Ok(Box::new(WorkerQueue::new(Arc::clone(&self.0) as _).map_err(failed)?))
+    }
+
+    fn resize(&self, size: u64) -> Result<(), ImageError> {
+        let failed = |e| ImageError::host(&self.0.path, "cannot resize the image", e);
+        let mut access = self.0.access.write();
+        let resized = access.resize(size.next_multiple_of(SECTOR), PreallocateMode::None);
+        resized.and_then(|()| access.flush()).and_then(|()| access.sync()).map_err(failed)
+    }
+}
+
+impl FormatImage {
+    /// Moves data between guest memory and the disk, a buffer at a time.
+    fn each_chunk(
+        data: &ScatterList,
+        mut each: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut buffer = vec![0; data.len().min(CHUNK as u64) as usize];
+        let mut done = 0;
+        while done < data.len() {
+            let len = (data.len() - done).min(CHUNK as u64) as usize;
+            each(done, &mut buffer[..len])?;
+            done += len as u64;
+        }
+        Ok(())
+    }
+
+    fn try_serve(&self, request: &Request) -> io::Result<()> {
+        match request {
+            Request::Read { offset, data } => Self::each_chunk(data, |done, buffer| {
+                self.access.read().read(&mut *buffer, offset + done)?;
+                data.write_at(done, buffer);
+                Ok(())
+            }),
+            Request::Write { offset, data } => Self::each_chunk(data, |done, buffer| {
+                data.read_at(done, buffer);
+                self.access.read().write(&*buffer, offset + done)
+            }),
+            Request::Flush => {
+                let access = self.access.read();
+                access.flush()?;
+                access.sync()
+            }
+            Request::Discard { offset, length } => {
+                match self.access.write().discard_to_any(*offset, *length) {
+                    // A hint that nothing can be made of.
+                    Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+                    done => done,
+                }
+            }
+            Request::WriteZeroes { offset, length, unmap: true } => {
+                self.access.write().discard_to_zero(*offset, *length)
+            }
+            Request::WriteZeroes { offset, length, unmap: false } => {
+                self.access.read().write_zeroes(*offset, *length)
+            }
+        }
+    }
+}
+
+impl Blocking for FormatImage {
+    fn info(&self) -> BlockInfo {
+        BlockInfo {
+            // A disk ends with a whole sector.
+            size: self.access.read().size() / SECTOR * SECTOR,
+            block_size: SECTOR as u32,
+            readonly: self.readonly,
+            discards: !self.readonly,
+            discard_granularity: self.cluster,
+        }
+    }
+
+    fn serve(&self, request: &Request) -> Result<(), BlockError> {
+        request.check(&self.info())?;
+        let served = if self.readonly && matches!(request, Request::Flush) {
+            Ok(())
+        } else {
+            self.try_serve(request)
+        };
+        served.map_err(|error| {
+            let error_of_request = match error.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => BlockError::NoSpace,
+                io::ErrorKind::FileTooLarge => BlockError::NoSpace,
+                _ => BlockError::Host(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+            };
+            log::warn!("{}: {error}", self.path.display());
+            error_of_request
+        })
+    }
+}
+
+/// An opened file as imago's storage.
+pub(crate) fn storage(file: std::fs::File, writes: bool) -> io::Result<File> {
+    File::from_open_file(file, imago::StorageOpenOptions::new().write(writes))
+}

@@ -1,0 +1,312 @@
+//! From a path to a disk: which format, which files behind it, whose lock, and what is
+//! thrown away at the end.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use imago::file::File as Storage;
+use imago::format::builder::FormatCreateBuilder;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::vmdk::Vmdk;
+use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use rustix::fs::OFlags;
+
+use crate::format::{Access, FormatDisk, storage};
+use crate::qcow2::{self, Qcow2Header};
+use crate::raw::take_lock;
+use crate::{BlockBackend, Cache, ImageError, RawDisk, RawOptions};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    Raw,
+    Qcow2,
+    Vmdk,
+}
+
+impl Format {
+    pub const ALL: [Self; 3] = [Self::Raw, Self::Qcow2, Self::Vmdk];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Vmdk => "vmdk",
+        }
+    }
+
+    /// What the first bytes of an image say that it is.
+    pub fn of(first: &[u8]) -> Self {
+        if first.starts_with(&qcow2::MAGIC) {
+            Self::Qcow2
+        } else if first.starts_with(b"KDMV") || first.starts_with(b"# Disk DescriptorFile") {
+            Self::Vmdk
+        } else {
+            Self::Raw
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Format {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        Self::ALL.into_iter().find(|format| format.name() == name).ok_or(())
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ImageOptions {
+    /// By the image's first bytes where it is not given.
+    pub format: Option<Format>,
+    pub readonly: bool,
+    pub cache: Cache,
+    /// What is written is gone at the end; the image stays as it is.
+    pub snapshot: bool,
+}
+
+/// Opens the disk that an image is.
+pub fn open(path: &Path, options: ImageOptions) -> Result<Box<dyn BlockBackend>, ImageError> {
+    let format = match options.format {
+        Some(format) => format,
+        None => Format::of(&first_bytes(&open_file(path, false)?, path)?),
+    };
+    if format == Format::Raw && !options.snapshot {
+        let guessed = options.format.is_none();
+        let raw = RawOptions { readonly: options.readonly, cache: options.cache, guessed };
+        return Ok(Box::new(RawDisk::open(path, raw)?));
+    }
+    let writes = !options.readonly && !options.snapshot;
+    let mut chain = Chain::default();
+    let layer = chain.layer(path, format, writes)?;
+    if options.snapshot {
+        let overlay = overlay(layer.access, path)?;
+        let disk = FormatDisk::new(overlay, path.to_owned(), options.readonly, OVERLAY_CLUSTER);
+        return Ok(Box::new(disk));
+    }
+    let disk = FormatDisk::new(layer.access, path.to_owned(), options.readonly, layer.cluster);
+    Ok(Box::new(disk))
+}
+
+pub(crate) struct Layer {
+    pub access: Access,
+    pub cluster: u64,
+}
+
+/// The images that one consists of, from the top down.
+#[derive(Default)]
+pub(crate) struct Chain {
+    /// Device and inode of each.
+    seen: Vec<(u64, u64)>,
+}
+
+/// QEMU has no limit; each layer is an open file, and looked through by every read.
+const MAX_LAYERS: usize = 64;
+
+impl Chain {
+    pub fn layer(
+        &mut self,
+        path: &Path,
+        format: Format,
+        writes: bool,
+    ) -> Result<Layer, ImageError> {
+        let host = |what| move |error| ImageError::host(path, what, error);
+        let file = open_file(path, writes)?;
+        let metadata = file.metadata().map_err(host("cannot open the image"))?;
+        let identity = (metadata.dev(), metadata.ino());
+        if self.seen.contains(&identity) {
+            let cause = "the chain of backing files comes back to this image";
+            let mend = "give an image of the chain another backing file: qemu-img rebase -u";
+            return Err(ImageError::new(path, cause, mend));
+        }
+        if self.seen.len() == MAX_LAYERS {
+            let cause = format!("a chain of more than {MAX_LAYERS} backing files");
+            let mend = "merge some: qemu-img commit, or qemu-img convert -O qcow2";
+            return Err(ImageError::new(path, cause, mend));
+        }
+        self.seen.push(identity);
+        take_lock(&file, path, writes)?;
+        let failed = host("cannot use the image");
+        match format {
+            Format::Raw => {
+                let storage = storage(file, writes).map_err(&failed)?;
+                let raw = Raw::<Storage>::open_image(storage, writes).map_err(&failed)?;
+                Ok(Layer { access: FormatAccess::new(raw), cluster: 0 })
+            }
+            Format::Qcow2 => {
+                let header = Qcow2Header::read(&file, path)?;
+                check_writable(&header, path, writes)?;
+                let backing = self.backing(&header, path)?;
+                let storage = storage(file, writes).map_err(&failed)?;
+                let mut image = Qcow2::<Storage>::open_image(storage, writes).map_err(&failed)?;
+                image.set_data_file(None);
+                image.set_backing(backing);
+                let cluster = header.cluster_size();
+                Ok(Layer { access: FormatAccess::new(image), cluster })
+            }
+            Format::Vmdk => {
+                vmdk_is_served(&first_bytes(&file, path)?, path, writes)?;
+                let named = StorageOpenOptions::new().filename(path);
+                let storage = Storage::from_open_file(file, named).map_err(&failed)?;
+                let mut image = Vmdk::<Storage>::open_image(storage, false).map_err(&failed)?;
+                image.open_implicit_dependencies_gated(Extents).map_err(failed)?;
+                Ok(Layer { access: FormatAccess::new(image), cluster: 0 })
+            }
+        }
+    }
+
+    fn backing(
+        &mut self,
+        header: &Qcow2Header,
+        image: &Path,
+    ) -> Result<Option<Access>, ImageError> {
+        let Some(name) = &header.backing else { return Ok(None) };
+        let path = backing_path(image, name)?;
+        let format = match &header.backing_format {
+            Some(format) => format.parse().map_err(|()| {
+                let cause = format!("its backing file {name} has the format {format}");
+                let mend = format!("convert that: qemu-img convert -f {format} -O qcow2 OLD NEW");
+                ImageError::new(image, cause, mend)
+            })?,
+            // A guest that had the backing file as a raw disk can have made it look
+            // like an image over any file of the host.
+            None => match Format::of(&first_bytes(&open_file(&path, false)?, &path)?) {
+                Format::Raw => Format::Raw,
+                other => {
+                    let cause = format!("it does not say that its backing file is {other}");
+                    let mend =
+                        format!("write it down: qemu-img rebase -u -F {other} -b {name} IMAGE");
+                    return Err(ImageError::new(image, cause, mend));
+                }
+            },
+        };
+        let layer = self.layer(&path, format, false).map_err(|mut error| {
+            if error.path == path {
+                error.cause = format!("{} (the backing file of {})", error.cause, image.display());
+            }
+            error
+        })?;
+        Ok(Some(layer.access))
+    }
+}
+
+/// The path of a backing file, which may be relative to the folder of its image.
+pub(crate) fn backing_path(image: &Path, name: &str) -> Result<PathBuf, ImageError> {
+    // QEMU's block/qapi.c, path_has_protocol: nbd://, ssh://, json:{…}, fat:, …
+    let protocol = name.split_once(':').map(|(protocol, _)| protocol);
+    if let Some(protocol) = protocol.filter(|name| !name.contains('/')) {
+        if let (Some(rest), "file") = (name.strip_prefix("file:"), protocol) {
+            return Ok(image.parent().unwrap_or(Path::new("")).join(rest));
+        }
+        let cause = format!("its backing file {name} is not a file");
+        let mend = "copy that into a file: qemu-img convert -O qcow2 OLD NEW";
+        return Err(ImageError::new(image, cause, mend));
+    }
+    Ok(image.parent().unwrap_or(Path::new("")).join(name))
+}
+
+fn check_writable(header: &Qcow2Header, path: &Path, writes: bool) -> Result<(), ImageError> {
+    if header.dirty {
+        let cause = "the image was not closed, and its refcounts are behind";
+        let mend = "bring them up to date: tetrarch disk check --repair IMAGE";
+        return Err(ImageError::new(path, cause, mend));
+    }
+    if header.snapshots > 0 && writes {
+        let cause = format!("the image has internal snapshots ({})", header.snapshots);
+        let mend = "add readonly or snapshot=on, or make a copy: qemu-img convert -O qcow2 OLD NEW";
+        return Err(ImageError::new(path, cause, mend));
+    }
+    Ok(())
+}
+
+fn vmdk_is_served(first: &[u8], path: &Path, writes: bool) -> Result<(), ImageError> {
+    if first.starts_with(b"KDMV") {
+        let mend = "convert it: qemu-img convert -f vmdk -O qcow2 OLD NEW";
+        return Err(ImageError::new(path, "sparse vmdk images are not supported", mend));
+    }
+    if writes {
+        let mend = "add readonly or snapshot=on, or convert it: tetrarch disk convert";
+        return Err(ImageError::new(path, "vmdk images are not written to", mend));
+    }
+    Ok(())
+}
+
+/// The extents that a VMDK descriptor names: flat files beside it.
+struct Extents;
+
+impl imago::format::gate::ImplicitOpenGate<Storage> for Extents {
+    fn open_format<F: FormatDriverBuilder<Storage>>(&mut self, _: F) -> io::Result<Access> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "a VMDK over another image"))
+    }
+
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<Storage> {
+        let path = options.get_filename().unwrap_or(Path::new(""));
+        let file = open_file(path, false).and_then(|file| {
+            take_lock(&file, path, false)?;
+            Ok(file)
+        });
+        storage(file.map_err(io::Error::other)?, false)
+    }
+}
+
+/// Clusters of an overlay that is thrown away: small, since most writes are.
+const OVERLAY_CLUSTER: u64 = 64 << 10;
+
+/// An image over `base` in a file without a name, which ends with the process.
+fn overlay(base: Access, path: &Path) -> Result<Access, ImageError> {
+    // As QEMU does: /tmp may be memory.
+    let folder = std::env::var_os("TMPDIR").map_or("/var/tmp".into(), PathBuf::from);
+    let failed = |error| ImageError::host(&folder, "cannot make the overlay of snapshot=on", error);
+    let file = tempfile::tempfile_in(&folder).map_err(failed)?;
+    let size = base.size();
+    let create = Qcow2::<Storage>::create_builder(storage(file, true).map_err(failed)?)
+        .size(size)
+        .cluster_size(OVERLAY_CLUSTER as usize);
+    let deny = imago::DenyImplicitOpenGate::default();
+    let opened = create.create_open(deny, |file| {
+        Ok(Qcow2::<Storage>::builder(file).write(true).backing(Some(base)))
+    });
+    let overlay = opened.map_err(|e| ImageError::host(path, "cannot make its overlay", e))?;
+    Ok(FormatAccess::new(overlay))
+}
+
+/// Opens a file or block device, and nothing that would wait or wind.
+pub(crate) fn open_file(path: &Path, writes: bool) -> Result<File, ImageError> {
+    let failed = |error| ImageError::host(path, "cannot open the image", error);
+    let mut open = OpenOptions::new();
+    let open = open.read(true).write(writes).custom_flags(libc::O_NONBLOCK);
+    let file = open.open(path).map_err(failed)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        let (cause, mend) = if kind.is_dir() {
+            ("is a directory", "give the path of an image")
+        } else {
+            ("is neither a file nor a block device", "give the path of an image")
+        };
+        return Err(ImageError::new(path, cause, mend));
+    }
+    // io_uring would take the flag for the wish not to wait for the disk either.
+    rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(|errno| failed(errno.into()))?;
+    Ok(file)
+}
+
+pub(crate) fn first_bytes(file: &File, path: &Path) -> Result<Vec<u8>, ImageError> {
+    let mut bytes = vec![0; 64];
+    let read = file.read_at(&mut bytes, 0);
+    bytes.truncate(read.map_err(|e| ImageError::host(path, "cannot read the image", e))?);
+    Ok(bytes)
+}
+
+#[cfg(test)]
+#[path = "image_tests.rs"]
+mod tests;
