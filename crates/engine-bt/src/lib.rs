@@ -11,6 +11,7 @@
 
 mod chipset;
 mod cpu;
+mod doorbells;
 mod exec;
 mod host;
 mod interp;

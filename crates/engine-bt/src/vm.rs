@@ -1,15 +1,17 @@
 //! One virtual machine: what its vCPUs share, and the contract's `Vm`.
 
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use tetrarch_engine::{
-    Clock, DirtyPages, EngineError, Platform, Unusable, Vcpu, Vm, VmState, host_tsc,
+    Clock, DirtyPages, Doorbell, EngineError, Platform, Unusable, Vcpu, Vm, VmState, host_tsc,
 };
 use tetrarch_memory::GuestMemory;
 
 use crate::cpu::VmShared;
 use crate::cpu::cpuid::CpuidTable;
+use crate::doorbells::DoorbellTable;
 use crate::exec::{self, BtVcpu};
 use crate::host::wake::Bells;
 use crate::irqchip::IrqChip;
@@ -92,6 +94,7 @@ fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> 
         code,
         dirty,
         irqchip,
+        doorbells: DoorbellTable::default(),
         clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(config.vcpus),
         platform,
@@ -166,6 +169,15 @@ impl Vm for BtVm {
 
     fn msi(&self, address: u64, data: u32) {
         self.shared.irqchip.msi(address, data);
+    }
+
+    fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError> {
+        let VmShared { doorbells, memory, platform, .. } = &*self.shared;
+        doorbells.add(doorbell, event, memory, platform)
+    }
+
+    fn remove_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError> {
+        self.shared.doorbells.remove(doorbell)
     }
 
     fn clock(&self) -> &Arc<Clock> {

@@ -6,7 +6,7 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
     kvm_irq_routing_irqchip, kvm_msi, kvm_pit_config,
 };
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use tetrarch_engine::EngineError;
 use vmm_sys_util::eventfd::EventFd;
@@ -122,33 +122,6 @@ pub fn register_irqfd(vm: &VmFd, event: &EventFd, gsi: u32) -> Result<(), Engine
 pub fn unregister_irqfd(vm: &VmFd, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
     vm.unregister_irqfd(event, gsi)
         .map_err(|error| refused("untie an event from an interrupt", error))
-}
-
-/// Ties writes of any width to an event; with `value`, 32-bit writes of it alone.
-pub fn register_ioevent(
-    vm: &VmFd,
-    event: &EventFd,
-    address: &IoEventAddress,
-    value: Option<u32>,
-) -> Result<(), EngineError> {
-    match value {
-        Some(value) => vm.register_ioevent(event, address, value),
-        None => vm.register_ioevent(event, address, NoDatamatch),
-    }
-    .map_err(|error| refused("tie a write to an event", error))
-}
-
-pub fn unregister_ioevent(
-    vm: &VmFd,
-    event: &EventFd,
-    address: &IoEventAddress,
-    value: Option<u32>,
-) -> Result<(), EngineError> {
-    match value {
-        Some(value) => vm.unregister_ioevent(event, address, value),
-        None => vm.unregister_ioevent(event, address, NoDatamatch),
-    }
-    .map_err(|error| refused("untie a write from an event", error))
 }
 
 #[cfg(test)]

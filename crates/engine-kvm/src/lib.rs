@@ -12,6 +12,7 @@ mod capabilities;
 mod chipset;
 mod cpuid;
 mod dirty;
+mod eventfd;
 mod exit;
 mod halt;
 mod host;

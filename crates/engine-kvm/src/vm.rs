@@ -1,20 +1,23 @@
 //! One virtual machine: what its vCPUs share, and the contract's `Vm`.
 
 use std::io::Error;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
-use tetrarch_engine::{Clock, DirtyPages, EngineError, Platform, Unusable, Vcpu, Vm, VmState};
+use tetrarch_engine::{
+    Clock, DirtyPages, Doorbell, Doorbells, EngineError, Platform, Unusable, Vcpu, Vm, VmState,
+};
 use tetrarch_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chipset;
 use crate::cpuid::{self, Policy};
 use crate::dirty::DirtyTracking;
+use crate::eventfd;
 use crate::halt::HaltWatch;
 use crate::host;
 use crate::irqchip::{self, IrqChip, IrqRoute};
@@ -112,7 +115,8 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
     shared.clock.set_follower(Arc::clone(&kvmclock) as _);
     let changes = MemoryChanges { vm: Arc::downgrade(&shared), slots };
     shared.memory.add_observer(Arc::new(changes));
-    Ok(Arc::new(KvmVm { shared, kvmclock, irqchip, config, created: Mutex::default() }))
+    let (doorbells, created) = (Mutex::default(), Mutex::default());
+    Ok(Arc::new(KvmVm { shared, kvmclock, irqchip, doorbells, config, created }))
 }
 
 fn check_vcpus(vcpus: u32, max: u32) -> Result<(), EngineError> {
@@ -181,6 +185,7 @@ pub struct KvmVm {
     shared: Arc<VmShared>,
     kvmclock: Arc<KvmClock>,
     irqchip: IrqChip,
+    doorbells: Mutex<Doorbells>,
     config: Config,
     created: Mutex<Vec<u32>>,
 }
@@ -216,25 +221,6 @@ impl KvmVm {
     pub fn unregister_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
         irqchip::unregister_irqfd(&self.shared.fd, event, gsi)
     }
-
-    /// Writes to the address signal the event and cause no exit.
-    pub fn register_ioeventfd(
-        &self,
-        event: &EventFd,
-        address: &IoEventAddress,
-        value: Option<u32>,
-    ) -> Result<(), EngineError> {
-        irqchip::register_ioevent(&self.shared.fd, event, address, value)
-    }
-
-    pub fn unregister_ioeventfd(
-        &self,
-        event: &EventFd,
-        address: &IoEventAddress,
-        value: Option<u32>,
-    ) -> Result<(), EngineError> {
-        irqchip::unregister_ioevent(&self.shared.fd, event, address, value)
-    }
 }
 
 impl Vm for KvmVm {
@@ -249,6 +235,20 @@ impl Vm for KvmVm {
 
     fn msi(&self, address: u64, data: u32) {
         irqchip::signal_msi(&self.shared.fd, address, data);
+    }
+
+    fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError> {
+        let VmShared { fd, memory, platform, .. } = &*self.shared;
+        let mut doorbells = self.doorbells.lock();
+        let event = doorbells.add(doorbell, event, memory, platform)?;
+        eventfd::add_doorbell(fd, &doorbell, event.as_fd()).inspect_err(|_| {
+            let _ = doorbells.remove(&doorbell);
+        })
+    }
+
+    fn remove_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError> {
+        let event = self.doorbells.lock().remove(doorbell)?;
+        eventfd::remove_doorbell(&self.shared.fd, doorbell, event.as_fd())
     }
 
     fn clock(&self) -> &Arc<Clock> {

@@ -5,7 +5,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvm_ioctls::IoEventAddress;
 use libtest_mimic::{Arguments, Failed, Trial};
 use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu, Vm};
 use tetrarch_engine_kvm::{
@@ -27,7 +26,6 @@ struct Machine {
 const TESTS: &[(&str, fn())] = &[
     ("kick_before_and_during_run_is_not_lost", kick_before_and_during_run_is_not_lost),
     ("irqfd_and_routed_message_wake_a_halted_vcpu", irqfd_and_routed_message_wake_a_halted_vcpu),
-    ("ioeventfd_takes_the_write_and_causes_no_exit", ioeventfd_takes_the_write_and_causes_no_exit),
     ("memory_comes_and_goes_between_two_runs", memory_comes_and_goes_between_two_runs),
     ("bitmap_names_the_pages_written", bitmap_names_the_pages_written),
     ("ring_names_the_pages_written", ring_names_the_pages_written),
@@ -117,17 +115,6 @@ fn irqfd_and_routed_message_wake_a_halted_vcpu() {
     event.write(1).unwrap();
     assert!(matches!(m.vcpu.run().unwrap(), Exit::PortOut { port: 0x80, .. }));
     m.vm.unregister_irqfd(&event, 24).unwrap();
-}
-
-fn ioeventfd_takes_the_write_and_causes_no_exit() {
-    // out 0x90, al ; out 0x80, al
-    let mut m = machine(config(), &[0xE6, 0x90, 0xE6, 0x80]);
-    let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let address = IoEventAddress::Pio(0x90);
-    m.vm.register_ioeventfd(&event, &address, None).unwrap();
-    assert!(matches!(m.vcpu.run().unwrap(), Exit::PortOut { port: 0x80, .. }));
-    assert_eq!(event.read().unwrap(), 1);
-    m.vm.unregister_ioeventfd(&event, &address, None).unwrap();
 }
 
 fn memory_comes_and_goes_between_two_runs() {

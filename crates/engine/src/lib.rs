@@ -9,6 +9,7 @@ mod chipset;
 mod clock;
 pub mod cpuid;
 mod dirty;
+mod doorbell;
 mod exit;
 mod platform;
 mod registers;
@@ -18,6 +19,7 @@ mod state;
 pub use chipset::{ENGINE_MMIO, ENGINE_PORTS, GSI_COUNT};
 pub use clock::{Clock, ClockFollower, host_tsc};
 pub use dirty::DirtyPages;
+pub use doorbell::{Doorbell, DoorbellAddress, Doorbells, MAX_DOORBELLS};
 pub use exit::{Exit, GuestFault, Reply, Trap};
 pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};
 pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};
@@ -28,6 +30,7 @@ pub use state::{
     VmState,
 };
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +118,11 @@ pub trait Vm: Send + Sync {
     fn irq_line(&self, gsi: u32, level: bool);
     /// Delivers a message-signalled interrupt (Intel SDM 3A, 11.11).
     fn msi(&self, address: u64, data: u32);
+    /// From now on a write that matches signals the eventfd(2) and is no exit. RAM
+    /// that comes to lie there goes first. A signal adds 1 to the event's count.
+    fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError>;
+    /// Such a write is an exit again. One that is under way may still signal.
+    fn remove_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError>;
     /// The machine's clock.
     fn clock(&self) -> &Arc<Clock>;
     /// Starts or stops to note which pages are written, by vCPUs (their page walks

@@ -22,6 +22,7 @@ use crate::cpu::fault::Fault;
 use crate::cpu::msr::MsrFile;
 use crate::cpu::state::{CpuState, attr, cr, flag, seg};
 use crate::cpu::x87_pointers::CodePlaces;
+use crate::doorbells::DoorbellTable;
 use crate::interp::replay::Replay;
 use crate::irqchip::IrqChip;
 use crate::kvm::{self, Paravirtual};
@@ -35,6 +36,7 @@ pub struct VmShared {
     pub code: Arc<CodeMap>,
     pub dirty: Arc<DirtyLog>,
     pub irqchip: Arc<IrqChip>,
+    pub doorbells: DoorbellTable,
     pub clock: Arc<Clock>,
     pub cpuid: CpuidTable,
     pub platform: Platform,

@@ -38,6 +38,7 @@ fn cpu(bits: u32) -> Cpu {
         dirty: Arc::new(DirtyLog::new(&memory, 1, Arc::new(NoWake))),
         memory,
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(NoWake))),
+        doorbells: Default::default(),
         clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(1),
         platform: Default::default(),

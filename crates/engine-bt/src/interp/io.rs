@@ -89,14 +89,14 @@ pub fn check_port(cpu: &mut Cpu, port: u16, size: usize) -> R<()> {
 fn port_in(cpu: &mut Cpu, port: u16, size: usize) -> R<u64> {
     match cpu.port_in(port, size) {
         Ok(value) => Ok(value),
-        Err(exit) => Ok(cpu.replay.ask(exit)? & mask(size)),
+        Err(exit) => Ok(cpu.ask(exit)? & mask(size)),
     }
 }
 
 fn port_out(cpu: &mut Cpu, port: u16, size: usize, value: u64) -> R<()> {
     match cpu.port_out(port, size, value) {
         Ok(()) => Ok(()),
-        Err(exit) => cpu.replay.ask(exit).map(drop),
+        Err(exit) => cpu.ask(exit).map(drop),
     }
 }
 

@@ -7,6 +7,7 @@
 
 use tetrarch_engine::{Exit, Reply};
 
+use crate::cpu::Cpu;
 use crate::cpu::fault::{R, Stop};
 
 #[derive(Default)]
@@ -32,13 +33,11 @@ impl Replay {
         self.platform = None;
     }
 
-    /// The answer to `exit`, or the exit itself where there is none yet.
-    pub fn ask(&mut self, exit: Exit) -> R<u64> {
-        if let Some(&answer) = self.answers.get(self.next) {
-            self.next += 1;
-            return Ok(answer);
-        }
-        Err(Stop::Exit(exit))
+    /// The answer to the next access, if it is there.
+    fn next(&mut self) -> Option<u64> {
+        let &answer = self.answers.get(self.next)?;
+        self.next += 1;
+        Some(answer)
     }
 
     /// As [`Replay::ask`], for an exit whose answer may be registers or a fault.
@@ -64,5 +63,20 @@ impl Replay {
     #[inline]
     pub fn in_progress(&self) -> bool {
         !self.answers.is_empty() || self.platform.is_some()
+    }
+}
+
+impl Cpu {
+    /// The answer to `exit`, or the exit itself where there is none yet. A doorbell's
+    /// answer is in the log too: it rings once for each run of the instruction.
+    pub fn ask(&mut self, exit: Exit) -> R<u64> {
+        if let Some(answer) = self.replay.next() {
+            return Ok(answer);
+        }
+        if self.vm.doorbells.rang(&exit) {
+            self.replay.answer(0);
+            return Ok(self.replay.next().unwrap_or(0));
+        }
+        Err(Stop::Exit(exit))
     }
 }

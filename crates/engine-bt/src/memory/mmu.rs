@@ -567,14 +567,14 @@ impl Cpu {
     fn device_read(&mut self, address: GuestPhys, size: usize) -> R<u64> {
         match self.read_device(address, size) {
             Ok(value) => Ok(value),
-            Err(exit) => Ok(self.replay.ask(exit)? & mask(size)),
+            Err(exit) => Ok(self.ask(exit)? & mask(size)),
         }
     }
 
     fn device_write(&mut self, address: GuestPhys, size: usize, value: u64) -> R<()> {
         match self.write_device(address, size, value) {
             Ok(()) => Ok(()),
-            Err(exit) => self.replay.ask(exit).map(drop),
+            Err(exit) => self.ask(exit).map(drop),
         }
     }
 }

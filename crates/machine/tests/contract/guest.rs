@@ -1,9 +1,11 @@
 //! A VM of either engine in front of a few bytes of code.
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, eventfd};
 use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu, Vm};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
@@ -186,4 +188,29 @@ pub fn tsc_can_be_set(engine: Engine) -> bool {
         eprintln!("left out: this KVM does not let a TSC be set ({why})");
     }
     can
+}
+
+/// An eventfd(2) that does not block.
+pub struct Event(OwnedFd);
+
+impl Event {
+    pub fn new() -> Self {
+        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+        Self(eventfd(0, flags).expect("a descriptor"))
+    }
+
+    /// How often it was signalled.
+    pub fn take(&self) -> u64 {
+        let mut count = [0; 8];
+        match rustix::io::read(&self.0, &mut count) {
+            Ok(_) => u64::from_ne_bytes(count),
+            Err(_) => 0,
+        }
+    }
+}
+
+impl AsFd for Event {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
 }

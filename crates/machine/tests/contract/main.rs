@@ -5,6 +5,7 @@
 //! standard one because that cannot skip at run time.)
 
 mod dirty;
+mod doorbells;
 mod exits;
 mod guest;
 mod saved;
@@ -17,11 +18,12 @@ type Body = fn(Engine);
 
 fn main() {
     let arguments = Arguments::from_args();
-    let bodies: Vec<(&str, Body)> = [dirty::BODIES, exits::BODIES, saved::BODIES, time::BODIES]
-        .into_iter()
-        .flatten()
-        .copied()
-        .collect();
+    let bodies: Vec<(&str, Body)> =
+        [dirty::BODIES, doorbells::BODIES, exits::BODIES, saved::BODIES, time::BODIES]
+            .into_iter()
+            .flatten()
+            .copied()
+            .collect();
     let kvm = tetrarch_engine_kvm::available().map_err(|reason| reason.to_string());
     let required = std::env::var("REQUIRE_KVM").as_deref() == Ok("1");
     if let Err(reason) = &kvm

@@ -54,6 +54,7 @@ pub fn machine() -> Cpu {
         dirty: Arc::new(DirtyLog::new(&memory, 1, Arc::new(NoWake))),
         memory,
         irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
+        doorbells: Default::default(),
         clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(1),
         platform: Default::default(),

@@ -38,6 +38,7 @@ pub(crate) fn machine() -> Cpu {
         dirty,
         code,
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(Asleep))),
+        doorbells: Default::default(),
         clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(1),
         platform: Default::default(),
