@@ -18,6 +18,7 @@ use crate::irqchip::IrqChip;
 use crate::kvm;
 use crate::memory::code_map::{CodeMap, MemoryChanges};
 use crate::memory::dirty_log::{DeviceWrites, DirtyLog};
+use crate::memory::rendezvous::Rendezvous;
 use crate::translate::cache::CodeCache;
 
 /// Choices for a VM of this engine.
@@ -78,8 +79,8 @@ fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> 
     let code = Arc::new(CodeMap::new(&memory));
     memory.add_observer(Arc::new(MemoryChanges(Arc::clone(&code))));
     let bells = Arc::new(Bells::new(config.vcpus as usize));
-    let dirty = DirtyLog::new(&memory, config.vcpus as usize, Arc::clone(&bells) as _);
-    let dirty = Arc::new(dirty);
+    let rendezvous = Arc::new(Rendezvous::new(config.vcpus as usize, Arc::clone(&bells) as _));
+    let dirty = Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous)));
     memory.add_observer(Arc::new(DeviceWrites(Arc::clone(&dirty))));
     let irqchip = Arc::new(IrqChip::new(config.vcpus as usize, tsc_hz, Arc::clone(&bells) as _));
     irqchip.set_virtual_wire();
@@ -93,6 +94,7 @@ fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> 
         memory,
         code,
         dirty,
+        rendezvous,
         irqchip,
         doorbells: DoorbellTable::default(),
         clock: Arc::new(Clock::new()),
@@ -217,6 +219,9 @@ impl Vm for BtVm {
     }
 }
 
+#[cfg(test)]
+#[path = "smp_tests.rs"]
+mod smp_tests;
 #[cfg(test)]
 #[path = "vm_tests.rs"]
 mod tests;

@@ -28,6 +28,7 @@ use crate::irqchip::IrqChip;
 use crate::kvm::{self, Paravirtual};
 use crate::memory::code_map::CodeMap;
 use crate::memory::dirty_log::DirtyLog;
+use crate::memory::rendezvous::Rendezvous;
 use crate::memory::tlb::Tlb;
 
 /// What the vCPUs of a VM share.
@@ -35,6 +36,7 @@ pub struct VmShared {
     pub memory: Arc<GuestMemory>,
     pub code: Arc<CodeMap>,
     pub dirty: Arc<DirtyLog>,
+    pub rendezvous: Arc<Rendezvous>,
     pub irqchip: Arc<IrqChip>,
     pub doorbells: DoorbellTable,
     pub clock: Arc<Clock>,

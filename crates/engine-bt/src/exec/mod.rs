@@ -190,14 +190,23 @@ impl BtVcpu {
         }
     }
 
+    /// Does what others have asked of this vCPU's tables.
+    fn serve(&mut self) {
+        let cpu = &mut *self.cpu;
+        if let Some((orders, number)) = cpu.vm.rendezvous.take(cpu.id) {
+            cpu.obey(&orders);
+            cpu.vm.rendezvous.done(cpu.id, number);
+        }
+    }
+
     /// Serves what the request flag may stand for.
     fn attend(&mut self) -> Option<Exit> {
         self.cpu.tlb.block.shared().request.store(0, Ordering::SeqCst);
         signals::look_again(host_tsc());
+        self.serve();
         if let Some(translator) = &mut self.translator {
             translator.drop_written_code(&mut self.cpu);
         }
-        self.cpu.follow_dirty_log();
         let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
         if let Some(deadline) = deadline {
             let now = self.cpu.now_ns();
@@ -328,7 +337,10 @@ impl BtVcpu {
             self.cpu.leave_guest();
             x87_pointers::settle(&mut self.cpu);
             fpu::unload(&mut self.cpu.st);
+            self.cpu.vm.rendezvous.leave(self.cpu.id);
             self.bell.sleep(timeout);
+            self.cpu.vm.rendezvous.enter(self.cpu.id);
+            self.serve();
             self.cpu.return_to_guest();
         }
     }
@@ -433,9 +445,9 @@ impl Vcpu for BtVcpu {
             signals::thread_init();
         }
         self.cpu.update_tsc_offset();
+        self.cpu.vm.rendezvous.enter(self.cpu.id);
+        self.serve();
         self.cpu.follow_memory();
-        self.cpu.vm.dirty.enter(self.cpu.id);
-        self.cpu.follow_dirty_log();
         let start = host_tsc();
         signals::look_again(start);
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
@@ -453,7 +465,7 @@ impl Vcpu for BtVcpu {
         }
         x87_pointers::settle(&mut self.cpu);
         fpu::leave(&mut self.cpu.st);
-        self.cpu.vm.dirty.leave(self.cpu.id);
+        self.cpu.vm.rendezvous.leave(self.cpu.id);
         self.cpu.counts.run_tsc += host_tsc().wrapping_sub(start);
         result
     }

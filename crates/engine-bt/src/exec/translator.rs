@@ -18,6 +18,7 @@ use crate::cpu::{Cpu, Missed, mode};
 use crate::interp;
 use crate::memory::code_map::{self, Written};
 use crate::memory::mmu::{Place, canonical};
+use crate::memory::rendezvous::Order;
 use crate::translate::block::{Built, Site, Source, What};
 use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
 use crate::translate::cache::{CodeCache, ExecPage};
@@ -218,13 +219,26 @@ impl Translator {
         };
         let in_first = u64::from(built.len).min(PAGE_SIZE - offset as u64);
         let lines = code_map::lines(offset as u64, in_first) | source.looked.get();
-        // Marking and dropping a page exclude each other.
+        let rest = (u64::from(built.len) - in_first).max(1);
+        let mut pages = vec![(physical, lines)];
+        if let Some((second, _)) = second {
+            pages.push((GuestPhys(second), code_map::lines(0, rest)));
+        }
         let mut cache = self.cache.lock();
-        mark_code(cpu, physical, lines);
+        if !cache.are_protected(&pages) {
+            drop(cache);
+            self.end_direct_writes(cpu, &pages);
+            cache = self.cache.lock();
+            if !cache.are_protected(&pages) {
+                // A write came first.
+                return Ok(None);
+            }
+        }
+        for &(page, lines) in &pages {
+            cpu.vm.code.mark(page.page(), lines);
+        }
         let mut as_read = is_unchanged(cpu, physical, &bytes, lines);
         if let Some((second, head)) = second {
-            let rest = (u64::from(built.len) - in_first).max(1);
-            mark_code(cpu, GuestPhys(second), code_map::lines(0, rest));
             let mut now = [0; MAX_HEAD];
             as_read &= cpu.vm.memory.read(GuestPhys(second), &mut now).is_ok();
             as_read &= now[..rest as usize] == head[..rest as usize];
@@ -240,6 +254,25 @@ impl Translator {
         drop(cache);
         cpu.counts.translate_tsc += host_tsc().wrapping_sub(start);
         Ok(Some(index))
+    }
+
+    /// Has every vCPU write to these pages, whose lines are about to be translated,
+    /// where it is seen. A page that is written to meanwhile stays as it was.
+    fn end_direct_writes(&mut self, cpu: &mut Cpu, pages: &[(GuestPhys, u64)]) {
+        let vm = Arc::clone(&cpu.vm);
+        for &(page, lines) in pages {
+            let cache = self.cache.lock();
+            vm.code.mark(page.page(), lines);
+            let drops = cache.drops_of(page);
+            drop(cache);
+            let Some(host) = vm.memory.host(page, PAGE_SIZE) else { return };
+            let order = Order::ProtectPage(host as usize);
+            vm.rendezvous.ask(order, Some(cpu.id), |orders| cpu.obey(orders));
+            let mut cache = self.cache.lock();
+            if cache.drops_of(page) == drops {
+                cache.set_protected(page);
+            }
+        }
     }
 
     /// A block of the one instruction at `rip` that crosses into the next page.
@@ -501,13 +534,4 @@ fn is_unchanged(cpu: &Cpu, physical: GuestPhys, bytes: &[u8], lines: u64) -> boo
             .zip(now.chunks(code_map::LINE))
             .enumerate()
             .all(|(line, (read, now))| lines >> line & 1 == 0 || read == now)
-}
-
-/// Marks translated bytes; a page's first translation ends direct writes to it.
-fn mark_code(cpu: &mut Cpu, physical: GuestPhys, lines: u64) {
-    if cpu.vm.code.mark(physical.page(), lines)
-        && let Some(host) = cpu.vm.memory.host(physical, PAGE_SIZE)
-    {
-        cpu.tlb.protect_host_page(host);
-    }
 }

@@ -17,6 +17,7 @@ use crate::cpu::{Cpu, VmShared};
 use crate::irqchip::{IrqChip, Wake};
 use crate::memory::code_map::CodeMap;
 use crate::memory::dirty_log::DirtyLog;
+use crate::memory::rendezvous::Rendezvous;
 
 const CODE: u64 = 0x1000;
 const STACK: u64 = 0x8000;
@@ -33,9 +34,11 @@ impl Wake for NoWake {
 /// A CPU with flat segments for code of 16 (real mode), 32 or 64 bits.
 fn cpu(bits: u32) -> Cpu {
     let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
+    let rendezvous = Arc::new(Rendezvous::new(1, Arc::new(NoWake)));
     let vm = VmShared {
         code: Arc::new(CodeMap::new(&memory)),
-        dirty: Arc::new(DirtyLog::new(&memory, 1, Arc::new(NoWake))),
+        dirty: Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous))),
+        rendezvous,
         memory,
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(NoWake))),
         doorbells: Default::default(),

@@ -3,8 +3,13 @@
 //! One word a guest page, one bit for each 64 bytes of it. A write that meets a
 //! set bit makes the translations of the page invalid; who writes only notes
 //! the page here, and each vCPU drops its translations before it goes on.
+//!
+//! Who translates marks, has all vCPUs end their direct writes to the page (see
+//! [`rendezvous`](super::rendezvous)) and then compares the bytes with what it read.
+//! Who writes does so and then looks at the marks: one of the two sees the other.
+//! Marking and clearing exclude each other by the lock of the code cache.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -99,13 +104,15 @@ impl CodeMap {
         self.page(address.page()).is_some_and(|lines| lines.load(Ordering::Acquire) != 0)
     }
 
-    /// Marks lines as translated. True if the page had none before.
-    pub fn mark(&self, page: u64, lines: u64) -> bool {
-        self.page(page).is_some_and(|word| word.fetch_or(lines, Ordering::AcqRel) == 0)
+    /// Marks lines as translated. The caller holds the lock of the code cache.
+    pub fn mark(&self, page: u64, lines: u64) {
+        if let Some(word) = self.page(page) {
+            word.fetch_or(lines, Ordering::SeqCst);
+        }
     }
 
     /// Forgets a page whose translations have been dropped. Returns the epoch that
-    /// begins with that.
+    /// begins with that. The caller holds the lock of the code cache.
     pub fn clear(&self, page: u64) -> u64 {
         if let Some(word) = self.page(page) {
             word.store(0, Ordering::Release);
@@ -117,6 +124,9 @@ impl CodeMap {
     #[inline]
     pub fn wrote(&self, address: GuestPhys, len: u64) {
         let Some(word) = self.page(address.page()) else { return };
+        // The bytes are there before the marks are looked at; the processor would
+        // have it the other way round.
+        fence(Ordering::SeqCst);
         if word.load(Ordering::Acquire) & lines(address.page_offset(), len) != 0 {
             let mut listeners = self.listeners.lock();
             let page = address.page();

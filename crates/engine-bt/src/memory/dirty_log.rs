@@ -4,27 +4,23 @@
 //! write entry in any TLB, so that a vCPU's first write to it comes to
 //! [`Cpu::fill_tlb`](crate::cpu::Cpu::fill_tlb), which marks it; the writes after
 //! that cost nothing. Who clears bits therefore has every vCPU drop its write
-//! entries, and returns when each has done so: what was written until then is in
-//! memory, and its page in what was taken.
+//! entries (see [`rendezvous`](super::rendezvous)), and returns when each has done
+//! so: what was written until then is in memory, and its page in what was taken.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use tetrarch_engine::DirtyPages;
 use tetrarch_memory::{GuestMemory, GuestPhys, MemoryObserver, PAGE_SHIFT, Region};
 
 use crate::cpu::state::PHYS_BITS;
-use crate::irqchip::Wake;
+use crate::memory::rendezvous::{Order, Rendezvous};
 
 /// Pages of one word.
 const WORD_PAGES: u64 = 64;
 /// Pages of one chunk: 128 MiB of guest memory.
 const CHUNK_PAGES: u64 = 1 << 15;
-/// Looks at a vCPU that cost nothing, before the thread gives the host's CPU away.
-const QUICK_LOOKS: u32 = 64;
-const PAUSE: Duration = Duration::from_micros(50);
 
 type Chunk = Box<[AtomicU64]>;
 
@@ -33,31 +29,18 @@ pub struct DirtyLog {
     on: AtomicBool,
     /// By guest physical address, made with the first region that reaches into it.
     chunks: Box<[OnceLock<Chunk>]>,
-    /// How often the vCPUs were told to drop their write entries.
-    epoch: AtomicU64,
-    vcpus: Box<[VcpuSide]>,
-    wake: Arc<dyn Wake>,
+    rendezvous: Arc<Rendezvous>,
     /// Held by who switches or takes the log.
     changing: Mutex<()>,
 }
 
-#[derive(Default)]
-struct VcpuSide {
-    /// Inside `Vcpu::run`. A vCPU that is not looks at the epoch when it enters.
-    running: AtomicBool,
-    /// The epoch for which it has dropped its write entries.
-    seen: AtomicU64,
-}
-
 impl DirtyLog {
-    pub fn new(memory: &GuestMemory, vcpus: usize, wake: Arc<dyn Wake>) -> Self {
+    pub fn new(memory: &GuestMemory, rendezvous: Arc<Rendezvous>) -> Self {
         let count = (1 << (PHYS_BITS - PAGE_SHIFT)) / CHUNK_PAGES;
         let log = Self {
             on: AtomicBool::new(false),
             chunks: (0..count).map(|_| OnceLock::new()).collect(),
-            epoch: AtomicU64::new(0),
-            vcpus: (0..vcpus).map(|_| VcpuSide::default()).collect(),
-            wake,
+            rendezvous,
             changing: Mutex::new(()),
         };
         memory.regions().iter().for_each(|region| log.cover(region));
@@ -147,7 +130,7 @@ impl DirtyLog {
             self.take_range(region.start, region.len);
         }
         self.on.store(true, Ordering::SeqCst);
-        self.drop_write_entries();
+        self.rendezvous.ask(Order::ProtectAll, None, |_| ());
     }
 
     /// What was written since the last call, by region; nothing while the log is off.
@@ -162,58 +145,8 @@ impl DirtyLog {
         }
         let taken =
             regions.iter().map(|region| self.take_range(region.start, region.len)).collect();
-        self.drop_write_entries();
+        self.rendezvous.ask(Order::ProtectAll, None, |_| ());
         taken
-    }
-
-    /// Has every vCPU drop its write entries, and waits until none has any of before.
-    pub fn drop_write_entries(&self) {
-        let epoch = self.epoch.fetch_add(1, Ordering::SeqCst) + 1;
-        for (id, vcpu) in self.vcpus.iter().enumerate() {
-            let mut looks = 0;
-            // The epoch first, then whether it runs: `enter` has it the other way
-            // round, so one of the two sees the other.
-            while vcpu.running.load(Ordering::SeqCst) && vcpu.seen.load(Ordering::SeqCst) < epoch {
-                if looks == 0 {
-                    self.wake.wake(id);
-                }
-                looks += 1;
-                if looks < QUICK_LOOKS {
-                    std::hint::spin_loop();
-                } else {
-                    std::thread::sleep(PAUSE);
-                }
-            }
-        }
-    }
-
-    /// The vCPU begins to run guest code.
-    pub fn enter(&self, vcpu: usize) {
-        if let Some(side) = self.vcpus.get(vcpu) {
-            side.running.store(true, Ordering::SeqCst);
-        }
-    }
-
-    /// It has stopped to do so.
-    pub fn leave(&self, vcpu: usize) {
-        if let Some(side) = self.vcpus.get(vcpu) {
-            side.running.store(false, Ordering::Release);
-        }
-    }
-
-    /// Whether the vCPU has to drop its write entries, and then to call
-    /// [`DirtyLog::dropped`] with the epoch.
-    #[inline]
-    pub fn wanted(&self, vcpu: usize) -> Option<u64> {
-        let epoch = self.epoch.load(Ordering::SeqCst);
-        let side = self.vcpus.get(vcpu)?;
-        (side.seen.load(Ordering::Relaxed) != epoch).then_some(epoch)
-    }
-
-    pub fn dropped(&self, vcpu: usize, epoch: u64) {
-        if let Some(side) = self.vcpus.get(vcpu) {
-            side.seen.store(epoch, Ordering::SeqCst);
-        }
     }
 }
 
@@ -222,6 +155,8 @@ pub struct DeviceWrites(pub Arc<DirtyLog>);
 
 impl MemoryObserver for DeviceWrites {
     fn written(&self, address: GuestPhys, length: u64) {
+        // The bytes are there before the log is looked at.
+        fence(Ordering::SeqCst);
         if !self.0.on.load(Ordering::SeqCst) {
             return;
         }
@@ -245,6 +180,7 @@ impl MemoryObserver for DeviceWrites {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::irqchip::Wake;
 
     struct Nobody;
 
@@ -252,15 +188,11 @@ mod tests {
         fn wake(&self, _: usize) {}
     }
 
-    fn log(memory: &GuestMemory, vcpus: usize) -> DirtyLog {
-        DirtyLog::new(memory, vcpus, Arc::new(Nobody))
-    }
-
     /// Regions begin and end inside words, and share them.
     #[test]
     fn neighbours_bits_stay() {
         let memory = GuestMemory::new(70 << PAGE_SHIFT).unwrap();
-        let log = log(&memory, 0);
+        let log = DirtyLog::new(&memory, Arc::new(Rendezvous::new(0, Arc::new(Nobody))));
         log.set(&memory, true);
         for page in [0, 63, 64, 69] {
             log.mark(GuestPhys(page << PAGE_SHIFT));
@@ -275,24 +207,26 @@ mod tests {
     #[test]
     fn taking_waits_for_a_vcpu_that_runs_and_for_no_other() {
         let memory = GuestMemory::new(1 << 20).unwrap();
-        let log = log(&memory, 2);
+        let vcpus = Arc::new(Rendezvous::new(2, Arc::new(Nobody)));
+        let log = DirtyLog::new(&memory, Arc::clone(&vcpus));
         log.set(&memory, true);
-        assert_eq!(log.wanted(1), Some(1));
-        log.dropped(0, 1);
-        log.enter(0);
+        vcpus.enter(0);
+        let (orders, number) = vcpus.take(0).unwrap();
+        assert!(orders.all_pages);
+        vcpus.done(0, number);
         std::thread::scope(|scope| {
             let taker = scope.spawn(|| log.take(&memory));
-            let epoch = loop {
-                if let Some(epoch) = log.wanted(0) {
-                    break epoch;
+            let number = loop {
+                if let Some((_, number)) = vcpus.take(0) {
+                    break number;
                 }
                 std::thread::yield_now();
             };
             // A write by an entry of before.
             assert!(!taker.is_finished());
-            log.dropped(0, epoch);
+            vcpus.done(0, number);
             taker.join().unwrap();
         });
-        assert_eq!(log.wanted(0), None);
+        assert!(vcpus.take(1).unwrap().0.all_pages);
     }
 }

@@ -11,6 +11,7 @@ use crate::cpu::Cpu;
 use crate::cpu::fault::{Fault, R, pf};
 use crate::cpu::state::PHYS_MASK;
 use crate::cpu::state::cr;
+use crate::memory::rendezvous::Orders;
 use crate::memory::tlb::FetchedPage;
 
 const PTE_P: u64 = 1 << 0;
@@ -247,11 +248,13 @@ impl Cpu {
         }
     }
 
-    /// Drops write entries for the dirty log, if it was switched on or taken.
-    pub fn follow_dirty_log(&mut self) {
-        if let Some(epoch) = self.vm.dirty.wanted(self.id) {
+    /// Does what is asked of the vCPU's tables.
+    pub fn obey(&mut self, orders: &Orders) {
+        if orders.all_pages {
             self.tlb.drop_writes();
-            self.vm.dirty.dropped(self.id, epoch);
+        }
+        for &page in &orders.pages {
+            self.tlb.protect_host_page(page);
         }
     }
 

@@ -4,4 +4,5 @@
 pub mod code_map;
 pub mod dirty_log;
 pub mod mmu;
+pub mod rendezvous;
 pub mod tlb;

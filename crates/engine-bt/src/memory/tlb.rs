@@ -349,7 +349,7 @@ impl Tlb {
     }
 
     /// Drops every write entry of the host page: it now holds translated code.
-    pub fn protect_host_page(&mut self, host: *mut u8) {
+    pub fn protect_host_page(&mut self, host: usize) {
         self.block.forget_stack();
         for user in [false, true] {
             let table = self.block.tlb_mut(user, true);

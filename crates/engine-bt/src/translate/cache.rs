@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
+use tetrarch_memory::GuestPhys;
 
 use super::block::{Built, MapEntry, Site, What};
 use super::sites::{MAX_SITES, Sites};
@@ -60,6 +61,8 @@ pub struct ExecPage {
 struct CodePage {
     blocks: Vec<u32>,
     ids: Vec<u32>,
+    /// No vCPU writes to the page but where it is seen.
+    protected: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -288,6 +291,20 @@ impl CodeCache {
                 self.ids.remove(page);
             })
             .collect()
+    }
+
+    /// Whether all writes to these pages are seen.
+    pub fn are_protected(&self, pages: &[(GuestPhys, u64)]) -> bool {
+        pages.iter().all(|(page, _)| self.pages.get(&page.page()).is_some_and(|p| p.protected))
+    }
+
+    pub fn set_protected(&mut self, page: GuestPhys) {
+        self.pages.entry(page.page()).or_default().protected = true;
+    }
+
+    /// A number that changes when the page is dropped.
+    pub fn drops_of(&self, page: GuestPhys) -> u64 {
+        self.dropped.get(&page.page()).copied().unwrap_or(0)
     }
 
     /// Whether a page was dropped after the epoch of the code map.

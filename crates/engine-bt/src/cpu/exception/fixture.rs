@@ -15,6 +15,7 @@ use crate::interp::{Flow, system};
 use crate::irqchip::{IrqChip, Wake};
 use crate::memory::code_map::CodeMap;
 use crate::memory::dirty_log::DirtyLog;
+use crate::memory::rendezvous::Rendezvous;
 
 pub const GDT: u64 = 0x1000;
 pub const IDT: u64 = 0x2000;
@@ -49,9 +50,11 @@ impl Wake for NoWake {
 pub fn machine() -> Cpu {
     let memory = Arc::new(GuestMemory::new(4 << 20).unwrap());
     let tsc_hz = 1_000_000_000;
+    let rendezvous = Arc::new(Rendezvous::new(1, Arc::new(NoWake)));
     let shared = VmShared {
         code: Arc::new(CodeMap::new(&memory)),
-        dirty: Arc::new(DirtyLog::new(&memory, 1, Arc::new(NoWake))),
+        dirty: Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous))),
+        rendezvous,
         memory,
         irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
         doorbells: Default::default(),

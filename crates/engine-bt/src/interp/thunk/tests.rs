@@ -16,6 +16,7 @@ use crate::cpu::state::{Ymm, attr, cr, flag, reg, seg};
 use crate::irqchip::{IrqChip, Wake};
 use crate::memory::code_map::CodeMap;
 use crate::memory::dirty_log::DirtyLog;
+use crate::memory::rendezvous::Rendezvous;
 
 struct Asleep;
 
@@ -32,11 +33,13 @@ pub(crate) fn machine() -> Cpu {
     signals::install();
     let memory = Arc::new(GuestMemory::new(RAM).unwrap());
     let code = Arc::new(CodeMap::new(&memory));
-    let dirty = Arc::new(DirtyLog::new(&memory, 1, Arc::new(Asleep)));
+    let rendezvous = Arc::new(Rendezvous::new(1, Arc::new(Asleep)));
+    let dirty = Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous)));
     let vm = VmShared {
         memory,
         dirty,
         code,
+        rendezvous,
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(Asleep))),
         doorbells: Default::default(),
         clock: Arc::new(Clock::new()),

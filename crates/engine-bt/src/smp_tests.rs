@@ -1,0 +1,258 @@
+//! Two vCPUs on two threads, in one memory with one code cache.
+
+use std::time::{Duration, Instant};
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use tetrarch_engine::{Counters, Exit, Registers, Segment};
+use tetrarch_memory::{GuestPhys, PAGE_SIZE};
+
+use super::*;
+
+/// Page tables that map the low 2 MiB as they are, by 4 KiB pages.
+const TABLES: u64 = 0x1000;
+const STACKS: u64 = 0x1_0000;
+/// A counter that one vCPU writes and the other reads.
+const SHARED: u64 = 0x2_0000;
+/// Code of vCPU 0 and vCPU 1.
+const CODE: [u64; 2] = [0x3_0000, 0x4_0000];
+/// Functions, a page each.
+const FUNCTIONS: u64 = 0x8_0000;
+const MEMORY: u64 = 2 << 20;
+
+const OK: u32 = 0x80;
+const WRONG: u32 = 0x81;
+
+fn vm(vcpus: u32) -> BtVm {
+    let memory = Arc::new(GuestMemory::new(MEMORY).unwrap());
+    let mut tables = vec![0u64; 4 * 512];
+    for level in 0..3 {
+        tables[level * 512] = (TABLES + (level as u64 + 1) * PAGE_SIZE) | 3;
+    }
+    for page in 0..512 {
+        tables[3 * 512 + page] = (page as u64) << 12 | 3;
+    }
+    let bytes: Vec<u8> = tables.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+    memory.write(GuestPhys(TABLES), &bytes).unwrap();
+    build(memory, Config { vcpus, ..Config::default() }).unwrap()
+}
+
+fn load(vm: &BtVm, at: u64, code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) {
+    let mut a = CodeAssembler::new(64).unwrap();
+    code(&mut a).unwrap();
+    vm.shared.memory.write(GuestPhys(at), &a.assemble(at).unwrap()).unwrap();
+}
+
+/// A vCPU in 64-bit mode, at its code.
+fn vcpu(vm: &BtVm, id: u32) -> Box<dyn Vcpu> {
+    let mut vcpu = vm.create_vcpu(id).unwrap();
+    if id != 0 {
+        // INIT has it wait for a SIPI; the state set below replaces the one of that.
+        vm.shared.irqchip.set_waiting(id as usize, (false, false, None, false));
+    }
+    let mut system = vcpu.system_registers().unwrap();
+    let data = Segment { base: 0, limit: u32::MAX, attributes: 0xC093, selector: 16 };
+    (system.ss, system.ds, system.es) = (data, data, data);
+    system.cs = Segment { attributes: 0xA09B, selector: 8, ..data };
+    system.cr0 = 0x8001_0033;
+    system.cr3 = TABLES;
+    system.cr4 = 0x620;
+    system.efer = 0x500;
+    vcpu.set_system_registers(&system).unwrap();
+    let mut registers = Registers { rip: CODE[id as usize], rflags: 2, ..Registers::default() };
+    registers.gpr[4] = STACKS + (u64::from(id) + 1) * PAGE_SIZE;
+    vcpu.set_registers(&registers).unwrap();
+    vcpu
+}
+
+/// Runs both until each has written to a port. Returns the counters.
+fn run_both(vm: &BtVm) -> [Counters; 2] {
+    run_both_beside(vm, || ())
+}
+
+/// The same, and `beside` meanwhile.
+fn run_both_beside(vm: &BtVm, beside: impl FnOnce()) -> [Counters; 2] {
+    let start = std::sync::Barrier::new(3);
+    std::thread::scope(|scope| {
+        let vcpus = [0, 1].map(|id| {
+            let start = &start;
+            scope.spawn(move || {
+                let mut vcpu = vcpu(vm, id);
+                start.wait();
+                let exit = vcpu.run().unwrap();
+                let Exit::PortOut { port, data, .. } = exit else { panic!("vCPU {id}: {exit:?}") };
+                assert_eq!(u32::from(port), OK, "vCPU {id} found {data:#x}");
+                vcpu.counters()
+            })
+        });
+        start.wait();
+        beside();
+        vcpus.map(|vcpu| vcpu.join().unwrap())
+    })
+}
+
+fn count(counters: &Counters, name: &str) -> u64 {
+    counters.iter().find(|(_, other, _)| *other == name).unwrap().2
+}
+
+/// At 3, so that the immediate of its first instruction lies in one quadword.
+const FUNCTION: u64 = FUNCTIONS + 3;
+
+/// `mov eax, 0; ret`
+fn load_function(vm: &BtVm) {
+    load(vm, FUNCTION, |a| {
+        a.mov(eax, 0)?;
+        a.ret()
+    });
+}
+
+/// Cross-modifying code (Intel SDM 3A, 8.1.3): one vCPU writes an instruction and
+/// then a flag; the other sees the flag, serialises, and runs the instruction. The
+/// writer has the page in its TLB when it is first translated.
+#[test]
+fn code_that_another_vcpu_has_written_is_what_runs() {
+    const ROUNDS: i32 = 100;
+    const SEEN: u64 = SHARED + 64;
+    let vm = vm(2);
+    load_function(&vm);
+    load(&vm, CODE[0], |a| {
+        let [mut again, mut wait, mut right, mut wrong] = [(); 4].map(|()| a.create_label());
+        a.set_label(&mut again)?;
+        a.mov(esi, dword_ptr(SEEN))?;
+        a.inc(esi)?;
+        a.set_label(&mut wait)?;
+        a.pause()?;
+        a.cmp(dword_ptr(SHARED), esi)?;
+        a.jne(wait)?;
+        a.xor(eax, eax)?;
+        a.cpuid()?;
+        a.call(FUNCTION)?;
+        a.cmp(eax, esi)?;
+        a.je(right)?;
+        a.inc(edi)?;
+        a.set_label(&mut right)?;
+        a.mov(dword_ptr(SEEN), esi)?;
+        a.cmp(esi, ROUNDS)?;
+        a.jne(again)?;
+        a.mov(eax, edi)?;
+        a.test(eax, eax)?;
+        a.jnz(wrong)?;
+        a.out(OK, al)?;
+        a.set_label(&mut wrong)?;
+        a.out(WRONG, eax)
+    });
+    load(&vm, CODE[1], |a| {
+        let [mut again, mut wait] = [(); 2].map(|()| a.create_label());
+        a.set_label(&mut again)?;
+        a.inc(ecx)?;
+        a.mov(dword_ptr(FUNCTION + 1), ecx)?;
+        a.mov(dword_ptr(SHARED), ecx)?;
+        a.set_label(&mut wait)?;
+        a.pause()?;
+        a.cmp(dword_ptr(SEEN), ecx)?;
+        a.jne(wait)?;
+        a.cmp(ecx, ROUNDS)?;
+        a.jne(again)?;
+        a.out(OK, al)
+    });
+    let [runner, _] = run_both(&vm);
+    assert!(count(&runner, "invalidated_pages") >= ROUNDS as u64 - 1);
+}
+
+/// The same with a writer that waits for nobody, at a pace that changes: it meets
+/// each step of a translation.
+#[test]
+fn page_is_translated_while_another_vcpu_writes_it() {
+    const WRITES: i32 = 3000;
+    let vm = vm(2);
+    load_function(&vm);
+    load(&vm, CODE[0], |a| {
+        let [mut again, mut right, mut wrong] = [(); 3].map(|()| a.create_label());
+        a.set_label(&mut again)?;
+        a.mov(esi, dword_ptr(SHARED))?;
+        a.xor(eax, eax)?;
+        a.cpuid()?;
+        a.call(FUNCTION)?;
+        a.cmp(eax, esi)?;
+        a.jae(right)?;
+        a.inc(edi)?;
+        a.set_label(&mut right)?;
+        a.cmp(esi, WRITES)?;
+        a.jb(again)?;
+        a.mov(eax, edi)?;
+        a.test(eax, eax)?;
+        a.jnz(wrong)?;
+        a.out(OK, al)?;
+        a.set_label(&mut wrong)?;
+        a.out(WRONG, eax)
+    });
+    load(&vm, CODE[1], |a| {
+        let [mut again, mut pause] = [(); 2].map(|()| a.create_label());
+        a.set_label(&mut again)?;
+        a.inc(ecx)?;
+        a.mov(edx, ecx)?;
+        a.and(edx, 15)?;
+        a.shl(edx, 12)?;
+        a.set_label(&mut pause)?;
+        a.dec(edx)?;
+        a.jns(pause)?;
+        a.mov(dword_ptr(FUNCTION + 1), ecx)?;
+        a.mov(dword_ptr(SHARED), ecx)?;
+        a.cmp(ecx, WRITES)?;
+        a.jb(again)?;
+        a.out(OK, al)
+    });
+    run_both(&vm);
+}
+
+/// A copy that is kept up by the log alone, as a migration's is, while two vCPUs
+/// write to the same pages, is the memory once they stand.
+#[test]
+fn dirty_log_misses_no_write_of_two() {
+    const PAGES: u64 = 64;
+    const DATA: u64 = 0x10_0000;
+    const TAKES: u64 = 300;
+    let vm = vm(2);
+    for id in 0..2 {
+        load(&vm, CODE[id as usize], |a| {
+            let mut again = a.create_label();
+            a.set_label(&mut again)?;
+            a.inc(rcx)?;
+            a.mov(rdx, rcx)?;
+            a.and(edx, PAGES as i32 - 1)?;
+            a.shl(edx, 12)?;
+            a.mov(qword_ptr(rdx + (DATA + 8 * id)), rcx)?;
+            a.cmp(dword_ptr(SHARED), 0)?;
+            a.je(again)?;
+            a.out(OK, al)
+        });
+    }
+    let memory = &vm.shared.memory;
+    let mut copy = vec![0; MEMORY as usize];
+    let follow = |copy: &mut [u8]| {
+        let log = vm.take_dirty_log().unwrap();
+        let mut pages = 0;
+        for address in log.iter().flat_map(|pages| pages.addresses()) {
+            let start = address.0 as usize;
+            memory.read(address, &mut copy[start..start + PAGE_SIZE as usize]).unwrap();
+            pages += 1;
+        }
+        pages
+    };
+    vm.set_dirty_log(true).unwrap();
+    memory.read(GuestPhys(0), &mut copy).unwrap();
+    let mut copied = 0;
+    run_both_beside(&vm, || {
+        let hopeless = Instant::now() + Duration::from_secs(60);
+        while copied < TAKES * PAGES && Instant::now() < hopeless {
+            copied += follow(&mut copy);
+        }
+        memory.write(GuestPhys(SHARED), &[1]).unwrap();
+    });
+    assert!(copied >= TAKES * PAGES, "{copied} pages seen to be written");
+    follow(&mut copy);
+    let mut now = vec![0; MEMORY as usize];
+    memory.read(GuestPhys(0), &mut now).unwrap();
+    let differs = copy.iter().zip(&now).position(|(copy, now)| copy != now);
+    assert_eq!(differs, None, "a byte at this address");
+}
