@@ -24,6 +24,11 @@ pub enum HoldError {
         waited.as_millis()
     )]
     Device { vcpu: u32, access: Access, waited: Duration },
+    /// As `Late`, and what is in flight behind a device.
+    #[error("{device} did not come to rest in {} ms", waited.as_millis())]
+    BackEnd { device: String, waited: Duration },
+    #[error("an I/O thread cannot hold its own machine")]
+    OwnIoThread,
     #[error("the machine is not held")]
     NotHeld,
     #[error(transparent)]

@@ -1,9 +1,11 @@
-//! Holding a machine: its vCPUs between two instructions, its clock standing.
+//! Holding a machine: its vCPUs between two instructions, its clock standing, nothing
+//! in flight in its I/O thread. In this order, and let go in the other.
 
 use std::time::Duration;
 
 use tetrarch_bus::{Access, HoldError};
 use tetrarch_engine::Vcpu;
+use tetrarch_io::PauseError;
 
 use crate::{Machine, VcpuSlot};
 
@@ -20,13 +22,15 @@ pub struct NotHeld {
 impl NotHeld {
     pub fn mend(&self) -> String {
         match (&self.error, &self.device) {
-            (HoldError::OwnThread { .. }, _) => {
+            (HoldError::OwnThread { .. } | HoldError::OwnIoThread, _) => {
                 "a device is called in the middle of an instruction: use another thread".into()
             }
             (HoldError::Device { .. }, Some(device)) => {
                 format!("let {device} return from its access")
             }
-            (HoldError::Device { .. } | HoldError::Late { .. }, _) => "wait longer".into(),
+            (HoldError::Device { .. } | HoldError::Late { .. } | HoldError::BackEnd { .. }, _) => {
+                "wait longer".into()
+            }
             (HoldError::NotHeld, _) => "call hold() first, once for each resume()".into(),
             (HoldError::Clock(_), _) => "the machine runs on".into(),
         }
@@ -46,7 +50,7 @@ impl Drop for Held<'_> {
     fn drop(&mut self) {
         // Fails only where the host does not take back a clock of its own, which
         // no caller could mend.
-        let _ = self.0.control.resume();
+        let _ = self.0.resume();
     }
 }
 
@@ -61,10 +65,24 @@ impl Machine {
                 _ => None,
             };
             NotHeld { error, device }
+        })?;
+        self.io.pause(timeout).map_err(|error| {
+            // Why it is not held is told already.
+            let _ = self.control.resume();
+            NotHeld::from(match error {
+                PauseError::Late { handler: device, waited } => {
+                    HoldError::BackEnd { device, waited }
+                }
+                PauseError::OwnThread => HoldError::OwnIoThread,
+            })
         })
     }
 
     pub fn resume(&self) -> Result<(), NotHeld> {
+        if !self.control.is_held() {
+            return Err(HoldError::NotHeld.into());
+        }
+        self.io.resume();
         Ok(self.control.resume()?)
     }
 

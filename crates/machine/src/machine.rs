@@ -5,6 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tetrarch_bus::{Bus, IrqLines, Region, RunControl, TscScale};
 use tetrarch_engine::{ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm};
+use tetrarch_io::IoThread;
 use tetrarch_memory::GuestMemory;
 
 use crate::{MachineError, VcpuSlot, limits};
@@ -26,6 +27,8 @@ pub struct Machine {
     pub bus: Bus,
     pub irq: Arc<IrqLines>,
     pub control: RunControl,
+    /// Where the data paths of devices run.
+    pub io: Arc<IoThread>,
     pub vcpus: Vec<Arc<VcpuSlot>>,
     /// What keeps devices away from each region of RAM, by where it begins.
     pub(crate) ram: Mutex<Vec<(u64, Region)>>,
@@ -70,6 +73,10 @@ impl Machine {
             ram.push((start, bus.reserve_mmio(start, region.len, "RAM")?));
         }
 
+        let refused = "raise the limit of processes: ulimit -u";
+        let io = IoThread::new("tetrarch-io")
+            .map_err(|error| Unusable::refused("the host gives no I/O thread", &error, refused))
+            .map_err(EngineError::from)?;
         let control = RunControl::new(Arc::clone(engine.clock()));
         let vcpus = (0..vcpus)
             .map(|id| {
@@ -82,6 +89,7 @@ impl Machine {
         let drive = Box::new(move |gsi, level| driven.irq_line(gsi, level));
         let irq = Arc::new(IrqLines::new(GSI_COUNT, drive));
         let (ram, scale) = (Mutex::new(ram), TscScale::new());
-        Ok(Self { memory, engine, bus, irq, control, vcpus, ram, scale })
+        let io = Arc::new(io);
+        Ok(Self { memory, engine, bus, irq, control, io, vcpus, ram, scale })
     }
 }
