@@ -14,14 +14,20 @@ __all__ = [
     "GuestFault",
     "GuestMemoryError",
     "GuestTrap",
+    "Interrupt",
+    "Intx",
     "IrqSource",
+    "IsrStatus",
     "Latch",
+    "MsixTable",
     "NullPort",
     "Region",
     "RegisterPortAccess",
     "RustDevice",
     "SerialPort",
     "Vcpu",
+    "VirtioDevice",
+    "VirtioRng",
     "Vm",
     "__version__",
     "engine_available",
@@ -172,6 +178,106 @@ class IrqSource:
     def set(self, level: bool) -> None: ...
     def pulse(self) -> None:
         """High and low: an edge where no other source holds the line high."""
+
+@final
+class Interrupt:
+    """An interrupt that is an event: a message, or a bit of a status."""
+
+    def trigger(self) -> None:
+        """Raises it; from any thread."""
+
+@final
+class Intx:
+    """A PCI function's interrupt line, between its device and the wire of its slot."""
+
+    def __new__(cls) -> Self: ...
+    def set(self, level: bool) -> None:
+        """What the device wants; from any thread."""
+    def set_disabled(self, disabled: bool) -> None:
+        """Interrupt Disable of the command register."""
+    def connect(self, wire: Wire | None) -> None:
+        """Puts the function into a slot, or takes it out of one."""
+    @property
+    def level(self) -> bool:
+        """What the device wants, also where it is disabled."""
+
+@final
+class IsrStatus:
+    """The interrupt status of a virtio transport without messages, and its line, which is
+    high while a bit is set: 1 for queues, 2 for the configuration (virtio 1.2, 4.1.4.5)."""
+
+    def __new__(cls, wire: Wire) -> Self: ...
+    @property
+    def status(self) -> int: ...
+    def set(self, bits: int) -> None:
+        """Sets all bits, as from a saved state."""
+    def acknowledge(self, bits: int) -> int:
+        """Clears bits; gives what was set before."""
+    def interrupt(self, bit: int) -> Interrupt:
+        """An interrupt that sets the bit."""
+
+@final
+class MsixTable(RustDevice):
+    """The MSI-X structures of a PCI function (PCI Local Bus 3.0, 6.8.2): a page, with the
+    table at its start and the pending bits at PENDING_OFFSET."""
+
+    PENDING_OFFSET: int
+    def __new__(cls, vm: Vm, vectors: int) -> Self:
+        """EngineError for less than 1 or more than 128 vectors."""
+    @property
+    def vectors(self) -> int: ...
+    def set_control(self, enabled: bool, masked: bool) -> None:
+        """What the driver wrote to the capability's message control."""
+    def vector(self, number: int, otherwise: Interrupt | None = None) -> Interrupt:
+        """The interrupt of a vector; ``otherwise`` while MSI-X is off. With a number that
+        is no vector it is none."""
+    def reset(self) -> None: ...
+    def save(self) -> tuple[list[int], list[bool]]:
+        """Four words of each vector, and which are pending."""
+    def load(self, words: Sequence[int], pending: Sequence[bool]) -> bool:
+        """False, and nothing taken, where they are of another number of vectors."""
+
+@type_check_only
+class VirtioQueue(TypedDict):
+    """A queue as its driver has set it up: guest physical addresses, and what was negotiated."""
+
+    size: int
+    descriptors: int
+    driver: int
+    device: int
+    packed: bool
+    event_index: bool
+    indirect: bool
+    position: tuple[int, int] | None
+    """Where the device goes on in it: as ``positions`` gave it."""
+    interrupt: Interrupt
+
+@disjoint_base
+class VirtioDevice:
+    """The data path of a virtio device, on its machine's I/O thread: the base of each kind."""
+
+    @property
+    def queue_count(self) -> int: ...
+    def start(self, features: int, queues: Sequence[VirtioQueue | None], config: Interrupt) -> None:
+        """The driver is ready. EngineError where a queue cannot be as it is set up."""
+    def reset(self) -> None:
+        """Forgets queues and interrupts; when it returns nothing touches guest memory."""
+    def positions(self) -> list[tuple[int, int] | None]:
+        """Where the device is in each queue; exact while the machine is held."""
+    @property
+    def needs_reset(self) -> bool:
+        """The driver has broken the rules of a queue since ``start``."""
+    def config_changed(self) -> None:
+        """Tells the driver that the configuration has changed."""
+    def doorbells(self, stride: int) -> RustDevice:
+        """The notification registers: one for each queue, ``stride`` bytes apart; with 0
+        one for all, which takes the queue's number."""
+
+@final
+class VirtioRng(VirtioDevice):
+    """The entropy device."""
+
+    def __new__(cls, vm: Vm, name: str) -> Self: ...
 
 @final
 class GuestCall:

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from tetrarch.boot import aml, build_acpi
 from tetrarch.errors import ConfigError
 
+RAM = [(0, 0xC000_0000), (1 << 32, 1 << 30)]
+
 
 def by_signature(vcpus: int) -> dict[bytes, tuple[int, bytes]]:
-    return {data[:4]: (address, data) for address, data in build_acpi(vcpus)[1]}
+    return {data[:4]: (address, data) for address, data in build_acpi(vcpus, RAM)[1]}
 
 
 def test_rsdp_has_both_checksums_and_points_to_the_xsdt() -> None:
-    address, tables = build_acpi(1)
+    address, tables = build_acpi(1, RAM)
     rsdp = dict(tables)[address]
 
     assert rsdp[:8] == b"RSD PTR "
@@ -31,7 +33,7 @@ def test_rsdp_has_both_checksums_and_points_to_the_xsdt() -> None:
 
 @pytest.mark.parametrize("vcpus", [1, 2, 64, 300, 4000])
 def test_tables_are_sound_and_apart(vcpus: int) -> None:
-    _, tables = build_acpi(vcpus)
+    _, tables = build_acpi(vcpus, RAM)
     end = 0xE_0000
     for address, data in sorted(tables):
         assert address >= end
@@ -48,7 +50,8 @@ def test_xsdt_and_fadt_point_to_tables() -> None:
     xsdt = tables[b"XSDT"][1]
     fadt = tables[b"FACP"][1]
 
-    assert struct.unpack_from("<2Q", xsdt, 36) == (tables[b"FACP"][0], tables[b"APIC"][0])
+    places = tuple(tables[name][0] for name in (b"FACP", b"APIC", b"MCFG"))
+    assert struct.unpack_from("<3Q", xsdt, 36) == places
     assert struct.unpack_from("<II", fadt, 36) == (tables[b"FACS"][0], tables[b"DSDT"][0])
     assert tables[b"FACS"][0] % 64 == 0
 
@@ -83,11 +86,11 @@ def test_processors_from_255_on_are_x2apic_entries() -> None:
 @pytest.mark.parametrize("vcpus", [0, -1, 100_000])
 def test_impossible_numbers_of_processors_are_refused(vcpus: int) -> None:
     with pytest.raises(ConfigError):
-        build_acpi(vcpus)
+        build_acpi(vcpus, RAM)
 
 
 @pytest.mark.parametrize("vcpus", [1, 300])
-@pytest.mark.parametrize("signature", ["DSDT", "FACP", "APIC", "XSDT", "FACS"])
+@pytest.mark.parametrize("signature", ["DSDT", "FACP", "APIC", "XSDT", "FACS", "MCFG"])
 def test_disassembler_reads_the_tables_without_complaint(
     tmp_path: Path, signature: str, vcpus: int
 ) -> None:

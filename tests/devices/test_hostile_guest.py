@@ -16,13 +16,14 @@ from tetrarch.devices import (
     I8042,
     AcpiPm,
     DebugExit,
-    PciConfigPorts,
     Port92,
     ResetCf9,
     RtcCmos,
     Uart16550,
 )
 from tetrarch.errors import StateError
+from tetrarch.pci import PciBus
+from tetrarch.testing import ScriptedVm
 
 
 class Bench:
@@ -79,8 +80,8 @@ def i8042(bench: Bench) -> tuple[Any, list[Any]]:
 
 
 def pci(bench: Bench) -> tuple[Any, list[Any]]:
-    device = PciConfigPorts()
-    return device, [device.address, device.data]
+    device = PciBus(ScriptedVm(lambda vm: "stopped"))
+    return device, [device.address_port, device.data_ports, device.ecam]
 
 
 class Wire:

@@ -7,12 +7,14 @@ mod error;
 mod guest_call;
 mod irq;
 mod kvm;
+mod msix;
 mod python_device;
 mod python_platform;
 mod region;
 mod rust_device;
 mod serial_port;
 mod vcpu;
+mod virtio;
 mod vm;
 
 use pyo3::prelude::*;
@@ -26,7 +28,9 @@ mod _native {
     #[pymodule_export]
     use crate::guest_call::{GuestCall, GuestTrap, RegisterPortAccess};
     #[pymodule_export]
-    use crate::irq::IrqSource;
+    use crate::irq::{Intx, IrqSource};
+    #[pymodule_export]
+    use crate::msix::MsixTable;
     #[pymodule_export]
     use crate::region::Region;
     #[pymodule_export]
@@ -35,6 +39,8 @@ mod _native {
     use crate::serial_port::SerialPort;
     #[pymodule_export]
     use crate::vcpu::Vcpu;
+    #[pymodule_export]
+    use crate::virtio::{Interrupt, IsrStatus, VirtioDevice, VirtioRng};
     #[pymodule_export]
     use crate::vm::Vm;
 

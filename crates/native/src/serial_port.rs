@@ -3,13 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use tetrarch_devices::{Drive, Registers};
+use tetrarch_devices::Registers;
 
 use crate::error::Failure;
-use crate::irq::IrqSource;
+use crate::irq::drive;
 use crate::rust_device::RustDevice;
 
 /// A 16550A UART. Its state has its form, and is checked, in Python
@@ -63,29 +62,6 @@ impl SerialPort {
     fn set_registers(&self, py: Python<'_>, values: State) {
         py.detach(|| self.port.set_registers(values.into()));
     }
-}
-
-/// A wire of the machine's is driven as it is; a stand-in for one in Python is called.
-fn drive(wire: &Bound<'_, PyAny>) -> PyResult<Drive> {
-    if let Ok(source) = wire.cast::<IrqSource>() {
-        let source = Arc::clone(&source.get().0);
-        return Ok(Box::new(move |level| source.set(level)));
-    }
-    let set = match wire.getattr_opt("set")? {
-        Some(set) if set.is_callable() => set.unbind(),
-        _ => {
-            let kind = wire.get_type().qualname()?;
-            return Err(PyTypeError::new_err(format!("{kind} is no wire: it has no method 'set'")));
-        }
-    };
-    Ok(Box::new(move |level| {
-        // An ending process has no interpreter any more, and no use for the level.
-        Python::try_attach(|py| {
-            if let Err(error) = set.call1(py, (level,)) {
-                error.write_unraisable(py, Some(set.bind(py)));
-            }
-        });
-    }))
 }
 
 /// `Registers`, as a dictionary.

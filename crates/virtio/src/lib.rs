@@ -1,4 +1,15 @@
 //! Virtio devices (OASIS virtio 1.2): their queues and data paths. What a driver negotiates
-//! and configures is above, in Python.
+//! and configures is above, in Python; back ends are below.
 
+mod device;
+mod doorbells;
+mod isr;
 pub mod queue;
+mod queues;
+mod rng;
+
+pub use device::{Control, DataPath, Device, OWN_SOURCES, QueueSetup, StartError};
+pub use doorbells::Doorbells;
+pub use isr::IsrStatus;
+pub use queues::Queues;
+pub use rng::Rng;

@@ -1,14 +1,17 @@
 """The ACPI tables of a small PC (ACPI 6.5): what the machine has, said once more for its kernel."""
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from tetrarch.boot import aml
 from tetrarch.boot.layout import ACPI_BASE, ACPI_END, align_up
-from tetrarch.devices import acpi_pm, i8042, pci_config, reset_cf9, rtc_cmos, uart16550
+from tetrarch.devices import acpi_pm, i8042, reset_cf9, rtc_cmos, uart16550
 from tetrarch.errors import ConfigError
+from tetrarch.machine import map as machine_map
+from tetrarch.pci import bus as pci_bus
 
-__all__ = ["IOAPIC_BASE", "LAPIC_BASE", "build_acpi"]
+__all__ = ["IOAPIC_BASE", "LAPIC_BASE", "build_acpi", "virtio_mmio_device"]
 
 IOAPIC_BASE: Final = 0xFEC0_0000
 LAPIC_BASE: Final = 0xFEE0_0000
@@ -129,7 +132,61 @@ def _pnp(path: str, hid: str, *descriptors: bytes, uid: int = 0) -> bytes:
     )
 
 
-def _dsdt() -> bytes:
+def _pci_root(ram: Sequence[tuple[int, int]]) -> bytes:
+    """The PCI bus: its windows, and the line of each pin (6.2.13)."""
+    (io, io_end), (low, low_end) = machine_map.PCI_IO, machine_map.PCI_LOW
+    high, high_end = machine_map.high_window(ram)
+    windows = aml.resources(
+        aml.bus_numbers(0, 0),
+        aml.io_window(io, io_end - 1),
+        aml.memory_window(low, low_end - 1),
+        aml.memory_window(high, high_end - 1),
+    )
+    any_function, no_link = 0xFFFF, aml.integer(0)
+    routes = [
+        aml.package(
+            aml.integer(slot << 16 | any_function),
+            aml.integer(pin),
+            no_link,
+            aml.integer(machine_map.pci_gsi(slot, pin)),
+        )
+        for slot in range(pci_bus.SLOTS)
+        for pin in range(4)
+    ]
+    # As a conventional bus: nothing of PCI Express is there to be negotiated by _OSC.
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_BBN", aml.integer(0)),
+        aml.name("_SEG", aml.integer(0)),
+        aml.name("_CRS", windows),
+        aml.name("_PRT", aml.package(*routes)),
+    )
+
+
+def virtio_mmio_device(index: int) -> bytes:
+    """What Linux knows a page of virtio-mmio by (drivers/virtio/virtio_mmio.c)."""
+    base, gsi = machine_map.virtio_mmio_slot(index)
+    return aml.device(
+        f"VR{index:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(index)),
+        aml.name("_CCA", aml.integer(1)),
+        aml.name(
+            "_CRS",
+            aml.resources(aml.memory32(base, 0x1000), aml.interrupt(gsi, level=True)),
+        ),
+    )
+
+
+def _mcfg() -> bytes:
+    """Where configuration space lies in memory (PCI Firmware 3.0, 4.1.2)."""
+    base, end = machine_map.ECAM
+    return _table(b"MCFG", 1, bytes(8) + struct.pack("<QHBB4x", base, 0, 0, (end - base >> 20) - 1))
+
+
+def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes]) -> bytes:
     port, line = aml.io_port, aml.irq
     devices = (
         _pnp("PIC", "PNP0000", port(0x20, 2), port(0xA0, 2), port(0x4D0, 2), line(2)),
@@ -161,10 +218,13 @@ def _dsdt() -> bytes:
             "PNP0C02",
             port(acpi_pm.PORT_BASE, acpi_pm.PORTS),
             # PCI configuration, with the reset register at 0xCF9 in it.
-            port(pci_config.ADDRESS_PORT, 4 + pci_config.DATA_PORTS),
+            port(pci_bus.ADDRESS_PORT, 4 + pci_bus.DATA_PORTS),
+            aml.memory32(machine_map.ECAM[0], machine_map.ECAM[1] - machine_map.ECAM[0]),
             aml.memory32(IOAPIC_BASE, 0x1000),
             aml.memory32(LAPIC_BASE, 0x1000),
         ),
+        _pci_root(ram),
+        *more,
     )
     s5 = aml.integer(acpi_pm.S5_TYPE)
     zero = aml.integer(0)
@@ -184,8 +244,13 @@ def _rsdp(xsdt: int) -> bytes:
     return bytes(rsdp)
 
 
-def build_acpi(vcpus: int) -> tuple[int, list[tuple[int, bytes]]]:
-    """The address of the RSDP, and (address, table) of all tables, the RSDP among them."""
+def build_acpi(
+    vcpus: int, ram: Sequence[tuple[int, int]], devices: Sequence[bytes] = ()
+) -> tuple[int, list[tuple[int, bytes]]]:
+    """The address of the RSDP, and (address, table) of all tables, the RSDP among them.
+
+    ``devices`` are more devices of the DSDT's ``\\_SB``.
+    """
     if vcpus < 1:
         raise ConfigError(f"a machine with {vcpus} CPUs cannot be", mend="give at least 1")
     tables: list[tuple[int, bytes]] = []
@@ -205,6 +270,6 @@ def build_acpi(vcpus: int) -> tuple[int, list[tuple[int, bytes]]]:
         return address
 
     facs = place(_facs())
-    fadt = place(_fadt(facs, place(_dsdt())))
-    xsdt = place(_xsdt([fadt, place(_madt(vcpus))]))
+    fadt = place(_fadt(facs, place(_dsdt(ram, devices))))
+    xsdt = place(_xsdt([fadt, place(_madt(vcpus)), place(_mcfg())]))
     return ACPI_BASE, [(ACPI_BASE, _rsdp(xsdt)), *tables]

@@ -5,13 +5,17 @@ from typing import Final
 
 __all__ = [
     "buffer",
+    "bus_numbers",
     "device",
     "eisa_id",
     "end_tag",
     "integer",
+    "interrupt",
     "io_port",
+    "io_window",
     "irq",
     "memory32",
+    "memory_window",
     "name",
     "name_string",
     "package",
@@ -115,9 +119,36 @@ def irq(line: int) -> bytes:
     return struct.pack("<BH", 0x22, 1 << line)
 
 
+def interrupt(gsi: int, *, level: bool) -> bytes:
+    """Extended interrupt descriptor (6.4.3.6): active high, of this device alone."""
+    consumer_edge = 0x01 | (0 if level else 0x02)
+    return struct.pack("<BHBBI", 0x89, 6, consumer_edge, 1, gsi)
+
+
 def memory32(base: int, length: int) -> bytes:
     """32-bit fixed memory range (6.4.3.4), read-write."""
     return struct.pack("<BHBII", 0x86, 9, 1, base, length)
+
+
+_FIXED: Final = 0x0C  # minimum and maximum are as given; a producer of what lies below
+
+
+def bus_numbers(first: int, last: int) -> bytes:
+    """Word address space descriptor (6.4.3.5.3) of bus numbers."""
+    values = (0, first, last, 0, last - first + 1)
+    return struct.pack("<BHBBB5H", 0x88, 13, 2, _FIXED, 0, *values)
+
+
+def io_window(first: int, last: int) -> bytes:
+    """The same of I/O ports that a bus passes on."""
+    values = (0, first, last, 0, last - first + 1)
+    return struct.pack("<BHBBB5H", 0x88, 13, 1, _FIXED, 3, *values)
+
+
+def memory_window(first: int, last: int) -> bytes:
+    """QWord address space descriptor (6.4.3.5.1) of memory that a bus passes on."""
+    values = (0, first, last, 0, last - first + 1)
+    return struct.pack("<BHBBB5Q", 0x8A, 43, 0, _FIXED, 1, *values)
 
 
 def end_tag() -> bytes:

@@ -3,7 +3,6 @@
 from tetrarch.devices.acpi_pm import AcpiPm, AcpiPmCore
 from tetrarch.devices.debug_exit import DebugExit
 from tetrarch.devices.i8042 import I8042, I8042Core
-from tetrarch.devices.pci_config import PciConfigPorts
 from tetrarch.devices.port_92 import Port92
 from tetrarch.devices.reset_cf9 import ResetCf9
 from tetrarch.devices.rtc_cmos import RtcCmos, RtcCmosCore
@@ -15,7 +14,6 @@ __all__ = [
     "AcpiPmCore",
     "DebugExit",
     "I8042Core",
-    "PciConfigPorts",
     "Port92",
     "ResetCf9",
     "RtcCmos",

@@ -30,6 +30,7 @@ __all__ = [
     "MachineOptions",
     "OnReset",
     "ValueProblem",
+    "VirtioTransport",
     "check_options",
     "make_config",
     "option",
@@ -54,6 +55,7 @@ _COUNT = re.compile(r"^[0-9]{1,9}$")
 _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 EngineName = Literal["auto", "bt", "kvm"]
+VirtioTransport = Literal["pci", "mmio"]
 OnReset = Literal["end", "restart"]
 
 
@@ -166,6 +168,10 @@ class MachineConfig(BaseModel):
     on_reset: OnReset = option(
         "end", "What a reset by the guest does [default: end].", "end|restart"
     )
+    virtio: VirtioTransport = option(
+        "pci", "How virtio devices are found by the guest [default: pci].", "pci|mmio"
+    )
+    rng: bool = option(True, "A virtio device with the host's random numbers.")
     debug_exit: bool = option(False, "A value V written to port 0xf4 ends with (V << 1) | 1.")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = option(
         "tetrarch", "A name for the machine, for reports [default: tetrarch].", "NAME"
@@ -207,6 +213,8 @@ class MachineOptions(TypedDict, total=False):
     memory: str | int
     cpus: int
     on_reset: OnReset
+    virtio: VirtioTransport
+    rng: bool
     debug_exit: bool
     name: str
 
@@ -217,6 +225,8 @@ _PROBLEMS = {
     "on_reset": ("is nothing that a reset can do", "there are end and restart"),
     "name": ("is no name", "use up to 64 letters, digits, '.', '_' and '-'"),
     "debug_exit": ("is neither true nor false", "give one of them"),
+    "rng": ("is neither true nor false", "give one of them"),
+    "virtio": ("is no transport of virtio", "there are pci and mmio"),
 }
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tetrarch.boot import build_acpi, load_kernel
@@ -44,7 +45,11 @@ def resolve_guest(config: MachineConfig, reporter: Reporter | None = None) -> Ma
 
 
 def load_guest(
-    vm: EngineVm, config: MachineConfig, console: ConsoleBackend, platform: Platform
+    vm: EngineVm,
+    config: MachineConfig,
+    console: ConsoleBackend,
+    platform: Platform,
+    dsdt: Sequence[bytes],
 ) -> None:
     """Puts a resolved guest into memory and its entry into the first vCPU's registers.
 
@@ -58,7 +63,7 @@ def load_guest(
         if terminal := getattr(console, "guest_terminal", ""):
             append += f" tetrarch.tty={terminal}"  # for images/guest/profile
     append = " ".join(filter(None, (append, config.append_extra)))
-    rsdp, tables = build_acpi(config.cpus)
+    rsdp, tables = build_acpi(config.cpus, vm.ram, dsdt)
     for address, data in tables:
         vm.write_memory(address, data)
     registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp)

@@ -104,7 +104,13 @@ class Machine:
             lambda message: end(ExitStatus(StopReason.CRASHED, message)),
         )
         self._serial = SerialLine(self._backend, panic, self._conclusion)
-        self._pc = assemble_pc(vm, self.config, end)
+        try:
+            self._pc = assemble_pc(vm, self.config, end)
+        except EngineError as error:
+            raise HostError(
+                f"cannot make the machine's devices: {engine_cause(error)}",
+                mend=engine_mend(error, "give the machine fewer"),
+            ) from error
         self._descent = _Descent(
             self._life, panic, self._threads, self._pc, self._serial, self._backend, vcpus[0]
         )
@@ -128,7 +134,7 @@ class Machine:
 
     def __del__(self) -> None:
         # Only what __init__ has made: it may have failed.
-        if getattr(self, "_backend", None) is None:
+        if getattr(self, "_resets", None) is None:
             return
         if self.phase in (Phase.RUNNING, Phase.HELD):
             warnings.warn(
@@ -412,7 +418,9 @@ class Machine:
         self._life.require(what, Phase.MADE)
         if not self._loaded:
             self.config = resolve_guest(self.config)
-            load = partial(load_guest, self._vm, self.config, self._backend, self._platform)
+            load = partial(
+                load_guest, self._vm, self.config, self._backend, self._platform, self._pc.dsdt
+            )
             load()
             self._resets.load = load
             self._loaded = True

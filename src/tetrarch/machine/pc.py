@@ -1,24 +1,25 @@
 """The small PC: which devices there are, where they are, how they are wired.
 
-    memory      0 up to 3 GiB, the rest from 4 GiB     RAM
-                0xFEC00000, 0xFEE00000                 IOAPIC, LAPIC: in the engine
-    ports       0x020 0x0A0 0x4D0, 0x040 0x061         PICs, PIT: in the engine
-                the rows of the table below            devices of ours
+The memory and the interrupt lines are in ``map.py``; the ports:
+
+    0x020 0x0A0 0x4D0, 0x040 0x061      PICs, PIT: in the engine
+    the rows of the table below         devices of ours
 
 What nobody claims reads as ones, and writes to it are lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from tetrarch._native import Vm
+from tetrarch.boot.acpi import virtio_mmio_device
 from tetrarch.devices import (
     I8042,
     AcpiPm,
     DebugExit,
-    PciConfigPorts,
     Port92,
     ResetCf9,
     RtcCmos,
@@ -26,17 +27,22 @@ from tetrarch.devices import (
     acpi_pm,
     debug_exit,
     i8042,
-    pci_config,
     port_92,
     reset_cf9,
     rtc_cmos,
     uart16550,
 )
 from tetrarch.devices._state import State
-from tetrarch.errors import StateError
+from tetrarch.errors import ConfigError, StateError
+from tetrarch.machine import map as machine_map
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.status import ExitStatus, StopReason
+from tetrarch.pci import PciBus, bus
+from tetrarch.virtio.kind import VirtioKind
+from tetrarch.virtio.mmio import NOTIFY, REGISTERS, VirtioMmio
+from tetrarch.virtio.pci import VirtioPci
+from tetrarch.virtio.rng import RngKind
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
@@ -67,6 +73,9 @@ class Pc:
     uart: Uart16550
     rtc: RtcCmos
     acpi: AcpiPm
+    pci: PciBus
+    dsdt: Sequence[bytes]
+    """Devices that the DSDT names beside those of every PC."""
     devices: Mapping[str, SavedDevice]
     """All of them by the name that their state is saved under."""
 
@@ -82,6 +91,7 @@ class Pc:
     def reset(self) -> None:
         for device in self.devices.values():
             device.reset()
+        self.pci.place()
 
     def close(self) -> None:
         """Ends what runs beside the vCPUs."""
@@ -126,7 +136,7 @@ def assemble_pc(
     acpi = AcpiPm(line(acpi_pm.GSI), vm.clock_ns, power_off)
     control_a = Port92(reset("port 0x92"))
     reset_control = ResetCf9(reset("port 0xCF9"))
-    pci = PciConfigPorts()
+    pci = PciBus(vm)
     devices: dict[str, SavedDevice] = {
         "i8042": keyboard,
         "rtc": rtc,
@@ -144,9 +154,9 @@ def assemble_pc(
         PortRange(port_92.PORT_BASE, port_92.PORTS, control_a),
         PortRange(uart16550.PORT_BASE, uart16550.PORTS, uart),  # GSI 4
         PortRange(acpi_pm.PORT_BASE, acpi_pm.PORTS, acpi),  # GSI 9, level
-        PortRange(pci_config.ADDRESS_PORT, 4, pci.address, sizes=(4,)),
+        PortRange(bus.ADDRESS_PORT, 4, pci.address_port, sizes=(4,)),
         PortRange(reset_cf9.PORT_BASE, reset_cf9.PORTS, reset_control),
-        PortRange(pci_config.DATA_PORT, pci_config.DATA_PORTS, pci.data),
+        PortRange(bus.DATA_PORT, bus.DATA_PORTS, pci.data_ports),
     ]
     if config.debug_exit:
         devices["debug-exit"] = ender = DebugExit(leave)
@@ -154,4 +164,35 @@ def assemble_pc(
 
     for base, length, device, sizes in ports:
         vm.attach_ports(base, length, device, sizes=sizes)
-    return Pc(uart, rtc, acpi, devices)
+    ecam, ecam_end = machine_map.ECAM
+    vm.attach_mmio(ecam, ecam_end - ecam, pci.ecam)
+    dsdt: list[bytes] = []
+    if isinstance(vm, Vm):  # a stand-in has no I/O thread
+        for kind in _virtio_kinds(vm, config):
+            if config.virtio == "pci":
+                on_pci = VirtioPci(vm, kind)
+                pci.plug(on_pci.function)
+                devices[kind.name] = on_pci
+            else:
+                devices[kind.name] = _attach_mmio(vm, kind, len(dsdt))
+                dsdt.append(virtio_mmio_device(len(dsdt)))
+    return Pc(uart, rtc, acpi, pci, dsdt, devices)
+
+
+def _virtio_kinds(vm: Vm, config: MachineConfig) -> Iterator[VirtioKind]:
+    if config.rng:
+        yield RngKind(vm)
+
+
+def _attach_mmio(vm: Vm, kind: VirtioKind, index: int) -> VirtioMmio:
+    if index >= machine_map.VIRTIO_MMIO_SLOTS:
+        raise ConfigError(
+            f"virtio-mmio has room for {machine_map.VIRTIO_MMIO_SLOTS} devices",
+            mend="give the machine fewer, or virtio over PCI",
+        )
+    base, gsi = machine_map.virtio_mmio_slot(index)
+    device = VirtioMmio(kind, vm.irq_source(gsi))
+    vm.attach_mmio(base, NOTIFY, device.below)
+    vm.attach_mmio(base + NOTIFY, 4, device.doorbells)
+    vm.attach_mmio(base + NOTIFY + 4, REGISTERS - NOTIFY - 4, device.above)
+    return device

@@ -26,7 +26,7 @@ __all__ = ["About", "MachineParts", "read_about", "restore_machine", "save_machi
 # Count up when a section means something else than before. The engine's sections have
 # versions of their own inside.
 _ABOUT_VERSION = 1
-_ABOUT_OPTIONS = {"name", "engine", "memory", "cpus", "debug_exit"}
+_ABOUT_OPTIONS = {"name", "engine", "memory", "cpus", "debug_exit", "virtio", "rng"}
 _DEVICES_VERSION = 1
 
 
@@ -64,6 +64,8 @@ def save_machine(parts: MachineParts, path: Path) -> None:
             "memory": f"{parts.config.memory >> 10}K",
             "cpus": parts.config.cpus,
             "debug_exit": parts.config.debug_exit,
+            "virtio": parts.config.virtio,
+            "rng": parts.config.rng,
             "uptime": parts.uptime,
         }
         writer.json("machine", _ABOUT_VERSION, about)

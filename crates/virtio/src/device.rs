@@ -1,0 +1,239 @@
+//! A device between its registers, which are above, and its data path.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use tetrarch_bus::Interrupt;
+use tetrarch_io::{Attachment, Event, Handler, IoThread, Trigger};
+use tetrarch_memory::GuestMemory;
+
+use crate::queue::{Queue, QueueConfig, QueueError, QueuePosition};
+use crate::queues::{Active, Queues};
+
+/// Descriptors of a data path's own have sources from here on; below are the queues.
+pub const OWN_SOURCES: u32 = 1 << 16;
+
+/// What a kind of device does with its queues: on an I/O thread, one call at a time.
+pub trait DataPath: Send {
+    /// The driver is ready, with these features. `io` is where descriptors of the data
+    /// path's own are added, once for the life of the device.
+    fn start(&mut self, _features: u64, _io: &Attachment) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// There may be chains in a queue.
+    fn serve(&mut self, queues: &mut Queues, index: usize) -> Result<(), QueueError>;
+
+    /// A descriptor of the data path's own is ready.
+    fn ready(&mut self, _queues: &mut Queues, _source: u32) -> Result<(), QueueError> {
+        Ok(())
+    }
+
+    /// Whether nothing is in flight, so that the device can be held or saved.
+    fn idle(&self) -> bool {
+        true
+    }
+
+    /// The driver has reset the device. When this returns, nothing in flight touches guest
+    /// memory any more, and nothing of before is pushed.
+    fn reset(&mut self) {}
+}
+
+/// A queue as its driver has set it up.
+pub struct QueueSetup {
+    pub config: QueueConfig,
+    pub position: Option<QueuePosition>,
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+struct Inner<P> {
+    path: P,
+    queues: Queues,
+    /// For changes of the configuration, and of the status when the device needs a reset.
+    config: Option<Arc<dyn Interrupt>>,
+    broken: Arc<AtomicBool>,
+    name: String,
+}
+
+impl<P: DataPath> Inner<P> {
+    fn check(&mut self, result: Result<(), QueueError>) {
+        let Err(error) = result else { return };
+        self.queues.quiet = true;
+        if !self.broken.swap(true, Ordering::SeqCst) {
+            log::warn!(
+                "{}: its driver breaks the rules of virtio: {error}; it has to reset the \
+                        device",
+                self.name
+            );
+            // 2.1.1: DEVICE_NEEDS_RESET comes with a change of the configuration.
+            if let Some(interrupt) = &self.config {
+                interrupt.raise();
+            }
+        }
+    }
+
+    fn serve_all(&mut self) {
+        for index in 0..self.queues.list.len() {
+            if self.queues.is_enabled(index) {
+                let result = self.path.serve(&mut self.queues, index);
+                self.check(result);
+            }
+        }
+    }
+}
+
+impl<P: DataPath> Handler for Inner<P> {
+    fn ready(&mut self, source: u32) {
+        let result = if source < OWN_SOURCES {
+            self.path.serve(&mut self.queues, source as usize)
+        } else {
+            self.path.ready(&mut self.queues, source)
+        };
+        self.check(result);
+    }
+
+    fn quiesce(&mut self) -> bool {
+        self.queues.quiet = true;
+        self.path.idle()
+    }
+
+    fn resume(&mut self) {
+        self.queues.quiet = self.broken.load(Ordering::SeqCst);
+        self.serve_all();
+    }
+}
+
+/// What transports and life cycle do with any device.
+pub trait Control: Send + Sync {
+    fn queue_count(&self) -> usize;
+    /// The driver is ready (DRIVER_OK), with these features and queues.
+    fn start(
+        &self,
+        features: u64,
+        queues: Vec<Option<QueueSetup>>,
+        config: Arc<dyn Interrupt>,
+    ) -> Result<(), StartError>;
+    /// The device is reset; also one that was never started.
+    fn reset(&self);
+    /// Where the device is in its queues; exact while its machine is held.
+    fn positions(&self) -> Vec<Option<QueuePosition>>;
+    /// The driver has broken the rules since the device was started.
+    fn needs_reset(&self) -> bool;
+    /// What a driver signals for each queue.
+    fn doorbells(&self) -> &[Arc<Event>];
+    /// Tells the driver that the configuration has changed.
+    fn config_changed(&self);
+}
+
+/// Why a device cannot do what its driver asks.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("queue {index}: {error}")]
+    Queue { index: usize, error: QueueError },
+    #[error("the back end: {0}")]
+    BackEnd(#[from] io::Error),
+}
+
+/// One device of a machine.
+///
+/// Lock: `inner`, held while the data path runs; interrupts are raised under it.
+pub struct Device<P> {
+    memory: Arc<GuestMemory>,
+    doorbells: Vec<Arc<Event>>,
+    broken: Arc<AtomicBool>,
+    inner: Arc<Mutex<Inner<P>>>,
+    attachment: Attachment,
+}
+
+impl<P: DataPath + 'static> Device<P> {
+    pub fn new(
+        io: &IoThread,
+        memory: Arc<GuestMemory>,
+        name: &str,
+        queues: usize,
+        path: P,
+    ) -> io::Result<Self> {
+        let doorbells =
+            (0..queues).map(|_| Event::new().map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+        let broken = Arc::new(AtomicBool::new(false));
+        let inner = Arc::new(Mutex::new(Inner {
+            path,
+            queues: Queues::default(),
+            config: None,
+            broken: Arc::clone(&broken),
+            name: name.into(),
+        }));
+        let attachment = io.attach(name, Arc::clone(&inner) as _);
+        for (index, doorbell) in (0..).zip(&doorbells) {
+            attachment.add(&**doorbell, index, Trigger::Edge)?;
+        }
+        Ok(Self { memory, doorbells, broken, inner, attachment })
+    }
+
+    /// Uses the data path between two of its calls.
+    pub fn with_path<T>(&self, body: impl FnOnce(&mut P, &mut Queues) -> T) -> T {
+        let inner = &mut *self.inner.lock();
+        body(&mut inner.path, &mut inner.queues)
+    }
+}
+
+impl<P: DataPath + 'static> Control for Device<P> {
+    fn queue_count(&self) -> usize {
+        self.doorbells.len()
+    }
+
+    fn start(
+        &self,
+        features: u64,
+        queues: Vec<Option<QueueSetup>>,
+        config: Arc<dyn Interrupt>,
+    ) -> Result<(), StartError> {
+        let mut list = Vec::with_capacity(queues.len());
+        for (index, (setup, doorbell)) in queues.into_iter().zip(&self.doorbells).enumerate() {
+            let Some(QueueSetup { config, position, interrupt }) = setup else {
+                list.push(None);
+                continue;
+            };
+            let queue = Queue::new(Arc::clone(&self.memory), config, position)
+                .map_err(|error| StartError::Queue { index, error })?;
+            list.push(Some(Active { queue, interrupt, doorbell: Arc::clone(doorbell) }));
+        }
+        let inner = &mut *self.inner.lock();
+        inner.path.start(features, &self.attachment)?;
+        inner.config = Some(config);
+        inner.queues = Queues { list, quiet: false };
+        self.broken.store(false, Ordering::SeqCst);
+        // A driver may have filled them before DRIVER_OK, and a saved device was in the
+        // middle of its work.
+        self.doorbells.iter().for_each(|doorbell| doorbell.signal());
+        Ok(())
+    }
+
+    fn reset(&self) {
+        let inner = &mut *self.inner.lock();
+        inner.path.reset();
+        inner.queues = Queues::default();
+        inner.config = None;
+        self.broken.store(false, Ordering::SeqCst);
+    }
+
+    fn positions(&self) -> Vec<Option<QueuePosition>> {
+        self.inner.lock().queues.positions()
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.broken.load(Ordering::SeqCst)
+    }
+
+    fn doorbells(&self) -> &[Arc<Event>] {
+        &self.doorbells
+    }
+
+    fn config_changed(&self) {
+        if let Some(interrupt) = &self.inner.lock().config {
+            interrupt.raise();
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The queues of one device, as its data path uses them.
+
+use std::sync::Arc;
+
+use tetrarch_bus::Interrupt;
+use tetrarch_io::Event;
+
+use crate::queue::{Chain, Queue, QueueError, QueuePosition, Used};
+
+pub(crate) struct Active {
+    pub queue: Queue,
+    pub interrupt: Arc<dyn Interrupt>,
+    /// By which the driver, or we, have the queue served.
+    pub doorbell: Arc<Event>,
+}
+
+/// The queues that the driver has enabled, by their number.
+#[derive(Default)]
+pub struct Queues {
+    pub(crate) list: Vec<Option<Active>>,
+    /// No chain is taken: the device is held, reset or broken.
+    pub(crate) quiet: bool,
+}
+
+impl Queues {
+    /// The next chain of a queue; none where it is not enabled.
+    pub fn pop(&mut self, index: usize) -> Result<Option<Chain>, QueueError> {
+        match self.active(index) {
+            Some(active) => active.queue.pop(),
+            None => Ok(None),
+        }
+    }
+
+    fn active(&mut self, index: usize) -> Option<&mut Active> {
+        self.list.get_mut(index).filter(|_| !self.quiet)?.as_mut()
+    }
+
+    /// Gives a chain back: `written` bytes of it are the answer. [`Queues::interrupt`] is due
+    /// after a batch of them.
+    pub fn push(&mut self, index: usize, used: Used, written: u32) {
+        if let Some(Some(active)) = self.list.get_mut(index) {
+            active.queue.push(used, written);
+        }
+    }
+
+    /// Interrupts the driver if it wants that for what was pushed.
+    pub fn interrupt(&mut self, index: usize) {
+        if let Some(Some(active)) = self.list.get_mut(index)
+            && active.queue.wants_interrupt()
+        {
+            active.interrupt.raise();
+        }
+    }
+
+    /// Calls `each` with every chain that is there. What it gives is pushed: the chain and how
+    /// much was written; None: that is done later.
+    ///
+    /// After a queue full of chains it is the turn of others on the thread: a driver that is
+    /// faster than the device would have it for itself.
+    pub fn serve(
+        &mut self,
+        index: usize,
+        mut each: impl FnMut(Chain) -> Option<(Used, u32)>,
+    ) -> Result<(), QueueError> {
+        let Some(active) = self.active(index) else { return Ok(()) };
+        let mut left = active.queue.size();
+        loop {
+            active.queue.spare_notifications();
+            let mut pushed = false;
+            let result = loop {
+                if left == 0 {
+                    active.doorbell.signal();
+                    break Ok(());
+                }
+                match active.queue.pop() {
+                    Ok(Some(chain)) => {
+                        left -= 1;
+                        if let Some((used, written)) = each(chain) {
+                            active.queue.push(used, written);
+                            pushed = true;
+                        }
+                    }
+                    Ok(None) => break Ok(()),
+                    Err(error) => break Err(error),
+                }
+            };
+            if pushed && active.queue.wants_interrupt() {
+                active.interrupt.raise();
+            }
+            result?;
+            if left == 0 || !active.queue.ask_notification() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether the driver has enabled a queue.
+    pub fn is_enabled(&self, index: usize) -> bool {
+        matches!(self.list.get(index), Some(Some(_)))
+    }
+
+    pub(crate) fn positions(&self) -> Vec<Option<QueuePosition>> {
+        self.list.iter().map(|one| Some(one.as_ref()?.queue.position())).collect()
+    }
+}

@@ -1,0 +1,60 @@
+"""The address and interrupt map of the machine.
+
+memory      0 .. 0xBFFF_FFFF                RAM, up to 3 GiB of it
+            0xC000_0000 .. 0xDFFF_FFFF      PCI: BARs
+            0xE000_0000 .. 0xE00F_FFFF      PCI: configuration space of bus 0 (ECAM)
+            0xFEB0_0000 .. 0xFEB0_7FFF      virtio-mmio: 8 pages
+            0xFEC0_0000, 0xFEE0_0000        IOAPIC, LAPIC: in the engine
+            4 GiB .. end                    the rest of the RAM
+            the next multiple of 64 GiB ..  PCI: large BARs, 64 GiB
+ports       0x0CF8 .. 0x0CFF                PCI: configuration
+            0xC000 .. 0xFFFF                PCI: BARs
+            others                          the table of machine/pc.py
+lines       0 .. 15                         ISA devices, at the PICs and the IOAPIC
+            16 .. 19                        PCI: INTA# to INTD#, by slot
+            20 .. 23                        virtio-mmio: two pages a line
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+__all__ = [
+    "ECAM",
+    "PCI_IO",
+    "PCI_LOW",
+    "VIRTIO_MMIO_SLOTS",
+    "high_window",
+    "pci_gsi",
+    "virtio_mmio_slot",
+]
+
+# Ranges are (first address, address behind the last).
+PCI_LOW: Final = (0xC000_0000, 0xE000_0000)
+PCI_IO: Final = (0xC000, 0x1_0000)
+ECAM: Final = (0xE000_0000, 0xE010_0000)
+
+VIRTIO_MMIO_SLOTS: Final = 8
+
+_HIGH_BYTES: Final = 64 << 30
+_PCI_LINES: Final = 16
+_VIRTIO_MMIO_BASE: Final = 0xFEB0_0000
+_VIRTIO_MMIO_LINES: Final = 20
+
+
+def high_window(ram: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """For BARs above 4 GiB, beyond all RAM."""
+    end = max([1 << 32, *(base + length for base, length in ram)])
+    start = -(-end // _HIGH_BYTES) * _HIGH_BYTES
+    return start, start + _HIGH_BYTES
+
+
+def pci_gsi(slot: int, pin: int) -> int:
+    """The line of a slot's pin, 0 for INTA#: neighbours have different ones."""
+    return _PCI_LINES + (slot + pin) % 4
+
+
+def virtio_mmio_slot(index: int) -> tuple[int, int]:
+    """Address and line of a page of virtio-mmio."""
+    return _VIRTIO_MMIO_BASE + 0x1000 * index, _VIRTIO_MMIO_LINES + index // 2
