@@ -91,6 +91,9 @@ pub trait BlockBackend: Send + Sync {
 
     /// Gives the disk another size. Requests beyond a smaller one fail from now on.
     fn resize(&self, size: u64) -> Result<(), ImageError>;
+
+    /// Tries anew what waits for the host to be mended, where anything does.
+    fn retry(&self) {}
 }
 
 /// Requests to a disk, in the hands of one thread. Dropping it waits for what is in

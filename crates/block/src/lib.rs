@@ -15,10 +15,13 @@ mod lock;
 mod pread;
 mod qcow2;
 mod raw;
+mod stop;
 #[cfg(test)]
 mod testing;
+mod throttle;
 mod transfer;
 mod uring;
+mod wakers;
 mod workers;
 
 pub use backend::{BlockBackend, BlockInfo, BlockQueue, Completion, Request, SECTOR};
@@ -27,3 +30,5 @@ pub use error::{BlockError, ImageError};
 pub use image::{Format, ImageOptions, open};
 pub use qcow2::Qcow2Header;
 pub use raw::{Cache, RawDisk, RawOptions};
+pub use stop::{OnStop, StopOnError};
+pub use throttle::{Limits, Throttled};

@@ -1,0 +1,16 @@
+//! One file descriptor to wait on for a queue around another: the inner queue's event,
+//! or one of its own.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::epoll;
+
+pub(crate) fn either(fds: [BorrowedFd<'_>; 2]) -> io::Result<OwnedFd> {
+    let both = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    for fd in fds {
+        let data = epoll::EventData::new_u64(0);
+        epoll::add(both.as_fd(), fd, data, epoll::EventFlags::IN)?;
+    }
+    Ok(both)
+}
