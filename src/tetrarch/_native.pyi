@@ -1,7 +1,8 @@
 """Types of the native module: the Rust core behind one machine."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self, TypedDict, final, type_check_only
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any, NotRequired, Protocol, Self, TypedDict, final, type_check_only
 
 from typing_extensions import disjoint_base
 
@@ -9,6 +10,9 @@ from tetrarch.platforms.platform import Platform
 
 __all__ = [
     "LOW_RAM_END",
+    "Disk",
+    "DiskError",
+    "DiskSource",
     "EngineError",
     "GuestCall",
     "GuestFault",
@@ -30,6 +34,9 @@ __all__ = [
     "VirtioRng",
     "Vm",
     "__version__",
+    "disk_check",
+    "disk_create",
+    "disk_info",
     "engine_available",
     "kvm_capabilities",
     "kvm_probe",
@@ -504,3 +511,89 @@ def kvm_probe(device: str = "/dev/kvm") -> KvmProbe:
 
 def kvm_capabilities(device: str = "/dev/kvm") -> list[tuple[str, bool, str]]:
     """(name, there or not, what is lost without it); empty where KVM cannot be opened."""
+
+class DiskError(Exception):
+    """A disk image that cannot be used: with its path, the cause, and what mends it."""
+
+    path: str
+    cause: str
+    mend: str
+
+@final
+class Disk:
+    """A disk behind a controller. DiskError where the image cannot be used."""
+
+    def __new__(
+        cls,
+        path: str | PathLike[str],
+        *,
+        image_format: str | None = None,
+        readonly: bool = False,
+        direct: bool = False,
+        snapshot: bool = False,
+        iops: int | None = None,
+        bps: int | None = None,
+        on_stop: Callable[[str], object] | None = None,
+    ) -> Self: ...
+    @property
+    def size(self) -> int:
+        """In bytes."""
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def readonly(self) -> bool: ...
+    @property
+    def discard_granularity(self) -> int: ...
+    def resize(self, size: int) -> None: ...
+    def retry(self) -> None:
+        """Tries writes anew that wait for the host to be mended."""
+
+@final
+class DiskSource:
+    """An image that is copied into another."""
+
+    def __new__(cls, path: str | PathLike[str], image_format: str | None = None) -> Self: ...
+    @property
+    def size(self) -> int: ...
+    def copy(
+        self, path: str | PathLike[str], image_format: str, progress: Callable[[int], object]
+    ) -> None:
+        """Copies into a new image, and tells how many bytes are done. What ``progress``
+        raises ends the copy, and removes what was made."""
+
+def disk_create(
+    path: str | PathLike[str],
+    image_format: str,
+    size: int | None = None,
+    backing: str | None = None,
+    backing_format: str | None = None,
+    cluster_size: int | None = None,
+) -> int:
+    """Makes an image; gives the disk's size."""
+
+@type_check_only
+class DiskInfo(TypedDict):
+    format: str
+    size: int
+    allocated: int
+    version: NotRequired[int]
+    cluster_size: NotRequired[int]
+    backing: NotRequired[str | None]
+    backing_format: NotRequired[str | None]
+    dirty: NotRequired[bool]
+    lazy_refcounts: NotRequired[bool]
+    snapshots: NotRequired[int]
+
+def disk_info(path: str | PathLike[str], image_format: str | None = None) -> DiskInfo:
+    """What an image is, without its backing files."""
+
+@type_check_only
+class CheckReport(TypedDict):
+    clusters: int
+    leaks: int
+    errors: int
+    repaired: int
+    problems: list[str]
+
+def disk_check(path: str | PathLike[str], repair: bool) -> CheckReport:
+    """Compares a qcow2 image's refcounts with what it refers to."""

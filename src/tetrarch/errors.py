@@ -8,6 +8,7 @@ __all__ = [
     "MachineStateError",
     "StateError",
     "TetrarchError",
+    "ValueProblem",
 ]
 
 
@@ -48,3 +49,12 @@ class MachineStateError(TetrarchError):
 
 class StateError(TetrarchError):
     """Saved state that this version cannot load."""
+
+
+class ValueProblem(ValueError):
+    """What is wrong with one value, and what mends it; becomes the ConfigError of an option."""
+
+    def __init__(self, cause: str, mend: str) -> None:
+        super().__init__(f"{cause}; {mend}")
+        self.cause = cause
+        self.mend = mend

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use imago::format::builder::FormatCreateBuilder;
@@ -12,7 +13,8 @@ use imago::{FormatAccess, Mapping};
 use crate::backend::SECTOR;
 use crate::format::{Access, storage};
 use crate::image::{Chain, backing_path, first_bytes, open_file};
-use crate::raw::take_lock;
+use crate::qcow2::Qcow2Header;
+use crate::raw::{size_of, take_lock};
 use crate::{Format, ImageError};
 
 /// What a new image is to be.
@@ -202,4 +204,40 @@ fn write_sparse(target: &Access, at: u64, data: &[u8]) -> io::Result<()> {
         Some(start) => target.write(&data[start..], at + start as u64),
         None => Ok(()),
     }
+}
+
+/// What an image is, seen from outside.
+#[derive(Debug)]
+pub struct Description {
+    pub format: Format,
+    /// Of the disk, in bytes.
+    pub size: u64,
+    /// What the file takes on the host.
+    pub allocated: u64,
+    pub qcow2: Option<Qcow2Header>,
+}
+
+/// Looks at an image, whoever uses it and whether or not its backing files are there.
+pub fn describe(path: &Path, format: Option<Format>) -> Result<Description, ImageError> {
+    let file = open_file(path, false)?;
+    let format = match format {
+        Some(format) => format,
+        None => Format::of(&first_bytes(&file, path)?),
+    };
+    let metadata = file.metadata().map_err(|e| ImageError::host(path, "cannot be looked at", e))?;
+    let allocated = metadata.blocks() * SECTOR;
+    let (size, qcow2) = match format {
+        Format::Raw => (size_of(&file, path)?, None),
+        Format::Qcow2 => {
+            let header = Qcow2Header::read(&file, path)?;
+            (header.size, Some(header))
+        }
+        Format::Vmdk => (Chain::default().layer(path, format, false)?.access.size(), None),
+    };
+    Ok(Description { format, size, allocated, qcow2 })
+}
+
+/// The format that an image's first bytes speak of.
+pub fn guess_format(path: &Path) -> Result<Format, ImageError> {
+    Ok(Format::of(&first_bytes(&open_file(path, false)?, path)?))
 }

@@ -7,6 +7,7 @@
 //! policies, each a backend around another.
 
 mod backend;
+mod check;
 mod create;
 mod error;
 mod format;
@@ -25,7 +26,8 @@ mod wakers;
 mod workers;
 
 pub use backend::{BlockBackend, BlockInfo, BlockQueue, Completion, Request, SECTOR};
-pub use create::{NewImage, Source, create};
+pub use check::{CheckReport, check};
+pub use create::{Description, NewImage, Source, create, describe, guess_format};
 pub use error::{BlockError, ImageError};
 pub use image::{Format, ImageOptions, open};
 pub use qcow2::Qcow2Header;

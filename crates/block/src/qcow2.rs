@@ -20,7 +20,9 @@ const EXTENDED_L2: u64 = 1 << 4;
 /// Compatible features.
 const LAZY_REFCOUNTS: u64 = 1 << 0;
 
+/// Header extensions.
 const BACKING_FORMAT: u32 = 0xE279_2ACA;
+const BITMAPS: u32 = 0x2385_2875;
 
 /// QCOW_MAX_L1_SIZE and QCOW_MAX_REFTABLE_SIZE, in bytes: a header can ask for no more
 /// memory than these.
@@ -41,6 +43,8 @@ pub struct Qcow2Header {
     pub lazy_refcounts: bool,
     pub snapshots: u32,
     pub refcount_order: u32,
+    /// Dirty bitmaps of QEMU's lie in clusters of the image.
+    pub bitmaps: bool,
     pub(crate) l1_offset: u64,
     pub(crate) l1_entries: u32,
     pub(crate) reftable_offset: u64,
@@ -120,12 +124,14 @@ impl Qcow2Header {
             return Err(unsupported(&format!("incompatible features {:#x}", unknown << 5)));
         }
 
+        let extensions = Extensions::read(file, u64::from(length), cluster).map_err(&damaged)?;
         let header = Self {
             version,
             cluster_bits,
             size: u64_at(24),
             backing: backing_name(file, u64_at(8), u32_at(16), cluster).map_err(&damaged)?,
-            backing_format: backing_format(file, u64::from(length), cluster).map_err(&damaged)?,
+            backing_format: extensions.backing_format,
+            bitmaps: extensions.bitmaps,
             dirty: features & DIRTY != 0,
             lazy_refcounts: lazy & LAZY_REFCOUNTS != 0,
             snapshots: u32_at(60),
@@ -138,6 +144,15 @@ impl Qcow2Header {
         };
         header.check_tables(file_len).map_err(damaged)?;
         Ok(header)
+    }
+
+    /// Marks an image as closed, whose refcounts are right again.
+    pub(crate) fn clear_dirty(file: &File) -> io::Result<()> {
+        let mut features = [0; 8];
+        file.read_exact_at(&mut features, 72)?;
+        let cleared = u64::from_be_bytes(features) & !DIRTY;
+        file.write_all_at(&cleared.to_be_bytes(), 72)?;
+        file.sync_data()
     }
 
     fn check_tables(&self, file_len: u64) -> Result<(), String> {
@@ -186,32 +201,43 @@ fn backing_name(file: &File, at: u64, len: u32, cluster: u64) -> Result<Option<S
     }
 }
 
-/// Header extensions lie between the header and the name of the backing file.
-fn backing_format(file: &File, header: u64, cluster: u64) -> Result<Option<String>, String> {
-    let (mut at, mut head) = (header, [0; 8]);
-    while at + 8 <= cluster && file.read_exact_at(&mut head, at).is_ok() {
-        let kind = u32::from_be_bytes(head[..4].try_into().expect("4 bytes"));
-        let len = u64::from(u32::from_be_bytes(head[4..].try_into().expect("4 bytes")));
-        if kind == 0 {
-            break;
+/// What lies between the header and the name of the backing file.
+#[derive(Default)]
+struct Extensions {
+    backing_format: Option<String>,
+    bitmaps: bool,
+}
+
+impl Extensions {
+    fn read(file: &File, header: u64, cluster: u64) -> Result<Self, String> {
+        let (mut found, mut at, mut head) = (Self::default(), header, [0; 8]);
+        while at + 8 <= cluster && file.read_exact_at(&mut head, at).is_ok() {
+            let kind = u32::from_be_bytes(head[..4].try_into().expect("4 bytes"));
+            let len = u64::from(u32::from_be_bytes(head[4..].try_into().expect("4 bytes")));
+            if at + 8 + len > cluster && kind != 0 {
+                return Err("a header extension is longer than the header".into());
+            }
+            match kind {
+                0 => break,
+                BITMAPS => found.bitmaps = true,
+                BACKING_FORMAT => {
+                    // QEMU's longest name of a format has fewer than 16 letters.
+                    let mut name = vec![0; len.min(16) as usize];
+                    let read = file.read_exact_at(&mut name, at + 8);
+                    let name = read.ok().and_then(|()| String::from_utf8(name).ok());
+                    found.backing_format =
+                        Some(name.ok_or("the format of its backing file is no text")?);
+                }
+                _ => {}
+            }
+            at += 8 + len.next_multiple_of(8);
         }
-        if at + 8 + len > cluster {
-            return Err("a header extension is longer than the header".into());
-        }
-        if kind == BACKING_FORMAT {
-            // QEMU's longest name of a format has fewer than 16 letters.
-            let mut name = vec![0; len.min(16) as usize];
-            let read = file.read_exact_at(&mut name, at + 8);
-            let name = read.ok().and_then(|()| String::from_utf8(name).ok());
-            return Ok(Some(name.ok_or("the format of its backing file is no text")?));
-        }
-        at += 8 + len.next_multiple_of(8);
+        Ok(found)
     }
-    Ok(None)
 }
 
 /// Fills as much as there is.
-fn read_at_most(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+pub(crate) fn read_at_most(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {
         match file.read_at(&mut buffer[done..], offset + done as u64) {

@@ -258,7 +258,7 @@ pub(crate) fn take_lock(file: &File, path: &Path, writes: bool) -> Result<(), Im
     }
 }
 
-fn size_of(file: &File, path: &Path) -> Result<u64, ImageError> {
+pub(crate) fn size_of(file: &File, path: &Path) -> Result<u64, ImageError> {
     // Of a device metadata says 0; its end is its size.
     rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))
         .map_err(|errno| ImageError::host(path, "cannot find the image's size", errno.into()))

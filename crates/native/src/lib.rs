@@ -3,6 +3,7 @@
 //! The only crate that knows Python. `src/tetrarch/_native.pyi` says what is
 //! promised; each file here is one noun of it.
 
+mod disk;
 mod error;
 mod guest_call;
 mod irq;
@@ -23,6 +24,8 @@ use pyo3::prelude::*;
 mod _native {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::disk::{Disk, DiskError, DiskSource, disk_check, disk_create, disk_info};
     #[pymodule_export]
     use crate::error::{EngineError, GuestFault, GuestMemoryError};
     #[pymodule_export]
@@ -55,6 +58,10 @@ mod _native {
         let error = module.py().get_type::<crate::error::EngineError>();
         error.setattr("cause", "")?;
         error.setattr("mend", "")?;
+        let error = module.py().get_type::<crate::disk::DiskError>();
+        for field in ["path", "cause", "mend"] {
+            error.setattr(field, "")?;
+        }
         module.add("LOW_RAM_END", tetrarch_memory::LOW_RAM_END)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }

@@ -11,6 +11,11 @@ from tetrarch.cli.options import take_options, with_options
 
 __all__ = [
     "app",
+    "disk_check",
+    "disk_convert",
+    "disk_create",
+    "disk_info",
+    "disk_resize",
     "doctor",
     "engines",
     "image_build",
@@ -32,6 +37,12 @@ image_app = typer.Typer(
     help="Guests to run: fetch, build, list, remove.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(image_app, name="image")
+disk_app = typer.Typer(
+    help="Disk images: make, look at, check, copy, resize.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(disk_app, name="disk")
 
 ImageName = Annotated[
     str,
@@ -138,3 +149,93 @@ def image_build(
     from tetrarch.cli.images import build
 
     build(name, output, overlay, json)
+
+
+DiskImage = Annotated[Path, typer.Argument(metavar="IMAGE", help="A file or block device.")]
+GivenFormat = Annotated[
+    str | None,
+    typer.Option("--format", metavar="raw|qcow2|vmdk", help="[default: by its first bytes]"),
+]
+NewFormat = Annotated[
+    str | None,
+    typer.Option("--format", metavar="raw|qcow2", help="[default: qcow2 for *.qcow2, else raw]"),
+]
+
+
+@disk_app.command("create")
+def disk_create(
+    path: Annotated[Path, typer.Argument(metavar="IMAGE", help="The file to make.")],
+    size: Annotated[
+        str | None,
+        typer.Argument(metavar="[SIZE]", help="8G, 512M or bytes [default: the backing file's]."),
+    ] = None,
+    image_format: NewFormat = None,
+    backing: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="An image under it, relative to the new one's folder."),
+    ] = None,
+    backing_format: Annotated[
+        str | None, typer.Option(metavar="raw|qcow2|vmdk", help="[default: by its first bytes]")
+    ] = None,
+    cluster_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of qcow2 [default: 64K].")
+    ] = None,
+) -> None:
+    """Make a disk image."""
+    from tetrarch.cli.disks import create
+
+    create(path, size, image_format, backing, backing_format, cluster_size)
+
+
+@disk_app.command("info")
+def disk_info(path: DiskImage, image_format: GivenFormat = None, json: Json = False) -> None:
+    """Show what an image is. It may be in use."""
+    from tetrarch.cli.disks import show
+
+    show(path, image_format, json)
+
+
+@disk_app.command("check")
+def disk_check(
+    path: DiskImage,
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,
+    json: Json = False,
+) -> int:
+    """Check a qcow2 image's refcounts.
+
+    Exit codes, as qemu-img check has them: 0 nothing is wrong; 2 errors, data may be lost;
+    3 clusters are lost space. 1 is an error of ours.
+    """
+    from tetrarch.cli.disks import check
+
+    return check(path, repair, json)
+
+
+@disk_app.command("convert")
+def disk_convert(
+    source: DiskImage,
+    target: Annotated[Path, typer.Argument(metavar="NEW", help="The file to make.")],
+    image_format: NewFormat = None,
+    source_format: Annotated[
+        str | None, typer.Option(metavar="raw|qcow2|vmdk", help="[default: by its first bytes]")
+    ] = None,
+) -> None:
+    """Copy a disk, with its backing files, into a new image."""
+    from tetrarch.cli.disks import convert
+
+    convert(source, target, image_format, source_format)
+
+
+@disk_app.command("resize")
+def disk_resize(
+    path: DiskImage,
+    size: Annotated[str, typer.Argument(metavar="SIZE", help="8G, or +2G.")],
+    image_format: GivenFormat = None,
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="A smaller size is meant: the end is lost.")
+    ] = False,
+) -> None:
+    """Give an image's disk another size. It must not be in use."""
+    from tetrarch.cli.disks import resize
+
+    resize(path, size, image_format, shrink)

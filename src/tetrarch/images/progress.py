@@ -17,7 +17,9 @@ class Reporter:
         yield
 
     @contextmanager
-    def transfer(self, title: str, size: int) -> Iterator[Callable[[int, int], None]]:
+    def transfer(
+        self, title: str, size: int, verb: str = "Fetching"
+    ) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: None
 
 
@@ -41,9 +43,11 @@ class TerminalReporter(Reporter):
             yield
 
     @contextmanager
-    def transfer(self, title: str, size: int) -> Iterator[Callable[[int, int], None]]:
+    def transfer(
+        self, title: str, size: int, verb: str = "Fetching"
+    ) -> Iterator[Callable[[int, int], None]]:
         if not self._interactive:
-            print(f"Fetching {title} ({size / 1e6:.1f} MB)", file=sys.stderr, flush=True)
+            print(f"{verb} {title} ({size / 1e6:.1f} MB)", file=sys.stderr, flush=True)
             yield lambda done, total: None
             return
         from rich.console import Console

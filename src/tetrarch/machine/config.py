@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tetrarch.console.spec import ConsoleSpec
-from tetrarch.errors import ConfigError
+from tetrarch.errors import ConfigError, ValueProblem
 
 __all__ = [
     "MEMORY_MAX",
@@ -57,15 +57,6 @@ _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 EngineName = Literal["auto", "bt", "kvm"]
 VirtioTransport = Literal["pci", "mmio"]
 OnReset = Literal["end", "restart"]
-
-
-class ValueProblem(ValueError):
-    """What is wrong with one value, and what mends it."""
-
-    def __init__(self, cause: str, mend: str) -> None:
-        super().__init__(f"{cause}; {mend}")
-        self.cause = cause
-        self.mend = mend
 
 
 def parse_size(value: object) -> int:

@@ -1,0 +1,253 @@
+//! `tetrarch._native.Disk` and what the tools do with images.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use tetrarch_block::{
+    BlockBackend, Cache, Format, ImageError, ImageOptions, Limits, NewImage, Qcow2Header, Source,
+    StopOnError, Throttled,
+};
+
+use crate::error::Failure;
+
+pyo3::create_exception!(
+    tetrarch._native,
+    DiskError,
+    pyo3::exceptions::PyException,
+    "A disk image that cannot be used: with its path, the cause, and what mends it."
+);
+
+impl From<ImageError> for Failure {
+    fn from(error: ImageError) -> Self {
+        Self::Python(Python::attach(|py| {
+            let exception = DiskError::new_err(error.to_string());
+            let value = exception.value(py);
+            let fields = value
+                .setattr("path", error.path.display().to_string())
+                .and_then(|()| value.setattr("cause", error.cause))
+                .and_then(|()| value.setattr("mend", error.mend));
+            fields.map_or_else(|failed| failed, |()| exception)
+        }))
+    }
+}
+
+fn kind(name: Option<&str>) -> Result<Option<Format>, Failure> {
+    let parse =
+        |name: &str| name.parse().map_err(|()| Failure::refused(format!("{name}: no format")));
+    name.map(parse).transpose()
+}
+
+/// A disk behind a controller.
+#[pyclass(frozen, module = "tetrarch._native")]
+pub struct Disk {
+    pub backend: Arc<dyn BlockBackend>,
+}
+
+#[pymethods]
+impl Disk {
+    #[new]
+    #[pyo3(signature = (
+        path, *, image_format = None, readonly = false, direct = false, snapshot = false, iops = None,
+        bps = None, on_stop = None
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "options, by their names")]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        image_format: Option<&str>,
+        readonly: bool,
+        direct: bool,
+        snapshot: bool,
+        iops: Option<u64>,
+        bps: Option<u64>,
+        on_stop: Option<Py<PyAny>>,
+    ) -> Result<Self, Failure> {
+        let cache = if direct { Cache::None } else { Cache::Writeback };
+        let format = kind(image_format)?;
+        let options = ImageOptions { format, readonly, cache, snapshot };
+        let mut disk = py.detach(|| tetrarch_block::open(&path, options))?;
+        if iops.is_some() || bps.is_some() {
+            disk = Box::new(Throttled::new(disk, Limits { iops, bps }));
+        }
+        if let Some(call) = on_stop {
+            disk = Box::new(StopOnError::new(disk, Arc::new(stop_hook(call))));
+        }
+        Ok(Self { backend: Arc::from(disk) })
+    }
+
+    /// In bytes.
+    #[getter]
+    fn size(&self, py: Python<'_>) -> u64 {
+        py.detach(|| self.backend.info().size)
+    }
+
+    #[getter]
+    fn block_size(&self, py: Python<'_>) -> u32 {
+        py.detach(|| self.backend.info().block_size)
+    }
+
+    #[getter]
+    fn readonly(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.backend.info().readonly)
+    }
+
+    #[getter]
+    fn discard_granularity(&self, py: Python<'_>) -> u32 {
+        py.detach(|| self.backend.info().discard_granularity)
+    }
+
+    fn resize(&self, py: Python<'_>, size: u64) -> Result<(), Failure> {
+        Ok(py.detach(|| self.backend.resize(size))?)
+    }
+
+    /// Tries writes anew that wait for the host to be mended.
+    fn retry(&self, py: Python<'_>) {
+        py.detach(|| self.backend.retry());
+    }
+}
+
+/// Calls Python with the error's words, on a thread of its own: it is told on the I/O
+/// thread, which waits for nobody.
+fn stop_hook(call: Py<PyAny>) -> impl Fn(tetrarch_block::BlockError) + Send + Sync {
+    let call = Arc::new(call);
+    move |error| {
+        let call = Arc::clone(&call);
+        let tell = move || {
+            Python::attach(|py| {
+                if let Err(raised) = call.call1(py, (error.to_string(),)) {
+                    raised.write_unraisable(py, None);
+                }
+            });
+        };
+        if let Err(error) = std::thread::Builder::new().name("tetrarch-stop".into()).spawn(tell) {
+            log::error!("the host gives no thread to pause the machine: {error}");
+        }
+    }
+}
+
+/// Makes an image; gives the disk's size.
+#[pyfunction]
+#[pyo3(signature = (path, image_format, size = None, backing = None, backing_format = None,
+    cluster_size = None))]
+pub fn disk_create(
+    py: Python<'_>,
+    path: PathBuf,
+    image_format: &str,
+    size: Option<u64>,
+    backing: Option<String>,
+    backing_format: Option<&str>,
+    cluster_size: Option<u64>,
+) -> Result<u64, Failure> {
+    let format = kind(Some(image_format))?.unwrap_or(Format::Raw);
+    let backing_format = kind(backing_format)?;
+    Ok(py.detach(|| {
+        let backing = match backing {
+            None => None,
+            Some(name) => {
+                let folder = path.parent().unwrap_or(Path::new(""));
+                let format = match backing_format {
+                    Some(format) => format,
+                    None => tetrarch_block::guess_format(&folder.join(&name))?,
+                };
+                Some((name, format))
+            }
+        };
+        tetrarch_block::create(&path, format, &NewImage { size, backing, cluster_size })
+    })?)
+}
+
+/// What an image is, without its backing files.
+#[pyfunction]
+#[pyo3(signature = (path, image_format = None))]
+pub fn disk_info<'py>(
+    py: Python<'py>,
+    path: PathBuf,
+    image_format: Option<&str>,
+) -> Result<Bound<'py, PyDict>, Failure> {
+    let wanted = kind(image_format)?;
+    let about = py.detach(|| tetrarch_block::describe(&path, wanted))?;
+    let info = PyDict::new(py);
+    info.set_item("format", about.format.name())?;
+    info.set_item("size", about.size)?;
+    info.set_item("allocated", about.allocated)?;
+    if let Some(header) = about.qcow2 {
+        qcow2_info(&info, &header)?;
+    }
+    Ok(info)
+}
+
+fn qcow2_info(info: &Bound<'_, PyDict>, header: &Qcow2Header) -> PyResult<()> {
+    info.set_item("version", header.version)?;
+    info.set_item("cluster_size", header.cluster_size())?;
+    info.set_item("backing", header.backing.as_deref())?;
+    info.set_item("backing_format", header.backing_format.as_deref())?;
+    info.set_item("dirty", header.dirty)?;
+    info.set_item("lazy_refcounts", header.lazy_refcounts)?;
+    info.set_item("snapshots", header.snapshots)
+}
+
+/// An image that is copied into another.
+#[pyclass(frozen, module = "tetrarch._native")]
+pub struct DiskSource(Source);
+
+#[pymethods]
+impl DiskSource {
+    #[new]
+    #[pyo3(signature = (path, image_format = None))]
+    fn new(py: Python<'_>, path: PathBuf, image_format: Option<&str>) -> Result<Self, Failure> {
+        let format = kind(image_format)?;
+        Ok(Self(py.detach(|| Source::open(&path, format))?))
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    /// Copies into a new image, and tells how many bytes are done. What `progress` raises
+    /// ends the copy, and removes what was made.
+    fn copy(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        image_format: &str,
+        progress: &Bound<'_, PyAny>,
+    ) -> Result<(), Failure> {
+        let format = kind(Some(image_format))?.unwrap_or(Format::Raw);
+        let progress = progress.clone().unbind();
+        let mut raised = None;
+        let copied = py.detach(|| {
+            self.0.copy(&path, format, |done| {
+                let told = Python::attach(|py| {
+                    py.check_signals()?;
+                    progress.call1(py, (done,)).map(drop)
+                });
+                raised = told.err();
+                raised.is_none()
+            })
+        });
+        match raised {
+            Some(raised) => Err(raised.into()),
+            None => Ok(copied.map(drop)?),
+        }
+    }
+}
+
+/// Compares a qcow2 image's refcounts with what it refers to.
+#[pyfunction]
+pub fn disk_check<'py>(
+    py: Python<'py>,
+    path: PathBuf,
+    repair: bool,
+) -> Result<Bound<'py, PyDict>, Failure> {
+    let found = py.detach(|| tetrarch_block::check(&path, repair))?;
+    let report = PyDict::new(py);
+    report.set_item("clusters", found.clusters)?;
+    report.set_item("leaks", found.leaks)?;
+    report.set_item("errors", found.errors)?;
+    report.set_item("repaired", found.repaired)?;
+    report.set_item("problems", found.problems)?;
+    Ok(report)
+}

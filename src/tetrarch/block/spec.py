@@ -1,0 +1,122 @@
+"""A disk as it is written down: ``PATH[,format=raw|qcow2|vmdk][,readonly][,iops=N]…``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from tetrarch.errors import ValueProblem
+
+__all__ = ["BUSES", "FORMATS", "DiskFormat", "DiskSpec", "parse_bytes"]
+
+DiskFormat = Literal["raw", "qcow2", "vmdk"]
+Bus = Literal["virtio"]
+CacheMode = Literal["writeback", "none"]
+OnWriteError = Literal["report", "stop"]
+
+FORMATS: tuple[DiskFormat, ...] = get_args(DiskFormat)
+BUSES: tuple[Bus, ...] = get_args(Bus)
+
+_BYTES = re.compile(r"([0-9]{1,19})\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+_RATE_MAX = 1 << 50
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in "8G", "512M", or a bare number."""
+    match = _BYTES.fullmatch(text.strip())
+    size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
+    if not match or size >= 1 << 63:
+        raise ValueProblem(f"{text!r} is no size", mend="write 8G, 512M or a number of bytes")
+    return size
+
+
+@dataclass(frozen=True)
+class DiskSpec:
+    """One disk of a machine. The image's format is found by its first bytes if not given."""
+
+    path: Path
+    format: DiskFormat | None = None
+    bus: Bus = "virtio"
+    readonly: bool = False
+    snapshot: bool = False
+    """What the guest writes is gone at the end."""
+    iops: int | None = None
+    """Requests a second, at most."""
+    bps: int | None = None
+    """Bytes a second, at most."""
+    cache: CacheMode = "writeback"
+    """``none`` goes past the host's page cache."""
+    werror: OnWriteError = "report"
+    """A write that the host fails is an error to the guest, or pauses the machine."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueProblem. A comma in the path is written twice."""
+        path, *options = _split(text)
+        if not path or "\0" in text:
+            raise ValueProblem(f"{text!r} names no image", mend="write PATH[,OPTION=VALUE]...")
+        values: dict[str, Any] = {}
+        for written in options:
+            name, equals, value = written.partition("=")
+            if name not in _OPTIONS:
+                near = difflib.get_close_matches(name, _OPTIONS, n=1)
+                mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(_OPTIONS)}"
+                raise ValueProblem(f"{written!r} is no option of a disk", mend=mend)
+            if name in values:
+                raise ValueProblem(f"{name} is given twice", mend="give it once")
+            values[name] = _OPTIONS[name](name, value if equals else None)
+        return cls(Path(path), **values)
+
+    def __str__(self) -> str:
+        words = [str(self.path).replace(",", ",,")]
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(f"{field.name}={'on' if value is True else value}")
+        return ",".join(words)
+
+
+def _split(text: str) -> list[str]:
+    """At single commas: a doubled one is a comma of the part."""
+    return [part.replace("\0\0", ",") for part in text.replace(",,", "\0\0").split(",")]
+
+
+def _one_of(*choices: str) -> Callable[[str, str | None], str]:
+    def parse(name: str, value: str | None) -> str:
+        if value not in choices:
+            shown = "nothing" if value is None else repr(value)
+            raise ValueProblem(f"{name} is {shown}", mend=f"there are {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+def _switch(name: str, value: str | None) -> bool:
+    if value not in (None, "on", "off"):
+        raise ValueProblem(f"{name} is {value!r}", mend="write on or off")
+    return value != "off"
+
+
+def _rate(name: str, value: str | None) -> int:
+    rate = parse_bytes(value) if value else 0
+    if not 0 < rate <= _RATE_MAX:
+        shown = "nothing" if value is None else repr(value)
+        raise ValueProblem(f"{name} is {shown}", mend="give a number a second, such as 500 or 10M")
+    return rate
+
+
+_OPTIONS: dict[str, Callable[[str, str | None], Any]] = {
+    "format": _one_of(*FORMATS),
+    "bus": _one_of(*BUSES),
+    "readonly": _switch,
+    "snapshot": _switch,
+    "iops": _rate,
+    "bps": _rate,
+    "cache": _one_of(*get_args(CacheMode)),
+    "werror": _one_of(*get_args(OnWriteError)),
+}
