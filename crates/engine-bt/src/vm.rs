@@ -3,9 +3,10 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tetrarch_engine::{
-    Clock, DirtyPages, Doorbell, EngineError, Platform, Unusable, Vcpu, Vm, VmState, host_tsc,
+    Clock, DirtyPages, Doorbell, EngineError, GSI_COUNT, Msi, MsiRoutes, Platform, Unusable, Vcpu,
+    Vm, VmState, host_tsc,
 };
 use tetrarch_memory::GuestMemory;
 
@@ -113,7 +114,8 @@ fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> 
         None
     };
     let vcpus = config.vcpus;
-    Ok(BtVm { shared, cache, bells, vcpus, created: Mutex::default() })
+    let (routes, created) = (RwLock::default(), Mutex::default());
+    Ok(BtVm { shared, cache, bells, routes, vcpus, created })
 }
 
 /// Ticks of the host's TSC in a second (measured once a process).
@@ -143,6 +145,7 @@ struct BtVm {
     shared: Arc<VmShared>,
     cache: Option<Arc<Mutex<CodeCache>>>,
     bells: Arc<Bells>,
+    routes: RwLock<MsiRoutes>,
     vcpus: u32,
     created: Mutex<Vec<u32>>,
 }
@@ -166,11 +169,22 @@ impl Vm for BtVm {
     }
 
     fn irq_line(&self, gsi: u32, level: bool) {
-        self.shared.irqchip.irq_line(gsi, level, self.shared.clock.now_ns());
+        let VmShared { irqchip, clock, .. } = &*self.shared;
+        if gsi < GSI_COUNT {
+            irqchip.irq_line(gsi, level, clock.now_ns());
+        } else if let Some(msi) = self.routes.read().get(gsi).filter(|_| level) {
+            irqchip.msi(msi.address, msi.data);
+        }
     }
 
     fn msi(&self, address: u64, data: u32) {
         self.shared.irqchip.msi(address, data);
+    }
+
+    fn set_msi_routes(&self, routes: &[(u32, Option<Msi>)]) -> Result<(), EngineError> {
+        let mut current = self.routes.write();
+        *current = current.changed(routes)?;
+        Ok(())
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError> {

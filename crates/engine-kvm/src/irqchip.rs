@@ -8,29 +8,19 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
-use tetrarch_engine::EngineError;
+use tetrarch_engine::{EngineError, GSI_COUNT, Msi, MsiRoutes};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::vm::refused;
 
-/// Pins of the I/O APIC.
-const IOAPIC_PINS: u32 = 24;
 /// ISA interrupts, which reach the PICs as well.
 const ISA_LINES: u32 = 16;
 /// The timer's interrupt, GSI 0, is on this pin, where the PICs' cascade would
 /// be; the MADT says so.
 const TIMER_PIN: u32 = 2;
 
-/// A line above the I/O APIC's pins that stands for a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IrqRoute {
-    pub gsi: u32,
-    pub address: u64,
-    pub data: u32,
-}
-
 pub struct IrqChip {
-    routes: Mutex<Vec<IrqRoute>>,
+    routes: Mutex<MsiRoutes>,
 }
 
 /// Where the ISA lines and the other pins go.
@@ -49,7 +39,7 @@ fn wiring() -> Vec<kvm_irq_routing_entry> {
             entries.push(chip(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8));
         }
     }
-    for gsi in 0..IOAPIC_PINS {
+    for gsi in 0..GSI_COUNT {
         entries.push(chip(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { TIMER_PIN } else { gsi }));
     }
     entries
@@ -63,52 +53,52 @@ impl IrqChip {
         let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(config).map_err(|error| refused("make the interval timer", error))?;
         let irqchip = Self { routes: Mutex::default() };
-        irqchip.apply(vm, &[])?;
+        irqchip.apply(vm, &MsiRoutes::default())?;
         Ok(irqchip)
     }
 
-    fn apply(&self, vm: &VmFd, routes: &[IrqRoute]) -> Result<(), EngineError> {
+    fn apply(&self, vm: &VmFd, routes: &MsiRoutes) -> Result<(), EngineError> {
         let mut entries = wiring();
-        for route in routes {
-            let mut entry = kvm_irq_routing_entry {
-                gsi: route.gsi,
-                type_: KVM_IRQ_ROUTING_MSI,
-                ..Default::default()
-            };
-            entry.u.msi.address_lo = route.address as u32;
-            entry.u.msi.address_hi = (route.address >> 32) as u32;
-            entry.u.msi.data = route.data;
+        // To the kernel every message is an interrupt.
+        for (gsi, msi) in routes.iter().filter(|(_, msi)| msi.is_interrupt()) {
+            let mut entry =
+                kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+            entry.u.msi.address_lo = msi.address as u32;
+            entry.u.msi.address_hi = (msi.address >> 32) as u32;
+            entry.u.msi.data = msi.data;
             entries.push(entry);
         }
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| {
             EngineError::Refused(format!(
                 "{} interrupt routes are more than KVM takes",
-                routes.len()
+                entries.len()
             ))
         })?;
         vm.set_gsi_routing(&table).map_err(|error| refused("route interrupts", error))
     }
 
-    /// Sets which messages the lines from 24 on stand for.
-    pub fn set_routes(&self, vm: &VmFd, routes: &[IrqRoute]) -> Result<(), EngineError> {
-        if let Some(route) = routes.iter().find(|route| route.gsi < IOAPIC_PINS) {
-            return Err(EngineError::Refused(format!(
-                "interrupt line {} is a pin of the I/O APIC; messages have lines from {IOAPIC_PINS}",
-                route.gsi
-            )));
-        }
+    /// Changes which messages lines stand for.
+    pub fn change_routes(
+        &self,
+        vm: &VmFd,
+        changes: &[(u32, Option<Msi>)],
+    ) -> Result<(), EngineError> {
         let mut current = self.routes.lock();
-        self.apply(vm, routes)?;
-        *current = routes.to_vec();
+        let routes = current.changed(changes)?;
+        self.apply(vm, &routes)?;
+        *current = routes;
         Ok(())
     }
 }
 
-pub fn signal_msi(vm: &VmFd, address: u64, data: u32) {
+pub fn signal_msi(vm: &VmFd, message: Msi) {
+    if !message.is_interrupt() {
+        return;
+    }
     let msi = kvm_msi {
-        address_lo: address as u32,
-        address_hi: (address >> 32) as u32,
-        data,
+        address_lo: message.address as u32,
+        address_hi: (message.address >> 32) as u32,
+        data: message.data,
         ..Default::default()
     };
     // A message that no local APIC takes is lost, as on a bus.

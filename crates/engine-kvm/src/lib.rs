@@ -31,7 +31,6 @@ mod vm;
 pub use capabilities::{Capability, capabilities};
 pub use dirty::DirtyTracking;
 pub use host::{DEVICE, available};
-pub use irqchip::IrqRoute;
 pub use probe::{Probe, probe};
 pub use vcpu::KvmVcpu;
 pub use vm::{Config, KvmVm, create_vm};

@@ -9,7 +9,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 use tetrarch_engine::{
-    DebugRegisters, EngineError, LAPIC_REGISTERS, LapicState, PendingEvents, PendingException,
+    DebugRegisters, EngineError, LAPIC_REGISTERS, LapicState, Msi, PendingEvents, PendingException,
     RunState, VcpuState,
 };
 
@@ -144,12 +144,13 @@ pub fn load(fd: &VcpuFd, vm: &VmShared, id: u32, state: &VcpuState) -> Result<()
     }
     let address = 0xFEE0_0000 | u64::from(id & 0xFF) << 12;
     if state.events.init {
-        irqchip::signal_msi(&vm.fd, address, MESSAGE_INIT);
+        irqchip::signal_msi(&vm.fd, Msi { address, data: MESSAGE_INIT });
     }
     if let Some(vector) = state.events.sipi {
         // Only a vCPU that waits for it listens.
         fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_INIT_RECEIVED }).map_err(failed)?;
-        irqchip::signal_msi(&vm.fd, address, MESSAGE_SIPI | u32::from(vector));
+        let data = MESSAGE_SIPI | u32::from(vector);
+        irqchip::signal_msi(&vm.fd, Msi { address, data });
     }
     Ok(())
 }

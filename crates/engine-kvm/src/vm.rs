@@ -9,7 +9,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
 use tetrarch_engine::{
-    Clock, DirtyPages, Doorbell, Doorbells, EngineError, Platform, Unusable, Vcpu, Vm, VmState,
+    Clock, DirtyPages, Doorbell, Doorbells, EngineError, Msi, Platform, Unusable, Vcpu, Vm, VmState,
 };
 use tetrarch_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
@@ -20,7 +20,7 @@ use crate::dirty::DirtyTracking;
 use crate::eventfd;
 use crate::halt::HaltWatch;
 use crate::host;
-use crate::irqchip::{self, IrqChip, IrqRoute};
+use crate::irqchip::{self, IrqChip};
 use crate::msr::MsrPolicy;
 use crate::platform;
 use crate::slots::{MemoryChanges, MemorySlots};
@@ -208,11 +208,6 @@ impl KvmVm {
         Ok(vcpu)
     }
 
-    /// Lines from 24 on, each of which sends a message when it is driven.
-    pub fn set_irq_routes(&self, routes: &[IrqRoute]) -> Result<(), EngineError> {
-        self.irqchip.set_routes(&self.shared.fd, routes)
-    }
-
     /// Each signal of the event raises interrupt line `gsi` once.
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
         irqchip::register_irqfd(&self.shared.fd, event, gsi)
@@ -234,7 +229,11 @@ impl Vm for KvmVm {
     }
 
     fn msi(&self, address: u64, data: u32) {
-        irqchip::signal_msi(&self.shared.fd, address, data);
+        irqchip::signal_msi(&self.shared.fd, Msi { address, data });
+    }
+
+    fn set_msi_routes(&self, routes: &[(u32, Option<Msi>)]) -> Result<(), EngineError> {
+        self.irqchip.change_routes(&self.shared.fd, routes)
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError> {

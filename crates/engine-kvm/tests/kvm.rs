@@ -8,7 +8,7 @@ use std::time::Duration;
 use libtest_mimic::{Arguments, Failed, Trial};
 use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu, Vm};
 use tetrarch_engine_kvm::{
-    Config, DEVICE, DirtyTracking, IrqRoute, KvmVcpu, KvmVm, available, create_vm, probe,
+    Config, DEVICE, DirtyTracking, KvmVcpu, KvmVm, available, create_vm, probe,
 };
 use tetrarch_memory::{GuestMemory, GuestPhys};
 use vmm_sys_util::eventfd::EventFd;
@@ -107,9 +107,8 @@ fn irqfd_and_routed_message_wake_a_halted_vcpu() {
     code.extend([0xE6, 0x80, 0xCF]);
     let mut m = machine(config(), &code);
     m.memory.write(GuestPhys(0x41 * 4), &[0x10, 0x10, 0, 0]).unwrap();
-    let route = IrqRoute { gsi: 24, address: 0xFEE0_0000, data: 0x41 };
-    m.vm.set_irq_routes(&[route]).unwrap();
-    assert!(m.vm.set_irq_routes(&[IrqRoute { gsi: 3, ..route }]).is_err());
+    let msi = tetrarch_engine::Msi { address: 0xFEE0_0000, data: 0x41 };
+    m.vm.set_msi_routes(&[(24, Some(msi))]).unwrap();
     let event = EventFd::new(0).unwrap();
     m.vm.register_irqfd(&event, 24).unwrap();
     event.write(1).unwrap();

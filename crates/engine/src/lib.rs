@@ -11,6 +11,7 @@ pub mod cpuid;
 mod dirty;
 mod doorbell;
 mod exit;
+mod msi;
 mod platform;
 mod registers;
 pub mod section;
@@ -21,6 +22,7 @@ pub use clock::{Clock, ClockFollower, host_tsc};
 pub use dirty::DirtyPages;
 pub use doorbell::{Doorbell, DoorbellAddress, Doorbells, MAX_DOORBELLS};
 pub use exit::{Exit, GuestFault, Reply, Trap};
+pub use msi::{MSI_GSIS, Msi, MsiRoutes};
 pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};
 pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};
 pub use section::SectionError;
@@ -114,10 +116,14 @@ pub type Counters = Vec<(&'static str, &'static str, u64)>;
 pub trait Vm: Send + Sync {
     /// Makes vCPU `id`; each id once, counted from 0.
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, EngineError>;
-    /// Drives global system interrupt `gsi` (0-23: a pin of the IOAPIC).
+    /// Drives global system interrupt `gsi`: 0-23, a pin of the I/O APIC; or one of
+    /// [`MSI_GSIS`], which sends its message when it is driven high.
     fn irq_line(&self, gsi: u32, level: bool);
     /// Delivers a message-signalled interrupt (Intel SDM 3A, 11.11).
     fn msi(&self, address: u64, data: u32);
+    /// Sets which message each line of [`MSI_GSIS`] sends from now on, or none: all
+    /// of the list at once, since a change has its price on engine `kvm`.
+    fn set_msi_routes(&self, routes: &[(u32, Option<Msi>)]) -> Result<(), EngineError>;
     /// From now on a write that matches signals the eventfd(2) and is no exit. RAM
     /// that comes to lie there goes first. A signal adds 1 to the event's count.
     fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError>;

@@ -34,9 +34,9 @@ fn add(guest: &Guest, doorbell: Doorbell) -> Event {
     event
 }
 
-/// Lets 64-bit code reach the page of [`NOTIFY`] at 0x100000.
+/// Lets 64-bit code reach the page of [`NOTIFY`].
 fn map_device(guest: &Guest) {
-    guest.write(0x1_3000 + 0x100 * 8, &((NOTIFY & !0xFFF) | 0x63).to_le_bytes());
+    guest.map(0x10_0000, NOTIFY & !0xFFF);
 }
 
 fn size_and_value(engine: Engine) {

@@ -8,6 +8,7 @@ mod dirty;
 mod doorbells;
 mod exits;
 mod guest;
+mod interrupts;
 mod saved;
 mod time;
 
@@ -18,12 +19,18 @@ type Body = fn(Engine);
 
 fn main() {
     let arguments = Arguments::from_args();
-    let bodies: Vec<(&str, Body)> =
-        [dirty::BODIES, doorbells::BODIES, exits::BODIES, saved::BODIES, time::BODIES]
-            .into_iter()
-            .flatten()
-            .copied()
-            .collect();
+    let bodies: Vec<(&str, Body)> = [
+        dirty::BODIES,
+        doorbells::BODIES,
+        exits::BODIES,
+        interrupts::BODIES,
+        saved::BODIES,
+        time::BODIES,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
+    .collect();
     let kvm = tetrarch_engine_kvm::available().map_err(|reason| reason.to_string());
     let required = std::env::var("REQUIRE_KVM").as_deref() == Ok("1");
     if let Err(reason) = &kvm
