@@ -8,6 +8,7 @@ use tetrarch_engine::{Counters, Exit, Registers, Segment};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use super::*;
+use crate::translate::cache::MAX_BLOCK_BYTES;
 
 /// Page tables that map the low 2 MiB as they are, by 4 KiB pages.
 const TABLES: u64 = 0x1000;
@@ -23,7 +24,11 @@ const MEMORY: u64 = 2 << 20;
 const OK: u32 = 0x80;
 const WRONG: u32 = 0x81;
 
-fn vm(vcpus: u32) -> BtVm {
+fn vm() -> BtVm {
+    vm_with_cache(CACHE_BYTES)
+}
+
+fn vm_with_cache(cache_bytes: usize) -> BtVm {
     let memory = Arc::new(GuestMemory::new(MEMORY).unwrap());
     let mut tables = vec![0u64; 4 * 512];
     for level in 0..3 {
@@ -34,7 +39,7 @@ fn vm(vcpus: u32) -> BtVm {
     }
     let bytes: Vec<u8> = tables.iter().flat_map(|entry| entry.to_le_bytes()).collect();
     memory.write(GuestPhys(TABLES), &bytes).unwrap();
-    build(memory, Config { vcpus, ..Config::default() }).unwrap()
+    build(memory, Config { vcpus: 2, ..Config::default() }, cache_bytes).unwrap()
 }
 
 fn load(vm: &BtVm, at: u64, code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) {
@@ -113,7 +118,7 @@ fn load_function(vm: &BtVm) {
 fn code_that_another_vcpu_has_written_is_what_runs() {
     const ROUNDS: i32 = 100;
     const SEEN: u64 = SHARED + 64;
-    let vm = vm(2);
+    let vm = vm();
     load_function(&vm);
     load(&vm, CODE[0], |a| {
         let [mut again, mut wait, mut right, mut wrong] = [(); 4].map(|()| a.create_label());
@@ -164,7 +169,7 @@ fn code_that_another_vcpu_has_written_is_what_runs() {
 #[test]
 fn page_is_translated_while_another_vcpu_writes_it() {
     const WRITES: i32 = 3000;
-    let vm = vm(2);
+    let vm = vm();
     load_function(&vm);
     load(&vm, CODE[0], |a| {
         let [mut again, mut right, mut wrong] = [(); 3].map(|()| a.create_label());
@@ -212,7 +217,7 @@ fn dirty_log_misses_no_write_of_two() {
     const PAGES: u64 = 64;
     const DATA: u64 = 0x10_0000;
     const TAKES: u64 = 300;
-    let vm = vm(2);
+    let vm = vm();
     for id in 0..2 {
         load(&vm, CODE[id as usize], |a| {
             let mut again = a.create_label();
@@ -255,4 +260,42 @@ fn dirty_log_misses_no_write_of_two() {
     memory.read(GuestPhys(0), &mut now).unwrap();
     let differs = copy.iter().zip(&now).position(|(copy, now)| copy != now);
     assert_eq!(differs, None, "a byte at this address");
+}
+
+/// The cache is emptied again and again under the feet of whoever did not fill it.
+#[test]
+fn cache_is_full_while_both_run() {
+    const COUNT: u64 = 600;
+    const ROUNDS: i32 = 50;
+    const APART: u64 = 256;
+    let vm = vm_with_cache(MAX_BLOCK_BYTES + (32 << 10));
+    for number in 0..COUNT {
+        load(&vm, FUNCTIONS + number * APART, |a| {
+            a.add(eax, number as i32 + 1)?;
+            a.ret()
+        });
+    }
+    for code in CODE {
+        load(&vm, code, |a| {
+            let [mut round, mut call, mut wrong] = [(); 3].map(|()| a.create_label());
+            a.mov(ebx, ROUNDS)?;
+            a.set_label(&mut round)?;
+            a.mov(ecx, FUNCTIONS as u32)?;
+            a.set_label(&mut call)?;
+            a.call(rcx)?;
+            a.add(ecx, APART as i32)?;
+            a.cmp(ecx, (FUNCTIONS + COUNT * APART) as i32)?;
+            a.jne(call)?;
+            a.dec(ebx)?;
+            a.jnz(round)?;
+            a.cmp(eax, ROUNDS * (COUNT * (COUNT + 1) / 2) as i32)?;
+            a.jne(wrong)?;
+            a.out(OK, al)?;
+            a.set_label(&mut wrong)?;
+            a.out(WRONG, eax)
+        });
+    }
+    let counters = run_both(&vm);
+    let flushes: u64 = counters.iter().map(|counters| count(counters, "cache_flushes")).sum();
+    assert!(flushes > ROUNDS as u64, "{flushes}");
 }

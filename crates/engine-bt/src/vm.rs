@@ -20,7 +20,7 @@ use crate::kvm;
 use crate::memory::code_map::{CodeMap, MemoryChanges};
 use crate::memory::dirty_log::{DeviceWrites, DirtyLog};
 use crate::memory::rendezvous::Rendezvous;
-use crate::translate::cache::CodeCache;
+use crate::translate::cache::{CACHE_BYTES, CodeCache};
 
 /// Choices for a VM of this engine.
 #[derive(Clone, Debug)]
@@ -72,10 +72,14 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
         .mended_by(format!("ask for {MAX_VCPUS}")));
     }
     available()?;
-    Ok(Arc::new(build(memory, config)?))
+    Ok(Arc::new(build(memory, config, CACHE_BYTES)?))
 }
 
-fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> {
+fn build(
+    memory: Arc<GuestMemory>,
+    config: Config,
+    cache_bytes: usize,
+) -> Result<BtVm, EngineError> {
     let tsc_hz = tsc_hz();
     let code = Arc::new(CodeMap::new(&memory));
     memory.add_observer(Arc::new(MemoryChanges(Arc::clone(&code))));
@@ -106,7 +110,7 @@ fn build(memory: Arc<GuestMemory>, config: Config) -> Result<BtVm, EngineError> 
         tsc_hz,
     });
     let cache = if config.translate {
-        let cache = CodeCache::new(exec::fill).map_err(|error| {
+        let cache = CodeCache::new(cache_bytes, exec::fill).map_err(|error| {
             Unusable::refused("no memory for translated code", &error, "use engine kvm")
         })?;
         Some(Arc::new(Mutex::new(cache)))

@@ -194,7 +194,10 @@ impl BtVcpu {
     fn serve(&mut self) {
         let cpu = &mut *self.cpu;
         if let Some((orders, number)) = cpu.vm.rendezvous.take(cpu.id) {
-            cpu.obey(&orders);
+            match &mut self.translator {
+                Some(translator) => translator.obey(cpu, &orders),
+                None => cpu.obey(&orders),
+            }
             cpu.vm.rendezvous.done(cpu.id, number);
         }
     }

@@ -18,14 +18,14 @@ use crate::cpu::{Cpu, Missed, mode};
 use crate::interp;
 use crate::memory::code_map::{self, Written};
 use crate::memory::mmu::{Place, canonical};
-use crate::memory::rendezvous::Order;
+use crate::memory::rendezvous::{Order, Orders};
 use crate::translate::block::{Built, Site, Source, What};
 use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
-use crate::translate::cache::{CodeCache, ExecPage};
+use crate::translate::cache::CodeCache;
 use crate::translate::liveness::ALL;
-use crate::translate::sites::Sites;
 use crate::translate::sources::Sources;
 use crate::translate::stubs::exit_kind;
+use crate::translate::translations::{ExecPage, Translations};
 
 /// Called by translated code on a TLB miss. Returns whether to try again; if not,
 /// [`Cpu::missed`] tells what was found.
@@ -76,7 +76,8 @@ const SLOW_SITES: usize = 64;
 /// The translator's half of a vCPU.
 pub struct Translator {
     cache: Arc<Mutex<CodeCache>>,
-    sites: Arc<Sites>,
+    /// Where it finds them, without the cache's lock.
+    translations: Arc<Translations>,
     builder: Builder,
     enter: u64,
     slow_sites: Box<[SlowSite; SLOW_SITES]>,
@@ -92,9 +93,9 @@ fn broken(what: &str, number: u64) -> EngineError {
 
 impl Translator {
     pub fn new(cache: Arc<Mutex<CodeCache>>, listener: usize) -> Self {
-        let (stubs, sites) = {
+        let (stubs, translations) = {
             let cache = cache.lock();
-            (cache.stubs, Arc::clone(&cache.sites))
+            (cache.stubs, Arc::clone(&cache.translations))
         };
         let empty = SlowSite {
             at: 0,
@@ -105,7 +106,7 @@ impl Translator {
         };
         Self {
             cache,
-            sites,
+            translations,
             builder: Builder::new(stubs),
             enter: stubs.enter,
             slow_sites: Box::new([empty; SLOW_SITES]),
@@ -137,9 +138,7 @@ impl Translator {
             return Ok(Some(known.host));
         }
         let Some(index) = self.resolve(cpu, rip)? else { return Ok(None) };
-        let cache = self.cache.lock();
-        let (host, global) = (cache.indirect_entry(index), cache.is_global(index));
-        drop(cache);
+        let Some((host, global)) = self.translations.indirect_entry(index) else { return Ok(None) };
         cpu.tlb.fill_branch(rip, host, user, global);
         Ok(Some(host))
     }
@@ -147,21 +146,33 @@ impl Translator {
     /// The block at `rip`, translated if need be. `None`: to be interpreted.
     fn resolve(&mut self, cpu: &mut Cpu, rip: u64) -> Result<Option<u32>, Fault> {
         cpu.counts.lookups += 1;
+        if self.translations.is_closed() && !self.renew() {
+            return Ok(None);
+        }
         let Some(id) = self.exec_id(cpu, rip)? else { return Ok(None) };
-        if let Some(index) = self.cache.lock().find(rip, id, cpu.st.mode) {
+        if let Some(index) = self.translations.find(rip, id, cpu.st.mode) {
             return Ok(Some(index));
         }
         self.translate(cpu, rip, id)
     }
 
+    /// Goes over to the translations that are made now. The vCPU's tables hold none of
+    /// before: it was asked to forget them before there were these. False: the cache
+    /// is still being cleared.
+    fn renew(&mut self) -> bool {
+        let cache = self.cache.lock();
+        self.translations = Arc::clone(&cache.translations);
+        !self.translations.is_closed()
+    }
+
     /// The exec id of the page of `rip`, entered in the exec table. `None` for
-    /// code outside RAM.
+    /// code outside RAM, or while the cache is being cleared.
     fn exec_id(&mut self, cpu: &mut Cpu, rip: u64) -> Result<Option<u32>, Fault> {
         let user = cpu.user();
         let linear = rip & !0xFFF;
         let id = cpu.tlb.exec_id(rip, user);
         if id != 0 {
-            let known = self.cache.lock().exec_page(id);
+            let known = self.translations.exec_page(id);
             if known.is_some_and(|page| page.linear == linear && page.user == user) {
                 return Ok(Some(id));
             }
@@ -178,22 +189,33 @@ impl Translator {
             cpu.tlb.note_large(rip, walk.size);
         }
         let page = ExecPage { linear, physical, user };
-        let id = self.cache.lock().exec_id(page, walk.global);
+        let id = match self.translations.exec_id(&page, walk.global) {
+            Some(id) => id,
+            None => match self.new_exec_id(cpu, page, walk.global) {
+                Some(id) => id,
+                None => return Ok(None),
+            },
+        };
         cpu.tlb.fill_exec(rip, id, user, walk.global);
         Ok(Some(id))
     }
 
+    fn new_exec_id(&mut self, cpu: &mut Cpu, page: ExecPage, global: bool) -> Option<u32> {
+        let mut cache = self.cache.lock();
+        if !cache.takes(&self.translations) {
+            return None;
+        }
+        let id = cache.exec_id(page, global);
+        drop(cache);
+        if id.is_none() {
+            self.clear_cache(cpu);
+        }
+        id
+    }
+
     fn translate(&mut self, cpu: &mut Cpu, rip: u64, id: u32) -> Result<Option<u32>, Fault> {
         let start = host_tsc();
-        let mut id = id;
-        if self.cache.lock().is_full() {
-            self.clear_cache(cpu);
-            match self.exec_id(cpu, rip)? {
-                Some(fresh) => id = fresh,
-                None => return Ok(None),
-            }
-        }
-        let Some(page) = self.cache.lock().exec_page(id) else { return Ok(None) };
+        let Some(page) = self.translations.exec_page(id) else { return Ok(None) };
         let mut bytes = [0u8; PAGE_SIZE as usize];
         let physical = GuestPhys(page.physical);
         if cpu.vm.memory.read(physical, &mut bytes).is_err() {
@@ -234,6 +256,18 @@ impl Translator {
                 return Ok(None);
             }
         }
+        if !cache.takes(&self.translations) {
+            return Ok(None);
+        }
+        if cache.is_full() {
+            drop(cache);
+            self.clear_cache(cpu);
+            return Ok(None);
+        }
+        if let Some(index) = self.translations.find(rip, id, cpu.st.mode) {
+            // Another vCPU has made the same.
+            return Ok(Some(index));
+        }
         for &(page, lines) in &pages {
             cpu.vm.code.mark(page.page(), lines);
         }
@@ -253,7 +287,7 @@ impl Translator {
         let index = cache.insert(id, cpu.st.mode, &mut built, second);
         drop(cache);
         cpu.counts.translate_tsc += host_tsc().wrapping_sub(start);
-        Ok(Some(index))
+        Ok(index)
     }
 
     /// Has every vCPU write to these pages, whose lines are about to be translated,
@@ -267,9 +301,9 @@ impl Translator {
             drop(cache);
             let Some(host) = vm.memory.host(page, PAGE_SIZE) else { return };
             let order = Order::ProtectPage(host as usize);
-            vm.rendezvous.ask(order, Some(cpu.id), |orders| cpu.obey(orders));
+            vm.rendezvous.ask(order, Some(cpu.id), |orders| self.obey(cpu, orders));
             let mut cache = self.cache.lock();
-            if cache.drops_of(page) == drops {
+            if cache.takes(&self.translations) && cache.drops_of(page) == drops {
                 cache.set_protected(page);
             }
         }
@@ -289,7 +323,7 @@ impl Translator {
         // A fault there is the instruction's own only if it needs the bytes: the
         // interpreter finds out.
         let second = self.exec_id(cpu, next).ok()??;
-        let page = self.cache.lock().exec_page(second)?;
+        let page = self.translations.exec_page(second)?;
         let mut bytes = [0u8; 2 * MAX_HEAD];
         let mut head = [0; MAX_HEAD];
         cpu.vm.memory.read(GuestPhys(page.physical), &mut head).ok()?;
@@ -308,19 +342,39 @@ impl Translator {
         (built.len as usize > tail.len()).then_some((built, (page.physical, head)))
     }
 
+    /// Does what is asked of the vCPU's tables.
+    pub fn obey(&mut self, cpu: &mut Cpu, orders: &Orders) {
+        if orders.code {
+            cpu.tlb.flush_exec();
+            x87_pointers::settle(cpu);
+            for site in self.slow_sites.iter_mut() {
+                site.at = 0;
+            }
+            self.entered = Entered::default();
+            // Other code comes to where this CPU may have fetched some already (Intel
+            // SDM 3A, 8.1.3): CPUID serialises.
+            std::arch::x86_64::__cpuid(0);
+        }
+        cpu.obey(orders);
+    }
+
+    /// Empties the cache, once no vCPU runs what is in it.
     fn clear_cache(&mut self, cpu: &mut Cpu) {
+        let cache = self.cache.lock();
+        if !cache.takes(&self.translations) {
+            // Another vCPU was first.
+            return;
+        }
+        cache.close();
+        drop(cache);
         cpu.counts.cache_flushes += 1;
-        cpu.tlb.flush_exec();
-        x87_pointers::settle(cpu);
+        let vm = Arc::clone(&cpu.vm);
+        vm.rendezvous.ask(Order::ForgetCode, Some(cpu.id), |orders| self.obey(cpu, orders));
         let mut cache = self.cache.lock();
         for page in cache.clear() {
-            cpu.vm.code.clear(page);
+            vm.code.clear(page);
         }
-        self.sites = Arc::clone(&cache.sites);
-        // The addresses mean other code from now on.
-        for site in self.slow_sites.iter_mut() {
-            site.at = 0;
-        }
+        self.translations = Arc::clone(&cache.translations);
     }
 
     pub fn drop_written_code(&mut self, cpu: &mut Cpu) {
@@ -373,7 +427,8 @@ impl Translator {
             _ => {}
         }
         let number = cpu.st.site;
-        let site = *self.sites.get(number).ok_or_else(|| broken("site", number.into()))?;
+        let site =
+            *self.translations.sites.get(number).ok_or_else(|| broken("site", number.into()))?;
         match cpu.st.exit_kind {
             exit_kind::BRANCH | exit_kind::REQUEST_BRANCH => {
                 let target = cpu.st.address;
@@ -440,23 +495,21 @@ impl Translator {
     }
 
     fn instruction_at(&self, at: u64) -> Result<(u64, bool), EngineError> {
-        let cache = self.cache.lock();
-        let (block, entry) = cache.instruction_at(at).ok_or_else(|| broken("address", at))?;
-        Ok((block.rip.wrapping_add(u64::from(entry.rip)), entry.saved))
+        let found = self.translations.instruction_at(at);
+        let (key, _, entry) = found.ok_or_else(|| broken("address", at))?;
+        Ok((key.rip.wrapping_add(u64::from(entry.rip)), entry.saved))
     }
 
     /// Makes the arithmetic flags again that nothing after `at` needed and that
     /// were not put aside.
     fn restore_flags(&mut self, cpu: &mut Cpu, at: u64) {
-        let cache = self.cache.lock();
-        let Some((block, place)) = cache.instruction_at(at) else { return };
+        let Some((key, block, place)) = self.translations.instruction_at(at) else { return };
         let wanted = ALL & !u32::from(place.live);
         if wanted == 0 {
             return;
         }
-        let Some(page) = cache.exec_page(block.id) else { return };
-        let (rip, host) = (block.rip, cache.entry_of(block));
-        drop(cache);
+        let Some(page) = self.translations.exec_page(key.id) else { return };
+        let (rip, host) = (key.rip, self.translations.entry_of(block));
         let mut bytes = [0; MAX_BLOCK_CODE];
         let Some(bytes) = bytes.get_mut(..usize::from(place.rip)) else { return };
         let start = GuestPhys(page.physical | rip & (PAGE_SIZE - 1));
@@ -474,11 +527,15 @@ impl Translator {
 
     fn link(&mut self, cpu: &mut Cpu, site: &Site) -> Then {
         cpu.counts.links += 1;
-        let flushes = cpu.counts.cache_flushes;
+        let generation = self.translations.generation;
         match self.resolve(cpu, site.rip) {
             Ok(Some(index)) => {
-                if flushes == cpu.counts.cache_flushes {
-                    self.cache.lock().link(site, index);
+                // The site may be gone with what was before.
+                if generation == self.translations.generation {
+                    let mut cache = self.cache.lock();
+                    if cache.takes(&self.translations) {
+                        cache.link(site, index);
+                    }
                 }
                 Then::Continue
             }

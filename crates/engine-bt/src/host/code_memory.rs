@@ -48,12 +48,6 @@ impl CodeMemory {
         self.run as u64 + offset as u64
     }
 
-    /// The offset of an address in the executable mapping.
-    pub fn offset_of(&self, address: u64) -> Option<usize> {
-        let offset = address.wrapping_sub(self.run as u64) as usize;
-        (offset < self.len).then_some(offset)
-    }
-
     pub fn write(&mut self, offset: usize, bytes: &[u8]) {
         // SAFETY: nobody else writes while this has `&mut self`.
         unsafe { self.write_own(offset, bytes) };

@@ -34,6 +34,8 @@ pub enum Order {
     ProtectPage(usize),
     /// All write entries go.
     ProtectAll,
+    /// All translations go.
+    ForgetCode,
 }
 
 /// What a vCPU has to do.
@@ -43,6 +45,8 @@ pub struct Orders {
     pub pages: Vec<usize>,
     /// All write entries go.
     pub all_pages: bool,
+    /// All translations go.
+    pub code: bool,
 }
 
 impl Orders {
@@ -56,6 +60,7 @@ impl Orders {
                 self.pages = Vec::new();
                 self.all_pages = true;
             }
+            Order::ForgetCode => self.code = true,
         }
     }
 }
@@ -236,7 +241,7 @@ mod tests {
         table.ask(Order::ProtectPage(0x2000), None, |_| panic!("no vCPU asks"));
         assert_eq!(woken.0[0].load(Ordering::SeqCst), 0);
         table.enter(0);
-        let orders = Orders { pages: vec![0x1000, 0x2000], all_pages: false };
+        let orders = Orders { pages: vec![0x1000, 0x2000], ..Orders::default() };
         assert_eq!(table.take(0), Some((orders, 2)));
         assert_eq!(table.take(0), None);
     }
@@ -247,7 +252,7 @@ mod tests {
         for page in 0..1000 {
             table.ask(Order::ProtectPage(page << 12), None, |_| ());
         }
-        assert_eq!(table.take(1).unwrap().0, Orders { pages: vec![], all_pages: true });
+        assert_eq!(table.take(1).unwrap().0, Orders { all_pages: true, ..Orders::default() });
     }
 
     #[test]
