@@ -1,55 +1,83 @@
-//! A capture of all frames: the classic form of libpcap, with nanoseconds, which Wireshark
-//! and tcpdump open (draft-ietf-opsawg-pcap).
+//! Frames into a file that Wireshark opens: the classic form, with nanoseconds
+//! (draft-ietf-opsawg-pcap, section 4).
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::{Frame, MAX_FRAME, NetBackend, Offload, Offloads, SendError};
+use parking_lot::Mutex;
 
-const MAGIC_NANOSECONDS: u32 = 0xA1B2_3C4D;
+use crate::{Frame, Interest, MAX_FRAME, NetBackend, Offloads, Packet, Sent};
+
+const MAGIC_NS: u32 = 0xA1B2_3C4D;
 const ETHERNET: u32 = 1;
 
-/// A network whose frames are written to a file, as they pass the card.
+/// The file, for all queues of a card. After an error nothing more is written.
+pub struct CaptureFile(Mutex<Option<BufWriter<File>>>);
+
+impl CaptureFile {
+    pub fn new(file: File) -> io::Result<Self> {
+        let mut writer = BufWriter::new(file);
+        let mut header = Vec::with_capacity(24);
+        header.extend_from_slice(&MAGIC_NS.to_le_bytes());
+        header.extend_from_slice(&2_u16.to_le_bytes());
+        header.extend_from_slice(&4_u16.to_le_bytes());
+        header.extend_from_slice(&[0; 8]);
+        header.extend_from_slice(&(MAX_FRAME as u32).to_le_bytes());
+        header.extend_from_slice(&ETHERNET.to_le_bytes());
+        writer.write_all(&header)?;
+        writer.flush()?;
+        Ok(Self(Mutex::new(Some(writer))))
+    }
+
+    fn add(&self, frame: &[u8]) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.write(|writer| {
+            let mut record = [0; 16];
+            record[..4].copy_from_slice(&(now.as_secs() as u32).to_le_bytes());
+            record[4..8].copy_from_slice(&now.subsec_nanos().to_le_bytes());
+            record[8..12].copy_from_slice(&(frame.len() as u32).to_le_bytes());
+            record[12..].copy_from_slice(&(frame.len() as u32).to_le_bytes());
+            writer.write_all(&record)?;
+            writer.write_all(frame)
+        });
+    }
+
+    fn flush(&self) {
+        self.write(BufWriter::flush);
+    }
+
+    fn write(&self, body: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) {
+        let mut file = self.0.lock();
+        if let Some(writer) = &mut *file
+            && let Err(error) = body(writer)
+        {
+            log::warn!("the capture of frames ends: {error}");
+            *file = None;
+        }
+    }
+}
+
+/// Writes down what goes through; as the guest sees it: what was left to the device is not
+/// done yet.
 pub struct Capture {
     inner: Box<dyn NetBackend>,
-    file: BufWriter<File>,
-    failed: bool,
+    file: Arc<CaptureFile>,
+    copy: Vec<u8>,
+    /// Frames were written since the file was flushed.
+    pending: bool,
 }
 
 impl Capture {
-    pub fn new(inner: Box<dyn NetBackend>, file: File) -> io::Result<Self> {
-        let mut file = BufWriter::new(file);
-        let mut header = Vec::new();
-        header.extend(MAGIC_NANOSECONDS.to_le_bytes());
-        header.extend(2_u16.to_le_bytes());
-        header.extend(4_u16.to_le_bytes());
-        header.extend([0; 8]);
-        header.extend((MAX_FRAME as u32).to_le_bytes());
-        header.extend(ETHERNET.to_le_bytes());
-        file.write_all(&header)?;
-        file.flush()?;
-        Ok(Self { inner, file, failed: false })
+    pub fn new(inner: Box<dyn NetBackend>, file: Arc<CaptureFile>) -> Self {
+        Self { inner, file, copy: Vec::new(), pending: false }
     }
 
-    /// A full disk ends the capture, and nothing else.
-    fn note(&mut self, data: &[u8]) {
-        if self.failed {
-            return;
-        }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let length = (data.len() as u32).to_le_bytes();
-        let mut record = [0; 16];
-        record[..4].copy_from_slice(&(now.as_secs() as u32).to_le_bytes());
-        record[4..8].copy_from_slice(&now.subsec_nanos().to_le_bytes());
-        record[8..12].copy_from_slice(&length);
-        record[12..].copy_from_slice(&length);
-        let written = self.file.write_all(&record).and_then(|()| self.file.write_all(data));
-        // A reader that follows the file sees whole frames.
-        if let Err(error) = written.and_then(|()| self.file.flush()) {
-            log::warn!("the capture of a network ends here: {error}");
-            self.failed = true;
+    fn settle(&mut self) {
+        if std::mem::take(&mut self.pending) {
+            self.file.flush();
         }
     }
 }
@@ -59,61 +87,104 @@ impl NetBackend for Capture {
         self.inner.event()
     }
 
-    fn receive(&mut self, frame: &mut Frame) -> io::Result<bool> {
-        let got = self.inner.receive(frame)?;
-        if got {
-            self.note(&frame.data);
-        }
-        Ok(got)
+    fn watch(&mut self, interest: Interest) {
+        self.inner.watch(interest);
     }
 
-    fn send(&mut self, offload: &Offload, data: &[u8]) -> Result<(), SendError> {
-        let sent = self.inner.send(offload, data);
-        if !matches!(sent, Err(SendError::Full)) {
-            self.note(data);
-        }
-        sent
-    }
-
-    fn want_room(&mut self, wanted: bool) {
-        self.inner.want_room(wanted);
+    fn work(&mut self) {
+        self.inner.work();
     }
 
     fn offloads(&self) -> Offloads {
         self.inner.offloads()
     }
 
-    fn accept(&mut self, offloads: Offloads) -> io::Result<()> {
-        self.inner.accept(offloads)
+    fn accept(&mut self, offloads: Offloads) {
+        self.inner.accept(offloads);
     }
 
-    fn tick(&mut self) {
-        self.inner.tick();
+    fn send(&mut self, packet: &Packet<'_>) -> Sent {
+        if !packet.is_sound() {
+            return self.inner.send(packet);
+        }
+        // What is written down is what was sent, whatever the guest does to it.
+        packet.copy_to(&mut self.copy);
+        let own = Packet { offload: packet.offload, payload: crate::Payload::Bytes(&self.copy) };
+        let sent = self.inner.send(&own);
+        if sent == Sent::Taken {
+            self.file.add(&self.copy);
+            self.pending = true;
+        }
+        sent
     }
 
-    fn timer(&self) -> Option<BorrowedFd<'_>> {
-        self.inner.timer()
+    fn flush(&mut self) {
+        self.inner.flush();
+        self.settle();
+    }
+
+    fn receive(&mut self, frame: &mut Frame) -> bool {
+        let came = self.inner.receive(frame);
+        if came {
+            self.file.add(frame.bytes());
+            self.pending = true;
+        } else {
+            self.settle();
+        }
+        came
+    }
+
+    fn enable(&mut self, on: bool) {
+        self.inner.enable(on);
+    }
+
+    fn link(&self) -> bool {
+        self.inner.link()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Loop, scratch};
+    use crate::testing::{Loopback, numbered};
 
     #[test]
-    fn file_has_each_frame_of_both_ways() {
-        let (file, path) = scratch();
-        let mut net = Capture::new(Box::new(Loop::new()), file).unwrap();
-        net.send(&Offload::default(), b"there").unwrap();
+    fn file_is_the_classic_form_and_whole_after_each_batch() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let capture = CaptureFile::new(file.reopen().unwrap()).unwrap();
+        let mut link = Capture::new(Box::new(Loopback::default()), Arc::new(capture));
+        let before = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as u32;
+        assert_eq!(link.send(&Packet::plain(&numbered(1))), Sent::Taken);
+        assert_eq!(link.send(&Packet::plain(&[0; 3])), Sent::Taken);
+        link.flush();
+        let word =
+            |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let bytes = std::fs::read(file.path()).unwrap();
+        assert_eq!(bytes.len(), 24 + 16 + 60, "what is no frame is not in it");
+        assert_eq!((word(&bytes, 0), word(&bytes, 20)), (0xA1B2_3C4D, 1));
+        assert_eq!(bytes[4..8], [2, 0, 4, 0]);
+        assert!((before..before + 60).contains(&word(&bytes, 24)));
+        assert!(word(&bytes, 28) < 1_000_000_000);
+        assert_eq!((word(&bytes, 32), word(&bytes, 36)), (60, 60));
+        assert_eq!(bytes[40..], numbered(1));
         let mut frame = Frame::default();
-        assert!(net.receive(&mut frame).unwrap());
-        assert!(!net.receive(&mut frame).unwrap());
-        let data = std::fs::read(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        assert_eq!(data[..4], MAGIC_NANOSECONDS.to_le_bytes());
-        assert_eq!(data.len(), 24 + 2 * (16 + 5));
-        assert_eq!(&data[24 + 16..24 + 21], b"there");
-        assert_eq!(&data[24 + 21 + 16..], b"there");
+        while link.receive(&mut frame) {}
+        assert_eq!(std::fs::read(file.path()).unwrap().len(), 24 + 2 * 76 + 19);
+    }
+
+    #[test]
+    fn disk_that_is_full_ends_the_capture_and_nothing_else() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        assert!(CaptureFile::new(full.try_clone().unwrap()).is_err());
+        let capture = CaptureFile(Mutex::new(Some(BufWriter::new(full))));
+        let mut link = Capture::new(Box::new(Loopback::default()), Arc::new(capture));
+        for number in 0..3 {
+            assert_eq!(link.send(&Packet::plain(&numbered(number))), Sent::Taken);
+            link.flush();
+        }
+        let mut frame = Frame::default();
+        let came = std::iter::from_fn(|| link.receive(&mut frame).then_some(())).count();
+        assert_eq!(came, 3);
+        assert!(link.file.0.lock().is_none());
     }
 }

@@ -1,24 +1,40 @@
-//! Networks: what a network card asks of one, and the host's sockets and taps behind it.
+//! Networks: what a network card's front end needs of whatever is behind it.
 //!
-//! A front end (virtio-net, e1000) knows frames and what was left to do of them; it sends
-//! and receives by a [`NetBackend`], on one I/O thread, without a lock. Sockets and taps
-//! are behind the trait, and so are capture, shaping and filters, each a back end around
-//! another.
+//! A front end takes frames out of a guest and sends them through a [`NetBackend`], and
+//! the other way. Back ends are a tap device of the host ([`Tap`]), passt or another
+//! program at a stream socket ([`StreamPeer`]), and other machines ([`Joined`]). A wrapper
+//! is a back end around another: a [`Capture`] for Wireshark, a [`Shaper`], a [`Filter`].
+//! This crate knows no network card and no Python.
 
 mod backend;
 mod capture;
+mod checksum;
+mod counters;
 mod filter;
-mod flow;
+mod frame;
+mod joined;
+mod layers;
+mod offload;
+mod plain;
+mod segment;
 mod shaper;
 mod stream;
+mod stream_peer;
+mod switch;
 mod tap;
 #[cfg(test)]
 mod testing;
+mod watch;
 
-pub use backend::{Counts, Frame, MAX_FRAME, NetBackend, Offload, Offloads, SendError};
-pub use capture::Capture;
-pub use filter::{Filter, Verdict};
-pub use flow::Flow;
-pub use shaper::{Shaper, Shaping};
-pub use stream::Stream;
+pub use backend::{Interest, NetBackend, Sent};
+pub use capture::{Capture, CaptureFile};
+pub use checksum::verify;
+pub use counters::{Counters, Direction, DropReason};
+pub use filter::{Filter, Judge};
+pub use frame::{Frame, MAX_FRAME, MIN_FRAME, Packet, Payload};
+pub use joined::Joined;
+pub use layers::Flow;
+pub use offload::{Checksum, Family, HEADER, MalformedHeader, Offload, Offloads, Segments};
+pub use shaper::{Shape, Shaper};
+pub use stream_peer::StreamPeer;
 pub use tap::Tap;

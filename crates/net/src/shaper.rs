@@ -1,8 +1,9 @@
-//! A worse network, for tests: delay, loss and a limited rate, on both ways.
+//! A slower and worse network: delay, loss and rate, each way for itself.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::time::{
@@ -10,210 +11,354 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use crate::{Frame, NetBackend, Offload, Offloads, SendError};
+use crate::watch::Watch;
+use crate::{
+    Counters, Direction, DropReason, Frame, Interest, NetBackend, Offload, Offloads, Packet,
+    Payload, Sent,
+};
 
+/// What a shaper does to frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Shaping {
-    /// Of each frame, one way.
+pub struct Shape {
     pub delay: Duration,
-    /// The share of frames that is lost, 0 to 1.
+    /// Of how many is lost: 0 to 1.
     pub loss: f64,
-    /// Bytes a second, each way; `None`: as fast as it goes.
+    /// Bits in a second; None: as many as there are.
     pub rate: Option<u64>,
-    /// Which frames are lost follows from it.
+    /// The same seed loses the same frames.
     pub seed: u64,
 }
 
-/// Frames on their way in one direction.
-#[derive(Default)]
-struct Way {
-    queue: VecDeque<(Instant, Frame)>,
-    bytes: usize,
-    /// When the last one that was accepted has left, at the limited rate.
-    free: Option<Instant>,
+/// What waits because of the rate is sent within this time, or dropped: a router's queue.
+const BACKLOG: Duration = Duration::from_millis(200);
+/// Bytes that wait, whatever the reason.
+const QUEUE_BYTES: usize = 16 << 20;
+/// Frames that are taken in before those that are due are looked at.
+const TURN: usize = 64;
+
+/// splitmix64 (Vigna): good enough to lose frames by.
+struct Random(u64);
+
+impl Random {
+    fn chance(&mut self, of: f64) -> bool {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut value = self.0;
+        value = (value ^ (value >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        value = (value ^ (value >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        value ^= value >> 31;
+        // 53 bits are what an f64 has.
+        ((value >> 11) as f64) < of * (1_u64 << 53) as f64
+    }
 }
 
-/// What waits in one way at most; further frames are lost, as in a router.
-const QUEUE_BYTES: usize = 4 << 20;
+struct Waiting {
+    due: Instant,
+    offload: Offload,
+    bytes: Vec<u8>,
+}
 
-impl Way {
-    fn take(&mut self, shaping: &Shaping, frame: Frame) -> bool {
-        if self.bytes + frame.data.len() > QUEUE_BYTES {
-            return false;
+/// One way.
+struct Line {
+    shape: Shape,
+    random: Random,
+    /// When the line has sent what it was given.
+    free: Instant,
+    queue: VecDeque<Waiting>,
+    bytes: usize,
+}
+
+impl Line {
+    fn new(shape: Shape, seed: u64) -> Self {
+        let random = Random(seed);
+        Self { shape, random, free: Instant::now(), queue: VecDeque::new(), bytes: 0 }
+    }
+
+    /// Takes a frame of `length` bytes up, or says why it is dropped.
+    fn admit(&mut self, now: Instant, length: usize) -> Result<Instant, DropReason> {
+        if self.random.chance(self.shape.loss) {
+            return Err(DropReason::Lost);
         }
-        let now = Instant::now();
-        let mut at = now;
-        if let Some(rate) = shaping.rate {
-            let time = Duration::from_secs_f64(frame.data.len() as f64 / rate.max(1) as f64);
-            at = self.free.map_or(now, |free| free.max(now)) + time;
-            self.free = Some(at);
+        let start = self.free.max(now);
+        let late = start - now > BACKLOG && !self.queue.is_empty();
+        if late || self.bytes + length > QUEUE_BYTES {
+            return Err(DropReason::QueueFull);
         }
-        self.bytes += frame.data.len();
-        self.queue.push_back((at + shaping.delay, frame));
-        true
+        self.free = start;
+        if let Some(rate) = self.shape.rate {
+            let nanoseconds = length as u128 * 8 * 1_000_000_000 / u128::from(rate.max(1));
+            self.free += Duration::from_nanos(nanoseconds as u64);
+        }
+        Ok(self.free + self.shape.delay)
+    }
+
+    fn put(&mut self, due: Instant, offload: Offload, bytes: Vec<u8>) {
+        self.bytes += bytes.len();
+        self.queue.push_back(Waiting { due, offload, bytes });
     }
 
     fn due(&self) -> Option<Instant> {
-        self.queue.front().map(|&(at, _)| at)
+        self.queue.front().map(|waiting| waiting.due)
     }
 
-    fn next(&mut self, now: Instant) -> Option<Frame> {
-        if self.due()? > now {
-            return None;
+    fn take(&mut self) {
+        if let Some(taken) = self.queue.pop_front() {
+            self.bytes -= taken.bytes.len();
         }
-        let (_, frame) = self.queue.pop_front()?;
-        self.bytes -= frame.data.len();
-        Some(frame)
+    }
+
+    fn is_full(&self) -> bool {
+        self.bytes >= QUEUE_BYTES / 2
     }
 }
 
+/// A back end behind a network of a shape.
 pub struct Shaper {
     inner: Box<dyn NetBackend>,
-    shaping: Shaping,
+    out: Line,
+    back: Line,
+    interest: Interest,
+    /// The back end takes nothing at the moment.
+    blocked: bool,
+    /// It may have more frames, and not say so again.
+    more: bool,
+    watch: Watch,
     timer: OwnedFd,
-    random: u64,
-    to_guest: Way,
-    to_network: Way,
+    armed: Option<Instant>,
+    counters: Arc<Counters>,
+    frame: Frame,
 }
 
 impl Shaper {
-    pub fn new(inner: Box<dyn NetBackend>, shaping: Shaping) -> io::Result<Self> {
+    pub fn new(
+        inner: Box<dyn NetBackend>,
+        shape: Shape,
+        counters: Arc<Counters>,
+    ) -> io::Result<Self> {
+        let watch = Watch::new()?;
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        watch.set(inner.event(), true, false);
+        watch.set(&timer, true, false);
         Ok(Self {
             inner,
-            shaping,
-            timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
-            // Any but 0, of which xorshift makes nothing else.
-            random: shaping.seed ^ 0x9E37_79B9_7F4A_7C15 | 1,
-            to_guest: Way::default(),
-            to_network: Way::default(),
+            out: Line::new(shape, shape.seed),
+            back: Line::new(shape, !shape.seed),
+            interest: Interest { receive: true, send: false },
+            blocked: false,
+            more: false,
+            watch,
+            timer,
+            armed: None,
+            counters,
+            frame: Frame::default(),
         })
     }
 
-    fn loses(&mut self) -> bool {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        ((self.random >> 11) as f64 / (1_u64 << 53) as f64) < self.shaping.loss
+    /// Sends what is due.
+    fn release(&mut self) {
+        let now = Instant::now();
+        self.blocked = false;
+        let mut sent = false;
+        while let Some(first) = self.out.queue.front().filter(|first| first.due <= now) {
+            let payload = Payload::Bytes(&first.bytes);
+            if self.inner.send(&Packet { offload: first.offload, payload }) == Sent::Busy {
+                self.blocked = true;
+                break;
+            }
+            self.out.take();
+            sent = true;
+        }
+        if sent {
+            self.inner.flush();
+        }
     }
 
-    fn arm(&self) {
-        let due = [self.to_guest.due(), self.to_network.due()].into_iter().flatten().min();
-        let wait = due.map_or(Duration::ZERO, |at| {
-            // 0 would disarm it.
-            at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1))
+    /// Takes in what has come.
+    fn collect(&mut self) {
+        self.more = true;
+        for _ in 0..TURN {
+            if self.back.is_full() {
+                break;
+            }
+            if !self.inner.receive(&mut self.frame) {
+                self.more = false;
+                break;
+            }
+            let bytes = self.frame.bytes();
+            match self.back.admit(Instant::now(), bytes.len()) {
+                Ok(due) => self.back.put(due, self.frame.offload, bytes.to_vec()),
+                Err(reason) => self.counters.dropped(Direction::Received, reason),
+            }
+        }
+    }
+
+    /// Sets timer and interest to what is waited for.
+    fn rearm(&mut self) {
+        let back = self.back.due().filter(|_| self.interest.receive);
+        let out = self.out.due().filter(|_| !self.blocked);
+        self.inner.watch(Interest { receive: !self.back.is_full(), send: self.blocked });
+        let more = (self.more && !self.back.is_full()).then(Instant::now);
+        let next = back.into_iter().chain(out).chain(more).min();
+        if next == self.armed {
+            return;
+        }
+        self.armed = next;
+        // A timer of 0 would never ring.
+        let wait = next.map_or(Duration::ZERO, |due| {
+            due.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1))
         });
-        let value = Timespec {
-            tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: wait.subsec_nanos().into(),
-        };
-        let spec = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-        // Fails only for times that are none.
-        let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec);
+        let it_value =
+            Timespec { tv_sec: wait.as_secs().cast_signed(), tv_nsec: wait.subsec_nanos().into() };
+        let it_interval = Timespec::default();
+        let setting = Itimerspec { it_interval, it_value };
+        // Of a timer and a time that are sound.
+        let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &setting);
     }
 }
 
 impl NetBackend for Shaper {
     fn event(&self) -> BorrowedFd<'_> {
-        self.inner.event()
+        self.watch.as_fd()
     }
 
-    fn receive(&mut self, frame: &mut Frame) -> io::Result<bool> {
-        while self.inner.receive(frame)? {
-            if !self.loses() {
-                self.to_guest.take(&self.shaping, frame.clone());
-            }
+    fn watch(&mut self, interest: Interest) {
+        self.interest = interest;
+        self.rearm();
+    }
+
+    fn work(&mut self) {
+        if rustix::io::read(&self.timer, &mut [0; 8]).is_ok() {
+            self.armed = None;
         }
-        let next = self.to_guest.next(Instant::now());
-        self.arm();
-        Ok(next.map(|next| *frame = next).is_some())
-    }
-
-    fn send(&mut self, offload: &Offload, data: &[u8]) -> Result<(), SendError> {
-        if !self.loses() {
-            let frame = Frame { offload: *offload, data: data.to_vec() };
-            self.to_network.take(&self.shaping, frame);
-            self.tick();
-        }
-        Ok(())
-    }
-
-    fn want_room(&mut self, wanted: bool) {
-        self.inner.want_room(wanted);
+        self.inner.work();
+        self.release();
+        self.collect();
+        self.rearm();
     }
 
     fn offloads(&self) -> Offloads {
         self.inner.offloads()
     }
 
-    fn accept(&mut self, offloads: Offloads) -> io::Result<()> {
-        self.inner.accept(offloads)
+    fn accept(&mut self, offloads: Offloads) {
+        self.inner.accept(offloads);
     }
 
-    fn tick(&mut self) {
-        // What it was set for is done below.
-        let _ = rustix::io::read(&self.timer, &mut [0; 8]);
-        self.inner.tick();
-        let now = Instant::now();
-        while let Some(frame) = self.to_network.next(now) {
-            // A network that is full loses it: nothing waits twice.
-            let _ = self.inner.send(&frame.offload, &frame.data);
+    /// Never busy: what the line cannot take is dropped, as by a router.
+    fn send(&mut self, packet: &Packet<'_>) -> Sent {
+        if !packet.is_sound() {
+            return self.inner.send(packet);
         }
-        self.arm();
+        match self.out.admit(Instant::now(), packet.len()) {
+            Ok(due) => {
+                let mut bytes = Vec::new();
+                packet.copy_to(&mut bytes);
+                self.out.put(due, packet.offload, bytes);
+            }
+            Err(reason) => self.counters.dropped(Direction::Sent, reason),
+        }
+        Sent::Taken
     }
 
-    fn timer(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.timer.as_fd())
+    fn flush(&mut self) {
+        self.release();
+        self.inner.flush();
+        self.rearm();
+    }
+
+    fn receive(&mut self, frame: &mut Frame) -> bool {
+        let now = Instant::now();
+        let Some(first) = self.back.queue.front().filter(|first| first.due <= now) else {
+            self.rearm();
+            return false;
+        };
+        frame.set(first.offload, &first.bytes);
+        self.back.take();
+        true
+    }
+
+    fn enable(&mut self, on: bool) {
+        self.inner.enable(on);
+    }
+
+    fn link(&self) -> bool {
+        self.inner.link()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Loop, received};
+    use crate::testing::{Loopback, number_of, numbered};
 
-    fn through(shaping: Shaping, frames: usize) -> (Vec<Vec<u8>>, Duration) {
-        let mut net = Shaper::new(Box::new(Loop::new()), shaping).unwrap();
+    fn shaper(shape: Shape) -> (Shaper, Arc<Counters>) {
+        let counters = Arc::new(Counters::default());
+        let shaper = Shaper::new(Box::new(Loopback::default()), shape, Arc::clone(&counters));
+        (shaper.unwrap(), counters)
+    }
+
+    /// Sends frames through the loop; the numbers of those that came back, and how long that
+    /// took.
+    fn run((shaper, counters): (&mut Shaper, &Counters), frames: u32) -> (Vec<u32>, Duration) {
+        use rustix::event::{PollFd, PollFlags, poll};
         let start = Instant::now();
-        for index in 0..frames {
-            net.send(&Offload::default(), &[index as u8; 1000]).unwrap();
+        for number in 0..frames {
+            assert_eq!(shaper.send(&Packet::plain(&numbered(number))), Sent::Taken);
         }
-        let mut got = Vec::new();
-        let mut quiet = Instant::now();
-        while quiet.elapsed() < Duration::from_millis(150) {
-            net.tick();
-            let more = received(&mut net);
-            if !more.is_empty() {
-                quiet = Instant::now();
+        shaper.flush();
+        let mut came = Vec::new();
+        let mut frame = Frame::default();
+        let dropped = || -> u64 {
+            let stats = counters.stats();
+            stats.iter().filter(|(name, _)| name.contains("dropped")).map(|(_, count)| count).sum()
+        };
+        while came.len() as u64 + dropped() < u64::from(frames) {
+            let event = shaper.event();
+            let limit = Timespec { tv_sec: 30, tv_nsec: 0 };
+            let ready = poll(&mut [PollFd::new(&event, PollFlags::IN)], Some(&limit)).unwrap();
+            assert_eq!(ready, 1, "the timer never rang");
+            shaper.work();
+            while shaper.receive(&mut frame) {
+                came.push(number_of(frame.bytes()));
             }
-            got.extend(more);
         }
-        (got, start.elapsed())
+        (came, start.elapsed())
     }
 
     #[test]
-    fn frames_come_later_and_in_their_order() {
+    fn delay_is_both_ways_and_keeps_the_order() {
         let delay = Duration::from_millis(30);
-        let (got, took) = through(Shaping { delay, ..Shaping::default() }, 10);
-        assert_eq!(
-            got.iter().map(|frame| frame[0]).collect::<Vec<_>>(),
-            (0..10).collect::<Vec<_>>()
-        );
-        assert!(took >= 2 * delay, "both ways");
-        let rate = Some(100_000);
-        let (got, took) = through(Shaping { rate, ..Shaping::default() }, 10);
-        assert_eq!(got.len(), 10);
-        assert!(took >= Duration::from_millis(100), "10,000 bytes at 100,000 a second");
+        let (mut shaper, counters) = shaper(Shape { delay, ..Shape::default() });
+        let (came, took) = run((&mut shaper, &counters), 100);
+        assert_eq!(came, Vec::from_iter(0..100));
+        assert!(took >= 2 * delay, "{took:?}");
     }
 
     #[test]
-    fn loss_is_what_was_asked_and_the_same_for_a_seed() {
-        let lossy = |seed| through(Shaping { loss: 0.3, seed, ..Shaping::default() }, 400).0;
-        let got = lossy(7);
-        // Of 400 that are lost at 0.3 twice, about 196 arrive.
-        assert!((120..280).contains(&got.len()), "{}", got.len());
-        assert!(got == lossy(7));
-        assert!(got != lossy(8));
-        assert!(through(Shaping { loss: 1.0, ..Shaping::default() }, 50).0.is_empty());
+    fn seed_says_which_frames_are_lost_and_all_are_accounted_for() {
+        let lost = |seed| {
+            let (mut shaper, counters) = shaper(Shape { loss: 0.1, seed, ..Shape::default() });
+            let (came, _) = run((&mut shaper, &counters), 10_000);
+            let out = counters.drops(Direction::Sent, DropReason::Lost);
+            let back = counters.drops(Direction::Received, DropReason::Lost);
+            assert_eq!(came.len() as u64 + out + back, 10_000);
+            assert!((850..1150).contains(&out), "{out} of 10,000 at 10 %");
+            assert!((750..1050).contains(&back), "{back} of some 9,000 at 10 %");
+            came
+        };
+        assert_eq!(lost(1), lost(1));
+        assert_ne!(lost(1), lost(2));
+    }
+
+    #[test]
+    fn rate_is_kept_and_what_waits_too_long_is_dropped() {
+        // A frame of 60 bytes takes 10 ms: of 100 the first 200 ms are taken.
+        let (mut shaper, counters) = shaper(Shape { rate: Some(48_000), ..Shape::default() });
+        let (came, took) = run((&mut shaper, &counters), 100);
+        let dropped = counters.drops(Direction::Sent, DropReason::QueueFull);
+        assert_eq!(came.len() as u64 + dropped, 100);
+        assert!(came.len() >= 20, "{}", came.len());
+        assert!(dropped >= 70, "{dropped}");
+        assert!(took >= Duration::from_millis(10) * came.len() as u32, "{took:?}");
     }
 }
