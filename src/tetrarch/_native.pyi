@@ -30,6 +30,7 @@ __all__ = [
     "RustDevice",
     "SerialPort",
     "Vcpu",
+    "VirtioBlk",
     "VirtioDevice",
     "VirtioRng",
     "Vm",
@@ -279,6 +280,17 @@ class VirtioDevice:
     def doorbells(self, stride: int) -> RustDevice:
         """The notification registers: one for each queue, ``stride`` bytes apart; with 0
         one for all, which takes the queue's number."""
+
+@final
+class VirtioBlk(VirtioDevice):
+    """The block device."""
+
+    def __new__(cls, vm: Vm, name: str, disk: Disk, serial: str, queues: int) -> Self: ...
+    @property
+    def stopped(self) -> int:
+        """Requests that wait for the host to be mended."""
+    def close(self) -> None:
+        """Lets go of the disk, when the machine has ended."""
 
 @final
 class VirtioRng(VirtioDevice):
@@ -547,6 +559,8 @@ class Disk:
     def resize(self, size: int) -> None: ...
     def retry(self) -> None:
         """Tries writes anew that wait for the host to be mended."""
+    def close(self) -> None:
+        """Lets go of the image, unless a controller has the disk too."""
 
 @final
 class DiskSource:

@@ -32,6 +32,10 @@ from tetrarch.testing import pvh_kernel
         (["--kernel", "/nonexistent"], 1, "/nonexistent"),
         (["--kernel", "/"], 1, "is a directory"),
         (["--kernel", "/dev/zero"], 1, "/dev/zero"),
+        (["--disk", "/nonexistent"], 1, "/nonexistent: cannot open the image: no such file"),
+        (["--disk", "/"], 1, "/: is a directory; give the path of an image"),
+        (["--disk", "d.img", "--disk", "e.img,sanpshot=on"], 2, "did you mean snapshot?"),
+        (["--disk", "/etc/hostname,format=qcow2"], 1, "is not a qcow2 image; give"),
         (["--image", "nope"], 2, "no image is called 'nope'"),
     ],
 )

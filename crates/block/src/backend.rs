@@ -111,4 +111,9 @@ pub trait BlockQueue: Send {
 
     /// Moves what has completed, in no order, to the end of `done`.
     fn completions(&mut self, done: &mut Vec<Completion>);
+
+    /// How many requests wait for [`BlockBackend::retry`]: nothing else moves them.
+    fn stopped(&self) -> usize {
+        0
+    }
 }

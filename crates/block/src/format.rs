@@ -4,14 +4,16 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use imago::FormatAccess;
 use imago::file::File;
 use imago::format::PreallocateMode;
+use imago::{FormatAccess, Mapping};
 use parking_lot::RwLock;
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use tetrarch_memory::ScatterList;
 
 use crate::backend::SECTOR;
+use crate::image::Layer;
 use crate::workers::{Blocking, WorkerQueue};
 use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, ImageError, Request};
 
@@ -29,15 +31,17 @@ struct FormatImage {
     readonly: bool,
     /// The format's unit, in bytes.
     cluster: u32,
+    /// The file that data are written to, where what is discarded is given back to the host.
+    file: Option<std::fs::File>,
 }
 
 /// A disk in a format.
 pub(crate) struct FormatDisk(Arc<FormatImage>);
 
 impl FormatDisk {
-    pub fn new(access: Access, path: PathBuf, readonly: bool, cluster: u64) -> Self {
-        let (access, cluster) = (RwLock::new(access), cluster.max(SECTOR) as u32);
-        Self(Arc::new(FormatImage { access, path, readonly, cluster }))
+    pub fn new(layer: Layer, path: PathBuf, readonly: bool) -> Self {
+        let (access, cluster) = (RwLock::new(layer.access), layer.cluster.max(SECTOR) as u32);
+        Self(Arc::new(FormatImage { access, path, readonly, cluster, file: layer.file }))
     }
 }
 
@@ -75,6 +79,36 @@ impl FormatImage {
         Ok(())
     }
 
+    /// Takes clusters out of the image, and gives their space back to the host. Nobody else
+    /// has a cluster that was freed before the lock is gone.
+    fn discard(
+        &self,
+        offset: u64,
+        length: u64,
+        discard: impl FnOnce(&mut Access) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut access = self.access.write();
+        let whole = u64::from(self.cluster);
+        let (mut at, end) = (offset.next_multiple_of(whole), (offset + length) / whole * whole);
+        let mut freed = Vec::new();
+        while self.file.is_some() && at < end {
+            let (mapping, len) = access.get_mapping(at, end - at)?;
+            // Only what lies in the image itself can be written to.
+            if let Mapping::Raw { offset, writable: true, .. } = mapping {
+                freed.push((offset, len));
+            }
+            at += len.max(1);
+        }
+        discard(&mut access)?;
+        for (offset, len) in freed {
+            let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let file = self.file.as_ref();
+            // The space is lost to the host alone where its file system knows no holes.
+            let _ = file.map(|file| rustix::fs::fallocate(file, mode, offset, len));
+        }
+        Ok(())
+    }
+
     fn try_serve(&self, request: &Request) -> io::Result<()> {
         match request {
             Request::Read { offset, data } => Self::each_chunk(data, |done, buffer| {
@@ -92,14 +126,16 @@ impl FormatImage {
                 access.sync()
             }
             Request::Discard { offset, length } => {
-                match self.access.write().discard_to_any(*offset, *length) {
+                let discarded = self
+                    .discard(*offset, *length, |access| access.discard_to_any(*offset, *length));
+                match discarded {
                     // A hint that nothing can be made of.
                     Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
                     done => done,
                 }
             }
             Request::WriteZeroes { offset, length, unmap: true } => {
-                self.access.write().discard_to_zero(*offset, *length)
+                self.discard(*offset, *length, |access| access.discard_to_zero(*offset, *length))
             }
             Request::WriteZeroes { offset, length, unmap: false } => {
                 self.access.read().write_zeroes(*offset, *length)

@@ -91,16 +91,16 @@ pub fn open(path: &Path, options: ImageOptions) -> Result<Box<dyn BlockBackend>,
     let layer = chain.layer(path, format, writes)?;
     if options.snapshot {
         let overlay = overlay(layer.access, path)?;
-        let disk = FormatDisk::new(overlay, path.to_owned(), options.readonly, OVERLAY_CLUSTER);
-        return Ok(Box::new(disk));
+        return Ok(Box::new(FormatDisk::new(overlay, path.to_owned(), options.readonly)));
     }
-    let disk = FormatDisk::new(layer.access, path.to_owned(), options.readonly, layer.cluster);
-    Ok(Box::new(disk))
+    Ok(Box::new(FormatDisk::new(layer, path.to_owned(), options.readonly)))
 }
 
 pub(crate) struct Layer {
     pub access: Access,
     pub cluster: u64,
+    /// What is written to, where clusters come and go.
+    pub file: Option<File>,
 }
 
 /// The images that one consists of, from the top down.
@@ -141,18 +141,19 @@ impl Chain {
             Format::Raw => {
                 let storage = storage(file, writes).map_err(&failed)?;
                 let raw = Raw::<Storage>::open_image(storage, writes).map_err(&failed)?;
-                Ok(Layer { access: FormatAccess::new(raw), cluster: 0 })
+                Ok(Layer { access: FormatAccess::new(raw), cluster: 0, file: None })
             }
             Format::Qcow2 => {
                 let header = Qcow2Header::read(&file, path)?;
                 check_writable(&header, path, writes)?;
                 let backing = self.backing(&header, path)?;
+                let again = writes.then(|| file.try_clone()).transpose().map_err(&failed)?;
                 let storage = storage(file, writes).map_err(&failed)?;
                 let mut image = Qcow2::<Storage>::open_image(storage, writes).map_err(&failed)?;
                 image.set_data_file(None);
                 image.set_backing(backing);
                 let cluster = header.cluster_size();
-                Ok(Layer { access: FormatAccess::new(image), cluster })
+                Ok(Layer { access: FormatAccess::new(image), cluster, file: again })
             }
             Format::Vmdk => {
                 vmdk_is_served(&first_bytes(&file, path)?, path, writes)?;
@@ -160,7 +161,7 @@ impl Chain {
                 let storage = Storage::from_open_file(file, named).map_err(&failed)?;
                 let mut image = Vmdk::<Storage>::open_image(storage, false).map_err(&failed)?;
                 image.open_implicit_dependencies_gated(Extents).map_err(failed)?;
-                Ok(Layer { access: FormatAccess::new(image), cluster: 0 })
+                Ok(Layer { access: FormatAccess::new(image), cluster: 0, file: None })
             }
         }
     }
@@ -263,11 +264,12 @@ impl imago::format::gate::ImplicitOpenGate<Storage> for Extents {
 const OVERLAY_CLUSTER: u64 = 64 << 10;
 
 /// An image over `base` in a file without a name, which ends with the process.
-fn overlay(base: Access, path: &Path) -> Result<Access, ImageError> {
+fn overlay(base: Access, path: &Path) -> Result<Layer, ImageError> {
     // As QEMU does: /tmp may be memory.
     let folder = std::env::var_os("TMPDIR").map_or("/var/tmp".into(), PathBuf::from);
     let failed = |error| ImageError::host(&folder, "cannot make the overlay of snapshot=on", error);
     let file = tempfile::tempfile_in(&folder).map_err(failed)?;
+    let again = file.try_clone().map_err(failed)?;
     let size = base.size();
     let create = Qcow2::<Storage>::create_builder(storage(file, true).map_err(failed)?)
         .size(size)
@@ -277,7 +279,8 @@ fn overlay(base: Access, path: &Path) -> Result<Access, ImageError> {
         Ok(Qcow2::<Storage>::builder(file).write(true).backing(Some(base)))
     });
     let overlay = opened.map_err(|e| ImageError::host(path, "cannot make its overlay", e))?;
-    Ok(FormatAccess::new(overlay))
+    let access = FormatAccess::new(overlay);
+    Ok(Layer { access, cluster: OVERLAY_CLUSTER, file: Some(again) })
 }
 
 /// Opens a file or block device, and nothing that would wait or wind.

@@ -83,6 +83,33 @@ fn overlay_reads_through_and_keeps_its_own() {
 }
 
 #[test]
+fn discarded_clusters_of_qcow2_are_given_back_and_used_again() {
+    let folder = folder();
+    let path = folder.path().join("disk.qcow2");
+    create(&path, Format::Qcow2, &new(8 * MIB)).unwrap();
+    let blocks = || std::fs::metadata(&path).unwrap().blocks();
+    let mut driver = drive(&path, PLAIN);
+    for round in 0..3 {
+        driver.write(0, &[(0, 4 * MIB)], &pattern(round, 4 << 20));
+        assert_eq!(driver.run(Request::Flush), Ok(()));
+        let full = blocks();
+        let (offset, length) = (MIB - 512, 2 * MIB);
+        assert_eq!(driver.run(Request::WriteZeroes { offset, length, unmap: true }), Ok(()));
+        // 31 whole clusters of 64 KiB lie in it.
+        assert!(blocks() * 512 + (30 << 16) <= full * 512, "{} of {full} blocks", blocks());
+        assert_eq!(driver.run(Request::Discard { offset: 3 * MIB, length: MIB }), Ok(()));
+        let mut expected = pattern(round, 4 << 20);
+        expected[offset as usize..(offset + length) as usize].fill(0);
+        expected[3 << 20..].fill(0);
+        assert!(driver.read(0, &[(0, 4 * MIB)]).unwrap() == expected);
+    }
+    drop(driver);
+    let report = crate::check(&path, false).unwrap();
+    assert_eq!((report.errors, report.leaks), (0, 0), "{report:?}");
+    assert!(std::fs::metadata(&path).unwrap().len() < 6 * MIB);
+}
+
+#[test]
 fn snapshot_leaves_no_trace() {
     let folder = folder();
     let raw = folder.path().join("disk.img");

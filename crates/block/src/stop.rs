@@ -93,6 +93,10 @@ impl BlockQueue for StoppingQueue {
         self.event.as_fd()
     }
 
+    fn stopped(&self) -> usize {
+        self.stopped.len() + self.inner.stopped()
+    }
+
     fn completions(&mut self, done: &mut Vec<Completion>) {
         if rustix::io::read(&*self.retry, &mut [0u8; 8]).is_ok() && !self.stopped.is_empty() {
             for (tag, request) in std::mem::take(&mut self.stopped) {
@@ -198,6 +202,7 @@ mod tests {
         while stops.load(Ordering::Relaxed) < 2 {
             assert_eq!(driver.wait(0), []);
         }
+        assert_eq!(driver.queue.stopped(), 2);
         // Still full: they wait again.
         disk.retry();
         while stops.load(Ordering::Relaxed) < 4 {
@@ -206,5 +211,6 @@ mod tests {
         full.0.store(false, Ordering::Relaxed);
         disk.retry();
         assert_eq!(driver.wait(2), [(1, Ok(())), (2, Ok(()))]);
+        assert_eq!(driver.queue.stopped(), 0);
     }
 }

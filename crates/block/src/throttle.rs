@@ -172,6 +172,10 @@ impl BlockQueue for ThrottledQueue {
         self.event.as_fd()
     }
 
+    fn stopped(&self) -> usize {
+        self.inner.stopped()
+    }
+
     fn completions(&mut self, done: &mut Vec<Completion>) {
         if rustix::io::read(&self.timer, &mut [0u8; 8]).is_ok() {
             self.kick();

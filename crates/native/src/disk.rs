@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use tetrarch_block::{
@@ -41,8 +42,12 @@ fn kind(name: Option<&str>) -> Result<Option<Format>, Failure> {
 
 /// A disk behind a controller.
 #[pyclass(frozen, module = "tetrarch._native")]
-pub struct Disk {
-    pub backend: Arc<dyn BlockBackend>,
+pub struct Disk(Mutex<Option<Arc<dyn BlockBackend>>>);
+
+impl Disk {
+    pub fn backend(&self) -> Result<Arc<dyn BlockBackend>, Failure> {
+        self.0.lock().clone().ok_or_else(|| Failure::refused("the disk is closed"))
+    }
 }
 
 #[pymethods]
@@ -74,37 +79,50 @@ impl Disk {
         if let Some(call) = on_stop {
             disk = Box::new(StopOnError::new(disk, Arc::new(stop_hook(call))));
         }
-        Ok(Self { backend: Arc::from(disk) })
+        Ok(Self(Mutex::new(Some(Arc::from(disk)))))
     }
 
     /// In bytes.
     #[getter]
-    fn size(&self, py: Python<'_>) -> u64 {
-        py.detach(|| self.backend.info().size)
+    fn size(&self, py: Python<'_>) -> Result<u64, Failure> {
+        let disk = self.backend()?;
+        Ok(py.detach(|| disk.info().size))
     }
 
     #[getter]
-    fn block_size(&self, py: Python<'_>) -> u32 {
-        py.detach(|| self.backend.info().block_size)
+    fn block_size(&self, py: Python<'_>) -> Result<u32, Failure> {
+        let disk = self.backend()?;
+        Ok(py.detach(|| disk.info().block_size))
     }
 
     #[getter]
-    fn readonly(&self, py: Python<'_>) -> bool {
-        py.detach(|| self.backend.info().readonly)
+    fn readonly(&self, py: Python<'_>) -> Result<bool, Failure> {
+        let disk = self.backend()?;
+        Ok(py.detach(|| disk.info().readonly))
     }
 
     #[getter]
-    fn discard_granularity(&self, py: Python<'_>) -> u32 {
-        py.detach(|| self.backend.info().discard_granularity)
+    fn discard_granularity(&self, py: Python<'_>) -> Result<u32, Failure> {
+        let disk = self.backend()?;
+        Ok(py.detach(|| disk.info().discard_granularity))
     }
 
     fn resize(&self, py: Python<'_>, size: u64) -> Result<(), Failure> {
-        Ok(py.detach(|| self.backend.resize(size))?)
+        let disk = self.backend()?;
+        Ok(py.detach(|| disk.resize(size))?)
     }
 
     /// Tries writes anew that wait for the host to be mended.
-    fn retry(&self, py: Python<'_>) {
-        py.detach(|| self.backend.retry());
+    fn retry(&self, py: Python<'_>) -> Result<(), Failure> {
+        let disk = self.backend()?;
+        py.detach(|| disk.retry());
+        Ok(())
+    }
+
+    /// Lets go of the image, unless a controller has the disk too.
+    fn close(&self, py: Python<'_>) {
+        let disk = self.0.lock().take();
+        py.detach(|| drop(disk));
     }
 }
 

@@ -43,7 +43,7 @@ mod _native {
     #[pymodule_export]
     use crate::vcpu::Vcpu;
     #[pymodule_export]
-    use crate::virtio::{Interrupt, IsrStatus, VirtioDevice, VirtioRng};
+    use crate::virtio::{Interrupt, IsrStatus, VirtioBlk, VirtioDevice, VirtioRng};
     #[pymodule_export]
     use crate::vm::Vm;
 

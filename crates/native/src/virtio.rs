@@ -5,9 +5,11 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use tetrarch_engine::{EngineError, Unusable};
 use tetrarch_memory::GuestPhys;
+use tetrarch_virtio::blk::MAX_QUEUES;
 use tetrarch_virtio::queue::{QueueConfig, QueuePosition};
-use tetrarch_virtio::{Control, DataPath, Device, Doorbells, QueueSetup, Rng, StartError};
+use tetrarch_virtio::{Blk, Control, DataPath, Device, Doorbells, QueueSetup, Rng, StartError};
 
+use crate::disk::Disk;
 use crate::error::Failure;
 use crate::irq::drive;
 use crate::rust_device::RustDevice;
@@ -175,5 +177,39 @@ impl VirtioRng {
     fn new(vm: &Bound<'_, Vm>, name: &str) -> Result<PyClassInitializer<Self>, Failure> {
         let (base, _) = VirtioDevice::make(vm, name, 1, Rng)?;
         Ok(PyClassInitializer::from(base).add_subclass(Self))
+    }
+}
+
+/// The block device.
+#[pyclass(frozen, extends = VirtioDevice, module = "tetrarch._native")]
+pub struct VirtioBlk(Arc<Device<Blk>>);
+
+#[pymethods]
+impl VirtioBlk {
+    #[new]
+    fn new(
+        vm: &Bound<'_, Vm>,
+        name: &str,
+        disk: &Bound<'_, Disk>,
+        serial: &str,
+        queues: usize,
+    ) -> Result<PyClassInitializer<Self>, Failure> {
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return Err(Failure::refused(format!("{name}: {queues} queues of 1 to {MAX_QUEUES}")));
+        }
+        let path = Blk::new(disk.get().backend()?, serial);
+        let (base, device) = VirtioDevice::make(vm, name, queues, path)?;
+        Ok(PyClassInitializer::from(base).add_subclass(Self(device)))
+    }
+
+    /// Requests that wait for the host to be mended.
+    #[getter]
+    fn stopped(&self, py: Python<'_>) -> usize {
+        py.detach(|| self.0.with_path(|path, _| path.stopped()))
+    }
+
+    /// Lets go of the disk, when the machine has ended.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.with_path(|path, _| path.close()));
     }
 }

@@ -1,6 +1,7 @@
 //! Virtio devices (OASIS virtio 1.2): their queues and data paths. What a driver negotiates
 //! and configures is above, in Python; back ends are below.
 
+pub mod blk;
 mod device;
 mod doorbells;
 mod isr;
@@ -8,6 +9,7 @@ pub mod queue;
 mod queues;
 mod rng;
 
+pub use blk::Blk;
 pub use device::{Control, DataPath, Device, OWN_SOURCES, QueueSetup, StartError};
 pub use doorbells::Doorbells;
 pub use isr::IsrStatus;

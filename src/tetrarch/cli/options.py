@@ -77,7 +77,8 @@ def _annotations() -> Iterator[tuple[str, Any]]:
                 shown = typer.Option(
                     _spelled(name), metavar=str(metavar or "TEXT"), help=field.description
                 )
-                yield name, Annotated[str | None, shown]
+                many = isinstance(field.default, tuple)
+                yield name, Annotated[list[str] | None if many else str | None, shown]
 
 
 def take_options(typed: dict[str, Any]) -> tuple[MachineConfig, CommandOptions]:

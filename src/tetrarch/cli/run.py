@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tetrarch._native import EngineError
@@ -14,6 +17,7 @@ from tetrarch.errors import HostError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import engine_cause, engine_mend
 from tetrarch.machine.guest import check_files, resolve_guest
+from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import choose
 from tetrarch.machine.status import ExitStatus, StopReason
@@ -56,7 +60,8 @@ def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
         machine = Machine(config, console=console)
         machine.load()
         _say_start(machine, console)
-        status = machine.run(options.timeout)
+        with _resumed_by_signal(machine):
+            status = machine.run(options.timeout)
     except EngineError as error:
         raise HostError(
             f"the engine failed: {engine_cause(error)}",
@@ -72,6 +77,22 @@ def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
     if options.report:
         _say(json.dumps(_report(machine, status)))
     return status
+
+
+@contextmanager
+def _resumed_by_signal(machine: Machine) -> Iterator[None]:
+    """A machine that a disk has held (werror=stop) goes on by kill -CONT."""
+
+    def resume(signum: int, frame: object) -> None:
+        # Python runs this on the thread that waits for the machine, which has no lock of it.
+        if machine.phase is Phase.HELD:
+            machine.resume()
+
+    before = signal.signal(signal.SIGCONT, resume)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCONT, before)
 
 
 def _reporter() -> Reporter:

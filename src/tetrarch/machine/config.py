@@ -11,12 +11,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from tetrarch.block.spec import DiskSpec
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import ConfigError, ValueProblem
 
@@ -25,6 +26,7 @@ __all__ = [
     "MEMORY_MIN",
     "MIB",
     "VCPUS_MAX",
+    "DiskOption",
     "EngineName",
     "MachineConfig",
     "MachineOptions",
@@ -57,6 +59,7 @@ _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 EngineName = Literal["auto", "bt", "kvm"]
 VirtioTransport = Literal["pci", "mmio"]
 OnReset = Literal["end", "restart"]
+DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
 
 
 def parse_size(value: object) -> int:
@@ -112,6 +115,21 @@ def _console(value: object) -> ConsoleSpec | None:
     return spec
 
 
+def _disks(value: object) -> tuple[DiskSpec, ...]:
+    """One disk, or several."""
+    several = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(_disk(one) for one in several)
+
+
+def _disk(value: object) -> DiskSpec:
+    if isinstance(value, DiskSpec):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueProblem(f"{value!r} is no disk", mend="write PATH[,OPTION=VALUE]...")
+    # The name of a file may hold anything.
+    return DiskSpec.parse(value) if isinstance(value, str) else DiskSpec(Path(value))
+
+
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Text = Annotated[str, BeforeValidator(_text)]
 
@@ -155,6 +173,11 @@ class MachineConfig(BaseModel):
         None,
         "Where the guest's serial console goes. Ctrl-] leaves stdio.",
         "stdio|none|file=PATH|socket=PATH",
+    )
+    disk: Annotated[tuple[DiskSpec, ...], BeforeValidator(_disks)] = option(
+        (),
+        "A disk; docs/disks.md has its options. Can be repeated.",
+        "PATH[,OPTION=VALUE]...",
     )
     on_reset: OnReset = option(
         "end", "What a reset by the guest does [default: end].", "end|restart"
@@ -203,6 +226,7 @@ class MachineOptions(TypedDict, total=False):
     append_extra: str
     memory: str | int
     cpus: int
+    disk: DiskOption | Sequence[DiskOption]
     on_reset: OnReset
     virtio: VirtioTransport
     rng: bool

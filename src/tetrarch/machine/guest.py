@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tetrarch._native import disk_info
+from tetrarch.block.disk import disk_errors
 from tetrarch.boot import build_acpi, load_kernel
 from tetrarch.boot.source import Source
 from tetrarch.images.default_guest import DEFAULT_APPEND
@@ -22,11 +24,15 @@ _RESET_IDT_LIMIT = 0xFFFF
 
 
 def check_files(config: MachineConfig) -> None:
-    """Raises BootError for a kernel or initrd that is no file which can be read."""
+    """Raises BootError for a kernel or initrd that is no file which can be read, and
+    ImageError for a disk that is no image."""
     for what, path in (("kernel", config.kernel), ("initrd", config.initrd)):
         if path is not None:
             with Source.open(path, what):
                 pass
+    with disk_errors():
+        for disk in config.disk:
+            disk_info(disk.path, disk.format)
 
 
 def resolve_guest(config: MachineConfig, reporter: Reporter | None = None) -> MachineConfig:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,13 @@ from tetrarch.errors import (
 )
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.conclusion import Conclusion, Event
-from tetrarch.machine.config import EngineName, MachineConfig, MachineOptions, make_config
+from tetrarch.machine.config import (
+    DiskOption,
+    EngineName,
+    MachineConfig,
+    MachineOptions,
+    make_config,
+)
 from tetrarch.machine.engine_vm import (
     BusRegion,
     EngineVcpu,
@@ -34,6 +41,7 @@ from tetrarch.machine.engine_vm import (
 )
 from tetrarch.machine.guest import check_files, load_guest, resolve_guest
 from tetrarch.machine.lifecycle import LifeCycle, Phase
+from tetrarch.machine.log import MachineLog
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc, assemble_pc
 from tetrarch.machine.resets import Resets
@@ -105,7 +113,7 @@ class Machine:
         )
         self._serial = SerialLine(self._backend, panic, self._conclusion)
         try:
-            self._pc = assemble_pc(vm, self.config, end)
+            self._pc = assemble_pc(vm, self.config, end, _holder(self))
         except EngineError as error:
             raise HostError(
                 f"cannot make the machine's devices: {engine_cause(error)}",
@@ -309,6 +317,7 @@ class Machine:
             self._life.move(Phase.RUNNING, "resume")
             self._vm.resume()
             self._resets.resumed()
+            self._pc.resumed()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -374,18 +383,19 @@ class Machine:
         name: str | None = None,
         console: ConsoleBackend | str | None = None,
         platform: Platform = PC,
+        disk: DiskOption | Sequence[DiskOption] = (),
         vm: EngineVm | None = None,
     ) -> Self:
         """A machine as it was saved; start() lets it go on from there.
 
-        ``engine`` and ``name`` are those of the saved machine if they are not given. Attach
-        devices of yours before start(), as they were.
+        ``engine`` and ``name`` are those of the saved machine if they are not given. Give the
+        disks that it had, as they were then, and attach devices of yours before start().
 
         Raises StateError for a file that is no saved machine, or damaged.
         """
         with open_saved(Path(path)) as reader:
             about = read_about(reader, platform.name)
-            given = {"engine": engine, "name": name}
+            given = {"engine": engine, "name": name, "disk": disk}
             config = about.config.updated({key: value for key, value in given.items() if value})
             machine = cls(config, console=console, platform=platform, vm=vm)
             try:
@@ -478,6 +488,25 @@ class _Descent:
         if isinstance(self.console, MemoryConsole):
             self.console.end(event)
         self.console.close()
+
+
+def _holder(machine: Machine) -> Callable[[str], None]:
+    """Holds the machine for a disk; it may be gone, held or ended by then."""
+    known = weakref.ref(machine)
+
+    def hold(cause: str) -> None:
+        machine = known()
+        if machine is None or machine.phase is not Phase.RUNNING:
+            return
+        MachineLog(machine.config.name).warning(
+            "%s; the machine is held: mend it on the host and resume() it, or kill -CONT %d",
+            cause,
+            os.getpid(),
+        )
+        with suppress(MachineStateError):  # somebody else did it, or it has ended
+            machine.hold()
+
+    return hold
 
 
 def _configured(

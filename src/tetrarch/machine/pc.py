@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tetrarch._native import Vm
+from tetrarch.block.disk import open_disk
 from tetrarch.boot.acpi import virtio_mmio_device
 from tetrarch.devices import (
     I8042,
@@ -39,6 +40,7 @@ from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.pci import PciBus, bus
+from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
 from tetrarch.virtio.mmio import NOTIFY, REGISTERS, VirtioMmio
 from tetrarch.virtio.pci import VirtioPci
@@ -76,6 +78,7 @@ class Pc:
     pci: PciBus
     dsdt: Sequence[bytes]
     """Devices that the DSDT names beside those of every PC."""
+    disks: Sequence[BlkKind]
     devices: Mapping[str, SavedDevice]
     """All of them by the name that their state is saved under."""
 
@@ -96,6 +99,13 @@ class Pc:
     def close(self) -> None:
         """Ends what runs beside the vCPUs."""
         self.rtc.close()
+        for disk in self.disks:
+            disk.close()
+
+    def resumed(self) -> None:
+        """The machine goes on after a hold."""
+        for disk in self.disks:
+            disk.retry()
 
 
 def check_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
@@ -111,11 +121,12 @@ def assemble_pc(
     vm: EngineVm,
     config: MachineConfig,
     end: Callable[[ExitStatus], None],
+    stop: Callable[[str], None],
 ) -> Pc:
     """Makes the devices and attaches them to ``vm``.
 
     ``end`` is called, on a vCPU's thread, when the guest switches the machine off
-    or resets it.
+    or resets it; ``stop``, on a thread of its own, with what the machine is to be held for.
     """
 
     def line(gsi: int) -> Callable[[bool], None]:
@@ -167,8 +178,10 @@ def assemble_pc(
     ecam, ecam_end = machine_map.ECAM
     vm.attach_mmio(ecam, ecam_end - ecam, pci.ecam)
     dsdt: list[bytes] = []
+    disks: list[BlkKind] = []
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
-        for kind in _virtio_kinds(vm, config):
+        disks += _disks(vm, config, stop)
+        for kind in _virtio_kinds(vm, config, disks):
             if config.virtio == "pci":
                 on_pci = VirtioPci(vm, kind)
                 pci.plug(on_pci.function)
@@ -176,10 +189,25 @@ def assemble_pc(
             else:
                 devices[kind.name] = _attach_mmio(vm, kind, len(dsdt))
                 dsdt.append(virtio_mmio_device(len(dsdt)))
-    return Pc(uart, rtc, acpi, pci, dsdt, devices)
+    return Pc(uart, rtc, acpi, pci, dsdt, disks, devices)
 
 
-def _virtio_kinds(vm: Vm, config: MachineConfig) -> Iterator[VirtioKind]:
+#: Queues of a disk beyond which more of them gain nothing: they have one I/O thread.
+_DISK_QUEUES_MAX = 4
+
+
+def _disks(vm: Vm, config: MachineConfig, stop: Callable[[str], None]) -> Iterator[BlkKind]:
+    for index, spec in enumerate(config.disk):
+
+        def stopped(cause: str, name: str = f"disk{index} ({spec.path})") -> None:
+            stop(f"{name}: {cause}")
+
+        disk = open_disk(spec, stopped)
+        yield BlkKind(vm, disk, f"disk{index}", min(config.cpus, _DISK_QUEUES_MAX))
+
+
+def _virtio_kinds(vm: Vm, config: MachineConfig, disks: Iterable[BlkKind]) -> Iterator[VirtioKind]:
+    yield from disks
     if config.rng:
         yield RngKind(vm)
 
