@@ -3,10 +3,10 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use tetrarch_engine::{
-    Clock, DirtyPages, Doorbell, EngineError, GSI_COUNT, Msi, MsiRoutes, Platform, Unusable, Vcpu,
-    Vm, VmState, host_tsc,
+    Clock, DirtyPages, Doorbell, EngineError, Irqfd, IrqfdId, Msi, Platform, Unusable, Vcpu, Vm,
+    VmState, host_tsc,
 };
 use tetrarch_memory::GuestMemory;
 
@@ -16,7 +16,9 @@ use crate::doorbells::DoorbellTable;
 use crate::exec::{self, BtVcpu};
 use crate::host::wake::Bells;
 use crate::irqchip::IrqChip;
+use crate::irqfd::IrqfdTable;
 use crate::kvm;
+use crate::lines::Lines;
 use crate::memory::code_map::{CodeMap, MemoryChanges};
 use crate::memory::dirty_log::{DeviceWrites, DirtyLog};
 use crate::memory::rendezvous::Rendezvous;
@@ -118,8 +120,10 @@ fn build(
         None
     };
     let vcpus = config.vcpus;
-    let (routes, created) = (RwLock::default(), Mutex::default());
-    Ok(BtVm { shared, cache, bells, routes, vcpus, created })
+    let lines = Lines::new(Arc::clone(&shared.irqchip), Arc::clone(&shared.clock));
+    let lines = Arc::new(lines);
+    let irqfds = IrqfdTable::new(Arc::clone(&lines));
+    Ok(BtVm { shared, cache, bells, lines, irqfds, vcpus, created: Mutex::default() })
 }
 
 /// Ticks of the host's TSC in a second (measured once a process).
@@ -149,7 +153,8 @@ struct BtVm {
     shared: Arc<VmShared>,
     cache: Option<Arc<Mutex<CodeCache>>>,
     bells: Arc<Bells>,
-    routes: RwLock<MsiRoutes>,
+    lines: Arc<Lines>,
+    irqfds: IrqfdTable,
     vcpus: u32,
     created: Mutex<Vec<u32>>,
 }
@@ -173,12 +178,7 @@ impl Vm for BtVm {
     }
 
     fn irq_line(&self, gsi: u32, level: bool) {
-        let VmShared { irqchip, clock, .. } = &*self.shared;
-        if gsi < GSI_COUNT {
-            irqchip.irq_line(gsi, level, clock.now_ns());
-        } else if let Some(msi) = self.routes.read().get(gsi).filter(|_| level) {
-            irqchip.msi(msi.address, msi.data);
-        }
+        self.lines.drive(gsi, level);
     }
 
     fn msi(&self, address: u64, data: u32) {
@@ -186,9 +186,20 @@ impl Vm for BtVm {
     }
 
     fn set_msi_routes(&self, routes: &[(u32, Option<Msi>)]) -> Result<(), EngineError> {
-        let mut current = self.routes.write();
-        *current = current.changed(routes)?;
-        Ok(())
+        self.lines.change_routes(routes)
+    }
+
+    fn add_irqfd(
+        &self,
+        gsi: u32,
+        event: BorrowedFd<'_>,
+        resample: Option<BorrowedFd<'_>>,
+    ) -> Result<IrqfdId, EngineError> {
+        self.irqfds.add(Irqfd::new(gsi, event, resample)?)
+    }
+
+    fn remove_irqfd(&self, irqfd: IrqfdId) -> Result<(), EngineError> {
+        self.irqfds.remove(irqfd)
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError> {
@@ -214,6 +225,7 @@ impl Vm for BtVm {
     }
 
     fn save(&self) -> Result<VmState, EngineError> {
+        self.irqfds.settle();
         let VmShared { clock, irqchip, kvm_time, tsc_hz, .. } = &*self.shared;
         let (clock_ns, tsc) = (clock.now_ns(), clock.tsc());
         Ok(VmState {

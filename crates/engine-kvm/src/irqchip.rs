@@ -9,7 +9,6 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use tetrarch_engine::{EngineError, GSI_COUNT, Msi, MsiRoutes};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::vm::refused;
 
@@ -103,15 +102,6 @@ pub fn signal_msi(vm: &VmFd, message: Msi) {
     };
     // A message that no local APIC takes is lost, as on a bus.
     let _ = vm.signal_msi(msi);
-}
-
-pub fn register_irqfd(vm: &VmFd, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
-    vm.register_irqfd(event, gsi).map_err(|error| refused("tie an event to an interrupt", error))
-}
-
-pub fn unregister_irqfd(vm: &VmFd, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
-    vm.unregister_irqfd(event, gsi)
-        .map_err(|error| refused("untie an event from an interrupt", error))
 }
 
 #[cfg(test)]

@@ -9,10 +9,10 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
 use tetrarch_engine::{
-    Clock, DirtyPages, Doorbell, Doorbells, EngineError, Msi, Platform, Unusable, Vcpu, Vm, VmState,
+    Clock, DirtyPages, Doorbell, Doorbells, EngineError, Irqfd, IrqfdId, Irqfds, Msi, Platform,
+    Unusable, Vcpu, Vm, VmState,
 };
 use tetrarch_memory::GuestMemory;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::chipset;
 use crate::cpuid::{self, Policy};
@@ -115,8 +115,15 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
     shared.clock.set_follower(Arc::clone(&kvmclock) as _);
     let changes = MemoryChanges { vm: Arc::downgrade(&shared), slots };
     shared.memory.add_observer(Arc::new(changes));
-    let (doorbells, created) = (Mutex::default(), Mutex::default());
-    Ok(Arc::new(KvmVm { shared, kvmclock, irqchip, doorbells, config, created }))
+    Ok(Arc::new(KvmVm {
+        shared,
+        kvmclock,
+        irqchip,
+        doorbells: Mutex::default(),
+        irqfds: Mutex::default(),
+        config,
+        created: Mutex::default(),
+    }))
 }
 
 fn check_vcpus(vcpus: u32, max: u32) -> Result<(), EngineError> {
@@ -186,6 +193,7 @@ pub struct KvmVm {
     kvmclock: Arc<KvmClock>,
     irqchip: IrqChip,
     doorbells: Mutex<Doorbells>,
+    irqfds: Mutex<Irqfds>,
     config: Config,
     created: Mutex<Vec<u32>>,
 }
@@ -207,15 +215,6 @@ impl KvmVm {
         created.push(id);
         Ok(vcpu)
     }
-
-    /// Each signal of the event raises interrupt line `gsi` once.
-    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
-        irqchip::register_irqfd(&self.shared.fd, event, gsi)
-    }
-
-    pub fn unregister_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), EngineError> {
-        irqchip::unregister_irqfd(&self.shared.fd, event, gsi)
-    }
 }
 
 impl Vm for KvmVm {
@@ -234,6 +233,25 @@ impl Vm for KvmVm {
 
     fn set_msi_routes(&self, routes: &[(u32, Option<Msi>)]) -> Result<(), EngineError> {
         self.irqchip.change_routes(&self.shared.fd, routes)
+    }
+
+    fn add_irqfd(
+        &self,
+        gsi: u32,
+        event: BorrowedFd<'_>,
+        resample: Option<BorrowedFd<'_>>,
+    ) -> Result<IrqfdId, EngineError> {
+        let mut irqfds = self.irqfds.lock();
+        let (id, irqfd) = irqfds.add(Irqfd::new(gsi, event, resample)?)?;
+        eventfd::add_irqfd(&self.shared.fd, &irqfd).inspect_err(|_| {
+            let _ = irqfds.remove(id);
+        })?;
+        Ok(id)
+    }
+
+    fn remove_irqfd(&self, irqfd: IrqfdId) -> Result<(), EngineError> {
+        let irqfd = self.irqfds.lock().remove(irqfd)?;
+        eventfd::remove_irqfd(&self.shared.fd, &irqfd)
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError> {
@@ -279,6 +297,7 @@ impl Vm for KvmVm {
     fn load(&self, state: &VmState) -> Result<(), EngineError> {
         state.check(self.config.vcpus, self.shared.tsc_hz())?;
         chipset::load(&self.shared.fd, &state.chipset)?;
+        self.irqfds.lock().iter().for_each(|irqfd| irqfd.signal_resample());
         self.shared.clock.set_ns(state.clock_ns);
         self.kvmclock.set(&self.shared, state.kvmclock_ns)
     }

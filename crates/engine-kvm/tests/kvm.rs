@@ -11,7 +11,6 @@ use tetrarch_engine_kvm::{
     Config, DEVICE, DirtyTracking, KvmVcpu, KvmVm, available, create_vm, probe,
 };
 use tetrarch_memory::{GuestMemory, GuestPhys};
-use vmm_sys_util::eventfd::EventFd;
 
 const MIB: u64 = 1 << 20;
 const CODE: u64 = 0x1000;
@@ -25,7 +24,6 @@ struct Machine {
 /// Each needs a KVM.
 const TESTS: &[(&str, fn())] = &[
     ("kick_before_and_during_run_is_not_lost", kick_before_and_during_run_is_not_lost),
-    ("irqfd_and_routed_message_wake_a_halted_vcpu", irqfd_and_routed_message_wake_a_halted_vcpu),
     ("memory_comes_and_goes_between_two_runs", memory_comes_and_goes_between_two_runs),
     ("bitmap_names_the_pages_written", bitmap_names_the_pages_written),
     ("ring_names_the_pages_written", ring_names_the_pages_written),
@@ -98,22 +96,6 @@ fn kick_before_and_during_run_is_not_lost() {
         assert_eq!(m.vcpu.run().unwrap(), Exit::Kicked);
         other.join().unwrap();
     }
-}
-
-fn irqfd_and_routed_message_wake_a_halted_vcpu() {
-    // sti ; hlt ; jmp $ ; handler at 0x1010: out 0x80, al ; iret
-    let mut code = vec![0xFB, 0xF4, 0xEB, 0xFE];
-    code.resize(0x10, 0x90);
-    code.extend([0xE6, 0x80, 0xCF]);
-    let mut m = machine(config(), &code);
-    m.memory.write(GuestPhys(0x41 * 4), &[0x10, 0x10, 0, 0]).unwrap();
-    let msi = tetrarch_engine::Msi { address: 0xFEE0_0000, data: 0x41 };
-    m.vm.set_msi_routes(&[(24, Some(msi))]).unwrap();
-    let event = EventFd::new(0).unwrap();
-    m.vm.register_irqfd(&event, 24).unwrap();
-    event.write(1).unwrap();
-    assert!(matches!(m.vcpu.run().unwrap(), Exit::PortOut { port: 0x80, .. }));
-    m.vm.unregister_irqfd(&event, 24).unwrap();
 }
 
 fn memory_comes_and_goes_between_two_runs() {

@@ -11,6 +11,7 @@ pub mod cpuid;
 mod dirty;
 mod doorbell;
 mod exit;
+mod irqfd;
 mod msi;
 mod platform;
 mod registers;
@@ -22,6 +23,7 @@ pub use clock::{Clock, ClockFollower, host_tsc};
 pub use dirty::DirtyPages;
 pub use doorbell::{Doorbell, DoorbellAddress, Doorbells, MAX_DOORBELLS};
 pub use exit::{Exit, GuestFault, Reply, Trap};
+pub use irqfd::{Irqfd, IrqfdId, Irqfds, MAX_IRQFDS};
 pub use msi::{MSI_GSIS, Msi, MsiRoutes};
 pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};
 pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};
@@ -124,6 +126,18 @@ pub trait Vm: Send + Sync {
     /// Sets which message each line of [`MSI_GSIS`] sends from now on, or none: all
     /// of the list at once, since a change has its price on engine `kvm`.
     fn set_msi_routes(&self, routes: &[(u32, Option<Msi>)]) -> Result<(), EngineError>;
+    /// From now on a signal of the eventfd(2) raises the line: one of [`MSI_GSIS`] sends
+    /// its message, a pin gives an edge. With `resample` a pin is high instead until
+    /// the guest ends the interrupt, at each of which `resample` is signalled, as when the
+    /// controllers are loaded: whoever still wants service then signals the event again.
+    fn add_irqfd(
+        &self,
+        gsi: u32,
+        event: BorrowedFd<'_>,
+        resample: Option<BorrowedFd<'_>>,
+    ) -> Result<IrqfdId, EngineError>;
+    /// No signal after this raises the line, and the line is let go.
+    fn remove_irqfd(&self, irqfd: IrqfdId) -> Result<(), EngineError>;
     /// From now on a write that matches signals the eventfd(2) and is no exit. RAM
     /// that comes to lie there goes first. A signal adds 1 to the event's count.
     fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError>;

@@ -8,6 +8,8 @@ use tetrarch_engine::IoapicState;
 use super::{Delivery, Message};
 
 pub(super) const PINS: usize = 24;
+/// The offset of the register that ends interrupts of a vector.
+pub(super) const EOI: u32 = 0x40;
 const VERSION: u32 = 0x20 | (PINS as u32 - 1) << 16;
 
 const RTE_LOGICAL: u64 = 1 << 11;
@@ -77,6 +79,14 @@ impl IoApic {
         }
     }
 
+    /// The pins, a bit each, that an EOI of this vector ends.
+    pub fn in_service(&self, vector: u8) -> u32 {
+        (0..PINS)
+            .filter(|&pin| self.entries[pin] as u8 == vector)
+            .filter(|&pin| self.entries[pin] & RTE_REMOTE_IRR != 0)
+            .fold(0, |pins, pin| pins | 1 << pin)
+    }
+
     /// A local APIC's EOI message: a level still asserted is delivered again.
     pub fn eoi(&mut self, vector: u8, send: &mut dyn FnMut(&Message) -> bool) {
         for pin in 0..PINS {
@@ -120,9 +130,16 @@ impl IoApic {
                     self.write_entry(pin, high, value, send);
                 }
             }
-            0x40 => self.eoi(value as u8, send),
+            EOI => self.eoi(value as u8, send),
             _ => {}
         }
+    }
+
+    /// The pin that a write of this register unmasks.
+    pub fn unmasks(&self, offset: u32, value: u32) -> Option<usize> {
+        let (pin, high) = self.entry_of(self.select).filter(|_| offset == 0x10)?;
+        let unmasks = !high && u64::from(value) & RTE_MASKED == 0;
+        (unmasks && self.entries[pin] & RTE_MASKED != 0).then_some(pin)
     }
 
     fn write_entry(

@@ -6,8 +6,8 @@
 //! clock, sleeps or starts a thread. The engine asks [`IrqChip::next_deadline`] how long a vCPU
 //! may sleep and calls [`IrqChip::run_timers`] when that has passed.
 //!
-//! Locks: `legacy` (PIC, PIT, I/O APIC) first, then at most one local APIC. [`Wake::wake`] is
-//! called with none held. What a vCPU asks in every loop (`pending`, `next_deadline`) and what a
+//! Locks: `legacy` (PIC, PIT, I/O APIC) first, then at most one local APIC. [`Wake::wake`] and
+//! the [`Resampler`] are called with none held. What a vCPU asks in every loop (`pending`, `next_deadline`) and what a
 //! sender must know to find its targets are atomics, published before the lock they summarise is
 //! released.
 
@@ -17,12 +17,13 @@ mod lapic;
 mod paravirtual_tests;
 mod pic;
 mod pit;
+mod resample;
 #[cfg(test)]
 mod tests;
 mod timer;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use tetrarch_engine::{ChipsetState, LapicState};
@@ -32,6 +33,7 @@ pub use lapic::is_timed;
 use lapic::{Action, Icr, Lapic, Route};
 use pic::Pic;
 use pit::Pit;
+use resample::{Resample, Resampler};
 
 const MSR_APIC_BASE: u32 = 0x1b;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
@@ -209,6 +211,7 @@ struct Legacy {
     lines: u32,
     /// The timer's line as last driven.
     timer_out: bool,
+    resample: Resample,
 }
 
 impl Legacy {
@@ -219,6 +222,7 @@ impl Legacy {
             ioapic: IoApic::new(),
             lines: 0,
             timer_out: false,
+            resample: Resample::default(),
         };
         legacy.settle_timer(false, &mut |_| false);
         // As firmware leaves the pair: the PC's vectors, everything masked. Initialising it also
@@ -233,7 +237,7 @@ impl Legacy {
     }
 
     fn line(&self, gsi: u32) -> bool {
-        self.lines >> gsi & 1 != 0
+        (self.lines | self.resample.high) >> gsi & 1 != 0
     }
 
     fn drive_timer(&mut self, level: bool, send: &mut dyn FnMut(&Message) -> bool) {
@@ -267,21 +271,34 @@ impl Legacy {
         } else {
             self.lines &= !(1 << gsi);
         }
+        self.apply(gsi, send);
+    }
+
+    /// Takes a line's level to the controllers.
+    fn apply(&mut self, gsi: u32, send: &mut dyn FnMut(&Message) -> bool) {
         if gsi == 0 || gsi == TIMER_PIN as u32 {
             self.drive_timer(self.timer_out, send);
             return;
         }
+        let level = self.line(gsi);
         if let Ok(irq @ 0..=15) = u8::try_from(gsi) {
             self.pic.set_line(irq, level);
         }
         self.ioapic.set_line(gsi as usize, level, send);
     }
 
+    /// Without what is high until an end: its device says it again.
     fn state(&self) -> ChipsetState {
+        let (mut pic, mut ioapic) = (self.pic.clone(), self.ioapic.clone());
+        let lent = self.resample.high & !self.lines;
+        for gsi in (0..ioapic::PINS as u32).filter(|gsi| lent >> gsi & 1 != 0) {
+            pic.set_line(gsi as u8, false);
+            ioapic.set_line(gsi as usize, false, &mut |_| false);
+        }
         ChipsetState {
             lines: self.lines,
-            pics: self.pic.state(),
-            ioapic: self.ioapic.state(),
+            pics: pic.state(),
+            ioapic: ioapic.state(),
             pit: self.pit.state(),
         }
     }
@@ -303,6 +320,7 @@ impl Legacy {
             ioapic: IoApic::restored(&state.ioapic),
             lines: state.lines,
             timer_out,
+            resample: Resample::default(),
         })
     }
 }
@@ -328,6 +346,7 @@ pub struct IrqChip {
     pit_deadline: AtomicU64,
     /// Where the search for the lowest priority begins, so that equals take turns.
     turn: AtomicUsize,
+    resampler: OnceLock<Resampler>,
 }
 
 impl IrqChip {
@@ -341,6 +360,7 @@ impl IrqChip {
             intr: AtomicBool::new(false),
             pit_deadline: AtomicU64::new(NEVER),
             turn: AtomicUsize::new(0),
+            resampler: OnceLock::new(),
         }
     }
 
@@ -374,10 +394,15 @@ impl IrqChip {
     ) -> R {
         let mut wakes = WakeSet::default();
         let mut legacy = self.legacy.lock();
-        let result = f(&mut legacy, &mut |message| self.deliver(message, &mut wakes));
+        let mut send = |message: &Message| self.deliver(message, &mut wakes);
+        let result = f(&mut legacy, &mut send);
+        let ended = legacy.pic.take_ended();
+        legacy.ended(ended.into(), &mut send);
+        let ended = std::mem::take(&mut legacy.resample.due);
         self.publish_legacy(&legacy, &mut wakes);
         drop(legacy);
         wakes.wake(&*self.wake);
+        self.tell_ended(ended);
         result
     }
 
@@ -467,7 +492,7 @@ impl IrqChip {
         match action {
             Action::None => {}
             Action::Eoi(vector) => {
-                self.with_legacy(|legacy, send| legacy.ioapic.eoi(vector, send));
+                self.with_legacy(|legacy, send| legacy.eoi(vector, send));
             }
             Action::Ipi(icr) => self.send_ipi(vcpu, icr),
         }
@@ -652,7 +677,7 @@ impl IrqChip {
     }
 
     pub fn ioapic_write(&self, offset: u32, value: u32) {
-        self.with_legacy(|legacy, send| legacy.ioapic.write(offset, value, send));
+        self.with_legacy(|legacy, send| legacy.write_ioapic(offset, value, send));
     }
 
     /// Reads IA32_APIC_BASE, IA32_TSC_DEADLINE or an x2APIC register. Err is #GP.
@@ -847,8 +872,10 @@ impl IrqChip {
 
     /// Takes over what [`IrqChip::chipset`] gave. On an error nothing has changed.
     pub fn set_chipset(&self, state: &ChipsetState) -> Result<(), String> {
-        let legacy = Legacy::restored(state)?;
+        let mut legacy = Legacy::restored(state)?;
         let mut current = self.legacy.lock();
+        let watched = current.resample.watched;
+        legacy.resample.watched = watched;
         *current = legacy;
         // Not publish_legacy: INTR has not risen, it is as it was when saved.
         publish_bool(&self.intr, current.pic.output());
@@ -856,6 +883,7 @@ impl IrqChip {
         publish_u64(&self.pit_deadline, deadline);
         drop(current);
         self.wake_all();
+        self.tell_ended(watched);
         Ok(())
     }
 

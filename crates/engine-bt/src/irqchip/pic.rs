@@ -44,6 +44,8 @@ struct Chip {
     special_mask: bool,
     poll: bool,
     read_isr: bool,
+    /// Requests whose service has ended since somebody asked.
+    ended: u8,
 }
 
 impl Chip {
@@ -109,9 +111,17 @@ impl Chip {
         }
         if !self.auto_eoi {
             self.isr |= bit;
-        } else if self.rotate_on_auto_eoi {
+            return;
+        }
+        self.ended |= bit;
+        if self.rotate_on_auto_eoi {
             self.highest = (pin + 1) & 7;
         }
+    }
+
+    fn end(&mut self, requests: u8) {
+        self.ended |= self.isr & requests;
+        self.isr &= !requests;
     }
 
     fn write_command(&mut self, value: u8) {
@@ -119,7 +129,7 @@ impl Chip {
             // ICW1 (p. 11): edge sense, IMR, special mask and status read are reset.
             self.irr = self.lines & self.level_pins();
             self.imr = 0;
-            self.isr = 0;
+            self.end(self.isr);
             self.highest = 0;
             self.special_mask = false;
             self.read_isr = false;
@@ -154,15 +164,15 @@ impl Chip {
             4 => self.rotate_on_auto_eoi = true,
             command @ (1 | 5) => {
                 if let Some((pin, _)) = self.first(in_service) {
-                    self.isr &= !(1 << pin);
+                    self.end(1 << pin);
                     if command == 5 {
                         self.highest = (pin + 1) & 7;
                     }
                 }
             }
-            3 => self.isr &= !(1 << level),
+            3 => self.end(1 << level),
             7 => {
-                self.isr &= !(1 << level);
+                self.end(1 << level);
                 self.highest = (level + 1) & 7;
             }
             6 => self.highest = (level + 1) & 7,
@@ -302,6 +312,12 @@ impl Pic {
         };
         self.update();
         vector
+    }
+
+    /// Lines whose interrupts have ended since the last call, a bit each.
+    pub fn take_ended(&mut self) -> u16 {
+        let take = |chip: &mut Chip| u16::from(std::mem::take(&mut chip.ended));
+        take(&mut self.master) & !(1 << CASCADE) | take(&mut self.slave) << 8
     }
 
     fn chip(&mut self, slave: bool) -> &mut Chip {

@@ -72,7 +72,7 @@ impl Bench {
         self.set(from, 0x300, low);
     }
 
-    fn entry(&self, pin: u32, low: u32, dest: u32) {
+    pub fn entry(&self, pin: u32, low: u32, dest: u32) {
         for (reg, value) in [(0x11, dest << 24), (0x10, low)] {
             self.chip.ioapic_write(0, reg + 2 * pin);
             self.chip.ioapic_write(0x10, value);

@@ -205,6 +205,10 @@ impl Event {
         Self(eventfd(0, flags).expect("a descriptor"))
     }
 
+    pub fn signal(&self) {
+        rustix::io::write(&self.0, &1u64.to_ne_bytes()).expect("an eventfd");
+    }
+
     /// How often it was signalled.
     pub fn take(&self) -> u64 {
         let mut count = [0; 8];

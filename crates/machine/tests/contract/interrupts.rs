@@ -13,15 +13,17 @@ pub const BODIES: &[(&str, Body)] = &[
 ];
 
 /// Messages to the boot CPU go here.
-const BOOT_CPU: u64 = 0xFEE0_0000;
+pub const BOOT_CPU: u64 = 0xFEE0_0000;
+const IOAPIC: u64 = 0xFEC0_0000;
 /// Those that the guest has handlers for. The first is the last to be served.
 const VECTORS: std::ops::Range<u8> = 0x30..0x38;
 
 const IDT: u64 = 0x5000;
 const GDT: u64 = 0x6000;
 const HANDLERS: u64 = 0x8000;
-/// Where the guest sees the local APIC.
+/// Where the guest sees the local APIC and the I/O APIC.
 const LAPIC: u32 = 0x10_1000;
+const REDIRECTION: u32 = 0x10_2000;
 
 fn mov_to(address: u32, value: u32) -> Vec<u8> {
     let mut code = vec![0xC7, 0x04, 0x25]; // mov dword [address], value
@@ -31,12 +33,20 @@ fn mov_to(address: u32, value: u32) -> Vec<u8> {
 }
 
 /// A 64-bit guest that halts, and writes to port 0x80 the vector of each interrupt that
-/// comes before it ends it.
-fn idle(engine: Engine) -> Guest {
-    let mut code = mov_to(LAPIC + 0xF0, 0x1FF); // spurious vector, and on
+/// comes before it ends it. `pins` are lines with the low halves of their entries.
+pub fn idle(engine: Engine, pins: &[(u32, u32)]) -> Guest {
+    let mut code = vec![0xB0, 0xFF, 0xE6, 0x21, 0xE6, 0xA1]; // all lines of the PICs masked
+    code.extend(mov_to(LAPIC + 0xF0, 0x1FF)); // spurious vector, and on
+    for &(pin, entry) in pins {
+        for (register, value) in [(0x11 + pin * 2, 0), (0x10 + pin * 2, entry)] {
+            code.extend(mov_to(REDIRECTION, register));
+            code.extend(mov_to(REDIRECTION + 0x10, value));
+        }
+    }
     code.extend([0xE6, 0x80, 0xFB, 0xF4, 0xEB, 0xFD]); // out 0x80, al ; sti ; hlt ; jmp to the hlt
     let mut guest = Guest::new_64_bit(engine, &code);
     guest.map(LAPIC.into(), BOOT_CPU);
+    guest.map(REDIRECTION.into(), IOAPIC);
     for (selector, descriptor) in [(8, 0x00AF_9B00_0000_FFFFu64), (16, 0x00CF_9300_0000_FFFF)] {
         guest.write(GDT + selector, &descriptor.to_le_bytes());
     }
@@ -59,7 +69,7 @@ fn idle(engine: Engine) -> Guest {
 }
 
 /// The vectors of the interrupts that wait, and no other.
-fn expect(guest: &mut Guest, vectors: &[u8]) {
+pub fn expect(guest: &mut Guest, vectors: &[u8]) {
     guest.vm.msi(BOOT_CPU, VECTORS.start.into());
     for &vector in vectors {
         assert_eq!(guest.out() as u8, vector);
@@ -67,12 +77,12 @@ fn expect(guest: &mut Guest, vectors: &[u8]) {
     assert_eq!(guest.out() as u8, VECTORS.start, "no other");
 }
 
-fn to_boot_cpu(vector: u8) -> Option<Msi> {
+pub fn to_boot_cpu(vector: u8) -> Option<Msi> {
     Some(Msi { address: BOOT_CPU, data: vector.into() })
 }
 
 fn routes(engine: Engine) {
-    let mut guest = idle(engine);
+    let mut guest = idle(engine, &[]);
     let set = |guest: &Guest, routes: &[(u32, Option<Msi>)]| {
         guest.vm.set_msi_routes(routes).unwrap_or_else(|error| panic!("{error}"));
     };
@@ -95,7 +105,7 @@ fn routes(engine: Engine) {
 }
 
 fn routes_of_a_running_guest(engine: Engine) {
-    let mut guest = idle(engine);
+    let mut guest = idle(engine, &[]);
     let vm = std::sync::Arc::clone(&guest.vm);
     for round in 0..50 {
         let vector = 0x31 + round % 4;
@@ -110,7 +120,7 @@ fn routes_of_a_running_guest(engine: Engine) {
 }
 
 fn other_address(engine: Engine) {
-    let mut guest = idle(engine);
+    let mut guest = idle(engine, &[]);
     // RAM, what is below and above the local APICs, and beyond 4 GiB.
     for address in [0x1000, 0xFED0_0000, 0xFEF0_0000, BOOT_CPU | 1 << 32] {
         guest.vm.msi(address, 0x31);
@@ -121,7 +131,7 @@ fn other_address(engine: Engine) {
 }
 
 fn all_lines(engine: Engine) {
-    let mut guest = idle(engine);
+    let mut guest = idle(engine, &[]);
     let all: Vec<_> = MSI_GSIS.map(|gsi| (gsi, to_boot_cpu(0x31))).collect();
     guest.vm.set_msi_routes(&all).unwrap_or_else(|error| panic!("{error}"));
     for gsi in [MSI_GSIS.start, MSI_GSIS.end - 1] {

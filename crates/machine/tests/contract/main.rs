@@ -9,6 +9,7 @@ mod doorbells;
 mod exits;
 mod guest;
 mod interrupts;
+mod irqfds;
 mod saved;
 mod time;
 
@@ -24,6 +25,7 @@ fn main() {
         doorbells::BODIES,
         exits::BODIES,
         interrupts::BODIES,
+        irqfds::BODIES,
         saved::BODIES,
         time::BODIES,
     ]
