@@ -181,6 +181,8 @@ fn registers_come_over(from: Engine, to: Engine) {
         let mut pics = state.chipset.pics;
         // Levels of lines that an interrupt does not wait for.
         pics[0].lines = 0;
+        // The kernel's timer counts on, also while the clock stands.
+        pics[0].irr &= !1;
         pics
     };
     assert_eq!(quiet(&vm_there), quiet(&vm));
