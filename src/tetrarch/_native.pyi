@@ -31,8 +31,10 @@ __all__ = [
     "SerialPort",
     "Vcpu",
     "VirtioBlk",
+    "VirtioChain",
     "VirtioDevice",
     "VirtioRng",
+    "VirtioServed",
     "Vm",
     "__version__",
     "disk_check",
@@ -297,6 +299,40 @@ class VirtioRng(VirtioDevice):
     """The entropy device."""
 
     def __new__(cls, vm: Vm, name: str) -> Self: ...
+
+@final
+class VirtioServed(VirtioDevice):
+    """A device whose queues are served from Python, on any thread."""
+
+    def __new__(cls, vm: Vm, name: str, queues: int) -> Self: ...
+    def wait(self) -> int | None:
+        """Waits until there may be chains in a queue, and says in which; None: it is closed."""
+    def take(self, queue: int) -> VirtioChain | None:
+        """The next chain of a queue. None where there is none, and while the machine is held:
+        ``wait`` tells of it again."""
+    def close(self) -> None:
+        """``wait`` gives None from now on."""
+
+@final
+class VirtioChain:
+    """A driver's chain of buffers: bytes to read, then room to write. It goes back to the
+    driver with ``done``, and when it is forgotten."""
+
+    READ_MAX: int
+    """The most that one ``read`` gives."""
+    @property
+    def readable(self) -> int:
+        """Bytes that are left to read."""
+    @property
+    def writable(self) -> int:
+        """Bytes that are left to write."""
+    def read(self, limit: int = ...) -> bytes:
+        """The next bytes, up to READ_MAX of them."""
+    def write(self, data: bytes) -> int:
+        """Writes the next bytes; gives how many found room."""
+    def done(self) -> None:
+        """Gives the chain back with what was written; the driver is interrupted if it wants
+        that. Of no effect a second time."""
 
 @final
 class GuestCall:

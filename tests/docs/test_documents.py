@@ -34,7 +34,7 @@ def run(document: Path, directory: Path) -> list[str]:
     return done.stdout.split(f"{SEPARATOR}\n")[:-1]
 
 
-@pytest.mark.parametrize("name", ["devices", "platforms"])
+@pytest.mark.parametrize("name", ["devices", "platforms", "virtio"])
 def test_examples_of_a_page_print_what_it_says(tmp_path: Path, name: str) -> None:
     document = ROOT / "docs" / f"{name}.md"
     wanted = examples(document)

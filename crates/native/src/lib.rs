@@ -8,6 +8,7 @@ mod error;
 mod guest_call;
 mod irq;
 mod kvm;
+mod lent;
 mod msix;
 mod python_device;
 mod python_platform;
@@ -32,6 +33,8 @@ mod _native {
     use crate::guest_call::{GuestCall, GuestTrap, RegisterPortAccess};
     #[pymodule_export]
     use crate::irq::{Intx, IrqSource};
+    #[pymodule_export]
+    use crate::lent::{VirtioChain, VirtioServed};
     #[pymodule_export]
     use crate::msix::MsixTable;
     #[pymodule_export]

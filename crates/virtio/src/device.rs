@@ -177,6 +177,21 @@ impl<P: DataPath + 'static> Device<P> {
         let inner = &mut *self.inner.lock();
         body(&mut inner.path, &mut inner.queues)
     }
+
+    /// The same for what looks into queues, whose driver may break the rules: None then.
+    pub fn apply<T>(
+        &self,
+        body: impl FnOnce(&mut P, &mut Queues) -> Result<T, QueueError>,
+    ) -> Option<T> {
+        let inner = &mut *self.inner.lock();
+        match body(&mut inner.path, &mut inner.queues) {
+            Ok(value) => Some(value),
+            Err(error) => {
+                inner.check(Err(error));
+                None
+            }
+        }
+    }
 }
 
 impl<P: DataPath + 'static> Control for Device<P> {

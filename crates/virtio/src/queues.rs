@@ -31,6 +31,30 @@ impl Queues {
         }
     }
 
+    /// The next chain of a queue; where there is none, the driver is asked to notify of it.
+    pub fn take(&mut self, index: usize) -> Result<Option<Chain>, QueueError> {
+        let Some(active) = self.active(index) else { return Ok(None) };
+        if let Some(chain) = active.queue.pop()? {
+            return Ok(Some(chain));
+        }
+        // It may have come before the driver saw that it is wanted.
+        if active.queue.ask_notification() { active.queue.pop() } else { Ok(None) }
+    }
+
+    /// Puts back the chain that was taken last from a queue: nothing is in flight by it.
+    pub fn put_back(&mut self, index: usize, used: Used) {
+        if let Some(Some(active)) = self.list.get_mut(index) {
+            active.queue.put_back(used);
+        }
+    }
+
+    /// Has a queue served once more, after others on the thread.
+    pub fn serve_again(&self, index: usize) {
+        if let Some(Some(active)) = self.list.get(index) {
+            active.doorbell.signal();
+        }
+    }
+
     fn active(&mut self, index: usize) -> Option<&mut Active> {
         self.list.get_mut(index).filter(|_| !self.quiet)?.as_mut()
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from tetrarch._native import EngineError
+from tetrarch._native import EngineError, Vm
 from tetrarch.console import ConsoleBackend, MemoryConsole
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import (
@@ -54,6 +54,7 @@ from tetrarch.machine.threads import VcpuThreads
 from tetrarch.machine.vcpu import VcpuView
 from tetrarch.platforms.pc import PC
 from tetrarch.platforms.platform import Platform
+from tetrarch.virtio.served import ServedKind, VirtioUserDevice
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
@@ -119,12 +120,19 @@ class Machine:
                 f"cannot make the machine's devices: {engine_cause(error)}",
                 mend=engine_mend(error, "give the machine fewer"),
             ) from error
+        self._attached = AttachedDevices()
         self._descent = _Descent(
-            self._life, panic, self._threads, self._pc, self._serial, self._backend, vcpus[0]
+            self._life,
+            panic,
+            self._threads,
+            self._pc,
+            self._attached,
+            self._serial,
+            self._backend,
+            vcpus[0],
         )
         self._loaded = False
         self._restored = False
-        self._attached = AttachedDevices()
         self._resets = Resets(
             self.config.on_reset == "restart",
             self._life,
@@ -226,6 +234,20 @@ class Machine:
         self._attached.add(name, base, device)
         return region
 
+    def attach_virtio(self, device: VirtioUserDevice, *, name: str | None = None) -> None:
+        """Gives the guest a virtio device of yours, before start().
+
+        Its requests are served on a thread of its own; what it raises stops the machine. A
+        saved machine knows it by ``name``, which is its class if it is not given.
+        """
+        self._life.require("attach_virtio", Phase.MADE)
+        if self._pc.virtio is None or not isinstance(self._vm, Vm):
+            raise MachineStateError("a stand-in for the engine has no virtio", mend="give none")
+        name = name or type(device).__qualname__
+        self._attached.require_free(name)
+        kind = ServedKind(self._vm, device, name, self._conclusion.post)
+        self._attached.add_virtio(name, kind, self._pc.virtio.plug(kind))
+
     def irq_source(self, gsi: int) -> InterruptWire:
         """A wire of its own to an interrupt line, to be driven from any thread.
 
@@ -286,7 +308,7 @@ class Machine:
         from an access, and MachineStateError from a device's own thread.
         """
         self._life.require("hold", Phase.RUNNING)
-        if self._threads.current:
+        if self._threads.current or self._attached.current:
             raise MachineStateError(
                 "a device cannot hold its own machine", mend="do it on another thread"
             )
@@ -339,8 +361,8 @@ class Machine:
             return
         self.request_stop()
         # A device's own thread, or a console that is being closed, has to return first.
-        inside = self._threads.current or self._serial.current or self._conclusion.keeping
-        if not inside:
+        inside = (self._threads, self._serial, self._attached)
+        if not self._conclusion.keeping and not any(thread.current for thread in inside):
             self._conclusion.wait_done()
 
     def __enter__(self) -> Self:
@@ -454,6 +476,7 @@ class Machine:
     def _discard(self) -> None:
         """Ends a machine that was never started."""
         self._pc.close()
+        self._attached.close()
         self._conclusion.settle(ExitStatus(StopReason.STOPPED), self._descent.close)
 
 
@@ -465,6 +488,7 @@ class _Descent:
     panic: PanicWatch
     threads: VcpuThreads
     pc: Pc
+    attached: AttachedDevices
     serial: SerialLine
     console: ConsoleBackend
     boot_vcpu: EngineVcpu
@@ -475,7 +499,10 @@ class _Descent:
             self.threads.stop()
         finally:
             self.pc.close()
-            failure = self.serial.end()
+            try:
+                self.attached.close()
+            finally:
+                failure = self.serial.end()
         if failure is not None and isinstance(event, ExitStatus):
             return failure  # the last of what a guest says counts, whatever it did then
         if isinstance(event, ExitStatus) and event.reason is StopReason.CRASHED:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tetrarch._native import Vm
 from tetrarch.block.disk import open_disk
-from tetrarch.boot.acpi import virtio_mmio_device
 from tetrarch.devices import (
     I8042,
     AcpiPm,
@@ -34,16 +33,15 @@ from tetrarch.devices import (
     uart16550,
 )
 from tetrarch.devices._state import State
-from tetrarch.errors import ConfigError, StateError
+from tetrarch.errors import StateError
 from tetrarch.machine import map as machine_map
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.status import ExitStatus, StopReason
+from tetrarch.machine.virtio import VirtioSlots
 from tetrarch.pci import PciBus, bus
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
-from tetrarch.virtio.mmio import NOTIFY, REGISTERS, VirtioMmio
-from tetrarch.virtio.pci import VirtioPci
 from tetrarch.virtio.rng import RngKind
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
@@ -79,6 +77,8 @@ class Pc:
     dsdt: Sequence[bytes]
     """Devices that the DSDT names beside those of every PC."""
     disks: Sequence[BlkKind]
+    virtio: VirtioSlots | None
+    """Where further virtio devices go; a stand-in for the engine has no place for them."""
     devices: Mapping[str, SavedDevice]
     """All of them by the name that their state is saved under."""
 
@@ -178,18 +178,14 @@ def assemble_pc(
     ecam, ecam_end = machine_map.ECAM
     vm.attach_mmio(ecam, ecam_end - ecam, pci.ecam)
     dsdt: list[bytes] = []
+    slots: VirtioSlots | None = None
     disks: list[BlkKind] = []
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
+        slots = VirtioSlots(vm, pci, config.virtio, dsdt)
         disks += _disks(vm, config, stop)
         for kind in _virtio_kinds(vm, config, disks):
-            if config.virtio == "pci":
-                on_pci = VirtioPci(vm, kind)
-                pci.plug(on_pci.function)
-                devices[kind.name] = on_pci
-            else:
-                devices[kind.name] = _attach_mmio(vm, kind, len(dsdt))
-                dsdt.append(virtio_mmio_device(len(dsdt)))
-    return Pc(uart, rtc, acpi, pci, dsdt, disks, devices)
+            devices[kind.name] = slots.plug(kind)
+    return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, devices)
 
 
 #: Queues of a disk beyond which more of them gain nothing: they have one I/O thread.
@@ -210,17 +206,3 @@ def _virtio_kinds(vm: Vm, config: MachineConfig, disks: Iterable[BlkKind]) -> It
     yield from disks
     if config.rng:
         yield RngKind(vm)
-
-
-def _attach_mmio(vm: Vm, kind: VirtioKind, index: int) -> VirtioMmio:
-    if index >= machine_map.VIRTIO_MMIO_SLOTS:
-        raise ConfigError(
-            f"virtio-mmio has room for {machine_map.VIRTIO_MMIO_SLOTS} devices",
-            mend="give the machine fewer, or virtio over PCI",
-        )
-    base, gsi = machine_map.virtio_mmio_slot(index)
-    device = VirtioMmio(kind, vm.irq_source(gsi))
-    vm.attach_mmio(base, NOTIFY, device.below)
-    vm.attach_mmio(base + NOTIFY, 4, device.doorbells)
-    vm.attach_mmio(base + NOTIFY + 4, REGISTERS - NOTIFY - 4, device.above)
-    return device

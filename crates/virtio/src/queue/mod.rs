@@ -128,6 +128,14 @@ impl Queue {
         }
     }
 
+    /// Puts back the chain that was popped last: the next pop gives it again, as it is then.
+    pub fn put_back(&mut self, used: Used) {
+        match &mut self.ring {
+            Ring::Split(ring) => ring.put_back(),
+            Ring::Packed(ring) => ring.put_back(used),
+        }
+    }
+
     /// RAM came or went: the ring may be in another place now, or in none.
     fn find_again(&mut self) -> Result<(), QueueError> {
         *self = Self::new(Arc::clone(&self.memory), self.config, Some(self.position()))?;

@@ -41,6 +41,15 @@ impl Place {
         Self { index: word & !WRAP, wrap: word & WRAP != 0 }
     }
 
+    /// `slots`, at most the ring's size, further back.
+    fn before(self, slots: u16, size: u16) -> Self {
+        match self.index.checked_sub(slots) {
+            Some(index) => Self { index, wrap: self.wrap },
+            // No sum of two 16-bit numbers: the index is less than `slots`.
+            None => Self { index: size - (slots - self.index), wrap: !self.wrap },
+        }
+    }
+
     /// `slots`, at most the ring's size, further on.
     fn after(self, slots: u16, size: u16) -> Self {
         // The sum has a bit more than an index.
@@ -139,6 +148,10 @@ impl PackedRing {
             }
         }
         Err(QueueError::TooLong)
+    }
+
+    pub fn put_back(&mut self, used: Used) {
+        self.next_available = self.next_available.before(used.slots, self.size);
     }
 
     /// A table is a row: of its flags only WRITE means something (2.8.7).

@@ -86,6 +86,10 @@ impl SplitRing {
         Ok(Some(chain))
     }
 
+    pub fn put_back(&mut self) {
+        self.next_available = self.next_available.wrapping_sub(1);
+    }
+
     fn assemble(&self, head: u16) -> Result<Chain, QueueError> {
         let mut assembly = Assembly::new(&self.memory, self.size);
         let mut index = head;
