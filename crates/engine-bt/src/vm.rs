@@ -5,8 +5,8 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use tetrarch_engine::{
-    Clock, DirtyPages, Doorbell, EngineError, Irqfd, IrqfdId, Msi, Platform, Unusable, Vcpu, Vm,
-    VmState, host_tsc,
+    Clock, DirtyPages, Doorbell, EngineError, Halts, Irqfd, IrqfdId, Msi, Platform, Unusable, Vcpu,
+    Vm, VmState, host_tsc,
 };
 use tetrarch_memory::GuestMemory;
 
@@ -102,6 +102,7 @@ fn build(
         code,
         dirty,
         rendezvous,
+        halts: Halts::default(),
         irqchip,
         doorbells: DoorbellTable::default(),
         clock: Arc::new(Clock::new()),

@@ -3,16 +3,15 @@
 //! With interrupt controllers in the kernel, HLT never leaves KVM_RUN: the
 //! thread sleeps until an interrupt comes, and where interrupts are off that is
 //! for ever. So somebody has to look. A vCPU that used no processor time for a
-//! while is made to look at itself; when twice in a row all vCPUs found
-//! themselves halted with interrupts off (or never started), none can wake
-//! another, and the machine has ended. An idle guest is asked ever more rarely.
+//! while is made to look at itself, in the rounds of [`Halts`]. An idle guest is
+//! asked ever more rarely.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
-use tetrarch_engine::EngineError;
+use tetrarch_engine::{EngineError, Halted, Halts};
 
 use crate::kick::Kicker;
 
@@ -25,16 +24,14 @@ const BUSY_PART: u32 = 8;
 pub struct Progress {
     kicker: Arc<Kicker>,
     inside: AtomicBool,
-    /// The round in which the vCPU last found itself dead, and the first of
-    /// those in a row; 0: never.
-    dead: AtomicU64,
-    dead_since: AtomicU64,
+    /// The vCPU's number in [`Halts`].
+    number: usize,
 }
 
 #[derive(Default)]
 struct Shared {
     vcpus: Mutex<Vec<Arc<Progress>>>,
-    round: AtomicU64,
+    halts: Halts,
     ended: Mutex<bool>,
     end: Condvar,
 }
@@ -51,8 +48,7 @@ impl HaltWatch {
         let progress = Arc::new(Progress {
             kicker,
             inside: AtomicBool::new(false),
-            dead: AtomicU64::new(0),
-            dead_since: AtomicU64::new(0),
+            number: self.shared.halts.add(),
         });
         let mut vcpus = self.shared.vcpus.lock();
         if vcpus.is_empty() {
@@ -68,21 +64,12 @@ impl HaltWatch {
         Ok(progress)
     }
 
-    /// A vCPU says whether it is dead. True: so are all.
-    pub fn report(&self, own: &Progress, dead: bool) -> bool {
-        let round = self.shared.round.load(Ordering::SeqCst);
-        if !dead {
-            own.dead.store(0, Ordering::SeqCst);
-            return false;
-        }
-        let before = own.dead.swap(round, Ordering::SeqCst);
-        if before != round && before + 1 != round {
-            own.dead_since.store(round, Ordering::SeqCst);
-        }
-        self.shared.vcpus.lock().iter().all(|vcpu| {
-            vcpu.dead.load(Ordering::SeqCst) == round
-                && vcpu.dead_since.load(Ordering::SeqCst) < round
-        })
+    /// A vCPU looks at itself: `dead` tells what it finds. True: all are halted for
+    /// good.
+    pub fn look(&self, own: &Progress, dead: impl FnOnce() -> bool) -> bool {
+        let halts = &self.shared.halts;
+        let round = halts.round();
+        halts.report(own.number, round, dead()) == Halted::ForGood
     }
 }
 
@@ -118,7 +105,7 @@ impl Progress {
 
 impl Shared {
     fn watch(&self) {
-        let mut wait = FIRST_LOOK;
+        let (mut wait, mut first) = (FIRST_LOOK, true);
         let mut times: Vec<Option<Duration>> = Vec::new();
         loop {
             let mut ended = self.ended.lock();
@@ -141,14 +128,15 @@ impl Shared {
                 wait = FIRST_LOOK;
                 continue;
             }
-            let last = self.round.load(Ordering::SeqCst);
-            let any_dead =
-                last != 0 && vcpus.iter().all(|vcpu| vcpu.dead.load(Ordering::SeqCst) == last);
-            self.round.store(last + 1, Ordering::SeqCst);
+            let all_dead = self.halts.next_round();
             for vcpu in &vcpus {
                 vcpu.kicker.request_check();
             }
-            wait = if any_dead || last == 0 { FIRST_LOOK } else { (wait * 2).min(LAST_LOOK) };
+            wait = if all_dead || std::mem::take(&mut first) {
+                FIRST_LOOK
+            } else {
+                (wait * 2).min(LAST_LOOK)
+            };
         }
     }
 }

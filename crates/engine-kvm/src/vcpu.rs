@@ -496,15 +496,15 @@ impl KvmVcpu {
 
     /// Whether the machine has ended in HLT.
     fn halted_for_good(&self) -> bool {
-        let Ok(kvm_mp_state { mp_state }) = self.fd.get_mp_state() else { return false };
-        let dead = match mp_state {
-            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => true,
-            KVM_MP_STATE_HALTED => {
+        self.vm.halts.look(&self.progress, || match self.fd.get_mp_state() {
+            Ok(kvm_mp_state {
+                mp_state: KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED,
+            }) => true,
+            Ok(kvm_mp_state { mp_state: KVM_MP_STATE_HALTED }) => {
                 self.fd.get_regs().is_ok_and(|regs| regs.rflags & RFLAGS_IF == 0)
             }
             _ => false,
-        };
-        self.vm.halts.report(&self.progress, dead)
+        })
     }
 
     /// The linear address of the next instruction.

@@ -14,7 +14,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use tetrarch_engine::{Clock, Platform};
+use tetrarch_engine::{Clock, Halts, Platform};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use crate::cpu::cpuid::CpuidTable;
@@ -37,6 +37,7 @@ pub struct VmShared {
     pub code: Arc<CodeMap>,
     pub dirty: Arc<DirtyLog>,
     pub rendezvous: Arc<Rendezvous>,
+    pub halts: Halts,
     pub irqchip: Arc<IrqChip>,
     pub doorbells: DoorbellTable,
     pub clock: Arc<Clock>,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use iced_x86::Instruction;
 use parking_lot::Mutex;
 use tetrarch_engine::{
-    Counters, EngineError, Exit, GuestFault, Kick, Registers, Reply, SystemRegisters, Trap,
+    Counters, EngineError, Exit, GuestFault, Halted, Kick, Registers, Reply, SystemRegisters, Trap,
     Unusable, Vcpu, VcpuState, host_tsc,
 };
 
@@ -41,6 +41,10 @@ pub struct BtVcpu {
     /// What an answer of the machine goes to.
     unfinished: Unfinished,
     shut_down: bool,
+    /// The vCPU's number among those that may be halted for good, and whether it has
+    /// said that it is.
+    number: usize,
+    dead: bool,
     nmi_pending: bool,
     /// An event whose delivery waits for the machine's answer.
     delivering: Option<Interruption>,
@@ -100,6 +104,7 @@ impl BtVcpu {
         let bell = Arc::new(Bell::new(cpu.tlb.block.shared().clone()));
         let ring = Arc::clone(&bell);
         let listener = code.add_listener(Box::new(move || ring.ring()));
+        let number = cpu.vm.halts.add();
         let translator = cache.map(|cache| Translator::new(cache, listener));
         signals::install();
         Ok(Self {
@@ -109,6 +114,8 @@ impl BtVcpu {
             timer: None,
             unfinished: Unfinished::Nothing,
             shut_down: false,
+            number,
+            dead: false,
             nmi_pending: false,
             delivering: None,
         })
@@ -152,6 +159,10 @@ impl BtVcpu {
                     return Ok(exit);
                 }
                 continue;
+            }
+            if std::mem::take(&mut self.dead) {
+                let halts = &self.cpu.vm.halts;
+                halts.report(self.number, halts.round(), false);
             }
             if self.nmi_pending && self.cpu.st.nmi_blocked == 0 && self.cpu.st.shadow == 0 {
                 if let Some(exit) = self.deliver_nmi() {
@@ -298,9 +309,9 @@ impl BtVcpu {
     /// HLT: sleeps until an interrupt, a kick, or forever. An application processor
     /// that was not started has no halt to end.
     fn sleep(&mut self) -> Option<Exit> {
+        let round = self.cpu.vm.halts.round();
         if self.cpu.vm.irqchip.waits_for_sipi(self.cpu.id) {
-            self.rest(None);
-            return None;
+            return self.sleep_dead(round);
         }
         let pending = self.cpu.vm.irqchip.pending(self.cpu.id);
         if pending && self.cpu.st.iflag != 0 {
@@ -312,13 +323,7 @@ impl BtVcpu {
             return None;
         }
         if self.cpu.st.iflag == 0 {
-            // Only another vCPU could end this; where none can, all have ended.
-            if self.cpu.vm.irqchip.halted_for_good(self.cpu.id) {
-                return Some(Exit::Halt);
-            }
-            self.rest(None);
-            self.cpu.vm.irqchip.looks_up(self.cpu.id);
-            return None;
+            return self.sleep_dead(round);
         }
         self.cpu.counts.halts += 1;
         let start = self.cpu.now_ns();
@@ -330,6 +335,24 @@ impl BtVcpu {
         if deadline.is_some_and(|deadline| now >= deadline) {
             let tsc = self.cpu.tsc();
             self.cpu.vm.irqchip.run_timers(self.cpu.id, now, tsc);
+        }
+        None
+    }
+
+    /// Sleeps where only another vCPU can end that; where none can, all have ended.
+    fn sleep_dead(&mut self, round: u64) -> Option<Exit> {
+        let vm = &self.cpu.vm;
+        if vm.irqchip.has_event(self.cpu.id) {
+            return None;
+        }
+        self.dead = true;
+        match vm.halts.report(self.number, round, true) {
+            Halted::ForGood => return Some(Exit::Halt),
+            Halted::Perhaps => {
+                vm.halts.next_round();
+                vm.irqchip.wake_all();
+            }
+            Halted::Not => self.rest(None),
         }
         None
     }

@@ -39,6 +39,7 @@ fn cpu(bits: u32) -> Cpu {
         code: Arc::new(CodeMap::new(&memory)),
         dirty: Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous))),
         rendezvous,
+        halts: tetrarch_engine::Halts::default(),
         memory,
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(NoWake))),
         doorbells: Default::default(),

@@ -145,8 +145,6 @@ struct LocalApic {
     pending: AtomicBool,
     event: AtomicBool,
     takes_pic: AtomicBool,
-    /// Sleeps in HLT with interrupts off.
-    dead: AtomicBool,
     /// Another vCPU has asked for an end of its halt.
     unhalted: AtomicBool,
     /// A [`Route`].
@@ -176,7 +174,6 @@ impl LocalApic {
             pending: AtomicBool::new(false),
             event: AtomicBool::new(false),
             takes_pic: AtomicBool::new(false),
-            dead: AtomicBool::new(false),
             unhalted: AtomicBool::new(false),
             route: AtomicU64::new(0),
             deadline: AtomicU64::new(NEVER),
@@ -815,29 +812,6 @@ impl IrqChip {
         self.with_lapic(vcpu, Lapic::take_event)?
     }
 
-    /// The vCPU is in HLT with interrupts off. True: so are all the others, or they
-    /// were never started, and nothing is on its way to any: the machine has ended.
-    pub fn halted_for_good(&self, vcpu: usize) -> bool {
-        let Some(own) = self.cpus.get(vcpu) else { return false };
-        own.dead.store(true, Ordering::SeqCst);
-        let ended = self.cpus.iter().all(|cpu| {
-            // What a vCPU sent before it halted is in these two by now.
-            let called = cpu.event.load(Ordering::SeqCst) || cpu.unhalted.load(Ordering::SeqCst);
-            !called && (cpu.dead.load(Ordering::SeqCst) || cpu.lapic.lock().waits_for_sipi())
-        });
-        if ended {
-            own.dead.store(false, Ordering::SeqCst);
-        }
-        ended
-    }
-
-    /// The vCPU of [`IrqChip::halted_for_good`] runs again.
-    pub fn looks_up(&self, vcpu: usize) {
-        if let Some(cpu) = self.cpus.get(vcpu) {
-            cpu.dead.store(false, Ordering::SeqCst);
-        }
-    }
-
     // Time.
 
     /// When [`IrqChip::run_timers`] has something to do for this vCPU, in ns of the machine
@@ -887,7 +861,8 @@ impl IrqChip {
         Ok(())
     }
 
-    fn wake_all(&self) {
+    /// Has every vCPU look at itself.
+    pub fn wake_all(&self) {
         for vcpu in 0..self.cpus.len() {
             self.wake.wake(vcpu);
         }

@@ -588,23 +588,6 @@ fn impossible_state_is_refused_and_changes_nothing() {
     assert_eq!(save(&b.chip, 0), saved);
 }
 
-#[test]
-fn machine_has_ended_when_every_vcpu_is_halted_and_none_is_called() {
-    let b = Bench::new(3);
-    // The third was never started.
-    assert!(b.chip.waits_for_sipi(2));
-    b.chip.set_waiting(1, (false, false, None, false));
-    assert!(!b.chip.halted_for_good(1), "the first still runs");
-    assert!(b.chip.halted_for_good(0));
-    // An NMI that the first has sent before it halts wakes the second.
-    b.chip.msi(0xfee0_1000, 0x400);
-    assert!(!b.chip.halted_for_good(0));
-    b.chip.looks_up(1);
-    assert_eq!(b.chip.take_event(1), Some(Event::Nmi));
-    assert!(!b.chip.halted_for_good(0), "the second runs its handler");
-    assert!(b.chip.halted_for_good(1));
-}
-
 /// xorshift64*: enough to reach odd corners, and the seed tells all.
 struct Random(u64);
 

@@ -55,6 +55,7 @@ pub fn machine() -> Cpu {
         code: Arc::new(CodeMap::new(&memory)),
         dirty: Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous))),
         rendezvous,
+        halts: tetrarch_engine::Halts::default(),
         memory,
         irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
         doorbells: Default::default(),

@@ -40,6 +40,7 @@ pub(crate) fn machine() -> Cpu {
         dirty,
         code,
         rendezvous,
+        halts: tetrarch_engine::Halts::default(),
         irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(Asleep))),
         doorbells: Default::default(),
         clock: Arc::new(Clock::new()),
