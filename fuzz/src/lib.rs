@@ -3,3 +3,7 @@
 
 #[path = "../../crates/engine-bt/tests/harness/mod.rs"]
 pub mod harness;
+
+/// That of disk images: crates/block/tests/harness.
+#[path = "../../crates/block/tests/harness/mod.rs"]
+pub mod block_harness;

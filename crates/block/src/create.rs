@@ -11,7 +11,7 @@ use imago::raw::Raw;
 use imago::{FormatAccess, Mapping};
 
 use crate::backend::SECTOR;
-use crate::format::{Access, storage};
+use crate::format::{Access, contained, storage};
 use crate::image::{Chain, backing_path, first_bytes, open_file};
 use crate::qcow2::Qcow2Header;
 use crate::raw::{size_of, take_lock};
@@ -144,7 +144,7 @@ impl Source {
     ) -> Result<bool, ImageError> {
         let size = self.size().next_multiple_of(SECTOR);
         let target = make(path, format, size, &NewImage::default())?;
-        let copied = self.copy_to(&target, path, &mut progress);
+        let copied = contained(&self.path, || self.copy_to(&target, path, &mut progress));
         if !matches!(copied, Ok(true)) {
             let _ = std::fs::remove_file(path);
         }

@@ -1,7 +1,8 @@
 //! Disks in a format: imago knows qcow2 and VMDK, threads wait for it.
 
 use std::io;
-use std::path::PathBuf;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imago::file::File;
@@ -57,9 +58,11 @@ impl BlockBackend for FormatDisk {
 
     fn resize(&self, size: u64) -> Result<(), ImageError> {
         let failed = |e| ImageError::host(&self.0.path, "cannot resize the image", e);
-        let mut access = self.0.access.write();
-        let resized = access.resize(size.next_multiple_of(SECTOR), PreallocateMode::None);
-        resized.and_then(|()| access.flush()).and_then(|()| access.sync()).map_err(failed)
+        contained(&self.0.path, || {
+            let mut access = self.0.access.write();
+            let resized = access.resize(size.next_multiple_of(SECTOR), PreallocateMode::None);
+            resized.and_then(|()| access.flush()).and_then(|()| access.sync()).map_err(failed)
+        })
     }
 }
 
@@ -178,4 +181,15 @@ impl Blocking for FormatImage {
 /// An opened file as imago's storage.
 pub(crate) fn storage(file: std::fs::File, writes: bool) -> io::Result<File> {
     File::from_open_file(file, imago::StorageOpenOptions::new().write(writes))
+}
+
+/// Runs a format's code, which may give up on a damaged image by a panic.
+pub(crate) fn contained<T>(
+    path: &Path,
+    body: impl FnOnce() -> Result<T, ImageError>,
+) -> Result<T, ImageError> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
+        let mend = "look for damage: tetrarch disk check IMAGE";
+        Err(ImageError::new(path, "the image cannot be understood", mend))
+    })
 }

@@ -16,7 +16,7 @@ use imago::vmdk::Vmdk;
 use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 use rustix::fs::OFlags;
 
-use crate::format::{Access, FormatDisk, storage};
+use crate::format::{Access, FormatDisk, contained, storage};
 use crate::qcow2::{self, Qcow2Header};
 use crate::raw::take_lock;
 use crate::{BlockBackend, Cache, ImageError, RawDisk, RawOptions};
@@ -90,7 +90,7 @@ pub fn open(path: &Path, options: ImageOptions) -> Result<Box<dyn BlockBackend>,
     let mut chain = Chain::default();
     let layer = chain.layer(path, format, writes)?;
     if options.snapshot {
-        let overlay = overlay(layer.access, path)?;
+        let overlay = contained(path, || overlay(layer.access, path))?;
         return Ok(Box::new(FormatDisk::new(overlay, path.to_owned(), options.readonly)));
     }
     Ok(Box::new(FormatDisk::new(layer, path.to_owned(), options.readonly)))
