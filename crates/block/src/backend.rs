@@ -112,6 +112,9 @@ pub trait BlockQueue: Send {
     /// Moves what has completed, in no order, to the end of `done`.
     fn completions(&mut self, done: &mut Vec<Completion>);
 
+    /// The machine is to come to rest: what waits for a limit goes now.
+    fn hurry(&mut self) {}
+
     /// How many requests wait for [`BlockBackend::retry`]: nothing else moves them.
     fn stopped(&self) -> usize {
         0

@@ -93,6 +93,10 @@ impl BlockQueue for StoppingQueue {
         self.event.as_fd()
     }
 
+    fn hurry(&mut self) {
+        self.inner.hurry();
+    }
+
     fn stopped(&self) -> usize {
         self.stopped.len() + self.inner.stopped()
     }

@@ -172,6 +172,14 @@ impl BlockQueue for ThrottledQueue {
         self.event.as_fd()
     }
 
+    fn hurry(&mut self) {
+        for (tag, request) in self.waiting.drain(..) {
+            self.inner.submit(tag, request);
+        }
+        self.inner.kick();
+        self.inner.hurry();
+    }
+
     fn stopped(&self) -> usize {
         self.inner.stopped()
     }
@@ -187,10 +195,7 @@ impl BlockQueue for ThrottledQueue {
 impl Drop for ThrottledQueue {
     fn drop(&mut self) {
         // What the guest submitted reaches the disk, as with any other.
-        for (tag, request) in self.waiting.drain(..) {
-            self.inner.submit(tag, request);
-        }
-        self.inner.kick();
+        self.hurry();
     }
 }
 
@@ -242,5 +247,22 @@ mod tests {
         // No more than a burst of 10 goes at once; slower a busy host may be.
         assert!(start.elapsed() >= Duration::from_millis(90), "{:?}", start.elapsed());
         assert_eq!(driver.run(Request::Flush), Ok(()));
+    }
+
+    #[test]
+    fn machine_that_comes_to_rest_waits_for_no_limit() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let disk = open(image.path(), ImageOptions::default()).unwrap();
+        let disk = Throttled::new(disk, Limits { iops: Some(1), bps: None });
+        let mut driver = Driver::new(disk.open_queue().unwrap());
+        for i in 0..100 {
+            let data = driver.list(&[(0, 512)]);
+            driver.queue.submit(i, Request::Read { offset: i * 512, data });
+        }
+        driver.queue.kick();
+        driver.queue.hurry();
+        // At their rate it would be a minute and a half.
+        assert_eq!(driver.wait(100).len(), 100);
     }
 }

@@ -293,6 +293,12 @@ impl DataPath for Blk {
         Ok(())
     }
 
+    fn hurry(&mut self) {
+        if let Some(queue) = &mut self.queue {
+            queue.hurry();
+        }
+    }
+
     fn idle(&self) -> bool {
         let in_flight = self.pending.len() - self.free.len();
         in_flight <= self.stopped()

@@ -31,6 +31,9 @@ pub trait DataPath: Send {
         Ok(())
     }
 
+    /// The machine is to come to rest: what would wait long is not to.
+    fn hurry(&mut self) {}
+
     /// Whether nothing is in flight, so that the device can be held or saved.
     fn idle(&self) -> bool {
         true
@@ -96,6 +99,7 @@ impl<P: DataPath> Handler for Inner<P> {
 
     fn quiesce(&mut self) -> bool {
         self.queues.quiet = true;
+        self.path.hurry();
         self.path.idle()
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -520,18 +521,21 @@ class _Descent:
 def _holder(machine: Machine) -> Callable[[str], None]:
     """Holds the machine for a disk; it may be gone, held or ended by then."""
     known = weakref.ref(machine)
+    # Several writes may fail at once.
+    turn = threading.Lock()
 
     def hold(cause: str) -> None:
         machine = known()
-        if machine is None or machine.phase is not Phase.RUNNING:
-            return
-        MachineLog(machine.config.name).warning(
-            "%s; the machine is held: mend it on the host and resume() it, or kill -CONT %d",
-            cause,
-            os.getpid(),
-        )
-        with suppress(MachineStateError):  # somebody else did it, or it has ended
-            machine.hold()
+        with turn:
+            if machine is None or machine.phase is not Phase.RUNNING:
+                return
+            MachineLog(machine.config.name).warning(
+                "%s; the machine is held: mend it on the host and resume() it, or kill -CONT %d",
+                cause,
+                os.getpid(),
+            )
+            with suppress(MachineStateError):  # somebody else did it, or it has ended
+                machine.hold()
 
     return hold
 
