@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+use tetrarch_engine::{DoorbellAddress, Vm};
+
+use crate::doorbell::Placement;
 use crate::space::Space;
 use crate::table::Hit;
 use crate::{Access, AttachError, Device, DeviceError, Handler, Region, Sizes};
@@ -42,8 +45,23 @@ pub struct Bus {
 }
 
 impl Bus {
+    /// Without an engine, so that every write comes to its device.
     pub fn new() -> Self {
-        let (ports, mmio) = (Space::new("port", 0xFFFF), Space::new("address", u64::MAX));
+        Self::of(None)
+    }
+
+    /// Gives the doorbells of devices to the engine.
+    pub fn with_doorbells(engine: Arc<dyn Vm>) -> Self {
+        Self::of(Some(engine))
+    }
+
+    fn of(engine: Option<Arc<dyn Vm>>) -> Self {
+        let port = |at| u16::try_from(at).ok().map(DoorbellAddress::Port);
+        let memory = |at| Some(DoorbellAddress::Memory(at));
+        let ports = engine.clone().map(|engine| Placement::new(engine, port));
+        let mmio = engine.map(|engine| Placement::new(engine, memory));
+        let ports = Space::new("port", 0xFFFF, ports);
+        let mmio = Space::new("address", u64::MAX, mmio);
         Self { ports: Arc::new(ports), mmio: Arc::new(mmio) }
     }
 

@@ -3,6 +3,8 @@
 use std::error::Error;
 use std::fmt;
 
+use crate::DeviceDoorbell;
+
 /// What can be attached to a port or memory range.
 ///
 /// `offset` counts from the start of the range; `size` is 1, 2, 4 or 8 bytes
@@ -11,6 +13,13 @@ pub trait Device: Send + Sync {
     /// Bits of the result over `size` are ignored.
     fn read(&self, offset: u64, size: u8) -> Result<u64, DeviceError>;
     fn write(&self, offset: u64, size: u8, value: u64) -> Result<(), DeviceError>;
+
+    /// Registers where a write only signals an event. The engine does that for as long as
+    /// the region is mapped there, without an exit; what comes to `write` nevertheless
+    /// must do the same. Asked once, when the device is attached.
+    fn doorbells(&self) -> Vec<DeviceDoorbell> {
+        Vec::new()
+    }
 
     /// In what the device is written, for the statistics.
     fn kind(&self) -> DeviceKind {

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use arc_swap::{ArcSwap, Guard};
 use parking_lot::Mutex;
 
-use crate::Device;
+use crate::doorbell::{Placement, Wanted};
 use crate::table::{Placed, Table};
+use crate::{Device, DeviceDoorbell};
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AttachError {
@@ -84,6 +85,7 @@ struct Record {
     sizes: Sizes,
     owner: String,
     device: Option<Arc<dyn Device>>,
+    doorbells: Vec<DeviceDoorbell>,
     mapped: bool,
 }
 
@@ -108,12 +110,14 @@ impl Record {
 struct Records {
     records: Vec<Record>,
     next: u64,
+    /// Where there is an engine that has doorbells.
+    placement: Option<Placement>,
 }
 
 /// One address space.
 ///
-/// Lock: `records`, held to change the space and never while a device is
-/// called or dropped. An access takes no lock: it reads the table of the
+/// Lock: `records`, held to change the space, the engine's doorbells too, and never
+/// while a device is called or dropped. An access takes no lock: it reads the table of the
 /// moment, which a change replaces.
 pub(crate) struct Space {
     name: &'static str,
@@ -123,8 +127,9 @@ pub(crate) struct Space {
 }
 
 impl Space {
-    pub fn new(name: &'static str, last: u64) -> Self {
-        Self { name, last, records: Mutex::default(), table: ArcSwap::default() }
+    pub fn new(name: &'static str, last: u64, placement: Option<Placement>) -> Self {
+        let records = Mutex::new(Records { placement, ..Records::default() });
+        Self { name, last, records, table: ArcSwap::default() }
     }
 
     /// The table of this moment, which keeps its devices alive.
@@ -149,7 +154,9 @@ impl Space {
         }
         let owner = owner.to_owned();
         // Before the lock, so that a device which is refused is dropped after it.
-        let mut record = Record { id: 0, base, length, sizes, owner, device, mapped: true };
+        let doorbells = device.as_ref().map(|device| device.doorbells()).unwrap_or_default();
+        let mut record =
+            Record { id: 0, base, length, sizes, owner, device, doorbells, mapped: true };
         let mut records = self.records.lock();
         let id = records.next;
         record.id = id;
@@ -163,7 +170,7 @@ impl Space {
         }
         records.next += 1;
         records.records.push(record);
-        let old = self.publish(&records);
+        let old = self.publish(&mut records);
         drop(records);
         drop(old);
         Ok(Region { space: Arc::clone(self), id })
@@ -182,14 +189,24 @@ impl Space {
 
     /// Replaces the table. The old one may hold the last reference to a device
     /// and is dropped by the caller, without the lock.
-    fn publish(&self, records: &Records) -> Arc<Table> {
-        let mapped = records.records.iter().filter(|record| record.mapped);
-        let placed = mapped.map(|record| Placed {
+    fn publish(&self, records: &mut Records) -> Arc<Table> {
+        let Records { records, placement, .. } = records;
+        let mapped = records.iter().filter(|record| record.mapped);
+        let placed = mapped.clone().map(|record| Placed {
             span: record.span(),
             sizes: record.sizes,
             device: record.device.clone(),
         });
-        self.table.swap(Arc::new(Table::new(placed.collect())))
+        let table = Arc::new(Table::new(placed.collect()));
+        let old = self.table.swap(Arc::clone(&table));
+        if let Some(placement) = placement {
+            let wanted = mapped.filter_map(|record| {
+                let Record { base, sizes, ref device, ref doorbells, .. } = *record;
+                Some(Wanted { base, sizes, device: device.as_ref()?, doorbells })
+            });
+            placement.follow(wanted, &table);
+        }
+        old
     }
 
     /// Changes the record of a region, whose place in the order is then the
@@ -206,7 +223,7 @@ impl Space {
             let record = list.remove(index);
             list.push(record);
         }
-        let old = self.publish(&records);
+        let old = self.publish(&mut records);
         drop(records);
         drop(old);
         Ok(())
@@ -216,7 +233,7 @@ impl Space {
         let mut records = self.records.lock();
         let index = records.records.iter().position(|record| record.id == id)?;
         let record = records.records.remove(index);
-        let old = self.publish(&records);
+        let old = self.publish(&mut records);
         drop(records);
         drop(old);
         record.device
@@ -236,7 +253,7 @@ impl Space {
         let list = std::mem::take(&mut records.records);
         let (gone, kept): (Vec<_>, Vec<_>) = list.into_iter().partition(|r| r.device.is_some());
         records.records = kept;
-        let old = self.publish(&records);
+        let old = self.publish(&mut records);
         drop(records);
         drop(old);
         gone.into_iter().filter_map(|record| record.device).collect()

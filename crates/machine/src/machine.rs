@@ -60,7 +60,7 @@ impl Machine {
             tetrarch_engine_bt::create_vm(Arc::clone(&memory), config)?
         };
 
-        let bus = Bus::new();
+        let bus = Bus::with_doorbells(Arc::clone(&engine));
         for (base, length, owner) in ENGINE_PORTS {
             bus.reserve_ports(base, length, owner)?;
         }

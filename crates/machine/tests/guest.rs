@@ -1,11 +1,15 @@
 //! A machine as a program uses it: real-mode guests of a few bytes on engine bt.
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tetrarch_bus::{Device, DeviceError, HoldError, NoHandlers, RunEnd, RunError, Sizes};
-use tetrarch_engine::{EngineError, Platform, Vcpu};
+use rustix::event::{EventfdFlags, eventfd};
+use tetrarch_bus::{
+    Device, DeviceDoorbell, DeviceError, HoldError, NoHandlers, RunEnd, RunError, Sizes,
+};
+use tetrarch_engine::{Doorbell, DoorbellAddress, EngineError, Platform, Vcpu};
 use tetrarch_machine::{Machine, MachineError, State, collect, dump, engine_available};
 use tetrarch_memory::GuestPhys;
 
@@ -74,6 +78,112 @@ fn guest_runs_to_its_halt_and_reaches_a_device() {
     let stats = collect(&machine);
     assert_eq!((stats["exits"]["port_out"], stats["exits"]["port_in"]), (1, 1));
     assert_eq!((stats["exits"]["halt"], stats["accesses"]["rust"]), (1, 2));
+}
+
+/// Counts writes; those of its byte 1 only signal an event.
+struct Notified {
+    writes: AtomicU64,
+    event: Arc<OwnedFd>,
+}
+
+impl Notified {
+    fn new() -> Arc<Self> {
+        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+        let event = Arc::new(eventfd(0, flags).expect("a descriptor"));
+        Arc::new(Self { writes: AtomicU64::new(0), event })
+    }
+
+    /// Signals and writes since the last call.
+    fn seen(&self) -> (u64, u64) {
+        let mut count = [0; 8];
+        let signals = rustix::io::read(&self.event, &mut count).map_or(0, |_| 1);
+        (signals * u64::from_ne_bytes(count), self.writes.swap(0, Ordering::SeqCst))
+    }
+}
+
+impl Device for Notified {
+    fn read(&self, _: u64, _: u8) -> Result<u64, DeviceError> {
+        Ok(0)
+    }
+
+    fn write(&self, _: u64, _: u8, _: u64) -> Result<(), DeviceError> {
+        self.writes.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn doorbells(&self) -> Vec<DeviceDoorbell> {
+        let event = Arc::clone(&self.event) as _;
+        vec![DeviceDoorbell { offset: 1, size: None, value: None, event }]
+    }
+}
+
+/// A machine that writes a byte to each of these ports and halts, as often as it is asked.
+fn writer(ports: &[u8]) -> (Machine, impl Fn(&Machine)) {
+    let mut code: Vec<u8> = ports.iter().flat_map(|&port| [0xE6, port]).collect();
+    code.extend([0xFA, 0xF4]);
+    let once = |machine: &Machine| {
+        set(machine, &[("rip", START)]).expect("a register");
+        assert_eq!(run(machine).expect("no error"), RunEnd::Halted);
+    };
+    (machine(&code), once)
+}
+
+#[test]
+fn doorbell_of_a_device_goes_with_its_region() {
+    let (machine, write) = writer(&[0x90, 0x91, 0x95]);
+    let device = Notified::new();
+    let region =
+        machine.bus.attach_ports(0x90, 4, Sizes::ALL, "device", device.clone()).expect("free");
+    let exits = || collect(&machine)["exits"]["port_out"];
+    write(&machine);
+    assert_eq!((device.seen(), exits()), ((1, 1), 2));
+    region.move_to(0x94).expect("there");
+    write(&machine);
+    assert_eq!((device.seen(), exits()), ((1, 0), 4));
+    region.unmap().expect("there");
+    write(&machine);
+    assert_eq!((device.seen(), exits()), ((0, 0), 7));
+    region.map().expect("there");
+    write(&machine);
+    assert_eq!((device.seen(), exits()), ((1, 0), 9));
+    region.detach();
+    write(&machine);
+    assert_eq!((device.seen(), exits()), ((0, 0), 12));
+}
+
+#[test]
+fn doorbell_is_silent_where_another_region_answers() {
+    let (machine, write) = writer(&[0x91]);
+    let (first, second) = (Arc::new(Register::default()), Notified::new());
+    let bus = &machine.bus;
+    let first = bus.attach_ports(0x91, 1, Sizes::ALL, "first", first).expect("free");
+    let region = bus.attach_ports(0xB0, 4, Sizes::ALL, "second", second.clone()).expect("free");
+    region.move_to(0x90).expect("there");
+    write(&machine);
+    assert_eq!(second.seen(), (0, 0));
+    first.unmap().expect("there");
+    write(&machine);
+    assert_eq!(second.seen(), (1, 0));
+}
+
+#[test]
+fn doorbell_that_the_engine_does_not_take_is_a_write() {
+    let (machine, write) = writer(&[0x91]);
+    let taken = Notified::new();
+    let doorbell = Doorbell::at(DoorbellAddress::Port(0x91));
+    machine.engine.add_doorbell(doorbell, taken.event.as_fd()).expect("free");
+    let device = Notified::new();
+    let region =
+        machine.bus.attach_ports(0x90, 4, Sizes::ALL, "device", device.clone()).expect("free");
+    write(&machine);
+    assert_eq!((taken.seen(), device.seen()), ((1, 0), (0, 0)));
+    machine.engine.remove_doorbell(&doorbell).expect("there");
+    write(&machine);
+    assert_eq!(device.seen(), (0, 1));
+    // The next change finds the place free.
+    region.move_to(0x90).expect("there");
+    write(&machine);
+    assert_eq!(device.seen(), (1, 0));
 }
 
 #[test]

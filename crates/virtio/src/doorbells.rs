@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use tetrarch_bus::{Device, DeviceError};
+use tetrarch_bus::{Device, DeviceDoorbell, DeviceError};
 use tetrarch_io::Event;
 
-/// The notification registers of a device. A vCPU that writes one goes on at once; reads
-/// give 0.
+/// The notification registers of a device. A vCPU that writes one goes on at once, where
+/// the engine has it without an exit; reads give 0.
 pub struct Doorbells {
     events: Vec<Arc<Event>>,
     /// Bytes between the registers of two queues (4.1.4.4); 0: one register for all, which
@@ -32,5 +32,39 @@ impl Device for Doorbells {
             event.signal();
         }
         Ok(())
+    }
+
+    fn doorbells(&self) -> Vec<DeviceDoorbell> {
+        let doorbell = |(index, event): (u64, &Arc<Event>)| {
+            let event = Arc::clone(event) as _;
+            match self.stride {
+                0 => DeviceDoorbell { offset: 0, size: Some(4), value: Some(index), event },
+                stride => DeviceDoorbell { offset: index * stride, size: None, value: None, event },
+            }
+        };
+        (0..).zip(&self.events).map(doorbell).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_doorbell_signals_what_its_write_does() {
+        for stride in [0, 4] {
+            let events: Vec<_> = (0..3).map(|_| Arc::new(Event::new().unwrap())).collect();
+            let device = Doorbells::new(&events, stride);
+            let doorbells = device.doorbells();
+            assert_eq!(doorbells.len(), events.len());
+            for (index, doorbell) in doorbells.iter().enumerate() {
+                let DeviceDoorbell { offset, size, value, event } = doorbell;
+                rustix::io::write(event.as_fd(), &1u64.to_ne_bytes()).unwrap();
+                let signalled = |at| events.iter().position(|event| event.take()) == at;
+                assert!(signalled(Some(index)) && signalled(None));
+                device.write(*offset, size.unwrap_or(2), value.unwrap_or(0)).unwrap();
+                assert!(signalled(Some(index)) && signalled(None));
+            }
+        }
     }
 }
