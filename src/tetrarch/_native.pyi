@@ -35,6 +35,7 @@ __all__ = [
     "VirtioDevice",
     "VirtioRng",
     "VirtioServed",
+    "VirtioVsock",
     "Vm",
     "__version__",
     "disk_check",
@@ -333,6 +334,15 @@ class VirtioChain:
     def done(self) -> None:
         """Gives the chain back with what was written; the driver is interrupted if it wants
         that. Of no effect a second time."""
+
+@final
+class VirtioVsock(VirtioDevice):
+    """The socket device of a guest with the address ``cid``; programs of the host connect to
+    ``listener``, a descriptor of a Unix socket that listens at ``path``."""
+
+    def __new__(cls, vm: Vm, name: str, cid: int, path: str, listener: int) -> Self: ...
+    def reset_transport(self) -> None:
+        """Tells the driver that all connections are gone."""
 
 @final
 class GuestCall:

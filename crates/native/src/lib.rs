@@ -18,6 +18,7 @@ mod serial_port;
 mod vcpu;
 mod virtio;
 mod vm;
+mod vsock;
 
 use pyo3::prelude::*;
 
@@ -49,6 +50,8 @@ mod _native {
     use crate::virtio::{Interrupt, IsrStatus, VirtioBlk, VirtioDevice, VirtioRng};
     #[pymodule_export]
     use crate::vm::Vm;
+    #[pymodule_export]
+    use crate::vsock::VirtioVsock;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

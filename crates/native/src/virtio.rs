@@ -110,7 +110,7 @@ impl VirtioDevice {
     }
 }
 
-fn no_io(name: &str, error: &std::io::Error) -> Failure {
+pub fn no_io(name: &str, error: &std::io::Error) -> Failure {
     let what = format!("the host gives no events for {name}");
     EngineError::from(Unusable::refused(&what, error, "look into the host's kernel log")).into()
 }

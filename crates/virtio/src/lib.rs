@@ -9,6 +9,7 @@ mod lent;
 pub mod queue;
 mod queues;
 mod rng;
+mod vsock;
 
 pub use blk::Blk;
 pub use device::{Control, DataPath, Device, OWN_SOURCES, QueueSetup, StartError};
@@ -17,3 +18,4 @@ pub use isr::IsrStatus;
 pub use lent::{Lender, Lent, LentChain};
 pub use queues::Queues;
 pub use rng::Rng;
+pub use vsock::Vsock;

@@ -1,0 +1,53 @@
+//! `tetrarch._native.VirtioVsock`.
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use tetrarch_virtio::{Device, Vsock};
+
+use crate::error::Failure;
+use crate::virtio::{VirtioDevice, no_io};
+use crate::vm::Vm;
+
+/// The socket device. Listens on a Unix socket that Python has bound.
+#[pyclass(frozen, extends = VirtioDevice, module = "tetrarch._native")]
+pub struct VirtioVsock {
+    device: Arc<Device<Vsock>>,
+}
+
+#[pymethods]
+impl VirtioVsock {
+    #[new]
+    fn new(
+        vm: &Bound<'_, Vm>,
+        name: &str,
+        cid: u64,
+        path: PathBuf,
+        listener: i32,
+    ) -> Result<PyClassInitializer<Self>, Failure> {
+        let listener = UnixListener::from(own_descriptor(listener)?);
+        let path_made = Vsock::new(cid, path, listener).map_err(|error| no_io(name, &error))?;
+        let (base, device) = VirtioDevice::make(vm, name, 3, path_made)?;
+        Ok(PyClassInitializer::from(base).add_subclass(Self { device }))
+    }
+
+    /// Tells the driver that all connections are gone.
+    fn reset_transport(&self, py: Python<'_>) {
+        py.detach(|| self.device.with_path(|path, _| path.reset_transport()));
+    }
+}
+
+/// A copy of a descriptor of Python's, which keeps its own.
+fn own_descriptor(number: i32) -> Result<OwnedFd, Failure> {
+    // SAFETY: fcntl takes any number, and says where it is no descriptor.
+    let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(Failure::refused(format!("descriptor {number}: {error}")));
+    }
+    // SAFETY: fcntl has just made it, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
