@@ -8,6 +8,10 @@ ARGS ?=
 # make run shows the engine that every host has.
 ENGINE ?= bt
 
+# The program in guests that runs commands for the host: static, for a guest of any kind.
+AGENT := src/tetrarch/images/guest/tetrarch-agent
+AGENT_FLAGS := -C target-feature=+crt-static -C strip=symbols -C opt-level=s
+
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -path '*/src/*.rs' -o -name Cargo.toml)
 
 .DEFAULT_GOAL := help
@@ -17,7 +21,7 @@ RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -path '*/src/*.rs' -o 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.stamp-package ## Build the core and install everything into .venv
+setup: $(AGENT) $(VENV)/.stamp-package ## Build the core and install everything into .venv
 
 run: setup ## Boot the default guest to a shell (ENGINE=auto|bt|kvm, ARGS= for more options)
 	@$(BIN)/tetrarch run --engine $(ENGINE) $(ARGS) || { code=$$?; \
@@ -41,7 +45,7 @@ fuzz: ## Fuzz a TARGET of fuzz/ for ten minutes (see docs/fuzzing.md)
 	cargo fetch --locked --manifest-path fuzz/Cargo.toml
 	cd fuzz && RUSTC_BOOTSTRAP=1 cargo fuzz run $(TARGET) -- -max_total_time=600 -max_len=768 -len_control=0
 
-wheel: $(VENV)/.stamp-tools ## Build the wheel into dist/
+wheel: $(AGENT) $(VENV)/.stamp-tools ## Build the wheel into dist/
 	$(BIN)/maturin build --release --strip --locked --out dist
 
 lint: setup ## Check format, types and style of Rust and Python
@@ -73,11 +77,17 @@ lock: ## Lock the Python dependencies of pyproject.toml in requirements/ (ARGS=-
 
 clean: ## Remove everything that was built
 	rm -rf $(VENV) dist build target .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f src/tetrarch/_native*.so
+	rm -f src/tetrarch/_native*.so $(AGENT)
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 packages: # what the tests need of the system
 	@tools/test-packages
+
+$(AGENT): Cargo.lock crates/agent/Cargo.toml $(wildcard crates/agent/src/*.rs)
+	@PYTHON=$(PYTHON) tools/check-host
+	RUSTFLAGS="$(AGENT_FLAGS)" cargo build --quiet --release --locked --package tetrarch-agent \
+		--target x86_64-unknown-linux-gnu --target-dir target/agent
+	install -m 755 target/agent/x86_64-unknown-linux-gnu/release/tetrarch-agent $@
 
 # Wheels only: what building from source would need is locked nowhere.
 $(VENV)/.stamp-tools: requirements/dev.txt tools/check-host

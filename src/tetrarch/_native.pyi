@@ -341,6 +341,8 @@ class VirtioVsock(VirtioDevice):
     ``listener``, a descriptor of a Unix socket that listens at ``path``."""
 
     def __new__(cls, vm: Vm, name: str, cid: int, path: str, listener: int) -> Self: ...
+    def close(self) -> None:
+        """Ends all connections, when the machine has ended."""
     def reset_transport(self) -> None:
         """Tells the driver that all connections are gone."""
 

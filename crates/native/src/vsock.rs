@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use tetrarch_virtio::{Device, Vsock};
+use tetrarch_virtio::{DataPath, Device, Vsock};
 
 use crate::error::Failure;
 use crate::virtio::{VirtioDevice, no_io};
@@ -32,6 +32,11 @@ impl VirtioVsock {
         let path_made = Vsock::new(cid, path, listener).map_err(|error| no_io(name, &error))?;
         let (base, device) = VirtioDevice::make(vm, name, 3, path_made)?;
         Ok(PyClassInitializer::from(base).add_subclass(Self { device }))
+    }
+
+    /// Ends all connections, when the machine has ended.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.device.with_path(|path, _| path.reset()));
     }
 
     /// Tells the driver that all connections are gone.

@@ -115,7 +115,7 @@ def image_pull(name: ImageName = "debian", json: Json = False) -> None:
 
 @image_app.command("ls")
 def image_ls(json: Json = False) -> None:
-    """List the cached guests."""
+    """List the cached guests, and the disks that were built."""
     from tetrarch.cli.images import show
 
     show(json)
@@ -126,7 +126,7 @@ def image_rm(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As image ls names it.")],
     json: Json = False,
 ) -> None:
-    """Take a guest out of the cache, and the packages that no other guest needs."""
+    """Remove a disk that was built; or a guest from the cache, with what no other needs."""
     from tetrarch.cli.images import remove
 
     remove(name, json)
@@ -143,12 +143,50 @@ def image_build(
         Path | None,
         typer.Option(metavar="DIR", help="Files to lay over it; needs --output."),
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Build a disk of that size: a whole Debian 12."),
+    ] = None,
+    called: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="The disk's name [default: debian]."),
+    ] = None,
+    hostname: Annotated[
+        str | None, typer.Option(metavar="NAME", help="[default: the disk's name]")
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A user beside root, who may use sudo.")
+    ] = None,
+    ssh_key: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.pub", help="Who may log in by ssh [default: ~/.ssh/id_*.pub]; repeatable."
+        ),
+    ] = None,
+    package: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="One more package; repeatable.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Build the initramfs from the cached packages, without network."""
-    from tetrarch.cli.images import build
+    """Build a guest: with --size a disk with Debian 12 on it, by mmdebstrap.
 
-    build(name, output, overlay, json)
+    Without --size the initramfs of a cached guest, from its packages, without network.
+    """
+    from tetrarch.cli.images import build, build_disk
+
+    if size is None:
+        build(name, output, overlay, json)
+    else:
+        build_disk(
+            name,
+            size,
+            called=called,
+            hostname=hostname,
+            user=user,
+            ssh_keys=ssh_key,
+            packages=package,
+            as_json=json,
+        )
 
 
 DiskImage = Annotated[Path, typer.Argument(metavar="IMAGE", help="A file or block device.")]

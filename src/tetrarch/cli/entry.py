@@ -75,11 +75,12 @@ def run_cli(arguments: Sequence[str]) -> int:
     from typer.main import get_command
 
     from tetrarch.cli.app import app
+    from tetrarch.cli.options import split_command
 
     _log_to_standard_error()
     try:
         command = get_command(app)
-        result = command.main(list(arguments), prog_name="tetrarch", standalone_mode=False)
+        result = command.main(split_command(arguments), prog_name="tetrarch", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except Exit as request:
         return request.exit_code

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tetrarch import images
-from tetrarch.errors import ConfigError, ImageError
+from tetrarch.errors import ConfigError, ImageError, ValueProblem
+from tetrarch.images.store import DiskStore, InstalledDisk
 
-__all__ = ["build", "pull", "remove", "show"]
+__all__ = ["build", "build_disk", "pull", "remove", "show"]
 
 
 def pull(name: str, as_json: bool) -> None:
@@ -19,11 +20,18 @@ def pull(name: str, as_json: bool) -> None:
 
 def show(as_json: bool) -> None:
     cache = images.Cache()
-    guests = cache.list()
+    guests, disks = cache.list(), DiskStore().list()
     if as_json:
-        print(json.dumps([_row(guest) for guest in guests], indent=2))
+        rows = [*map(_row, guests), *map(_disk_row, disks)]
+        print(json.dumps(rows, indent=2))
         return
-    if not guests:
+    for disk in disks:
+        used = disk.disk.stat().st_blocks * 512 / 1e6
+        print(
+            f"{disk.manifest.name}  disk of {disk.disk.stat().st_size / 2**30:.0f} GiB, "
+            f"{used:.0f} MB used, Linux {disk.manifest.release}  {disk.directory}"
+        )
+    if not guests and not disks:
         print(f"no guest is cached in {cache.root}; run: tetrarch image pull")
         return
     width = max(len(guest.manifest.name) for guest in guests)
@@ -36,6 +44,11 @@ def show(as_json: bool) -> None:
 
 
 def remove(name: str, as_json: bool) -> None:
+    disks = DiskStore()
+    if disks.find(name) is not None:
+        disk = disks.remove(name)
+        print(json.dumps(_disk_row(disk), indent=2) if as_json else f"removed the disk {name}")
+        return
     guest = images.remove(images.Cache(), name)
     if as_json:
         print(json.dumps(_row(guest), indent=2))
@@ -63,6 +76,68 @@ def build(name: str, output: Path | None, overlay: Path | None, as_json: bool) -
         print(json.dumps({"initrd": str(output), "release": built.release}))
     else:
         print(f"{output}: initramfs for Linux {built.release}")
+
+
+def build_disk(
+    what: str,
+    size: str,
+    *,
+    called: str | None,
+    hostname: str | None,
+    user: str | None,
+    ssh_keys: list[Path] | None,
+    packages: list[str] | None,
+    as_json: bool,
+) -> None:
+    from tetrarch.images.debian_disk import DebianRecipe, build_debian_disk
+    from tetrarch.machine.config import parse_size
+
+    if what != "debian":
+        raise ConfigError(f"no disk of {what!r} can be built", mend="there is debian")
+    try:
+        length = parse_size(size)
+    except ValueProblem as problem:
+        raise ConfigError(f"--size: {problem.cause}", mend=problem.mend) from None
+    name = called or what
+    recipe = DebianRecipe(
+        name=name,
+        size=length,
+        hostname=hostname or name,
+        user=user or "",
+        ssh_keys=_public_keys(ssh_keys),
+        packages=packages or (),
+    )
+    disk = build_debian_disk(recipe, DiskStore(), images.TerminalReporter())
+    if as_json:
+        print(json.dumps(_disk_row(disk), indent=2))
+    else:
+        print(f"{name}: Debian with Linux {disk.manifest.release} on {disk.disk}")
+        print(f"  run it: tetrarch run {name}")
+
+
+def _public_keys(files: list[Path] | None) -> list[str]:
+    """The given keys, or those that the user has."""
+    if files is None:
+        files = sorted((Path.home() / ".ssh").glob("id_*.pub"))
+    try:
+        return [file.read_text(encoding="utf-8").strip() for file in files]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(f"an SSH key cannot be read: {error}", "give a .pub file") from error
+
+
+def _disk_row(disk: InstalledDisk) -> dict[str, Any]:
+    manifest = disk.manifest
+    return {
+        "name": manifest.name,
+        "disk": str(disk.disk),
+        "release": manifest.release,
+        "suite": manifest.suite,
+        "kernel": str(disk.kernel),
+        "initrd": str(disk.initrd),
+        "append": manifest.append,
+        "packages": manifest.packages,
+        "bytes": disk.disk.stat().st_size,
+    }
 
 
 def _show_one(guest: images.CachedGuest, as_json: bool) -> None:

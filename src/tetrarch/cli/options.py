@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from tetrarch.errors import ConfigError
 from tetrarch.machine.config import MachineConfig, ValueProblem, check_options, option
 
-__all__ = ["CommandOptions", "take_options", "with_options"]
+__all__ = ["COMMAND_WORD", "CommandOptions", "split_command", "take_options", "with_options"]
+
+#: How the words behind ``--`` get through the parser, which would take the first for a NAME.
+COMMAND_WORD = "--command-word"
+
 
 # Longer runs need no timeout; far larger numbers overflow the host's clock.
 _TIMEOUT_S_MAX = 366 * 24 * 3600.0
@@ -43,6 +48,8 @@ class CommandOptions(BaseModel):
         None, "Stop the guest then; exit code 124.", "SECONDS"
     )
     stats: bool = option(False, "Show counters on standard error at the end.")
+    command: tuple[str, ...] = ()
+    """What stands behind ``--``: words of a command for the guest."""
     report: bool = option(
         False, "A last line on standard error with status and counters.", name="json"
     )
@@ -65,8 +72,17 @@ def _annotations() -> Iterator[tuple[str, Any]]:
         metavar="FILE.toml", help="A file with options; those of the command line come on top."
     )
     yield "config", Annotated[str | None, file]
+    guest = typer.Argument(
+        metavar="[NAME] [-- COMMAND...]",
+        help="A disk of image build, or a cached guest; COMMAND runs in it, and then it ends.",
+        show_default=False,
+    )
+    yield "guest", Annotated[str | None, guest]
+    yield "command", Annotated[list[str] | None, typer.Option(COMMAND_WORD, hidden=True)]
     for model in (MachineConfig, CommandOptions):
         for field_name, field in model.model_fields.items():
+            if field_name == "command":
+                continue
             name = field.alias or field_name
             extra = field.json_schema_extra
             metavar = extra.get("metavar") if isinstance(extra, dict) else None
@@ -81,11 +97,26 @@ def _annotations() -> Iterator[tuple[str, Any]]:
                 yield name, Annotated[list[str] | None if many else str | None, shown]
 
 
+def split_command(arguments: Sequence[str]) -> list[str]:
+    """``run NAME -- COMMAND...`` with each word of the command as an option's value."""
+    words = list(arguments)
+    if words[:1] != ["run"] or "--" not in words:
+        return words
+    at = words.index("--")
+    return words[:at] + [f"{COMMAND_WORD}={word}" for word in words[at + 1 :]]
+
+
 def take_options(typed: dict[str, Any]) -> tuple[MachineConfig, CommandOptions]:
     """The options of a file, if one was named, with those of the command line on top."""
     from tetrarch.machine.config_file import RUN_TABLE, read_options
 
     given = {name: value for name, value in typed.items() if value is not None}
+    if (guest := given.pop("guest", None)) is not None:
+        if "image" in given or "kernel" in given:
+            raise ConfigError(
+                f"{guest}, --image and --kernel name a guest each", mend="give one of them"
+            )
+        given["image"] = guest
     config, run = MachineConfig(), dict[str, Any]()
     if (path := given.pop("config", None)) is not None:
         config, run = read_options(Path(path))

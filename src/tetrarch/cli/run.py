@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tetrarch._native import EngineError
+from tetrarch.cli.command import run_command
 from tetrarch.cli.entry import FAILURE, report_error
 from tetrarch.console import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import HostError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import engine_cause, engine_mend
-from tetrarch.machine.guest import check_files, resolve_guest
+from tetrarch.machine.guest import check_files, resolve_guest, with_installed_disk
 from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import choose
@@ -37,6 +38,9 @@ _CODES_BESIDE_DEBUG_EXIT = {FAILURE: 4, ExitStatus(StopReason.CRASHED).code: 6}
 
 def run_guest(config: MachineConfig, options: CommandOptions) -> int:
     """Runs the guest to its end; the exit code."""
+    config = with_installed_disk(config)
+    if options.command:
+        return run_command(config, options)
     if not config.debug_exit:
         return _run(config, options).code
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from tetrarch.errors import ImageError
 from tetrarch.images.archive import ArchiveError, unpack
 from tetrarch.images.initramfs import Initramfs
 from tetrarch.images.modules import (
@@ -26,6 +27,7 @@ __all__ = [
     "DEFAULT_APPEND",
     "RECIPE_VERSION",
     "BuiltGuest",
+    "agent_program",
     "build_guest",
     "build_initramfs",
 ]
@@ -33,7 +35,7 @@ __all__ = [
 DEFAULT_APPEND = "console=ttyS0 quiet"
 """The kernel's command line when the user gives none."""
 
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -124,6 +126,7 @@ def build_initramfs(busybox: bytes, module_dir: Path, overlay: Path | None = Non
     tree.file("init", _guest_file("init"), 0o755)
     tree.file("etc/inittab", _guest_file("inittab"))
     tree.file("etc/profile", _guest_file("profile"))
+    tree.file("usr/sbin/tetrarch-agent", agent_program(), 0o755)
     for path, text in _ETC.items():
         tree.file(path, text.encode())
     tree.file("etc/motd", _motd(module_dir.name).encode())
@@ -149,6 +152,16 @@ def _add_modules(tree: Initramfs, module_dir: Path) -> None:
 
 def _motd(release: str) -> str:
     return f"Linux {release} on Tetrarch. poweroff ends the machine, Ctrl-] leaves it.\n"
+
+
+def agent_program() -> bytes:
+    """The program in guests that runs commands for the host (``crates/agent``)."""
+    try:
+        return _guest_file("tetrarch-agent")
+    except FileNotFoundError as error:
+        raise ImageError(
+            "this installation lacks the agent of guests", "run make setup, or install it anew"
+        ) from error
 
 
 def _guest_file(name: str) -> bytes:

@@ -179,6 +179,9 @@ class MachineConfig(BaseModel):
         "A disk; docs/disks.md has its options. Can be repeated.",
         "PATH[,OPTION=VALUE]...",
     )
+    vsock: FilePath | None = option(
+        None, "A Unix socket for connections with the guest's vsock ports.", "PATH"
+    )
     on_reset: OnReset = option(
         "end", "What a reset by the guest does [default: end].", "end|restart"
     )
@@ -227,6 +230,7 @@ class MachineOptions(TypedDict, total=False):
     memory: str | int
     cpus: int
     disk: DiskOption | Sequence[DiskOption]
+    vsock: str | os.PathLike[str] | None
     on_reset: OnReset
     virtio: VirtioTransport
     rng: bool

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tetrarch._native import disk_info
 from tetrarch.block.disk import disk_errors
+from tetrarch.block.spec import DiskSpec
 from tetrarch.boot import build_acpi, load_kernel
 from tetrarch.boot.source import Source
 from tetrarch.images.default_guest import DEFAULT_APPEND
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from tetrarch.console import ConsoleBackend
     from tetrarch.images import Reporter
 
-__all__ = ["check_files", "load_guest", "resolve_guest"]
+__all__ = ["check_files", "load_guest", "resolve_guest", "with_installed_disk"]
 
 _RESET_IDT_LIMIT = 0xFFFF
 
@@ -33,6 +34,25 @@ def check_files(config: MachineConfig) -> None:
     with disk_errors():
         for disk in config.disk:
             disk_info(disk.path, disk.format)
+
+
+def with_installed_disk(config: MachineConfig) -> MachineConfig:
+    """``config`` with the disk that was built under its image's name, and what boots it."""
+    if config.kernel is not None or config.image is None:
+        return config
+    from tetrarch.images.store import DiskStore
+
+    found = DiskStore().find(config.image)
+    if found is None:
+        return config
+    changes = {
+        "image": None,
+        "kernel": found.kernel,
+        "initrd": config.initrd or found.initrd,
+        "append": found.manifest.append if config.append is None else config.append,
+        "disk": (DiskSpec(found.disk, format="raw"), *config.disk),
+    }
+    return config.model_copy(update=changes)
 
 
 def resolve_guest(config: MachineConfig, reporter: Reporter | None = None) -> MachineConfig:

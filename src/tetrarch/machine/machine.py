@@ -40,7 +40,12 @@ from tetrarch.machine.engine_vm import (
     engine_cause,
     engine_mend,
 )
-from tetrarch.machine.guest import check_files, load_guest, resolve_guest
+from tetrarch.machine.guest import (
+    check_files,
+    load_guest,
+    resolve_guest,
+    with_installed_disk,
+)
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.log import MachineLog
 from tetrarch.machine.panic import PanicWatch
@@ -90,7 +95,7 @@ class Machine:
         **options: Unpack[MachineOptions],
     ) -> None:
         self._life = LifeCycle()
-        self.config: MachineConfig = _configured(config, console, options)
+        self.config: MachineConfig = with_installed_disk(_configured(config, console, options))
         self.engine: str
         self.engine_reason: str
         if vm is None:

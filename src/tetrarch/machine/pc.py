@@ -43,6 +43,7 @@ from tetrarch.pci import PciBus, bus
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
 from tetrarch.virtio.rng import RngKind
+from tetrarch.virtio.vsock import VsockKind
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
@@ -79,6 +80,7 @@ class Pc:
     disks: Sequence[BlkKind]
     virtio: VirtioSlots | None
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
+    vsock: VsockKind | None
     devices: Mapping[str, SavedDevice]
     """All of them by the name that their state is saved under."""
 
@@ -101,6 +103,8 @@ class Pc:
         self.rtc.close()
         for disk in self.disks:
             disk.close()
+        if self.vsock is not None:
+            self.vsock.close()
 
     def resumed(self) -> None:
         """The machine goes on after a hold."""
@@ -180,12 +184,15 @@ def assemble_pc(
     dsdt: list[bytes] = []
     slots: VirtioSlots | None = None
     disks: list[BlkKind] = []
+    vsock: VsockKind | None = None
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
         slots = VirtioSlots(vm, pci, config.virtio, dsdt)
         disks += _disks(vm, config, stop)
-        for kind in _virtio_kinds(vm, config, disks):
+        if config.vsock is not None:
+            vsock = VsockKind(vm, config.vsock)
+        for kind in _virtio_kinds(vm, config, disks, vsock):
             devices[kind.name] = slots.plug(kind)
-    return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, devices)
+    return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, vsock, devices)
 
 
 #: Queues of a disk beyond which more of them gain nothing: they have one I/O thread.
@@ -202,7 +209,11 @@ def _disks(vm: Vm, config: MachineConfig, stop: Callable[[str], None]) -> Iterat
         yield BlkKind(vm, disk, f"disk{index}", min(config.cpus, _DISK_QUEUES_MAX))
 
 
-def _virtio_kinds(vm: Vm, config: MachineConfig, disks: Iterable[BlkKind]) -> Iterator[VirtioKind]:
+def _virtio_kinds(
+    vm: Vm, config: MachineConfig, disks: Iterable[BlkKind], vsock: VsockKind | None
+) -> Iterator[VirtioKind]:
     yield from disks
+    if vsock is not None:
+        yield vsock
     if config.rng:
         yield RngKind(vm)

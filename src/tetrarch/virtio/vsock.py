@@ -39,7 +39,8 @@ class VsockKind:
         self._inode = _inode(path)
 
     def close(self) -> None:
-        """Removes the socket, if it is still ours."""
+        """Ends all connections, and removes the socket if it is still ours."""
+        self.data_path.close()
         if self._inode is not None and _inode(self.path) == self._inode:
             self.path.unlink(missing_ok=True)
 

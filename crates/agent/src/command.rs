@@ -1,0 +1,235 @@
+//! One command: its process, and the ways of its bytes.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use crate::protocol::{
+    ERROR, EXIT, INPUT, OUTPUT, RUN, Run, SIGNAL, WINDOW, Window, bad, read_frame, write_frame,
+};
+
+/// As a shell has it: the command was not found, or cannot be run.
+const NOT_FOUND: u32 = 127;
+const NOT_RUN: u32 = 126;
+
+type Shared = Arc<Mutex<File>>;
+
+fn send(stream: &Shared, kind: u8, body: &[u8]) -> io::Result<()> {
+    write_frame(&mut *stream.lock().unwrap_or_else(PoisonError::into_inner), kind, body)
+}
+
+/// Serves one connection to its end.
+pub fn serve(mut stream: File) -> io::Result<()> {
+    let (kind, body) = read_frame(&mut stream)?;
+    if kind != RUN {
+        return Err(bad("a connection begins with a command"));
+    }
+    let run = Run::decode(&body)?;
+    let out: Shared = Arc::new(Mutex::new(stream.try_clone()?));
+    let started = match start(&run) {
+        Ok(started) => started,
+        Err(error) => {
+            let text = format!("{}: {error}\n", run.arguments[0]);
+            send(&out, ERROR, text.as_bytes())?;
+            let missing = error.kind() == io::ErrorKind::NotFound;
+            let code = if missing { NOT_FOUND } else { NOT_RUN };
+            return send(&out, EXIT, &code.to_le_bytes());
+        }
+    };
+    let Started { mut child, input, outputs, terminal } = started;
+    let id = child.id() as libc::pid_t;
+    // Each of its outputs has a thread; they end when the last process that has it ends.
+    let pumps: Vec<_> = outputs
+        .into_iter()
+        .map(|(kind, from)| {
+            let out = Arc::clone(&out);
+            thread::spawn(move || pump(from, kind, &out))
+        })
+        .collect();
+    let running = Arc::new(AtomicBool::new(true));
+    let group = Group { id, running: Arc::clone(&running) };
+    thread::spawn(move || follow(&mut stream, input, terminal.as_ref(), &group));
+    let status = child.wait()?;
+    running.store(false, Ordering::SeqCst);
+    for pump in pumps {
+        // Of a panic nothing is known that could be told.
+        let _ = pump.join();
+    }
+    send(&out, EXIT, &code(status).to_le_bytes())
+}
+
+fn code(status: ExitStatus) -> u32 {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => code as u32,
+        (None, Some(signal)) => 128 + signal as u32,
+        (None, None) => NOT_RUN,
+    }
+}
+
+struct Started {
+    child: Child,
+    input: Option<File>,
+    outputs: Vec<(u8, File)>,
+    /// The side of the terminal that is ours.
+    terminal: Option<File>,
+}
+
+fn start(run: &Run) -> io::Result<Started> {
+    let mut command = Command::new(&run.arguments[0]);
+    command.args(&run.arguments[1..]);
+    let home = home();
+    command.env("HOME", &home).current_dir(if run.directory.is_empty() {
+        &home
+    } else {
+        &run.directory
+    });
+    if std::env::var_os("PATH").is_none() {
+        command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    }
+    for entry in &run.environment {
+        if let Some((name, value)) = entry.split_once('=') {
+            command.env(name, value);
+        }
+    }
+    match run.terminal {
+        Some(window) => start_on_terminal(command, window),
+        None => {
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            command.process_group(0);
+            let mut child = command.spawn()?;
+            let file = |fd: OwnedFd| File::from(fd);
+            let input = child.stdin.take().map(|pipe| file(pipe.into()));
+            let outputs = [
+                child.stdout.take().map(|pipe| (OUTPUT, file(pipe.into()))),
+                child.stderr.take().map(|pipe| (ERROR, file(pipe.into()))),
+            ];
+            let outputs = outputs.into_iter().flatten().collect();
+            Ok(Started { child, input, outputs, terminal: None })
+        }
+    }
+}
+
+fn home() -> String {
+    std::env::var("HOME").ok().filter(|home| std::path::Path::new(home).is_dir()).unwrap_or_else(
+        || if std::path::Path::new("/root").is_dir() { "/root".into() } else { "/".into() },
+    )
+}
+
+fn start_on_terminal(mut command: Command, window: Window) -> io::Result<Started> {
+    let (ours, theirs) = open_terminal()?;
+    set_window(&ours, window);
+    command.stdin(theirs.try_clone()?).stdout(theirs.try_clone()?).stderr(theirs.try_clone()?);
+    // SAFETY: both calls are allowed between fork and exec; descriptor 0 is the terminal.
+    unsafe {
+        command.pre_exec(|| {
+            if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    let child = command.spawn()?;
+    drop(theirs);
+    let outputs = vec![(OUTPUT, ours.try_clone()?)];
+    Ok(Started { child, input: Some(ours.try_clone()?), outputs, terminal: Some(ours) })
+}
+
+fn open_terminal() -> io::Result<(File, File)> {
+    // SAFETY: plain calls; the descriptors that they give are nobody else's, and the buffer
+    // is as long as is said.
+    unsafe {
+        let master = libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC);
+        if master < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let ours = File::from_raw_fd(master);
+        let mut name = [0; 64];
+        if libc::grantpt(master) < 0
+            || libc::unlockpt(master) < 0
+            || libc::ptsname_r(master, name.as_mut_ptr(), name.len()) != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        let name = CString::from(std::ffi::CStr::from_ptr(name.as_ptr()));
+        let slave = libc::open(name.as_ptr(), libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC);
+        if slave < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((ours, File::from_raw_fd(slave)))
+    }
+}
+
+fn set_window(terminal: &File, window: Window) {
+    let size =
+        libc::winsize { ws_row: window.rows, ws_col: window.columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the call reads the structure, which lives as long as it. It fails only for
+    // what is no terminal.
+    unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+}
+
+/// What the command writes goes to the host. A terminal whose last user has gone gives EIO.
+fn pump(mut from: File, kind: u8, out: &Shared) {
+    let mut buffer = vec![0; 64 << 10];
+    while let Ok(length @ 1..) = from.read(&mut buffer) {
+        if send(out, kind, &buffer[..length]).is_err() {
+            return;
+        }
+    }
+}
+
+/// What the host sends goes to the command, until the host hangs up: that ends it.
+fn follow(stream: &mut File, mut input: Option<File>, terminal: Option<&File>, group: &Group) {
+    while let Ok((kind, body)) = read_frame(stream) {
+        match (kind, terminal) {
+            // A terminal's input has no end of its own: the key for it has one.
+            (INPUT, Some(_)) if body.is_empty() => {
+                if let Some(input) = &mut input {
+                    let _ = input.write_all(&[4]);
+                }
+            }
+            (INPUT, None) if body.is_empty() => input = None,
+            (INPUT, _) => {
+                // A command that reads no more does not mind.
+                if let Some(to) = &mut input
+                    && to.write_all(&body).is_err()
+                {
+                    input = None;
+                }
+            }
+            (WINDOW, Some(terminal)) => {
+                if let Ok(window) = Window::decode(&body) {
+                    set_window(terminal, window);
+                }
+            }
+            (SIGNAL, _) => {
+                if let Some(&number) = body.first() {
+                    group.signal(i32::from(number));
+                }
+            }
+            _ => {}
+        }
+    }
+    group.signal(libc::SIGHUP);
+}
+
+/// The command's processes: it leads a group of its own.
+struct Group {
+    id: libc::pid_t,
+    /// Its leader was not waited for: the number is nobody else's.
+    running: Arc<AtomicBool>,
+}
+
+impl Group {
+    fn signal(&self, number: i32) {
+        if self.running.load(Ordering::SeqCst) {
+            // SAFETY: a plain call.
+            unsafe { libc::kill(-self.id, number) };
+        }
+    }
+}

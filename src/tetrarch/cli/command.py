@@ -1,0 +1,106 @@
+"""``tetrarch run NAME -- COMMAND``: one command in a guest, and then the guest ends."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tetrarch.agent import AgentError, connect
+from tetrarch.agent.command import run_here, run_quietly
+from tetrarch.console import MemoryConsole
+from tetrarch.errors import ConfigError
+from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.guest import check_files, resolve_guest
+from tetrarch.machine.machine import Machine
+from tetrarch.machine.selection import choose
+from tetrarch.machine.status import ExitStatus, StopReason
+
+if TYPE_CHECKING:
+    from tetrarch.cli.options import CommandOptions
+
+__all__ = ["run_command"]
+
+#: How long a guest may take until its agent answers, and to switch itself off.
+_BOOT_S = 300.0
+_POWER_OFF_S = 90.0
+_LAST_LINES = 12
+
+
+def run_command(config: MachineConfig, options: CommandOptions) -> int:
+    """The exit code of the command; ours where the guest does not come so far."""
+    from tetrarch.images.progress import TerminalReporter
+
+    if config.console is not None:
+        raise ConfigError(
+            "with a command the guest's console is not shown", mend="leave --console out"
+        )
+    choose(config.engine, config.cpus)
+    check_files(config)
+    config = resolve_guest(config, TerminalReporter())
+    with tempfile.TemporaryDirectory(prefix="tetrarch-") as folder:
+        path = config.vsock or Path(folder) / "vsock"
+        config = config.model_copy(update={"vsock": path})
+        console = MemoryConsole()
+        with Machine(config, console=console) as machine:
+            machine.start()
+            try:
+                return _run(machine, path, options)
+            except AgentError as error:
+                if (status := _ended(machine)) is not None and status.code != 0:
+                    raise AgentError(f"{error.cause} ({status})", _last_words(console)) from error
+                raise AgentError(error.cause, _last_words(console) or error.mend) from error
+
+
+def _run(machine: Machine, path: Path, options: CommandOptions) -> int:
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        machine.request_stop()
+
+    timer = threading.Timer(options.timeout or threading.TIMEOUT_MAX, stop)
+    timer.daemon = True
+    if options.timeout is not None:
+        timer.start()
+    try:
+        with connect(path, _BOOT_S, lambda: machine.running) as stream:
+            code = run_here(stream, options.command)
+    except AgentError:
+        if not late.is_set():
+            raise
+        status = ExitStatus(StopReason.TIMEOUT, f"{options.timeout:g} s passed")
+        print(f"tetrarch: {status} (--timeout)", file=sys.stderr)
+        return status.code
+    finally:
+        timer.cancel()
+    _power_off(machine, path)
+    return code
+
+
+def _power_off(machine: Machine, path: Path) -> None:
+    """As its user would: what the guest has in memory goes to its disks."""
+    try:
+        with connect(path, 10, lambda: machine.running) as stream:
+            run_quietly(stream, ["poweroff"])
+    except AgentError:
+        pass  # it is on its way
+    try:
+        machine.wait(_POWER_OFF_S)
+    except TimeoutError:
+        print("tetrarch: the guest does not switch itself off, and is stopped", file=sys.stderr)
+        machine.stop()
+
+
+def _ended(machine: Machine) -> ExitStatus | None:
+    try:
+        return machine.wait(2)
+    except TimeoutError:
+        return None
+
+
+def _last_words(console: MemoryConsole) -> str:
+    lines = [line.strip() for line in console.read().splitlines() if line.strip()]
+    return f"its console said: {' / '.join(lines[-_LAST_LINES:])}" if lines else ""

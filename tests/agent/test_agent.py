@@ -1,0 +1,213 @@
+"""Commands in a guest, by its agent over the socket device."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from tetrarch import Machine
+from tetrarch.agent import AgentError, AgentStream, connect, encode_run
+from tetrarch.agent.client import ERROR, EXIT, OUTPUT, RUN
+from tetrarch.errors import HostError
+from tetrarch.images import CachedGuest
+from tetrarch.virtio.vsock import listen
+
+LIMIT_S = 90
+
+
+@pytest.fixture(scope="module")
+def path(debian_guest: CachedGuest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of a guest that runs."""
+    path = tmp_path_factory.mktemp("agent") / "vsock"
+    with Machine(
+        engine="bt", kernel=debian_guest.kernel, initrd=debian_guest.initrd, vsock=path
+    ) as vm:
+        vm.start()
+        connect(path, LIMIT_S).close()
+        yield path
+    assert not path.exists()
+
+
+class Done:
+    """A command that has ended."""
+
+    def __init__(self, stream: AgentStream) -> None:
+        self.output, self.errors = bytearray(), bytearray()
+        while True:
+            kind, data = stream.read()
+            if kind == EXIT:
+                self.code = int.from_bytes(data, "little")
+                return
+            {OUTPUT: self.output, ERROR: self.errors}[kind].extend(data)
+
+
+def begin(path: Path, *arguments: str, **options: object) -> AgentStream:
+    stream = connect(path, LIMIT_S)
+    stream.send(RUN, encode_run(arguments, **options))  # type: ignore[arg-type]
+    return stream
+
+
+def run(path: Path, *arguments: str, **options: object) -> Done:
+    with begin(path, *arguments, **options) as stream:
+        with suppress(BrokenPipeError):  # it may have ended already
+            stream.send_input(b"")
+        return Done(stream)
+
+
+def test_output_error_output_and_exit_code_are_the_commands(path: Path) -> None:
+    done = run(path, "sh", "-c", "echo one; echo two >&2; exit 7")
+    assert (bytes(done.output), bytes(done.errors), done.code) == (b"one\n", b"two\n", 7)
+    assert run(path, "true").code == 0
+
+
+def test_command_has_its_arguments_directory_and_environment(path: Path) -> None:
+    script = 'echo "$#:$2:$PWD:$X"'
+    done = run(path, "sh", "-c", script, "0", "a b", "ü\n", directory="/tmp", environment=["X=1 2"])
+    assert done.output.decode() == "2:ü\n:/tmp:1 2\n"
+
+
+def test_command_that_is_missing_or_none_says_so(path: Path) -> None:
+    done = run(path, "no-such-program")
+    assert done.code == 127
+    assert b"no-such-program: " in done.errors
+    assert run(path, "/etc/hostname").code == 126
+
+
+def test_megabytes_go_in_and_out_whole(path: Path) -> None:
+    data = os.urandom(8 << 20)
+
+    def send() -> None:
+        stream.send_input(data)
+        stream.send_input(b"")
+
+    with begin(path, "cat") as stream:
+        sender = threading.Thread(target=send)
+        sender.start()
+        done = Done(stream)
+        sender.join(LIMIT_S)
+    assert hashlib.sha256(done.output).digest() == hashlib.sha256(data).digest()
+
+
+def test_many_commands_run_at_once(path: Path) -> None:
+    streams = [begin(path, "sh", "-c", f"read x; echo ${{x}}{n}") for n in range(20)]
+    for stream in streams:
+        stream.send_input(b"line\n")
+    for n, stream in enumerate(streams):
+        assert Done(stream).output == b"line%d\n" % n
+        stream.close()
+
+
+def test_signals_reach_all_of_the_command(path: Path) -> None:
+    with begin(
+        path, "sh", "-c", "trap 'echo caught; exit 3' USR1; echo up; while :; do sleep 1; done"
+    ) as stream:
+        assert stream.read() == (OUTPUT, b"up\n")
+        stream.send_signal(signal.SIGUSR1)
+        done = Done(stream)
+        assert (bytes(done.output), done.code) == (b"caught\n", 3)
+    with begin(path, "sleep", "1000") as stream:
+        stream.send_signal(signal.SIGKILL)
+        assert Done(stream).code == 128 + signal.SIGKILL
+
+
+def test_command_ends_when_the_host_hangs_up(path: Path) -> None:
+    with begin(path, "sh", "-c", "echo $$ | tee /tmp/left; exec sleep 1000") as stream:
+        stream.read()
+    deadline = time.monotonic() + LIMIT_S
+    while run(path, "sh", "-c", "[ -s /tmp/left ] && ! kill -0 $(cat /tmp/left) 2>/dev/null").code:
+        assert time.monotonic() < deadline
+
+
+def test_command_on_a_terminal_knows_its_size_and_changes_of_it(path: Path) -> None:
+    with begin(path, "sh", "-c", "stty size; read x; stty size", terminal=(24, 80)) as stream:
+        seen = b""
+        while b"24 80" not in seen:
+            seen += stream.read()[1]
+        stream.send_window(50, 132)
+        stream.send_input(b"go\r")
+        assert b"50 132" in Done(stream).output
+
+
+@pytest.mark.parametrize("body", [b"", b"\0" * 5, b"\xff" * 64, encode_run(["x"])[:-1]])
+def test_nonsense_ends_its_own_connection_alone(path: Path, body: bytes) -> None:
+    with connect(path, LIMIT_S) as stream:
+        stream.send(RUN, body)
+        with pytest.raises(AgentError):
+            stream.read()
+    assert run(path, "true").code == 0
+
+
+def test_guest_without_agent_is_told_after_the_time(tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match=r"no agent answers .* after 0.2 s"):
+        connect(tmp_path / "nothing", 0.2)
+    with pytest.raises(AgentError, match="the guest ended"):
+        connect(tmp_path / "nothing", LIMIT_S, lambda: False)
+
+
+def test_socket_that_is_in_use_is_refused_and_one_left_behind_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "vsock"
+    with listen(path):
+        assert path.stat().st_mode & 0o777 == 0o600
+        with pytest.raises(HostError, match="another program listens"):
+            listen(path)
+    with listen(path), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    with pytest.raises(HostError, match="108 bytes"):
+        listen(tmp_path / ("x" * 120))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(HostError, match="cannot make the socket"):
+        listen(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def command(guest: CachedGuest, *words: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "tetrarch", "run", "--engine", "bt"),
+        *("--kernel", str(guest.kernel), "--initrd", str(guest.initrd), *words),
+    ]
+
+
+def test_run_with_a_command_is_as_the_command_is(debian_guest: CachedGuest) -> None:
+    done = subprocess.run(
+        command(debian_guest, "--", "sh", "-c", "cat; echo no >&2; exit 7"),
+        input=b"through\n",
+        capture_output=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == (b"through\n", b"no\n", 7)
+
+
+def test_run_with_a_command_on_a_terminal(debian_guest: CachedGuest) -> None:
+    words = command(debian_guest, "--", "sh")
+    child = pexpect.spawn(words[0], words[1:], timeout=LIMIT_S, dimensions=(33, 99))
+    child.expect("# ")
+    child.sendline("stty size; exit 4")
+    child.expect("33 99")
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == 4
+
+
+def test_run_with_a_command_ends_after_its_time(debian_guest: CachedGuest) -> None:
+    done = subprocess.run(
+        command(debian_guest, "--timeout", "15", "--", "sleep", "1000"),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 124
+    assert done.stderr.splitlines()[-1].endswith("15 s passed (--timeout)")
