@@ -40,7 +40,7 @@ impl Replay {
         Some(answer)
     }
 
-    /// As [`Replay::ask`], for an exit whose answer may be registers or a fault.
+    /// As `Cpu::ask`, for an exit whose answer may be registers or a fault.
     #[cold]
     pub fn ask_platform(&mut self, exit: Exit) -> R<Reply> {
         if let Some(reply) = self.platform.take() {
