@@ -23,6 +23,7 @@ __all__ = [
     "IrqSource",
     "IsrStatus",
     "Latch",
+    "MsiVectors",
     "MsixTable",
     "NullPort",
     "Region",
@@ -226,6 +227,27 @@ class IsrStatus:
         """Clears bits; gives what was set before."""
     def interrupt(self, bit: int) -> Interrupt:
         """An interrupt that sets the bit."""
+
+@final
+class MsiVectors:
+    """The vectors of a PCI function's MSI capability (PCI Local Bus 3.0, 6.8.1)."""
+
+    def __new__(cls, vm: Vm, vectors: int) -> Self:
+        """EngineError for other numbers than 1, 2, 4, 8, 16 and 32."""
+    @property
+    def vectors(self) -> int: ...
+    def set_control(self, enabled: bool) -> None:
+        """What the driver wrote to the capability's message control."""
+    def set(self, number: int, address: int, data: int, masked: bool) -> None:
+        """The message of a vector. Unmasking sends what is pending."""
+    @property
+    def pending(self) -> int:
+        """A bit for each vector whose message a mask keeps back."""
+    def set_pending(self, pending: int) -> None:
+        """As a saved state has it; sends nothing."""
+    def vector(self, number: int, otherwise: Interrupt | None = None) -> Interrupt:
+        """As ``MsixTable.vector``."""
+    def reset(self) -> None: ...
 
 @final
 class MsixTable(RustDevice):
@@ -434,7 +456,13 @@ class Vm:
         The machine is held meanwhile: as ``hold``, not from its devices.
         """
     def attach_ports(
-        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        mapped: bool = True,
     ) -> Region:
         """Attaches a device to ``length`` ports from ``base`` on, at any time.
 
@@ -442,10 +470,17 @@ class Vm:
         default all of 1, 2, 4 and 8; others pass it by, to another device or to
         nobody. EngineError where an access of the range is taken: by a device, or
         by the engine (PIC 0x20, 0xA0, 0x4D0; PIT 0x40-0x43, 0x61).
-        ``device.read`` and ``device.write`` are looked up now, once.
+        ``device.read`` and ``device.write`` are looked up now, once. Not ``mapped``, it
+        answers nowhere until ``Region.map``, and is in nobody's way.
         """
     def attach_mmio(
-        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        mapped: bool = True,
     ) -> Region:
         """As ``attach_ports``, in guest physical memory that is not RAM."""
     def irq_source(self, gsi: int) -> IrqSource:

@@ -11,8 +11,9 @@ GIB = 1 << 30
 def test_memory_above_the_hole_is_told() -> None:
     entries = memory_map([(0, 3 * GIB), (4 * GIB, GIB)])
 
-    assert entries[-2:] == [
+    assert entries[-3:] == [
         (0x10_0000, 3 * GIB - 0x10_0000, E820Type.RAM),
+        (0xE000_0000, 0x10_0000, E820Type.RESERVED),
         (4 * GIB, GIB, E820Type.RAM),
     ]
 

@@ -74,7 +74,7 @@ impl Bus {
         owner: &str,
         device: Arc<dyn Device>,
     ) -> Result<Region, AttachError> {
-        self.ports.attach(base, length, sizes, owner, Some(device))
+        self.ports.attach(base, length, sizes, owner, Some(device), true)
     }
 
     pub fn attach_mmio(
@@ -85,7 +85,31 @@ impl Bus {
         owner: &str,
         device: Arc<dyn Device>,
     ) -> Result<Region, AttachError> {
-        self.mmio.attach(base, length, sizes, owner, Some(device))
+        self.mmio.attach(base, length, sizes, owner, Some(device), true)
+    }
+
+    /// A region of ports that is not mapped yet: its driver says where it goes.
+    pub fn attach_ports_unmapped(
+        &self,
+        base: u64,
+        length: u64,
+        sizes: Sizes,
+        owner: &str,
+        device: Arc<dyn Device>,
+    ) -> Result<Region, AttachError> {
+        self.ports.attach(base, length, sizes, owner, Some(device), false)
+    }
+
+    /// The same of memory.
+    pub fn attach_mmio_unmapped(
+        &self,
+        base: u64,
+        length: u64,
+        sizes: Sizes,
+        owner: &str,
+        device: Arc<dyn Device>,
+    ) -> Result<Region, AttachError> {
+        self.mmio.attach(base, length, sizes, owner, Some(device), false)
     }
 
     /// Keeps devices away from ports that the engine answers itself.
@@ -95,12 +119,12 @@ impl Bus {
         length: u64,
         owner: &str,
     ) -> Result<Region, AttachError> {
-        self.ports.attach(base, length, Sizes::ALL, owner, None)
+        self.ports.attach(base, length, Sizes::ALL, owner, None, true)
     }
 
     /// Keeps devices away from memory that never reaches the bus.
     pub fn reserve_mmio(&self, base: u64, length: u64, owner: &str) -> Result<Region, AttachError> {
-        self.mmio.attach(base, length, Sizes::ALL, owner, None)
+        self.mmio.attach(base, length, Sizes::ALL, owner, None, true)
     }
 
     /// Detaches all devices. The caller drops them when it holds no lock.

@@ -407,3 +407,14 @@ fn device_may_attach_another_while_it_is_called() {
     assert_eq!(bus.port_in(0x80, 1).unwrap().value, 1);
     assert_eq!(bus.port_in(0x90, 1).unwrap().value, 0x90);
 }
+
+#[test]
+fn region_that_is_not_mapped_is_in_nobodys_way_until_its_driver_maps_it() {
+    let bus = Bus::new();
+    bus.attach_mmio(0, 0x1000, Sizes::ALL, "first", Tagged::new(1)).unwrap();
+    let second = bus.attach_mmio_unmapped(0, 0x2000, Sizes::ALL, "second", Tagged::new(2)).unwrap();
+    assert_eq!(bus.mmio_read(0x1001, 1).unwrap().by, Handler::Nobody);
+    second.map().unwrap();
+    assert_eq!(bus.mmio_read(1, 1).unwrap().value, 0x11, "who was there first answers");
+    assert_eq!(bus.mmio_read(0x1001, 1).unwrap().value, 0x21);
+}

@@ -139,7 +139,8 @@ impl Space {
     }
 
     /// Makes a region and maps it; refused where another one decodes an access
-    /// of it: that is a mistake of who puts the machine together.
+    /// of it: that is a mistake of who puts the machine together. One that is not
+    /// `mapped` waits for its driver to place it.
     pub fn attach(
         self: &Arc<Self>,
         base: u64,
@@ -147,6 +148,7 @@ impl Space {
         sizes: Sizes,
         owner: &str,
         device: Option<Arc<dyn Device>>,
+        mapped: bool,
     ) -> Result<Region, AttachError> {
         let span = self.check(base, length)?;
         if !Sizes::EACH.iter().any(|&size| sizes.has(size) && span.starts(size).is_some()) {
@@ -155,12 +157,12 @@ impl Space {
         let owner = owner.to_owned();
         // Before the lock, so that a device which is refused is dropped after it.
         let doorbells = device.as_ref().map(|device| device.doorbells()).unwrap_or_default();
-        let mut record =
-            Record { id: 0, base, length, sizes, owner, device, doorbells, mapped: true };
+        let mut record = Record { id: 0, base, length, sizes, owner, device, doorbells, mapped };
         let mut records = self.records.lock();
         let id = records.next;
         record.id = id;
-        if let Some(taken) = records.records.iter().find(|r| r.mapped && r.conflicts(&record)) {
+        let conflict = |other: &&Record| mapped && other.mapped && other.conflicts(&record);
+        if let Some(taken) = records.records.iter().find(conflict) {
             return Err(AttachError::Overlap {
                 space: self.name,
                 wanted: span,

@@ -37,7 +37,7 @@ mod _native {
     #[pymodule_export]
     use crate::lent::{VirtioChain, VirtioServed};
     #[pymodule_export]
-    use crate::msix::MsixTable;
+    use crate::msix::{MsiVectors, MsixTable};
     #[pymodule_export]
     use crate::region::Region;
     #[pymodule_export]

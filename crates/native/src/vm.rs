@@ -174,26 +174,30 @@ impl Vm {
         Ok(py.detach(|| self.machine.remove_memory(address))?)
     }
 
-    #[pyo3(signature = (base, length, device, *, sizes = None))]
+    #[pyo3(signature = (base, length, device, *, sizes = None, mapped = true))]
     fn attach_ports(
         slf: Bound<'_, Self>,
         base: u64,
         length: u64,
         device: &Bound<'_, PyAny>,
         sizes: Option<Vec<u8>>,
+        mapped: bool,
     ) -> Result<Region, Failure> {
-        Self::attach(slf, Bus::attach_ports, base, length, device, sizes)
+        let attach = if mapped { Bus::attach_ports } else { Bus::attach_ports_unmapped };
+        Self::attach(slf, attach, base, length, device, sizes)
     }
 
-    #[pyo3(signature = (base, length, device, *, sizes = None))]
+    #[pyo3(signature = (base, length, device, *, sizes = None, mapped = true))]
     fn attach_mmio(
         slf: Bound<'_, Self>,
         base: u64,
         length: u64,
         device: &Bound<'_, PyAny>,
         sizes: Option<Vec<u8>>,
+        mapped: bool,
     ) -> Result<Region, Failure> {
-        Self::attach(slf, Bus::attach_mmio, base, length, device, sizes)
+        let attach = if mapped { Bus::attach_mmio } else { Bus::attach_mmio_unmapped };
+        Self::attach(slf, attach, base, length, device, sizes)
     }
 
     fn irq_source(&self, gsi: u32) -> Result<IrqSource, Failure> {

@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from tetrarch.boot.layout import EBDA_BASE, HIGH_MEMORY
+from tetrarch.machine import map as machine_map
 
 __all__ = ["E820Entry", "E820Type", "memory_map", "pack_e820", "pack_pvh"]
 
@@ -41,6 +42,10 @@ def memory_map(ram: Iterable[tuple[int, int]]) -> list[E820Entry]:
     # EBDA, the VGA window and the firmware area, where the ACPI tables lie, whether or not RAM
     # is behind them: a kernel must take none of it as free memory.
     entries.append(E820Entry(EBDA_BASE, HIGH_MEMORY - EBDA_BASE, E820Type.RESERVED))
+    # Where PCI configuration space is: Linux uses no ECAM that is not reserved
+    # (arch/x86/pci/mmconfig-shared.c, pci_mmcfg_check_reserved).
+    ecam, ecam_end = machine_map.ECAM
+    entries.append(E820Entry(ecam, ecam_end - ecam, E820Type.RESERVED))
     return sorted(entries)
 
 

@@ -65,10 +65,22 @@ class EngineVm(Protocol):
     def read_memory(self, address: int, length: int) -> bytes: ...
     def write_memory(self, address: int, data: bytes) -> None: ...
     def attach_ports(
-        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        mapped: bool = True,
     ) -> BusRegion: ...
     def attach_mmio(
-        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        mapped: bool = True,
     ) -> BusRegion: ...
     def irq_source(self, gsi: int) -> InterruptWire: ...
     def irq_line(self, gsi: int, level: bool) -> None: ...

@@ -7,9 +7,11 @@ for each function (PCI Express Base 5.0, 7.2.2). Both show the same.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from tetrarch.boot.layout import align_up
 from tetrarch.devices._access import MAX_ACCESS, all_ones
 from tetrarch.devices._state import DeviceState, State, register
 from tetrarch.errors import ConfigError
@@ -28,6 +30,7 @@ __all__ = [
     "PciConfigState",
     "PciDataPorts",
     "PciEcam",
+    "place_bars",
 ]
 
 #: Takes dwords alone: bytes there are ordinary ports, such as the reset register.
@@ -55,7 +58,10 @@ class PciConfigState(DeviceState):
 
 
 class PciBus:
-    """Bus 0. Attach ``address_port``, ``data_ports`` and ``ecam``; then plug functions."""
+    """Bus 0. Attach ``address_port``, ``data_ports`` and ``ecam``; then plug functions.
+
+    Lock: ``_lock``, held for a change of the slots; then a function's.
+    """
 
     def __init__(self, vm: EngineVm) -> None:
         self.state = PciConfigState()
@@ -65,13 +71,8 @@ class PciBus:
         self._vm = vm
         self._lock = threading.Lock()
         self._slots: dict[int, PciFunction] = {}
-        self._windows = _Windows(vm)
-        self.plug(PciFunction(vm, HOST_BRIDGE, interrupt_pin=False), slot=0)
-
-    @property
-    def slots(self) -> dict[int, PciFunction]:
-        with self._lock:
-            return dict(self._slots)
+        self._bridge = PciFunction(vm, HOST_BRIDGE, interrupt_pin=False)
+        self.plug(self._bridge, slot=0)
 
     def plug(self, function: PciFunction, slot: int | None = None) -> int:
         """Puts a function into a slot, a free one if none is given, and places its BARs."""
@@ -82,17 +83,16 @@ class PciBus:
             if slot is None or slot not in free:
                 what = "all slots of the PCI bus are" if slot is None else f"PCI slot {slot} is"
                 raise ConfigError(f"{what} taken", mend="give the machine fewer devices")
-        function.plug(self._vm.irq_source(machine_map.pci_gsi(slot, pin=0)))
-        self._windows.place(function)
-        with self._lock:
+            places = place_bars(function, self._slots.values(), self._vm.ram)
+            function.plug(self._vm.irq_source(machine_map.pci_gsi(slot, pin=0)))
+            for bar, address in places:
+                function.set_address(bar, address)
             self._slots[slot] = function
         return slot
 
     def unplug(self, slot: int) -> None:
         with self._lock:
-            function = self._slots.pop(slot)
-        function.unplug()
-        self._windows.forget(function)
+            self._slots.pop(slot).unplug()
 
     def function(self, slot: int) -> PciFunction | None:
         with self._lock:
@@ -113,65 +113,66 @@ class PciBus:
     def reset(self) -> None:
         """The mechanism and the bridge; a device resets its own function, then ``place``."""
         self.state.reset()
+        self._bridge.reset()
 
     def place(self) -> None:
         """Gives each BAR an address again, as firmware does after a reset."""
-        for function in self.slots.values():
-            self._windows.place(function)
+        with self._lock:
+            placed: list[PciFunction] = []
+            for _, function in sorted(self._slots.items()):
+                for bar, address in place_bars(function, placed, self._vm.ram):
+                    function.set_address(bar, address)
+                placed.append(function)
 
     def save(self) -> State:
-        return self.state.save()
+        return {**self.state.save(), "bridge": self._bridge.save()}
 
     def load(self, state: State) -> None:
         self.state.load(state)
+        self._bridge.load(state.get("bridge", {}))
 
 
-class _Windows:
-    """Where the BARs of the bus go, as firmware would choose: each aligned to its size, large
-    ones of 64 bits above RAM. What a driver moves elsewhere is its own affair."""
+#: From this size on a 64-bit BAR goes above 4 GiB.
+LARGE: Final = 64 << 20
 
-    #: From this size on a 64-bit BAR goes above 4 GiB.
-    LARGE: Final = 64 << 20
 
-    def __init__(self, vm: EngineVm) -> None:
-        high = machine_map.high_window(vm.ram)
-        self._ranges = {
-            "io": machine_map.PCI_IO,
-            "low": machine_map.PCI_LOW,
-            "high": (high[0], high[1]),
-        }
-        self._taken: dict[int, list[tuple[str, int, int, Bar]]] = {}
+def place_bars(
+    function: PciFunction, others: Iterable[PciFunction], ram: Sequence[tuple[int, int]]
+) -> list[tuple[Bar, int]]:
+    """Addresses for the BARs of a function, as firmware would choose: each aligned to its size,
+    large ones of 64 bits above RAM; beside those of ``others``, wherever a driver has moved them.
+    """
+    taken = {
+        io: [
+            (other.address(bar), bar.size) for other in others for bar in other.bars if bar.io is io
+        ]
+        for io in (False, True)
+    }
+    places = []
+    for bar in sorted(function.bars, key=lambda bar: -bar.size):
+        if bar.io:
+            window = machine_map.PCI_IO
+        elif bar.wide and bar.size >= LARGE:
+            window = machine_map.high_window(ram)
+        else:
+            window = machine_map.PCI_LOW
+        address = _find_room(window, bar.size, taken[bar.io])
+        taken[bar.io].append((address, bar.size))
+        places.append((bar, address))
+    return places
 
-    def place(self, function: PciFunction) -> None:
-        mine = self._taken.setdefault(id(function), [])
-        if not mine:
-            for bar in sorted(function.bars, key=lambda bar: -bar.size):
-                name = "io" if bar.io else "high" if bar.wide and bar.size >= self.LARGE else "low"
-                mine.append((name, self._find(name, bar.size), bar.size, bar))
-        for _, address, _, bar in mine:
-            function.set_address(bar, address)
 
-    def _find(self, name: str, size: int) -> int:
-        first, end = self._ranges[name]
-        used = sorted(
-            (address, address + length)
-            for places in self._taken.values()
-            for window, address, length, _ in places
-            if window == name
+def _find_room(window: tuple[int, int], size: int, taken: Iterable[tuple[int, int]]) -> int:
+    first, end = window
+    at = align_up(first, size)
+    for start, length in sorted(taken):
+        if start < at + size and at < start + length:
+            at = align_up(start + length, size)
+    if at + size > end:
+        raise ConfigError(
+            f"no room for {size:#x} bytes of a PCI device", mend="give the machine fewer devices"
         )
-        at = -(-first // size) * size
-        for start, stop in used:
-            if at + size <= start:
-                break
-            at = max(at, -(-stop // size) * size)
-        if at + size > end:
-            raise ConfigError(
-                f"no room for {size:#x} bytes of a PCI device", mend="give the machine fewer"
-            )
-        return at
-
-    def forget(self, function: PciFunction) -> None:
-        self._taken.pop(id(function), None)
+    return at
 
 
 class PciAddressPort:

@@ -47,12 +47,11 @@ class ConfigSpace:
     def reset(self) -> None:
         self._data[:] = self._reset
 
-    def save(self) -> list[int]:
-        return list(self._data)
+    def save(self) -> bytes:
+        return bytes(self._data)
 
-    def load(self, data: list[int]) -> None:
-        """Takes what a driver or the device can have left there."""
-        saved = bytes(byte & 0xFF for byte in data[:CONFIG_BYTES]).ljust(CONFIG_BYTES, b"\0")
+    def load(self, saved: bytes | bytearray) -> None:
+        """Takes what a driver can have left there."""
         for index in range(CONFIG_BYTES):
             moves = self._writable[index] | self._clears[index]
             self._data[index] = self._reset[index] & ~moves | saved[index] & moves

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from tetrarch._native import EngineError, Intx, MsixTable
-from tetrarch.devices._state import State
+from tetrarch._native import EngineError, Intx, MsiVectors, MsixTable
+from tetrarch.devices._state import DeviceState, State, flag, memory, queue, register
 from tetrarch.errors import StateError
 from tetrarch.machine.engine_vm import BusRegion, EngineVm, InterruptWire
-from tetrarch.pci.config_space import ConfigSpace
+from tetrarch.pci.config_space import CONFIG_BYTES, ConfigSpace
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
 
-__all__ = ["Bar", "BarPart", "Identity", "PciFunction"]
+__all__ = ["Bar", "BarPart", "Identity", "PciFunction", "PciFunctionState"]
 
 # Registers of the type 0 header (6.1), and of capabilities.
 COMMAND: Final = 0x04
@@ -36,12 +37,21 @@ COMMAND_BITS: Final = IO_SPACE | MEMORY_SPACE | BUS_MASTER | INTX_DISABLE
 INTERRUPT_STATUS: Final = 1 << 3
 CAPABILITY_LIST: Final = 1 << 4
 
+MSI_CAPABILITY: Final = 0x05
 MSIX_CAPABILITY: Final = 0x11
+
+# Message control of MSI (6.8.1.3), and where the capability's registers are behind it when it
+# has addresses of 64 bits and a mask.
+MSI_ENABLE: Final = 1 << 0
+MSI_COUNT_SHIFT: Final = 4
+MSI_COUNT: Final = 7 << MSI_COUNT_SHIFT
+MSI_WIDE: Final = 1 << 7
+MSI_MASKS: Final = 1 << 8
+MSI_ADDRESS, MSI_DATA, MSI_MASK, MSI_PENDING = 2, 10, 14, 18
+
+# Message control of MSI-X (6.8.2.3).
 MSIX_ENABLE: Final = 1 << 15
 MSIX_MASK: Final = 1 << 14
-
-#: Where the regions of BARs are until a driver places them: no address of a guest's.
-_PARKING: Final = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,17 @@ class Bar:
     """64 bits: takes the next index too."""
     prefetchable: bool = False
 
+    def __post_init__(self) -> None:
+        # 16 bytes are the least of memory; a device may take 256 ports at most (6.2.5.1).
+        least, most = (4, 256) if self.io else (16, 1 << 62 if self.wide else 1 << 31)
+        if self.size.bit_count() != 1 or not least <= self.size <= most:
+            raise ValueError(f"a BAR cannot have {self.size:#x} bytes")
+        if not 0 <= self.index < BARS - self.wide or (self.io and self.wide):
+            raise ValueError(f"there is no such BAR {self.index}")
+        for part in self.parts:
+            if not 0 <= part.offset < part.offset + part.length <= self.size:
+                raise ValueError(f"BAR {self.index} has no room for its part at {part.offset:#x}")
+
     @property
     def kind(self) -> int:
         """The low bits that a driver reads (6.2.5.1)."""
@@ -84,10 +105,26 @@ class Bar:
         return (0x4 if self.wide else 0) | (0x8 if self.prefetchable else 0)
 
 
+@dataclass
+class PciFunctionState(DeviceState):
+    """What a driver can change of a function."""
+
+    kind = "pci_function"
+
+    config: bytearray = memory(CONFIG_BYTES)
+    intx: bool = flag()
+    msi_pending: int = register(0, 0xFFFF_FFFF)
+    msix_table: deque[int] = queue(4 * 128, 0xFFFF_FFFF)
+    msix_pending: deque[int] = queue(128, 1)
+
+
 class PciFunction:
     """Configuration space, and the regions of the bus that its registers move.
 
     Hooks of capabilities are called with (offset in the capability, size) after a write.
+
+    Lock: ``_lock``, under which the registers and what follows from them change together:
+    regions, the line, the vectors. Hooks and devices are called without it.
     """
 
     def __init__(
@@ -108,6 +145,7 @@ class PciFunction:
         self._read_hook = read_hook
         self._next_capability = FIRST_CAPABILITY
         self._last_pointer = CAPABILITIES
+        self._msi: tuple[int, MsiVectors] | None = None
         self._msix: tuple[int, MsixTable] | None = None
         self.intx = Intx()
         """The interrupt line; the device sets it, from any thread."""
@@ -125,7 +163,12 @@ class PciFunction:
         define(0x2E, 2, identity.subsystem)
         define(INTERRUPT_LINE, 1, 0, 0xFF)
         define(INTERRUPT_LINE + 1, 1, 1 if interrupt_pin else 0)  # INTA#
+        taken: set[int] = set()
         for bar in self.bars:
+            indices = {bar.index, bar.index + bar.wide}
+            if taken & indices:
+                raise ValueError(f"two BARs have the index {bar.index}")
+            taken |= indices
             low = ~(bar.size - 1) & 0xFFFF_FFFF
             define(BAR_0 + 4 * bar.index, 4, bar.kind, low & (~3 if bar.io else ~0xF))
             if bar.wide:
@@ -154,21 +197,24 @@ class PciFunction:
             self._hooks.append((at, at + 2 + len(body), hook))
         return at
 
+    def add_msi(self, vectors: MsiVectors) -> None:
+        """The MSI capability (6.8.1), with 64-bit addresses and a mask."""
+        count = vectors.vectors
+        control = MSI_WIDE | MSI_MASKS | (count.bit_length() - 1) << 1
+        body = control.to_bytes(2, "little").ljust(MSI_PENDING + 4, b"\0")
+        writable = (MSI_ENABLE | MSI_COUNT).to_bytes(2, "little")
+        writable += (~3 & (1 << 64) - 1).to_bytes(8, "little") + b"\xff\xff\0\0"
+        writable += ((1 << count) - 1).to_bytes(4, "little")
+        at = self.add_capability(MSI_CAPABILITY, body, writable)
+        self._msi = at + 2, vectors
+
     def add_msix(self, table: MsixTable, bar: int) -> None:
         """The MSI-X capability of a table that is a page at the start of a BAR (6.8.2)."""
         control = (table.vectors - 1).to_bytes(2, "little")
         places = bar.to_bytes(4, "little") + (MsixTable.PENDING_OFFSET | bar).to_bytes(4, "little")
         writable = (MSIX_ENABLE | MSIX_MASK).to_bytes(2, "little")
-        at = self.add_capability(
-            MSIX_CAPABILITY, control + places, writable, lambda offset, size: self._update_msix()
-        )
+        at = self.add_capability(MSIX_CAPABILITY, control + places, writable)
         self._msix = at + 2, table
-
-    def _update_msix(self) -> None:
-        if self._msix is not None:
-            at, table = self._msix
-            control = self.config.get(at, 2)
-            table.set_control(bool(control & MSIX_ENABLE), bool(control & MSIX_MASK))
 
     @property
     def bus_master(self) -> bool:
@@ -178,23 +224,15 @@ class PciFunction:
 
     def plug(self, wire: InterruptWire) -> None:
         """Attaches the regions, mapped nowhere; ``wire`` is that of its interrupt line."""
-        self.intx.connect(wire)
-        parking = _PARKING
-        for bar in self.bars:
-            attach = self._vm.attach_ports if bar.io else self._vm.attach_mmio
-            regions = self._regions[bar.index] = []
-            for part in bar.parts:
-                while True:
-                    base = 0xF000_0000 + parking - _PARKING if bar.io else parking
-                    try:
-                        region = attach(base, part.length, part.device)
-                        break
-                    except EngineError:
-                        if parking >= _PARKING << 1:
-                            raise
-                        parking += 1 << 32
-                region.unmap()
-                regions.append((part.offset, region))
+        with self._lock:
+            for bar in self.bars:
+                attach = self._vm.attach_ports if bar.io else self._vm.attach_mmio
+                self._regions[bar.index] = [
+                    (part.offset, attach(part.offset, part.length, part.device, mapped=False))
+                    for part in bar.parts
+                ]
+            self.intx.connect(wire)
+            self._update()
 
     def unplug(self) -> None:
         """Gives the regions back: no access reaches the devices any more."""
@@ -214,14 +252,16 @@ class PciFunction:
             if offset <= STATUS < offset + size:
                 status = self.config.get(STATUS, 1) & ~INTERRUPT_STATUS
                 self.config.set(STATUS, 1, status | (INTERRUPT_STATUS if self.intx.level else 0))
+            if self._msi is not None:
+                at, vectors = self._msi
+                self.config.set(at + MSI_PENDING, 4, vectors.pending)
             return self.config.get(offset, size)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         end = offset + size
         with self._lock:
             self.config.write(offset, size, value)
-            if offset < BAR_0 + 4 * BARS and end > COMMAND:
-                self._place()
+            self._update()
         for first, last, hook in self._hooks:
             if offset < last and end > first:
                 hook(offset - first, size)
@@ -239,12 +279,41 @@ class PciFunction:
             self.config.write(at, 4, address & 0xFFFF_FFFF)
             if bar.wide:
                 self.config.write(at + 4, 4, address >> 32)
-            self._place()
+            self._update()
+
+    def _update(self) -> None:
+        """Lets vectors, line and regions be as the registers say; ``_lock`` is held."""
+        messages = False
+        if self._msi is not None:
+            messages |= self._update_msi(*self._msi)
+        if self._msix is not None:
+            at, table = self._msix
+            control = self.config.get(at, 2)
+            table.set_control(bool(control & MSIX_ENABLE), bool(control & MSIX_MASK))
+            messages |= bool(control & MSIX_ENABLE)
+        # With messages a function must not use its line (6.8.1.3, 6.8.2.3).
+        disabled = self.config.get(COMMAND, 2) & INTX_DISABLE
+        self.intx.set_disabled(messages or bool(disabled))
+        self._place()
+
+    def _update_msi(self, at: int, vectors: MsiVectors) -> bool:
+        get = self.config.get
+        control, address, mask = get(at, 2), get(at + MSI_ADDRESS, 8), get(at + MSI_MASK, 4)
+        # The driver may give fewer messages than were asked for: several vectors share one.
+        count = min(1 << ((control & MSI_COUNT) >> MSI_COUNT_SHIFT), vectors.vectors)
+        base = get(at + MSI_DATA, 2) & ~(count - 1)
+        enabled = bool(control & MSI_ENABLE)
+        if not enabled:
+            vectors.set_control(False)
+        for number in range(vectors.vectors):
+            message = number % count
+            vectors.set(number, address, base | message, bool(mask >> message & 1))
+        if enabled:
+            vectors.set_control(True)
+        return enabled
 
     def _place(self) -> None:
-        """Moves the regions to where the registers say; ``_lock`` is held."""
         command = self.config.get(COMMAND, 2)
-        self.intx.set_disabled(bool(command & INTX_DISABLE))
         for bar in self.bars:
             on = command & (IO_SPACE if bar.io else MEMORY_SPACE)
             base = self.address(bar)
@@ -267,36 +336,38 @@ class PciFunction:
     def reset(self) -> None:
         with self._lock:
             self.config.reset()
-            self._place()
+            if self._msi is not None:
+                self._msi[1].reset()
+            if self._msix is not None:
+                self._msix[1].reset()
+            self._update()
         self.intx.set(False)
-        if self._msix is not None:
-            self._msix[1].reset()
 
     def save(self) -> State:
+        state = PciFunctionState()
         with self._lock:
-            state: State = {"config": self.config.save(), "intx": self.intx.level}
-        if self._msix is not None:
-            words, pending = self._msix[1].save()
-            state["msix_table"], state["msix_pending"] = words, [int(one) for one in pending]
-        return state
+            state.config = bytearray(self.config.save())
+            state.intx = self.intx.level
+            if self._msi is not None:
+                state.msi_pending = self._msi[1].pending
+            if self._msix is not None:
+                words, pending = self._msix[1].save()
+                state.msix_table, state.msix_pending = deque(words), deque(map(int, pending))
+        return state.save()
 
     def load(self, state: State) -> None:
-        try:
-            config = [int(byte) for byte in state["config"]]
-            intx = bool(state["intx"])
-            words = [int(word) & 0xFFFF_FFFF for word in state.get("msix_table", [])]
-            pending = [bool(one) for one in state.get("msix_pending", [])]
-        except (KeyError, TypeError, ValueError):
-            raise StateError(
-                "saved state of a PCI function is none", mend="save it again: it is damaged"
-            ) from None
-        if self._msix is not None and not self._msix[1].load(words, pending):
-            raise StateError(
-                "the saved PCI function has another number of MSI-X vectors",
-                mend="make the machine as it was when it was saved",
-            )
+        new = PciFunctionState()
+        new.load(state)
         with self._lock:
-            self.config.load(config)
-            self._place()
-        self._update_msix()
-        self.intx.set(intx)
+            if self._msix is not None:
+                pending = [bool(one) for one in new.msix_pending]
+                if not self._msix[1].load(list(new.msix_table), pending):
+                    raise StateError(
+                        "the saved PCI function has another number of MSI-X vectors",
+                        mend="make the machine as it was when it was saved",
+                    )
+            if self._msi is not None:
+                self._msi[1].set_pending(new.msi_pending)
+            self.config.load(new.config)
+            self._update()
+        self.intx.set(new.intx)

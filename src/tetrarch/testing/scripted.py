@@ -52,18 +52,32 @@ class ScriptedVm:
         self._memory[address : address + len(data)] = data
 
     def attach_ports(
-        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        mapped: bool = True,
     ) -> ScriptedRegion:
         region = ScriptedRegion(self._regions, base, length, device, sizes or (1, 2, 4, 8))
-        region.map()
+        if mapped:
+            region.map()
         return region
 
     def attach_mmio(
-        self, base: int, length: int, device: Device, *, sizes: Sequence[int] | None = None
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        mapped: bool = True,
     ) -> ScriptedRegion:
         # The script accesses ports alone: what lies in memory is not called.
         region = ScriptedRegion([], base, length, device, sizes or (1, 2, 4, 8))
-        region.map()
+        if mapped:
+            region.map()
         return region
 
     def irq_source(self, gsi: int) -> ScriptedSource:
