@@ -45,6 +45,15 @@ def test_examples_of_a_page_print_what_it_says(tmp_path: Path, name: str) -> Non
     ]
 
 
+def test_pci_page_shows_the_example_which_prints_what_it_says(
+    tmp_path: Path, debian_guest: CachedGuest
+) -> None:
+    document = ROOT / "docs/pci.md"
+    (example,) = examples(document)
+    assert example.code == (ROOT / "examples/pci_device.py").read_text()
+    assert run(document, tmp_path) == [example.printed]
+
+
 def test_first_script_of_the_readme_runs(tmp_path: Path, debian_guest: CachedGuest) -> None:
     (printed,) = run(ROOT / "README.md", tmp_path)
     assert debian_guest.manifest.release in printed

@@ -10,6 +10,7 @@ from tetrarch.devices import acpi_pm, i8042, reset_cf9, rtc_cmos, uart16550
 from tetrarch.errors import ConfigError
 from tetrarch.machine import map as machine_map
 from tetrarch.pci import bus as pci_bus
+from tetrarch.pci import hotplug
 
 __all__ = ["IOAPIC_BASE", "LAPIC_BASE", "build_acpi", "virtio_mmio_device"]
 
@@ -68,6 +69,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     event = acpi_pm.PORT_BASE + acpi_pm.PM1_EVENT
     control = acpi_pm.PORT_BASE + acpi_pm.PM1_CONTROL
     timer = acpi_pm.PORT_BASE + acpi_pm.PM_TIMER
+    events = acpi_pm.PORT_BASE + acpi_pm.GPE0
     table = bytearray(276)
 
     def put(form: str, offset: int, *values: int) -> None:
@@ -80,8 +82,9 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     put("I", 56, event)
     put("I", 64, control)
     put("I", 76, timer)
+    put("I", 80, events)
     put("BB", 88, 4, 2)
-    put("B", 91, 4)
+    put("BB", 91, 4, acpi_pm.GPE0_BYTES)
     put("HH", 96, NO_C2, NO_C3)
     put("B", 108, rtc_cmos.CENTURY)
     put("H", 109, LEGACY_DEVICES | HAS_8042 | NO_VGA)
@@ -95,6 +98,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     table[148:160] = _io_register(event, 32, 16)
     table[172:184] = _io_register(control, 16, 16)
     table[208:220] = _io_register(timer, 32, 32)
+    table[220:232] = _io_register(events, 8 * acpi_pm.GPE0_BYTES, 8)
     return _table(b"FACP", 6, bytes(table[HEADER.size :]))
 
 
@@ -162,7 +166,56 @@ def _pci_root(ram: Sequence[tuple[int, int]]) -> bytes:
         aml.name("_SEG", aml.integer(0)),
         aml.name("_CRS", windows),
         aml.name("_PRT", aml.package(*routes)),
+        *_hotplug_slots(),
     )
+
+
+def _hotplug_slots() -> list[bytes]:
+    """Each slot as a device that can be ejected, and what tells of changes (docs/pci.md)."""
+    device_check, eject_request = aml.integer(1), aml.integer(3)
+    slots = range(1, pci_bus.SLOTS)
+    return [
+        aml.port_registers("HREG", machine_map.PCI_HOTPLUG, "HNEW", "HGON", "HEJT"),
+        *(
+            aml.device(
+                _slot(slot),
+                aml.name("_ADR", aml.integer(slot << 16)),
+                aml.name("_SUN", aml.integer(slot)),
+                # Only the first function of a slot is there: a bit stands for the slot.
+                aml.method("_EJ0", 1, aml.store(aml.integer(1 << slot), aml.name_string("HEJT"))),
+            )
+            for slot in slots
+        ),
+        aml.method(
+            "HTEL",
+            2,
+            *(
+                aml.when(
+                    aml.bit_and(aml.ARG_0, aml.integer(1 << slot)),
+                    aml.notify(_slot(slot), aml.ARG_1),
+                )
+                for slot in slots
+            ),
+        ),
+        # What has been told is cleared first: what comes meanwhile is another event.
+        aml.method(
+            "HCHK",
+            0,
+            *(
+                term
+                for register, value in (("HNEW", device_check), ("HGON", eject_request))
+                for term in (
+                    aml.store(aml.name_string(register), aml.LOCAL_0),
+                    aml.store(aml.LOCAL_0, aml.name_string(register)),
+                    aml.call("HTEL", aml.LOCAL_0, value),
+                )
+            ),
+        ),
+    ]
+
+
+def _slot(number: int) -> str:
+    return f"S{number:02X}"
 
 
 def virtio_mmio_device(index: int) -> bytes:
@@ -217,6 +270,7 @@ def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes]) -> bytes:
             "MBRD",
             "PNP0C02",
             port(acpi_pm.PORT_BASE, acpi_pm.PORTS),
+            port(machine_map.PCI_HOTPLUG, hotplug.PORTS),
             # PCI configuration, with the reset register at 0xCF9 in it.
             port(pci_bus.ADDRESS_PORT, 4 + pci_bus.DATA_PORTS),
             aml.memory32(machine_map.ECAM[0], machine_map.ECAM[1] - machine_map.ECAM[0]),
@@ -228,7 +282,13 @@ def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes]) -> bytes:
     )
     s5 = aml.integer(acpi_pm.S5_TYPE)
     zero = aml.integer(0)
-    body = aml.scope("\\_SB", *devices) + aml.name("\\_S5", aml.package(s5, s5, zero, zero))
+    hotplug_event = f"_L{acpi_pm.PCI_HOTPLUG_EVENT:02X}"
+    events = aml.method(hotplug_event, 0, aml.call("\\_SB.PCI0.HCHK"))
+    body = (
+        aml.scope("\\_SB", *devices)
+        + aml.scope("\\_GPE", events)
+        + aml.name("\\_S5", aml.package(s5, s5, zero, zero))
+    )
     return _table(b"DSDT", 2, body)
 
 

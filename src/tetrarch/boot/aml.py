@@ -4,8 +4,13 @@ import struct
 from typing import Final
 
 __all__ = [
+    "ARG_0",
+    "ARG_1",
+    "LOCAL_0",
+    "bit_and",
     "buffer",
     "bus_numbers",
+    "call",
     "device",
     "eisa_id",
     "end_tag",
@@ -16,12 +21,17 @@ __all__ = [
     "irq",
     "memory32",
     "memory_window",
+    "method",
     "name",
     "name_string",
+    "notify",
     "package",
+    "port_registers",
     "resources",
     "scope",
+    "store",
     "string",
+    "when",
     "with_length",
 ]
 
@@ -33,6 +43,13 @@ SCOPE_OP: Final = b"\x10"
 BUFFER_OP: Final = b"\x11"
 PACKAGE_OP: Final = b"\x12"
 DEVICE_OP: Final = b"\x5b\x82"
+METHOD_OP: Final = b"\x14"
+STORE_OP: Final = b"\x70"
+AND_OP: Final = b"\x7b"
+NOTIFY_OP: Final = b"\x86"
+IF_OP: Final = b"\xa0"
+REGION_OP: Final = b"\x5b\x80"
+FIELD_OP: Final = b"\x5b\x81"
 DUAL_PREFIX: Final = b"\x2e"
 MULTI_PREFIX: Final = b"\x2f"
 
@@ -100,6 +117,49 @@ def device(path: str, *terms: bytes) -> bytes:
 
 def package(*elements: bytes) -> bytes:
     return PACKAGE_OP + with_length(bytes([len(elements)]) + b"".join(elements))
+
+
+# Methods (20.2.5), as far as events of the hardware need them.
+
+LOCAL_0: Final = b"\x60"
+ARG_0: Final = b"\x68"
+ARG_1: Final = b"\x69"
+_NO_TARGET: Final = b"\x00"
+
+
+def method(path: str, arguments: int, *terms: bytes) -> bytes:
+    """One that others may run at the same time (not serialized)."""
+    flags = bytes([arguments])
+    return METHOD_OP + with_length(name_string(path) + flags + b"".join(terms))
+
+
+def call(path: str, *arguments: bytes) -> bytes:
+    return name_string(path) + b"".join(arguments)
+
+
+def store(source: bytes, target: bytes) -> bytes:
+    return STORE_OP + source + target
+
+
+def bit_and(left: bytes, right: bytes) -> bytes:
+    return AND_OP + left + right + _NO_TARGET
+
+
+def when(condition: bytes, *terms: bytes) -> bytes:
+    return IF_OP + with_length(condition + b"".join(terms))
+
+
+def notify(path: str, value: bytes) -> bytes:
+    return NOTIFY_OP + name_string(path) + value
+
+
+def port_registers(path: str, base: int, *fields: str) -> bytes:
+    """A region of I/O ports (20.2.5.2) with registers of 32 bits in it, one after the other."""
+    system_io, dword_access_write_as_zeros, bits = 0x01, 0x43, 32
+    region = name_string(path) + bytes([system_io]) + integer(base) + integer(4 * len(fields))
+    listed = b"".join(name_string(field) + bytes([bits]) for field in fields)
+    flags = bytes([dword_access_write_as_zeros])
+    return REGION_OP + region + FIELD_OP + with_length(name_string(path) + flags + listed)
 
 
 def buffer(data: bytes) -> bytes:

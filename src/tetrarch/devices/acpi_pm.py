@@ -1,4 +1,5 @@
-"""ACPI fixed hardware: PM1a event and control blocks and the PM timer (ACPI 6.5, 4.8)."""
+"""ACPI fixed hardware: PM1a event and control blocks, the PM timer, general-purpose events
+(ACPI 6.5, 4.8)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from tetrarch.devices._adapter import Adapter
 from tetrarch.devices._state import DeviceState, counter, register
 
 __all__ = [
+    "GPE0",
+    "GPE0_BYTES",
     "GSI",
+    "PCI_HOTPLUG_EVENT",
     "PM1_CONTROL",
     "PM1_EVENT",
     "PM_TIMER",
@@ -22,12 +26,18 @@ __all__ = [
 ]
 
 PORT_BASE: Final = 0x600
-PORTS: Final = 12
+PORTS: Final = 16
 GSI: Final = 9
 #: The blocks as offsets from PORT_BASE.
 PM1_EVENT: Final = 0
 PM1_CONTROL: Final = 4
 PM_TIMER: Final = 8
+GPE0: Final = 12
+#: Bytes of the GPE block: 16 bits of status, then as many of enable.
+GPE0_BYTES: Final = 4
+
+#: The general-purpose event of PCI hot-plug, as the DSDT names it: \_GPE._L01.
+PCI_HOTPLUG_EVENT: Final = 1
 #: SLP_TYP of soft-off, as the DSDT's \_S5 says.
 S5_TYPE: Final = 5
 
@@ -51,6 +61,9 @@ SLP_TYP_SHIFT: Final = 10
 SLP_TYP: Final = 7 << SLP_TYP_SHIFT
 SLP_EN: Final = 1 << 13
 
+#: The general-purpose events that there are.
+GPES: Final = 1 << PCI_HOTPLUG_EVENT
+
 
 @dataclass
 class AcpiPmState(DeviceState):
@@ -61,6 +74,8 @@ class AcpiPmState(DeviceState):
     # There is no SMI: the machine is in ACPI mode from the start.
     control: int = register(SCI_EN, SCI_EN | BM_RLD | SLP_TYP)
     last_timer: int = counter(survives_reset=True)
+    gpe_status: int = register(0, GPES)
+    gpe_enable: int = register(0, GPES)
 
 
 class AcpiPmCore:
@@ -69,10 +84,17 @@ class AcpiPmCore:
     def __init__(self) -> None:
         self.state = AcpiPmState()
         self._sleep: int | None = None
+        # What drives the events: status bits come back as long as it does (4.8.4.1).
+        self._gpe_levels = 0
 
     @property
     def irq(self) -> bool:
-        return bool(self.state.status & self.state.enable & EVENTS)
+        fixed = self.state.status & self.state.enable & EVENTS
+        return bool(fixed | self.state.gpe_status & self.state.gpe_enable)
+
+    def set_gpe(self, event: int, level: bool) -> None:
+        self._gpe_levels = self._gpe_levels & ~(1 << event) | level << event
+        self.state.gpe_status |= self._gpe_levels
 
     def power_button(self) -> None:
         self.state.status |= PWRBTN
@@ -96,7 +118,7 @@ class AcpiPmCore:
         image = (
             self.state.status | self.state.enable << 16 | self.state.control << 32 | 0xFFFF << 48
         )
-        image |= timer << 64
+        image |= timer << 64 | self.state.gpe_status << 96 | self.state.gpe_enable << 112
         if not 0 <= offset < PORTS:
             return all_ones(size)
         # Beyond the block the bus reads ones.
@@ -123,6 +145,13 @@ class AcpiPmCore:
                 self.state.control = self.state.control & ~SLP_TYP | word & SLP_TYP
                 if word & SLP_EN:
                     self._sleep = (word & SLP_TYP) >> SLP_TYP_SHIFT
+            case 12 | 13:
+                self.state.gpe_status &= ~(value << 8 * (offset - GPE0))
+                self.state.gpe_status |= self._gpe_levels
+            case 14 | 15:
+                shift = 8 * (offset - GPE0 - 2)
+                enable = self.state.gpe_enable & ~(0xFF << shift) | value << shift
+                self.state.gpe_enable = enable & GPES
             case _:
                 pass  # the timer is read-only
 
@@ -147,6 +176,12 @@ class AcpiPm(Adapter[AcpiPmCore]):
         """Asks the guest to shut down; from any thread."""
         with self._lock:
             self._core.power_button()
+        self._line.update()
+
+    def set_gpe(self, event: int, level: bool) -> None:
+        """Drives a general-purpose event; from any thread."""
+        with self._lock:
+            self._core.set_gpe(event, level)
         self._line.update()
 
     def read(self, offset: int, size: int) -> int:

@@ -32,10 +32,12 @@ class AttachedDevices:
         if name in self._devices:
             raise ConfigError(f"there is a device {name!r} already", mend="name it otherwise")
 
-    def add_virtio(self, name: str, kind: ServedKind, transport: SavedDevice) -> None:
-        """A virtio device: what is saved and reset is its transport, and through it the kind."""
+    def add_virtio(self, name: str, kind: ServedKind, transport: SavedDevice | None) -> None:
+        """A virtio device: what is saved and reset is its transport, and through it the kind.
+        None: by the PCI bus."""
         self._served.append(kind)
-        self._add(name, transport)
+        if transport is not None:
+            self._add(name, transport)
 
     @property
     def current(self) -> bool:

@@ -50,6 +50,7 @@ from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.log import MachineLog
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc, assemble_pc
+from tetrarch.machine.plugged import PciDevice
 from tetrarch.machine.resets import Resets
 from tetrarch.machine.saved import open_saved
 from tetrarch.machine.selection import choose
@@ -252,7 +253,47 @@ class Machine:
         name = name or type(device).__qualname__
         self._attached.require_free(name)
         kind = ServedKind(self._vm, device, name, self._conclusion.post)
-        self._attached.add_virtio(name, kind, self._pc.virtio.plug(kind))
+        try:
+            self._attached.add_virtio(name, kind, self._pc.virtio.plug(kind))
+        except ConfigError:
+            kind.close()
+            raise
+
+    @property
+    def engine_vm(self) -> EngineVm:
+        """What a ``PciFunction`` and the vectors of a device of yours are made with."""
+        return self._vm
+
+    def plug(self, device: PciDevice, *, slot: int | None = None, name: str | None = None) -> int:
+        """Puts a PCI device of yours into a slot, a free one if none is given; gives its number.
+
+        The guest is told if it runs. ``name``, by default the device's class, is what
+        ``unplug`` and a saved machine know it by.
+        """
+        self._life.require("plug", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        announce = self.phase is not Phase.MADE
+        name = type(device).__qualname__ if name is None else name
+        return self._pc.plugged.plug(name, device, slot, announce=announce)
+
+    def unplug(self, device: PciDevice | str, *, timeout: float | None = 30.0) -> None:
+        """Takes a PCI device out, by itself or its name; returns when the guest has given it up.
+
+        Raises TimeoutError if that has not come about after ``timeout`` seconds; the guest may
+        still do it.
+        """
+        self._life.require("unplug", Phase.MADE, Phase.RUNNING)
+        if self._threads.current or self._attached.current:
+            raise MachineStateError(
+                "a device cannot wait for its own guest", mend="unplug it on another thread"
+            )
+        ask = self.phase is Phase.RUNNING
+        gone = self._pc.plugged.unplug(device, ask=ask, timeout=timeout)
+        if gone is None:
+            raise MachineStateError(
+                "the machine ended before its guest gave the device up", mend="unplug it earlier"
+            )
+        if not gone:
+            raise TimeoutError(f"the guest has not given {device!r} up within {timeout:g} s")
 
     def irq_source(self, gsi: int) -> InterruptWire:
         """A wire of its own to an interrupt line, to be driven from any thread.
@@ -466,6 +507,7 @@ class Machine:
     def _start(self, what: str) -> None:
         self._load(what)
         self._attached.require_all()
+        self._pc.plugged.require_all()
         self._life.move(Phase.RUNNING, what)
         try:
             self._serial.start(self._pc.uart)

@@ -7,7 +7,9 @@ memory      0 .. 0xBFFF_FFFF                RAM, up to 3 GiB of it
             0xFEC0_0000, 0xFEE0_0000        IOAPIC, LAPIC: in the engine
             4 GiB .. end                    the rest of the RAM
             the next multiple of 64 GiB ..  PCI: large BARs, 64 GiB
-ports       0x0CF8 .. 0x0CFF                PCI: configuration
+ports       0x0600 .. 0x060F                ACPI: fixed hardware, general-purpose events
+            0x0620 .. 0x062B                PCI: hot-plug
+            0x0CF8 .. 0x0CFF                PCI: configuration
             0xC000 .. 0xFFFF                PCI: BARs
             others                          the table of machine/pc.py
 lines       0 .. 15                         ISA devices, at the PICs and the IOAPIC
@@ -22,6 +24,7 @@ from typing import Final
 
 __all__ = [
     "ECAM",
+    "PCI_HOTPLUG",
     "PCI_IO",
     "PCI_LOW",
     "VIRTIO_MMIO_SLOTS",
@@ -34,6 +37,9 @@ __all__ = [
 PCI_LOW: Final = (0xC000_0000, 0xE000_0000)
 PCI_IO: Final = (0xC000, 0x1_0000)
 ECAM: Final = (0xE000_0000, 0xE010_0000)
+
+#: Registers of pci/hotplug.py.
+PCI_HOTPLUG: Final = 0x620
 
 VIRTIO_MMIO_SLOTS: Final = 8
 

@@ -37,9 +37,10 @@ from tetrarch.errors import StateError
 from tetrarch.machine import map as machine_map
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import EngineVm
+from tetrarch.machine.plugged import PluggedDevices
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.virtio import VirtioSlots
-from tetrarch.pci import PciBus, bus
+from tetrarch.pci import PciBus, bus, hotplug
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
 from tetrarch.virtio.rng import RngKind
@@ -82,7 +83,9 @@ class Pc:
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
     vsock: VsockKind | None
     devices: Mapping[str, SavedDevice]
-    """All of them by the name that their state is saved under."""
+    """Those that stay, by the name that their state is saved under."""
+    plugged: PluggedDevices
+    """Those on the PCI bus."""
 
     def save(self) -> dict[str, State]:
         return {name: device.save() for name, device in self.devices.items()}
@@ -96,10 +99,12 @@ class Pc:
     def reset(self) -> None:
         for device in self.devices.values():
             device.reset()
+        self.plugged.reset()
         self.pci.place()
 
     def close(self) -> None:
-        """Ends what runs beside the vCPUs."""
+        """Ends what runs beside the vCPUs, and what waits for them."""
+        self.plugged.close()
         self.rtc.close()
         for disk in self.disks:
             disk.close()
@@ -152,12 +157,14 @@ def assemble_pc(
     control_a = Port92(reset("port 0x92"))
     reset_control = ResetCf9(reset("port 0xCF9"))
     pci = PciBus(vm)
+    plugged = PluggedDevices(pci, acpi)
     devices: dict[str, SavedDevice] = {
         "i8042": keyboard,
         "rtc": rtc,
         "com1": uart,
         "acpi-pm": acpi,
         "pci-config": pci,
+        "pci-hotplug": plugged.hotplug,
         "port-92": control_a,
         "reset": reset_control,
     }
@@ -169,6 +176,7 @@ def assemble_pc(
         PortRange(port_92.PORT_BASE, port_92.PORTS, control_a),
         PortRange(uart16550.PORT_BASE, uart16550.PORTS, uart),  # GSI 4
         PortRange(acpi_pm.PORT_BASE, acpi_pm.PORTS, acpi),  # GSI 9, level
+        PortRange(machine_map.PCI_HOTPLUG, hotplug.PORTS, plugged.hotplug, sizes=(4,)),
         PortRange(bus.ADDRESS_PORT, 4, pci.address_port, sizes=(4,)),
         PortRange(reset_cf9.PORT_BASE, reset_cf9.PORTS, reset_control),
         PortRange(bus.DATA_PORT, bus.DATA_PORTS, pci.data_ports),
@@ -186,13 +194,14 @@ def assemble_pc(
     disks: list[BlkKind] = []
     vsock: VsockKind | None = None
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
-        slots = VirtioSlots(vm, pci, config.virtio, dsdt)
+        slots = VirtioSlots(vm, plugged, config.virtio, dsdt)
         disks += _disks(vm, config, stop)
         if config.vsock is not None:
             vsock = VsockKind(vm, config.vsock)
         for kind in _virtio_kinds(vm, config, disks, vsock):
-            devices[kind.name] = slots.plug(kind)
-    return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, vsock, devices)
+            if (on_page := slots.plug(kind)) is not None:
+                devices[kind.name] = on_page
+    return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, vsock, devices, plugged)
 
 
 #: Queues of a disk beyond which more of them gain nothing: they have one I/O thread.

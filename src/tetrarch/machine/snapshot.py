@@ -56,6 +56,7 @@ def save_machine(parts: MachineParts, path: Path) -> None:
     """Of a machine that is held."""
     # First what may refuse: then no file is begun.
     attached = parts.attached.save()
+    plugged = parts.pc.plugged.save()
     with writing_saved(path) as writer:
         about = {
             "name": parts.config.name,
@@ -80,6 +81,7 @@ def save_machine(parts: MachineParts, path: Path) -> None:
                 mend=engine_mend(error, "please report it"),
             ) from error
         writer.json("devices", _DEVICES_VERSION, parts.pc.save())
+        writer.json("pci", _DEVICES_VERSION, plugged)
         writer.json("attached", _DEVICES_VERSION, attached)
 
 
@@ -120,9 +122,11 @@ def restore_machine(parts: MachineParts, reader: SavedReader) -> dict[str, Any]:
             ),
         ) from error
     devices = _mapping(reader, "devices", _DEVICES_VERSION)
+    plugged = _mapping(reader, "pci", _DEVICES_VERSION)
     attached = _mapping(reader, "attached", _DEVICES_VERSION)
     reader.end()
     parts.pc.load(devices)
+    parts.pc.plugged.load(plugged)
     return attached
 
 

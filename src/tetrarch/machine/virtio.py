@@ -14,7 +14,7 @@ from tetrarch.virtio.pci import VirtioPci
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
-    from tetrarch.pci import PciBus
+    from tetrarch.machine.plugged import PluggedDevices
 
 __all__ = ["VirtioSlots"]
 
@@ -22,7 +22,9 @@ __all__ = ["VirtioSlots"]
 class VirtioSlots:
     """Where virtio devices are put: on the PCI bus, or into pages of the memory map."""
 
-    def __init__(self, vm: Vm, pci: PciBus, transport: VirtioTransport, dsdt: list[bytes]) -> None:
+    def __init__(
+        self, vm: Vm, pci: PluggedDevices, transport: VirtioTransport, dsdt: list[bytes]
+    ) -> None:
         """``dsdt`` gets what names a device to the guest that no bus names."""
         self._vm = vm
         self._pci = pci
@@ -30,11 +32,11 @@ class VirtioSlots:
         self._dsdt = dsdt
         self._pages = 0
 
-    def plug(self, kind: VirtioKind) -> VirtioPci | VirtioMmio:
+    def plug(self, kind: VirtioKind) -> VirtioMmio | None:
+        """None of a device on the PCI bus, which is then saved and reset with those there."""
         if self._transport == "pci":
-            on_pci = VirtioPci(self._vm, kind)
-            self._pci.plug(on_pci.function)
-            return on_pci
+            self._pci.plug(kind.name, VirtioPci(self._vm, kind))
+            return None
         device = self._map(kind, self._pages)
         self._dsdt.append(virtio_mmio_device(self._pages))
         self._pages += 1
