@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from tests.pci.device import Device
 from tests.pci.guest import Guest
 
-from tetrarch import Machine
+from tetrarch import Machine, block
 from tetrarch._native import Vm
 from tetrarch.devices.acpi_pm import GPE0, PCI_HOTPLUG_EVENT, PORT_BASE
 from tetrarch.errors import ConfigError, MachineStateError
@@ -17,6 +18,7 @@ from tetrarch.images import CachedGuest
 from tetrarch.machine import map as machine_map
 from tetrarch.machine.config import EngineName
 from tetrarch.pci.hotplug import EJECT, GONE, NEW
+from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.pci import VirtioPci
 from tetrarch.virtio.rng import RngKind
 
@@ -92,6 +94,38 @@ def test_virtio_device_serves_by_messages_20_times_plugged_in_and_out(
         assert linux.functions() == {"0000:00:00.0"}
         vm.console.send("poweroff\n")
         assert vm.wait(LIMIT_S)
+
+
+def test_disk_comes_with_its_data_and_goes_with_what_was_written(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    kernel, initrd, image = debian_guest.kernel, debian_guest.initrd, tmp_path / "disk.img"
+    first = tmp_path / "first.img"
+    block.create(first, 1 << 20, image_format="raw")
+    # The first disk brings the driver, which the guest loads once; it is the load as well.
+    with Machine(engine="bt", kernel=kernel, initrd=initrd, disk=str(first)) as vm:
+        vm.start()
+        linux = Linux(vm)
+        assert isinstance(vm.engine_vm, Vm)
+        linux.ask("(while :; do dd if=/dev/urandom of=/dev/vda bs=64k; done) 2>/dev/null &")
+        for number in range(10):
+            image.write_bytes(b"from the host %d\n" % number + bytes(1 << 20))
+            os.truncate(image, 1 << 20)
+            disk = block.open_disk(block.DiskSpec.parse(f"{image},format=raw"))
+            vm.plug(VirtioPci(vm.engine_vm, BlkKind(vm.engine_vm, disk, "more", 1)), name="more")
+            linux.wait_for("[ -b /dev/vdb ]")
+            assert f"from the host {number}" in linux.ask("head -n 1 /dev/vdb")
+            linux.ask(f"echo from the guest {number} | dd of=/dev/vdb conv=fsync 2>/dev/null")
+            vm.unplug("more", timeout=LIMIT_S)
+            assert image.read_bytes().startswith(b"from the guest %d\n" % number)
+            # The lock on the image is gone with the device.
+            block.open_disk(block.DiskSpec.parse(f"{image},format=raw")).close()
+            linux.wait_for("[ ! -e /dev/vdb ]")
+        # The one that the machine began with, while it is written to.
+        vm.unplug("disk0", timeout=LIMIT_S)
+        linux.wait_for("[ ! -e /sys/block/vda ]")
+        with vm.held():
+            block.open_disk(block.DiskSpec.parse(f"{first},format=raw")).close()
 
 
 def test_guest_is_told_by_an_event_that_stays_until_it_has_looked(guest: Guest) -> None:

@@ -58,6 +58,7 @@ class VirtioPci:
     def __init__(self, vm: Vm, kind: VirtioKind) -> None:
         vectors = min(len(kind.queue_sizes) + 1, 128)
         self.msix = MsixTable(vm, vectors)
+        self._kind = kind
         self.registers = VirtioRegisters(kind, self._interrupt)
         parts = [
             BarPart(COMMON, PAGE, _Common(self)),
@@ -225,6 +226,11 @@ class VirtioPci:
             self.registers.reset()
             self.isr.set(0)
         self.function.reset()
+
+    def close(self) -> None:
+        """Out of its slot: what the kind has of the host's is given back."""
+        if callable(close := getattr(self._kind, "close", None)):
+            close()
 
     def save(self) -> State:
         with self.registers.lock:
