@@ -63,7 +63,7 @@ fn fault_shows_flags_that_the_next_instruction_overwrites() {
 /// the same, for each kind of producer and each fate of its operands.
 #[test]
 fn flags_made_again_are_those_of_their_producer() {
-    let producers: [(&str, &[u8]); 24] = [
+    let producers: [(&str, &[u8]); 26] = [
         ("add rax,rbx", &[0x48, 0x01, 0xD8]),
         ("add al,-7", &[0x04, 0xF9]),
         ("add rax,rax", &[0x48, 0x01, 0xC0]),
@@ -73,6 +73,8 @@ fn flags_made_again_are_those_of_their_producer() {
         ("xor rax,rbx", &[0x48, 0x31, 0xD8]),
         ("xor eax,eax", &[0x31, 0xC0]),
         ("and ah,bl", &[0x20, 0xDC]),
+        ("and rax,[rsp]", &[0x48, 0x23, 0x04, 0x24]),
+        ("xor bl,[rsp]", &[0x32, 0x1C, 0x24]),
         ("or r13,rbx", &[0x49, 0x09, 0xDD]),
         ("cmp rax,rbx", &[0x48, 0x39, 0xD8]),
         ("cmp al,0x7f", &[0x3C, 0x7F]),

@@ -64,6 +64,12 @@ impl Recipe {
         let second = match i.op_count() {
             1 => Operand::Constant(0),
             2 if general(1) => Operand::Register(i.op1_register()),
+            // The result alone tells the flags: the second operand is not asked for.
+            2 if matches!(i.mnemonic(), M::And | M::Or | M::Xor)
+                && i.op1_kind() == OpKind::Memory =>
+            {
+                Operand::Constant(0)
+            }
             2 if i.op1_kind() == OpKind::Memory || i.op1_kind() == OpKind::Register => return None,
             2 => Operand::Constant(i.immediate(1)),
             _ => return None,
