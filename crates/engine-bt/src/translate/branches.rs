@@ -6,6 +6,7 @@ use std::mem::offset_of;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::block::{Link, Site, What};
+use super::classify::Kind;
 use super::emit::{Address, R13, R14, REQUEST, cc};
 use super::job::{Cold, Flags, Job};
 use super::liveness::ALL;
@@ -16,7 +17,7 @@ use crate::cpu::state_block::{branch_offset, exec_index, exec_offset};
 impl Job<'_> {
     /// Goes to a known address. `live` are the flags that it may need.
     pub(super) fn direct(&mut self, target: u64, live: u32, polled: bool) {
-        let same_page = target & !0xFFF == self.source.rip & !0xFFF && self.source.second.is_none();
+        let same_page = self.in_page(target);
         let backward = target <= self.source.rip;
         let mut guard = None;
         let mut places = Vec::new();
@@ -46,13 +47,23 @@ impl Job<'_> {
         }
     }
 
+    fn in_page(&self, target: u64) -> bool {
+        target & !0xFFF == self.source.rip & !0xFFF && self.source.second.is_none()
+    }
+
+    /// Whether the next instruction is a conditional branch that can be patched.
+    pub(super) fn before_patched_branch(&self) -> bool {
+        let next = self.current + 1;
+        self.kinds.get(next) == Some(&Kind::Jcc)
+            && self.in_page(self.instructions[next].near_branch_target())
+    }
+
     pub(super) fn jcc(&mut self, i: &Instruction, polled: bool) {
         self.need_flags(i.rflags_read(), 0);
         let condition = jcc_opcode(i);
         let target = i.near_branch_target();
         let live = self.live_after();
-        let same_page = target & !0xFFF == self.source.rip & !0xFFF && self.source.second.is_none();
-        if same_page && (target > self.source.rip || polled) {
+        if self.in_page(target) && (target > self.source.rip || polled) {
             let jump = self.e.patched_jcc(condition);
             let what = What::Link(Link { jump, guard: None, dead: ALL & !live });
             self.leave(jump, self.stubs.leave_link, target, what);

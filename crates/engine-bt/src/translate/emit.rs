@@ -29,6 +29,9 @@ pub const fn gpr_offset(guest: u8) -> usize {
     offset_of!(CpuState, gpr) + guest as usize * 8
 }
 
+/// The longest instruction that a CPU takes (SDM 2A, 2.3.11).
+const MAX_INSTRUCTION: u32 = 15;
+
 /// Condition codes as in Jcc opcodes.
 pub mod cc {
     pub const E: u8 = 4;
@@ -369,6 +372,22 @@ impl Emitter {
         }
     }
 
+    /// Gives the instruction from `start` to here prefixes without effect (CS in 64-bit
+    /// mode: SDM 1, 3.3.4), so that a Jcc behind it can be patched where it stands: a NOP
+    /// between the two would keep the CPU from fusing them. Where that costs no more, the
+    /// JMP behind the Jcc needs no NOP either.
+    pub fn align_before_branch(&mut self, start: u32) {
+        let prefixes = match (self.pos() + 2) % 8 {
+            place @ 0..=2 => 3 - place,
+            3 | 4 => 0,
+            place => 8 - place,
+        };
+        if self.pos() - start + prefixes <= MAX_INSTRUCTION {
+            let start = start as usize;
+            self.code.splice(start..start, std::iter::repeat_n(0x2E, prefixes as usize));
+        }
+    }
+
     /// A JMP that can be patched. Returns where rel32 is.
     pub fn patched_jmp(&mut self) -> u32 {
         self.align_patch(1);
@@ -537,5 +556,28 @@ impl Emitter {
 
     pub fn raw(&mut self, bytes: &[u8]) {
         self.bytes(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A NOP between them would keep the CPU from fusing the two.
+    #[test]
+    fn a_branch_that_can_be_patched_stands_behind_the_compare() {
+        for offset in 0..8 {
+            for compare in [&[0x39, 0xC6][..], &[0x48, 0x39, 0xC6], &[0x48, 0x83, 0xC0, 0x20]] {
+                let mut e = Emitter::new(true);
+                e.raw(&vec![0x90; offset]);
+                e.raw(compare);
+                e.align_before_branch(offset as u32);
+                let end = e.pos();
+                assert!(e.code.ends_with(compare) && end - offset as u32 <= MAX_INSTRUCTION);
+                let place = e.patched_jcc(cc::NE);
+                assert_eq!(place, end + 2, "a NOP behind {compare:x?} at {offset}");
+                assert!(place % 8 <= 4, "crosses a quadword");
+            }
+        }
     }
 }

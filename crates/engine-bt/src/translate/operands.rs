@@ -224,8 +224,12 @@ impl Job<'_> {
                 self.e.load(*scratch, gpr_offset(*guest));
             }
         }
+        let start = self.e.pos();
         if !self.e.instruction(&copy) {
             return false;
+        }
+        if written != 0 && self.before_patched_branch() {
+            self.e.align_before_branch(start);
         }
         for (guest, scratch, _, store) in spilled.iter().flatten() {
             if *store {
