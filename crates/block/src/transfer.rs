@@ -35,7 +35,7 @@ pub(crate) enum Operation<'a> {
 pub(crate) struct Transfer {
     request: Request,
     /// What is left of the memory after a short read or write.
-    rest: Option<ScatterList>,
+    rest: Option<Box<ScatterList>>,
     /// Bytes that are done.
     done: u64,
     /// O_DIRECT has refused it.
@@ -80,11 +80,11 @@ impl Transfer {
         };
         match &self.request {
             Request::Read { data, .. } => {
-                let data = self.rest.as_ref().unwrap_or(data);
+                let data = self.rest.as_deref().unwrap_or(data);
                 Operation::Read(transfer(data), data.iovecs(), offset)
             }
             Request::Write { data, .. } => {
-                let data = self.rest.as_ref().unwrap_or(data);
+                let data = self.rest.as_deref().unwrap_or(data);
                 Operation::Write(transfer(data), data.iovecs(), offset)
             }
             Request::Flush => Operation::Sync,
@@ -149,7 +149,7 @@ impl Transfer {
                         Err(BlockError::Truncated)
                     });
                 }
-                self.rest = Some(data.part(self.done, left));
+                self.rest = Some(Box::new(data.part(self.done, left)));
                 None
             }
             Request::Flush => Some(file.flushed(result.map(drop))),

@@ -100,7 +100,7 @@ impl Blk {
         let Some(data) = writable.len().checked_sub(1) else { return Some((used, 0)) };
         let (data, status) = writable.split_at(data);
         let mut requests = Requests::new();
-        let (end, written) = self.parse(&readable, &data, &mut requests);
+        let (end, written) = self.parse(&readable, data, &mut requests);
         if requests.is_empty() || end != OK {
             status.write_at(0, &[end]);
             return Some((used, written + 1));
@@ -131,7 +131,7 @@ impl Blk {
     fn parse(
         &self,
         readable: &ScatterList,
-        data: &ScatterList,
+        data: ScatterList,
         requests: &mut Requests,
     ) -> (u8, u32) {
         let mut header = [0; HEADER as usize];
@@ -140,32 +140,36 @@ impl Blk {
         }
         let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
         let sector = number(&header[8..]);
-        let (_, out) = readable.split_at(HEADER);
+        let out = || readable.part(HEADER, u64::MAX);
         let bytes = |list: &ScatterList| {
             let whole = list.len().is_multiple_of(SECTOR) && !list.is_empty();
             sector.checked_mul(SECTOR).filter(|_| whole)
         };
         match kind {
-            IN => match bytes(data) {
+            IN => match bytes(&data) {
                 Some(offset) => {
-                    requests.push(Request::Read { offset, data: data.clone() });
-                    (OK, data.len() as u32)
+                    let length = data.len() as u32;
+                    requests.push(Request::Read { offset, data });
+                    (OK, length)
                 }
                 None => (IOERR, 0),
             },
-            OUT => match bytes(&out) {
-                Some(offset) => {
-                    requests.push(Request::Write { offset, data: out });
-                    (OK, 0)
+            OUT => {
+                let data = out();
+                match bytes(&data) {
+                    Some(offset) => {
+                        requests.push(Request::Write { offset, data });
+                        (OK, 0)
+                    }
+                    None => (IOERR, 0),
                 }
-                None => (IOERR, 0),
-            },
+            }
             FLUSH_REQUEST => {
                 requests.push(Request::Flush);
                 (OK, 0)
             }
             GET_ID => (OK, data.write_at(0, &self.serial) as u32),
-            DISCARD | WRITE_ZEROES => (segments(kind, &out, requests), 0),
+            DISCARD | WRITE_ZEROES => (segments(kind, &out(), requests), 0),
             _ => (UNSUPP, 0),
         }
     }
