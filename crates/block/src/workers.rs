@@ -71,6 +71,8 @@ pub(crate) struct WorkerQueue {
     shared: Arc<Shared>,
     batch: Vec<(u64, Request)>,
     threads: Vec<std::thread::JoinHandle<()>>,
+    /// Whose threads they are: a child of fork(2) has none to end.
+    process: u32,
 }
 
 impl WorkerQueue {
@@ -78,7 +80,8 @@ impl WorkerQueue {
         let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         let (work, done) = (Mutex::default(), Mutex::default());
         let shared = Arc::new(Shared { disk, work, more: Condvar::new(), done, event });
-        let mut queue = Self { shared, batch: Vec::new(), threads: Vec::new() };
+        let mut queue =
+            Self { shared, batch: Vec::new(), threads: Vec::new(), process: std::process::id() };
         for _ in 0..THREADS {
             let shared = Arc::clone(&queue.shared);
             let thread = std::thread::Builder::new().name("tetrarch-disk".into());
@@ -122,6 +125,9 @@ impl BlockQueue for WorkerQueue {
 
 impl Drop for WorkerQueue {
     fn drop(&mut self) {
+        if std::process::id() != self.process {
+            return self.threads.drain(..).for_each(std::mem::forget);
+        }
         self.shared.work.lock().ends = true;
         self.shared.more.notify_all();
         for thread in self.threads.drain(..) {

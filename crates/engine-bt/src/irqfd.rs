@@ -125,6 +125,8 @@ struct Watch {
     epoll: Arc<OwnedFd>,
     end: OwnedFd,
     thread: Option<JoinHandle<()>>,
+    /// Whose thread it is: a child of fork(2) has none to end.
+    process: u32,
 }
 
 impl Watch {
@@ -136,16 +138,18 @@ impl Watch {
         let thread = std::thread::Builder::new()
             .name("bt-irqfd".into())
             .spawn(move || watch(&shared, &watched))?;
-        Ok(Self { epoll, end, thread: Some(thread) })
+        Ok(Self { epoll, end, thread: Some(thread), process: std::process::id() })
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        let _ = rustix::io::write(&self.end, &1u64.to_ne_bytes());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        let Some(thread) = self.thread.take() else { return };
+        if std::process::id() != self.process {
+            return std::mem::forget(thread);
         }
+        let _ = rustix::io::write(&self.end, &1u64.to_ne_bytes());
+        let _ = thread.join();
     }
 }
 

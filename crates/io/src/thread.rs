@@ -101,6 +101,8 @@ pub struct IoThread {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
     id: ThreadId,
+    /// Whose thread it is.
+    process: u32,
 }
 
 impl IoThread {
@@ -116,7 +118,7 @@ impl IoThread {
         let own = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || own.run())?;
         let id = thread.thread().id();
-        Ok(Self { shared, thread: Some(thread), id })
+        Ok(Self { shared, thread: Some(thread), id, process: std::process::id() })
     }
 
     /// Lets a handler be called for the descriptors that it is then given. `name` is for
@@ -162,11 +164,17 @@ impl IoThread {
 
 impl Drop for IoThread {
     fn drop(&mut self) {
-        self.shared.state.lock().ended = true;
-        self.shared.changed.notify_all();
-        self.shared.wake.signal();
-        let own = std::thread::current().id() == self.id;
-        if let Some(thread) = self.thread.take().filter(|_| !own) {
+        if std::process::id() == self.process {
+            self.shared.state.lock().ended = true;
+            self.shared.changed.notify_all();
+            self.shared.wake.signal();
+        }
+        let Some(thread) = self.thread.take() else { return };
+        if std::process::id() != self.process {
+            // A child of fork(2) has the object and not the thread: there is nothing to wait
+            // for, and the handle names nothing.
+            std::mem::forget(thread);
+        } else if std::thread::current().id() != self.id {
             // It has caught what handlers raise.
             let _ = thread.join();
         }
