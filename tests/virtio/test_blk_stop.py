@@ -16,6 +16,7 @@ from tetrarch.images import CachedGuest
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
+@pytest.mark.long  # it did not come to its end on a busy host, for a reason that is not known
 def test_machine_is_held_until_there_is_room_and_resumed_by_signal(
     debian_guest: CachedGuest, tmp_path: Path
 ) -> None:
