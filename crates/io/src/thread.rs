@@ -99,7 +99,7 @@ struct Shared {
 /// handler is called.
 pub struct IoThread {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
     id: ThreadId,
     /// Whose thread it is.
     process: u32,
@@ -118,7 +118,7 @@ impl IoThread {
         let own = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || own.run())?;
         let id = thread.thread().id();
-        Ok(Self { shared, thread: Some(thread), id, process: std::process::id() })
+        Ok(Self { shared, thread: Mutex::new(Some(thread)), id, process: std::process::id() })
     }
 
     /// Lets a handler be called for the descriptors that it is then given. `name` is for
@@ -162,22 +162,29 @@ impl IoThread {
     }
 }
 
-impl Drop for IoThread {
-    fn drop(&mut self) {
-        if std::process::id() == self.process {
-            self.shared.state.lock().ended = true;
-            self.shared.changed.notify_all();
-            self.shared.wake.signal();
-        }
-        let Some(thread) = self.thread.take() else { return };
+impl IoThread {
+    /// Ends the thread, and waits for it: who calls this holds nothing that a handler waits
+    /// for. Dropping it does the same.
+    pub fn end(&self) {
+        let Some(thread) = self.thread.lock().take() else { return };
         if std::process::id() != self.process {
             // A child of fork(2) has the object and not the thread: there is nothing to wait
             // for, and the handle names nothing.
-            std::mem::forget(thread);
-        } else if std::thread::current().id() != self.id {
+            return std::mem::forget(thread);
+        }
+        self.shared.state.lock().ended = true;
+        self.shared.changed.notify_all();
+        self.shared.wake.signal();
+        if std::thread::current().id() != self.id {
             // It has caught what handlers raise.
             let _ = thread.join();
         }
+    }
+}
+
+impl Drop for IoThread {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

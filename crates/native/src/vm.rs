@@ -44,6 +44,14 @@ pub struct Vm {
     reset_state: OnceLock<ResetState>,
 }
 
+/// A handler on the I/O thread may be on its way into Python.
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // An ending process has no interpreter any more, and nothing to wait for.
+        let _ = Python::try_attach(|py| py.detach(|| self.machine.io.end()));
+    }
+}
+
 type Attach =
     fn(&Bus, u64, u64, Sizes, &str, Arc<dyn Device>) -> Result<tetrarch_bus::Region, AttachError>;
 
