@@ -113,6 +113,7 @@ def test_memory_map_spares_the_firmware_area(make_vm: Any, make_bzimage: Any) ->
         (0, 0x9_FC00, 1),
         (0x9_FC00, 0x6_0400, 2),
         (0x10_0000, 63 * MIB, 1),
+        (0xE000_0000, 0x10_0000, 2),  # PCI configuration space
     ]
 
 

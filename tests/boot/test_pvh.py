@@ -45,6 +45,7 @@ def test_kernel_is_entered_in_protected_mode_with_start_info(
         (0, 0x9_FC00, 1, 0),
         (0x9_FC00, 0x6_0400, 2, 0),
         (0x10_0000, 15 * MIB, 1, 0),
+        (0xE000_0000, 0x10_0000, 2, 0),  # PCI configuration space
     ]
 
 
