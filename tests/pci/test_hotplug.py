@@ -164,6 +164,8 @@ def test_unplug_returns_when_the_guest_has_given_the_device_up(guest: Guest) -> 
     with pytest.raises(TimeoutError, match="has not given"):
         guest.machine.unplug(device, timeout=0.01)
     assert guest.read(where) == 0xABAB_ABAB
+    # The request of before is seen: the driver ejects for the next one, which is waited for.
+    guest.port_out(REGISTERS + GONE, 1 << 7)
     driver = threading.Thread(target=eject_when_asked, args=(guest, 7))
     driver.start()
     guest.machine.unplug(device)
