@@ -21,7 +21,12 @@ def cli(tmp_path: Path) -> Cli:
             text=True,
             timeout=60,
             check=False,
-            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment},
+            env={
+                **os.environ,
+                "XDG_CACHE_HOME": str(tmp_path / "cache"),
+                "XDG_DATA_HOME": str(tmp_path / "data"),
+                **environment,
+            },
         )
 
     return run

@@ -106,6 +106,49 @@ def test_disk_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         store.remove("web")
 
 
+def make(store: DiskStore, name: str, data: bytes = b"x") -> None:
+    with store.making(name) as directory:
+        for file in (DISK, KERNEL, INITRD):
+            (directory / file).write_bytes(data)
+        store.write_manifest(directory, DiskManifest(name, "root=x", "6.1", "bookworm"))
+
+
+def test_disk_that_is_being_made_is_not_made_twice(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    with store.making("web") as directory:
+        with pytest.raises(ImageError, match="a disk web is being made already"):
+            make(DiskStore(tmp_path), "web", b"second")
+        make(store, "other")
+        for file in (DISK, KERNEL, INITRD):
+            (directory / file).write_bytes(b"first")
+        store.write_manifest(directory, DiskManifest("web", "root=x", "6.1", "bookworm"))
+    with pytest.raises(ImageError, match="there is a disk web already"):
+        make(store, "web", b"second")
+    assert (tmp_path / "web" / DISK).read_bytes() == b"first"
+
+
+def test_what_a_killed_build_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    folder = tmp_path / ".build-web" / "tetrarch-x"
+    folder.mkdir(parents=True)
+    (folder.parent / DISK).write_bytes(b"half")
+    store = DiskStore(tmp_path)
+    with store.making("web") as directory:
+        assert list(directory.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "web"]
+
+
+def test_disk_of_a_later_version_is_read_and_one_that_cannot_be_read_stays(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    make(store, "web")
+    manifest = tmp_path / "web" / "disk.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"new": 1}))
+    assert store.find("web") is not None
+    manifest.unlink()
+    with pytest.raises(ImageError, match="is there, and no disk that can be read"):
+        make(store, "web")
+    assert (tmp_path / "web" / DISK).read_bytes() == b"x"
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "web"}', "\0"])
 def test_manifest_that_is_damaged_is_no_disk(tmp_path: Path, text: str) -> None:
     folder = tmp_path / "web"

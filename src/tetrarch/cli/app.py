@@ -19,6 +19,7 @@ __all__ = [
     "doctor",
     "engines",
     "image_build",
+    "image_info",
     "image_ls",
     "image_pull",
     "image_rm",
@@ -119,6 +120,17 @@ def image_ls(json: Json = False) -> None:
     from tetrarch.cli.images import show
 
     show(json)
+
+
+@image_app.command("info")
+def image_info(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As image ls names it.")],
+    json: Json = False,
+) -> None:
+    """Show what a disk that was built is, or a cached guest: files and packages."""
+    from tetrarch.cli.images import info
+
+    info(name, json)
 
 
 @image_app.command("rm")

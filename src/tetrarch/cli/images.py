@@ -10,7 +10,7 @@ from tetrarch import images
 from tetrarch.errors import ConfigError, ImageError, ValueProblem
 from tetrarch.images.store import DiskStore, InstalledDisk
 
-__all__ = ["build", "build_disk", "pull", "remove", "show"]
+__all__ = ["build", "build_disk", "info", "pull", "remove", "show"]
 
 
 def pull(name: str, as_json: bool) -> None:
@@ -34,13 +34,33 @@ def show(as_json: bool) -> None:
     if not guests and not disks:
         print(f"no guest is cached in {cache.root}; run: tetrarch image pull")
         return
-    width = max(len(guest.manifest.name) for guest in guests)
+    width = max((len(guest.manifest.name) for guest in guests), default=0)
     for guest in guests:
         size = sum(guest.manifest.sizes.values()) / 1e6
         print(
             f"{guest.manifest.name:<{width}}  {guest.manifest.package} "
             f"{guest.manifest.version}  {size:.1f} MB  {guest.kernel.parent}"
         )
+
+
+def info(name: str, as_json: bool) -> None:
+    disk, guest = DiskStore().find(name), images.Cache().find(name)
+    if disk is not None:
+        row = _disk_row(disk)
+    elif guest is not None:
+        row = _row(guest)
+    else:
+        raise ImageError(f"there is no disk and no cached guest {name}", "see tetrarch image ls")
+    if as_json:
+        print(json.dumps(row, indent=2))
+        return
+    for key, value in row.items():
+        if isinstance(value, dict):
+            print(f"{key}:")
+            for name, what in value.items():
+                print(f"  {name} {what}")
+        else:
+            print(f"{key}: {value}")
 
 
 def remove(name: str, as_json: bool) -> None:

@@ -5,20 +5,24 @@
     NAME/initrd.img
     NAME/disk.json      what it is: append line, packages, when and of what it was made
 
-A disk is made in a directory of its own beside them and renamed when it is whole.
+A disk is made in a directory beside them, .build-NAME, which its maker has locked (flock(2)), and
+which is renamed when it is whole. One that nobody has locked was left by a maker that was killed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from tetrarch.block.disk import open_disk
+from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ImageError
 
 __all__ = ["DISK", "INITRD", "KERNEL", "DiskManifest", "DiskStore", "InstalledDisk", "data_root"]
@@ -28,6 +32,7 @@ KERNEL = "vmlinuz"
 INITRD = "initrd.img"
 _MANIFEST = "disk.json"
 _SCRATCH = ".build-"
+_REMOVED = ".removed-"
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ class DiskStore:
     def find(self, name: str) -> InstalledDisk | None:
         directory = self.root / name
         try:
-            manifest = DiskManifest(**json.loads((directory / _MANIFEST).read_bytes()))
-        except (OSError, ValueError, TypeError):  # none, or of another version
+            manifest = _manifest((directory / _MANIFEST).read_bytes())
+        except (OSError, ValueError, TypeError, AttributeError):  # none, or damaged
             return None
         found = InstalledDisk(manifest, directory)
         whole = all(file.is_file() for file in (found.disk, found.kernel, found.initrd))
@@ -77,55 +82,111 @@ class DiskStore:
 
     def list(self) -> list[InstalledDisk]:
         names = sorted(path.parent.name for path in self.root.glob(f"*/{_MANIFEST}"))
-        found = (self.find(name) for name in names if not name.startswith(_SCRATCH))
+        found = (self.find(name) for name in names if not name.startswith("."))
         return [disk for disk in found if disk is not None]
 
     def remove(self, name: str) -> InstalledDisk:
         found = self.find(name)
         if found is None:
             raise ImageError(f"there is no disk {name} in {self.root}", "see tetrarch image ls")
-        # Out of sight at once, whatever a removal that is cut short leaves.
-        scratch = self._scratch()
-        found.directory.rename(scratch / name)
+        # Refused while a machine has it.
+        disk = open_disk(DiskSpec(found.disk, format="raw"))
+        try:
+            # Out of sight at once, whatever a removal that is cut short leaves.
+            scratch = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=self.root))
+            found.directory.rename(scratch / name)
+        except OSError as error:
+            raise self._unusable(error) from error
+        finally:
+            disk.close()
         shutil.rmtree(scratch, ignore_errors=True)
         return found
 
     @contextmanager
     def making(self, name: str) -> Iterator[Path]:
-        """A directory to make a disk in; it is the disk's own when the block ends well."""
-        if self.find(name) is not None:
-            raise ImageError(
-                f"there is a disk {name} already, in {self.root / name}",
-                f"give another --name, or remove it: tetrarch image rm {name}",
-            )
+        """A directory to make a disk in; it is the disk's own when the block ends well.
+
+        Raises ImageError where there is such a disk, or another is making it.
+        """
+        scratch = self.root / f"{_SCRATCH}{name}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            scratch = self._scratch()
+            lock = _lock(scratch)
         except OSError as error:
             raise self._unusable(error) from error
+        if lock is None:
+            raise ImageError(
+                f"a disk {name} is being made already, in {self.root}",
+                "wait until it is done, or give another --name",
+            )
         try:
-            yield scratch
+            # Only now: who had the lock before may have made it.
+            if self.find(name) is not None:
+                raise ImageError(
+                    f"there is a disk {name} already, in {self.root / name}",
+                    f"give another --name, or remove it: tetrarch image rm {name}",
+                )
             target = self.root / name
-            shutil.rmtree(target, ignore_errors=True)  # one that is not whole
-            scratch.chmod(0o700)
+            if target.exists():  # of another version, perhaps: it may be somebody's data
+                raise ImageError(
+                    f"{target} is there, and no disk that can be read",
+                    "give another --name, or move it away",
+                )
+            _empty(scratch)
+            yield scratch
             scratch.rename(target)
         except OSError as error:
             raise self._unusable(error) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
 
     def write_manifest(self, directory: Path, manifest: DiskManifest) -> None:
         text = json.dumps(asdict(manifest), indent=2)
         (directory / _MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-    def _scratch(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.root))
 
     def _unusable(self, error: OSError) -> ImageError:
         return ImageError(
             f"cannot write disks to {self.root}: {error.strerror or error}",
             "free the space or set XDG_DATA_HOME to another directory",
         )
+
+
+def _manifest(text: bytes) -> DiskManifest:
+    """What a later version has added is left out."""
+    values = json.loads(text)
+    known = {field.name for field in fields(DiskManifest)}
+    return DiskManifest(**{name: value for name, value in values.items() if name in known})
+
+
+def _lock(directory: Path) -> int | None:
+    """Makes the directory and locks it; None where another has it. The lock ends with the
+    descriptor."""
+    while True:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:  # its maker was done in between
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), directory.stat()):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except FileNotFoundError:
+            pass
+        # What was locked has another name by now: it is a disk that is whole.
+        os.close(lock)
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def data_root() -> Path:

@@ -1,0 +1,58 @@
+"""``tetrarch image`` and the disks that were built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tetrarch.block.disk import open_disk
+from tetrarch.block.spec import DiskSpec
+from tetrarch.images.store import DISK, INITRD, KERNEL, DiskManifest, DiskStore
+
+from .conftest import Cli
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DiskStore:
+    """The disk web, where the program looks for it."""
+    store = DiskStore(tmp_path / "data/tetrarch/disks")
+    with store.making("web") as directory:
+        for file in (DISK, KERNEL, INITRD):
+            (directory / file).write_bytes(bytes(4096))
+        manifest = DiskManifest("web", "root=x", "6.1", "bookworm", {"bash": "5.2"})
+        store.write_manifest(directory, manifest)
+    return store
+
+
+def test_disk_is_listed_where_no_guest_is_cached(cli: Cli, store: DiskStore) -> None:
+    done = cli("image", "ls")
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("web  disk of ")
+
+
+def test_disk_is_shown_with_its_packages(cli: Cli, store: DiskStore) -> None:
+    row = json.loads(cli("image", "info", "web", "--json").stdout)
+    assert (row["disk"], row["packages"]) == (str(store.root / "web" / DISK), {"bash": "5.2"})
+    lines = cli("image", "info", "web").stdout.splitlines()
+    assert {"name: web", "packages:", "  bash 5.2"} <= set(lines)
+    done = cli("image", "info", "other")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "no disk and no cached guest other" in done.stderr
+
+
+def test_disk_in_use_is_not_removed(cli: Cli, store: DiskStore) -> None:
+    found = store.find("web")
+    assert found is not None
+    disk = open_disk(DiskSpec(found.disk, format="raw"))
+    try:
+        done = cli("image", "rm", "web")
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+        assert "in use" in done.stderr
+        assert found.disk.exists()
+    finally:
+        disk.close()
+    assert cli("image", "rm", "web").stdout == "removed the disk web\n"
+    assert list(store.root.iterdir()) == []
