@@ -181,6 +181,29 @@ def test_advice_on_memory_is_one_figure_that_works(
     boot(make_vm(32 * MIB), make_bzimage(), initrd)
 
 
+def test_memory_that_is_taken_but_hardly_enough_is_warned_of(
+    make_vm: Any, make_bzimage: Any, write: Any, caplog: Any
+) -> None:
+    # As above, then without the size of what is packed, then not packed.
+    sized = write("sized", b"\x1f\x8b" + bytes(2 * MIB - 6) + (6 * MIB).to_bytes(4, "little"))
+    strange = write("strange", b"\x1f\x8b" + b"\xff" * (2 * MIB - 2))
+    other = write("other", b"\xfd7zXZ\0" + bytes(2 * MIB - 6))
+    plain = write("plain", b"070701" + bytes(4 * MIB - 6))
+    boot(make_vm(31 * MIB), make_bzimage(), sized)
+    assert "sized: unpacks to 6 MiB" in caplog.text
+    assert caplog.text.rstrip().endswith("give the machine 32M")
+    caplog.clear()
+    boot(make_vm(31 * MIB), make_bzimage(), plain)
+    assert "plain: unpacks to 4 MiB" in caplog.text
+    caplog.clear()
+    boot(make_vm(32 * MIB), make_bzimage(), sized)
+    boot(make_vm(32 * MIB), make_bzimage(), plain)
+    boot(make_vm(24 * MIB), make_bzimage(), strange)
+    boot(make_vm(24 * MIB), make_bzimage(), other)
+    boot(make_vm(24 * MIB), make_bzimage())
+    assert caplog.text == ""
+
+
 def test_initrd_larger_than_any_memory_says_so(
     make_vm: Any, make_bzimage: Any, tmp_path: Path
 ) -> None:

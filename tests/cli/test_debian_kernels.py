@@ -3,19 +3,20 @@
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 from tests.boot.vmlinux import extract_vmlinux
 from tests.cli.conftest import Cli
 from tests.initrds import shell_tree
 
-from tetrarch import images
+from tetrarch import Machine, StopReason, images
 from tetrarch.images import CachedGuest
 
 APPEND = "console=ttyS0 quiet reboot=t panic=-1"
@@ -133,6 +134,39 @@ def test_memory_sizes(run: Run, memory: str, mib: int) -> None:
     # The kernel keeps some for itself: its own image, and a page structure for each page.
     assert mib * 1024 * 0.94 - 36 * 1024 < total_kib < mib * 1024
     assert ("100000000-" in done.stdout) == (mib > 3072)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["debian", *(pytest.param(n, marks=pytest.mark.long) for n in ("debian-amd64", "debian-rt"))],
+)
+def test_memory_that_is_advised_is_enough(cli: Cli, name: str) -> None:
+    guest = images.ensure(images.Cache(), name, images.TerminalReporter())
+    files: dict[str, Any] = {"kernel": guest.kernel, "initrd": guest.initrd, "engine": "bt"}
+    advice = set()
+    for too_little in ("32M", "64M"):
+        done = cli(
+            "run", "--kernel", guest.kernel, "--initrd", guest.initrd, "--memory", too_little
+        )
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+        advice |= set(re.findall(r"give (?:it|the machine) (\d+M)", done.stderr))
+    (enough,) = advice
+    with Machine(memory=enough, **files) as vm:
+        vm.start()
+        vm.console.expect("# ", timeout=60)
+        vm.console.send("poweroff\n")
+        assert vm.wait(60).reason is StopReason.POWERED_OFF
+
+
+def test_memory_that_is_hardly_enough_is_taken_with_a_warning(
+    cli: Cli, debian_guest: CachedGuest
+) -> None:
+    guest = ("--kernel", debian_guest.kernel, "--initrd", debian_guest.initrd)
+    done = cli("run", "--engine", "bt", *guest, "--memory", "72M", "--timeout", "0.01")
+    assert done.returncode == 124
+    (warning,) = (line for line in done.stderr.splitlines() if "unpacks to" in line)
+    assert warning.startswith(f"tetrarch: initrd {debian_guest.initrd}: ")
+    assert re.search(r"; give the machine \d+M$", warning)
 
 
 def test_json_and_stats(run: Run) -> None:

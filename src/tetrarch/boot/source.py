@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -26,13 +27,20 @@ __all__ = [
     "load_initrd",
     "place_initrd",
     "too_little_memory",
+    "unpacked_size",
+    "warn_of_little_memory",
     "zero_guest",
 ]
 
 #: Large enough to make the per-call cost vanish, small enough to stay in cache and out of swap.
 CHUNK: Final = 1 << 20
 
+log = logging.getLogger(__name__)
+
 GZIP_MAGIC: Final = b"\x1f\x8b"
+CPIO_MAGIC: Final = b"0707"
+#: What deflate packs to one byte at most (zlib, "Maximum Compression Factor").
+DEFLATE_MOST: Final = 1032
 #: What a kernel takes for itself before the first program runs, beside its image.
 WORKING_MEMORY: Final = 4 << 20
 MEMORY_STEP: Final = 4 << 20
@@ -159,17 +167,43 @@ def place_initrd(vm: GuestMemory, source: Source, floor: int, ceiling: int) -> i
     )
 
 
+def unpacked_size(source: Source) -> tuple[int, int]:
+    """Of an initrd: what it unpacks to at least and at most, as far as it shows."""
+    start = source.read(0, min(source.size, 4))
+    if start.startswith(GZIP_MAGIC) and source.size >= 18:
+        # The last four bytes are the size of the whole (RFC 1952, 2.3.1).
+        size = int.from_bytes(source.read(source.size - 4, 4), "little")
+        if size <= DEFLATE_MOST * source.size:
+            return size, size
+    # Other formats pack to a quarter at most of what initrds hold; what is not packed may have
+    # something packed behind it.
+    return source.size if start == CPIO_MAGIC else 0, 4 * source.size
+
+
+def _beside_kernel(initrd: Source, unpacked: int) -> int:
+    # In memory twice while it is unpacked.
+    return initrd.size + unpacked + WORKING_MEMORY
+
+
 def enough_memory(kernel_end: int, initrd: Source | None) -> str:
     """What a Linux guest needs to come up, by the ends of its files: as an option's value."""
-    needed = kernel_end
-    if initrd is not None:
-        # In memory twice while it is unpacked. gzip's last four bytes are the size of the
-        # whole (RFC 1952, 2.3.1); other formats pack to a quarter at most of what initrds hold.
-        unpacked = 4 * initrd.size
-        if initrd.size >= 18 and initrd.read(0, 2) == GZIP_MAGIC:
-            unpacked = int.from_bytes(initrd.read(initrd.size - 4, 4), "little")
-        needed += initrd.size + unpacked
-    return f"{align_up(needed + WORKING_MEMORY, MEMORY_STEP) >> 20}M"
+    rest = WORKING_MEMORY if initrd is None else _beside_kernel(initrd, unpacked_size(initrd)[1])
+    return f"{align_up(kernel_end + rest, MEMORY_STEP) >> 20}M"
+
+
+def warn_of_little_memory(vm: GuestMemory, kernel_end: int, initrd: Source) -> None:
+    """Says if the guest will hardly come up. It is started all the same: a kernel may do with
+    less than Linux takes."""
+    unpacked = unpacked_size(initrd)[0]
+    if unpacked and total_ram(vm) < kernel_end + _beside_kernel(initrd, unpacked):
+        log.warning(
+            "initrd %s: unpacks to %d MiB, for which the guest's %d MiB of memory are hardly "
+            "enough; give the machine %s",
+            initrd.path,
+            mib_up(unpacked),
+            mib_up(total_ram(vm)),
+            enough_memory(kernel_end, initrd),
+        )
 
 
 def too_little_memory(
@@ -192,4 +226,5 @@ def load_initrd(
     with Source.open(path, "initrd") as source:
         address = place_initrd(vm, source, floor, ceiling)
         copy_to_guest(vm, address, source, 0, source.size)
+        warn_of_little_memory(vm, floor, source)
         return address, source.size

@@ -128,10 +128,17 @@ def report_error(error: BaseException) -> int:
     raise error  # SystemExit and the like
 
 
+class _Line(logging.Formatter):
+    """One line, as ours are; that of a machine has the machine's name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return line if hasattr(record, "machine") else f"tetrarch: {line}"
+
+
 def _log_to_standard_error() -> None:
-    """Warnings of the library, each with its machine's name."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Line("%(message)s"))
     logging.getLogger("tetrarch").addHandler(handler)
 
 
