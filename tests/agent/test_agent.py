@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ import pytest
 
 from tetrarch import Machine
 from tetrarch.agent import AgentError, AgentStream, connect, encode_run
-from tetrarch.agent.client import ERROR, EXIT, OUTPUT, RUN
+from tetrarch.agent.client import ERROR, EXIT, INPUT, INPUT_WINDOW, OUTPUT, RUN
 from tetrarch.errors import HostError
 from tetrarch.images import CachedGuest
 from tetrarch.virtio.vsock import listen
@@ -64,6 +65,13 @@ def run(path: Path, *arguments: str, **options: object) -> Done:
         with suppress(BrokenPipeError):  # it may have ended already
             stream.send_input(b"")
         return Done(stream)
+
+
+def wait_until(path: Path, script: str) -> None:
+    """Until a script in the guest ends well."""
+    deadline = time.monotonic() + LIMIT_S
+    while run(path, "sh", "-c", script).code:
+        assert time.monotonic() < deadline, script
 
 
 def test_output_error_output_and_exit_code_are_the_commands(path: Path) -> None:
@@ -122,12 +130,61 @@ def test_signals_reach_all_of_the_command(path: Path) -> None:
         assert Done(stream).code == 128 + signal.SIGKILL
 
 
+def test_signals_that_were_delivered_are_told(path: Path) -> None:
+    script = "exec 2>/dev/null; trap 'echo caught' USR1; echo up; while :; do sleep 1; done"
+    with begin(path, "sh", "-c", script) as stream:
+        assert stream.read() == (OUTPUT, b"up\n")
+        while not stream.signalled:
+            stream.send_signal(signal.SIGUSR1)
+            assert stream.read() == (OUTPUT, b"caught\n")
+
+
 def test_command_ends_when_the_host_hangs_up(path: Path) -> None:
     with begin(path, "sh", "-c", "echo $$ | tee /tmp/left; exec sleep 1000") as stream:
         stream.read()
-    deadline = time.monotonic() + LIMIT_S
-    while run(path, "sh", "-c", "[ -s /tmp/left ] && ! kill -0 $(cat /tmp/left) 2>/dev/null").code:
-        assert time.monotonic() < deadline
+    wait_until(path, "[ -s /tmp/left ] && ! kill -0 $(cat /tmp/left) 2>/dev/null")
+
+
+def test_command_that_reads_no_input_has_its_signals(path: Path) -> None:
+    def send() -> None:
+        with suppress(OSError):
+            stream.send_input(bytes(4 << 20))
+
+    with begin(path, "sh", "-c", "echo up; exec sleep 1000") as stream:
+        sender = threading.Thread(target=send)
+        sender.start()
+        assert stream.read() == (OUTPUT, b"up\n")
+        # More than the pipe in the guest holds is under way.
+        deadline = time.monotonic() + LIMIT_S
+        while stream.room > INPUT_WINDOW - (64 << 10):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        stream.send_signal(signal.SIGTERM)
+        assert Done(stream).code == 128 + signal.SIGTERM
+    sender.join(LIMIT_S)
+    assert not sender.is_alive()
+
+
+def test_hang_up_reaches_a_command_that_reads_no_input(path: Path) -> None:
+    with begin(path, "sh", "-c", "echo $$ >/tmp/deaf; exec sleep 1000") as stream:
+        stream.send_input(bytes(INPUT_WINDOW))
+    wait_until(path, "[ -s /tmp/deaf ] && ! kill -0 $(cat /tmp/deaf) 2>/dev/null")
+
+
+def test_signals_reach_what_a_command_left_running(path: Path) -> None:
+    with begin(path, "sh", "-c", "sleep 1000 & echo $$; exit 5") as stream:
+        _, leader = stream.read()
+        # It has ended, and is not waited for: its number is nobody else's.
+        wait_until(path, f"grep -q '^State:.Z' /proc/{int(leader)}/status")
+        stream.send_signal(signal.SIGTERM)
+        assert Done(stream).code == 5
+
+
+def test_input_that_the_agent_has_no_room_for_ends_the_command(path: Path) -> None:
+    with begin(path, "sleep", "1000") as stream:
+        for _ in range(8):
+            stream.send(INPUT, bytes(64 << 10))
+        assert Done(stream).code == 128 + signal.SIGHUP
 
 
 def test_command_on_a_terminal_knows_its_size_and_changes_of_it(path: Path) -> None:
@@ -190,6 +247,19 @@ def test_run_with_a_command_is_as_the_command_is(debian_guest: CachedGuest) -> N
     assert (done.stdout, done.stderr, done.returncode) == (b"through\n", b"no\n", 7)
 
 
+def test_run_with_a_command_that_reads_nothing_is_ended_by_a_signal(
+    debian_guest: CachedGuest,
+) -> None:
+    words = command(debian_guest, "--", "sh", "-c", "echo up; exec sleep 1000")
+    endless = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
+    with endless, subprocess.Popen(words, stdin=endless.stdout, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 128 + signal.SIGINT
+        endless.kill()
+
+
 def test_run_with_a_command_on_a_terminal(debian_guest: CachedGuest) -> None:
     words = command(debian_guest, "--", "sh")
     child = pexpect.spawn(words[0], words[1:], timeout=LIMIT_S, dimensions=(33, 99))
@@ -208,11 +278,29 @@ def test_run_with_a_command_on_a_terminal(debian_guest: CachedGuest) -> None:
 
 def test_run_with_a_command_ends_after_its_time(debian_guest: CachedGuest) -> None:
     done = subprocess.run(
-        command(debian_guest, "--timeout", "15", "--", "sleep", "1000"),
+        command(debian_guest, "--timeout", "15", "--json", "--", "sleep", "1000"),
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
         check=False,
     )
     assert done.returncode == 124
-    assert done.stderr.splitlines()[-1].endswith("15 s passed (--timeout)")
+    said, report = done.stderr.splitlines()[-2:]
+    assert said.endswith("15 s passed (--timeout)")
+    assert json.loads(report)["status"] == "timeout"
+
+
+def test_run_with_a_command_reports_on_standard_error(debian_guest: CachedGuest) -> None:
+    done = subprocess.run(
+        command(debian_guest, "--stats", "--json", "--", "sh", "-c", "echo out; exit 7"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("out\n", 7)
+    *counters, last = done.stderr.splitlines()
+    assert counters[0].startswith("ran for ")
+    report = json.loads(last)
+    assert (report["status"], report["exit_code"], report["engine"]) == ("powered-off", 7, "bt")

@@ -1,4 +1,8 @@
 //! One command: its process, and the ways of its bytes.
+//!
+//! Each way has a thread: two for output, one for input, one for what the host asks, one for the
+//! answers to that. None of them waits for another, so that a command which reads no input still
+//! has its signals, and one whose output nobody reads too.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -6,12 +10,14 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use crate::protocol::{
-    ERROR, EXIT, INPUT, OUTPUT, RUN, Run, SIGNAL, WINDOW, Window, bad, read_frame, write_frame,
+    ERROR, EXIT, HELLO, INPUT, INPUT_WINDOW, OUTPUT, RUN, Run, SIGNAL, SIGNALLED, TAKEN, VERSION,
+    WINDOW, Window, bad, read_frame, write_frame,
 };
 
 /// As a shell has it: the command was not found, or cannot be run.
@@ -26,6 +32,7 @@ fn send(stream: &Shared, kind: u8, body: &[u8]) -> io::Result<()> {
 
 /// Serves one connection to its end.
 pub fn serve(mut stream: File) -> io::Result<()> {
+    write_frame(&mut stream, HELLO, &VERSION.to_le_bytes())?;
     let (kind, body) = read_frame(&mut stream)?;
     if kind != RUN {
         return Err(bad("a connection begins with a command"));
@@ -43,7 +50,7 @@ pub fn serve(mut stream: File) -> io::Result<()> {
         }
     };
     let Started { mut child, input, outputs, terminal } = started;
-    let id = child.id() as libc::pid_t;
+    let group = Arc::new(Group { id: child.id() as libc::pid_t, there: Mutex::new(true) });
     // Each of its outputs has a thread; they end when the last process that has it ends.
     let pumps: Vec<_> = outputs
         .into_iter()
@@ -52,16 +59,21 @@ pub fn serve(mut stream: File) -> io::Result<()> {
             thread::spawn(move || pump(from, kind, &out))
         })
         .collect();
-    let running = Arc::new(AtomicBool::new(true));
-    let group = Group { id, running: Arc::clone(&running) };
-    thread::spawn(move || follow(&mut stream, input, terminal.as_ref(), &group));
-    let status = child.wait()?;
-    running.store(false, Ordering::SeqCst);
+    let (answers, answered) = mpsc::channel();
+    let answer_to = Arc::clone(&out);
+    thread::spawn(move || answer(&answered, &answer_to));
+    let input = Input::start(input, terminal.is_some(), answers.clone());
+    let followed = Arc::clone(&group);
+    thread::spawn(move || follow(&mut stream, &input, terminal.as_ref(), &followed, &answers));
+    // Until it is waited for, its number is nobody else's, as a process and as a group: signals
+    // reach what it left running too.
+    group.wait_for_leader()?;
     for pump in pumps {
         // Of a panic nothing is known that could be told.
         let _ = pump.join();
     }
-    send(&out, EXIT, &code(status).to_le_bytes())
+    group.close();
+    send(&out, EXIT, &code(child.wait()?).to_le_bytes())
 }
 
 fn code(status: ExitStatus) -> u32 {
@@ -183,25 +195,86 @@ fn pump(mut from: File, kind: u8, out: &Shared) {
     }
 }
 
-/// What the host sends goes to the command, until the host hangs up: that ends it.
-fn follow(stream: &mut File, mut input: Option<File>, terminal: Option<&File>, group: &Group) {
+type Answer = (u8, Vec<u8>);
+
+fn answer(answers: &Receiver<Answer>, out: &Shared) {
+    for (kind, body) in answers {
+        if send(out, kind, &body).is_err() {
+            return;
+        }
+    }
+}
+
+/// The way of input to the command.
+struct Input {
+    to: Sender<Vec<u8>>,
+    /// Bytes that the command has not taken.
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Input {
+    fn start(to: Option<File>, terminal: bool, answers: Sender<Answer>) -> Self {
+        let (sender, input) = mpsc::channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let left = Arc::clone(&waiting);
+        thread::spawn(move || take_input(&input, to, terminal, &left, &answers));
+        Self { to: sender, waiting }
+    }
+
+    fn push(&self, data: Vec<u8>) -> io::Result<()> {
+        let before = self.waiting.fetch_add(data.len(), Ordering::SeqCst);
+        if before + data.len() > INPUT_WINDOW {
+            return Err(bad("more input than was asked for"));
+        }
+        // Its thread ends only with the connection.
+        let _ = self.to.send(data);
+        Ok(())
+    }
+}
+
+fn take_input(
+    input: &Receiver<Vec<u8>>,
+    mut to: Option<File>,
+    terminal: bool,
+    waiting: &AtomicUsize,
+    answers: &Sender<Answer>,
+) {
+    for data in input {
+        if let Some(file) = &mut to {
+            let done = match (data.is_empty(), terminal) {
+                // A terminal's input has no end of its own: the key for it has one.
+                (true, true) => file.write_all(&[4]).is_err(),
+                (true, false) => true,
+                (false, _) => file.write_all(&data).is_err(),
+            };
+            // A command that reads no more does not mind.
+            if done {
+                to = None;
+            }
+        }
+        waiting.fetch_sub(data.len(), Ordering::SeqCst);
+        if answers.send((TAKEN, (data.len() as u32).to_le_bytes().to_vec())).is_err() {
+            return;
+        }
+    }
+}
+
+/// Does what the host asks, until it hangs up or asks nonsense: that ends the command.
+fn follow(
+    stream: &mut File,
+    input: &Input,
+    terminal: Option<&File>,
+    group: &Group,
+    answers: &Sender<Answer>,
+) {
     while let Ok((kind, body)) = read_frame(stream) {
+        if kind == INPUT {
+            match input.push(body) {
+                Ok(()) => continue,
+                Err(_) => break,
+            }
+        }
         match (kind, terminal) {
-            // A terminal's input has no end of its own: the key for it has one.
-            (INPUT, Some(_)) if body.is_empty() => {
-                if let Some(input) = &mut input {
-                    let _ = input.write_all(&[4]);
-                }
-            }
-            (INPUT, None) if body.is_empty() => input = None,
-            (INPUT, _) => {
-                // A command that reads no more does not mind.
-                if let Some(to) = &mut input
-                    && to.write_all(&body).is_err()
-                {
-                    input = None;
-                }
-            }
             (WINDOW, Some(terminal)) => {
                 if let Ok(window) = Window::decode(&body) {
                     set_window(terminal, window);
@@ -211,6 +284,8 @@ fn follow(stream: &mut File, mut input: Option<File>, terminal: Option<&File>, g
                 if let Some(&number) = body.first() {
                     group.signal(i32::from(number));
                 }
+                // Who reads them ends with the connection.
+                let _ = answers.send((SIGNALLED, Vec::new()));
             }
             _ => {}
         }
@@ -222,14 +297,39 @@ fn follow(stream: &mut File, mut input: Option<File>, terminal: Option<&File>, g
 struct Group {
     id: libc::pid_t,
     /// Its leader was not waited for: the number is nobody else's.
-    running: Arc<AtomicBool>,
+    there: Mutex<bool>,
 }
 
 impl Group {
+    /// Returns when the leader has ended, and leaves it to be waited for.
+    fn wait_for_leader(&self) -> io::Result<()> {
+        loop {
+            // SAFETY: the call writes the structure, which lives as long as it.
+            let result = unsafe {
+                let mut info: libc::siginfo_t = std::mem::zeroed();
+                let options = libc::WEXITED | libc::WNOWAIT;
+                libc::waitid(libc::P_PID, self.id as libc::id_t, &raw mut info, options)
+            };
+            if result == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
     fn signal(&self, number: i32) {
-        if self.running.load(Ordering::SeqCst) {
+        let there = self.there.lock().unwrap_or_else(PoisonError::into_inner);
+        if *there {
             // SAFETY: a plain call.
             unsafe { libc::kill(-self.id, number) };
         }
+    }
+
+    /// No signal is sent from here on, and none is under way.
+    fn close(&self) {
+        *self.there.lock().unwrap_or_else(PoisonError::into_inner) = false;
     }
 }

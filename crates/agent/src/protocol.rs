@@ -1,11 +1,16 @@
 //! Frames between host and guest: a byte that says what it is, four of its length
 //! (little-endian), and the rest.
 //!
-//! The host begins with RUN, then sends INPUT (empty: the end), WINDOW and SIGNAL; the guest
-//! sends OUTPUT, ERROR and at last EXIT.
+//! The guest begins with HELLO and its VERSION. The host sends RUN, then INPUT (empty: the end),
+//! WINDOW and SIGNAL; the guest sends OUTPUT, ERROR and at last EXIT.
+//!
+//! Input has flow control, since a command may read none and signals must pass it: the host has
+//! no more than INPUT_WINDOW bytes on the way, and the guest tells by TAKEN how many more it took
+//! off. SIGNALLED says that one more SIGNAL was delivered.
 
 use std::io::{self, ErrorKind, Read, Write};
 
+pub const HELLO: u8 = b'H';
 pub const RUN: u8 = b'R';
 pub const INPUT: u8 = b'I';
 pub const WINDOW: u8 = b'W';
@@ -13,6 +18,14 @@ pub const SIGNAL: u8 = b'S';
 pub const OUTPUT: u8 = b'O';
 pub const ERROR: u8 = b'E';
 pub const EXIT: u8 = b'X';
+pub const TAKEN: u8 = b'T';
+pub const SIGNALLED: u8 = b'G';
+
+/// Agents live on disks for years: a host that speaks another protocol can tell.
+pub const VERSION: u32 = 1;
+
+/// Input that may be on its way to the command.
+pub const INPUT_WINDOW: usize = 256 << 10;
 
 /// No frame is longer.
 const LONGEST: u32 = 1 << 20;

@@ -1,7 +1,7 @@
 """Frames to and from the agent, over the socket of a machine's vsock device.
 
 The form is that of ``crates/agent/src/protocol.rs``: a byte that says what it is, four of its
-length (little-endian), and the rest.
+length (little-endian), and the rest. Input is sent as far as the agent has room for it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from tetrarch.errors import TetrarchError
 __all__ = [
     "ERROR",
     "EXIT",
+    "INPUT_WINDOW",
     "OUTPUT",
     "PORT",
+    "RUN",
     "AgentError",
     "AgentStream",
     "connect",
     "encode_run",
+    "encode_window",
 ]
 
 #: Where the agent listens.
 PORT: Final = 1024
 
+HELLO: Final = b"H"
 RUN: Final = b"R"
 INPUT: Final = b"I"
 WINDOW: Final = b"W"
@@ -37,12 +41,19 @@ SIGNAL: Final = b"S"
 OUTPUT: Final = b"O"
 ERROR: Final = b"E"
 EXIT: Final = b"X"
+TAKEN: Final = b"T"
+SIGNALLED: Final = b"G"
+
+VERSION: Final = 1
+#: Input that may be on its way to the command, in bytes.
+INPUT_WINDOW: Final = 256 << 10
 
 _HEAD: Final = struct.Struct("<cI")
 #: What is sent in one frame at most; the agent takes up to 1 MiB.
 _CHUNK: Final = 64 << 10
 _LONGEST: Final = 1 << 20
 _RETRY_S: Final = 0.05
+_ANSWER_S: Final = 5
 
 
 class AgentError(TetrarchError):
@@ -50,34 +61,82 @@ class AgentError(TetrarchError):
 
 
 class AgentStream:
-    """One command's connection. Sending is for any thread, reading for one."""
+    """One command's connection. Sending is for any thread but a signal handler, reading for one."""
 
     def __init__(self, stream: socket.socket) -> None:
         self._stream = stream
         self._sending = threading.Lock()
+        self._changed = threading.Condition()
+        self._room = INPUT_WINDOW
+        self.gone = False
+        """It has ended: nothing more can be read."""
+        self.on_room: Callable[[], object] = lambda: None
+        """Called by the reader when the agent has taken input."""
+        self.signalled = 0
+        """How many signals the agent has delivered."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of input that can be sent without waiting."""
+        with self._changed:
+            return self._room
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
         with self._sending:
             self._stream.sendall(_HEAD.pack(kind, len(body)) + body)
 
     def send_input(self, data: bytes) -> None:
-        """Input of the command; an empty one is its end."""
-        for start in range(0, len(data), _CHUNK):
-            self.send(INPUT, data[start : start + _CHUNK])
+        """Input of the command; an empty one is its end.
+
+        Waits while the command does not take it and another thread reads what the agent says.
+        """
+        sent = 0
+        while sent < len(data):
+            with self._changed:
+                self._changed.wait_for(lambda: self._room > 0 or self.gone)
+                if self.gone:
+                    raise BrokenPipeError
+                chunk = data[sent : sent + min(self._room, _CHUNK)]
+                self._room -= len(chunk)
+            self.send(INPUT, chunk)
+            sent += len(chunk)
         if not data:
             self.send(INPUT)
 
     def send_window(self, rows: int, columns: int) -> None:
-        self.send(WINDOW, struct.pack("<HH", rows & 0xFFFF, columns & 0xFFFF))
+        self.send(WINDOW, encode_window(rows, columns))
 
     def send_signal(self, number: int) -> None:
         self.send(SIGNAL, bytes([number]))
 
     def read(self) -> tuple[bytes, bytes]:
-        """The next frame. Raises AgentError where there is none any more."""
+        """The next frame that is the command's. Raises AgentError where there is none any more."""
+        while True:
+            kind, data = self._read_frame()
+            if kind == TAKEN:
+                with self._changed:
+                    self._room = min(self._room + int.from_bytes(data[:4], "little"), INPUT_WINDOW)
+                    self._changed.notify_all()
+                self.on_room()
+            elif kind == SIGNALLED:
+                self.signalled += 1
+            else:
+                return kind, data
+
+    def greet(self) -> None:
+        """Raises AgentError where the agent speaks another protocol, or none."""
+        kind, data = self._read_frame()
+        version = int.from_bytes(data[:4], "little")
+        if kind != HELLO or version != VERSION:
+            raise AgentError(
+                f"the agent in the guest is of another version of tetrarch ({version})",
+                "build the guest anew, or use that version",
+            )
+
+    def _read_frame(self) -> tuple[bytes, bytes]:
         kind, length = _HEAD.unpack(self._read(_HEAD.size))
         if length > _LONGEST:
-            raise AgentError("the agent in the guest sends nonsense", "look into the guest")
+            raise self._end("the agent in the guest sends nonsense", "look into the guest")
         return kind, self._read(length)
 
     def _read(self, length: int) -> bytes:
@@ -86,13 +145,24 @@ class AgentStream:
             try:
                 more = self._stream.recv(length - len(data))
             except OSError as error:
-                raise _gone() from error
+                raise self._end() from error
             if not more:
-                raise _gone()
+                raise self._end()
             data += more
         return bytes(data)
 
+    def _end(
+        self,
+        cause: str = "the guest has ended, or its agent has",
+        mend: str = "see what the guest says on its console",
+    ) -> AgentError:
+        with self._changed:
+            self.gone = True
+            self._changed.notify_all()
+        return AgentError(cause, mend)
+
     def close(self) -> None:
+        self._end()
         self._stream.close()
 
     def __enter__(self) -> Self:
@@ -100,12 +170,6 @@ class AgentStream:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _gone() -> AgentError:
-    return AgentError(
-        "the guest has ended, or its agent has", "see what the guest says on its console"
-    )
 
 
 def connect(path: Path, timeout: float, alive: Callable[[], bool] = lambda: True) -> AgentStream:
@@ -116,7 +180,7 @@ def connect(path: Path, timeout: float, alive: Callable[[], bool] = lambda: True
     deadline = time.monotonic() + timeout
     while alive():
         if (stream := _try(path)) is not None:
-            return AgentStream(stream)
+            return stream
         if time.monotonic() >= deadline:
             raise AgentError(
                 f"no agent answers in the guest after {timeout:g} s",
@@ -126,10 +190,11 @@ def connect(path: Path, timeout: float, alive: Callable[[], bool] = lambda: True
     raise AgentError("the guest ended before its agent answered", "see what it says on its console")
 
 
-def _try(path: Path) -> socket.socket | None:
+def _try(path: Path) -> AgentStream | None:
+    """None where nobody listens yet."""
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        stream.settimeout(5)
+        stream.settimeout(_ANSWER_S)
         stream.connect(str(path))
         stream.sendall(b"CONNECT %d\n" % PORT)
         answer = b""
@@ -140,11 +205,25 @@ def _try(path: Path) -> socket.socket | None:
             answer += byte
         if not answer.startswith(b"OK "):
             raise ConnectionError
-        stream.settimeout(None)
-    except OSError:  # nobody listens yet
+    except OSError:
         stream.close()
         return None
-    return stream
+    agent = AgentStream(stream)
+    try:
+        agent.greet()
+    except AgentError:
+        silent = agent.gone
+        agent.close()
+        if silent:  # it did not say a word in time, or hung up
+            return None
+        raise
+    stream.settimeout(None)
+    return agent
+
+
+def encode_window(rows: int, columns: int) -> bytes:
+    """What WINDOW takes."""
+    return struct.pack("<HH", rows & 0xFFFF, columns & 0xFFFF)
 
 
 def encode_run(
@@ -156,7 +235,7 @@ def encode_run(
 ) -> bytes:
     """What RUN takes. ``terminal`` is (rows, columns) of one that the command gets."""
     rows, columns = terminal or (0, 0)
-    body = bytearray(struct.pack("<BHH", terminal is not None, rows & 0xFFFF, columns & 0xFFFF))
+    body = bytearray([terminal is not None]) + encode_window(rows, columns)
     for texts in ([directory], arguments, environment):
         body += struct.pack("<I", len(texts))
         for text in texts:

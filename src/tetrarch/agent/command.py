@@ -13,9 +13,22 @@ import threading
 import tty
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
+from typing import Self
 
-from tetrarch.agent.client import ERROR, EXIT, OUTPUT, RUN, AgentStream, encode_run
+from tetrarch.agent.client import (
+    ERROR,
+    EXIT,
+    OUTPUT,
+    RUN,
+    SIGNAL,
+    WINDOW,
+    AgentError,
+    AgentStream,
+    encode_run,
+    encode_window,
+)
 
 __all__ = ["run_here", "run_quietly", "window"]
 
@@ -25,30 +38,27 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, sign
 #: What of our environment a command on a terminal needs.
 _ENVIRONMENT = ("TERM", "LANG", "COLORTERM")
 
+_INPUT = 0
+_CHUNK = 64 << 10
+#: So many signals may be under way; one more says that the guest is to be stopped.
+_PATIENCE = 2
+_END_S = 5
+
 
 def run_here(stream: AgentStream, arguments: Sequence[str]) -> int:
     """Runs a command with our input, output, error output, terminal and signals; its exit code.
 
     A terminal is given to it where ours has both input and output on one. To be called on the
-    main thread. Raises AgentError where the guest goes.
+    main thread. Raises AgentError where the guest goes, or takes no signals.
     """
     terminal = window() if sys.stdin.isatty() and sys.stdout.isatty() else None
     kept = [f"{name}={os.environ[name]}" for name in _ENVIRONMENT if name in os.environ]
     body = encode_run(arguments, environment=kept if terminal else (), terminal=terminal)
-    stream.send(RUN, body)
-    done = threading.Event()
-    wake, waker = os.pipe()
-    feeder = threading.Thread(target=_feed, args=(stream, wake, done), daemon=True)
-    with _terminal(terminal is not None), _signals(stream, terminal is not None):
+    on_terminal = terminal is not None
+    with _Feeder(stream) as feeder, _terminal(on_terminal), _signals(feeder, on_terminal):
+        stream.send(RUN, body)
         feeder.start()
-        try:
-            return _follow(stream)
-        finally:
-            done.set()
-            os.write(waker, b"x")
-            feeder.join(5)
-            os.close(wake)
-            os.close(waker)
+        return _follow(stream)
 
 
 def run_quietly(stream: AgentStream, arguments: Sequence[str]) -> int:
@@ -72,26 +82,92 @@ def _follow(stream: AgentStream) -> int:
             output.flush()
 
 
-def _feed(stream: AgentStream, wake: int, done: threading.Event) -> None:
-    """Our input goes to the command until its end, or the command's."""
-    own = 0
-    while not done.is_set():
+class _Feeder:
+    """Our input, and our signals and the terminal's size, on their way to the command.
+
+    A thread of its own sends them, so that neither a signal handler nor who reads the output waits
+    for what does not move: a command that reads nothing, or a guest that hangs.
+    """
+
+    def __init__(self, stream: AgentStream) -> None:
+        self._stream = stream
+        # Its put may interrupt itself: handlers of signals use it.
+        self._wanted: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
+        self._done = False
+        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._signals = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        stream.on_room = self._ring
+
+    def signal(self, number: int) -> None:
+        """For signal handlers. Raises AgentError where the guest has not taken those before."""
+        if self._signals - self._stream.signalled >= _PATIENCE:
+            raise AgentError(
+                f"the guest has not taken {_PATIENCE} signals, and is stopped",
+                "see what it says on its console",
+            )
+        self._signals += 1
+        self._wanted.put((SIGNAL, bytes([number])))
+        self._ring()
+
+    def resize(self) -> None:
+        rows, columns = window()
+        self._wanted.put((WINDOW, encode_window(rows, columns)))
+        self._ring()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done = True
+        self._ring()
+        if self._thread.ident is not None:
+            self._thread.join(_END_S)
+        # One that a guest keeps in a write still has the pipe: it ends with the process.
+        if not self._thread.is_alive():
+            self._stream.on_room = lambda: None
+            os.close(self._wake)
+            os.close(self._waker)
+
+    def _ring(self) -> None:
+        with suppress(BlockingIOError):  # it is full of rings
+            os.write(self._waker, b"x")
+
+    def _run(self) -> None:
+        reading = True
         try:
-            ready, _, _ = select.select([own, wake], [], [])
+            while not self._done:
+                if self._wait(reading):
+                    data = _read_input(min(self._stream.room, _CHUNK))
+                    self._stream.send_input(data)
+                    reading = bool(data)
+                with suppress(Empty):
+                    while True:
+                        self._stream.send(*self._wanted.get_nowait())
+        except OSError:  # the guest is gone: the reader sees it
+            return
+
+    def _wait(self, reading: bool) -> bool:
+        """Until there is something to do; true if it is input, which the command has room for."""
+        own = [_INPUT] if reading and self._stream.room else []
+        try:
+            ready, _, _ = select.select([self._wake, *own], [], [])
         except (OSError, ValueError):  # input is closed
-            ready = [own]
-        if wake in ready:
-            return
-        try:
-            data = os.read(own, 64 << 10)
-        except OSError:
-            data = b""
-        try:
-            stream.send_input(data)
-        except OSError:
-            return
-        if not data:
-            return
+            return True
+        if self._wake in ready:
+            with suppress(BlockingIOError):
+                os.read(self._wake, 4096)
+        return _INPUT in ready
+
+
+def _read_input(length: int) -> bytes:
+    try:
+        return os.read(_INPUT, length)
+    except OSError:
+        return b""
 
 
 def window() -> tuple[int, int]:
@@ -119,26 +195,20 @@ def _terminal(raw: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _signals(stream: AgentStream, terminal: bool) -> Iterator[None]:
-    def forward(number: int, frame: FrameType | None) -> None:
-        _try(lambda: stream.send_signal(number))
-
-    def resize(number: int, frame: FrameType | None) -> None:
-        _try(lambda: stream.send_window(*window()))
-
+def _signals(feeder: _Feeder, terminal: bool) -> Iterator[None]:
     handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = dict.fromkeys(
-        _FORWARDED, forward
+        _FORWARDED, lambda number, _: feeder.signal(number)
     )
     if terminal:
-        handlers[signal.SIGWINCH] = resize
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        handlers[signal.SIGWINCH] = lambda number, _: feeder.resize()
+    # What our parent has us ignore, as nohup does, is not the command's either.
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in handlers.items()
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _try(send: Callable[[], None]) -> None:
-    with suppress(OSError):  # the guest is gone: the reader sees it
-        send()

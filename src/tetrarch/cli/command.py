@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tetrarch.agent import AgentError, connect
 from tetrarch.agent.command import run_here, run_quietly
+from tetrarch.cli.reports import report_end
 from tetrarch.console import MemoryConsole
 from tetrarch.errors import ConfigError
 from tetrarch.machine.config import MachineConfig
@@ -47,14 +48,17 @@ def run_command(config: MachineConfig, options: CommandOptions) -> int:
         with Machine(config, console=console) as machine:
             machine.start()
             try:
-                return _run(machine, path, options)
+                status, code = _run(machine, path, options)
             except AgentError as error:
-                if (status := _ended(machine)) is not None and status.code != 0:
-                    raise AgentError(f"{error.cause} ({status})", _last_words(console)) from error
+                if (end := _ended(machine)) is not None and end.code != 0:
+                    raise AgentError(f"{error.cause} ({end})", _last_words(console)) from error
                 raise AgentError(error.cause, _last_words(console) or error.mend) from error
+            report_end(machine, status, options, code)
+            return code
 
 
-def _run(machine: Machine, path: Path, options: CommandOptions) -> int:
+def _run(machine: Machine, path: Path, options: CommandOptions) -> tuple[ExitStatus, int]:
+    """How the machine ended, and the exit code."""
     late = threading.Event()
 
     def stop() -> None:
@@ -73,11 +77,11 @@ def _run(machine: Machine, path: Path, options: CommandOptions) -> int:
             raise
         status = ExitStatus(StopReason.TIMEOUT, f"{options.timeout:g} s passed")
         print(f"tetrarch: {status} (--timeout)", file=sys.stderr)
-        return status.code
+        return status, status.code
     finally:
         timer.cancel()
     _power_off(machine, path)
-    return code
+    return machine.wait(), code
 
 
 def _power_off(machine: Machine, path: Path) -> None:

@@ -9,9 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tetrarch.cli.options import CommandOptions
+    from tetrarch.machine.machine import Machine
     from tetrarch.machine.selection import EngineInfo
+    from tetrarch.machine.status import ExitStatus
 
-__all__ = ["show_engines", "show_stats"]
+__all__ = ["report_end", "show_engines"]
 
 
 def show_engines(as_json: bool) -> None:
@@ -39,8 +42,32 @@ def _state(info: EngineInfo) -> str:
     return "works, but slowly; bt is faster here" if info.slow else "available"
 
 
-def show_stats(stats: Mapping[str, Mapping[str, int]], uptime: float) -> None:
-    """Counters by group, on standard error: standard output is the guest's."""
+def report_end(
+    machine: Machine, status: ExitStatus, options: CommandOptions, code: int | None = None
+) -> None:
+    """What --stats and --json ask for, on standard error: standard output is the guest's.
+
+    ``code`` is that of a command in the guest; else the machine's end has one.
+    """
+    stats, uptime = machine.stats(), machine.uptime
+    if options.stats:
+        _show_stats(stats, uptime)
+    if options.report:
+        report = {
+            "name": machine.config.name,
+            "engine": machine.engine,
+            "status": status.reason.value,
+            "detail": status.detail,
+            "exit_code": status.code if code is None else code,
+            "resets": machine.resets,
+            "uptime_s": round(uptime, 6),
+            "stats": stats,
+        }
+        print(json.dumps(report), file=sys.stderr, flush=True)
+
+
+def _show_stats(stats: Mapping[str, Mapping[str, int]], uptime: float) -> None:
+    """Counters by group."""
     lines = [f"ran for {uptime:.3f} s"]
     for group, counters in stats.items():
         # Times are counted in ns and shown in seconds.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
 from tetrarch.cli.command import run_command
 from tetrarch.cli.entry import FAILURE, report_error
+from tetrarch.cli.reports import report_end
 from tetrarch.console import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import HostError
@@ -74,12 +74,7 @@ def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
     finally:
         console.close()
     _say_end(status, console)
-    if options.stats:
-        from tetrarch.cli.reports import show_stats
-
-        show_stats(machine.stats(), machine.uptime)
-    if options.report:
-        _say(json.dumps(_report(machine, status)))
+    report_end(machine, status, options)
     return status
 
 
@@ -122,19 +117,6 @@ def _say_end(status: ExitStatus, console: ConsoleBackend) -> None:
 
 def _is_interactive(console: ConsoleBackend) -> bool:
     return bool(getattr(console, "interactive", False))
-
-
-def _report(machine: Machine, status: ExitStatus) -> dict[str, Any]:
-    return {
-        "name": machine.config.name,
-        "engine": machine.engine,
-        "status": status.reason.value,
-        "detail": status.detail,
-        "exit_code": status.code,
-        "resets": machine.resets,
-        "uptime_s": round(machine.uptime, 6),
-        "stats": machine.stats(),
-    }
 
 
 def _say(text: str) -> None:
