@@ -134,6 +134,7 @@ class PciFunction:
         bars: Sequence[Bar] = (),
         *,
         interrupt_pin: bool = True,
+        intx: Intx | None = None,
         read_hook: Callable[[int, int], int | None] | None = None,
     ) -> None:
         self.config = ConfigSpace()
@@ -147,7 +148,7 @@ class PciFunction:
         self._last_pointer = CAPABILITIES
         self._msi: tuple[int, MsiVectors] | None = None
         self._msix: tuple[int, MsixTable] | None = None
-        self.intx = Intx()
+        self.intx = intx or Intx()
         """The interrupt line; the device sets it, from any thread."""
         self._define(identity, interrupt_pin)
 
