@@ -26,6 +26,7 @@ __all__ = [
     "MsiVectors",
     "MsixTable",
     "NullPort",
+    "NvmeQueues",
     "Region",
     "RegisterPortAccess",
     "RustDevice",
@@ -269,6 +270,62 @@ class MsixTable(RustDevice):
         """Four words of each vector, and which are pending."""
     def load(self, words: Sequence[int], pending: Sequence[bool]) -> bool:
         """False, and nothing taken, where they are of another number of vectors."""
+
+@type_check_only
+class NvmeState(TypedDict):
+    """Queues of an NVMe controller as they are saved, in numbers: ``crates/storage`` says which."""
+
+    submissions: list[int]
+    completions: list[int]
+    features: list[int]
+    requests: list[int]
+    events: list[int]
+
+@final
+class NvmeQueues:
+    """An NVMe controller without its registers: queues, commands and the namespace, on the
+    machine's I/O thread."""
+
+    MAX_PAIRS: int
+    def __new__(
+        cls,
+        vm: Vm,
+        name: str,
+        disk: Disk,
+        *,
+        vendor: int,
+        model: str,
+        serial: str,
+        uuid: bytes,
+        interrupts: Sequence[Interrupt],
+        line: Wire,
+    ) -> Self:
+        """The first interrupt is the admin queues'; each further one is a pair's for I/O.
+        ``line`` is driven while there are completions that the driver has not taken."""
+    def enable(self, submissions: tuple[int, int], completions: tuple[int, int]) -> None:
+        """With admin queues as (address, entries). EngineError where they cannot be, or where
+        the disk is closed."""
+    def reset(self) -> None:
+        """When it returns nothing touches guest memory."""
+    def shut_down(self) -> None:
+        """Begins to write what is in the disk's cache."""
+    @property
+    def is_shut_down(self) -> bool: ...
+    def set_mask(self, mask: int) -> None:
+        """Bit 0 masks the line."""
+    def doorbells(self) -> RustDevice:
+        """The page of registers from 0x1000 on."""
+    def resized(self) -> None:
+        """Tells the driver that the disk has another size."""
+    def save(self) -> NvmeState:
+        """Exact while the machine is held."""
+    def load(self, state: NvmeState, shut_down: bool) -> None:
+        """Goes on from there. EngineError, and the controller is reset, where it cannot."""
+    @property
+    def stopped(self) -> int:
+        """Requests that wait for the host to be mended."""
+    def close(self) -> None:
+        """Lets go of the disk."""
 
 @type_check_only
 class VirtioQueue(TypedDict):

@@ -16,10 +16,11 @@ from tetrarch.errors import ValueProblem
         ("a,,b.img,readonly", DiskSpec(Path("a,b.img"), readonly=True)),
         ("d,readonly=off,snapshot=on", DiskSpec(Path("d"), snapshot=True)),
         (
-            "/x/d.qcow2,format=qcow2,bus=virtio,iops=500,bps=10M,cache=none,werror=stop",
+            "/x/d.qcow2,format=qcow2,bus=nvme,iops=500,bps=10M,cache=none,werror=stop",
             DiskSpec(
                 Path("/x/d.qcow2"),
                 format="qcow2",
+                bus="nvme",
                 iops=500,
                 bps=10 << 20,
                 cache="none",
@@ -44,7 +45,7 @@ def test_disk_is_what_is_written_and_written_as_it_is(text: str, spec: DiskSpec)
         ("d,readonyl", "'readonyl' is no option of a disk", "did you mean readonly?"),
         ("d,format=qed", "format is 'qed'", "there are raw, qcow2, vmdk"),
         ("d,format", "format is nothing", "there are raw, qcow2, vmdk"),
-        ("d,bus=scsi", "bus is 'scsi'", "there are virtio"),
+        ("d,bus=scsi", "bus is 'scsi'", "there are virtio, nvme"),
         ("d,snapshot=yes", "snapshot is 'yes'", "write on or off"),
         ("d,iops=0", "iops is '0'", "give a number a second"),
         ("d,bps=fast", "'fast' is no size", "write 8G"),

@@ -10,6 +10,7 @@ mod irq;
 mod kvm;
 mod lent;
 mod msix;
+mod nvme;
 mod python_device;
 mod python_platform;
 mod region;
@@ -38,6 +39,8 @@ mod _native {
     use crate::lent::{VirtioChain, VirtioServed};
     #[pymodule_export]
     use crate::msix::{MsiVectors, MsixTable};
+    #[pymodule_export]
+    use crate::nvme::NvmeQueues;
     #[pymodule_export]
     use crate::region::Region;
     #[pymodule_export]

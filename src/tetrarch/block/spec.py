@@ -14,7 +14,7 @@ from tetrarch.errors import ValueProblem
 __all__ = ["BUSES", "FORMATS", "DiskFormat", "DiskSpec", "parse_bytes"]
 
 DiskFormat = Literal["raw", "qcow2", "vmdk"]
-Bus = Literal["virtio"]
+Bus = Literal["virtio", "nvme"]
 CacheMode = Literal["writeback", "none"]
 OnWriteError = Literal["report", "stop"]
 

@@ -41,6 +41,7 @@ from tetrarch.machine.plugged import PluggedDevices
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.virtio import VirtioSlots
 from tetrarch.pci import PciBus, bus, hotplug
+from tetrarch.storage import NvmeController
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
 from tetrarch.virtio.rng import RngKind
@@ -49,7 +50,7 @@ from tetrarch.virtio.vsock import VsockKind
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
 
-__all__ = ["Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
+__all__ = ["MachineDisk", "Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
 
 
 class PortRange(NamedTuple):
@@ -68,6 +69,16 @@ class SavedDevice(Protocol):
     def load(self, state: State) -> None: ...
 
 
+class MachineDisk(Protocol):
+    """A disk at its controller, whichever that is."""
+
+    def retry(self) -> None:
+        """The machine goes on after a hold."""
+
+    def close(self) -> None:
+        """Lets go of the image."""
+
+
 @dataclass(frozen=True)
 class Pc:
     """The devices of one PC."""
@@ -78,7 +89,7 @@ class Pc:
     pci: PciBus
     dsdt: Sequence[bytes]
     """Devices that the DSDT names beside those of every PC."""
-    disks: Sequence[BlkKind]
+    disks: Sequence[MachineDisk]
     virtio: VirtioSlots | None
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
     vsock: VsockKind | None
@@ -191,16 +202,25 @@ def assemble_pc(
     vm.attach_mmio(ecam, ecam_end - ecam, pci.ecam)
     dsdt: list[bytes] = []
     slots: VirtioSlots | None = None
-    disks: list[BlkKind] = []
+    disks: list[MachineDisk] = []
     vsock: VsockKind | None = None
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
         slots = VirtioSlots(vm, plugged, config.virtio, dsdt)
-        disks += _disks(vm, config, stop)
-        if config.vsock is not None:
-            vsock = VsockKind(vm, config.vsock)
-        for kind in _virtio_kinds(vm, config, disks, vsock):
+
+        def plug_virtio(kind: VirtioKind, slots: VirtioSlots = slots) -> None:
             if (on_page := slots.plug(kind)) is not None:
                 devices[kind.name] = on_page
+
+        if config.vsock is not None:
+            vsock = VsockKind(vm, config.vsock)
+        for disk in _disks(vm, config, stop):
+            disks.append(disk)
+            if isinstance(disk, BlkKind):
+                plug_virtio(disk)
+            else:
+                plugged.plug(disk.name, disk)
+        for kind in _virtio_kinds(vm, config, vsock):
+            plug_virtio(kind)
     return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, vsock, devices, plugged)
 
 
@@ -208,20 +228,25 @@ def assemble_pc(
 _DISK_QUEUES_MAX = 4
 
 
-def _disks(vm: Vm, config: MachineConfig, stop: Callable[[str], None]) -> Iterator[BlkKind]:
+def _disks(
+    vm: Vm, config: MachineConfig, stop: Callable[[str], None]
+) -> Iterator[BlkKind | NvmeController]:
+    queues = min(config.cpus, _DISK_QUEUES_MAX)
     for index, spec in enumerate(config.disk):
+        name = f"disk{index}"
 
-        def stopped(cause: str, name: str = f"disk{index} ({spec.path})") -> None:
-            stop(f"{name}: {cause}")
+        def stopped(cause: str, what: str = f"{name} ({spec.path})") -> None:
+            stop(f"{what}: {cause}")
 
         disk = open_disk(spec, stopped)
-        yield BlkKind(vm, disk, f"disk{index}", min(config.cpus, _DISK_QUEUES_MAX))
+        match spec.bus:
+            case "virtio":
+                yield BlkKind(vm, disk, name, queues)
+            case "nvme":
+                yield NvmeController(vm, disk, name=name, queues=queues)
 
 
-def _virtio_kinds(
-    vm: Vm, config: MachineConfig, disks: Iterable[BlkKind], vsock: VsockKind | None
-) -> Iterator[VirtioKind]:
-    yield from disks
+def _virtio_kinds(vm: Vm, config: MachineConfig, vsock: VsockKind | None) -> Iterator[VirtioKind]:
     if vsock is not None:
         yield vsock
     if config.rng:

@@ -1,0 +1,5 @@
+//! Disk controllers that guests without virtio know: their queues, commands and data paths.
+//! Registers of their life cycle are above, in Python; disks are below, behind `tetrarch-block`.
+
+pub mod nvme;
+mod requests;

@@ -1,0 +1,90 @@
+"""Linux uses NVMe disks by its own driver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.storage.linux import Linux, check, ext4, needs_ext4, sha256_in
+
+from tetrarch import Machine, block
+from tetrarch._native import Vm
+from tetrarch.images import CachedGuest
+from tetrarch.storage import NvmeController
+
+pytestmark = needs_ext4
+
+
+def test_file_system_is_mounted_written_trimmed_and_clean(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    path = ext4(tmp_path / "disk.img")
+    machine = Machine(
+        engine="bt",
+        kernel=debian_guest.kernel,
+        initrd=debian_guest.initrd,
+        disk=f"{path},bus=nvme",
+    )
+    with machine:
+        linux = Linux(machine)
+        assert "disk0" in linux.ask("cat /sys/block/nvme0n1/device/serial")
+        assert "Tetrarch" in linux.ask("cat /sys/block/nvme0n1/device/model")
+        linux.ask("mount -t ext4 /dev/nvme0n1 /mnt")
+        linux.ask("dd if=/dev/urandom of=/mnt/data bs=64k count=300 && sync")
+        written = linux.sha256("/mnt/data")
+        linux.ask("cp /mnt/data /mnt/more && sync && rm /mnt/more && sync")
+        allocated = block.info(path)["allocated"]
+        linux.ask("fstrim -v /mnt && umount /mnt")
+        assert block.info(path)["allocated"] < allocated - (10 << 20)
+        complaints = linux.ask("dmesg | grep -iE 'nvme.*(error|timeout|invalid|fail)' || true")
+        assert "nvme nvme0" not in complaints, complaints
+    check(path)
+    assert sha256_in(path, "/data") == written
+
+
+def test_saved_machine_goes_on_with_its_disk(debian_guest: CachedGuest, tmp_path: Path) -> None:
+    path, saved = ext4(tmp_path / "disk.img"), tmp_path / "machine.saved"
+    machine = Machine(
+        engine="bt",
+        kernel=debian_guest.kernel,
+        initrd=debian_guest.initrd,
+        disk=f"{path},bus=nvme",
+        memory="256M",
+    )
+    with machine:
+        linux = Linux(machine)
+        linux.ask("mount -t ext4 /dev/nvme0n1 /mnt")
+        machine.console.send(
+            "while :; do dd if=/dev/zero of=/mnt/x bs=64k count=50; sync; done &\n"
+        )
+        machine.console.expect("records out", 60)
+        for _ in range(10):
+            with machine.held():
+                pass
+        machine.save(saved)
+    restored = Machine.restore(saved, disk=f"{path},bus=nvme")
+    with restored:
+        restored.start()
+        restored.console.send("kill %1; wait; echo kept > /mnt/y; umount /mnt; echo do''ne $?\n")
+        restored.console.expect("done 0", 120)
+    check(path)
+
+
+def test_disk_is_plugged_in_and_out_while_linux_runs(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    path = ext4(tmp_path / "disk.img")
+    with Machine(engine="bt", kernel=debian_guest.kernel, initrd=debian_guest.initrd) as vm:
+        linux = Linux(vm)
+        linux.ask("modprobe nvme")
+        assert isinstance(vm.engine_vm, Vm)
+        disk = NvmeController(vm.engine_vm, block.open_disk(block.DiskSpec(path)), name="scratch")
+        vm.plug(disk, name="scratch")
+        linux.ask("until [ -b /dev/nvme0n1 ]; do sleep 0.1; done")
+        linux.ask("mount -t ext4 /dev/nvme0n1 /mnt && echo here > /mnt/data && umount /mnt")
+        # A larger disk is seen at once.
+        disk.resize(2 * block.info(path)["size"])
+        linux.ask("until [ $(cat /sys/block/nvme0n1/size) = 393216 ]; do sleep 0.1; done")
+        vm.unplug("scratch")
+        linux.ask("[ ! -e /dev/nvme0n1 ]")
+        block.open_disk(block.DiskSpec(path))
+    check(path)
