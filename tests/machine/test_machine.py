@@ -397,6 +397,18 @@ def test_missing_kernel_is_said_when_the_machine_is_made(tmp_path: Path) -> None
         Machine(kernel="nosuch", vm=ScriptedVm(power_off))
 
 
+def test_timeout_that_is_no_number_is_refused(make: Make) -> None:
+    nan = float("nan")
+    with make(power_off) as vm:
+        vm.start()
+        with pytest.raises(ValueError, match="nan is no number"):
+            vm.console.expect("never", nan)
+        with pytest.raises(ValueError, match="nan is no number"):
+            vm.wait(nan)
+    with make(power_off) as vm, pytest.raises(ValueError, match="nan is no number"):
+        vm.run(nan)
+
+
 def test_infinite_timeout_is_none(make: Make) -> None:
     with make(power_off) as vm:
         vm.start()

@@ -168,7 +168,7 @@ def test_unplug_returns_when_the_guest_has_given_the_device_up(guest: Guest) -> 
     guest.port_out(REGISTERS + GONE, 1 << 7)
     driver = threading.Thread(target=eject_when_asked, args=(guest, 7))
     driver.start()
-    guest.machine.unplug(device)
+    guest.machine.unplug(device, timeout=float("inf"))
     driver.join()
     assert closed.is_set()
     assert guest.read(where) == 0xFFFF_FFFF

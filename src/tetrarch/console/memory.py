@@ -6,6 +6,7 @@ import re
 import threading
 import time
 
+from tetrarch._patience import patience
 from tetrarch.console.backend import Leave, Receive
 from tetrarch.errors import MachineStateError, TetrarchError
 
@@ -101,7 +102,8 @@ class MemoryConsole:
         is not there and the machine has not been started.
         """
         regex = _compiled(pattern)
-        deadline = time.monotonic() + timeout
+        limit = patience(timeout)
+        deadline = None if limit is None else time.monotonic() + limit
         with self._changed:
             while True:
                 text = self._unread().decode("utf-8", "surrogateescape")
@@ -110,15 +112,15 @@ class MemoryConsole:
                     # The escapes make positions in the text and in the bytes exact.
                     length = len(text[: match.end()].encode("utf-8", "surrogateescape"))
                     return self._take(self._read_to - self._dropped + length)
-                left = deadline - time.monotonic()
-                if self._closed or left <= 0:
+                left = None if deadline is None else deadline - time.monotonic()
+                if self._closed or (left is not None and left <= 0):
                     raise self._missing(pattern, timeout) from self._failure
                 if self._receive is None:
                     raise MachineStateError(
                         "expect() waits for a machine that has not been started",
                         mend="call start() first",
                     )
-                self._changed.wait(min(left, threading.TIMEOUT_MAX))
+                self._changed.wait(left)
 
     @property
     def text(self) -> str:

@@ -17,6 +17,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from tetrarch._patience import patience
 from tetrarch.errors import MachineStateError
 from tetrarch.machine.status import ExitStatus, StopReason
 
@@ -141,6 +142,4 @@ class Conclusion:
 
     def wait_done(self, timeout: float | None = None) -> bool:
         """Until the machine is down, however it ended; False if it is not in that time."""
-        # What is longer than the host's clock can count, infinity too, is for ever.
-        bounded = None if timeout is None or timeout > threading.TIMEOUT_MAX else timeout
-        return self._done.wait(bounded)
+        return self._done.wait(patience(timeout))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tetrarch._patience import patience
 from tetrarch.devices import AcpiPm
 from tetrarch.devices._state import State
 from tetrarch.devices.acpi_pm import PCI_HOTPLUG_EVENT
@@ -82,6 +83,7 @@ class PluggedDevices:
     ) -> bool | None:
         """Takes a device out; ``ask``: when the guest has given it up. False: it has not in time;
         None: the machine has ended."""
+        limit = patience(timeout)
         with self._lock:
             for name, plugged in self._devices.items():
                 if device in (name, plugged.device):
@@ -97,7 +99,7 @@ class PluggedDevices:
             self.hotplug.request(plugged.slot)
         else:
             self._eject(plugged.slot)
-        if not plugged.gone.wait(timeout):
+        if not plugged.gone.wait(limit):
             return False
         return True if plugged.out else None
 
