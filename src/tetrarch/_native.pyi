@@ -32,6 +32,7 @@ __all__ = [
     "RustDevice",
     "SerialPort",
     "Vcpu",
+    "VirtioBalloon",
     "VirtioBlk",
     "VirtioChain",
     "VirtioDevice",
@@ -362,6 +363,15 @@ class VirtioDevice:
     def doorbells(self, stride: int) -> RustDevice:
         """The notification registers: one for each queue, ``stride`` bytes apart; with 0
         one for all, which takes the queue's number."""
+
+@final
+class VirtioBalloon(VirtioDevice):
+    """The memory balloon."""
+
+    def __new__(cls, vm: Vm, name: str) -> Self: ...
+    def statistics(self, timeout: float) -> list[tuple[int, int]] | None:
+        """Asks the driver for its statistics, as tags and values; None where it does not answer
+        within ``timeout`` seconds."""
 
 @final
 class VirtioBlk(VirtioDevice):

@@ -152,7 +152,7 @@ def test_stats_count_exits(make: Make) -> None:
 def test_pci_scan_finds_a_host_bridge_and_resets_nothing(make: Make) -> None:
     # Function 4 of device 4: the second byte of its address is what a reset looks like.
     device = Recorder()
-    vm = make(guests.PCI_SCAN, rng=False)
+    vm = make(guests.PCI_SCAN, rng=False, balloon=False)
     vm.attach_ports(0x500, 4, device)
     assert vm.run(LIMIT_S).reason is StopReason.POWERED_OFF
     assert device.writes == [(0, 4, 0x0008_1B36), (0, 4, 0xFFFF_FFFF)]

@@ -89,7 +89,12 @@ class Guest:
         if saved is None:
             kernel = self._kernel.name
             self.machine = Machine(
-                engine=engine, kernel=kernel, memory="16M", rng=rng, on_reset="restart"
+                engine=engine,
+                kernel=kernel,
+                memory="16M",
+                rng=rng,
+                balloon=False,
+                on_reset="restart",
             )
         else:
             self.machine = Machine.restore(saved, engine=engine)

@@ -75,7 +75,7 @@ def test_virtio_device_serves_by_messages_20_times_plugged_in_and_out(
 ) -> None:
     kernel, initrd = debian_guest.kernel, debian_guest.initrd
     # The first one brings the drivers, which the guest loads once.
-    with Machine(engine="bt", kernel=kernel, initrd=initrd) as vm:
+    with Machine(engine="bt", kernel=kernel, initrd=initrd, balloon=False) as vm:
         vm.start()
         linux = Linux(vm)
         assert isinstance(vm.engine_vm, Vm)

@@ -233,8 +233,8 @@ class Driver:
         return written
 
 
-def wait_until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + LIMIT_S
+def wait_until(condition: Any, what: str, limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.001)

@@ -6,6 +6,7 @@
 //! marks tell the observers; engines see host addresses.
 
 mod address;
+mod discard;
 mod guest_memory;
 mod host_map;
 mod observers;

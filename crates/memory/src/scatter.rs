@@ -133,6 +133,11 @@ impl ScatterList {
         &self.iovecs
     }
 
+    /// The ranges as (address, bytes).
+    pub fn ranges(&self) -> impl Iterator<Item = (GuestPhys, u64)> {
+        self.starts.iter().zip(&self.iovecs).map(|(&start, iovec)| (start, iovec.iov_len as u64))
+    }
+
     /// Tells the observers that the first `length` bytes were written.
     pub fn written(&self, length: u64) {
         self.written_at(0, length);
@@ -229,8 +234,7 @@ impl ScatterList {
 
 impl fmt::Debug for ScatterList {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pieces = self.starts.iter().zip(&self.iovecs);
-        f.debug_list().entries(pieces.map(|(start, iovec)| (start, iovec.iov_len))).finish()
+        f.debug_list().entries(self.ranges()).finish()
     }
 }
 

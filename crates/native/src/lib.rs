@@ -3,6 +3,7 @@
 //! The only crate that knows Python. `src/tetrarch/_native.pyi` says what is
 //! promised; each file here is one noun of it.
 
+mod balloon;
 mod disk;
 mod error;
 mod guest_call;
@@ -27,6 +28,8 @@ use pyo3::prelude::*;
 mod _native {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::balloon::VirtioBalloon;
     #[pymodule_export]
     use crate::disk::{Disk, DiskError, DiskSource, disk_check, disk_create, disk_info};
     #[pymodule_export]

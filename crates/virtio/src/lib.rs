@@ -1,6 +1,7 @@
 //! Virtio devices (OASIS virtio 1.2): their queues and data paths. What a driver negotiates
 //! and configures is above, in Python; back ends are below.
 
+pub mod balloon;
 pub mod blk;
 mod device;
 mod doorbells;
@@ -11,6 +12,7 @@ mod queues;
 mod rng;
 mod vsock;
 
+pub use balloon::Balloon;
 pub use blk::Blk;
 pub use device::{Control, DataPath, Device, OWN_SOURCES, QueueSetup, StartError};
 pub use doorbells::Doorbells;

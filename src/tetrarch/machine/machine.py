@@ -61,6 +61,7 @@ from tetrarch.machine.threads import VcpuThreads
 from tetrarch.machine.vcpu import VcpuView
 from tetrarch.platforms.pc import PC
 from tetrarch.platforms.platform import Platform
+from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.served import ServedKind, VirtioUserDevice
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
@@ -181,6 +182,13 @@ class Machine:
                 mend="use that, or give none",
             )
         return self._backend
+
+    @property
+    def balloon(self) -> BalloonKind:
+        """By which the guest gives memory back: ``target``, ``actual``, ``stats()``."""
+        if self._pc.balloon is None:
+            raise MachineStateError("this machine has no balloon", mend="make it with balloon=True")
+        return self._pc.balloon
 
     @property
     def phase(self) -> Phase:

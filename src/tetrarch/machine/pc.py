@@ -42,6 +42,7 @@ from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.virtio import VirtioSlots
 from tetrarch.pci import PciBus, bus, hotplug
 from tetrarch.storage import NvmeController
+from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
 from tetrarch.virtio.rng import RngKind
@@ -93,6 +94,7 @@ class Pc:
     virtio: VirtioSlots | None
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
     vsock: VsockKind | None
+    balloon: BalloonKind | None
     devices: Mapping[str, SavedDevice]
     """Those that stay, by the name that their state is saved under."""
     plugged: PluggedDevices
@@ -204,6 +206,7 @@ def assemble_pc(
     slots: VirtioSlots | None = None
     disks: list[MachineDisk] = []
     vsock: VsockKind | None = None
+    balloon: BalloonKind | None = None
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
         slots = VirtioSlots(vm, plugged, config.virtio, dsdt)
 
@@ -219,9 +222,14 @@ def assemble_pc(
                 plug_virtio(disk)
             else:
                 plugged.plug(disk.name, disk)
-        for kind in _virtio_kinds(vm, config, vsock):
-            plug_virtio(kind)
-    return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, vsock, devices, plugged)
+        if vsock is not None:
+            plug_virtio(vsock)
+        if config.rng:
+            plug_virtio(RngKind(vm))
+        if config.balloon:
+            balloon = BalloonKind(vm, config.memory)
+            plug_virtio(balloon)
+    return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, vsock, balloon, devices, plugged)
 
 
 #: Queues of a disk beyond which more of them gain nothing: they have one I/O thread.
@@ -244,10 +252,3 @@ def _disks(
                 yield BlkKind(vm, disk, name, queues)
             case "nvme":
                 yield NvmeController(vm, disk, name=name, queues=queues)
-
-
-def _virtio_kinds(vm: Vm, config: MachineConfig, vsock: VsockKind | None) -> Iterator[VirtioKind]:
-    if vsock is not None:
-        yield vsock
-    if config.rng:
-        yield RngKind(vm)
