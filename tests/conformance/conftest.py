@@ -1,37 +1,39 @@
-"""Every test here runs three times: on KVM, on the interpreter, on the translator."""
+"""Every test here runs on KVM, on the interpreter and on the translator; those of one guest also
+on one that is saved and goes on on the other engine again and again."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import pytest
 from tests.conformance.guest import Guest
+from tests.conformance.moved import MovedGuest
 
 from tetrarch import _native
 
-MakeGuest = Callable[[], Guest]
+ENGINES = ("kvm", "interpreter", "translator")
 
 
-@pytest.fixture(params=["kvm", "interpreter", "translator"])
-def engine(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    reason = _native.engine_available("kvm") if name == "kvm" else None
+def require(name: str) -> None:
+    """Skips where the engine cannot run."""
+    reason = None if name in ("interpreter", "translator") else _native.engine_available("kvm")
     if reason is not None:
         if os.environ.get("REQUIRE_KVM") == "1":
             pytest.fail(f"REQUIRE_KVM=1, but: {'; '.join(reason)}")
         pytest.skip("; ".join(reason))
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    require(name)
     return name
 
 
-@pytest.fixture
-def make_guest(engine: str) -> MakeGuest:
-    def make() -> Guest:
-        return Guest("kvm" if engine == "kvm" else "bt", translate=engine == "translator")
-
-    return make
-
-
-@pytest.fixture
-def guest(make_guest: MakeGuest) -> Guest:
-    return make_guest()
+@pytest.fixture(params=[*ENGINES, "moved"])
+def guest(request: pytest.FixtureRequest) -> Guest:
+    name: str = request.param
+    require(name)
+    if name == "moved":
+        return MovedGuest()
+    return Guest("kvm" if name == "kvm" else "bt", translate=name == "translator")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -26,6 +27,8 @@ MMIO = 0xD000_0000
 END = 0x5FF
 # Each run takes milliseconds; an interpreting KVM on a busy host takes longer.
 LIMIT_S = 60
+# Enough for a guest to halt, mostly; no test fails where it is not.
+READY_S = 0.1
 
 # Access rights as in a VMCS (Intel SDM 3C, 25.4.1).
 CODE16, CODE32, CODE64 = 0x009B, 0xC09B, 0xA09B
@@ -52,29 +55,31 @@ class Log:
 class Space:
     """A device over a whole range, which writes down each access."""
 
-    def __init__(self, log: Log, read: str, write: str, base: int) -> None:
-        self._log, self._read, self._write, self._base = log, read, write, base
+    def __init__(self, guest: Guest, read: str, write: str, base: int) -> None:
+        self._guest, self._read, self._write, self._base = guest, read, write, base
 
     def read(self, offset: int, size: int) -> int:
-        value = self._log.answer(size)
-        self._log.events.append((self._read, self._base + offset, size, value))
+        value = self._guest.log.answer(size)
+        self._guest.events.append((self._read, self._base + offset, size, value))
+        self._guest.accessed()
         return value
 
     def write(self, offset: int, size: int, value: int) -> None:
-        self._log.events.append((self._write, self._base + offset, size, value))
+        self._guest.events.append((self._write, self._base + offset, size, value))
+        self._guest.accessed()
 
 
 class End:
     """Stops the machine when it is written to."""
 
-    def __init__(self, vm: Vm) -> None:
-        self._vm = vm
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
 
     def read(self, offset: int, size: int) -> int:
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        self._vm.request_stop()
+        self._guest.vm.request_stop()
 
 
 class Guest:
@@ -91,9 +96,28 @@ class Guest:
         self.vm = Vm(engine, MIB, vcpus, translate=translate, platform=platform)
         self.vcpu: Vcpu = self.vm.vcpu(0)
         self.log = Log()
-        self.vm.attach_ports(PORTS, END - PORTS, Space(self.log, "in", "out", PORTS))
-        self.vm.attach_ports(END, 1, End(self.vm))
-        self.vm.attach_mmio(MMIO, 0x1000, Space(self.log, "read", "write", MMIO))
+        self.cut_by_time = True
+        """Of a guest that is moved (moved.py)."""
+        self._when_ready: Callable[[], None] | None = None
+        self.attach(self.vm)
+
+    def attach(self, vm: Vm) -> None:
+        vm.attach_ports(PORTS, END - PORTS, Space(self, "in", "out", PORTS))
+        vm.attach_ports(END, 1, End(self))
+        vm.attach_mmio(MMIO, 0x1000, Space(self, "read", "write", MMIO))
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Calls it, on a thread of its own, some time after the guest's first access to a
+        device: then what the guest did before is done, and it may halt."""
+        self._when_ready = call
+
+    def accessed(self) -> None:
+        """A device was."""
+        if self._when_ready is not None:
+            timer = threading.Timer(READY_S, self._when_ready)
+            timer.daemon = True
+            timer.start()
+            self._when_ready = None
 
     @property
     def events(self) -> list[Event]:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
-from tests.conformance.guest import HANDLER, LIMIT_S, PORTS, Guest
+from tests.conformance.guest import HANDLER, PORTS, Guest
 
 STOP16 = bytes.fromhex("baff05 ee")  # mov dx, 0x5ff ; out dx, al
 STOP32 = bytes.fromhex("baff050000 ee")
 # Writes AL to port 0x500, then the stop.
 REPORT16 = bytes.fromhex("ba0005 ee") + STOP16
 REPORT32 = bytes.fromhex("ba00050000 ee") + STOP32
+# Says that it is ready, at port 0x501.
+READY16 = "ba0105 b052 ee"
+READY32 = "ba01050000 b052 ee"
+READY = ("out", PORTS + 1, 1, 0x52)
 
 
 def test_interrupt_by_line_through_the_pics(guest: Guest) -> None:
-    # ICW1-4 to the first PIC: vectors from 0x20, all but line 4 masked; sti ; hlt
-    setup = "b011 e620 b020 e621 b004 e621 b001 e621 b0ef e621 fb f4"
+    # ICW1-4 to the first PIC: vectors from 0x20, all but line 4 masked; ready ; sti ; hlt
+    setup = "b011 e620 b020 e621 b004 e621 b001 e621 b0ef e621" + READY16 + "fb f4"
     guest.vector(0x24, HANDLER, width=16)
     guest.vm.write_memory(HANDLER, bytes.fromhex("b024") + REPORT16)  # mov al, 0x24
     guest.real_mode(bytes.fromhex(setup))
     # Not before: ICW1 clears what the lines have latched (Intel 8259A, "ICW1").
-    timer = threading.Timer(0.2, guest.vm.irq_line, (4, True))
-    timer.start()
+    guest.when_ready(lambda: guest.vm.irq_line(4, True))
     assert guest.run() == "stopped"
-    assert guest.events == [("out", PORTS, 1, 0x24)]
+    assert guest.events == [READY, ("out", PORTS, 1, 0x24)]
 
 
 def test_interrupt_by_line_through_the_io_apic(guest: Guest) -> None:
@@ -33,28 +35,24 @@ def test_interrupt_by_line_through_the_io_apic(guest: Guest) -> None:
     setup = (
         "bb0000c0fe c70339000000 c7431000000000 c70338000000 c7431041000000"
         # Local APIC on: spurious vector 0xff
-        "b8f000e0fe c700ff010000 fb f4"
+        "b8f000e0fe c700ff010000" + READY32 + "fb f4"
     )
     guest.vector(0x41, HANDLER, width=32)
     guest.vm.write_memory(HANDLER, bytes.fromhex("b041") + REPORT32)
     guest.protected_mode(bytes.fromhex(setup))
-    timer = threading.Timer(0.2, guest.vm.irq_line, (20, True))
-    timer.start()
+    guest.when_ready(lambda: guest.vm.irq_line(20, True))
     assert guest.run() == "stopped"
-    timer.join()
-    assert guest.events == [("out", PORTS, 1, 0x41)]
+    assert guest.events == [READY, ("out", PORTS, 1, 0x41)]
 
 
 def test_interrupt_by_message_wakes_a_halted_cpu(guest: Guest) -> None:
-    # mov eax, 0xfee000f0 ; mov dword [eax], 0x1ff ; sti ; hlt
+    # mov eax, 0xfee000f0 ; mov dword [eax], 0x1ff ; ready ; sti ; hlt
     guest.vector(0x51, HANDLER, width=64)
     guest.vm.write_memory(HANDLER, bytes.fromhex("b051") + REPORT32)
-    guest.long_mode(bytes.fromhex("b8f000e0fe c700ff010000 fb f4"))
-    timer = threading.Timer(0.2, guest.vm.msi, (0xFEE0_0000, 0x51))
-    timer.start()
+    guest.long_mode(bytes.fromhex("b8f000e0fe c700ff010000" + READY32 + "fb f4"))
+    guest.when_ready(lambda: guest.vm.msi(0xFEE0_0000, 0x51))
     assert guest.run() == "stopped"
-    timer.join()
-    assert guest.events == [("out", PORTS, 1, 0x51)]
+    assert guest.events == [READY, ("out", PORTS, 1, 0x51)]
 
 
 def test_interrupt_waits_for_sti_and_one_instruction_more(guest: Guest) -> None:
@@ -72,6 +70,8 @@ def test_timer_of_the_local_apic_interrupts(guest: Guest) -> None:
     # On; divide by 1 (0x3e0 = 0xb); one-shot, vector 0x71 (0x320); count 0x1000 (0x380)
     setup = "bb0000e0fe c783f0000000ff010000 c783e00300000b000000 c7832003000071000000"
     start = "c7838003000000100000 fb f4"
+    # A KVM does not tell of a timer that is due and not delivered: moved, it would be lost.
+    guest.cut_by_time = False
     guest.vector(0x71, HANDLER, width=32)
     guest.vm.write_memory(HANDLER, bytes.fromhex("b071") + REPORT32)
     guest.protected_mode(bytes.fromhex(setup + start))
@@ -172,13 +172,10 @@ def test_cpuid_brand_names_us(guest: Guest) -> None:
 
 
 def test_kick_from_another_thread_ends_a_busy_guest(guest: Guest) -> None:
-    guest.real_mode(bytes.fromhex("fa ebfe"))  # cli ; jmp $
-    timer = threading.Timer(0.1, guest.vm.request_stop)
-    timer.start()
-    start = time.monotonic()
+    guest.real_mode(bytes.fromhex("fa" + READY16 + "ebfe"))  # cli ; ready ; jmp $
+    guest.when_ready(guest.vm.request_stop)
     assert guest.run() == "stopped"
-    assert time.monotonic() - start < LIMIT_S / 2
-    assert guest.register("rip") == 0x1001
+    assert guest.register("rip") == 0x1007
 
 
 def test_kick_before_the_run_is_not_lost(guest: Guest) -> None:
@@ -188,10 +185,11 @@ def test_kick_before_the_run_is_not_lost(guest: Guest) -> None:
 
 
 def test_kick_ends_an_idle_guest(guest: Guest) -> None:
-    guest.real_mode(bytes.fromhex("fb f4 ebfd"))  # sti ; hlt ; jmp back
-    timer = threading.Timer(0.2, guest.vm.request_stop)
-    timer.start()
+    # ready ; sti ; hlt ; jmp back
+    guest.real_mode(bytes.fromhex(READY16 + "fb f4 ebfd"))
+    guest.when_ready(guest.vm.request_stop)
     assert guest.run() == "stopped"
+    assert guest.events == [READY]
 
 
 def test_paused_guest_goes_on_where_it_was(guest: Guest) -> None:

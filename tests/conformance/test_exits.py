@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.conformance.guest import DATA, MMIO, PORTS, Guest
+from tests.conformance.moved import MovedGuest
 
 # mov dx, 0x5ff ; out dx, al
 STOP16 = bytes.fromhex("baff05 ee")
@@ -146,6 +147,25 @@ def test_registers_of_a_stopped_guest_are_exact(guest: Guest) -> None:
     assert guest.register("rbx") & 0xFFFF == 0x1235
     assert guest.register("rcx") == 0
     assert guest.register("rdx") & 0xFFFF == 0x5FF
+
+
+def test_all_that_a_program_holds_is_there_behind_each_access(guest: Guest) -> None:
+    # Fibonacci's numbers by call, stack, carry flag and the upper registers, each told to the
+    # device as it comes: mov r14d, 1 ; mov r9d, 12 ; mov edx, 0x500 ; stc
+    # next: push r14 ; call add ; pop r15 ; mov eax, r14d ; out dx, eax ; setc al ; out dx, al
+    # dec r9d ; jnz next ; stop ; add: lea r14, [r14+r15] ; ret
+    code = "41be01000000 41b90c000000 ba00050000 f9"
+    loop = "4156 e817000000 415f 4489f0 ef 0f92c0 ee 41ffc9 75ea"
+    guest.long_mode(bytes.fromhex(code + loop) + STOP32 + bytes.fromhex("9090 4f8d343e c3"))
+    assert guest.run() == "stopped"
+    numbers = [1, 2]
+    while len(numbers) < 12:
+        numbers.append(numbers[-1] + numbers[-2])
+    assert [event[2:] for event in guest.events[::2]] == [(4, number) for number in numbers]
+    assert [event[2:] for event in guest.events[1::2]] == [(1, 1)] * 12
+    if isinstance(guest, MovedGuest):
+        # Once more than there are accesses: before the first instruction.
+        assert guest.moves >= 24
 
 
 @pytest.mark.parametrize("mode", ["real", "protected", "long"])
