@@ -33,6 +33,7 @@ test: setup packages lint ## Check and test all but the long tests
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
 test-long: setup packages ## Run all tests, the long ones too
+	@tools/test-packages long
 	cargo test --release --workspace --locked --no-fail-fast -- --include-ignored </dev/null
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tetrarch.errors import ImageError
-from tetrarch.images.debian_disk import DebianRecipe, build_debian_disk, first_boot_files
-from tetrarch.images.partition import find_tool, make_disk, partition_uuid
+from tetrarch.images.debian_disk import (
+    DebianRecipe,
+    build_debian_disk,
+    first_boot_files,
+    take_boot_files,
+)
+from tetrarch.images.partition import make_disk, partition_uuid
 from tetrarch.images.progress import Reporter
 from tetrarch.images.store import DISK, INITRD, KERNEL, DiskManifest, DiskStore
+from tetrarch.images.tool import find_tool
+from tetrarch.images.tree import Tree
 
 MIB = 1 << 20
+TIME = 1_700_000_000
 
 
 def tools(*programs: str) -> None:
@@ -28,29 +39,78 @@ def tools(*programs: str) -> None:
             pytest.skip(f"needs {program} (Debian: e2fsprogs, fdisk)")
 
 
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    path = tmp_path / "root.tar"
-    with tarfile.open(path, "w") as tar:
-        for name, kind, data in (
-            ("./etc", tarfile.DIRTYPE, b""),
-            ("./etc/hostname", tarfile.REGTYPE, b"web\n"),
-            ("./dev", tarfile.DIRTYPE, b""),
-            ("./dev/null", tarfile.CHRTYPE, b""),
-        ):
-            entry = tarfile.TarInfo(name)
-            entry.type, entry.size, entry.mode = kind, len(data), 0o755
-            entry.uid = entry.gid = 0
-            tar.addfile(entry, io.BytesIO(data))
-    return path
+CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")  # cap_net_raw=ep
 
 
-def test_disk_has_a_root_partition_that_is_sound_and_holds_the_files(
-    tmp_path: Path, archive: Path
-) -> None:
+def entry(name: str, kind: bytes = tarfile.REGTYPE, **values: Any) -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.type, found.mode, found.mtime = kind, 0o755, TIME
+    for key, value in values.items():
+        setattr(found, key, value)
+    return found
+
+
+def tar(*entries: tuple[tarfile.TarInfo, bytes] | tarfile.TarInfo) -> io.BytesIO:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for one in entries:
+            info, data = one if isinstance(one, tuple) else (one, b"")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    file.seek(0)
+    return file
+
+
+def system(scratch: Path) -> Tree:
+    """One of every kind of file."""
+    scratch.mkdir()
+    tree = Tree(scratch)
+    caps = {"SCHILY.xattr.security.capability": CAPABILITY.decode("utf-8", "surrogateescape")}
+    links = [
+        entry(f"./links/{n:03}{'x' * 200}", tarfile.LNKTYPE, linkname="./etc/hostname")
+        for n in range(40)
+    ]
+    tree.add_tar(
+        tar(
+            entry("./"),
+            entry("./etc", tarfile.DIRTYPE),
+            (entry("./etc/hostname", mode=0o640, uid=7, gid=100_000), b"web\n"),
+            entry("./etc/link", tarfile.SYMTYPE, linkname="host name"),
+            (entry('./etc/a "name" of <2>'), bytes(100_000) + b"end"),
+            (entry("./ping", pax_headers=caps), b"x"),
+            entry("./null", tarfile.CHRTYPE, devmajor=1, devminor=3),
+            entry("./pipe", tarfile.FIFOTYPE),
+            entry("./links", tarfile.DIRTYPE, mode=0o1777),
+            *links,
+        )
+    )
+    return tree
+
+
+class Inside:
+    """The file system on a disk, as e2fsprogs sees it."""
+
+    def __init__(self, disk: Path) -> None:
+        self._image = f"{disk}?offset={MIB}"
+
+    def say(self, command: str) -> bytes:
+        debugfs = find_tool("debugfs", "e2fsprogs")
+        return subprocess.run(
+            [debugfs, "-R", command, self._image], capture_output=True, check=True
+        ).stdout
+
+    def check(self) -> None:
+        check = [find_tool("e2fsck", "e2fsprogs"), "-f", "-n", self._image]
+        done = subprocess.run(check, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_disk_has_a_root_partition_that_is_sound(tmp_path: Path) -> None:
     tools("mke2fs", "sfdisk", "e2fsck", "debugfs")
-    disk = tmp_path / "disk.raw"
-    part = make_disk(archive, disk, 64 * MIB, "web")
+    folder = tmp_path / "a?b c"
+    folder.mkdir()
+    disk = folder / "disk.raw"
+    part = make_disk(system(tmp_path / "files"), disk, 64 * MIB, "web", TIME)
     assert part == partition_uuid("web", "partition")
     assert disk.stat().st_size == 64 * MIB
     assert disk.stat().st_blocks * 512 < 32 * MIB, "sparse"
@@ -59,24 +119,65 @@ def test_disk_has_a_root_partition_that_is_sound_and_holds_the_files(
     table = json.loads(said.stdout)["partitiontable"]
     (row,) = table["partitions"]
     assert (table["label"], row["uuid"].lower(), row["start"]) == ("gpt", part, 2048)
-    inside = f"{disk}?offset={MIB}"
-    check = [find_tool("e2fsck", "e2fsprogs"), "-f", "-n", inside]
-    assert subprocess.run(check, capture_output=True, check=False).returncode == 0
-    debugfs = find_tool("debugfs", "e2fsprogs")
-    cat = subprocess.run(
-        [debugfs, "-R", "cat /etc/hostname", inside], capture_output=True, check=True
-    )
-    assert cat.stdout == b"web\n"
-    ls = subprocess.run([debugfs, "-R", "ls /dev", inside], capture_output=True, check=True)
-    assert b"null" not in ls.stdout
-    assert not list(tmp_path.glob("tetrarch-*")), "nothing is left"
+    assert list(folder.iterdir()) == [disk], "nothing is left"
 
 
-def test_archive_that_is_none_is_told_in_a_line(tmp_path: Path) -> None:
-    tools("mke2fs", "sfdisk")
-    (tmp_path / "bad.tar").write_bytes(b"no archive at all" * 100)
-    with pytest.raises(ImageError, match="cannot make the file system"):
-        make_disk(tmp_path / "bad.tar", tmp_path / "disk", 64 * MIB, "web")
+def test_files_are_those_of_the_archive(tmp_path: Path) -> None:
+    tools("mke2fs", "sfdisk", "e2fsck", "debugfs")
+    disk = tmp_path / "disk"
+    make_disk(system(tmp_path / "files"), disk, 64 * MIB, "web", TIME)
+    inside = Inside(disk)
+    inside.check()
+    assert inside.say("cat /etc/hostname") == b"web\n"
+    assert inside.say('cat "/etc/a ""name"" of <2>"') == bytes(100_000) + b"end"
+    said = inside.say("stat /etc/hostname")
+    assert re.search(rb"Mode: +0640 .*User: +7 +Group: +100000 .*Links: 41", said, re.DOTALL)
+    for what in (b"ctime", b"atime", b"mtime", b"crtime"):
+        assert re.search(what + rb": 0x%08x:00000000" % TIME, said)
+    assert b'Fast link dest: "host name"' in inside.say("stat /etc/link")
+    assert b"Device major/minor number: 01:03" in inside.say("stat /null")
+    assert b"Type: FIFO" in inside.say("stat /pipe")
+    assert b"Mode:  01777" in inside.say("stat /links")
+    target = tmp_path / "capability"
+    inside.say(f"ea_get -f {target} /ping security.capability")
+    assert target.read_bytes() == CAPABILITY
+
+
+def test_same_files_give_the_same_disk(tmp_path: Path) -> None:
+    tools("mke2fs", "sfdisk", "debugfs")
+    for name in ("first", "second"):
+        make_disk(system(tmp_path / f"{name}-files"), tmp_path / name, 64 * MIB, "web", TIME)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_disk_that_is_too_small_is_told_in_a_line(tmp_path: Path) -> None:
+    tools("mke2fs", "sfdisk", "debugfs")
+    (tmp_path / "files").mkdir()
+    tree = Tree(tmp_path / "files")
+    tree.add_file("large", os.urandom(40 * MIB))
+    with pytest.raises(ImageError, match=r"cannot make the file system .* ask for a larger disk"):
+        make_disk(tree, tmp_path / "disk", 32 * MIB, "web", TIME)
+
+
+def test_newest_kernel_that_has_an_initial_ram_disk_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    tree = Tree(tmp_path / "files")
+    for release, parts in (
+        ("6.1.0-9-amd64", ("vmlinuz", "initrd.img")),
+        ("6.1.0-40-amd64", ("vmlinuz", "initrd.img")),
+        ("6.1.0-41-amd64", ("vmlinuz",)),
+    ):
+        for part in parts:
+            tree.add_file(f"boot/{part}-{release}", f"{part} {release}".encode())
+    assert take_boot_files(tree, tmp_path) == "6.1.0-40-amd64"
+    assert (tmp_path / KERNEL).read_text() == "vmlinuz 6.1.0-40-amd64"
+    assert (tmp_path / INITRD).read_text() == "initrd.img 6.1.0-40-amd64"
+
+
+def test_kernel_that_is_named_is_in_the_place_of_the_usual_one() -> None:
+    assert "linux-image-cloud-amd64" in DebianRecipe(packages=["tcc"]).wanted
+    wanted = DebianRecipe(packages=["linux-image-amd64"]).wanted
+    assert [package for package in wanted if package.startswith("linux-")] == ["linux-image-amd64"]
 
 
 def test_disk_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -164,7 +265,15 @@ def test_manifest_that_is_damaged_is_no_disk(tmp_path: Path, text: str) -> None:
     [
         (DebianRecipe(name="../x"), "no name of a disk"),
         (DebianRecipe(hostname="a b"), "no host name"),
+        (DebianRecipe(hostname="a..b"), "no host name"),
+        (DebianRecipe(hostname="a-"), "no host name"),
+        (DebianRecipe(hostname="a" * 64), "no host name"),
         (DebianRecipe(user="root;rm"), "no user name"),
+        (DebianRecipe(user="me\n"), "no user name"),
+        (DebianRecipe(user="sudo"), "sudo is a user or group of Debian's own"),
+        (DebianRecipe(versions={"a b": "1"}), "no name of a package"),
+        (DebianRecipe(versions={"bash": "5\nPin: x"}), "no version of a package"),
+        (DebianRecipe(size=1 << 50), "too much for one file system"),
         (DebianRecipe(packages=["--option"]), "no name of a package"),
         (DebianRecipe(size=1 << 20), "too little for a Debian"),
         (DebianRecipe(ssh_keys=["-----BEGIN OPENSSH PRIVATE KEY-----"]), "no public SSH key"),

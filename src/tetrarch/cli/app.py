@@ -178,6 +178,12 @@ def image_build(
     package: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="One more package; repeatable.")
     ] = None,
+    packages_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="disk.json", help="Those of a disk that was built, in the same versions."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Build a guest: with --size a disk with Debian 12 on it, by mmdebstrap.
@@ -197,6 +203,7 @@ def image_build(
             user=user,
             ssh_keys=ssh_key,
             packages=package,
+            packages_from=packages_from,
             as_json=json,
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tetrarch import images
 from tetrarch.errors import ConfigError, ImageError, ValueProblem
-from tetrarch.images.store import DiskStore, InstalledDisk
+from tetrarch.images.store import DiskStore, InstalledDisk, read_manifest
 
 __all__ = ["build", "build_disk", "info", "pull", "remove", "show"]
 
@@ -107,6 +107,7 @@ def build_disk(
     user: str | None,
     ssh_keys: list[Path] | None,
     packages: list[str] | None,
+    packages_from: Path | None,
     as_json: bool,
 ) -> None:
     from tetrarch.images.debian_disk import DebianRecipe, build_debian_disk
@@ -119,6 +120,14 @@ def build_disk(
     except ValueProblem as problem:
         raise ConfigError(f"--size: {problem.cause}", mend=problem.mend) from None
     name = called or what
+    versions, time = dict[str, str](), None
+    if packages_from is not None:
+        if packages:
+            raise ConfigError(
+                "--packages-from names all packages there are", mend="leave --package out"
+            )
+        manifest = read_manifest(packages_from)
+        versions, time = manifest.packages, manifest.time
     recipe = DebianRecipe(
         name=name,
         size=length,
@@ -126,6 +135,8 @@ def build_disk(
         user=user or "",
         ssh_keys=_public_keys(ssh_keys),
         packages=packages or (),
+        versions=versions,
+        time=time,
     )
     disk = build_debian_disk(recipe, DiskStore(), images.TerminalReporter())
     if as_json:
@@ -156,6 +167,7 @@ def _disk_row(disk: InstalledDisk) -> dict[str, Any]:
         "initrd": str(disk.initrd),
         "append": manifest.append,
         "packages": manifest.packages,
+        "time": manifest.time,
         "bytes": disk.disk.stat().st_size,
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from tetrarch.errors import ImageError
 from tetrarch.images.disk import no_space, require_space
+from tetrarch.images.tool import end_group
 
 __all__ = ["NETWORK_TIMEOUT_S", "ArchiveError", "failure", "network_is_down", "run"]
 
@@ -21,8 +21,6 @@ NETWORK_TIMEOUT_S = 20
 SILENCE_S = 60.0
 _POLL_S = 0.1
 _PAUSE_S = 3.0
-# What ends on request does so at once.
-_END_S = 5
 # Room for one more small file, which a disk that stopped apt has not.
 _SMALL_FILE = 1 << 20
 
@@ -70,7 +68,7 @@ def run(
         try:
             output, complaint = _follow(process, command[0], writes_to, progress)
         except BaseException:
-            _end(process)
+            end_group(process)
             raise
     return subprocess.CompletedProcess(command, process.returncode, output, complaint)
 
@@ -101,19 +99,6 @@ def _follow(
                 f"{program} did nothing for {SILENCE_S:g} s",
                 "check the network and apt's sources, or give --kernel and --initrd",
             )
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a program with its helpers, which hold its pipes: by request, else by force."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, signum)
-            process.communicate(timeout=_END_S)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        return
 
 
 def failure(what: str, complaint: str, directory: Path, mend: str) -> ImageError:

@@ -1,4 +1,9 @@
-"""A Debian on a disk: packages by mmdebstrap, without root where user namespaces allow."""
+"""A Debian on a disk: packages by mmdebstrap, without root where user namespaces allow.
+
+What a build gives follows from its recipe, the versions of the packages, and one time, which all
+files of the build's own have (SOURCE_DATE_EPOCH, reproducible-builds.org). Both stand in disk.json,
+so that the same disk can be made again.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,28 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tetrarch.errors import ImageError
 from tetrarch.images.default_guest import agent_program
 from tetrarch.images.disk import require_space
-from tetrarch.images.partition import find_tool, make_disk, run_tool
+from tetrarch.images.partition import make_disk
 from tetrarch.images.progress import Reporter
 from tetrarch.images.store import DISK, INITRD, KERNEL, DiskManifest, DiskStore, InstalledDisk
+from tetrarch.images.tool import find_tool, run_tool
+from tetrarch.images.tree import Tree
 
-__all__ = ["DISK_MIN", "PACKAGES", "DebianRecipe", "build_debian_disk", "first_boot_files"]
+__all__ = [
+    "DISK_MIN",
+    "PACKAGES",
+    "DebianRecipe",
+    "build_debian_disk",
+    "first_boot_files",
+    "take_boot_files",
+]
 
 SUITE = "bookworm"
 
@@ -30,7 +45,6 @@ PACKAGES = (
     "iputils-ping",
     "less",
     "libpam-systemd",
-    "linux-image-cloud-amd64",
     "openssh-server",
     "procps",
     "sudo",
@@ -40,15 +54,35 @@ PACKAGES = (
     "udev",
 )
 
+#: And this one, unless another is named.
+KERNEL_PACKAGE = "linux-image-cloud-amd64"
+
 #: The least that holds them, with room to work.
 DISK_MIN = 2 << 30
 
-# What the archive and the unpacked tree take meanwhile.
-_SCRATCH_BYTES = 1500 << 20
+#: The most that ext4 has with blocks of 4 KiB and no larger numbers of them.
+DISK_MAX = 16 << 40
 
-_NAME = re.compile(r"^[a-z0-9][a-z0-9.-]{0,62}$")
-_USER = re.compile(r"^[a-z_][a-z0-9_-]{0,31}$")
-_PACKAGE = re.compile(r"^[a-z0-9][a-z0-9+.-]+$")
+# What the archive and the unpacked tree take meanwhile.
+_SCRATCH_BYTES = 2 << 30
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
+# hostname(7): labels of RFC 1123, and Linux takes 64 characters in all.
+_HOSTNAME = re.compile(
+    r"(?=.{1,64}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
+)
+# What useradd(8) of Debian takes without a complaint.
+_USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+# Debian Policy, 5.6.7 and 5.6.12.
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+_VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~-]*")
+# Users and groups that are there already (base-passwd, and what is always installed).
+_TAKEN = """
+root daemon bin sys sync games man lp mail news uucp proxy www-data backup list irc _apt nobody
+adm tty disk kmem dialout fax voice cdrom floppy tape sudo audio dip operator src shadow utmp
+video sasl plugdev staff users nogroup messagebus sshd _ssh systemd-journal systemd-network
+systemd-resolve systemd-timesync input sgx kvm render crontab
+"""
 
 _NETWORK = """\
 # Every Ethernet card asks for an address.
@@ -103,6 +137,8 @@ WantedBy=multi-user.target
 _CUSTOMIZE = """\
 set -e
 root=$1
+# Of the host, as mmdebstrap leaves it; the resolver's own is what a guest needs.
+ln -sf ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
 chroot "$root" passwd --quiet --delete root
 chroot "$root" systemctl --quiet enable systemd-networkd ssh tetrarch-host-keys tetrarch-agent
 # Of no use on a disk without LVM, and slow to find that out.
@@ -116,6 +152,9 @@ if [ -n "@USER@" ]; then
 fi
 rm -f "$root"/etc/ssh/ssh_host_* "$root"/etc/machine-id "$root"/var/lib/dbus/machine-id
 : > "$root/etc/machine-id"
+# What tells when and how it was made.
+rm -f "$root"/etc/apt/preferences.d/tetrarch "$root"/var/cache/ldconfig/aux-cache
+find "$root/var/log" -type f -delete
 """
 
 
@@ -129,25 +168,46 @@ class DebianRecipe:
     user: str = ""
     ssh_keys: Sequence[str] = ()
     packages: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package -> version, of all that is to be installed; empty: the newest of what is needed."""
+    time: int | None = None
+    """When the disk was made, in seconds since 1970; None: SOURCE_DATE_EPOCH, or now."""
 
     def check(self) -> None:
         """Raises ImageError for what no Debian would take."""
         for value, form, what in (
             (self.name, _NAME, "name of a disk"),
-            (self.hostname, _NAME, "host name"),
+            (self.hostname, _HOSTNAME, "host name"),
             (self.user or "user", _USER, "user name"),
             *((package, _PACKAGE, "name of a package") for package in self.packages),
+            *((package, _PACKAGE, "name of a package") for package in self.versions),
+            *((version, _VERSION, "version of a package") for version in self.versions.values()),
         ):
-            if not form.match(value):
+            if not form.fullmatch(value):
                 raise ImageError(f"{value!r} is no {what}", "use lower-case letters and digits")
+        if self.user in _TAKEN.split():
+            raise ImageError(f"{self.user} is a user or group of Debian's own", "choose another")
         if self.size < DISK_MIN:
             raise ImageError(
                 f"{self.size >> 20} MiB are too little for a Debian",
                 f"give --size {DISK_MIN >> 30}G or more",
             )
+        if self.size > DISK_MAX:
+            raise ImageError(
+                f"{self.size >> 40} TiB are too much for one file system",
+                f"give --size {DISK_MAX >> 40}T or less",
+            )
         for key in self.ssh_keys:
             if len(key.split()) < 2 or "\n" in key or "PRIVATE" in key:
                 raise ImageError(f"{key[:40]!r} is no public SSH key", "give a .pub file")
+
+    @property
+    def wanted(self) -> list[str]:
+        """The packages that are asked for, a kernel among them."""
+        if self.versions:
+            return [f"{name}={version}" for name, version in sorted(self.versions.items())]
+        named = any(package.startswith("linux-image-") for package in self.packages)
+        return [*PACKAGES, *([] if named else [KERNEL_PACKAGE]), *self.packages]
 
 
 def first_boot_files(recipe: DebianRecipe) -> dict[str, tuple[int, str | bytes]]:
@@ -174,23 +234,33 @@ def build_debian_disk(recipe: DebianRecipe, store: DiskStore, reporter: Reporter
     """Makes the disk; takes minutes, and network. Nothing is left where it fails."""
     recipe.check()
     mmdebstrap = find_tool("mmdebstrap", "mmdebstrap")
-    for tool, package in (("mke2fs", "e2fsprogs"), ("sfdisk", "fdisk")):
+    for tool, package in (("mke2fs", "e2fsprogs"), ("debugfs", "e2fsprogs"), ("sfdisk", "fdisk")):
         find_tool(tool, package)
     if os.geteuid() != 0:
         find_tool("newuidmap", "uidmap")
+    made = recipe.time if recipe.time is not None else _now()
     with store.making(recipe.name) as directory:
         require_space({directory: _SCRATCH_BYTES}, "a Debian disk while it is made")
+        _require_size(directory / DISK, recipe.size)
         archive = directory / "root.tar"
-        with reporter.step("Installing Debian's packages (mmdebstrap, some minutes)"):
-            _bootstrap(mmdebstrap, recipe, archive, directory)
-        with tarfile.open(archive) as tar:
-            release = _take_boot_files(tar, directory)
-            packages = _installed(tar)
-        with reporter.step(f"Writing a disk of {recipe.size >> 30} GiB"):
-            part = make_disk(archive, directory / DISK, recipe.size, recipe.name)
-        archive.unlink()
+        with reporter.step("Installing Debian's packages, some minutes") as detail:
+            _bootstrap(mmdebstrap, recipe, archive, made, detail)
+        with (
+            reporter.step(f"Writing a disk of {recipe.size >> 30} GiB"),
+            tempfile.TemporaryDirectory(prefix="tetrarch-", dir=directory) as scratch,
+        ):
+            tree = Tree(Path(scratch))
+            with archive.open("rb") as file:
+                tree.add_tar(file)
+            archive.unlink()
+            # The kernel has its own (devtmpfs).
+            tree.empty("dev")
+            packages = _installed(tree)
+            _require_versions(recipe.versions, packages)
+            release = take_boot_files(tree, directory)
+            part = make_disk(tree, directory / DISK, recipe.size, recipe.name, made)
         append = f"root=PARTUUID={part} ro console=ttyS0 quiet"
-        manifest = DiskManifest(recipe.name, append, release, SUITE, packages)
+        manifest = DiskManifest(recipe.name, append, release, SUITE, packages, made)
         store.write_manifest(directory, manifest)
     found = store.find(recipe.name)
     if found is None:
@@ -198,73 +268,134 @@ def build_debian_disk(recipe: DebianRecipe, store: DiskStore, reporter: Reporter
     return found
 
 
-def _bootstrap(mmdebstrap: str, recipe: DebianRecipe, archive: Path, scratch: Path) -> None:
+def _now() -> int:
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return int(given) if given.isdecimal() else int(time.time())
+
+
+def _require_size(disk: Path, size: int) -> None:
+    """Says now whether the host's file system takes so large a file."""
+    try:
+        with disk.open("wb") as file:
+            file.truncate(size)
+    except OSError as error:
+        raise ImageError(
+            f"no file of {size >> 30} GiB can be made in {disk.parent}: {error.strerror}",
+            "give a smaller --size, or set XDG_DATA_HOME to a directory on another file system",
+        ) from error
+
+
+def _bootstrap(
+    mmdebstrap: str, recipe: DebianRecipe, archive: Path, made: int, detail: Callable[[str], object]
+) -> None:
     with tempfile.TemporaryDirectory(prefix="tetrarch-") as temporary:
         # Read by another user inside of mmdebstrap's namespace.
         folder = Path(temporary)
         folder.chmod(0o755)
         early, late = folder / "early.tar", folder / "late.tar"
-        hook = {"etc/initramfs-tools/hooks/tetrarch": (0o755, _INITRAMFS_HOOK)}
-        modules = {"etc/initramfs-tools/conf.d/tetrarch": (0o644, "MODULES=list\n")}
-        _write_tar(early, {**hook, **modules})
-        _write_tar(late, first_boot_files(recipe))
+        first = {
+            "etc/initramfs-tools/hooks/tetrarch": (0o755, _INITRAMFS_HOOK),
+            "etc/initramfs-tools/conf.d/tetrarch": (0o644, "MODULES=list\n"),
+        }
+        _write_tar(early, first, made)
+        _write_tar(late, first_boot_files(recipe), made)
         script = folder / "customize"
         script.write_text("#!/bin/sh\n" + _CUSTOMIZE.replace("@USER@", recipe.user))
         script.chmod(0o755)
+        pins = folder / "pins"
+        pins.write_text(_preferences(recipe.versions))
+        pins.chmod(0o644)
         command = [
-            *(mmdebstrap, "--mode=unshare", "--variant=minbase", "--format=tar", "--quiet"),
-            f"--include={','.join([*PACKAGES, *recipe.packages])}",
+            *(mmdebstrap, "--mode=unshare", "--variant=minbase", "--format=tar", "--verbose"),
+            f"--include={','.join(recipe.wanted)}",
             "--dpkgopt=path-exclude=/usr/share/man/*",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+            f"--setup-hook=upload {pins} /etc/apt/preferences.d/tetrarch",
             f"--essential-hook=tar-in {early} /",
             f"--customize-hook=tar-in {late} /",
             f"--customize-hook={script}",
             *(SUITE, str(archive)),
         ]
-        run_tool(command, "mmdebstrap cannot make the system")
+        run_tool(
+            command,
+            "mmdebstrap cannot make the system",
+            environment={"SOURCE_DATE_EPOCH": str(made)},
+            on_line=_told(detail),
+        )
 
 
-def _write_tar(path: Path, files: Mapping[str, tuple[int, str | bytes]]) -> None:
+def _told(detail: Callable[[str], object]) -> Callable[[str], None]:
+    """Of all that mmdebstrap, apt and dpkg say, what tells how far they are."""
+    kinds = re.compile(r"(Unpacking|Setting up) ([^ :]+)|I: (.*?)\.*$|(update-initramfs): ")
+
+    def hear(line: str) -> None:
+        if (match := kinds.match(line)) is not None:
+            verb, package, step, program = match.groups()
+            detail(step or program or f"{verb.lower()} {package}")
+
+    return hear
+
+
+def _preferences(versions: Mapping[str, str]) -> str:
+    """apt_preferences(5) by which no other version is taken, even in place of a newer."""
+    entries = (
+        f"Package: {name}\nPin: version {version}\nPin-Priority: 1001\n"
+        for name, version in sorted(versions.items())
+    )
+    return "\n".join(entries)
+
+
+def _require_versions(wanted: Mapping[str, str], installed: Mapping[str, str]) -> None:
+    for name, version in wanted.items():
+        if installed.get(name) != version:
+            raise ImageError(
+                f"{name} {version} was asked for, and {installed.get(name, 'none')} is installed",
+                "build from a list of a system with the same --package options",
+            )
+
+
+def _write_tar(path: Path, files: Mapping[str, tuple[int, str | bytes]], made: int) -> None:
     with tarfile.open(path, "w") as tar:
         for name, (mode, text) in files.items():
             for parent in reversed(Path(name).parents):
                 if str(parent) in (".", "etc", "root", "usr", "usr/sbin"):
                     continue
                 folder = tarfile.TarInfo(str(parent))
-                folder.type = tarfile.DIRTYPE
+                folder.type, folder.mtime = tarfile.DIRTYPE, made
                 folder.mode = 0o700 if parent.name == ".ssh" else 0o755
                 tar.addfile(folder)
             data = text if isinstance(text, bytes) else text.encode()
             entry = tarfile.TarInfo(name)
-            entry.mode, entry.size = mode, len(data)
+            entry.mode, entry.size, entry.mtime = mode, len(data), made
             tar.addfile(entry, io.BytesIO(data))
     path.chmod(0o644)
 
 
-def _take_boot_files(tar: tarfile.TarFile, directory: Path) -> str:
-    """Copies kernel and initial RAM disk out; the kernel's release."""
-    release = ""
-    for entry in tar.getmembers():
-        folder, _, file = entry.name.removeprefix("./").rpartition("/")
-        if folder != "boot" or not entry.isfile():
-            continue
-        for prefix, target in (("vmlinuz-", KERNEL), ("initrd.img-", INITRD)):
-            if file.startswith(prefix) and (data := tar.extractfile(entry)) is not None:
-                (directory / target).write_bytes(data.read())
-                release = file.removeprefix(prefix)
-    if not (directory / KERNEL).exists() or not (directory / INITRD).exists():
+def take_boot_files(tree: Tree, directory: Path) -> str:
+    """Copies kernel and initial RAM disk of the newest kernel that has both; its release."""
+    prefixes = {KERNEL: "boot/vmlinuz-", INITRD: "boot/initrd.img-"}
+    kernels, initrds = (
+        {path.removeprefix(prefix) for path in tree.nodes if path.startswith(prefix)}
+        for prefix in prefixes.values()
+    )
+    if not kernels & initrds:
         raise ImageError("the system that was installed has no kernel", "install one: --package")
+    release = max(kernels & initrds, key=_version_order)
+    for file, prefix in prefixes.items():
+        (directory / file).write_bytes(tree.read(prefix + release))
     return release
 
 
-def _installed(tar: tarfile.TarFile) -> dict[str, str]:
+def _version_order(release: str) -> list[tuple[int, str]]:
+    """Numbers as numbers."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", release)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def _installed(tree: Tree) -> dict[str, str]:
     """Package -> version, as dpkg records them."""
-    try:
-        data = tar.extractfile("./var/lib/dpkg/status")
-    except KeyError:
-        data = None
-    text = data.read().decode("utf-8", "replace") if data is not None else ""
+    text = tree.read("var/lib/dpkg/status").decode("utf-8", "replace")
     pairs = re.findall(r"^Package: (\S+)$.*?^Version: (\S+)$", text, re.MULTILINE | re.DOTALL)
     return dict(pairs)

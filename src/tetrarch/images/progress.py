@@ -13,8 +13,9 @@ class Reporter:
     """Says nothing: for use from a program."""
 
     @contextmanager
-    def step(self, title: str) -> Iterator[None]:
-        yield
+    def step(self, title: str) -> Iterator[Callable[[str], None]]:
+        """What it gives takes the detail that is being done."""
+        yield lambda detail: None
 
     @contextmanager
     def transfer(
@@ -30,17 +31,18 @@ class TerminalReporter(Reporter):
         self._interactive = sys.stderr.isatty()
 
     @contextmanager
-    def step(self, title: str) -> Iterator[None]:
+    def step(self, title: str) -> Iterator[Callable[[str], None]]:
         if not self._interactive:
             print(title, file=sys.stderr, flush=True)
-            yield
+            yield lambda detail: None
             return
         # Said before the library that draws is there: that takes a while.
         print(f"{title} ...", end="\r", file=sys.stderr, flush=True)
         from rich.console import Console
+        from rich.markup import escape
 
-        with Console(stderr=True).status(title):
-            yield
+        with Console(stderr=True).status(title) as status:
+            yield lambda detail: status.update(f"{title}: {escape(detail)}")
 
     @contextmanager
     def transfer(

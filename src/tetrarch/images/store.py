@@ -25,7 +25,16 @@ from tetrarch.block.disk import open_disk
 from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ImageError
 
-__all__ = ["DISK", "INITRD", "KERNEL", "DiskManifest", "DiskStore", "InstalledDisk", "data_root"]
+__all__ = [
+    "DISK",
+    "INITRD",
+    "KERNEL",
+    "DiskManifest",
+    "DiskStore",
+    "InstalledDisk",
+    "data_root",
+    "read_manifest",
+]
 
 DISK = "disk.raw"
 KERNEL = "vmlinuz"
@@ -44,6 +53,8 @@ class DiskManifest:
     suite: str
     packages: dict[str, str] = field(default_factory=dict)
     """Package -> version, of all that is installed."""
+    time: int = 0
+    """When it was made, in seconds since 1970; the same build has the same."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,8 @@ class DiskStore:
     def find(self, name: str) -> InstalledDisk | None:
         directory = self.root / name
         try:
-            manifest = _manifest((directory / _MANIFEST).read_bytes())
-        except (OSError, ValueError, TypeError, AttributeError):  # none, or damaged
+            manifest = read_manifest(directory / _MANIFEST)
+        except ImageError:
             return None
         found = InstalledDisk(manifest, directory)
         whole = all(file.is_file() for file in (found.disk, found.kernel, found.initrd))
@@ -152,11 +163,20 @@ class DiskStore:
         )
 
 
-def _manifest(text: bytes) -> DiskManifest:
-    """What a later version has added is left out."""
-    values = json.loads(text)
-    known = {field.name for field in fields(DiskManifest)}
-    return DiskManifest(**{name: value for name, value in values.items() if name in known})
+def read_manifest(path: Path) -> DiskManifest:
+    """What a later version has added is left out. Raises ImageError for what is none."""
+    try:
+        values = json.loads(path.read_bytes())
+        known = {field.name for field in fields(DiskManifest)}
+        manifest = DiskManifest(**{name: values[name] for name in values if name in known})
+        texts = [*manifest.packages, *manifest.packages.values()]
+    except OSError as error:
+        raise ImageError(f"cannot read {path}: {error.strerror}", "name a disk.json") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ImageError(f"{path} describes no disk", "name the disk.json of one") from error
+    if not all(isinstance(text, str) for text in texts) or not isinstance(manifest.time, int):
+        raise ImageError(f"{path} describes no disk", "name the disk.json of one")
+    return manifest
 
 
 def _lock(directory: Path) -> int | None:

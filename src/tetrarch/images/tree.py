@@ -1,0 +1,186 @@
+"""The files of a guest's system, from tar archives, with owners, modes and times that are the
+archives' and not the host's: nobody has to be root to take them.
+
+What a directory entry says is in memory, what regular files hold in a scratch directory. An archive
+may be damaged or hostile: a name leads nowhere outside of the tree, and its links are followed in
+the tree alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from tetrarch.errors import ImageError
+
+__all__ = ["Node", "Tree"]
+
+#: As many links as Linux follows on one path (path_resolution(7)).
+_LINKS_MAX = 40
+#: How GNU tar and libarchive keep extended attributes in pax headers.
+_XATTR = "SCHILY.xattr."
+
+
+@dataclass
+class Node:
+    """What has an inode. ``kind`` is that of tar: REGTYPE, DIRTYPE, SYMTYPE, CHRTYPE, ..."""
+
+    kind: bytes
+    mode: int = 0o755
+    uid: int = 0
+    gid: int = 0
+    mtime: int = 0
+    target: str = ""
+    """Of a symbolic link."""
+    device: tuple[int, int] = (0, 0)
+    data: Path | None = None
+    """A regular file's bytes, on the host."""
+    xattrs: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def is_directory(self) -> bool:
+        return self.kind == tarfile.DIRTYPE
+
+
+class Tree:
+    """Path -> node, with paths as "usr/bin/env". Hard links are the same node.
+
+    ``scratch`` is an empty directory.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self.nodes: dict[str, Node] = {}
+        self._scratch = scratch
+        self._files = 0
+
+    def add_tar(self, archive: IO[bytes]) -> None:
+        """Adds what an archive holds, over what there is. Raises ImageError where it is damaged."""
+        try:
+            with tarfile.open(fileobj=archive, mode="r|*") as tar:
+                for entry in tar:
+                    self._add_entry(tar, entry)
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            raise ImageError(
+                f"an archive cannot be read: {error}", "make or fetch it anew"
+            ) from error
+
+    def add_file(self, path: str, data: bytes, mode: int = 0o644, mtime: int = 0) -> None:
+        file = self._new_file()
+        file.write_bytes(data)
+        node = Node(tarfile.REGTYPE, mode, mtime=mtime, data=file)
+        self._put(self._place(path.split("/")), node)
+
+    def find(self, path: str) -> Node | None:
+        """What is at a path, with links followed."""
+        return self.nodes.get(self._place(path.split("/"), to_the_end=True))
+
+    def read(self, path: str) -> bytes:
+        """What a regular file holds; nothing where there is none."""
+        node = self.find(path)
+        return node.data.read_bytes() if node is not None and node.data is not None else b""
+
+    def empty(self, directory: str) -> None:
+        """Takes out what is in it."""
+        for below in [name for name in self.nodes if name.startswith(f"{directory}/")]:
+            del self.nodes[below]
+
+    def remove(self, path: str) -> None:
+        """What is there, with what is in it."""
+        self.nodes.pop(path, None)
+        self.empty(path)
+
+    def children(self) -> dict[str, list[str]]:
+        """Directory -> names in it, both in the order of their names; "" is the root."""
+        found: dict[str, list[str]] = {"": []}
+        for path, node in sorted(self.nodes.items()):
+            folder, _, name = path.rpartition("/")
+            found.setdefault(folder, []).append(name)
+            if node.is_directory:
+                found.setdefault(path, [])
+        return found
+
+    def _add_entry(self, tar: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
+        parts = _parts(entry.name)
+        if not parts:  # the root itself
+            return
+        path = self._place(parts)
+        if entry.islnk():
+            node = self.nodes.get(self._place(_parts(entry.linkname)))
+            if node is None or node.is_directory:
+                raise ImageError(
+                    f"an archive cannot be read: {entry.name} is a link to {entry.linkname}, "
+                    "which is no file before it",
+                    "make or fetch it anew",
+                )
+            self._put(path, node)
+            return
+        node = Node(
+            tarfile.REGTYPE if entry.isreg() else entry.type,
+            entry.mode & 0o7777,
+            entry.uid,
+            entry.gid,
+            int(entry.mtime),
+            entry.linkname if entry.issym() else "",
+            (entry.devmajor, entry.devminor),
+            xattrs={
+                name.removeprefix(_XATTR): value.encode("utf-8", "surrogateescape")
+                for name, value in entry.pax_headers.items()
+                if name.startswith(_XATTR)
+            },
+        )
+        if entry.isreg() and (data := tar.extractfile(entry)) is not None:
+            node.data = self._new_file()
+            with node.data.open("wb") as file:
+                shutil.copyfileobj(data, file, 1 << 20)
+        self._put(path, node)
+
+    def _put(self, path: str, node: Node) -> None:
+        folder = path
+        while folder := folder.rpartition("/")[0]:
+            above = self.nodes.get(folder)
+            if above is None or not above.is_directory:
+                self.nodes[folder] = Node(tarfile.DIRTYPE)
+        there = self.nodes.get(path)
+        if there is not None and there.is_directory and not node.is_directory:
+            self.remove(path)
+        self.nodes[path] = node
+
+    def _place(self, parts: list[str], *, to_the_end: bool = False) -> str:
+        """The path of a name: links on the way to it are followed, of itself if so asked."""
+        todo, place, links = list(reversed(parts)), list[str](), 0
+        while todo:
+            part = todo.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                place = place[:-1]
+                continue
+            node = self.nodes.get("/".join([*place, part]))
+            if node is None or node.kind != tarfile.SYMTYPE or not (todo or to_the_end):
+                place.append(part)
+                continue
+            links += 1
+            if links > _LINKS_MAX:
+                raise ImageError(
+                    f"{'/'.join(parts)} is behind links that lead in a circle",
+                    "make or fetch the archive anew",
+                )
+            if node.target.startswith("/"):
+                place = []
+            todo += reversed(node.target.split("/"))
+        return "/".join(place)
+
+    def _new_file(self) -> Path:
+        self._files += 1
+        return self._scratch / str(self._files)
+
+
+def _parts(name: str) -> list[str]:
+    """Of a name in an archive. Raises ImageError for one that leads out of the tree."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts or "\0" in name:
+        raise ImageError(f"an archive has a file named {name!r}", "do not trust it")
+    return parts
