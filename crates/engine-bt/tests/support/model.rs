@@ -260,9 +260,14 @@ pub fn sieve_accepts(i: &Instruction, code: &[u8], host: &Outcome, guest: &Outco
         Mnemonic::INVALID if code.windows(2).any(|w| matches!(w, [0x0F, 0x20..=0x23])) => {
             only(&[UD, GP])
         }
-        // VPERMQ and VPERMPD ask for VEX.W; AMD's CPUs ignore it.
+        // With a REP prefix Zen 4 runs it, and Zen 5 does not; the manual is silent.
+        Mnemonic::Clzero if i.has_rep_prefix() || i.has_repne_prefix() => vectors.contains(&UD),
+        // VPERMQ and VPERMPD ask for VEX.W; AMD's CPUs ignore it. LOCK VERW is refused by the
+        // manual (AMD APM 3, 1.2.5), and not by a Zen 4 on which VERW clears buffers.
         Mnemonic::INVALID => {
-            matches!(code, [0xC4, 0xE3, 0x7D, 0 | 1, ..]) && guest.fault.vector == UD
+            let vperm = matches!(code, [0xC4, 0xE3, 0x7D, 0 | 1, ..]);
+            let verw = matches!(code, [0xF0, 0x0F, 0x00, form, ..] if form & 0xF8 == 0x28);
+            (vperm || verw) && guest.fault.vector == UD
         }
         _ => undefined_result(i),
     }
