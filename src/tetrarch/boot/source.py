@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 GZIP_MAGIC: Final = b"\x1f\x8b"
 CPIO_MAGIC: Final = b"0707"
-#: What deflate packs to one byte at most (zlib, "Maximum Compression Factor").
-DEFLATE_MOST: Final = 1032
+#: A file that says to be packed by more has lost its end: initrds are packed to a third or so.
+PACKED_MOST: Final = 100
 #: What a kernel takes for itself before the first program runs, beside its image.
 WORKING_MEMORY: Final = 4 << 20
 MEMORY_STEP: Final = 4 << 20
@@ -173,7 +173,7 @@ def unpacked_size(source: Source) -> tuple[int, int]:
     if start.startswith(GZIP_MAGIC) and source.size >= 18:
         # The last four bytes are the size of the whole (RFC 1952, 2.3.1).
         size = int.from_bytes(source.read(source.size - 4, 4), "little")
-        if size <= DEFLATE_MOST * source.size:
+        if size <= PACKED_MOST * source.size:
             return size, size
     # Other formats pack to a quarter at most of what initrds hold; what is not packed may have
     # something packed behind it.
