@@ -142,6 +142,8 @@ pub struct CpuidTable {
     e5: [u32; 4],
     e6: [u32; 4],
     caches: Vec<[u32; 4]>,
+    /// Which codes run, since each instruction that is translated or interpreted asks.
+    runs: Box<[bool]>,
 }
 
 /// XCR0 of the host: what its kernel lets us use.
@@ -231,7 +233,7 @@ impl CpuidTable {
         if intel {
             e6 = [0, 0, e6[2], 0];
         }
-        Self {
+        let mut table = Self {
             vendor,
             topology,
             vendor_string,
@@ -246,7 +248,10 @@ impl CpuidTable {
             e5: if intel { [0; 4] } else { host(0x8000_0005, 0) },
             e6,
             caches,
-        }
+            runs: Box::default(),
+        };
+        table.runs = Code::values().map(|code| table.code_runs(code)).collect();
+        table
     }
 
     pub fn vendor(&self) -> Vendor {
@@ -397,22 +402,28 @@ impl CpuidTable {
     /// Whether the instruction runs; if not, it is #UD.
     pub fn runs(&self, i: &Instruction) -> bool {
         match i.code() {
-            // Hints without shadow stacks (Intel SDM 1, 17.2.6).
-            Code::Rdsspd_r32 | Code::Rdsspq_r64 => true,
-            // Seen on Zen 5; the manual is silent.
+            // As Zen 5 does, and Zen 4 does not; the manual is silent.
             Code::Clzerow | Code::Clzerod | Code::Clzeroq
                 if i.has_repne_prefix() || i.has_rep_prefix() =>
             {
                 false
             }
+            code => self.runs[code as usize],
+        }
+    }
+
+    fn code_runs(&self, code: Code) -> bool {
+        match code {
+            // Hints without shadow stacks (Intel SDM 1, 17.2.6).
+            Code::Rdsspd_r32 | Code::Rdsspq_r64 => true,
             // The hint space of prefetches with a register is Intel's alone.
             Code::Reservednop_rm16_r16_0F0D
             | Code::Reservednop_rm32_r32_0F0D
             | Code::Reservednop_rm64_r64_0F0D => self.vendor == Vendor::Intel,
-            _ => i.cpuid_features().iter().all(|&feature| {
+            _ => code.cpuid_features().iter().all(|&feature| {
                 matches!(
                     feature,
-                    // What every x86-64 CPU has: spares most instructions the table.
+                    // What every x86-64 CPU has.
                     CpuidFeature::INTEL8086
                         | CpuidFeature::INTEL186
                         | CpuidFeature::INTEL286

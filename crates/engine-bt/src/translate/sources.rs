@@ -231,8 +231,10 @@ pub fn keep_lost(
     live: &mut [u32],
     info: &mut InstructionInfoFactory,
 ) {
+    let leaves = |(i, kind): (&Instruction, &Kind)| may_leave(i, *kind);
+    let Some(last) = instructions.iter().zip(kinds).rposition(leaves) else { return };
     let mut sources = Sources::new();
-    for (index, (i, kind)) in instructions.iter().zip(kinds).enumerate() {
+    for (index, (i, kind)) in instructions.iter().zip(kinds).enumerate().take(last + 1) {
         if may_leave(i, *kind) {
             let mut lost = sources.lost() & !live[index];
             // Needed from its producer on, which is where it was lost to.
