@@ -683,7 +683,11 @@ class DiskError(Exception):
 
 @final
 class Disk:
-    """A disk behind a controller. DiskError where the image cannot be used."""
+    """A disk behind a controller. DiskError where the image cannot be used.
+
+    With ``on_stop`` a write that the host fails waits for ``retry``. It is called for the first
+    of them, on a thread of its own, with the cause and what says whether it still waits.
+    """
 
     def __new__(
         cls,
@@ -695,7 +699,7 @@ class Disk:
         snapshot: bool = False,
         iops: int | None = None,
         bps: int | None = None,
-        on_stop: Callable[[str], object] | None = None,
+        on_stop: Callable[[str, Callable[[], bool]], object] | None = None,
     ) -> Self: ...
     @property
     def size(self) -> int:
@@ -708,7 +712,7 @@ class Disk:
     def discard_granularity(self) -> int: ...
     def resize(self, size: int) -> None: ...
     def retry(self) -> None:
-        """Tries writes anew that wait for the host to be mended."""
+        """Tries writes anew that wait for the host to be mended; none do in a closed disk."""
     def close(self) -> None:
         """Lets go of the image, unless a controller has the disk too."""
 

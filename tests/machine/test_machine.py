@@ -205,6 +205,27 @@ def test_held_machine_can_be_stopped(make: Make) -> None:
     assert vm.wait().reason is StopReason.STOPPED
 
 
+def test_resume_that_meets_a_hold_is_not_lost(make: Make) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(ScriptedVm):
+        def hold(self, timeout: float = 5.0) -> None:
+            super().hold(timeout)
+            begun.set()
+            go_on.wait()
+
+    with make(ScriptedVm.spin_until_stop, Slow) as vm:
+        vm.start()
+        hold, resume = threading.Thread(target=vm.hold), threading.Thread(target=vm.resume)
+        hold.start()
+        begun.wait()
+        resume.start()
+        go_on.set()
+        hold.join()
+        resume.join()
+        assert vm.running
+
+
 def test_device_cannot_hold_its_own_machine(make: Make) -> None:
     def hold(scripted: ScriptedVm) -> str:
         vm.hold()

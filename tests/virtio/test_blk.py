@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -279,9 +279,9 @@ def fill_the_host(folder: Path, werror: str) -> None:
     """Runs where ``folder`` has room for 1 MiB."""
     image = folder / "disk.img"
     block.create(image, SIZE)
-    stops: list[str] = []
+    stops: list[tuple[str, Callable[[], bool]]] = []
     spec = block.DiskSpec.parse(f"{image},werror={werror}")
-    driver = BlkDriver(block.open_disk(spec, stops.append))
+    driver = BlkDriver(block.open_disk(spec, lambda *stop: stops.append(stop)))
     driver.start(1, FLUSH)
     wrote = 0
     while wrote < SIZE and werror == "report":
@@ -304,13 +304,16 @@ def fill_the_host(folder: Path, werror: str) -> None:
         driver.vm.write_memory(DATA, b"\3" * 4096)
         driver.offer(0, [(HEADER, 16, False), (DATA, 4096, False), (STATUS, 1, True)])
         wait_until(lambda: stops, "the machine is told to stop")
-        assert stops == ["the host's file system is full"]
+        ((cause, waits),) = stops
+        assert cause == "the host's file system is full"
+        assert waits()
         assert driver.used_index(0) == 0
         assert driver.kind.data_path.stopped == 1
         with pytest.raises(StateError, match="writes wait for room on the host"):
             driver.kind.save()
         blocker.unlink()
         driver.kind.retry()
+        assert not waits()
         driver.wait(0)
         assert driver.vm.read_memory(STATUS, 1)[0] == OK
         assert driver.read(0, 4096) == b"\3" * 4096

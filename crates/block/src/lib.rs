@@ -32,5 +32,5 @@ pub use error::{BlockError, ImageError};
 pub use image::{Format, ImageOptions, open};
 pub use qcow2::Qcow2Header;
 pub use raw::{Cache, RawDisk, RawOptions};
-pub use stop::{OnStop, StopOnError};
+pub use stop::{OnStop, StopOnError, Waits};
 pub use throttle::{Limits, Throttled};

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -12,15 +13,32 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::wakers::either;
 use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, Completion, ImageError, Request};
 
-/// Hears of each write that waits. It is called on the disk's I/O thread, which the
-/// machine's pause waits for: so it may only tell others.
-pub type OnStop = dyn Fn(BlockError) + Send + Sync;
+/// Hears of the first write that waits since the disk was told to try again. It is called
+/// on the disk's I/O thread, which the machine's pause waits for: so it may only tell others.
+pub type OnStop = dyn Fn(BlockError, Waits) + Send + Sync;
+
+/// Whether the write still waits, and was not to be tried again since.
+pub struct Waits(Weak<Stop>);
+
+impl Waits {
+    pub fn still(&self) -> bool {
+        self.0.upgrade().is_some_and(|stop| stop.told.load(Ordering::SeqCst))
+    }
+}
 
 pub struct StopOnError {
     inner: Box<dyn BlockBackend>,
     on_stop: Arc<OnStop>,
-    /// An event of each open queue: its waiting writes are to be tried again.
-    queues: Mutex<Vec<Weak<OwnedFd>>>,
+    /// Of each open queue.
+    queues: Mutex<Vec<Weak<Stop>>>,
+}
+
+/// What a queue and its disk tell each other.
+struct Stop {
+    /// The queue has told of a write that waits, and nobody has asked to try again since.
+    told: AtomicBool,
+    /// The queue's waiting writes are to be tried again.
+    retry: OwnedFd,
 }
 
 impl StopOnError {
@@ -39,14 +57,15 @@ impl BlockBackend for StopOnError {
             |e| ImageError::host(Path::new("a disk with werror=stop"), "cannot be set up", e);
         let inner = self.inner.open_queue()?;
         let retry = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
-        let retry = Arc::new(retry.map_err(|errno| failed(errno.into()))?);
+        let retry = retry.map_err(|errno| failed(errno.into()))?;
         let event = either([inner.event(), retry.as_fd()]).map_err(failed)?;
+        let stop = Arc::new(Stop { told: AtomicBool::new(false), retry });
         let mut queues = self.queues.lock();
         queues.retain(|queue| queue.strong_count() > 0);
-        queues.push(Arc::downgrade(&retry));
+        queues.push(Arc::downgrade(&stop));
         let on_stop = Arc::clone(&self.on_stop);
-        let (writes, stopped) = (HashMap::new(), Vec::new());
-        Ok(Box::new(StoppingQueue { inner, on_stop, writes, stopped, retry, event }))
+        let (flying, stopped) = (HashMap::new(), Vec::new());
+        Ok(Box::new(StoppingQueue { inner, on_stop, flying, next: 0, stopped, stop, event }))
     }
 
     fn resize(&self, size: u64) -> Result<(), ImageError> {
@@ -55,8 +74,10 @@ impl BlockBackend for StopOnError {
 
     fn retry(&self) {
         for queue in self.queues.lock().iter().filter_map(Weak::upgrade) {
+            // In this order: a write that fails again tells again.
+            queue.told.store(false, Ordering::SeqCst);
             // It fails only where the counter is full, and then it is readable.
-            let _ = rustix::io::write(&*queue, &1u64.to_ne_bytes());
+            let _ = rustix::io::write(&queue.retry, &1u64.to_ne_bytes());
         }
         self.inner.retry();
     }
@@ -65,10 +86,12 @@ impl BlockBackend for StopOnError {
 struct StoppingQueue {
     inner: Box<dyn BlockQueue>,
     on_stop: Arc<OnStop>,
-    /// In flight, by their tags.
-    writes: HashMap<u64, Request>,
+    /// What is in flight, by tags of ours, since several may have one of the caller's: that
+    /// tag, and the request if it writes.
+    flying: HashMap<u64, (u64, Option<Request>)>,
+    next: u64,
     stopped: Vec<(u64, Request)>,
-    retry: Arc<OwnedFd>,
+    stop: Arc<Stop>,
     event: OwnedFd,
 }
 
@@ -79,10 +102,10 @@ fn can_be_mended(error: BlockError) -> bool {
 
 impl BlockQueue for StoppingQueue {
     fn submit(&mut self, tag: u64, request: Request) {
-        if request.writes() {
-            self.writes.insert(tag, request.clone());
-        }
-        self.inner.submit(tag, request);
+        let own = self.next;
+        self.next += 1;
+        self.flying.insert(own, (tag, request.writes().then(|| request.clone())));
+        self.inner.submit(own, request);
     }
 
     fn kick(&mut self) {
@@ -102,7 +125,7 @@ impl BlockQueue for StoppingQueue {
     }
 
     fn completions(&mut self, done: &mut Vec<Completion>) {
-        if rustix::io::read(&*self.retry, &mut [0u8; 8]).is_ok() && !self.stopped.is_empty() {
+        if rustix::io::read(&self.stop.retry, &mut [0u8; 8]).is_ok() && !self.stopped.is_empty() {
             for (tag, request) in std::mem::take(&mut self.stopped) {
                 self.submit(tag, request);
             }
@@ -110,29 +133,23 @@ impl BlockQueue for StoppingQueue {
         }
         let first = done.len();
         self.inner.completions(done);
-        let Self { writes, stopped, on_stop, .. } = self;
-        let mut index = 0;
-        done.retain(|&(tag, result)| {
-            index += 1;
-            if index <= first {
-                return true;
-            }
-            match (writes.remove(&tag), result) {
+        for (own, result) in done.split_off(first) {
+            let Some((tag, request)) = self.flying.remove(&own) else { continue };
+            match (request, result) {
                 (Some(request), Err(error)) if can_be_mended(error) => {
-                    stopped.push((tag, request));
-                    on_stop(error);
-                    false
+                    self.stopped.push((tag, request));
+                    if !self.stop.told.swap(true, Ordering::SeqCst) {
+                        (self.on_stop)(error, Waits(Arc::downgrade(&self.stop)));
+                    }
                 }
-                _ => true,
+                _ => done.push((tag, result)),
             }
-        });
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-
     use rustix::io::Errno;
 
     use super::*;
@@ -180,18 +197,34 @@ mod tests {
         }
     }
 
-    #[test]
-    fn writes_to_a_full_host_wait_and_are_tried_again() {
+    type Stops = Arc<Mutex<Vec<Waits>>>;
+
+    fn full_disk() -> (Arc<Full>, Stops, StopOnError) {
         let full = Arc::new(Full(AtomicBool::new(true)));
-        let stops = Arc::new(AtomicU32::new(0));
-        let on_stop = {
-            let stops = Arc::clone(&stops);
-            move |error| {
-                assert_eq!(error, BlockError::NoSpace);
-                stops.fetch_add(1, Ordering::Relaxed);
-            }
+        let stops = Stops::default();
+        let told = Arc::clone(&stops);
+        let on_stop = move |error, waits| {
+            assert_eq!(error, BlockError::NoSpace);
+            told.lock().push(waits);
         };
         let disk = StopOnError::new(Box::new(Disk(Arc::clone(&full))), Arc::new(on_stop));
+        (full, stops, disk)
+    }
+
+    fn are_waiting(stops: &Stops) -> Vec<bool> {
+        stops.lock().iter().map(Waits::still).collect()
+    }
+
+    /// Until so many writes wait; nothing else ends meanwhile.
+    fn wait_stopped(driver: &mut Driver, count: usize) {
+        while driver.queue.stopped() < count {
+            assert_eq!(driver.wait(0), []);
+        }
+    }
+
+    #[test]
+    fn writes_to_a_full_host_wait_and_are_tried_again() {
+        let (full, stops, disk) = full_disk();
         let mut driver = Driver::new(disk.open_queue().unwrap());
         let data = driver.list(&[(0, 512)]);
         for (tag, offset) in [(1, 512), (2, 1024), (3, 0)] {
@@ -203,18 +236,53 @@ mod tests {
         let ended =
             [(3, Err(BlockError::ReadOnly)), (4, Ok(())), (5, Err(BlockError::Host(Errno::IO)))];
         assert_eq!(driver.wait(3), ended);
-        while stops.load(Ordering::Relaxed) < 2 {
-            assert_eq!(driver.wait(0), []);
-        }
-        assert_eq!(driver.queue.stopped(), 2);
-        // Still full: they wait again.
+        wait_stopped(&mut driver, 2);
+        // One word for both.
+        assert_eq!(are_waiting(&stops), [true]);
+        // Still full: they wait again, which is another stop.
         disk.retry();
-        while stops.load(Ordering::Relaxed) < 4 {
+        assert_eq!(are_waiting(&stops), [false]);
+        while stops.lock().len() < 2 {
             assert_eq!(driver.wait(0), []);
         }
+        wait_stopped(&mut driver, 2);
+        assert_eq!(stops.lock().len(), 2);
         full.0.store(false, Ordering::Relaxed);
         disk.retry();
         assert_eq!(driver.wait(2), [(1, Ok(())), (2, Ok(()))]);
         assert_eq!(driver.queue.stopped(), 0);
+        assert!(!stops.lock()[1].still());
+    }
+
+    #[test]
+    fn each_part_of_a_request_waits_for_itself() {
+        let (full, stops, disk) = full_disk();
+        let mut driver = Driver::new(disk.open_queue().unwrap());
+        let data = driver.list(&[(0, 512)]);
+        // As a discard of several ranges has one tag.
+        for offset in [512, 1024, 0, 1536] {
+            driver.queue.submit(7, Request::Write { offset, data: data.clone() });
+        }
+        assert_eq!(driver.wait(1), [(7, Err(BlockError::ReadOnly))]);
+        wait_stopped(&mut driver, 3);
+        full.0.store(false, Ordering::Relaxed);
+        disk.retry();
+        assert_eq!(driver.wait(3), [(7, Ok(())); 3]);
+        assert_eq!(stops.lock().len(), 1);
+    }
+
+    #[test]
+    fn queue_that_is_opened_anew_tells_of_its_own_stops() {
+        let (_full, stops, disk) = full_disk();
+        for round in 1..=2 {
+            let mut driver = Driver::new(disk.open_queue().unwrap());
+            let data = driver.list(&[(0, 512)]);
+            driver.queue.submit(1, Request::Write { offset: 512, data });
+            driver.queue.kick();
+            wait_stopped(&mut driver, 1);
+            assert_eq!(stops.lock().len(), round);
+            drop(driver);
+            assert!(!stops.lock()[round - 1].still());
+        }
     }
 }

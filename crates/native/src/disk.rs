@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyCFunction, PyDict};
 use tetrarch_block::{
-    BlockBackend, Cache, Format, ImageError, ImageOptions, Limits, NewImage, Qcow2Header, Source,
-    StopOnError, Throttled,
+    BlockBackend, BlockError, Cache, Format, ImageError, ImageOptions, Limits, NewImage,
+    Qcow2Header, Source, StopOnError, Throttled, Waits,
 };
 
 use crate::error::Failure;
@@ -112,11 +112,10 @@ impl Disk {
         Ok(py.detach(|| disk.resize(size))?)
     }
 
-    /// Tries writes anew that wait for the host to be mended.
-    fn retry(&self, py: Python<'_>) -> Result<(), Failure> {
-        let disk = self.backend()?;
-        py.detach(|| disk.retry());
-        Ok(())
+    /// Tries writes anew that wait for the host to be mended; none do in a closed disk.
+    fn retry(&self, py: Python<'_>) {
+        let disk = self.0.lock().clone();
+        py.detach(|| disk.inspect(|disk| disk.retry()));
     }
 
     /// Lets go of the image, unless a controller has the disk too.
@@ -126,15 +125,17 @@ impl Disk {
     }
 }
 
-/// Calls Python with the error's words, on a thread of its own: it is told on the I/O
-/// thread, which waits for nobody.
-fn stop_hook(call: Py<PyAny>) -> impl Fn(tetrarch_block::BlockError) + Send + Sync {
+/// Calls Python with the error's words and what says whether the write still waits, on a
+/// thread of its own: it is told on the I/O thread, which waits for nobody.
+fn stop_hook(call: Py<PyAny>) -> impl Fn(BlockError, Waits) + Send + Sync {
     let call = Arc::new(call);
-    move |error| {
+    move |error, waits| {
         let call = Arc::clone(&call);
         let tell = move || {
             Python::attach(|py| {
-                if let Err(raised) = call.call1(py, (error.to_string(),)) {
+                let still = PyCFunction::new_closure(py, None, None, move |_, _| waits.still());
+                let told = still.and_then(|still| call.call1(py, (error.to_string(), still)));
+                if let Err(raised) = told {
                     raised.write_unraisable(py, None);
                 }
             });

@@ -71,6 +71,8 @@ pub struct Blk {
     /// By the tags that the disk has for them.
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
+    /// Requests that the disk has.
+    submitted: usize,
     /// A driver that does not flush takes a write that is done for durable (5.2.5.1).
     write_through: bool,
     done: Vec<Completion>,
@@ -88,6 +90,7 @@ impl Blk {
             queue: None,
             pending: Vec::new(),
             free: Vec::new(),
+            submitted: 0,
             write_through: false,
             done: Vec::new(),
         }
@@ -121,6 +124,7 @@ impl Blk {
         });
         self.pending[tag] = Some(pending);
         if let Some(queue) = &mut self.queue {
+            self.submitted += requests.len();
             requests.into_iter().for_each(|request| queue.submit(tag as u64, request));
         }
         None
@@ -185,6 +189,7 @@ impl Blk {
                 break;
             }
             let mut flushes = false;
+            self.submitted -= self.done.len();
             for (tag, result) in self.done.drain(..) {
                 let slot = &mut self.pending[tag as usize];
                 let Some(pending) = slot else { continue };
@@ -198,6 +203,7 @@ impl Blk {
                 }
                 if pending.flush && pending.end == OK {
                     (pending.flush, pending.parts, flushes) = (false, 1, true);
+                    self.submitted += 1;
                     queue.submit(tag, Request::Flush);
                     continue;
                 }
@@ -304,8 +310,7 @@ impl DataPath for Blk {
     }
 
     fn idle(&self) -> bool {
-        let in_flight = self.pending.len() - self.free.len();
-        in_flight <= self.stopped()
+        self.submitted == self.stopped()
     }
 
     fn reset(&mut self) {
@@ -313,6 +318,7 @@ impl DataPath for Blk {
         self.queue = None;
         self.pending.clear();
         self.free.clear();
+        self.submitted = 0;
         self.done.clear();
     }
 }

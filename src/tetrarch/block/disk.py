@@ -9,14 +9,18 @@ from tetrarch._native import Disk, DiskError
 from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ImageError
 
-__all__ = ["disk_errors", "open_disk"]
+__all__ = ["OnStop", "disk_errors", "open_disk"]
 
 
-def open_disk(spec: DiskSpec, on_stop: Callable[[str], object] | None = None) -> Disk:
+OnStop = Callable[[str, Callable[[], bool]], object]
+"""Called with why a write waits, and what says whether it still does."""
+
+
+def open_disk(spec: DiskSpec, on_stop: OnStop | None = None) -> Disk:
     """Raises ImageError where the image cannot be used.
 
-    With ``werror=stop`` a write that the host fails waits, ``on_stop`` hears why, and
-    ``Disk.retry`` tries it again.
+    With ``werror=stop`` a write that the host fails waits, ``on_stop`` hears of it on a thread
+    of its own, and ``Disk.retry`` tries it again.
     """
     with disk_errors():
         return Disk(

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from tetrarch.agent import AgentError, connect
 from tetrarch.agent.command import run_here, run_quietly
 from tetrarch.cli.reports import report_end
+from tetrarch.cli.resume import resumed_by_signal
 from tetrarch.console import MemoryConsole
 from tetrarch.errors import ConfigError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.guest import check_files, resolve_guest
+from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import choose
 from tetrarch.machine.status import ExitStatus, StopReason
@@ -45,7 +47,7 @@ def run_command(config: MachineConfig, options: CommandOptions) -> int:
         path = config.vsock or Path(folder) / "vsock"
         config = config.model_copy(update={"vsock": path})
         console = MemoryConsole()
-        with Machine(config, console=console) as machine:
+        with Machine(config, console=console) as machine, resumed_by_signal(machine):
             machine.start()
             try:
                 status, code = _run(machine, path, options)
@@ -70,7 +72,7 @@ def _run(machine: Machine, path: Path, options: CommandOptions) -> tuple[ExitSta
     if options.timeout is not None:
         timer.start()
     try:
-        with connect(path, _BOOT_S, lambda: machine.running) as stream:
+        with connect(path, _BOOT_S, lambda: machine.phase is not Phase.ENDED) as stream:
             code = run_here(stream, options.command)
     except AgentError:
         if not late.is_set():
@@ -87,7 +89,7 @@ def _run(machine: Machine, path: Path, options: CommandOptions) -> tuple[ExitSta
 def _power_off(machine: Machine, path: Path) -> None:
     """As its user would: what the guest has in memory goes to its disks."""
     try:
-        with connect(path, 10, lambda: machine.running) as stream:
+        with connect(path, 10, lambda: machine.phase is not Phase.ENDED) as stream:
             run_quietly(stream, ["poweroff"])
     except AgentError:
         pass  # it is on its way

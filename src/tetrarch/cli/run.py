@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
 from tetrarch.cli.command import run_command
 from tetrarch.cli.entry import FAILURE, report_error
 from tetrarch.cli.reports import report_end
+from tetrarch.cli.resume import resumed_by_signal
 from tetrarch.console import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import HostError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import engine_cause, engine_mend
 from tetrarch.machine.guest import check_files, resolve_guest, with_installed_disk
-from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import choose
 from tetrarch.machine.status import ExitStatus, StopReason
@@ -64,7 +61,7 @@ def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
         machine = Machine(config, console=console)
         machine.load()
         _say_start(machine, console)
-        with _resumed_by_signal(machine):
+        with resumed_by_signal(machine):
             status = machine.run(options.timeout)
     except EngineError as error:
         raise HostError(
@@ -76,22 +73,6 @@ def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
     _say_end(status, console)
     report_end(machine, status, options)
     return status
-
-
-@contextmanager
-def _resumed_by_signal(machine: Machine) -> Iterator[None]:
-    """A machine that a disk has held (werror=stop) goes on by kill -CONT."""
-
-    def resume(signum: int, frame: object) -> None:
-        # Python runs this on the thread that waits for the machine, which has no lock of it.
-        if machine.phase is Phase.HELD:
-            machine.resume()
-
-    before = signal.signal(signal.SIGCONT, resume)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCONT, before)
 
 
 def _reporter() -> Reporter:

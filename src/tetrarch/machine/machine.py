@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from tetrarch._native import EngineError, Vm
+from tetrarch.block.disk import OnStop
 from tetrarch.console import ConsoleBackend, MemoryConsole
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import (
@@ -68,6 +70,9 @@ if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
 
 __all__ = ["Machine"]
+
+#: Between attempts to hold a machine for a disk.
+_HOLD_AGAIN_S = 5.0
 
 
 class Machine:
@@ -388,8 +393,7 @@ class Machine:
                 raise
 
     def resume(self) -> None:
-        """Lets a held machine run on."""
-        self._life.require("resume", Phase.HELD)
+        """Lets a held machine run on. Waits for a hold() that another thread is in."""
         with self._resets.lock:
             self._life.move(Phase.RUNNING, "resume")
             self._vm.resume()
@@ -573,26 +577,40 @@ class _Descent:
         self.console.close()
 
 
-def _holder(machine: Machine) -> Callable[[str], None]:
+def _holder(machine: Machine) -> OnStop:
     """Holds the machine for a disk; it may be gone, held or ended by then."""
     known = weakref.ref(machine)
-    # Several writes may fail at once.
+    # Several disks may fail at once.
     turn = threading.Lock()
 
-    def hold(cause: str) -> None:
-        machine = known()
+    def hold(cause: str, waits: Callable[[], bool]) -> None:
         with turn:
-            if machine is None or machine.phase is not Phase.RUNNING:
-                return
-            MachineLog(machine.config.name).warning(
-                "%s; the machine is held: mend it on the host and resume() it, or kill -CONT %d",
-                cause,
-                os.getpid(),
-            )
-            with suppress(MachineStateError):  # somebody else did it, or it has ended
-                machine.hold()
+            # Where the machine was held and resumed meanwhile, the write was tried again.
+            while waits() and not _hold_for(known(), cause):
+                time.sleep(_HOLD_AGAIN_S)
 
     return hold
+
+
+def _hold_for(machine: Machine | None, cause: str) -> bool:
+    """False: to be tried again."""
+    if machine is None:
+        return True
+    log = MachineLog(machine.config.name)
+    try:
+        machine.hold()
+    except MachineStateError:  # it has ended, or who holds it will resume it, as here
+        return True
+    except HostError as error:
+        log.warning("%s; %s", cause, error)
+        return False
+    # Now and not before: who reads it may resume the machine at once.
+    log.warning(
+        "%s; the machine is held: mend it on the host and resume() it, or kill -CONT %d",
+        cause,
+        os.getpid(),
+    )
+    return True
 
 
 def _configured(

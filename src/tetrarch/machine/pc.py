@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tetrarch._native import Vm
-from tetrarch.block.disk import open_disk
+from tetrarch.block.disk import OnStop, open_disk
 from tetrarch.devices import (
     I8042,
     AcpiPm,
@@ -143,12 +143,12 @@ def assemble_pc(
     vm: EngineVm,
     config: MachineConfig,
     end: Callable[[ExitStatus], None],
-    stop: Callable[[str], None],
+    stop: OnStop,
 ) -> Pc:
     """Makes the devices and attaches them to ``vm``.
 
     ``end`` is called, on a vCPU's thread, when the guest switches the machine off
-    or resets it; ``stop``, on a thread of its own, with what the machine is to be held for.
+    or resets it; ``stop`` where the machine is to be held for a disk.
     """
 
     def line(gsi: int) -> Callable[[bool], None]:
@@ -236,15 +236,15 @@ def assemble_pc(
 _DISK_QUEUES_MAX = 4
 
 
-def _disks(
-    vm: Vm, config: MachineConfig, stop: Callable[[str], None]
-) -> Iterator[BlkKind | NvmeController]:
+def _disks(vm: Vm, config: MachineConfig, stop: OnStop) -> Iterator[BlkKind | NvmeController]:
     queues = min(config.cpus, _DISK_QUEUES_MAX)
     for index, spec in enumerate(config.disk):
         name = f"disk{index}"
 
-        def stopped(cause: str, what: str = f"{name} ({spec.path})") -> None:
-            stop(f"{what}: {cause}")
+        def stopped(
+            cause: str, waits: Callable[[], bool], what: str = f"{name} ({spec.path})"
+        ) -> None:
+            stop(f"{what}: {cause}", waits)
 
         disk = open_disk(spec, stopped)
         match spec.bus:

@@ -45,7 +45,6 @@ class BlkKind:
     def __init__(self, vm: Vm, disk: Disk, name: str, queues: int) -> None:
         self.name = name
         self.disk = disk
-        self._closed = False
         self.queue_sizes: Sequence[int] = (QUEUE_SIZE,) * queues
         self.data_path = VirtioBlk(vm, name, disk, name, queues)
         self._block_size = disk.block_size
@@ -80,12 +79,10 @@ class BlkKind:
 
     def retry(self) -> None:
         """The machine goes on: what the host failed is tried anew."""
-        if not self._closed:
-            self.disk.retry()
+        self.disk.retry()
 
     def close(self) -> None:
         """Lets go of the image: the device is out, or the machine has ended."""
-        self._closed = True
         self.data_path.close()
         self.disk.close()
 
