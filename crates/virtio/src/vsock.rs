@@ -14,16 +14,22 @@ use std::path::PathBuf;
 use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 use tetrarch_io::{Attachment, Trigger};
 
 use crate::device::{DataPath, OWN_SOURCES};
 use crate::queue::{Chain, QueueError};
 use crate::queues::Queues;
 
+mod dial;
 mod packet;
 #[cfg(test)]
 mod tests;
 
+use dial::{Dial, dial};
 use packet::{Header, Op};
 
 const RECEIVE: usize = 0;
@@ -44,14 +50,25 @@ const BUFFER: u32 = 256 << 10;
 const TELL: u32 = BUFFER / 2;
 /// What goes to the guest in one packet at most.
 const PACKET: usize = 64 << 10;
+/// Packets to the guest after which it is the turn of others on the thread.
+const PACKETS: usize = 128;
 const MAX_CONNECTIONS: usize = 1024;
 /// "CONNECT 4294967295\n" and room to spare.
 const MAX_GREETING: usize = 32;
 /// Ports of the host for connections that begin there (as in vsock(7): not yet in use).
 const FIRST_PORT: u32 = 1 << 30;
 
-/// Epoll data of the listener; streams have the numbers from 0 on.
+/// Answers that wait for buffers of the guest, beyond which it is not heard (5.10.6.1.2).
+const MAX_ANSWERS: usize = 1024;
+
+/// A program that listens and is too busy to accept is called again so often, in this time:
+/// 2 s in all, after which Linux's connect(2) gives up too.
+const CALLS: u32 = 100;
+const CALL_AGAIN_NS: i64 = 20_000_000;
+
+/// Epoll data of the listener and of the timer; streams have the numbers from 0 on.
 const LISTENER: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
 
 /// (port of the host, port of the guest)
 type Key = (u32, u32);
@@ -150,6 +167,9 @@ pub struct Vsock {
     streams: BTreeMap<u64, Key>,
     next_stream: u64,
     next_port: u32,
+    /// Connections whose program on the host has no room for another one yet.
+    dials: BTreeMap<Key, Dial>,
+    timer: rustix::fd::OwnedFd,
     /// Packets without data that wait for a buffer of the guest.
     control: VecDeque<Header>,
     /// The guest is to be told that all connections are gone (5.10.6.8).
@@ -163,6 +183,9 @@ impl Vsock {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let data = epoll::EventData::new_u64(LISTENER);
         epoll::add(&epoll, &listener, data, epoll::EventFlags::IN)?;
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        epoll::add(&epoll, &timer, epoll::EventData::new_u64(TIMER), epoll::EventFlags::IN)?;
         Ok(Self {
             cid,
             path,
@@ -173,6 +196,8 @@ impl Vsock {
             streams: BTreeMap::new(),
             next_stream: 0,
             next_port: FIRST_PORT,
+            dials: BTreeMap::new(),
+            timer,
             control: VecDeque::new(),
             transport_reset: false,
         })
@@ -219,6 +244,7 @@ impl Vsock {
     }
 
     fn remove(&mut self, key: Key) {
+        self.dials.remove(&key);
         if let Some(connection) = self.connections.remove(&key) {
             self.streams.remove(&connection.id);
         }
@@ -263,21 +289,43 @@ impl Vsock {
     }
 
     fn open(&mut self, key: Key, header: &Header) {
-        if self.connections.len() >= MAX_CONNECTIONS || self.connections.contains_key(&key) {
+        let taken = self.connections.contains_key(&key) || self.dials.contains_key(&key);
+        if taken || self.connections.len() + self.dials.len() >= MAX_CONNECTIONS {
             self.break_off(key);
             return;
         }
+        self.call(key, Dial { buffer: header.buffer, forwarded: header.forwarded, calls: 0 });
+    }
+
+    /// Connects to who listens for a port of the host. Nothing here waits: other devices have
+    /// the same thread.
+    fn call(&mut self, key: Key, mut to: Dial) {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", key.0));
-        let opened = UnixStream::connect(path).and_then(|stream| self.watch(stream, Phase::Open));
-        match opened {
-            Ok(connection) => {
+        match dial(&path).and_then(|stream| self.watch(stream, Phase::Open)) {
+            Ok(mut connection) => {
+                connection.guest_buffer = to.buffer;
+                connection.guest_forwarded = to.forwarded;
                 self.add(key, connection);
-                self.note_credit(key, header);
                 self.tell(key, Op::Response);
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock && to.calls < CALLS => {
+                to.calls += 1;
+                self.dials.insert(key, to);
+                self.call_again();
             }
             Err(_) => self.tell(key, Op::Reset),
         }
+    }
+
+    /// Has [`call`](Self::call) be made again in a while.
+    fn call_again(&self) {
+        let once = Itimerspec {
+            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
+            it_value: Timespec { tv_sec: 0, tv_nsec: CALL_AGAIN_NS },
+        };
+        // It fails only for times that are none.
+        let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once);
     }
 
     fn act(&mut self, key: Key, op: Op, header: &Header, chain: &Chain) {
@@ -355,6 +403,12 @@ impl Vsock {
             let data = event.data.u64();
             if data == LISTENER {
                 self.accept();
+            } else if data == TIMER {
+                // Reading is what makes it not ready again.
+                let _ = rustix::io::read(&self.timer, &mut [0u8; 8]);
+                for (key, to) in std::mem::take(&mut self.dials) {
+                    self.call(key, to);
+                }
             } else if let Some(&key) = self.streams.get(&data) {
                 if let Some(connection) = self.connections.get_mut(&key) {
                     connection.readable = true;
@@ -425,23 +479,35 @@ impl Vsock {
 
     // To the guest
 
+    /// A guest that takes no answers is not heard: they would fill the host's memory.
+    fn is_deaf(&self) -> bool {
+        self.control.len() >= MAX_ANSWERS
+    }
+
     fn fill(&mut self, queues: &mut Queues) -> Result<(), QueueError> {
-        let mut pushed = false;
+        let was_deaf = self.is_deaf();
+        let mut pushed = 0;
         while self.has_packet() {
+            if pushed == PACKETS {
+                queues.serve_again(RECEIVE);
+                break;
+            }
             let Some(chain) = queues.take(RECEIVE)? else { break };
             let Chain { writable, used, .. } = chain;
             let room = (writable.len() as usize).saturating_sub(Header::BYTES).min(PACKET);
             let mut written = 0;
             if let Some((header, data)) = self.next_packet(room) {
-                writable.write_at(0, &header.encode());
-                writable.write_at(Header::BYTES as u64, &data);
-                written = (Header::BYTES + data.len()) as u32;
+                written = writable.write_at(0, &header.encode());
+                written += writable.write_at(Header::BYTES as u64, &data);
             }
-            queues.push(RECEIVE, used, written);
-            pushed = true;
+            queues.push(RECEIVE, used, written as u32);
+            pushed += 1;
         }
-        if pushed {
+        if pushed > 0 {
             queues.interrupt(RECEIVE);
+        }
+        if was_deaf && !self.is_deaf() {
+            queues.serve_again(TRANSMIT);
         }
         if self.transport_reset
             && let Some(chain) = queues.take(EVENT)?
@@ -516,10 +582,20 @@ impl DataPath for Vsock {
 
     fn serve(&mut self, queues: &mut Queues, index: usize) -> Result<(), QueueError> {
         if index == TRANSMIT {
-            queues.serve(TRANSMIT, |chain| {
+            let mut heard = 0;
+            while !self.is_deaf() {
+                if heard == PACKETS {
+                    queues.serve_again(TRANSMIT);
+                    break;
+                }
+                let Some(chain) = queues.take(TRANSMIT)? else { break };
                 self.take(&chain);
-                Some((chain.used, 0))
-            })?;
+                queues.push(TRANSMIT, chain.used, 0);
+                heard += 1;
+            }
+            if heard > 0 {
+                queues.interrupt(TRANSMIT);
+            }
         }
         self.fill(queues)
     }
@@ -532,6 +608,7 @@ impl DataPath for Vsock {
     fn reset(&mut self) {
         self.connections.clear();
         self.streams.clear();
+        self.dials.clear();
         self.control.clear();
     }
 }

@@ -333,3 +333,68 @@ fn packets_of_no_connection_and_greetings_of_none_end_in_a_reset_or_a_close() {
     }
     connected(&mut guest, 4000);
 }
+
+/// Who listens at a port of the host and has room for one connection that it does not accept.
+fn busy_listener(guest: &Guest, port: u32) -> (UnixListener, UnixStream, PathBuf) {
+    let path = PathBuf::from(format!("{}_{port}", guest.path.display()));
+    let _ = std::fs::remove_file(&path);
+    let listener = UnixListener::bind(&path).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let first = dial::dial(path.as_os_str()).unwrap();
+    let full = dial::dial(path.as_os_str()).unwrap_err();
+    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    (listener, first, path)
+}
+
+#[test]
+fn program_that_is_busy_is_called_again_and_nobody_waits_for_it() {
+    let mut guest = Guest::new("busy");
+    let (listener, _first, path) = busy_listener(&guest, 81);
+    guest.send(to_host(81, 1234, Op::Request), b"");
+    // A second time is against the rules, and the end of both.
+    guest.send(to_host(81, 1235, Op::Request), b"");
+    guest.send(to_host(81, 1235, Op::Request), b"");
+    assert_eq!(guest.expect(Op::Reset).destination_port, 1235);
+    let (host, mut stream) = connected(&mut guest, 5000);
+    guest.send(to_host(host, 5000, Op::Data), b"meanwhile");
+    stream.read_exact(&mut [0; 9]).unwrap();
+    drop(listener.accept().unwrap());
+    assert_eq!(guest.expect(Op::Response).destination_port, 1234);
+    let (mut stream, _) = listener.accept().unwrap();
+    guest.send(to_host(81, 1234, Op::Data), b"hello");
+    stream.read_exact(&mut [0; 5]).unwrap();
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn program_that_never_accepts_is_given_up() {
+    let mut guest = Guest::new("never");
+    let (_listener, _first, path) = busy_listener(&guest, 82);
+    guest.send(to_host(82, 1234, Op::Request), b"");
+    assert_eq!(guest.expect(Op::Reset).destination_port, 1234);
+    assert!(guest.device.with_path(|path, _| path.dials.is_empty()));
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn guest_that_takes_no_answers_is_not_heard_until_it_does() {
+    let mut guest = Guest::new("deaf");
+    let packets = usize::from(SIZE) + MAX_ANSWERS;
+    for _ in 0..packets {
+        guest.send(to_host(1, 2, Op::Data), b"x");
+    }
+    let header = Header { source_cid: CID, kind: STREAM, ..to_host(1, 2, Op::Data) };
+    guest.put(BUFFERS + BUFFER_BYTES * 100, &header.encode());
+    for _ in 0..10 {
+        guest.offer(TRANSMIT, BUFFERS + BUFFER_BYTES * 100, Header::BYTES as u32, 0);
+    }
+    let waiting = guest.device.with_path(|path, queues| {
+        path.serve(queues, TRANSMIT).unwrap();
+        path.control.len()
+    });
+    assert_eq!(waiting, MAX_ANSWERS);
+    for _ in 0..packets + 10 {
+        guest.expect(Op::Reset);
+    }
+    connected(&mut guest, 4000);
+}
