@@ -23,6 +23,8 @@ pub struct Requests<T> {
     /// By the tags that the disk has for them.
     pending: Vec<Option<Pending<T>>>,
     free: Vec<usize>,
+    /// Requests that the disk has, of all commands.
+    submitted: usize,
     done: Vec<Completion>,
 }
 
@@ -31,7 +33,8 @@ impl<T> Requests<T> {
     pub fn open(disk: &dyn BlockBackend, io: &Attachment, source: u32) -> io::Result<Self> {
         let queue = disk.open_queue().map_err(io::Error::other)?;
         io.add(queue.event().as_fd(), source, Trigger::Readable)?;
-        Ok(Self { queue, pending: Vec::new(), free: Vec::new(), done: Vec::new() })
+        let (pending, free, done) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { queue, pending, free, submitted: 0, done })
     }
 
     /// Takes a command's requests, of which there is one at least. With `durable` a flush
@@ -49,6 +52,7 @@ impl<T> Requests<T> {
             self.pending.len() - 1
         });
         self.pending[tag] = Some(pending);
+        self.submitted += parts;
         requests.for_each(|request| self.queue.submit(tag as u64, request));
     }
 
@@ -64,6 +68,7 @@ impl<T> Requests<T> {
                 return;
             }
             let mut flushes = false;
+            self.submitted -= self.done.len();
             for (tag, result) in self.done.drain(..) {
                 let Some(slot) = self.pending.get_mut(tag as usize) else { continue };
                 let Some(pending) = slot else { continue };
@@ -74,6 +79,7 @@ impl<T> Requests<T> {
                 }
                 if pending.flush && pending.end.is_ok() {
                     (pending.flush, pending.parts, flushes) = (false, 1, true);
+                    self.submitted += 1;
                     self.queue.submit(tag, Request::Flush);
                     continue;
                 }
@@ -93,7 +99,7 @@ impl<T> Requests<T> {
 
     /// Whether nothing is in flight but what waits for the host to be mended.
     pub fn idle(&self) -> bool {
-        self.pending.len() - self.free.len() <= self.stopped()
+        self.submitted == self.stopped()
     }
 
     /// How many requests wait for the host to be mended: they are no part of a saved state.
