@@ -65,7 +65,9 @@ def boot_id(vsock: Path) -> str:
 
 def test_system_runs_comes_back_after_a_reboot_and_ends(data: Path, tmp_path: Path) -> None:
     vsock = tmp_path / "vsock"
-    config = with_installed_disk(MachineConfig(engine="bt", image="web", vsock=vsock))
+    config = with_installed_disk(
+        MachineConfig(engine="bt", image="web", vsock=vsock, on_reset="restart")
+    )
     with Machine(config) as vm:
         vm.start()
         assert run(vsock, "systemctl", "is-system-running", "--wait") == (0, "running\n")

@@ -127,7 +127,7 @@ def build_disk(
                 "--packages-from names all packages there are", mend="leave --package out"
             )
         manifest = read_manifest(packages_from)
-        versions, time = manifest.packages, manifest.time
+        packages, versions, time = manifest.asked, manifest.packages, manifest.time
     recipe = DebianRecipe(
         name=name,
         size=length,
@@ -167,6 +167,7 @@ def _disk_row(disk: InstalledDisk) -> dict[str, Any]:
         "initrd": str(disk.initrd),
         "append": manifest.append,
         "packages": manifest.packages,
+        "asked": manifest.asked,
         "time": manifest.time,
         "bytes": disk.disk.stat().st_size,
     }

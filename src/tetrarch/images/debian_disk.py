@@ -168,6 +168,7 @@ class DebianRecipe:
     user: str = ""
     ssh_keys: Sequence[str] = ()
     packages: Sequence[str] = ()
+    """Beside those that every disk has; with ``versions``, all that are asked for."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package -> version, of all that is to be installed; empty: the newest of what is needed."""
     time: int | None = None
@@ -203,9 +204,9 @@ class DebianRecipe:
 
     @property
     def wanted(self) -> list[str]:
-        """The packages that are asked for, a kernel among them."""
+        """The packages that are asked for, a kernel among them; the others are for their sake."""
         if self.versions:
-            return [f"{name}={version}" for name, version in sorted(self.versions.items())]
+            return list(self.packages)
         named = any(package.startswith("linux-image-") for package in self.packages)
         return [*PACKAGES, *([] if named else [KERNEL_PACKAGE]), *self.packages]
 
@@ -260,7 +261,7 @@ def build_debian_disk(recipe: DebianRecipe, store: DiskStore, reporter: Reporter
             release = take_boot_files(tree, directory)
             part = make_disk(tree, directory / DISK, recipe.size, recipe.name, made)
         append = f"root=PARTUUID={part} ro console=ttyS0 quiet"
-        manifest = DiskManifest(recipe.name, append, release, SUITE, packages, made)
+        manifest = DiskManifest(recipe.name, append, release, SUITE, packages, recipe.wanted, made)
         store.write_manifest(directory, manifest)
     found = store.find(recipe.name)
     if found is None:
@@ -305,6 +306,9 @@ def _bootstrap(
         pins = folder / "pins"
         pins.write_text(_preferences(recipe.versions))
         pins.chmod(0o644)
+        check = folder / "check"
+        check.write_text(_check(recipe.versions))
+        check.chmod(0o755)
         command = [
             *(mmdebstrap, "--mode=unshare", "--variant=minbase", "--format=tar", "--verbose"),
             f"--include={','.join(recipe.wanted)}",
@@ -313,6 +317,7 @@ def _bootstrap(
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
             f"--setup-hook=upload {pins} /etc/apt/preferences.d/tetrarch",
+            f"--essential-hook={check}",
             f"--essential-hook=tar-in {early} /",
             f"--customize-hook=tar-in {late} /",
             f"--customize-hook={script}",
@@ -345,6 +350,15 @@ def _preferences(versions: Mapping[str, str]) -> str:
         for name, version in sorted(versions.items())
     )
     return "\n".join(entries)
+
+
+def _check(versions: Mapping[str, str]) -> str:
+    """A hook that fails, before much is installed, where the mirror lacks one of the versions."""
+    if not versions:
+        return "#!/bin/sh\n"
+    names = " ".join(f"{name}={version}" for name, version in sorted(versions.items()))
+    install = f"apt-get --quiet --simulate --yes install {names}"
+    return f'#!/bin/sh\nAPT_CONFIG="$MMDEBSTRAP_APT_CONFIG" {install} >/dev/null\n'
 
 
 def _require_versions(wanted: Mapping[str, str], installed: Mapping[str, str]) -> None:

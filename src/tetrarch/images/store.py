@@ -53,6 +53,8 @@ class DiskManifest:
     suite: str
     packages: dict[str, str] = field(default_factory=dict)
     """Package -> version, of all that is installed."""
+    asked: list[str] = field(default_factory=list)
+    """The packages that were asked for; the others are for their sake."""
     time: int = 0
     """When it was made, in seconds since 1970; the same build has the same."""
 
@@ -169,7 +171,7 @@ def read_manifest(path: Path) -> DiskManifest:
         values = json.loads(path.read_bytes())
         known = {field.name for field in fields(DiskManifest)}
         manifest = DiskManifest(**{name: values[name] for name in values if name in known})
-        texts = [*manifest.packages, *manifest.packages.values()]
+        texts = [*manifest.packages, *manifest.packages.values(), *manifest.asked]
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror}", "name a disk.json") from error
     except (ValueError, TypeError, AttributeError) as error:
