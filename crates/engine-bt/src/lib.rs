@@ -5,11 +5,12 @@
 //! nor Python.
 //!
 //! The way of an instruction: [`exec`] (run loop) → [`translate`] (translated
-//! code) or [`interp`] → [`memory`] (page walk, TLB) → an exit. [`cpu`] holds the
-//! architectural state, [`irqchip`] the interrupt controllers, [`kvm`] what KVM
-//! adds to them for its guests, [`host`] what the host's kernel is asked for.
+//! code) or [`interp`] → [`cpu`] (page walk, what is not RAM) → an exit. Below
+//! them are [`kvm`], what KVM adds to a CPU for its guests; [`memory`], the TLB and
+//! what is kept of guest memory; [`host`], what the host's kernel is asked for;
+//! [`irqchip`], the interrupt controllers; [`state`], what a vCPU is, as data. A
+//! module knows those below it only.
 
-mod chipset;
 mod cpu;
 mod doorbells;
 mod exec;
@@ -20,6 +21,7 @@ mod irqfd;
 mod kvm;
 mod lines;
 mod memory;
+mod state;
 mod translate;
 mod vm;
 

@@ -15,6 +15,7 @@ use crate::cpu::cpuid::CpuidTable;
 use crate::doorbells::DoorbellTable;
 use crate::exec::{self, BtVcpu};
 use crate::host::wake::Bells;
+use crate::interp::thunk;
 use crate::irqchip::IrqChip;
 use crate::irqfd::IrqfdTable;
 use crate::kvm;
@@ -97,6 +98,7 @@ fn build(
         // Behind the platform's own, which are found first.
         platform.cpuid.extend(kvm::leaves(kvm_features, tsc_hz));
     }
+    let clock = Arc::new(Clock::new());
     let shared = Arc::new(VmShared {
         memory,
         code,
@@ -105,13 +107,14 @@ fn build(
         halts: Halts::default(),
         irqchip,
         doorbells: DoorbellTable::default(),
-        clock: Arc::new(Clock::new()),
         cpuid: CpuidTable::new(config.vcpus),
         platform,
         kvm_features,
-        kvm_time: kvm::Timebase::default(),
+        kvm_time: kvm::Timebase::new(Arc::clone(&clock), tsc_hz),
+        clock,
         tsc_hz,
     });
+    thunk::prepare();
     let cache = if config.translate {
         let cache = CodeCache::new(cache_bytes, exec::fill).map_err(|error| {
             Unusable::refused("no memory for translated code", &error, "use engine kvm")
@@ -232,7 +235,7 @@ impl Vm for BtVm {
         Ok(VmState {
             vcpus: self.vcpus,
             clock_ns,
-            kvmclock_ns: kvm_time.clock_ns(clock_ns, tsc, *tsc_hz),
+            kvmclock_ns: kvm_time.clock_ns(clock_ns, tsc),
             tsc_hz: *tsc_hz,
             chipset: irqchip.chipset(),
         })

@@ -14,10 +14,9 @@ use core::arch::x86_64::_xgetbv;
 use iced_x86::{Code, CpuidFeature, DecoderOptions, Instruction};
 use tetrarch_engine::cpuid::{Topology, brand, host, host_brand, host_is_intel};
 
-use crate::cpu::Cpu;
 use crate::cpu::fpu::{MXCSR_MM, mxcsr_mask};
-use crate::cpu::state::PHYS_BITS;
-use crate::cpu::state::cr;
+use crate::state::address::PHYS_BITS;
+use crate::state::{CpuState, cr};
 
 /// Who made the CPU; some instructions and MSRs differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -294,37 +293,39 @@ impl CpuidTable {
         if xcr0 & 4 != 0 { 832 } else { 576 }
     }
 
-    pub fn query(&self, leaf: u32, subleaf: u32, cpu: &Cpu) -> [u32; 4] {
-        let apic_id = cpu.id as u32;
+    /// What a vCPU in this state finds, with its local APIC on or off.
+    pub fn query(
+        &self,
+        leaf: u32,
+        subleaf: u32,
+        apic_id: u32,
+        st: &CpuState,
+        apic: bool,
+    ) -> [u32; 4] {
         let mut r = self.fixed(leaf, subleaf, apic_id);
         match leaf {
             1 => {
-                if cpu.st.cr4 & cr::CR4_OSXSAVE != 0 {
+                if st.cr4 & cr::CR4_OSXSAVE != 0 {
                     r[2] |= bits::OSXSAVE;
                 }
-                if !self.apic_enabled(cpu) {
+                if !apic {
                     r[3] &= !bits::APIC;
                 }
             }
-            0xD if subleaf == 0 && self.xsave() => r[1] = Self::xsave_size(cpu.st.xcr0),
+            0xD if subleaf == 0 && self.xsave() => r[1] = Self::xsave_size(st.xcr0),
             0xD if subleaf == 1 && self.xsave_eax & 2 != 0 => {
-                r[1] = Self::xsave_size(cpu.st.xcr0);
+                r[1] = Self::xsave_size(st.xcr0);
             }
-            EXTENDED_FEATURES if self.vendor == Vendor::Amd && !self.apic_enabled(cpu) => {
+            EXTENDED_FEATURES if self.vendor == Vendor::Amd && !apic => {
                 r[3] &= !bits::APIC;
             }
             // Intel reports SYSCALL in 64-bit mode only.
-            EXTENDED_FEATURES if self.vendor == Vendor::Intel && !cpu.st.code64() => {
+            EXTENDED_FEATURES if self.vendor == Vendor::Intel && !st.code64() => {
                 r[3] &= !(1 << 11);
             }
             _ => {}
         }
         r
-    }
-
-    fn apic_enabled(&self, cpu: &Cpu) -> bool {
-        const GLOBAL_ENABLE: u64 = 1 << 11;
-        cpu.vm.irqchip.apic_base(cpu.id) & GLOBAL_ENABLE != 0
     }
 
     fn max_extended(&self) -> u32 {
@@ -525,22 +526,6 @@ impl CpuidTable {
 
 const EXTENDED_FEATURES: u32 = 0x8000_0001;
 const TOPOEXT: u32 = 1 << 22;
-
-/// CPUID: EAX and ECX in, EAX EBX ECX EDX out.
-pub fn execute(cpu: &mut Cpu) {
-    use crate::cpu::state::reg;
-    let (leaf, subleaf) = (cpu.st.gpr[reg::RAX] as u32, cpu.st.gpr[reg::RCX] as u32);
-    let vm = std::sync::Arc::clone(&cpu.vm);
-    let [a, b, c, d] = vm
-        .platform
-        .cpuid(leaf, subleaf, cpu.id as u32)
-        .unwrap_or_else(|| vm.cpuid.query(leaf, subleaf, cpu));
-    let gpr = &mut cpu.st.gpr;
-    gpr[reg::RAX] = u64::from(a);
-    gpr[reg::RBX] = u64::from(b);
-    gpr[reg::RCX] = u64::from(c);
-    gpr[reg::RDX] = u64::from(d);
-}
 
 #[cfg(test)]
 mod tests {

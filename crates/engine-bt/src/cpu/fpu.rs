@@ -18,9 +18,9 @@ use std::sync::OnceLock;
 use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind};
 use tetrarch_engine::cpuid::{self, host_is_intel};
 
-use crate::cpu::fault::{Fault, R, ud, vector};
-use crate::cpu::state::{CpuState, FxImage, Ymm, cr};
 use crate::cpu::x87_pointers::{self, Pointers};
+use crate::state::fault::{Fault, R, ud, vector};
+use crate::state::{CpuState, FX_POINTERS, FxImage, Ymm, cr};
 
 /// MXCSR after reset: all exceptions masked (Intel SDM 1, 10.2.3).
 pub const MXCSR_INIT: u32 = 0x1F80;
@@ -33,8 +33,6 @@ pub const FX_MXCSR: usize = 24;
 pub const FX_MXCSR_MASK: usize = 28;
 pub const FX_ST: usize = 32;
 pub const FX_XMM: usize = 160;
-/// FOP, FIP with its selector, FDP with its selector.
-pub const FX_POINTERS: std::ops::Range<usize> = 6..24;
 
 /// Parts of an XSAVE image (Intel SDM 1, 13.4). With x87, SSE and AVX alone the
 /// compacted format has the same offsets as the standard one.

@@ -1,14 +1,21 @@
-//! One vCPU as the interpreter and the run loop see it: state, memory access
-//! and the log of answered exits.
+//! One vCPU as the interpreter and the run loop see it.
+//!
+//! - here: what it consists of, RESET and INIT, its time
+//! - [`mmu`]: page walks and access to memory; [`chipset`]: to what is not RAM
+//! - [`replay`]: the log of answered exits
+//! - [`cpuid`], [`msr`]: what software reads of the CPU, and sets
+//! - [`fpu`], [`x87_pointers`], [`x87_settle`]: the host's FPU with the guest's state
+//! - [`paravirtual`]: KVM's interface
 
+pub mod chipset;
 pub mod cpuid;
-pub mod exception;
-pub mod fault;
 pub mod fpu;
+pub mod mmu;
 pub mod msr;
-pub mod state;
-pub mod state_block;
+mod paravirtual;
+pub mod replay;
 pub mod x87_pointers;
+mod x87_settle;
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -18,18 +25,18 @@ use tetrarch_engine::{Clock, Halts, Platform};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use crate::cpu::cpuid::CpuidTable;
-use crate::cpu::fault::Fault;
-use crate::cpu::msr::MsrFile;
-use crate::cpu::state::{CpuState, attr, cr, flag, seg};
+use crate::cpu::replay::Replay;
 use crate::cpu::x87_pointers::CodePlaces;
 use crate::doorbells::DoorbellTable;
-use crate::interp::replay::Replay;
 use crate::irqchip::IrqChip;
 use crate::kvm::{self, Paravirtual};
 use crate::memory::code_map::CodeMap;
 use crate::memory::dirty_log::DirtyLog;
 use crate::memory::rendezvous::Rendezvous;
 use crate::memory::tlb::Tlb;
+use crate::state::fault::Fault;
+use crate::state::msrs::MsrFile;
+use crate::state::{CpuState, attr, cr, flag, mode, reg, seg};
 
 /// What the vCPUs of a VM share.
 pub struct VmShared {
@@ -49,21 +56,39 @@ pub struct VmShared {
     pub tsc_hz: u64,
 }
 
-/// Bits of the mode word: all that the meaning of code bytes depends on.
-pub mod mode {
-    pub const USER: u32 = 1 << 0;
-    /// The translator takes this mode; all others are interpreted.
-    pub const TRANSLATE: u32 = 1 << 1;
-    /// x87 instructions run (CR0.EM and CR0.TS clear).
-    pub const FPU: u32 = 1 << 2;
-    /// SSE instructions run (FPU and CR4.OSFXSR).
-    pub const SSE: u32 = 1 << 3;
-    pub const AVX: u32 = 1 << 4;
-    /// RDTSC runs in user mode.
-    pub const TSC: u32 = 1 << 6;
-    pub const FSGSBASE: u32 = 1 << 7;
-    /// SYSCALL and SYSRET run in translated code (EFER.SCE, and no trap of them).
-    pub const SYSCALL: u32 = 1 << 8;
+/// IA32_APIC_BASE: the local APIC is on (Intel SDM 3A, 11.4.4).
+const APIC_GLOBAL_ENABLE: u64 = 1 << 11;
+
+#[cfg(test)]
+impl VmShared {
+    /// Of a VM with one vCPU and RAM from 0, for tests.
+    pub fn alone(memory: GuestMemory) -> Arc<Self> {
+        struct NoWake;
+
+        impl crate::irqchip::Wake for NoWake {
+            fn wake(&self, _vcpu: usize) {}
+        }
+
+        let memory = Arc::new(memory);
+        let clock = Arc::new(Clock::new());
+        let tsc_hz = 1_000_000_000;
+        let rendezvous = Arc::new(Rendezvous::new(1, Arc::new(NoWake)));
+        Arc::new(Self {
+            code: Arc::new(CodeMap::new(&memory)),
+            dirty: Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous))),
+            rendezvous,
+            halts: Halts::default(),
+            memory,
+            irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
+            doorbells: DoorbellTable::default(),
+            kvm_time: kvm::Timebase::new(Arc::clone(&clock), tsc_hz),
+            clock,
+            cpuid: CpuidTable::new(1),
+            platform: Platform::default(),
+            kvm_features: 0,
+            tsc_hz,
+        })
+    }
 }
 
 /// The state lives in the block that GS points to; this is its one owner.
@@ -176,7 +201,7 @@ impl Cpu {
         st.tsc_aux = 0;
         (st.star, st.lstar, st.cstar, st.sfmask, st.kernel_gs_base) = (0, 0, 0, 0, 0);
         (st.sysenter_cs, st.sysenter_esp, st.sysenter_eip) = (0, 0, 0);
-        crate::cpu::fpu::reset(st);
+        fpu::reset(st);
         self.msrs = MsrFile::new();
         self.init();
     }
@@ -189,7 +214,7 @@ impl Cpu {
         let data = attr::P | attr::S | attr::RW | attr::ACCESSED;
         let st = &mut *self.st;
         st.gpr = [0; 16];
-        st.gpr[crate::cpu::state::reg::RDX] = u64::from(self.vm.cpuid.signature());
+        st.gpr[reg::RDX] = u64::from(self.vm.cpuid.signature());
         st.rip = 0xFFF0;
         st.set_rflags(flag::FIXED);
         st.seg = [Segment { base: 0, limit: 0xFFFF, attributes: data, selector: 0 }; 8];
@@ -297,12 +322,16 @@ impl Cpu {
         self.st.tsc_offset = self.tsc_base.wrapping_sub(self.vm.clock.tsc_lag());
     }
 
-    /// The guest's TSC less that of the machine, which is the same for all vCPUs.
-    pub fn tsc_base(&self) -> u64 {
-        self.tsc_base
-    }
-
     pub fn now_ns(&self) -> u64 {
         self.vm.clock.now_ns()
+    }
+
+    /// What CPUID says, EAX to EDX: by the platform, or else of this CPU.
+    pub fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let vm = &*self.vm;
+        vm.platform.cpuid(leaf, subleaf, self.id as u32).unwrap_or_else(|| {
+            let apic = vm.irqchip.apic_base(self.id) & APIC_GLOBAL_ENABLE != 0;
+            vm.cpuid.query(leaf, subleaf, self.id as u32, &self.st, apic)
+        })
     }
 }

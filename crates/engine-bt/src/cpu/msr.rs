@@ -5,11 +5,11 @@
 
 use crate::cpu::Cpu;
 use crate::cpu::cpuid::{ARCH_CAPABILITIES, Vendor};
-use crate::cpu::fault::{R, gp};
-use crate::cpu::state::PHYS_BITS;
-use crate::cpu::state::{cr, seg};
 use crate::kvm;
-use crate::memory::mmu::canonical;
+use crate::state::address::{PHYS_BITS, canonical};
+use crate::state::fault::{R, gp};
+use crate::state::msrs::VARIABLE_MTRRS;
+use crate::state::{cr, seg};
 
 pub mod index {
     pub const TSC: u32 = 0x10;
@@ -59,59 +59,12 @@ pub mod index {
 
 /// EFER.AutomaticIBRSEn (AMD APM 2, 3.1.7): stored, there is nothing to do.
 pub const EFER_AUTO_IBRS: u64 = 1 << 21;
-const VARIABLE_MTRRS: usize = 8;
 /// HWCR.TscFreqSel: the TSC counts at the P0 frequency; read-only.
 const HWCR_TSC_FREQ: u64 = 1 << 24;
 /// DE_CFG: LFENCE is always serialising.
 const DE_CFG_LFENCE: u64 = 1 << 1;
-/// MISC_ENABLE: fast strings; no branch trace store, no PEBS.
-const MISC_ENABLE_FAST_STRING: u64 = 1;
+/// MISC_ENABLE: no branch trace store, no PEBS.
 const MISC_ENABLE_FIXED: u64 = 1 << 11 | 1 << 12;
-
-/// MSRs that are only stored.
-pub struct MsrFile {
-    pub pat: u64,
-    pub mtrr_default_type: u64,
-    pub mtrr_fixed: [u64; 11],
-    pub mtrr_variable: [u64; 2 * VARIABLE_MTRRS],
-    pub misc_enable: u64,
-    pub spec_ctrl: u64,
-    pub mcg_status: u64,
-    pub hwcr: u64,
-    pub syscfg: u64,
-    pub top_mem: u64,
-    pub top_mem2: u64,
-    pub ls_cfg: u64,
-}
-
-impl MsrFile {
-    /// The values after RESET, but for the MTRRs: on (E), all write-back, as
-    /// firmware leaves them. A kernel that is loaded without firmware needs
-    /// that, since with MTRRs off Linux gives up PAT as well.
-    pub fn new() -> Self {
-        Self {
-            // WB WT UC- UC, twice (SDM 3A, 12.12.4).
-            pat: 0x0007_0406_0007_0406,
-            mtrr_default_type: 1 << 11 | 6,
-            mtrr_fixed: [0; 11],
-            mtrr_variable: [0; 2 * VARIABLE_MTRRS],
-            misc_enable: MISC_ENABLE_FAST_STRING,
-            spec_ctrl: 0,
-            mcg_status: 0,
-            hwcr: 0,
-            syscfg: 0,
-            top_mem: 0,
-            top_mem2: 0,
-            ls_cfg: 0,
-        }
-    }
-}
-
-impl Default for MsrFile {
-    fn default() -> Self {
-        Self::new()
-    }
-}
 
 /// Memory types that MTRRs and, with `UC-`, the PAT can hold.
 fn memory_type(value: u64, pat: bool) -> bool {
@@ -239,8 +192,8 @@ pub fn read(cpu: &mut Cpu, number: u32) -> R<u64> {
                 msrs.mtrr_fixed[at]
             } else if let Some(at) = variable_mtrr(number) {
                 msrs.mtrr_variable[at]
-            } else if kvm::is_msr(cpu, number) {
-                return kvm::read_msr(cpu, number);
+            } else if kvm::has_msr(cpu.vm.kvm_features, number) {
+                return cpu.kvm.read_msr(number);
             } else {
                 return match cpu.vm.cpuid.vendor() {
                     Vendor::Intel => read_intel(cpu, number),
@@ -355,8 +308,8 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
                     return gp(0);
                 }
                 cpu.msrs.mtrr_variable[at] = value;
-            } else if kvm::is_msr(cpu, number) {
-                return kvm::write_msr(cpu, number, value);
+            } else if kvm::has_msr(cpu.vm.kvm_features, number) {
+                return cpu.write_kvm_msr(number, value);
             } else {
                 return match cpu.vm.cpuid.vendor() {
                     Vendor::Intel => write_intel(cpu, number, value),

@@ -2,8 +2,8 @@
 //!
 //! x87 instructions run as copies, so the host CPU's pointers lead to translated
 //! code or a thunk, and to guest memory where the host has it or the bounce
-//! buffer. Nothing is recorded while they run translated. [`settle`] puts the
-//! guest's pointers in place of the host's: before an instruction stores them,
+//! buffer. Nothing is recorded while they run translated.
+//! [`Cpu::settle_x87_pointers`](crate::cpu::Cpu::settle_x87_pointers) puts the guest's pointers in place of the host's: before an instruction stores them,
 //! before translations go, and before the guest's x87 state leaves the CPU. What
 //! cannot be told (the page of an operand that the TLB no longer has) is zero.
 //!
@@ -14,9 +14,7 @@
 use std::arch::asm;
 use std::mem::offset_of;
 
-use crate::cpu::Cpu;
-use crate::cpu::fpu::FX_POINTERS;
-use crate::cpu::state::{CpuState, FxImage, seg};
+use crate::state::{CpuState, FX_POINTERS, FxImage, LastThunk};
 
 /// Finds guest instructions by the low half of a host address in their translation.
 pub trait CodePlaces: Send + Sync {
@@ -31,20 +29,10 @@ pub struct Pointers {
     pub data: u64,
 }
 
-/// What a thunk ran last.
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-pub struct LastThunk {
-    /// The low half of its address; 0: none.
-    host: u32,
-    instruction: u64,
-    data: u64,
-}
-
 /// An environment as FNSTENV stores it in 64-bit code.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Environment {
+pub(super) struct Environment {
     words: [u32; 3],
     instruction: u32,
     selector: u16,
@@ -82,35 +70,22 @@ pub fn ran_thunk(st: &mut CpuState, thunk: usize, instruction: u64, data: Option
     st.last_thunk = LastThunk { host: thunk as u32, instruction, data };
 }
 
-/// Makes the host CPU's pointers the guest's, and [`CpuState::fx`] hold them.
-pub fn settle(cpu: &mut Cpu) {
-    if cpu.st.fpu_loaded == 0 {
-        return;
-    }
-    let places = cpu.places.clone();
-    let found = resolve(
-        &cpu.st,
-        |host| places.as_ref().and_then(|places| places.rip_of(host)),
-        |host| cpu.tlb.linear_of(host),
-    );
-    let Found::New(mut new, environment) = found else { return };
-    new.opcode = opcode_at(cpu, new.instruction, new.opcode);
-    write(&mut cpu.st, new, environment);
-}
-
-/// The same where nothing but thunks can have run.
+/// Makes the host CPU's pointers the guest's, where nothing but thunks can have run.
 pub fn settle_thunks(st: &mut CpuState) {
     if let Found::New(new, environment) = resolve(st, |_| None, |_| None) {
         write(st, new, environment);
     }
 }
 
-enum Found {
+/// What the host CPU's pointers are the guest's of.
+pub(super) enum Found {
     Unchanged,
     New(Pointers, Environment),
 }
 
-fn resolve(
+/// Reads the host CPU's pointers. Masks all x87 exceptions where they are new:
+/// [`write`] must follow.
+pub(super) fn resolve(
     st: &CpuState,
     rip_of: impl Fn(u32) -> Option<u64>,
     linear_of: impl Fn(u32) -> Option<u64>,
@@ -143,7 +118,8 @@ fn resolve(
     Found::New(Pointers { opcode: host.opcode & OPCODE, instruction, data }, host)
 }
 
-fn write(st: &mut CpuState, new: Pointers, mut environment: Environment) {
+/// Brings the guest's pointers into the host CPU and the image.
+pub(super) fn write(st: &mut CpuState, new: Pointers, mut environment: Environment) {
     new.put(&mut st.fx);
     st.last_thunk = LastThunk::default();
     environment.instruction = new.instruction as u32;
@@ -174,29 +150,5 @@ fn load(environment: &Environment) {
     // be raised; the environment brings it back.
     unsafe {
         asm!("fnclex", "fldenv [{}]", in(reg) &raw const *environment, options(nostack));
-    }
-}
-
-/// The opcode of the guest's instruction: the copy that ran may have another
-/// operand. `host` is the copy's.
-fn opcode_at(cpu: &Cpu, instruction: u64, host: u16) -> u16 {
-    let mut bytes = [0; 15];
-    let base = if cpu.st.code64() { 0 } else { cpu.st.seg[seg::CS].base };
-    let len = cpu.peek(base.wrapping_add(instruction), &mut bytes);
-    let bytes = &bytes[..len];
-    // Legacy prefixes and REX (Intel SDM 2A, 2.1.1 and 2.2.1).
-    let prefix = |byte: &u8| {
-        matches!(byte, 0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 | 0xF2 | 0xF3)
-            || cpu.st.code64() && byte & 0xF0 == 0x40
-    };
-    let start = bytes.iter().position(|byte| !prefix(byte)).unwrap_or(len);
-    match bytes[start..] {
-        [first, modrm, ..] => {
-            let opcode = u16::from(first & 7) << 8 | u16::from(modrm);
-            // Another page may be mapped there by now.
-            let same = first & 0xF8 == 0xD8 && (opcode ^ host) & 0x738 == 0;
-            if same { opcode } else { host }
-        }
-        _ => host,
     }
 }

@@ -6,9 +6,9 @@ use tetrarch_engine::Exit;
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::cpu::Cpu;
-use crate::cpu::fault::Fault;
-use crate::cpu::state::{flag, reg};
 use crate::interp::{io, operand};
+use crate::state::fault::Fault;
+use crate::state::{flag, reg};
 use crate::translate::block::PortAccess;
 
 /// What the run loop does next.

@@ -11,18 +11,19 @@ use tetrarch_engine::{
     Unusable, Vcpu, VcpuState, host_tsc,
 };
 
-use crate::cpu::exception;
-use crate::cpu::fault::{Fault, Stop};
 use crate::cpu::fpu;
 use crate::cpu::msr;
-use crate::cpu::state::{reg, seg, shadow};
-use crate::cpu::x87_pointers::{self, CodePlaces};
-use crate::cpu::{Cpu, VmShared, mode};
+use crate::cpu::x87_pointers::CodePlaces;
+use crate::cpu::{Cpu, VmShared};
 use crate::host::signals;
 use crate::host::timer::HostTimer;
 use crate::host::wake::Bell;
+use crate::interp::exception;
 use crate::interp::{self, Flow, thunk};
 use crate::irqchip;
+use crate::state::fault::{Fault, Stop};
+use crate::state::mode;
+use crate::state::{reg, seg, shadow};
 use crate::translate::cache::CodeCache;
 
 mod access;
@@ -361,7 +362,7 @@ impl BtVcpu {
     fn rest(&mut self, timeout: Option<Duration>) {
         if timeout != Some(Duration::ZERO) {
             self.cpu.leave_guest();
-            x87_pointers::settle(&mut self.cpu);
+            self.cpu.settle_x87_pointers();
             fpu::unload(&mut self.cpu.st);
             self.cpu.vm.rendezvous.leave(self.cpu.id);
             self.bell.sleep(timeout);
@@ -415,7 +416,7 @@ impl BtVcpu {
             return self.trap(Trap::Exception(GuestFault { vector, error, address }));
         }
         self.cpu.counts.exceptions += 1;
-        if fault.vector == crate::cpu::fault::vector::PF {
+        if fault.vector == crate::state::fault::vector::PF {
             self.cpu.counts.page_faults += 1;
         }
         self.enter_handler(Interruption::Fault(fault))
@@ -461,7 +462,7 @@ impl Vcpu for BtVcpu {
         }
         if self.timer.as_ref().is_none_or(|timer| !timer.is_here()) {
             self.timer = None;
-            self.cpu.kvm.thread_changed();
+            self.cpu.kvm.steal_time.thread_changed();
             let timer = HostTimer::new(self.cpu.tlb.block.shared());
             self.timer = Some(timer.map_err(|error| {
                 // timer_create(2): EAGAIN, where RLIMIT_SIGPENDING counts its signal.
@@ -489,7 +490,7 @@ impl Vcpu for BtVcpu {
             self.cpu.settle_eoi();
             self.cpu.leave_guest();
         }
-        x87_pointers::settle(&mut self.cpu);
+        self.cpu.settle_x87_pointers();
         fpu::leave(&mut self.cpu.st);
         self.cpu.vm.rendezvous.leave(self.cpu.id);
         self.cpu.counts.run_tsc += host_tsc().wrapping_sub(start);
@@ -567,12 +568,12 @@ impl Vcpu for BtVcpu {
         ];
         st.gdt = registers.gdt;
         st.idt = registers.idt;
-        st.cr0 = registers.cr0 | crate::cpu::state::cr::CR0_ET;
+        st.cr0 = registers.cr0 | crate::state::cr::CR0_ET;
         st.cr2 = registers.cr2;
         st.cr3 = registers.cr3;
         st.cr4 = registers.cr4;
         st.efer = registers.efer;
-        st.cpl = (registers.ss.attributes >> crate::cpu::state::attr::DPL_SHIFT & 3) as u8;
+        st.cpl = (registers.ss.attributes >> crate::state::attr::DPL_SHIFT & 3) as u8;
         let (id, irqchip) = (self.cpu.id, Arc::clone(&self.cpu.vm.irqchip));
         irqchip.set_cr8(id, registers.cr8 as u8);
         if registers.apic_base != irqchip.apic_base(id) {

@@ -5,9 +5,9 @@ use tetrarch_engine::{
 };
 
 use super::{BtVcpu, Interruption, Unfinished};
-use crate::cpu::fault::{Fault, vector};
-use crate::cpu::state::shadow;
 use crate::cpu::{fpu, msr};
+use crate::state::fault::{Fault, vector};
+use crate::state::shadow;
 
 /// DR6 and DR7 bits that can be set; the others read as fixed (Intel SDM 3B, 18.2).
 const DR6_FIXED: u64 = 0xFFFF_0FF0;

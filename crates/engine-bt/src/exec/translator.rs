@@ -10,15 +10,16 @@ use tetrarch_engine::{EngineError, host_tsc};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use super::access::{self, PlainMove, Then};
-use crate::cpu::fault::{Fault, vector};
-use crate::cpu::state::{flag, reg};
-use crate::cpu::state_block::branch_index;
-use crate::cpu::x87_pointers;
-use crate::cpu::{Cpu, Missed, mode};
+use crate::cpu::mmu::Place;
+use crate::cpu::{Cpu, Missed};
 use crate::interp;
 use crate::memory::code_map::{self, Written};
-use crate::memory::mmu::{Place, canonical};
 use crate::memory::rendezvous::{Order, Orders};
+use crate::state::address::canonical;
+use crate::state::block::branch_index;
+use crate::state::fault::{Fault, vector};
+use crate::state::mode;
+use crate::state::{flag, reg};
 use crate::translate::block::{Built, Site, Source, What};
 use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
 use crate::translate::cache::CodeCache;
@@ -346,7 +347,7 @@ impl Translator {
     pub fn obey(&mut self, cpu: &mut Cpu, orders: &Orders) {
         if orders.code {
             cpu.tlb.flush_exec();
-            x87_pointers::settle(cpu);
+            cpu.settle_x87_pointers();
             for site in self.slow_sites.iter_mut() {
                 site.at = 0;
             }

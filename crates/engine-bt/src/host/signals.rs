@@ -18,12 +18,11 @@ use std::ptr::null_mut;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
-use crate::cpu::state::CpuState;
-use crate::interp::thunk;
+use crate::state::CpuState;
 
 const SIGNALS: [i32; 4] = [libc::SIGFPE, libc::SIGILL, libc::SIGSEGV, libc::SIGBUS];
 
-/// A range of translated code and where a fault in it goes on. The landing finds
+/// A range of code that guests' instructions run in, and where a fault in it goes on. The landing finds
 /// the address of the faulting instruction in `scratch[2]` and what [`cause`]
 /// reads in `scratch[3]`.
 struct CodeRange {
@@ -33,12 +32,12 @@ struct CodeRange {
     landing: AtomicUsize,
 }
 
-/// One for each VM of the process.
+/// One for each VM of the process, and one for thunks.
 static CODE_RANGES: [CodeRange; 256] = [const {
     CodeRange { start: AtomicUsize::new(0), end: AtomicUsize::new(0), landing: AtomicUsize::new(0) }
 }; 256];
 
-/// Registers translated code. Returns the slot to give back, or `None` when the
+/// Registers such code. Returns the slot to give back, or `None` when the
 /// process has too many.
 pub fn add_code(start: u64, end: u64, landing: u64) -> Option<usize> {
     let free = |range: &CodeRange| {
@@ -136,19 +135,13 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let rip = registers[libc::REG_RIP as usize] as usize;
     let vector = registers[libc::REG_TRAPNO as usize] as u64;
-    let landing = if sent {
-        None
-    } else if thunk::thunk_range_contains(rip) {
-        Some(thunk::fault_exit())
-    } else {
-        code_landing(rip)
-    };
+    let landing = if sent { None } else { code_landing(rip) };
     let Some(landing) = landing else {
         chain(signal, sent, info, context);
         return;
     };
     let cause = vector << 32 | u64::from(signal as u32);
-    // SAFETY: in both ranges GS is the base of a CpuState of this thread, and
+    // SAFETY: in these ranges GS is the base of a CpuState of this thread, and
     // the kernel does not change it for a handler.
     unsafe {
         std::arch::asm!(

@@ -10,7 +10,7 @@ use std::ptr::null_mut;
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
 
-use crate::cpu::state_block::SharedFlags;
+use crate::state::block::SharedFlags;
 
 const SLOTS: usize = 4096;
 static FLAGS: [AtomicPtr<AtomicU8>; SLOTS] = [const { AtomicPtr::new(null_mut()) }; SLOTS];

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tetrarch_engine::Kick;
 
-use crate::cpu::state_block::SharedFlags;
 use crate::irqchip::Wake;
+use crate::state::block::SharedFlags;
 
 /// The bell of one vCPU.
 pub struct Bell {

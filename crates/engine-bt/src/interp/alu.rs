@@ -5,8 +5,8 @@
 //! (SDM 1, appendix A). Operands may have junk above `size`. Where the manual
 //! leaves a flag undefined, the functions do what AMD Zen does if that is simple.
 
-use crate::cpu::state::flag;
-use crate::memory::mmu::mask;
+use crate::state::flag;
+use crate::state::mask;
 
 /// What INC and DEC change: not CF.
 pub const MASK_INC: u64 = flag::ARITH & !flag::CF;

@@ -7,8 +7,8 @@
 use core::arch::asm;
 
 use super::{alu, bits, muldiv, shift};
-use crate::cpu::state::flag;
-use crate::memory::mmu::mask;
+use crate::state::flag;
+use crate::state::mask;
 
 const ROUNDS: usize = 20_000;
 const SIZES: [usize; 4] = [1, 2, 4, 8];

@@ -10,9 +10,9 @@ use super::operand::{
     read_reg, write_op, write_reg,
 };
 use crate::cpu::Cpu;
-use crate::cpu::fault::{R, ud};
-use crate::cpu::state::flag;
-use crate::memory::mmu::mask;
+use crate::state::fault::{R, ud};
+use crate::state::flag;
+use crate::state::mask;
 
 fn when(condition: bool, flags: u64) -> u64 {
     if condition { flags } else { 0 }

@@ -10,9 +10,10 @@ use super::Flow;
 use super::integer::condition;
 use super::operand::{op_size, push, read_op, set_sp, stack_load, stack_mask, write_gpr};
 use crate::cpu::Cpu;
-use crate::cpu::fault::{R, gp};
-use crate::cpu::state::{flag, reg, seg};
-use crate::memory::mmu::{canonical, mask};
+use crate::state::address::canonical;
+use crate::state::fault::{R, gp};
+use crate::state::mask;
+use crate::state::{flag, reg, seg};
 
 /// Whether a JMP or CALL stays in its code segment.
 pub fn is_near(i: &Instruction) -> bool {

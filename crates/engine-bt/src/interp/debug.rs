@@ -8,8 +8,8 @@ use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, 
 use super::operand::{op_size, read_reg, segment_index};
 use super::string::string_address_size;
 use crate::cpu::Cpu;
-use crate::cpu::state::{cr, reg, seg};
-use crate::memory::mmu::mask;
+use crate::state::mask;
+use crate::state::{cr, reg, seg};
 
 /// Any of L0-L3 and G0-G3 in DR7.
 pub const DR7_ENABLE: u64 = 0xFF;

@@ -15,10 +15,11 @@ use super::segment::{
 use super::task::{self, From, Reason};
 use super::{Flow, frame, operand};
 use crate::cpu::Cpu;
-use crate::cpu::exception::{SoftwareInterrupt, software_interrupt};
-use crate::cpu::fault::{R, gp, vector};
-use crate::cpu::state::{attr, flag, reg, seg};
-use crate::memory::mmu::{canonical, mask};
+use crate::interp::exception::{SoftwareInterrupt, software_interrupt};
+use crate::state::address::canonical;
+use crate::state::fault::{R, gp, vector};
+use crate::state::mask;
+use crate::state::{attr, flag, reg, seg};
 
 /// The flags that a return to virtual-8086 mode loads: all but RF and reserved
 /// bits.

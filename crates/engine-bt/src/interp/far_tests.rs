@@ -1,7 +1,7 @@
 //! Returns to an outer level, and what they leave of data segments.
 
 use super::*;
-use crate::cpu::exception::fixture::*;
+use crate::interp::exception::fixture::*;
 use crate::interp::segment::null_segment;
 
 fn push_all(cpu: &mut Cpu, size: u64, values: &[u64]) {

@@ -7,9 +7,9 @@ use super::segment::{
     code_of, fail, inside, is_null, mark_accessed, read_descriptor, system_type, table_address,
 };
 use crate::cpu::Cpu;
-use crate::cpu::fault::{R, gp, vector};
-use crate::cpu::state::{attr, reg, seg};
-use crate::memory::mmu::canonical;
+use crate::state::address::canonical;
+use crate::state::fault::{R, gp, vector};
+use crate::state::{attr, reg, seg};
 
 /// The most slots of a frame, that of a call gate: SS:ESP, 31 parameters, CS:EIP.
 const MAX_SLOTS: usize = 35;

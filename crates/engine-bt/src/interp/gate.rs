@@ -10,9 +10,9 @@ use super::segment::{
 use super::task::{self, From, Reason};
 use super::{Flow, far, operand};
 use crate::cpu::Cpu;
-use crate::cpu::fault::{R, gp, vector};
-use crate::cpu::state::{attr, reg, seg};
-use crate::memory::mmu::mask;
+use crate::state::fault::{R, gp, vector};
+use crate::state::mask;
+use crate::state::{attr, reg, seg};
 
 /// Which instruction transfers.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! Call gates: frames, privilege levels, and the fault of each check.
 
 use super::*;
-use crate::cpu::exception::fixture::*;
+use crate::interp::exception::fixture::*;
 
 const GATE: u16 = 0x68;
 const TARGET: u64 = 0x1_2345;

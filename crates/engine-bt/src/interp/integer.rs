@@ -8,9 +8,9 @@ use super::operand::{
 };
 use super::{Flow, alu};
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, gp, ud, vector};
-use crate::cpu::state::{flag, reg};
-use crate::memory::mmu::mask;
+use crate::state::fault::{Fault, R, gp, ud, vector};
+use crate::state::mask;
+use crate::state::{flag, reg};
 
 /// Whether a MOV has neither a segment, control, debug nor test register.
 #[inline]
@@ -437,7 +437,7 @@ pub fn cache_line(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     }
     let address = mem_linear(cpu, i, 1, false)?;
     let user = cpu.user();
-    cpu.walk(address, crate::memory::mmu::Access::Read, user)?;
+    cpu.walk(address, crate::cpu::mmu::Access::Read, user)?;
     Ok(Flow::Next)
 }
 

@@ -3,21 +3,14 @@
 //! Paging is off: 64-bit code then runs at physical addresses, which no real CPU
 //! does, but nothing here looks at page tables.
 
-use std::sync::Arc;
-
 use iced_x86::code_asm::*;
-use tetrarch_engine::{Clock, Exit};
+use tetrarch_engine::Exit;
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use super::step;
-use crate::cpu::cpuid::CpuidTable;
-use crate::cpu::fault::{Fault, Stop, vector};
-use crate::cpu::state::{attr, cr, flag, reg, seg, shadow};
 use crate::cpu::{Cpu, VmShared};
-use crate::irqchip::{IrqChip, Wake};
-use crate::memory::code_map::CodeMap;
-use crate::memory::dirty_log::DirtyLog;
-use crate::memory::rendezvous::Rendezvous;
+use crate::state::fault::{Fault, Stop, vector};
+use crate::state::{attr, cr, flag, reg, seg, shadow};
 
 const CODE: u64 = 0x1000;
 const STACK: u64 = 0x8000;
@@ -25,32 +18,9 @@ const DATA: u64 = 0x20_000;
 /// Beyond the RAM of these machines.
 const DEVICE: u64 = 0xD000_0000;
 
-struct NoWake;
-
-impl Wake for NoWake {
-    fn wake(&self, _: usize) {}
-}
-
 /// A CPU with flat segments for code of 16 (real mode), 32 or 64 bits.
 fn cpu(bits: u32) -> Cpu {
-    let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
-    let rendezvous = Arc::new(Rendezvous::new(1, Arc::new(NoWake)));
-    let vm = VmShared {
-        code: Arc::new(CodeMap::new(&memory)),
-        dirty: Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous))),
-        rendezvous,
-        halts: tetrarch_engine::Halts::default(),
-        memory,
-        irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(NoWake))),
-        doorbells: Default::default(),
-        clock: Arc::new(Clock::new()),
-        cpuid: CpuidTable::new(1),
-        platform: Default::default(),
-        kvm_features: 0,
-        kvm_time: Default::default(),
-        tsc_hz: 1_000_000_000,
-    };
-    let mut cpu = Cpu::new(0, Arc::new(vm)).unwrap();
+    let mut cpu = Cpu::new(0, VmShared::alone(GuestMemory::new(1 << 20).unwrap())).unwrap();
     let st = &mut *cpu.st;
     st.seg[seg::CS].base = 0;
     st.seg[seg::CS].selector = 0;

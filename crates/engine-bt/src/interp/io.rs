@@ -8,9 +8,9 @@ use super::operand;
 use super::platform;
 use super::segment::{system_type, table_address};
 use crate::cpu::Cpu;
-use crate::cpu::fault::{R, gp};
-use crate::cpu::state::{attr, flag, reg, seg};
-use crate::memory::mmu::mask;
+use crate::state::fault::{R, gp};
+use crate::state::mask;
+use crate::state::{attr, flag, reg, seg};
 
 /// Iterations of REP in one step, so that interrupts get in between.
 const MAX_ITERATIONS: usize = 4096;

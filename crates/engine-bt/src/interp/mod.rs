@@ -11,6 +11,7 @@
 //!   [`stack`]: the user-level integer set; [`alu`] holds its arithmetic as pure
 //!   functions
 //! - [`debug`]: hardware breakpoints
+//! - [`exception`], [`frame`]: the way into a handler, for faults and interrupts
 //! - [`system`], [`far`], [`gate`], [`task`], [`segment`], [`io`]: privileged
 //!   instructions, far transfers, call gates, task switches, SYSCALL, ports
 //! - [`platform`]: hypercalls, and what else the machine answers with registers
@@ -23,6 +24,7 @@ mod alu_tests;
 pub mod bits;
 pub mod control;
 pub mod debug;
+pub mod exception;
 pub mod far;
 pub mod frame;
 pub mod gate;
@@ -33,7 +35,6 @@ pub mod io;
 pub mod muldiv;
 pub mod operand;
 pub mod platform;
-pub mod replay;
 pub mod segment;
 pub mod shift;
 pub mod stack;
@@ -50,8 +51,8 @@ use iced_x86::{Decoder, DecoderError, Instruction, Mnemonic};
 use tetrarch_memory::PAGE_SIZE;
 
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, Stop, gp, ud};
-use crate::cpu::state::{flag, seg, shadow};
+use crate::state::fault::{Fault, R, Stop, gp, ud};
+use crate::state::{flag, seg, shadow};
 
 /// The longest instruction (SDM 2A, 2.3.11).
 const MAX_LENGTH: usize = 15;

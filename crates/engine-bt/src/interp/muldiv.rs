@@ -6,9 +6,9 @@ use super::Flow;
 use super::alu::sign_extend;
 use super::operand::{op_size, read_op, write_gpr, write_reg};
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, vector};
-use crate::cpu::state::{flag, reg};
-use crate::memory::mmu::mask;
+use crate::state::fault::{Fault, R, vector};
+use crate::state::mask;
+use crate::state::{flag, reg};
 
 /// What multiplication defines; it leaves the other flags alone here.
 pub const MASK_MUL: u64 = flag::CF | flag::OF;

@@ -8,9 +8,10 @@
 use iced_x86::{CodeSize, Instruction, OpKind, Register};
 
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, vector};
-use crate::cpu::state::{attr, cr, flag, reg, seg};
-use crate::memory::mmu::{canonical, mask};
+use crate::state::address::canonical;
+use crate::state::fault::{Fault, R, vector};
+use crate::state::mask;
+use crate::state::{attr, cr, flag, reg, seg};
 
 /// Which part of which general register a name means.
 #[derive(Clone, Copy)]

@@ -6,9 +6,9 @@ use tetrarch_engine::{Exit, GuestFault, Hypercalls, Registers, Reply};
 
 use super::Flow;
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, ud};
-use crate::cpu::state::reg;
 use crate::kvm;
+use crate::state::fault::{Fault, R, ud};
+use crate::state::reg;
 
 impl From<GuestFault> for Fault {
     fn from(fault: GuestFault) -> Self {
@@ -23,7 +23,7 @@ pub fn hypercall(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
         let cpl = cpu.st.cpl;
         match cpu.vm.platform.hypercalls {
             Hypercalls::None if cpu.vm.kvm_features != 0 => {
-                kvm::hypercall(cpu);
+                kvm::hypercall(&mut cpu.st, &cpu.vm.irqchip);
                 return Ok(Flow::Next);
             }
             Hypercalls::All => {}

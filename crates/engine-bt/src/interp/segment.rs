@@ -8,9 +8,9 @@ use super::Flow;
 use super::operand;
 use super::system::umip;
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, Stop, gp, ud, vector};
-use crate::cpu::state::{attr, flag, seg, shadow};
-use crate::memory::mmu::canonical;
+use crate::state::address::canonical;
+use crate::state::fault::{Fault, R, Stop, gp, ud, vector};
+use crate::state::{attr, flag, seg, shadow};
 
 /// System descriptor types (SDM 3A, table 3-2).
 pub mod system_type {
@@ -367,14 +367,14 @@ fn push(cpu: &mut Cpu, i: &Instruction, size: usize) -> R<Flow> {
 }
 
 fn pop(cpu: &mut Cpu, i: &Instruction, size: usize) -> R<Flow> {
-    let sp = cpu.st.gpr[crate::cpu::state::reg::RSP] & operand::stack_mask(cpu);
+    let sp = cpu.st.gpr[crate::state::reg::RSP] & operand::stack_mask(cpu);
     // Only 16 bits need be there, but a whole slot is what CPUs read or may read.
     let selector = operand::stack_load(cpu, sp, size)? as u16;
     let target = i.op0_register();
     // The stack pointer moves by the width that the old SS had.
     let mask = operand::stack_mask(cpu);
     load_segment(cpu, operand::segment_index(target), selector)?;
-    let rsp = &mut cpu.st.gpr[crate::cpu::state::reg::RSP];
+    let rsp = &mut cpu.st.gpr[crate::state::reg::RSP];
     let moved = sp.wrapping_add(size as u64) & mask;
     *rsp = if mask == 0xFFFF { *rsp & !mask | moved } else { moved };
     if target == Register::SS {

@@ -4,7 +4,7 @@
 use iced_x86::Register;
 
 use super::*;
-use crate::cpu::exception::fixture::*;
+use crate::interp::exception::fixture::*;
 use crate::interp::operand::linear;
 
 const AT: u16 = 0x68;

@@ -12,9 +12,9 @@ use super::alu::{sign_bit, sign_extend, zsp};
 use super::integer::update;
 use super::operand::{op_size, read_op, read_reg, write_reg};
 use crate::cpu::Cpu;
-use crate::cpu::fault::R;
-use crate::cpu::state::flag;
-use crate::memory::mmu::mask;
+use crate::state::fault::R;
+use crate::state::flag;
+use crate::state::mask;
 
 /// The part of a count that counts (SDM 2B, SAL: masked to 5 bits, 6 for 64-bit
 /// operands).

@@ -8,9 +8,9 @@ use super::operand::{
     write_op,
 };
 use crate::cpu::Cpu;
-use crate::cpu::fault::{R, gp};
-use crate::cpu::state::{flag, reg, shadow};
-use crate::memory::mmu::mask;
+use crate::state::fault::{R, gp};
+use crate::state::mask;
+use crate::state::{flag, reg, shadow};
 
 /// Whether PUSH or POP names a segment register.
 pub fn is_segment(i: &Instruction) -> bool {

@@ -10,9 +10,10 @@ use iced_x86::{Instruction, OpKind, Register};
 use super::operand::{check_alignment, linear, write_gpr};
 use super::{Flow, alu};
 use crate::cpu::Cpu;
-use crate::cpu::fault::{R, Stop};
-use crate::cpu::state::{flag, reg};
-use crate::memory::mmu::{Place, mask};
+use crate::cpu::mmu::Place;
+use crate::state::fault::{R, Stop};
+use crate::state::mask;
+use crate::state::{flag, reg};
 
 /// How much one step does before interrupts get their turn: iterations, of which
 /// a bulk run counts for many.

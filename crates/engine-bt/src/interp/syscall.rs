@@ -9,9 +9,9 @@ use tetrarch_engine::{Exit, Segment, Trap};
 use super::Flow;
 use crate::cpu::Cpu;
 use crate::cpu::cpuid::Vendor;
-use crate::cpu::fault::{R, Stop, gp, ud};
-use crate::cpu::state::{attr, cr, flag, reg, seg};
-use crate::memory::mmu::canonical;
+use crate::state::address::canonical;
+use crate::state::fault::{R, Stop, gp, ud};
+use crate::state::{attr, cr, flag, reg, seg};
 
 const R11: usize = 11;
 /// What SYSRET takes from R11: all but RF, VM and reserved bits.

@@ -6,13 +6,12 @@ use tetrarch_engine::{Exit, SegmentTable};
 
 use super::{Flow, far, io, operand, platform, segment, syscall};
 use crate::cpu::Cpu;
-use crate::cpu::cpuid;
-use crate::cpu::fault::{Fault, R, gp, ud};
 use crate::cpu::fpu;
 use crate::cpu::msr;
-use crate::cpu::state::PHYS_BITS;
-use crate::cpu::state::{attr, cr, reg, seg};
-use crate::memory::mmu::canonical;
+use crate::state::address::PHYS_BITS;
+use crate::state::address::canonical;
+use crate::state::fault::{Fault, R, gp, ud};
+use crate::state::{attr, cr, reg, seg};
 
 /// The bits of CR0 that exist; others read as 0.
 const CR0_BITS: u64 = cr::CR0_PE
@@ -87,7 +86,7 @@ fn own(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
             M::Invd | M::Wbinvd => privileged(cpu),
             M::Hlt => privileged(cpu).map(|()| cpu.st.halted = 1),
             M::Cpuid => {
-                cpuid::execute(cpu);
+                cpuid(cpu);
                 Ok(())
             }
             M::Rdtsc => rdtsc(cpu),
@@ -344,6 +343,17 @@ fn set_edx_eax(cpu: &mut Cpu, value: u64) {
 
 fn edx_eax(cpu: &Cpu) -> u64 {
     cpu.st.gpr[reg::RAX] & 0xFFFF_FFFF | cpu.st.gpr[reg::RDX] << 32
+}
+
+/// CPUID: EAX and ECX in, EAX EBX ECX EDX out.
+fn cpuid(cpu: &mut Cpu) {
+    let (leaf, subleaf) = (cpu.st.gpr[reg::RAX] as u32, cpu.st.gpr[reg::RCX] as u32);
+    let [a, b, c, d] = cpu.cpuid(leaf, subleaf);
+    let gpr = &mut cpu.st.gpr;
+    gpr[reg::RAX] = u64::from(a);
+    gpr[reg::RBX] = u64::from(b);
+    gpr[reg::RCX] = u64::from(c);
+    gpr[reg::RDX] = u64::from(d);
 }
 
 fn rdtsc(cpu: &mut Cpu) -> R<()> {

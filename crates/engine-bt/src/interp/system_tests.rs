@@ -3,11 +3,11 @@
 use tetrarch_engine::Exit;
 
 use super::*;
-use crate::cpu::cpuid::Vendor;
-use crate::cpu::exception::fixture::*;
-use crate::cpu::fault::{Stop, vector};
-use crate::cpu::state::flag;
+use crate::cpu::cpuid::{CpuidTable, Vendor};
+use crate::interp::exception::fixture::*;
 use crate::interp::segment::{self as sg, load_segment};
+use crate::state::fault::{Stop, vector};
+use crate::state::flag;
 
 fn push_all(cpu: &mut Cpu, size: u64, values: &[u64]) {
     for &value in values.iter().rev() {
@@ -434,8 +434,8 @@ fn xsetbv_takes_only_what_cpuid_offers() {
     cpu.st.gpr[reg::RAX] = 0;
     run(&mut cpu, &[0x0F, 0x01, 0xD0]).unwrap();
     assert_eq!(cpu.st.gpr[reg::RAX], cpu.vm.cpuid.xcr0_mask());
-    let size = cpu.vm.cpuid.query(0xD, 0, &cpu)[1];
-    assert_eq!(size, cpuid::CpuidTable::xsave_size(cpu.st.xcr0));
+    let size = cpu.cpuid(0xD, 0)[1];
+    assert_eq!(size, CpuidTable::xsave_size(cpu.st.xcr0));
 }
 
 #[test]

@@ -15,8 +15,8 @@ use super::segment::{
     read_descriptor, system_type, table_address,
 };
 use crate::cpu::Cpu;
-use crate::cpu::fault::{R, Stop, gp, vector};
-use crate::cpu::state::{attr, cr, flag, seg};
+use crate::state::fault::{R, Stop, gp, vector};
+use crate::state::{attr, cr, flag, seg};
 
 /// What switches tasks.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -245,7 +245,7 @@ struct Loaded {
     ldt: Segment,
     cpl: u8,
     esp: u64,
-    fault: Option<crate::cpu::fault::Fault>,
+    fault: Option<crate::state::fault::Fault>,
 }
 
 /// Checks the new task's segments in its address space, with its LDT.
@@ -259,7 +259,7 @@ fn check_segments(cpu: &mut Cpu, image: &Image, tss: Tss, error: Option<u32>) ->
         seg: image.selectors.map(|selector| null_segment(selector, 0)),
         ldt: null_segment(image.ldt, 0),
         cpl: (image.selectors[seg::CS] & 3) as u8,
-        esp: image.gpr[crate::cpu::state::reg::RSP],
+        esp: image.gpr[crate::state::reg::RSP],
         fault: None,
     };
     if image.flags & flag::VM != 0 {
@@ -368,7 +368,7 @@ fn push_error(cpu: &mut Cpu, tss: Tss, new: &mut Loaded, rip: u64, error: Option
 fn commit(cpu: &mut Cpu, image: &Image, target: &Target, new: Loaded) {
     let st = &mut *cpu.st;
     st.gpr[..8].copy_from_slice(&image.gpr);
-    st.gpr[crate::cpu::state::reg::RSP] = new.esp;
+    st.gpr[crate::state::reg::RSP] = new.esp;
     st.rip = image.rip;
     st.set_rflags(image.flags);
     st.cpl = new.cpl;

@@ -1,11 +1,11 @@
 //! Task switches: what is saved and loaded, and the fault of each check.
 
 use super::*;
-use crate::cpu::exception::SoftwareInterrupt;
-use crate::cpu::exception::fixture::*;
-use crate::cpu::exception::{deliver, interrupt, software_interrupt};
-use crate::cpu::fault::Fault;
-use crate::cpu::state::reg;
+use crate::interp::exception::SoftwareInterrupt;
+use crate::interp::exception::fixture::*;
+use crate::interp::exception::{deliver, interrupt, software_interrupt};
+use crate::state::fault::Fault;
+use crate::state::reg;
 
 /// A second 32-bit task and a 16-bit one.
 const TASK: u16 = 0x68;

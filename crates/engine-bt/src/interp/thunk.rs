@@ -26,13 +26,13 @@ use rustc_hash::FxHashMap;
 use super::{Flow, operand, xsave};
 use crate::cpu::Cpu;
 use crate::cpu::cpuid::Vendor;
-use crate::cpu::fault::{Fault, R, Stop, gp, ud, vector};
 use crate::cpu::fpu::{self, check_mode, class};
-use crate::cpu::state::{CpuState, cr, reg};
 use crate::cpu::x87_pointers;
 use crate::host::signals;
+use crate::state::fault::{Fault, R, Stop, gp, ud, vector};
+use crate::state::{CpuState, cr, reg};
 
-pub use arena::{fault_exit, set_gs_base, thunk_range_contains};
+pub use arena::{prepare, set_gs_base};
 
 const BOUNCE: usize = offset_of!(CpuState, bounce);
 /// The largest memory operand: a YMM register.
@@ -461,7 +461,7 @@ fn run(cpu: &mut Cpu, i: &Instruction, thunk: Thunk) -> R<()> {
     // must not happen twice.
     let ram = cpu.tlb.lookup(linear, user, true).is_some() && linear & 0xFFF <= 0x1000 - 10;
     let undo = (thunk.x87_store && !ram).then(|| {
-        x87_pointers::settle(cpu);
+        cpu.settle_x87_pointers();
         fpu::x87(&cpu.st)
     });
     let stored = if fpu::touches_x87(i) {

@@ -3,10 +3,10 @@
 
 use super::step;
 use crate::cpu::Cpu;
-use crate::cpu::exception::fixture::*;
-use crate::cpu::fault::{Fault, Stop, vector};
-use crate::cpu::state::{cr, flag, reg, seg};
+use crate::interp::exception::fixture::*;
 use crate::interp::segment::real_segment;
+use crate::state::fault::{Fault, Stop, vector};
+use crate::state::{cr, flag, reg, seg};
 
 const SEGMENT: u16 = 0x3000;
 const SP: u64 = 0x800;

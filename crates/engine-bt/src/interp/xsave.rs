@@ -10,10 +10,10 @@ use iced_x86::{Code, Instruction, Mnemonic};
 use super::operand;
 use super::thunk::wait;
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, gp, ud, vector};
 use crate::cpu::fpu::{self, check_mode, class, component};
-use crate::cpu::state::{FxImage, cr, reg};
-use crate::cpu::x87_pointers::{self, Pointers};
+use crate::cpu::x87_pointers::Pointers;
+use crate::state::fault::{Fault, R, gp, ud, vector};
+use crate::state::{FxImage, cr, reg};
 
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<()>> {
     Some(match i.mnemonic() {
@@ -130,7 +130,7 @@ fn narrow_pointers(i: &Instruction, image: &mut [u8]) {
 /// The image that FXSAVE and its kin store.
 fn image(cpu: &mut Cpu, i: &Instruction, registers: usize) -> FxImage {
     if fpu::saves_pointers(&fpu::x87(&cpu.st)) {
-        x87_pointers::settle(cpu);
+        cpu.settle_x87_pointers();
     }
     let mut image = fpu::fx_image(&cpu.st, registers);
     narrow_pointers(i, &mut image.0);
@@ -330,7 +330,7 @@ fn store_x87(cpu: &mut Cpu, i: &Instruction, all: bool) -> R<()> {
     let linear = image_at(cpu, i, size, 1, true)?;
     let user = cpu.user();
     cpu.probe_write(linear, size, user)?;
-    x87_pointers::settle(cpu);
+    cpu.settle_x87_pointers();
     let pointers = pack(cpu, env, Pointers::of(&cpu.st.fx));
     let before = fpu::x87(&cpu.st);
     let mut image = Environment([0; ENV_32 + STACK]);

@@ -8,7 +8,7 @@ use tetrarch_engine::{LAPIC_REGISTERS, LapicState};
 
 use super::timer::{Mode, Timer};
 use super::{Delivery, Event};
-use crate::cpu::state::PHYS_MASK;
+use crate::state::address::PHYS_MASK;
 
 pub(super) const DEFAULT_BASE: u64 = 0xfee0_0000;
 const BASE_BSP: u64 = 1 << 8;

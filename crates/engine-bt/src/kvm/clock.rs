@@ -6,23 +6,29 @@
 //! time, as the stable flag promises. The clock stands with the machine because
 //! the guest's TSC does.
 
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use tetrarch_engine::Clock;
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use super::ENABLED;
-use crate::cpu::Cpu;
 
 const NS_PER_S: u64 = 1_000_000_000;
 /// pvclock_vcpu_time_info.flags: readings of all vCPUs agree.
 const TSC_STABLE: u8 = 1 << 0;
-/// A moment of the machine's clock and the machine's TSC at it; made when it is
-/// first wanted.
-#[derive(Default)]
-pub struct Timebase(Mutex<Option<Moment>>);
 
+/// The VM's clocks, and the moment from which the guest counts: made when it is
+/// first wanted.
+pub struct Timebase {
+    clock: Arc<Clock>,
+    scale: Scale,
+    moment: Mutex<Option<Moment>>,
+}
+
+/// Of the machine's clock, and the machine's TSC at it.
 #[derive(Clone, Copy, Debug)]
 struct Moment {
     ns: u64,
@@ -30,22 +36,82 @@ struct Moment {
 }
 
 impl Timebase {
+    pub fn new(clock: Arc<Clock>, tsc_hz: u64) -> Self {
+        Self { clock, scale: Scale::new(tsc_hz), moment: Mutex::new(None) }
+    }
+
+    pub fn now_ns(&self) -> u64 {
+        self.clock.now_ns()
+    }
+
     /// The guest's clock says `ns` at this TSC of the machine: it goes on from a
     /// saved state.
     pub fn set(&self, ns: u64, tsc: u64) {
-        *self.0.lock() = Some(Moment { ns, tsc });
+        *self.moment.lock() = Some(Moment { ns, tsc });
     }
 
     /// What the guest's clock says at a moment of the machine.
-    pub fn clock_ns(&self, ns: u64, tsc: u64, tsc_hz: u64) -> u64 {
-        let (now, scale) = (Moment { ns, tsc }, Scale::new(tsc_hz));
-        clock_ns(self.moment(now), now, scale)
+    pub fn clock_ns(&self, ns: u64, tsc: u64) -> u64 {
+        let now = Moment { ns, tsc };
+        let base = self.moment(now);
+        base.ns.wrapping_add(self.scale.ns(now.tsc.wrapping_sub(base.tsc)))
     }
 
     /// The moment from which all vCPUs count; `now` where there is none yet. It
     /// never changes while the machine lives: a guest's clock must not step.
     fn moment(&self, now: Moment) -> Moment {
-        *self.0.lock().get_or_insert(now)
+        *self.moment.lock().get_or_insert(now)
+    }
+
+    /// Nanoseconds and TSC that belong together: of some pairs the one with the least
+    /// between its reads of the TSC.
+    fn now(&self) -> Moment {
+        let pair = || {
+            let (before, ns, after) = (self.clock.tsc(), self.clock.now_ns(), self.clock.tsc());
+            let took = after.wrapping_sub(before);
+            (took, Moment { ns, tsc: before.wrapping_add(took / 2) })
+        };
+        let (mut least, mut best) = pair();
+        for _ in 1..8 {
+            let (took, moment) = pair();
+            if took < least {
+                (least, best) = (took, moment);
+            }
+        }
+        best
+    }
+
+    /// Fills the structure at the address in `msr`, which is MSR_KVM_SYSTEM_TIME of a
+    /// vCPU whose TSC is ahead of the machine's by `tsc_base`.
+    pub fn write_system_time(&self, memory: &GuestMemory, msr: u64, tsc_base: u64) {
+        if msr & ENABLED == 0 {
+            return;
+        }
+        let base = self.moment(self.now());
+        let mut body = [0; 24];
+        body[..8].copy_from_slice(&base.tsc.wrapping_add(tsc_base).to_le_bytes());
+        body[8..16].copy_from_slice(&base.ns.to_le_bytes());
+        body[16..20].copy_from_slice(&self.scale.mul.to_le_bytes());
+        body[20] = self.scale.shift as u8;
+        body[21] = TSC_STABLE;
+        write_versioned(memory, GuestPhys(msr & !ENABLED), 8, &body);
+    }
+
+    /// Fills the structure at `address`, which is MSR_KVM_WALL_CLOCK: the date at which
+    /// the guest's clock was 0.
+    pub fn write_wall_clock(&self, memory: &GuestMemory, address: u64) {
+        if address == 0 {
+            return;
+        }
+        let now = self.now();
+        let ns = self.clock_ns(now.ns, now.tsc);
+        let date =
+            SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        let start = date.wrapping_sub(ns);
+        let mut body = [0; 8];
+        body[..4].copy_from_slice(&((start / NS_PER_S) as u32).to_le_bytes());
+        body[4..].copy_from_slice(&((start % NS_PER_S) as u32).to_le_bytes());
+        write_versioned(memory, GuestPhys(address), 4, &body);
     }
 }
 
@@ -87,63 +153,6 @@ impl Scale {
     }
 }
 
-/// Nanoseconds and TSC of the machine that belong together: of some pairs the
-/// one with the least between its reads of the TSC.
-fn now(cpu: &Cpu) -> Moment {
-    let pair = || {
-        let (before, ns, after) = (cpu.tsc(), cpu.now_ns(), cpu.tsc());
-        let took = after.wrapping_sub(before);
-        (took, Moment { ns, tsc: before.wrapping_add(took / 2).wrapping_sub(cpu.tsc_base()) })
-    };
-    let (mut least, mut best) = pair();
-    for _ in 1..8 {
-        let (took, moment) = pair();
-        if took < least {
-            (least, best) = (took, moment);
-        }
-    }
-    best
-}
-
-/// The time now as the guest's clock says it.
-fn clock_ns(base: Moment, now: Moment, scale: Scale) -> u64 {
-    base.ns.wrapping_add(scale.ns(now.tsc.wrapping_sub(base.tsc)))
-}
-
-/// Fills the structure at the address in MSR_KVM_SYSTEM_TIME.
-pub fn write_system_time(cpu: &Cpu) {
-    let msr = cpu.kvm.system_time;
-    if msr & ENABLED == 0 {
-        return;
-    }
-    let scale = Scale::new(cpu.vm.tsc_hz);
-    let base = cpu.vm.kvm_time.moment(now(cpu));
-    let mut body = [0; 24];
-    body[..8].copy_from_slice(&base.tsc.wrapping_add(cpu.tsc_base()).to_le_bytes());
-    body[8..16].copy_from_slice(&base.ns.to_le_bytes());
-    body[16..20].copy_from_slice(&scale.mul.to_le_bytes());
-    body[20] = scale.shift as u8;
-    body[21] = TSC_STABLE;
-    write_versioned(&cpu.vm.memory, GuestPhys(msr & !ENABLED), 8, &body);
-}
-
-/// Fills the structure at the address in MSR_KVM_WALL_CLOCK: the date at which
-/// the guest's clock was 0.
-pub fn write_wall_clock(cpu: &Cpu) {
-    let address = cpu.kvm.wall_clock;
-    if address == 0 {
-        return;
-    }
-    let (now, scale) = (now(cpu), Scale::new(cpu.vm.tsc_hz));
-    let ns = clock_ns(cpu.vm.kvm_time.moment(now), now, scale);
-    let date = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-    let start = date.wrapping_sub(ns);
-    let mut body = [0; 8];
-    body[..4].copy_from_slice(&((start / NS_PER_S) as u32).to_le_bytes());
-    body[4..].copy_from_slice(&((start % NS_PER_S) as u32).to_le_bytes());
-    write_versioned(&cpu.vm.memory, GuestPhys(address), 4, &body);
-}
-
 /// Writes `body` at an offset from its 32-bit version, which is odd meanwhile.
 /// An address outside of RAM gets nothing, as with KVM.
 fn write_versioned(memory: &GuestMemory, address: GuestPhys, offset: u64, body: &[u8]) {
@@ -174,23 +183,27 @@ mod tests {
         }
     }
 
+    fn timebase() -> Timebase {
+        Timebase::new(Arc::new(Clock::new()), 2_000_000_000)
+    }
+
     #[test]
     fn all_vcpus_count_from_one_moment() {
-        let (base, scale) = (Timebase::default(), Scale::new(2_000_000_000));
+        let base = timebase();
         let first = base.moment(Moment { ns: 500, tsc: 1_000 });
         // Much later, with a TSC that is not quite as fast as it was measured.
         let hour = 3_600 * NS_PER_S;
         let late = Moment { ns: 500 + hour + 2 * NS_PER_S, tsc: 1_000 + 2 * hour };
         let second = base.moment(late);
         assert_eq!((first.ns, first.tsc), (second.ns, second.tsc));
-        assert!(clock_ns(second, late, scale).abs_diff(500 + hour) <= 3_600 * 4);
+        assert!(base.clock_ns(late.ns, late.tsc).abs_diff(500 + hour) <= 3_600 * 4);
     }
 
     #[test]
     fn saved_clock_goes_on_from_what_it_said() {
-        let base = Timebase::default();
+        let base = timebase();
         base.moment(Moment { ns: 500, tsc: 1_000 });
         base.set(7 * NS_PER_S, 5_000);
-        assert_eq!(base.clock_ns(0, 5_000, 2_000_000_000), 7 * NS_PER_S);
+        assert_eq!(base.clock_ns(0, 5_000), 7 * NS_PER_S);
     }
 }

@@ -9,9 +9,8 @@
 
 use tetrarch_memory::GuestPhys;
 
-use super::ENABLED;
-use crate::cpu::Cpu;
-use crate::cpu::fault::{R, gp};
+use super::{ENABLED, Guest};
+use crate::state::fault::{R, gp};
 
 /// The bit that the guest tests and clears.
 const PENDING: u8 = 1;
@@ -31,59 +30,56 @@ impl Eoi {
     fn address(&self) -> GuestPhys {
         GuestPhys(self.msr & !ENABLED)
     }
-}
 
-pub fn set_msr(cpu: &mut Cpu, value: u64) -> R<()> {
-    let address = value & !ENABLED;
-    if !address.is_multiple_of(4) {
-        return gp(0);
+    pub fn set_msr(&mut self, guest: &mut Guest, value: u64) -> R<()> {
+        let address = value & !ENABLED;
+        if !address.is_multiple_of(4) {
+            return gp(0);
+        }
+        if value & ENABLED != 0 && guest.memory.host(GuestPhys(address), 4).is_none() {
+            return gp(0);
+        }
+        self.settle(guest);
+        self.msr = value;
+        Ok(())
     }
-    if value & ENABLED != 0 && cpu.vm.memory.host(GuestPhys(address), 4).is_none() {
-        return gp(0);
-    }
-    cpu.settle_eoi();
-    cpu.kvm.eoi.msr = value;
-    Ok(())
-}
 
-impl Cpu {
     /// To be called when an interrupt has been accepted.
-    pub fn offer_quiet_eoi(&mut self) {
-        if self.kvm.eoi.msr & ENABLED == 0 || !self.vm.irqchip.offer_quiet_eoi(self.id) {
+    pub fn offer(&mut self, guest: &Guest) {
+        if self.msr & ENABLED == 0 || !guest.irqchip.offer_quiet_eoi(guest.vcpu) {
             return;
         }
-        self.kvm.eoi.offered = true;
-        let address = self.kvm.eoi.address();
-        if let Ok(byte) = self.eoi_byte() {
-            let _ = self.vm.memory.write(address, &[byte | PENDING]);
+        self.offered = true;
+        if let Some(byte) = self.byte(guest) {
+            let _ = guest.memory.write(self.address(), &[byte | PENDING]);
         }
     }
 
-    fn eoi_byte(&self) -> Result<u8, tetrarch_memory::MemoryError> {
+    #[inline]
+    pub fn is_offered(&self) -> bool {
+        self.offered
+    }
+
+    fn byte(&self, guest: &Guest) -> Option<u8> {
         let mut byte = [0];
-        self.vm.memory.read(self.kvm.eoi.address(), &mut byte)?;
-        Ok(byte[0])
+        guest.memory.read(self.address(), &mut byte).ok()?;
+        Some(byte[0])
     }
 
     /// Tells the local APIC what the guest did by memory. If it has not ended
     /// its interrupt yet, it will have to do so at the local APIC.
-    #[inline]
-    pub fn settle_eoi(&mut self) {
-        if self.kvm.eoi.offered {
-            self.settle_offered_eoi();
-        }
-    }
-
     #[cold]
-    fn settle_offered_eoi(&mut self) {
-        self.kvm.eoi.offered = false;
+    pub fn settle(&mut self, guest: &mut Guest) {
+        if !std::mem::take(&mut self.offered) {
+            return;
+        }
         // A page that is no longer RAM: the guest could not have cleared it.
-        let byte = self.eoi_byte().unwrap_or(PENDING);
+        let byte = self.byte(guest).unwrap_or(PENDING);
         if byte & PENDING != 0 {
-            let _ = self.vm.memory.write(self.kvm.eoi.address(), &[byte & !PENDING]);
+            let _ = guest.memory.write(self.address(), &[byte & !PENDING]);
         }
         let ended = byte & PENDING == 0;
-        self.counts.quiet_eois += u64::from(ended);
-        self.vm.irqchip.take_quiet_eoi(self.id, ended);
+        *guest.quiet_eois += u64::from(ended);
+        guest.irqchip.take_quiet_eoi(guest.vcpu, ended);
     }
 }

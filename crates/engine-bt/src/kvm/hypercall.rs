@@ -1,8 +1,8 @@
 //! KVM's hypercalls (Documentation/virt/kvm/x86/hypercalls.rst): number in RAX,
 //! arguments in RBX, RCX, RDX and RSI, result in RAX.
 
-use crate::cpu::Cpu;
-use crate::cpu::state::reg;
+use crate::irqchip::IrqChip;
+use crate::state::{CpuState, reg};
 
 /// include/uapi/linux/kvm_para.h.
 mod number {
@@ -20,22 +20,21 @@ pub mod error {
 }
 
 /// A VMCALL or VMMCALL where the hypercalls are KVM's.
-pub fn hypercall(cpu: &mut Cpu) {
-    let wide = cpu.st.code64();
+pub fn hypercall(st: &mut CpuState, irqchip: &IrqChip) {
+    let wide = st.code64();
     let argument = |register: usize| {
-        let value = cpu.st.gpr[register];
+        let value = st.gpr[register];
         if wide { value } else { value & 0xFFFF_FFFF }
     };
     let call = argument(reg::RAX);
     let arguments = [reg::RBX, reg::RCX, reg::RDX, reg::RSI].map(argument);
     let result =
-        if cpu.st.cpl == 0 { serve(cpu, call, arguments, wide) } else { error::PERMISSION };
-    cpu.st.gpr[reg::RAX] = if wide { result as u64 } else { u64::from(result as u32) };
+        if st.cpl == 0 { serve(irqchip, call, arguments, wide) } else { error::PERMISSION };
+    st.gpr[reg::RAX] = if wide { result as u64 } else { u64::from(result as u32) };
 }
 
-fn serve(cpu: &Cpu, call: u64, arguments: [u64; 4], wide: bool) -> i64 {
+fn serve(irqchip: &IrqChip, call: u64, arguments: [u64; 4], wide: bool) -> i64 {
     let [a0, a1, a2, a3] = arguments;
-    let irqchip = &cpu.vm.irqchip;
     match call {
         number::VAPIC_POLL_IRQ => 0,
         number::KICK_CPU => {

@@ -12,9 +12,11 @@ mod hypercall;
 mod steal_time;
 
 use tetrarch_engine::{CpuidLeaf, Hypercalls, Platform};
+use tetrarch_memory::GuestMemory;
 
-use crate::cpu::Cpu;
-use crate::cpu::fault::{R, gp};
+use crate::irqchip::IrqChip;
+use crate::memory::dirty_log::DirtyLog;
+use crate::state::fault::{R, gp};
 
 pub use clock::Timebase;
 pub use hypercall::hypercall;
@@ -98,11 +100,24 @@ pub fn leaves(features: u32, tsc_hz: u64) -> [CpuidLeaf; 3] {
     ]
 }
 
+/// What the interface works on beside its own state.
+pub struct Guest<'a> {
+    pub memory: &'a GuestMemory,
+    pub dirty: &'a DirtyLog,
+    pub irqchip: &'a IrqChip,
+    pub time: &'a Timebase,
+    pub vcpu: usize,
+    /// The vCPU's TSC less that of the machine.
+    pub tsc_base: u64,
+    /// Counts the interrupts that were ended without the local APIC.
+    pub quiet_eois: &'a mut u64,
+}
+
 /// One vCPU's part of the interface: what its MSRs hold.
 pub struct Paravirtual {
     wall_clock: u64,
     system_time: u64,
-    steal_time: steal_time::StealTime,
+    pub steal_time: steal_time::StealTime,
     pub eoi: eoi::Eoi,
     /// Bit 0: the host may poll before it lets a halted vCPU sleep. It never does.
     poll_control: u64,
@@ -119,9 +134,38 @@ impl Paravirtual {
         }
     }
 
-    /// The vCPU runs on another thread of the host than before.
-    pub fn thread_changed(&mut self) {
-        self.steal_time.thread_changed();
+    pub fn read_msr(&self, index: u32) -> R<u64> {
+        Ok(match index {
+            msr::OLD_WALL_CLOCK | msr::WALL_CLOCK => self.wall_clock,
+            msr::OLD_SYSTEM_TIME | msr::SYSTEM_TIME => self.system_time,
+            msr::STEAL_TIME => self.steal_time.msr(),
+            msr::PV_EOI => self.eoi.msr(),
+            msr::POLL_CONTROL => self.poll_control,
+            _ => return gp(0),
+        })
+    }
+
+    pub fn write_msr(&mut self, guest: &mut Guest, index: u32, value: u64) -> R<()> {
+        match index {
+            msr::OLD_WALL_CLOCK | msr::WALL_CLOCK => {
+                self.wall_clock = value;
+                guest.time.write_wall_clock(guest.memory, value);
+            }
+            msr::OLD_SYSTEM_TIME | msr::SYSTEM_TIME => {
+                self.system_time = value;
+                self.tsc_changed(guest);
+            }
+            msr::STEAL_TIME => return self.steal_time.set_msr(guest, value),
+            msr::PV_EOI => return self.eoi.set_msr(guest, value),
+            msr::POLL_CONTROL if value >> 1 == 0 => self.poll_control = value,
+            _ => return gp(0),
+        }
+        Ok(())
+    }
+
+    /// The guest has set its TSC: what is counted from it is written anew.
+    pub fn tsc_changed(&self, guest: &Guest) {
+        guest.time.write_system_time(guest.memory, self.system_time, guest.tsc_base);
     }
 }
 
@@ -137,43 +181,7 @@ fn feature_of(index: u32) -> Option<u32> {
     })
 }
 
-/// Whether RDMSR and WRMSR of an index come here.
-pub fn is_msr(cpu: &Cpu, index: u32) -> bool {
-    feature_of(index).is_some_and(|feature| cpu.vm.kvm_features & feature != 0)
-}
-
-pub fn read_msr(cpu: &Cpu, index: u32) -> R<u64> {
-    Ok(match index {
-        msr::OLD_WALL_CLOCK | msr::WALL_CLOCK => cpu.kvm.wall_clock,
-        msr::OLD_SYSTEM_TIME | msr::SYSTEM_TIME => cpu.kvm.system_time,
-        msr::STEAL_TIME => cpu.kvm.steal_time.msr(),
-        msr::PV_EOI => cpu.kvm.eoi.msr(),
-        msr::POLL_CONTROL => cpu.kvm.poll_control,
-        _ => return gp(0),
-    })
-}
-
-pub fn write_msr(cpu: &mut Cpu, index: u32, value: u64) -> R<()> {
-    match index {
-        msr::OLD_WALL_CLOCK | msr::WALL_CLOCK => {
-            cpu.kvm.wall_clock = value;
-            clock::write_wall_clock(cpu);
-        }
-        msr::OLD_SYSTEM_TIME | msr::SYSTEM_TIME => {
-            cpu.kvm.system_time = value;
-            clock::write_system_time(cpu);
-        }
-        msr::STEAL_TIME => return steal_time::set_msr(cpu, value),
-        msr::PV_EOI => return eoi::set_msr(cpu, value),
-        msr::POLL_CONTROL if value >> 1 == 0 => cpu.kvm.poll_control = value,
-        _ => return gp(0),
-    }
-    Ok(())
-}
-
-impl Cpu {
-    /// The guest has set its TSC: what is counted from it is written anew.
-    pub fn tsc_changed(&self) {
-        clock::write_system_time(self);
-    }
+/// Whether RDMSR and WRMSR of an index come here, with these features.
+pub fn has_msr(features: u32, index: u32) -> bool {
+    feature_of(index).is_some_and(|feature| features & feature != 0)
 }

@@ -16,9 +16,8 @@ use std::sync::atomic::{AtomicU8, Ordering, fence};
 
 use tetrarch_memory::GuestPhys;
 
-use super::ENABLED;
-use crate::cpu::Cpu;
-use crate::cpu::fault::{R, gp};
+use super::{ENABLED, Guest};
+use crate::state::fault::{R, gp};
 
 /// Of this thread: time on a CPU, time ready, slices; in ns.
 const SCHEDSTAT: &str = "/proc/thread-self/schedstat";
@@ -65,6 +64,7 @@ impl StealTime {
         self.msr
     }
 
+    /// The vCPU runs on another thread of the host than before.
     pub fn thread_changed(&mut self) {
         self.waited = None;
     }
@@ -83,28 +83,26 @@ impl StealTime {
         let Some(now) = waited_ns(file) else { return 0 };
         now.saturating_sub(std::mem::replace(last, now))
     }
-}
 
-pub fn set_msr(cpu: &mut Cpu, value: u64) -> R<()> {
-    if value & RESERVED != 0 {
-        return gp(0);
+    pub fn set_msr(&mut self, guest: &Guest, value: u64) -> R<()> {
+        if value & RESERVED != 0 {
+            return gp(0);
+        }
+        *self = Self { msr: value, ..Self::default() };
+        self.update(guest);
+        Ok(())
     }
-    cpu.kvm.steal_time = StealTime { msr: value, ..StealTime::default() };
-    cpu.update_steal_time();
-    Ok(())
-}
 
-impl Cpu {
     /// Brings the guest's structure up to date, unless that was done just now.
-    pub fn update_steal_time(&mut self) {
-        let Some(address) = self.kvm.steal_time.address() else { return };
-        let now = self.now_ns();
-        if now < self.kvm.steal_time.next_ns {
+    pub fn update(&mut self, guest: &Guest) {
+        let Some(address) = self.address() else { return };
+        let now = guest.time.now_ns();
+        if now < self.next_ns {
             return;
         }
-        self.kvm.steal_time.next_ns = now + INTERVAL_NS;
-        let stolen = self.kvm.steal_time.stolen_ns();
-        let memory = &self.vm.memory;
+        self.next_ns = now + INTERVAL_NS;
+        let stolen = self.stolen_ns();
+        let memory = guest.memory;
         let mut old = [0; 12];
         if memory.read(GuestPhys(address), &mut old).is_err() {
             return;
@@ -121,32 +119,31 @@ impl Cpu {
     }
 
     /// The flags, about to be written, which other vCPUs of the guest change with locked accesses.
-    fn preempted_flags(&self) -> Option<&AtomicU8> {
-        let address = GuestPhys(self.kvm.steal_time.address()? + PREEMPTED);
-        let host = self.vm.memory.host(address, 1)?;
-        self.vm.dirty.mark(address);
+    fn preempted_flags<'a>(&self, guest: &Guest<'a>) -> Option<&'a AtomicU8> {
+        let address = GuestPhys(self.address()? + PREEMPTED);
+        let host = guest.memory.host(address, 1)?;
+        guest.dirty.mark(address);
         // SAFETY: a mapped byte of guest RAM, which lives as long as the VM; a
         // byte is always aligned.
         Some(unsafe { AtomicU8::from_ptr(host) })
     }
 
     /// The vCPU stops running guest code for a while.
-    pub fn leave_guest(&mut self) {
-        if let Some(flags) = self.preempted_flags() {
+    pub fn leave(&mut self, guest: &Guest) {
+        if let Some(flags) = self.preempted_flags(guest) {
             flags.store(IS_PREEMPTED, Ordering::SeqCst);
-            self.kvm.steal_time.away = true;
+            self.away = true;
         }
     }
 
-    /// It goes on, with the TLB as it was left unless another vCPU wants otherwise.
-    pub fn return_to_guest(&mut self) {
-        if !std::mem::take(&mut self.kvm.steal_time.away) {
-            return;
+    /// It goes on. Whether another vCPU wants its TLB flushed before that.
+    pub fn come_back(&mut self, guest: &Guest) -> bool {
+        if !std::mem::take(&mut self.away) {
+            return false;
         }
-        let Some(flags) = self.preempted_flags() else { return };
-        if flags.swap(0, Ordering::SeqCst) & FLUSH_TLB != 0 {
-            self.tlb.flush(true);
-        }
-        self.update_steal_time();
+        let Some(flags) = self.preempted_flags(guest) else { return false };
+        let flush = flags.swap(0, Ordering::SeqCst) & FLUSH_TLB != 0;
+        self.update(guest);
+        flush
     }
 }

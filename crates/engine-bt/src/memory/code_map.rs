@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use tetrarch_memory::{GuestMemory, GuestPhys, MemoryObserver, PAGE_SHIFT, PAGE_SIZE, Region};
 
-use crate::cpu::state::PHYS_BITS;
+use crate::state::address::PHYS_BITS;
 
 /// Bytes that one bit stands for.
 pub const LINE: usize = 64;

@@ -14,8 +14,8 @@ use parking_lot::Mutex;
 use tetrarch_engine::DirtyPages;
 use tetrarch_memory::{GuestMemory, GuestPhys, MemoryObserver, PAGE_SHIFT, Region};
 
-use crate::cpu::state::PHYS_BITS;
 use crate::memory::rendezvous::{Order, Rendezvous};
+use crate::state::address::PHYS_BITS;
 
 /// Pages of one word.
 const WORD_PAGES: u64 = 64;

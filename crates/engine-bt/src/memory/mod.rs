@@ -1,8 +1,8 @@
-//! Guest memory as a vCPU sees it: page walks, the TLB that translated code
-//! looks into, and the map of what has been translated.
+//! What the engine keeps of guest memory: the TLB that translated code looks into,
+//! the map of what has been translated, the log of written pages, and how all
+//! vCPUs' tables are changed at once.
 
 pub mod code_map;
 pub mod dirty_log;
-pub mod mmu;
 pub mod rendezvous;
 pub mod tlb;

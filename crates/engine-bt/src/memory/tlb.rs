@@ -11,7 +11,7 @@ use std::collections::HashSet;
 
 use tetrarch_memory::GuestPhys;
 
-use crate::cpu::state_block::{
+use crate::state::block::{
     INVALID_BRANCH_0, INVALID_PAGE_0, StateBlock, TLB_ENTRIES, TlbEntry, branch_index, exec_index,
     tlb_index,
 };

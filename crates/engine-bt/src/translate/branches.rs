@@ -11,8 +11,8 @@ use super::emit::{Address, R13, R14, REQUEST, cc};
 use super::job::{Cold, Flags, Job};
 use super::liveness::ALL;
 use super::operands::number;
-use crate::cpu::state::CpuState;
-use crate::cpu::state_block::{branch_offset, exec_index, exec_offset};
+use crate::state::CpuState;
+use crate::state::block::{branch_offset, exec_index, exec_offset};
 
 impl Job<'_> {
     /// Goes to a known address. `live` are the flags that it may need.

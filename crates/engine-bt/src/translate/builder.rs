@@ -20,7 +20,7 @@ use super::job::{Flags, Job};
 use super::liveness;
 use super::sources;
 use super::stubs::Stubs;
-use crate::cpu::mode;
+use crate::state::mode;
 
 const MAX_INSTRUCTIONS: usize = 64;
 /// The most guest bytes of a block.

@@ -7,8 +7,8 @@ use iced_x86::{
 use std::mem::offset_of;
 
 use super::block::Source;
-use crate::cpu::mode;
-use crate::cpu::state::{CpuState, seg};
+use crate::state::mode;
+use crate::state::{CpuState, seg};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

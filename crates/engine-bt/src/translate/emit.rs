@@ -8,8 +8,8 @@ use std::mem::offset_of;
 
 use iced_x86::{Encoder, Instruction};
 
-use crate::cpu::state::{CpuState, Shared, StackPage};
-use crate::cpu::state_block::{SHARED_OFFSET, TLB_ENTRIES, stack_offset, tlb_index, tlb_offset};
+use crate::state::block::{SHARED_OFFSET, TLB_ENTRIES, stack_offset, tlb_index, tlb_offset};
+use crate::state::{CpuState, Shared, StackPage};
 
 /// Host register numbers by their encoding.
 pub const RAX: u8 = 0;

@@ -8,7 +8,7 @@ use super::classify::Kind;
 use super::emit::{Address, R13, R14, R15, gpr_offset};
 use super::job::{Flags, Job};
 use super::operands::{number, replace_memory};
-use crate::cpu::state::CpuState;
+use crate::state::CpuState;
 
 /// The longest run of pushes or pops that is checked at once.
 const STACK_RUN: usize = 16;

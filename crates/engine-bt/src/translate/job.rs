@@ -10,8 +10,8 @@ use super::classify::Kind;
 use super::emit::{Emitter, R13, R14, REQUEST, cc};
 use super::instructions::stack_run;
 use super::stubs::Stubs;
-use crate::cpu::state::CpuState;
-use crate::cpu::state_block::{exec_index, exec_offset};
+use crate::state::CpuState;
+use crate::state::block::{exec_index, exec_offset};
 
 /// Where the arithmetic flags are while emitting.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

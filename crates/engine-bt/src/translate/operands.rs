@@ -8,7 +8,7 @@ use super::classify::keeps_flags_sometimes;
 use super::emit::{Address, R13, R14, R15, cc, gpr_offset};
 use super::job::{Cold, Flags, Job};
 use crate::cpu::fpu;
-use crate::cpu::state::{CpuState, seg};
+use crate::state::{CpuState, seg};
 
 /// The guest register number of a general register of any width.
 pub(super) fn number(register: Register) -> Option<u8> {

@@ -16,8 +16,8 @@ use iced_x86::{
 use super::classify::Kind;
 use super::liveness::{ALL, replaced};
 use crate::cpu::Cpu;
-use crate::cpu::state::flag;
 use crate::interp::{alu, operand};
+use crate::state::flag;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Operation {

@@ -11,7 +11,7 @@ use iced_x86::Instruction;
 
 use super::emit::{Address, R13, R14, RCX, RDI, RSI, cc};
 use super::job::Job;
-use crate::cpu::state::CpuState;
+use crate::state::CpuState;
 
 impl Job<'_> {
     pub(super) fn string(&mut self, i: &Instruction, size: u8, moves: bool) {

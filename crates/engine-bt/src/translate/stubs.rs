@@ -9,8 +9,8 @@ use std::mem::offset_of;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use crate::cpu::state::{CpuState, StackPage};
-use crate::cpu::state_block::{TLB_ENTRIES, TlbEntry, stack_offset, tlb_offset};
+use crate::state::block::{TLB_ENTRIES, TlbEntry, stack_offset, tlb_offset};
+use crate::state::{CpuState, StackPage};
 
 /// Why translated code was left; in [`CpuState::exit_kind`].
 pub mod exit_kind {

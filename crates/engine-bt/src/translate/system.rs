@@ -12,10 +12,10 @@ use super::block::{PortAccess, What};
 use super::emit::{Address, IRQ_WAIT, R11, R13, R14, RAX, RCX, cc};
 use super::job::{Flags, Job};
 use super::operands::{base_offset, number};
-use crate::cpu::mode;
-use crate::cpu::state::{CpuState, flag, seg};
-use crate::cpu::state_block::branch_offset;
 use crate::interp::syscall::{SYSRET_FLAGS, flat_code64, flat_stack};
+use crate::state::block::branch_offset;
+use crate::state::mode;
+use crate::state::{CpuState, flag, seg};
 use tetrarch_engine::Segment;
 
 fn segment_field(segment: usize, field: usize) -> usize {

@@ -7,27 +7,18 @@
 use std::arch::global_asm;
 use std::cell::Cell;
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::cpu::fpu;
-use crate::cpu::state::{CpuState, flag};
 use crate::host::code_memory::CodeMemory;
+use crate::host::signals;
+use crate::state::{CpuState, flag};
 
 const SLAB_BYTES: usize = 64 * 1024;
 const SLABS: usize = 1024;
 const ARENA_BYTES: usize = SLAB_BYTES * SLABS;
 /// An instruction (15 bytes), JMP [RIP+0] (6) and the address of the exit (8).
 const THUNK_BYTES: usize = 32;
-
-/// Where the executable mapping starts; 0 while there is none.
-static RANGE: AtomicUsize = AtomicUsize::new(0);
-
-/// Whether a host address lies in a thunk. Safe in a signal handler.
-pub fn thunk_range_contains(rip: usize) -> bool {
-    let start = RANGE.load(Ordering::Relaxed);
-    start != 0 && rip.wrapping_sub(start) < ARENA_BYTES
-}
 
 struct Arena {
     memory: CodeMemory,
@@ -40,10 +31,17 @@ fn arena() -> Option<&'static Arena> {
     ARENA
         .get_or_init(|| {
             let memory = CodeMemory::new("tetrarch-thunks", ARENA_BYTES).ok()?;
-            RANGE.store(memory.run_address(0) as usize, Ordering::Relaxed);
+            let start = memory.run_address(0);
+            signals::add_code(start, start + ARENA_BYTES as u64, fault_exit() as u64)?;
             Some(Arena { memory, free: Mutex::new((0..SLABS).rev().collect()) })
         })
         .as_ref()
+}
+
+/// Makes the memory and tells the signal handler of it, once a process. Called before
+/// VMs take the places that the handler has for their code.
+pub fn prepare() {
+    arena();
 }
 
 /// The thunk memory of one thread.
@@ -114,7 +112,7 @@ fn exit() -> usize {
 }
 
 /// Where a thread goes on after a fault in a thunk.
-pub fn fault_exit() -> usize {
+fn fault_exit() -> usize {
     let avx = tetrarch_native_fault_avx as *const () as usize;
     let sse = tetrarch_native_fault_sse as *const () as usize;
     if fpu::host_avx() { avx } else { sse }

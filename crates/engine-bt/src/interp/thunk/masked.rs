@@ -5,10 +5,10 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::{check_mode, class, run_registers};
 use crate::cpu::Cpu;
-use crate::cpu::fault::{R, Stop, ud};
 use crate::cpu::fpu;
-use crate::cpu::state::Ymm;
 use crate::interp::operand;
+use crate::state::Ymm;
+use crate::state::fault::{R, Stop, ud};
 
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<()>> {
     let result = match i.mnemonic() {

@@ -2,27 +2,15 @@
 //! host must not be asked.
 
 use std::arch::asm;
-use std::sync::Arc;
 
 use iced_x86::code_asm::*;
 use iced_x86::{Decoder, DecoderOptions, MemoryOperand};
-use tetrarch_engine::{Clock, Exit};
+use tetrarch_engine::Exit;
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use super::*;
 use crate::cpu::VmShared;
-use crate::cpu::cpuid::CpuidTable;
-use crate::cpu::state::{Ymm, attr, cr, flag, reg, seg};
-use crate::irqchip::{IrqChip, Wake};
-use crate::memory::code_map::CodeMap;
-use crate::memory::dirty_log::DirtyLog;
-use crate::memory::rendezvous::Rendezvous;
-
-struct Asleep;
-
-impl Wake for Asleep {
-    fn wake(&self, _: usize) {}
-}
+use crate::state::{Ymm, attr, cr, flag, reg, seg};
 
 const RAM: u64 = 1 << 20;
 /// Not RAM: an access leaves the vCPU.
@@ -31,26 +19,7 @@ const DEVICE: u64 = 0xD000_0000;
 /// A vCPU in 64-bit mode without paging, every FPU feature on.
 pub(crate) fn machine() -> Cpu {
     signals::install();
-    let memory = Arc::new(GuestMemory::new(RAM).unwrap());
-    let code = Arc::new(CodeMap::new(&memory));
-    let rendezvous = Arc::new(Rendezvous::new(1, Arc::new(Asleep)));
-    let dirty = Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous)));
-    let vm = VmShared {
-        memory,
-        dirty,
-        code,
-        rendezvous,
-        halts: tetrarch_engine::Halts::default(),
-        irqchip: Arc::new(IrqChip::new(1, 1_000_000_000, Arc::new(Asleep))),
-        doorbells: Default::default(),
-        clock: Arc::new(Clock::new()),
-        cpuid: CpuidTable::new(1),
-        platform: Default::default(),
-        kvm_features: 0,
-        kvm_time: Default::default(),
-        tsc_hz: 1_000_000_000,
-    };
-    let mut cpu = Cpu::new(0, Arc::new(vm)).unwrap();
+    let mut cpu = Cpu::new(0, VmShared::alone(GuestMemory::new(RAM).unwrap())).unwrap();
     let st = &mut *cpu.st;
     st.cr0 = cr::CR0_PE | cr::CR0_MP | cr::CR0_NE | cr::CR0_ET;
     st.cr4 = cr::CR4_OSFXSR | cr::CR4_OSXMMEXCPT | cr::CR4_OSXSAVE;
@@ -599,6 +568,7 @@ fn thirty_two_bit_code() {
 mod images {
     use super::*;
     use crate::cpu::fpu::component;
+    use crate::state::FX_POINTERS;
 
     fn ask(cpu: &mut Cpu, mask: u64) {
         cpu.st.gpr[reg::RAX] = mask;
@@ -725,7 +695,7 @@ mod images {
         // The pointers have a test of their own.
         let rest = |cpu: &Cpu| {
             let image = fpu::x87(&cpu.st).0;
-            (image[..fpu::FX_POINTERS.start].to_vec(), image[fpu::FX_POINTERS.end..].to_vec())
+            (image[..FX_POINTERS.start].to_vec(), image[FX_POINTERS.end..].to_vec())
         };
         for live in [false, true] {
             let mut cpu = machine();
@@ -786,7 +756,7 @@ mod images {
     fn misaligned_operands_need_the_bit_that_cpuid_shows() {
         let mut cpu = machine();
         ask(&mut cpu, 0);
-        let shown = cpu.vm.cpuid.query(0x8000_0001, 0, &cpu)[2] >> 7 & 1 != 0;
+        let shown = cpu.cpuid(0x8000_0001, 0)[2] >> 7 & 1 != 0;
         poke(&cpu, 0x8000, &(0x1F80 | fpu::MXCSR_MM).to_le_bytes());
         let loaded = exec(&mut cpu, |c| c.ldmxcsr(dword_ptr(rbx)).unwrap());
         assert_eq!(loaded, if shown { Ok(Flow::Next) } else { Err(gp0()) });

@@ -7,14 +7,14 @@
 use tetrarch_engine::Segment;
 
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, Stop, gp, vector};
-use crate::cpu::state::{attr, flag, reg, seg};
 use crate::interp::frame::{self, Frame};
 use crate::interp::segment::{
     code_of, fail, is_null, mark_accessed, null_segment, read_descriptor, system_type,
     table_address, with_ext,
 };
 use crate::interp::task::{self, From, Reason};
+use crate::state::fault::{Fault, R, Stop, gp, vector};
+use crate::state::{attr, flag, reg, seg};
 
 /// DR6: the breakpoints hit, BD, BS and BT.
 const DR6_CAUSES: u64 = 0xE00F;

@@ -1,4 +1,6 @@
-//! The state of one vCPU as translated code sees it.
+//! What one vCPU is, as data: registers ([`CpuState`]), the memory that they and
+//! their tables lie in ([`block`]), stored MSRs ([`msrs`]), and what ends an
+//! instruction early ([`fault`]).
 //!
 //! Translated code reaches this block through the host's GS base, so the layout
 //! is C and every offset is a constant of the emitter. While translated code
@@ -7,14 +9,14 @@
 //! are the truth, while x87 and MXCSR stay in the host CPU between
 //! [`crate::cpu::fpu::load`] and [`crate::cpu::fpu::unload`].
 
-use crate::cpu::x87_pointers::LastThunk;
+pub mod address;
+pub mod block;
+pub mod fault;
+pub mod msrs;
+
 use std::sync::atomic::AtomicU8;
 
 use tetrarch_engine::{Segment, SegmentTable};
-
-/// Physical address bits that CPUID reports; higher ones are reserved.
-pub const PHYS_BITS: u32 = 40;
-pub const PHYS_MASK: u64 = (1 << PHYS_BITS) - 1;
 
 /// RFLAGS bits (Intel SDM 1, 3.4.3).
 pub mod flag {
@@ -136,6 +138,19 @@ pub struct Ymm(pub [u64; 4]);
 #[repr(C, align(64))]
 pub struct FxImage(pub [u8; 512]);
 
+/// Of an FXSAVE image: FOP, FIP with its selector, FDP with its selector.
+pub const FX_POINTERS: std::ops::Range<usize> = 6..24;
+
+/// What a thunk ran last; see [`crate::cpu::x87_pointers`].
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct LastThunk {
+    /// The low half of its address; 0: none.
+    pub host: u32,
+    pub instruction: u64,
+    pub data: u64,
+}
+
 #[repr(C, align(4096))]
 pub struct CpuState {
     pub gpr: [u64; 16],
@@ -151,7 +166,7 @@ pub struct CpuState {
     pub halted: u8,
     /// Whether the guest may use AVX (CR4.OSXSAVE and `XCR0[2:1]` = 3).
     pub avx: u8,
-    /// The mode word by which translations are keyed; see [`crate::cpu::mode`].
+    /// The mode word by which translations are keyed; see [`mode`].
     pub mode: u32,
     /// Arithmetic flags saved around a memory access: AH by LAHF, AL by SETO.
     pub saved_flags: u32,
@@ -208,7 +223,6 @@ pub struct CpuState {
     pub fx: FxImage,
     /// Where the native executor puts memory operands.
     pub bounce: [u64; 16],
-    /// See [`crate::cpu::x87_pointers`].
     pub last_thunk: LastThunk,
 }
 
@@ -274,6 +288,23 @@ impl CpuState {
     }
 }
 
+/// Bits of the mode word: all that the meaning of code bytes depends on.
+pub mod mode {
+    pub const USER: u32 = 1 << 0;
+    /// The translator takes this mode; all others are interpreted.
+    pub const TRANSLATE: u32 = 1 << 1;
+    /// x87 instructions run (CR0.EM and CR0.TS clear).
+    pub const FPU: u32 = 1 << 2;
+    /// SSE instructions run (FPU and CR4.OSFXSR).
+    pub const SSE: u32 = 1 << 3;
+    pub const AVX: u32 = 1 << 4;
+    /// RDTSC runs in user mode.
+    pub const TSC: u32 = 1 << 6;
+    pub const FSGSBASE: u32 = 1 << 7;
+    /// SYSCALL and SYSRET run in translated code (EFER.SCE, and no trap of them).
+    pub const SYSCALL: u32 = 1 << 8;
+}
+
 /// Bits of [`Segment::attributes`].
 pub mod attr {
     pub const TYPE: u32 = 0xF;
@@ -290,4 +321,10 @@ pub mod attr {
     pub const DB: u32 = 1 << 14;
     pub const G: u32 = 1 << 15;
     pub const UNUSABLE: u32 = 1 << 16;
+}
+
+/// The bits of an operand of `size` bytes.
+#[inline]
+pub fn mask(size: usize) -> u64 {
+    if size >= 8 { u64::MAX } else { (1 << (size * 8)) - 1 }
 }

@@ -1,21 +1,14 @@
 //! A vCPU with tables and stacks, for tests of everything privileged.
 
-use std::sync::Arc;
-
 use iced_x86::{Decoder, DecoderOptions};
-use tetrarch_engine::{Clock, SegmentTable};
+use tetrarch_engine::SegmentTable;
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
-use crate::cpu::cpuid::CpuidTable;
-use crate::cpu::fault::R;
-use crate::cpu::state::{cr, flag, reg, seg};
 use crate::cpu::{Cpu, VmShared};
 use crate::interp::segment::{Descriptor, null_segment};
 use crate::interp::{Flow, system};
-use crate::irqchip::{IrqChip, Wake};
-use crate::memory::code_map::CodeMap;
-use crate::memory::dirty_log::DirtyLog;
-use crate::memory::rendezvous::Rendezvous;
+use crate::state::fault::R;
+use crate::state::{cr, flag, reg, seg};
 
 pub const GDT: u64 = 0x1000;
 pub const IDT: u64 = 0x2000;
@@ -40,33 +33,9 @@ pub const NOT_PRESENT: u16 = 0x50;
 pub const READ_ONLY: u16 = 0x58;
 pub const CONFORMING: u16 = 0x60;
 
-struct NoWake;
-
-impl Wake for NoWake {
-    fn wake(&self, _vcpu: usize) {}
-}
-
 /// Four MiB of RAM and a vCPU after RESET.
 pub fn machine() -> Cpu {
-    let memory = Arc::new(GuestMemory::new(4 << 20).unwrap());
-    let tsc_hz = 1_000_000_000;
-    let rendezvous = Arc::new(Rendezvous::new(1, Arc::new(NoWake)));
-    let shared = VmShared {
-        code: Arc::new(CodeMap::new(&memory)),
-        dirty: Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous))),
-        rendezvous,
-        halts: tetrarch_engine::Halts::default(),
-        memory,
-        irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
-        doorbells: Default::default(),
-        clock: Arc::new(Clock::new()),
-        cpuid: CpuidTable::new(1),
-        platform: Default::default(),
-        kvm_features: 0,
-        kvm_time: Default::default(),
-        tsc_hz,
-    };
-    Cpu::new(0, Arc::new(shared)).unwrap()
+    Cpu::new(0, VmShared::alone(GuestMemory::new(4 << 20).unwrap())).unwrap()
 }
 
 pub fn poke(cpu: &Cpu, address: u64, value: u64) {

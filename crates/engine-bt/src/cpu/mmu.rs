@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::cpu::Cpu;
-use crate::cpu::fault::{Fault, R, pf};
-use crate::cpu::state::PHYS_MASK;
-use crate::cpu::state::cr;
 use crate::memory::rendezvous::Orders;
 use crate::memory::tlb::FetchedPage;
+use crate::state::address::{PHYS_MASK, canonical};
+use crate::state::fault::{Fault, R, pf, vector};
+use crate::state::{cr, mask};
 
 const PTE_P: u64 = 1 << 0;
 const PTE_W: u64 = 1 << 1;
@@ -266,7 +266,7 @@ impl Cpu {
             return Ok(Place::Device(address));
         }
         if self.st.long_mode() && !canonical(linear) {
-            return Err(Fault::with_error(crate::cpu::fault::vector::GP, 0));
+            return Err(Fault::with_error(vector::GP, 0));
         }
         let access = if write { Access::Write } else { Access::Read };
         let walk = self.walk(linear, access, user)?;
@@ -508,7 +508,7 @@ impl Cpu {
     /// Translates for an instruction fetch. Returns the address and the walk.
     pub fn fetch_page(&mut self, linear: u64, user: bool) -> Result<(GuestPhys, Walk), Fault> {
         if self.st.long_mode() && !canonical(linear) {
-            return Err(Fault::with_error(crate::cpu::fault::vector::GP, 0));
+            return Err(Fault::with_error(vector::GP, 0));
         }
         let walk = self.walk(linear, Access::Fetch, user)?;
         Ok((walk.address, walk))
@@ -589,17 +589,6 @@ pub enum Place {
     /// RAM with translated code in its page: writes must be reported.
     Code(*mut u8, GuestPhys),
     Device(GuestPhys),
-}
-
-/// Whether bits 63:47 are all alike (SDM 1, 3.3.7.1).
-#[inline]
-pub fn canonical(linear: u64) -> bool {
-    (linear as i64) << 16 >> 16 == linear as i64
-}
-
-#[inline]
-pub fn mask(size: usize) -> u64 {
-    if size >= 8 { u64::MAX } else { (1 << (size * 8)) - 1 }
 }
 
 #[inline]

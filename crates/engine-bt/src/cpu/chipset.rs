@@ -9,7 +9,8 @@ use tetrarch_memory::GuestPhys;
 
 use crate::cpu::Cpu;
 use crate::irqchip;
-use crate::memory::mmu::mask;
+use crate::state::fault::{R, Stop};
+use crate::state::mask;
 
 /// Where the I/O APIC lies (82093AA, 3.1: as a PC's firmware leaves it).
 pub const IOAPIC_BASE: u64 = 0xFEC0_0000;
@@ -74,6 +75,19 @@ impl Cpu {
             return Err(Exit::MmioWrite { address: address.0, size: size as u8, data });
         }
         Ok(())
+    }
+
+    /// The answer to `exit`, or the exit itself where there is none yet. A doorbell's
+    /// answer is in the log too: it rings once for each run of the instruction.
+    pub fn ask(&mut self, exit: Exit) -> R<u64> {
+        if let Some(answer) = self.replay.next() {
+            return Ok(answer);
+        }
+        if self.vm.doorbells.rang(&exit) {
+            self.replay.answer(0);
+            return Ok(self.replay.next().unwrap_or(0));
+        }
+        Err(Stop::Exit(exit))
     }
 
     /// RAM goes first: an APIC page that a guest moves over RAM is not seen there.

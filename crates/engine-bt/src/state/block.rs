@@ -15,7 +15,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
-use crate::cpu::state::{CpuState, Shared, StackPage};
+use crate::state::{CpuState, Shared, StackPage};
 
 /// Index bits of the TLBs: pages of 256 MiB map to different entries.
 pub const TLB_BITS: u32 = 16;

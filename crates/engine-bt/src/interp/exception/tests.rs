@@ -1,6 +1,6 @@
 use super::fixture::*;
 use super::*;
-use crate::cpu::state::cr;
+use crate::state::cr;
 
 fn page_fault(address: u64) -> Fault {
     Fault::page(address, 2)

@@ -7,8 +7,7 @@
 
 use tetrarch_engine::{Exit, Reply};
 
-use crate::cpu::Cpu;
-use crate::cpu::fault::{R, Stop};
+use crate::state::fault::{R, Stop};
 
 #[derive(Default)]
 pub struct Replay {
@@ -34,7 +33,7 @@ impl Replay {
     }
 
     /// The answer to the next access, if it is there.
-    fn next(&mut self) -> Option<u64> {
+    pub fn next(&mut self) -> Option<u64> {
         let &answer = self.answers.get(self.next)?;
         self.next += 1;
         Some(answer)
@@ -63,20 +62,5 @@ impl Replay {
     #[inline]
     pub fn in_progress(&self) -> bool {
         !self.answers.is_empty() || self.platform.is_some()
-    }
-}
-
-impl Cpu {
-    /// The answer to `exit`, or the exit itself where there is none yet. A doorbell's
-    /// answer is in the log too: it rings once for each run of the instruction.
-    pub fn ask(&mut self, exit: Exit) -> R<u64> {
-        if let Some(answer) = self.replay.next() {
-            return Ok(answer);
-        }
-        if self.vm.doorbells.rang(&exit) {
-            self.replay.answer(0);
-            return Ok(self.replay.next().unwrap_or(0));
-        }
-        Err(Stop::Exit(exit))
     }
 }

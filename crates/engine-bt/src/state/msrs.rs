@@ -1,0 +1,51 @@
+//! Model-specific registers that are only stored; [`crate::cpu::msr`] says what may
+//! be written to them.
+
+/// MTRRs of a base and a mask each.
+pub const VARIABLE_MTRRS: usize = 8;
+/// MISC_ENABLE: fast strings.
+const MISC_ENABLE_FAST_STRING: u64 = 1;
+
+pub struct MsrFile {
+    pub pat: u64,
+    pub mtrr_default_type: u64,
+    pub mtrr_fixed: [u64; 11],
+    pub mtrr_variable: [u64; 2 * VARIABLE_MTRRS],
+    pub misc_enable: u64,
+    pub spec_ctrl: u64,
+    pub mcg_status: u64,
+    pub hwcr: u64,
+    pub syscfg: u64,
+    pub top_mem: u64,
+    pub top_mem2: u64,
+    pub ls_cfg: u64,
+}
+
+impl MsrFile {
+    /// The values after RESET, but for the MTRRs: on (E), all write-back, as
+    /// firmware leaves them. A kernel that is loaded without firmware needs
+    /// that, since with MTRRs off Linux gives up PAT as well.
+    pub fn new() -> Self {
+        Self {
+            // WB WT UC- UC, twice (SDM 3A, 12.12.4).
+            pat: 0x0007_0406_0007_0406,
+            mtrr_default_type: 1 << 11 | 6,
+            mtrr_fixed: [0; 11],
+            mtrr_variable: [0; 2 * VARIABLE_MTRRS],
+            misc_enable: MISC_ENABLE_FAST_STRING,
+            spec_ctrl: 0,
+            mcg_status: 0,
+            hwcr: 0,
+            syscfg: 0,
+            top_mem: 0,
+            top_mem2: 0,
+            ls_cfg: 0,
+        }
+    }
+}
+
+impl Default for MsrFile {
+    fn default() -> Self {
+        Self::new()
+    }
+}
