@@ -24,11 +24,6 @@ impl Event {
     pub fn take(&self) -> bool {
         rustix::io::read(&self.0, &mut [0; 8]).is_ok()
     }
-
-    /// The same event under another descriptor.
-    pub fn share(&self) -> io::Result<Self> {
-        Ok(Self(self.0.try_clone()?))
-    }
 }
 
 impl AsFd for Event {
@@ -42,11 +37,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn signals_are_taken_once_whoever_signalled() {
+    fn signals_are_taken_at_once() {
         let event = Event::new().unwrap();
         assert!(!event.take());
         event.signal();
-        event.share().unwrap().signal();
+        event.signal();
         assert!(event.take());
         assert!(!event.take());
     }

@@ -38,10 +38,6 @@ pub enum Trigger {
     /// Once for each time that something came to be read, taken or not: an [`Event`] that
     /// nobody has to take.
     Edge,
-    /// As long as there is something to read or room to write.
-    ReadableOrWritable,
-    /// Not at all: the descriptor waits to be armed again.
-    Never,
 }
 
 impl Trigger {
@@ -49,8 +45,6 @@ impl Trigger {
         match self {
             Self::Readable => epoll::EventFlags::IN,
             Self::Edge => epoll::EventFlags::IN | epoll::EventFlags::ET,
-            Self::ReadableOrWritable => epoll::EventFlags::IN | epoll::EventFlags::OUT,
-            Self::Never => epoll::EventFlags::empty(),
         }
     }
 }
@@ -201,22 +195,10 @@ impl Attachment {
         epoll::EventData::new_u64(u64::from(self.id) << 32 | u64::from(source))
     }
 
-    /// Calls the handler with `source` when the descriptor is ready. The descriptor is to be
-    /// removed before it is closed.
+    /// Calls the handler with `source` when the descriptor is ready, until it is closed.
     pub fn add(&self, descriptor: impl AsFd, source: u32, trigger: Trigger) -> io::Result<()> {
         epoll::add(&self.shared.epoll, descriptor, self.data(source), trigger.flags())?;
         Ok(())
-    }
-
-    /// Sets what a descriptor's handler is called for from now on.
-    pub fn arm(&self, descriptor: impl AsFd, source: u32, trigger: Trigger) -> io::Result<()> {
-        epoll::modify(&self.shared.epoll, descriptor, self.data(source), trigger.flags())?;
-        Ok(())
-    }
-
-    pub fn remove(&self, descriptor: impl AsFd) {
-        // Fails only where it was not added.
-        let _ = epoll::delete(&self.shared.epoll, descriptor);
     }
 }
 

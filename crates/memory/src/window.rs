@@ -1,6 +1,5 @@
 //! A window on guest RAM: what a device reads and writes again and again.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use vm_memory::{ByteValued, Bytes, VolatileMemory, VolatileSlice};
@@ -85,11 +84,6 @@ impl Window {
         {
             self.memory.written(self.start.offset(offset as u64), size_of::<T>());
         }
-    }
-
-    /// Whether the window is of this moment's regions.
-    pub fn is_of(&self, memory: &Snapshot) -> bool {
-        Arc::ptr_eq(&self.memory.0, &memory.0)
     }
 }
 

@@ -217,10 +217,6 @@ class PciFunction:
         at = self.add_capability(MSIX_CAPABILITY, control + places, writable)
         self._msix = at + 2, table
 
-    @property
-    def bus_master(self) -> bool:
-        return bool(self.config.get(COMMAND, 2) & BUS_MASTER)
-
     # On the bus
 
     def plug(self, wire: InterruptWire) -> None:
