@@ -95,7 +95,7 @@ pub struct Guest {
     pub frame: Frame,
 }
 
-/// Kicks a vCPU that runs for seconds: an engine that hangs is a failed test.
+/// Kicks a vCPU that runs for a minute: an engine that hangs is a failed test.
 struct Watch {
     runs: AtomicU64,
     running: AtomicU64,
@@ -110,7 +110,8 @@ fn watch(watch: &Arc<Watch>, kicker: Arc<dyn Kick>) {
             let same = run == seen && watch.running.load(Ordering::Relaxed) != 0;
             times = if same { times + 1 } else { 0 };
             seen = run;
-            if times >= 40 {
+            // A minute: the host may be busy with other things.
+            if times >= 600 {
                 kicker.kick();
             }
             drop(watch);
