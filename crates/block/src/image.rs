@@ -57,11 +57,17 @@ impl fmt::Display for Format {
     }
 }
 
-impl FromStr for Format {
-    type Err = ();
+/// The name of no format.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}: no format")]
+pub struct UnknownFormat(String);
 
-    fn from_str(name: &str) -> Result<Self, ()> {
-        Self::ALL.into_iter().find(|format| format.name() == name).ok_or(())
+impl FromStr for Format {
+    type Err = UnknownFormat;
+
+    fn from_str(name: &str) -> Result<Self, UnknownFormat> {
+        let found = Self::ALL.into_iter().find(|format| format.name() == name);
+        found.ok_or_else(|| UnknownFormat(name.to_owned()))
     }
 }
 
@@ -174,7 +180,7 @@ impl Chain {
         let Some(name) = &header.backing else { return Ok(None) };
         let path = backing_path(image, name)?;
         let format = match &header.backing_format {
-            Some(format) => format.parse().map_err(|()| {
+            Some(format) => format.parse().map_err(|UnknownFormat(_)| {
                 let cause = format!("its backing file {name} has the format {format}");
                 let mend = format!("convert that: qemu-img convert -f {format} -O qcow2 OLD NEW");
                 ImageError::new(image, cause, mend)

@@ -29,7 +29,7 @@ pub use backend::{BlockBackend, BlockInfo, BlockQueue, Completion, Request, SECT
 pub use check::{CheckReport, check};
 pub use create::{Description, NewImage, Source, create, describe, guess_format};
 pub use error::{BlockError, ImageError};
-pub use image::{Format, ImageOptions, open};
+pub use image::{Format, ImageOptions, UnknownFormat, open};
 pub use qcow2::Qcow2Header;
 pub use raw::{Cache, RawDisk, RawOptions};
 pub use stop::{OnStop, StopOnError, Waits};

@@ -52,6 +52,33 @@ pub struct Qcow2Header {
     pub(crate) snapshots_offset: u64,
 }
 
+/// What a header has that no image can have.
+#[derive(Debug, thiserror::Error)]
+enum Damage {
+    #[error("it ends after {0} bytes")]
+    Ends(usize),
+    #[error("clusters of 2^{bits} bytes")]
+    Clusters { bits: u32 },
+    #[error("its header's length or its refcounts' width")]
+    Header,
+    #[error("a header extension is longer than the header")]
+    Extension,
+    #[error("{there} of {needed} entries of its L1 table")]
+    L1Entries { there: u32, needed: u128 },
+    #[error("its {table} of {bytes} bytes at {offset:#x}")]
+    Table { table: &'static str, bytes: u64, offset: u64 },
+    #[error("its file of {file_len} bytes ends before its {table} does")]
+    Cut { file_len: u64, table: &'static str },
+    #[error("the name of its backing file is not in its header")]
+    BackingOutside,
+    #[error("its backing file's name is cut")]
+    BackingCut,
+    #[error("its backing file's name is no text")]
+    BackingNoText,
+    #[error("the format of its backing file is no text")]
+    BackingFormatNoText,
+}
+
 impl Qcow2Header {
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
@@ -60,7 +87,7 @@ impl Qcow2Header {
     /// Reads and checks it. What this refuses no image has that QEMU would open, but for
     /// the features that it names.
     pub fn read(file: &File, path: &Path) -> Result<Self, ImageError> {
-        let damaged = |what: String| {
+        let damaged = |what: Damage| {
             let mend = "restore the image from a backup, or give format=raw for its bytes";
             ImageError::new(path, format!("damaged qcow2 image: {what}"), mend)
         };
@@ -87,7 +114,7 @@ impl Qcow2Header {
             _ => return Err(unsupported(&format!("version {version}"))),
         };
         if there < minimum {
-            return Err(damaged(format!("it ends after {there} bytes")));
+            return Err(damaged(Damage::Ends(there)));
         }
         let (features, lazy, order, length) = if version == 2 {
             (0, 0, 4, 72)
@@ -96,11 +123,11 @@ impl Qcow2Header {
         };
         let cluster_bits = u32_at(20);
         if !(9..=21).contains(&cluster_bits) {
-            return Err(damaged(format!("clusters of 2^{cluster_bits} bytes")));
+            return Err(damaged(Damage::Clusters { bits: cluster_bits }));
         }
         let cluster = 1u64 << cluster_bits;
         if order > 6 || length < minimum as u32 || u64::from(length) > cluster {
-            return Err(damaged("its header's length or its refcounts' width".into()));
+            return Err(damaged(Damage::Header));
         }
         if features & CORRUPT != 0 {
             let mend = "repair it: qemu-img check -r all IMAGE";
@@ -155,50 +182,46 @@ impl Qcow2Header {
         file.sync_data()
     }
 
-    fn check_tables(&self, file_len: u64) -> Result<(), String> {
+    fn check_tables(&self, file_len: u64) -> Result<(), Damage> {
         let cluster = self.cluster_size();
         // An entry of L1 is a table of cluster / 8 entries of L2.
         let per_entry = u128::from(cluster) * u128::from(cluster / 8);
         let needed = u128::from(self.size).div_ceil(per_entry);
         if u128::from(self.l1_entries) < needed {
-            return Err(format!("{} of {needed} entries of its L1 table", self.l1_entries));
+            return Err(Damage::L1Entries { there: self.l1_entries, needed });
         }
         let l1_bytes = u64::from(self.l1_entries) * 8;
         let reftable_bytes = u64::from(self.reftable_clusters) * cluster;
-        for (name, offset, bytes, limit) in [
+        for (table, offset, bytes, limit) in [
             ("L1 table", self.l1_offset, l1_bytes, MAX_L1_BYTES),
             ("refcount table", self.reftable_offset, reftable_bytes, MAX_REFTABLE_BYTES),
         ] {
             if bytes > limit || !offset.is_multiple_of(cluster) {
-                return Err(format!("its {name} of {bytes} bytes at {offset:#x}"));
+                return Err(Damage::Table { table, bytes, offset });
             }
             // The last cluster of a file need not be whole.
             let end = offset.checked_add(bytes);
             let whole = end.is_some_and(|end| end <= file_len.next_multiple_of(cluster));
             if bytes > 0 && !whole {
-                return Err(format!("its file of {file_len} bytes ends before its {name} does"));
+                return Err(Damage::Cut { file_len, table });
             }
         }
         Ok(())
     }
 }
 
-fn backing_name(file: &File, at: u64, len: u32, cluster: u64) -> Result<Option<String>, String> {
+fn backing_name(file: &File, at: u64, len: u32, cluster: u64) -> Result<Option<String>, Damage> {
     if at == 0 {
         return Ok(None);
     }
     let inside = at.checked_add(u64::from(len)).is_some_and(|end| end <= cluster);
     if !(1..=1023).contains(&len) || !inside {
-        return Err("the name of its backing file is not in its header".into());
+        return Err(Damage::BackingOutside);
     }
     let mut name = vec![0; len as usize];
-    file.read_exact_at(&mut name, at).map_err(|_| "its backing file's name is cut".to_string())?;
-    let name = String::from_utf8(name).map_err(|_| "its backing file's name is no text")?;
-    if name.contains('\0') {
-        Err("its backing file's name is no text".into())
-    } else {
-        Ok(Some(name))
-    }
+    file.read_exact_at(&mut name, at).map_err(|_| Damage::BackingCut)?;
+    let name = String::from_utf8(name).map_err(|_| Damage::BackingNoText)?;
+    if name.contains('\0') { Err(Damage::BackingNoText) } else { Ok(Some(name)) }
 }
 
 /// What lies between the header and the name of the backing file.
@@ -209,13 +232,13 @@ struct Extensions {
 }
 
 impl Extensions {
-    fn read(file: &File, header: u64, cluster: u64) -> Result<Self, String> {
+    fn read(file: &File, header: u64, cluster: u64) -> Result<Self, Damage> {
         let (mut found, mut at, mut head) = (Self::default(), header, [0; 8]);
         while at + 8 <= cluster && file.read_exact_at(&mut head, at).is_ok() {
             let kind = u32::from_be_bytes(head[..4].try_into().expect("4 bytes"));
             let len = u64::from(u32::from_be_bytes(head[4..].try_into().expect("4 bytes")));
             if at + 8 + len > cluster && kind != 0 {
-                return Err("a header extension is longer than the header".into());
+                return Err(Damage::Extension);
             }
             match kind {
                 0 => break,
@@ -225,8 +248,7 @@ impl Extensions {
                     let mut name = vec![0; len.min(16) as usize];
                     let read = file.read_exact_at(&mut name, at + 8);
                     let name = read.ok().and_then(|()| String::from_utf8(name).ok());
-                    found.backing_format =
-                        Some(name.ok_or("the format of its backing file is no text")?);
+                    found.backing_format = Some(name.ok_or(Damage::BackingFormatNoText)?);
                 }
                 _ => {}
             }

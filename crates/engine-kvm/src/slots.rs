@@ -9,7 +9,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use tetrarch_engine::{DirtyPages, EngineError};
-use tetrarch_memory::{GuestPhys, MemoryObserver, PAGE_SHIFT, Region};
+use tetrarch_memory::{GuestPhys, MemoryObserver, PAGE_SHIFT, Refusal, Region};
 
 use crate::dirty::{DirtyTracking, Ring, enable_ring};
 use crate::vm::{VmShared, refused};
@@ -203,9 +203,9 @@ impl MemoryObserver for MemoryChanges {
         self.slots.written(address, length);
     }
 
-    fn mapped(&self, region: &Region) -> Result<(), String> {
+    fn mapped(&self, region: &Region) -> Result<(), Refusal> {
         let Some(vm) = self.vm.upgrade() else { return Ok(()) };
-        self.slots.map(&vm.fd, region).map_err(|error| error.to_string())
+        Ok(self.slots.map(&vm.fd, region)?)
     }
 
     fn unmapped(&self, region: &Region) {

@@ -18,7 +18,7 @@ pub use dump::dump;
 pub use error::MachineError;
 pub use hold::NotHeld;
 pub use machine::{Machine, engine_available};
-pub use registers::State;
+pub use registers::{BadRegisters, State};
 pub use reset::ResetState;
 pub use slot::VcpuSlot;
 pub use stats::{Stats, collect};

@@ -1,6 +1,7 @@
 //! Registers by name, as one walk that reads and sets them.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use tetrarch_engine::{EngineError, Registers, Segment, SegmentTable, SystemRegisters, Vcpu};
 
@@ -36,6 +37,28 @@ impl Field<'_> {
                 true
             }
         }
+    }
+}
+
+/// Why a register cannot be set.
+#[derive(Debug, thiserror::Error)]
+enum BadRegister {
+    #[error("{value:#x} is too large for register {name}")]
+    TooLarge { name: String, value: u64 },
+    #[error("there is no register '{0}'")]
+    Unknown(String),
+}
+
+/// All that cannot be set of what was asked for.
+#[derive(Debug, thiserror::Error)]
+pub struct BadRegisters(Vec<BadRegister>);
+
+impl fmt::Display for BadRegisters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, bad) in self.0.iter().enumerate() {
+            write!(f, "{}{bad}", if index == 0 { "" } else { "; " })?;
+        }
+        Ok(())
     }
 }
 
@@ -118,16 +141,16 @@ impl State {
     }
 
     /// Sets the registers named, or says which cannot be.
-    pub fn set(&mut self, mut values: BTreeMap<String, u64>) -> Result<(), String> {
+    pub fn set(&mut self, mut values: BTreeMap<String, u64>) -> Result<(), BadRegisters> {
         let mut problems = Vec::new();
         self.walk(&mut |name, mut field| {
             if let Some(value) = values.remove(name)
                 && !field.set(value)
             {
-                problems.push(format!("{value:#x} is too large for register {name}"));
+                problems.push(BadRegister::TooLarge { name: name.to_owned(), value });
             }
         });
-        problems.extend(values.into_keys().map(|name| format!("there is no register '{name}'")));
-        if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
+        problems.extend(values.into_keys().map(BadRegister::Unknown));
+        if problems.is_empty() { Ok(()) } else { Err(BadRegisters(problems)) }
     }
 }

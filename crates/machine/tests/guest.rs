@@ -47,7 +47,7 @@ fn set(machine: &Machine, values: &[(&str, u64)]) -> Result<(), String> {
     let set = |vcpu: &mut dyn Vcpu| {
         let old = State::of(vcpu).map_err(|error| error.to_string())?;
         let mut new = old;
-        new.set(values)?;
+        new.set(values).map_err(|error| error.to_string())?;
         new.store(&old, vcpu).map_err(|error| error.to_string())
     };
     machine.with_vcpu(&machine.vcpus[0], set).map_err(|failed| failed.error.to_string())?

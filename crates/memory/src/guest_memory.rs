@@ -13,7 +13,7 @@ use vm_memory::{
 };
 
 use crate::host_map::{HostMap, MAX_REGIONS};
-use crate::observers::{MemoryObserver, Observers, WriteMarks};
+use crate::observers::{MemoryObserver, Observers, Refusal, WriteMarks};
 use crate::{GuestPhys, PAGE_SIZE};
 
 /// Where RAM stops below 4 GiB; above it lie the PCI hole and the APICs.
@@ -49,7 +49,7 @@ pub enum MemoryError {
     #[error("no memory region begins at {0}")]
     NoRegion(GuestPhys),
     #[error("the engine cannot use memory of {len:#x} bytes at {start}: {cause}")]
-    Refused { start: GuestPhys, len: u64, cause: String },
+    Refused { start: GuestPhys, len: u64, cause: Refusal },
     #[error("{length} bytes at guest physical {address} are not RAM of this machine")]
     OutOfRange { address: GuestPhys, length: u64 },
     #[error("a request names more than {} pieces of memory", crate::ScatterList::MAX_PIECES)]

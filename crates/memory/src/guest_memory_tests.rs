@@ -13,7 +13,7 @@ impl MemoryObserver for Log {
         self.writes.lock().push((address.0, length));
     }
 
-    fn mapped(&self, region: &Region) -> Result<(), String> {
+    fn mapped(&self, region: &Region) -> Result<(), Refusal> {
         if self.refuses {
             return Err("no slot is free".into());
         }
@@ -150,7 +150,7 @@ fn observer_that_keeps_a_region_ends_with_the_memory() {
     struct Keeper(Mutex<Option<Region>>);
     impl MemoryObserver for Keeper {
         fn written(&self, _: GuestPhys, _: u64) {}
-        fn mapped(&self, region: &Region) -> Result<(), String> {
+        fn mapped(&self, region: &Region) -> Result<(), Refusal> {
             *self.0.lock() = Some(region.clone());
             Ok(())
         }

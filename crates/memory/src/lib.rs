@@ -15,6 +15,6 @@ mod window;
 
 pub use address::{GuestPhys, PAGE_SHIFT, PAGE_SIZE};
 pub use guest_memory::{GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, Region, Regions};
-pub use observers::{MemoryObserver, WriteMarks, WriteMarksSlice};
+pub use observers::{MemoryObserver, Refusal, WriteMarks, WriteMarksSlice};
 pub use scatter::{ScatterList, Snapshot};
 pub use window::Window;

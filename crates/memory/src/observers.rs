@@ -8,6 +8,10 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 use crate::{GuestPhys, Region};
 
+/// Why an observer keeps a region away: an engine's error, of which this crate knows
+/// no more than what it says.
+pub type Refusal = Box<dyn std::error::Error + Send + Sync>;
+
 /// Hears of every write to guest memory that does not come from a vCPU, and of
 /// every region that comes and goes: an engine, its code map, a dirty log.
 pub trait MemoryObserver: Send + Sync {
@@ -15,7 +19,7 @@ pub trait MemoryObserver: Send + Sync {
     fn written(&self, address: GuestPhys, length: u64);
 
     /// A region is about to appear. An error keeps it away.
-    fn mapped(&self, _region: &Region) -> Result<(), String> {
+    fn mapped(&self, _region: &Region) -> Result<(), Refusal> {
         Ok(())
     }
 
@@ -53,7 +57,7 @@ impl Observers {
     }
 
     /// Tells all, or none for good: who was told hears that it is gone again.
-    pub fn mapped(&self, region: &Region) -> Result<(), String> {
+    pub fn mapped(&self, region: &Region) -> Result<(), Refusal> {
         let list = self.0.load_full();
         for (index, observer) in list.iter().enumerate() {
             if let Err(refused) = observer.mapped(region) {

@@ -35,8 +35,7 @@ impl From<ImageError> for Failure {
 }
 
 fn kind(name: Option<&str>) -> Result<Option<Format>, Failure> {
-    let parse =
-        |name: &str| name.parse().map_err(|()| Failure::refused(format!("{name}: no format")));
+    let parse = |name: &str| name.parse::<Format>().map_err(Failure::refused);
     name.map(parse).transpose()
 }
 

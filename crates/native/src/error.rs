@@ -67,8 +67,8 @@ pub enum Failure {
 
 impl Failure {
     /// A request that makes no sense.
-    pub fn refused(message: impl Into<String>) -> Self {
-        Self::Engine(tetrarch_engine::EngineError::Refused(message.into()))
+    pub fn refused(message: impl std::fmt::Display) -> Self {
+        Self::Engine(tetrarch_engine::EngineError::Refused(message.to_string()))
     }
 }
 

@@ -17,6 +17,7 @@ use std::sync::OnceLock;
 
 use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind};
 use tetrarch_engine::cpuid::{self, host_is_intel};
+use thiserror::Error;
 
 use crate::cpu::x87_pointers::{self, Pointers};
 use crate::state::fault::{Fault, R, ud, vector};
@@ -332,12 +333,27 @@ pub fn without_disabled(image: &[u8], xcr0: u64) -> Vec<u8> {
     image
 }
 
+/// Why an image is none of this CPU's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum BadImage {
+    #[error("an XSAVE image has at least {XSAVE_AVX} bytes, not {0}")]
+    Short(usize),
+    #[error("XSAVE image with unknown state components {0:#x}")]
+    Components(u64),
+    #[error("XSAVE image in compacted format")]
+    Compacted,
+    #[error("XSAVE image with reserved bits in MXCSR {0:#x}")]
+    Mxcsr(u32),
+    #[error("XSAVE image with AVX state that this host or the image lacks")]
+    NoAvx,
+}
+
 /// Replaces the whole state by that of an XSAVE image in standard format.
 /// Components that the image leaves out become initial. On an error nothing has
 /// changed.
-pub fn load_xsave(st: &mut CpuState, image: &[u8]) -> Result<(), String> {
+pub fn load_xsave(st: &mut CpuState, image: &[u8]) -> Result<(), BadImage> {
     if image.len() < XSAVE_AVX {
-        return Err(format!("an XSAVE image has at least {XSAVE_AVX} bytes, not {}", image.len()));
+        return Err(BadImage::Short(image.len()));
     }
     let header = |at: usize| {
         image[XSAVE_HEADER + at..XSAVE_HEADER + at + 8]
@@ -348,17 +364,17 @@ pub fn load_xsave(st: &mut CpuState, image: &[u8]) -> Result<(), String> {
     let present = header(0);
     let mxcsr = word(image, FX_MXCSR);
     if present & !component::ALL != 0 {
-        return Err(format!("XSAVE image with unknown state components {present:#x}"));
+        return Err(BadImage::Components(present));
     }
     if header(8) != 0 {
-        return Err("XSAVE image in compacted format".into());
+        return Err(BadImage::Compacted);
     }
     if mxcsr & !mxcsr_mask() != 0 {
-        return Err(format!("XSAVE image with reserved bits in MXCSR {mxcsr:#x}"));
+        return Err(BadImage::Mxcsr(mxcsr));
     }
     let avx = present & component::AVX != 0;
     if avx && (image.len() < XSAVE_BYTES || !host_avx()) {
-        return Err("XSAVE image with AVX state that this host or the image lacks".into());
+        return Err(BadImage::NoAvx);
     }
     st.vec = Default::default();
     st.mxcsr = MXCSR_INIT;
@@ -475,8 +491,14 @@ mod tests {
         unknown[XSAVE_HEADER + 1] = 2;
         let mut compacted = image.clone();
         compacted[XSAVE_HEADER + 15] = 0x80;
-        for bad in [&bad_mxcsr[..], &unknown, &compacted, &image[..575]] {
-            assert!(load_xsave(&mut st, bad).is_err());
+        let reserved = u32::from_le_bytes([0x80, 0x1F, 0, 1]);
+        for (bad, why) in [
+            (&bad_mxcsr[..], BadImage::Mxcsr(reserved)),
+            (&unknown, BadImage::Components(u64::from(image[XSAVE_HEADER]) | 0x200)),
+            (&compacted, BadImage::Compacted),
+            (&image[..575], BadImage::Short(575)),
+        ] {
+            assert_eq!(load_xsave(&mut st, bad), Err(why));
             assert_eq!(save_xsave(&st), image);
         }
     }

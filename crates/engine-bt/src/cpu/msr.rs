@@ -5,6 +5,7 @@
 
 use crate::cpu::Cpu;
 use crate::cpu::cpuid::{ARCH_CAPABILITIES, Vendor};
+use crate::irqchip::ProtectionFault;
 use crate::kvm;
 use crate::state::address::{PHYS_BITS, canonical};
 use crate::state::fault::{R, gp};
@@ -161,7 +162,7 @@ pub fn read(cpu: &mut Cpu, number: u32) -> R<u64> {
         let (now, tsc) = (cpu.now_ns(), cpu.tsc());
         return match cpu.vm.irqchip.apic_msr_read(cpu.id, number, now, tsc) {
             Ok(value) => Ok(value),
-            Err(()) => gp(0),
+            Err(ProtectionFault) => gp(0),
         };
     }
     let (st, msrs) = (&*cpu.st, &cpu.msrs);

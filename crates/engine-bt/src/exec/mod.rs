@@ -20,7 +20,7 @@ use crate::host::timer::HostTimer;
 use crate::host::wake::Bell;
 use crate::interp::exception;
 use crate::interp::{self, Flow, thunk};
-use crate::irqchip;
+use crate::irqchip::{self, ProtectionFault};
 use crate::state::fault::{Fault, Stop};
 use crate::state::mode;
 use crate::state::{reg, seg, shadow};
@@ -578,9 +578,14 @@ impl Vcpu for BtVcpu {
         irqchip.set_cr8(id, registers.cr8 as u8);
         if registers.apic_base != irqchip.apic_base(id) {
             let (now, tsc) = (self.cpu.now_ns(), self.cpu.tsc());
-            irqchip.apic_msr_write(id, 0x1B, registers.apic_base, now, tsc).map_err(|()| {
-                EngineError::Refused(format!("APIC base {:#x} is not valid", registers.apic_base))
-            })?;
+            irqchip.apic_msr_write(id, 0x1B, registers.apic_base, now, tsc).map_err(
+                |ProtectionFault| {
+                    EngineError::Refused(format!(
+                        "APIC base {:#x} is not valid",
+                        registers.apic_base
+                    ))
+                },
+            )?;
         }
         self.forget_progress();
         Ok(())
@@ -591,7 +596,8 @@ impl Vcpu for BtVcpu {
     }
 
     fn set_xsave(&mut self, image: &[u8]) -> Result<(), EngineError> {
-        fpu::load_xsave(&mut self.cpu.st, image).map_err(EngineError::Refused)
+        fpu::load_xsave(&mut self.cpu.st, image)
+            .map_err(|error| EngineError::Refused(error.to_string()))
     }
 
     fn msr(&mut self, index: u32) -> Option<u64> {

@@ -7,7 +7,7 @@
 use tetrarch_engine::{LAPIC_REGISTERS, LapicState};
 
 use super::timer::{Mode, Timer};
-use super::{Delivery, Event};
+use super::{BadState, Delivery, Event, ProtectionFault};
 use crate::state::address::PHYS_MASK;
 
 pub(super) const DEFAULT_BASE: u64 = 0xfee0_0000;
@@ -95,6 +95,13 @@ pub(super) struct Icr {
 /// The register is reserved or does not allow this access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Illegal;
+
+/// In x2APIC mode (11.12.1.2).
+impl From<Illegal> for ProtectionFault {
+    fn from(Illegal: Illegal) -> Self {
+        Self
+    }
+}
 
 /// 256 bits, one a vector.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -613,16 +620,16 @@ impl Lapic {
         Action::None
     }
 
-    /// 11.12.1.2. Err is #GP.
-    pub fn x2apic_read(&self, reg: u32, now_ns: u64) -> Result<u64, ()> {
+    /// 11.12.1.2.
+    pub fn x2apic_read(&self, reg: u32, now_ns: u64) -> Result<u64, ProtectionFault> {
         if !self.enabled() || !self.x2apic() {
-            return Err(());
+            return Err(ProtectionFault);
         }
         match reg {
             reg::ID => Ok(u64::from(self.id)),
             reg::LDR => Ok(u64::from(self.x2apic_ldr())),
             reg::ICR => Ok(u64::from(self.icr_high) << 32 | u64::from(self.icr_low)),
-            reg => self.read_register(reg, now_ns).map(u64::from).map_err(|Illegal| ()),
+            reg => Ok(u64::from(self.read_register(reg, now_ns)?)),
         }
     }
 
@@ -632,24 +639,24 @@ impl Lapic {
         value: u64,
         now_ns: u64,
         tsc: u64,
-    ) -> Result<Action, ()> {
+    ) -> Result<Action, ProtectionFault> {
         if !self.enabled() || !self.x2apic() {
-            return Err(());
+            return Err(ProtectionFault);
         }
         if reg == reg::ICR {
             if value & X2APIC_ICR_RESERVED != 0 {
-                return Err(());
+                return Err(ProtectionFault);
             }
             self.icr_high = (value >> 32) as u32;
             return Ok(self.send(value as u32, self.icr_high, true));
         }
-        let value = u32::try_from(value).map_err(|_| ())?;
+        let value = u32::try_from(value).map_err(|_| ProtectionFault)?;
         match reg {
-            reg::EOI | reg::ESR if value != 0 => Err(()),
-            reg::TPR if value > 0xff => Err(()),
-            reg::SVR if value & !0x3ff != 0 => Err(()),
-            reg::TIMER_DIVIDE if value & !0xb != 0 => Err(()),
-            reg::SELF_IPI if value > 0xff => Err(()),
+            reg::EOI | reg::ESR if value != 0 => Err(ProtectionFault),
+            reg::TPR if value > 0xff => Err(ProtectionFault),
+            reg::SVR if value & !0x3ff != 0 => Err(ProtectionFault),
+            reg::TIMER_DIVIDE if value & !0xb != 0 => Err(ProtectionFault),
+            reg::SELF_IPI if value > 0xff => Err(ProtectionFault),
             // 11.12.11: a fixed, edge-triggered interrupt to itself.
             reg::SELF_IPI => {
                 if value < 16 {
@@ -659,7 +666,7 @@ impl Lapic {
                 }
                 Ok(Action::None)
             }
-            reg => self.write_register(reg, value, now_ns, tsc).map_err(|Illegal| ()),
+            reg => Ok(self.write_register(reg, value, now_ns, tsc)?),
         }
     }
 
@@ -675,15 +682,15 @@ impl Lapic {
         self.run_timer(now_ns, tsc);
     }
 
-    /// IA32_APIC_BASE: the transitions of figure 11-27. Err is #GP.
-    pub fn set_base(&mut self, value: u64) -> Result<(), ()> {
+    /// IA32_APIC_BASE: the transitions of figure 11-27.
+    pub fn set_base(&mut self, value: u64) -> Result<(), ProtectionFault> {
         if value & BASE_RESERVED != 0 {
-            return Err(());
+            return Err(ProtectionFault);
         }
         let mode = |base: u64| (base & BASE_ENABLE != 0, base & BASE_X2APIC != 0);
         match (mode(self.base), mode(value)) {
             (_, (false, true)) | ((false, _), (true, true)) | ((true, true), (true, false)) => {
-                return Err(());
+                return Err(ProtectionFault);
             }
             (_, (false, false)) => {
                 self.base = value;
@@ -754,14 +761,14 @@ impl Lapic {
         tsc_hz: u64,
         state: &LapicState,
         now: (u64, u64),
-    ) -> Result<Self, String> {
+    ) -> Result<Self, BadState> {
         let base = state.base;
         let x2apic_without_enable = base & (BASE_ENABLE | BASE_X2APIC) == BASE_X2APIC;
         if base & BASE_RESERVED != 0 || x2apic_without_enable {
-            return Err(format!("APIC base {base:#x} is invalid"));
+            return Err(BadState::ApicBase(base));
         }
         let Ok(registers) = <&[u32; LAPIC_REGISTERS]>::try_from(&state.registers[..]) else {
-            return Err(format!("{} APIC registers are not 64", state.registers.len()));
+            return Err(BadState::ApicRegisters(state.registers.len()));
         };
         let get = |reg: u32| registers[reg as usize];
         let vectors = |first: u32| Vectors(std::array::from_fn(|index| get(first + index as u32)));

@@ -11,6 +11,7 @@
 //! sender must know to find its targets are atomics, published before the lock they summarise is
 //! released.
 
+mod error;
 mod ioapic;
 mod lapic;
 #[cfg(test)]
@@ -28,6 +29,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use tetrarch_engine::{ChipsetState, LapicState};
 
+pub use error::{BadState, ProtectionFault};
 use ioapic::IoApic;
 pub use lapic::is_timed;
 use lapic::{Action, Icr, Lapic, Route};
@@ -300,7 +302,7 @@ impl Legacy {
         }
     }
 
-    fn restored(state: &ChipsetState) -> Result<Self, String> {
+    fn restored(state: &ChipsetState) -> Result<Self, BadState> {
         let mut state = *state;
         state.lines &= (1 << ioapic::PINS) - 1;
         let pit = Pit::restored(&state.pit)?;
@@ -677,20 +679,24 @@ impl IrqChip {
         self.with_legacy(|legacy, send| legacy.write_ioapic(offset, value, send));
     }
 
-    /// Reads IA32_APIC_BASE, IA32_TSC_DEADLINE or an x2APIC register. Err is #GP.
-    #[allow(clippy::result_unit_err)] // There is one way to fail, and it is the guest's.
-    pub fn apic_msr_read(&self, vcpu: usize, msr: u32, now_ns: u64, tsc: u64) -> Result<u64, ()> {
+    /// Reads IA32_APIC_BASE, IA32_TSC_DEADLINE or an x2APIC register.
+    pub fn apic_msr_read(
+        &self,
+        vcpu: usize,
+        msr: u32,
+        now_ns: u64,
+        tsc: u64,
+    ) -> Result<u64, ProtectionFault> {
         self.with_lapic(vcpu, |lapic| match msr {
             MSR_APIC_BASE => Ok(lapic.base()),
             MSR_TSC_DEADLINE => Ok(lapic.tsc_deadline(now_ns, tsc)),
             MSR_X2APIC_FIRST..=MSR_X2APIC_LAST => lapic.x2apic_read(msr - MSR_X2APIC_FIRST, now_ns),
-            _ => Err(()),
+            _ => Err(ProtectionFault),
         })
-        .unwrap_or(Err(()))
+        .unwrap_or(Err(ProtectionFault))
     }
 
-    /// Writes one of the same registers. Err is #GP.
-    #[allow(clippy::result_unit_err)] // There is one way to fail, and it is the guest's.
+    /// Writes one of the same registers.
     pub fn apic_msr_write(
         &self,
         vcpu: usize,
@@ -698,7 +704,7 @@ impl IrqChip {
         value: u64,
         now_ns: u64,
         tsc: u64,
-    ) -> Result<(), ()> {
+    ) -> Result<(), ProtectionFault> {
         let action = self
             .with_lapic(vcpu, |lapic| match msr {
                 MSR_APIC_BASE => lapic.set_base(value).map(|()| Action::None),
@@ -709,9 +715,9 @@ impl IrqChip {
                 MSR_X2APIC_FIRST..=MSR_X2APIC_LAST => {
                     lapic.x2apic_write(msr - MSR_X2APIC_FIRST, value, now_ns, tsc)
                 }
-                _ => Err(()),
+                _ => Err(ProtectionFault),
             })
-            .unwrap_or(Err(()))?;
+            .unwrap_or(Err(ProtectionFault))?;
         self.perform(vcpu, action);
         Ok(())
     }
@@ -845,7 +851,7 @@ impl IrqChip {
     }
 
     /// Takes over what [`IrqChip::chipset`] gave. On an error nothing has changed.
-    pub fn set_chipset(&self, state: &ChipsetState) -> Result<(), String> {
+    pub fn set_chipset(&self, state: &ChipsetState) -> Result<(), BadState> {
         let mut legacy = Legacy::restored(state)?;
         let mut current = self.legacy.lock();
         let watched = current.resample.watched;
@@ -880,10 +886,8 @@ impl IrqChip {
         vcpu: usize,
         state: &LapicState,
         now: (u64, u64),
-    ) -> Result<(), String> {
-        let Some(cpu) = self.cpus.get(vcpu) else {
-            return Err(format!("there is no vCPU {vcpu}"));
-        };
+    ) -> Result<(), BadState> {
+        let cpu = self.cpus.get(vcpu).ok_or(BadState::Vcpu(vcpu))?;
         let restored = Lapic::restored(vcpu as u32, self.tsc_hz, state, now)?;
         let mut lapic = cpu.lapic.lock();
         let (waiting, waits) = (lapic.waiting(), lapic.waits_for_sipi());

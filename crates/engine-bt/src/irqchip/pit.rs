@@ -10,6 +10,8 @@
 
 use tetrarch_engine::{PitChannelState, PitCounting as Counting, PitState};
 
+use super::BadState;
+
 const HZ: u128 = 1_193_182;
 const NS: u128 = 1_000_000_000;
 /// Periods shorter than this (about 20 us) are announced as deadlines only this often: their
@@ -315,13 +317,13 @@ impl Channel {
         }
     }
 
-    fn restored(state: &PitChannelState) -> Result<Self, String> {
+    fn restored(state: &PitChannelState) -> Result<Self, BadState> {
         if state.mode > 5 || state.access > 3 {
-            return Err(format!("mode {} with access {} is none", state.mode, state.access));
+            return Err(BadState::PitMode { mode: state.mode, access: state.access });
         }
         for n in [Some(state.count), state.reload].into_iter().flatten() {
             if !(1..=0x10000).contains(&n) {
-                return Err(format!("count {n:#x} is outside 1..=0x10000"));
+                return Err(BadState::PitCount(n));
             }
         }
         if let Counting::Running { start: clock } | Counting::Held { elapsed: clock } =
@@ -346,8 +348,8 @@ impl Channel {
 }
 
 /// Room for the arithmetic above; a real clock takes 150,000 years to get there.
-fn check_clock(clock: u64) -> Result<(), String> {
-    if clock > u64::MAX >> 2 { Err(format!("clock {clock:#x} is absurd")) } else { Ok(()) }
+fn check_clock(clock: u64) -> Result<(), BadState> {
+    if clock > u64::MAX >> 2 { Err(BadState::PitClock(clock)) } else { Ok(()) }
 }
 
 /// Three channels. Every access brings them up to `now_ns` first, through [`Pit::sync`].
@@ -451,10 +453,10 @@ impl Pit {
         }
     }
 
-    pub fn restored(state: &PitState) -> Result<Self, String> {
+    pub fn restored(state: &PitState) -> Result<Self, BadState> {
         check_clock(state.clock)?;
         if state.control > 0xf {
-            return Err(format!("port 61h {:#x} is above 0xf", state.control));
+            return Err(BadState::Port61(state.control));
         }
         let [first, second, third] = state.channels.each_ref().map(Channel::restored);
         Ok(Self { clock: state.clock, control: state.control, channels: [first?, second?, third?] })

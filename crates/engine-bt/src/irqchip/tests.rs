@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tetrarch_engine::{ChipsetState, LapicState};
 
-use super::{Event, IrqChip, Wake};
+use super::{BadState, Event, IrqChip, ProtectionFault, Wake};
 
 const TSC_HZ: u64 = 2_000_000_000;
 
@@ -51,11 +51,11 @@ impl Bench {
         std::mem::take(&mut *self.wakes.0.lock())
     }
 
-    fn msr(&self, vcpu: usize, msr: u32) -> Result<u64, ()> {
+    fn msr(&self, vcpu: usize, msr: u32) -> Result<u64, ProtectionFault> {
         self.chip.apic_msr_read(vcpu, msr, 0, 0)
     }
 
-    pub fn set_msr(&self, vcpu: usize, msr: u32, value: u64) -> Result<(), ()> {
+    pub fn set_msr(&self, vcpu: usize, msr: u32, value: u64) -> Result<(), ProtectionFault> {
         self.chip.apic_msr_write(vcpu, msr, value, 0, 0)
     }
 
@@ -205,20 +205,20 @@ fn lowest_priority_picks_the_idlest_and_takes_turns() {
 fn x2apic_transitions_follow_the_manual() {
     let b = Bench::new(1);
     let (off, xapic, x2apic) = (0xfee0_0100, 0xfee0_0900, 0xfee0_0d00);
-    assert_eq!(b.msr(0, 0x802), Err(()));
-    assert_eq!(b.set_msr(0, 0x1b, 0xfee0_0500), Err(()));
+    assert_eq!(b.msr(0, 0x802), Err(ProtectionFault));
+    assert_eq!(b.set_msr(0, 0x1b, 0xfee0_0500), Err(ProtectionFault));
     assert_eq!(b.set_msr(0, 0x1b, x2apic), Ok(()));
     assert_eq!(b.get(0, 0x30), 0);
     assert_eq!(b.msr(0, 0x803), Ok(0x5_0014));
-    assert_eq!(b.set_msr(0, 0x1b, xapic), Err(()));
+    assert_eq!(b.set_msr(0, 0x1b, xapic), Err(ProtectionFault));
     assert_eq!(b.set_msr(0, 0x1b, off), Ok(()));
-    assert_eq!(b.msr(0, 0x803), Err(()));
-    assert_eq!(b.set_msr(0, 0x1b, x2apic), Err(()));
+    assert_eq!(b.msr(0, 0x803), Err(ProtectionFault));
+    assert_eq!(b.set_msr(0, 0x1b, x2apic), Err(ProtectionFault));
     assert_eq!(b.set_msr(0, 0x1b, xapic), Ok(()));
     // It comes back reset, thus soft disabled.
     assert_eq!(b.get(0, 0xf0), 0xff);
-    assert_eq!(b.set_msr(0, 0x1b, xapic | 1), Err(()));
-    assert_eq!(b.set_msr(0, 0x1b, xapic | 1 << 60), Err(()));
+    assert_eq!(b.set_msr(0, 0x1b, xapic | 1), Err(ProtectionFault));
+    assert_eq!(b.set_msr(0, 0x1b, xapic | 1 << 60), Err(ProtectionFault));
 }
 
 #[test]
@@ -227,7 +227,7 @@ fn x2apic_registers_fault_where_reserved() {
     assert_eq!(b.msr(17, 0x802), Ok(17));
     assert_eq!(b.msr(17, 0x80d), Ok(1 << 16 | 2));
     for msr in [0x800, 0x809, 0x80b, 0x80e, 0x82f, 0x831, 0x83f, 0x840, 0x8ff] {
-        assert_eq!(b.msr(0, msr), Err(()), "{msr:#x}");
+        assert_eq!(b.msr(0, msr), Err(ProtectionFault), "{msr:#x}");
     }
     for (msr, value) in [
         (0x802, 0),
@@ -245,7 +245,7 @@ fn x2apic_registers_fault_where_reserved() {
         (0x83e, 4),
         (0x83f, 0x100),
     ] {
-        assert_eq!(b.set_msr(0, msr, value), Err(()), "{msr:#x}");
+        assert_eq!(b.set_msr(0, msr, value), Err(ProtectionFault), "{msr:#x}");
     }
 }
 
@@ -518,7 +518,10 @@ fn vcpu_that_does_not_exist_is_harmless() {
     let b = Bench::new(1);
     b.set(9, 0x300, 0x4_0041);
     assert_eq!((b.get(9, 0x20), b.chip.apic_base(9), b.chip.cr8(9)), (0, 0, 0));
-    assert_eq!((b.msr(9, 0x1b), b.set_msr(9, 0x1b, 0)), (Err(()), Err(())));
+    assert_eq!(
+        (b.msr(9, 0x1b), b.set_msr(9, 0x1b, 0)),
+        (Err(ProtectionFault), Err(ProtectionFault))
+    );
     b.chip.run_timers(9, !0, !0);
     assert!(!b.chip.pending(9));
     assert_eq!((b.chip.accept(9), b.chip.take_event(9)), (None, None));
@@ -537,7 +540,7 @@ fn save(chip: &IrqChip, now: u64) -> Saved {
     Saved { chipset: chip.chipset(), lapics }
 }
 
-fn load(chip: &IrqChip, state: &Saved, now: u64) -> Result<(), String> {
+fn load(chip: &IrqChip, state: &Saved, now: u64) -> Result<(), BadState> {
     chip.set_chipset(&state.chipset)?;
     let tsc = now.wrapping_mul(2);
     (0..).zip(&state.lapics).try_for_each(|(vcpu, lapic)| chip.set_lapic(vcpu, lapic, (now, tsc)))
@@ -578,13 +581,13 @@ fn impossible_state_is_refused_and_changes_nothing() {
     let saved = save(&b.chip, 0);
     let mut bad = saved.chipset;
     bad.pit.channels[1].count = 0;
-    assert!(b.chip.set_chipset(&bad).is_err_and(|what| what.contains("count 0x0")));
+    assert_eq!(b.chip.set_chipset(&bad), Err(BadState::PitCount(0)));
     let mut bad = saved.lapics[0].clone();
     bad.registers.pop();
-    assert!(b.chip.set_lapic(0, &bad, (0, 0)).is_err());
+    assert_eq!(b.chip.set_lapic(0, &bad, (0, 0)), Err(BadState::ApicRegisters(63)));
     let bad = LapicState { base: 1, ..saved.lapics[0].clone() };
-    assert!(b.chip.set_lapic(0, &bad, (0, 0)).is_err());
-    assert!(b.chip.set_lapic(2, &saved.lapics[0], (0, 0)).is_err());
+    assert_eq!(b.chip.set_lapic(0, &bad, (0, 0)), Err(BadState::ApicBase(1)));
+    assert_eq!(b.chip.set_lapic(2, &saved.lapics[0], (0, 0)), Err(BadState::Vcpu(2)));
     assert_eq!(save(&b.chip, 0), saved);
 }
 

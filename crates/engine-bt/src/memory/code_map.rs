@@ -13,7 +13,9 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use tetrarch_memory::{GuestMemory, GuestPhys, MemoryObserver, PAGE_SHIFT, PAGE_SIZE, Region};
+use tetrarch_memory::{
+    GuestMemory, GuestPhys, MemoryObserver, PAGE_SHIFT, PAGE_SIZE, Refusal, Region,
+};
 
 use crate::state::address::PHYS_BITS;
 
@@ -152,7 +154,7 @@ impl CodeMap {
 pub struct MemoryChanges(pub Arc<CodeMap>);
 
 impl MemoryObserver for MemoryChanges {
-    fn mapped(&self, region: &Region) -> Result<(), String> {
+    fn mapped(&self, region: &Region) -> Result<(), Refusal> {
         self.0.cover(region);
         Ok(())
     }

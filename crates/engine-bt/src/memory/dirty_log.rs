@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use tetrarch_engine::DirtyPages;
-use tetrarch_memory::{GuestMemory, GuestPhys, MemoryObserver, PAGE_SHIFT, Region};
+use tetrarch_memory::{GuestMemory, GuestPhys, MemoryObserver, PAGE_SHIFT, Refusal, Region};
 
 use crate::memory::rendezvous::{Order, Rendezvous};
 use crate::state::address::PHYS_BITS;
@@ -166,7 +166,7 @@ impl MemoryObserver for DeviceWrites {
         }
     }
 
-    fn mapped(&self, region: &Region) -> Result<(), String> {
+    fn mapped(&self, region: &Region) -> Result<(), Refusal> {
         self.0.cover(region);
         Ok(())
     }
