@@ -1,7 +1,12 @@
-//! INIT and SIPI (Intel SDM 3A, 9.1 and 9.4), by messages to the local APICs.
+//! INIT and SIPI (Intel SDM 3A, 9.1 and 9.4), by messages to the local APICs; and what
+//! an error of ours leaves of a VM.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use tetrarch_engine::{Exit, Registers, Reply};
-use tetrarch_memory::GuestPhys;
+use tetrarch_memory::{GuestPhys, MemoryObserver};
 
 use super::*;
 
@@ -112,4 +117,39 @@ fn init_of_the_bootstrap_processor_keeps_what_the_manual_says() {
     send(&vm, 0, SIPI | 0x10);
     run_kicked(&mut *vcpu);
     assert_eq!(vcpu.system_registers().expect("state").cs.base, 0xFFFF_0000);
+}
+
+struct Fails;
+
+impl MemoryObserver for Fails {
+    fn written(&self, _: GuestPhys, _: u64) {
+        panic!("as an error of ours would");
+    }
+}
+
+#[test]
+fn a_vcpu_that_panicked_is_waited_for_by_nobody() {
+    const WALL_CLOCK: u64 = 0x4B56_4D00;
+    let memory = Arc::new(GuestMemory::new(2 << 20).unwrap());
+    let platform = Platform { kvm: true, ..Platform::default() };
+    let config = Config { platform, ..Config::default() };
+    let vm = build(Arc::clone(&memory), config, CACHE_BYTES).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    let mut system = vcpu.system_registers().expect("state");
+    system.cs.base = 0;
+    vcpu.set_system_registers(&system).unwrap();
+    memory.write(GuestPhys(0x1000), &[0x0F, 0x30]).unwrap(); // wrmsr
+    let mut registers = Registers { rip: 0x1000, rflags: 2, ..Registers::default() };
+    (registers.gpr[0], registers.gpr[1]) = (0x3000, WALL_CLOCK);
+    vcpu.set_registers(&registers).expect("registers");
+    // The engine writes the clock's page, inside the run.
+    memory.add_observer(Arc::new(Fails));
+    assert!(catch_unwind(AssertUnwindSafe(|| vcpu.run())).is_err());
+
+    let (taken, log) = mpsc::channel();
+    std::thread::spawn(move || {
+        vm.set_dirty_log(true).unwrap();
+        taken.send(vm.take_dirty_log().is_ok())
+    });
+    assert_eq!(log.recv_timeout(Duration::from_secs(60)), Ok(true), "it waits for the vCPU");
 }

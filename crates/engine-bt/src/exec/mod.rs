@@ -80,6 +80,25 @@ enum Interruption {
     Nmi,
 }
 
+/// A vCPU inside [`Vcpu::run`]: who asks something of its tables waits for it, and the
+/// host's FPU is its. Dropped, it is outside, also where a panic has ended the run.
+struct Inside<'a>(&'a mut BtVcpu);
+
+impl<'a> Inside<'a> {
+    fn enter(vcpu: &'a mut BtVcpu) -> Self {
+        vcpu.cpu.vm.rendezvous.enter(vcpu.cpu.id);
+        Self(vcpu)
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        let cpu = &mut *self.0.cpu;
+        fpu::leave(&mut cpu.st);
+        cpu.vm.rendezvous.leave(cpu.id);
+    }
+}
+
 impl<'a> Tier<'a> {
     fn of(translator: &'a mut Option<Translator>, cpu: &Cpu) -> Self {
         match translator {
@@ -126,7 +145,29 @@ impl BtVcpu {
         Arc::clone(&self.bell)
     }
 
-    fn run_inside(&mut self) -> Result<Exit, EngineError> {
+    /// All of [`Vcpu::run`] that is done [`Inside`].
+    fn enter_and_run(&mut self, now: u64) -> Result<Exit, EngineError> {
+        self.serve();
+        self.cpu.follow_memory();
+        signals::look_again(now);
+        // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
+        unsafe { thunk::set_gs_base(self.cpu.tlb.block.base()) };
+        if let Unfinished::Answered(access, value) = self.unfinished {
+            access.finish(&mut self.cpu, value);
+            self.unfinished = Unfinished::Nothing;
+        }
+        fpu::enter(&mut self.cpu.st);
+        self.cpu.return_to_guest();
+        let result = self.run_to_exit();
+        if matches!(result, Ok(Exit::Kicked)) {
+            self.cpu.settle_eoi();
+            self.cpu.leave_guest();
+        }
+        self.cpu.settle_x87_pointers();
+        result
+    }
+
+    fn run_to_exit(&mut self) -> Result<Exit, EngineError> {
         loop {
             let shared = self.cpu.tlb.block.shared();
             if shared.request.load(Ordering::Relaxed) != 0
@@ -472,27 +513,8 @@ impl Vcpu for BtVcpu {
             signals::thread_init();
         }
         self.cpu.update_tsc_offset();
-        self.cpu.vm.rendezvous.enter(self.cpu.id);
-        self.serve();
-        self.cpu.follow_memory();
         let start = host_tsc();
-        signals::look_again(start);
-        // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
-        unsafe { thunk::set_gs_base(self.cpu.tlb.block.base()) };
-        if let Unfinished::Answered(access, value) = self.unfinished {
-            access.finish(&mut self.cpu, value);
-            self.unfinished = Unfinished::Nothing;
-        }
-        fpu::enter(&mut self.cpu.st);
-        self.cpu.return_to_guest();
-        let result = self.run_inside();
-        if matches!(result, Ok(Exit::Kicked)) {
-            self.cpu.settle_eoi();
-            self.cpu.leave_guest();
-        }
-        self.cpu.settle_x87_pointers();
-        fpu::leave(&mut self.cpu.st);
-        self.cpu.vm.rendezvous.leave(self.cpu.id);
+        let result = Inside::enter(self).0.enter_and_run(start);
         self.cpu.counts.run_tsc += host_tsc().wrapping_sub(start);
         result
     }

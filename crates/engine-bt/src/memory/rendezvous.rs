@@ -203,7 +203,7 @@ impl Rendezvous {
         }
     }
 
-    /// It no longer uses them.
+    /// It no longer uses them. Whoever enters sees to it that this follows, a panic or not.
     #[inline]
     pub fn leave(&self, vcpu: usize) {
         if let Some(seat) = self.seats.get(vcpu) {
