@@ -84,7 +84,8 @@ fn programmed(engine: Engine) -> Guest {
     state.lapic.registers[0x32] = 0x2_0041; // LVT timer: periodic
     state.lapic.registers[0x38] = 50_000_000;
     state.lapic.registers[0x39] = 40_000_000;
-    state.lapic.registers[0x3E] = 0xB;
+    // By 128: seconds are left, so that it does not fire while a busy host saves and loads.
+    state.lapic.registers[0x3E] = 0xA;
     state.lapic.registers[0x22] = 1 << 5; // IRR: vector 0x45
     state.lapic.registers[0x08] = 0x50; // TPR
     state.lapic.timer_left_ns = None;
@@ -139,6 +140,9 @@ fn state_comes_back(engine: Engine) {
         for (new, old) in again.0.chipset.pit.channels.iter_mut().zip(&pit.channels) {
             new.counting = old.counting;
         }
+        // That timer fires in a machine that stands, too.
+        let irr = &mut again.0.chipset.pics[0].irr;
+        *irr = *irr & !1 | vm.chipset.pics[0].irr & 1;
         again.0.chipset.lines = vm.chipset.lines;
         again.0.chipset.ioapic.lines = vm.chipset.ioapic.lines;
     }
