@@ -162,6 +162,63 @@ unsafe fn read_xcr0() -> u64 {
     unsafe { _xgetbv(0) }
 }
 
+/// Leaf 1. The initial APIC ID comes at the query.
+fn leaf_1(host: [u32; 4], xsave: bool, avx: bool, vcpus: u32) -> [u32; 4] {
+    let mut ecx = host[2] & bits::L1_ECX;
+    if !xsave {
+        ecx &= !bits::XSAVE;
+    }
+    if !avx {
+        ecx &= !(bits::AVX | bits::FMA | bits::F16C);
+    }
+    ecx |= bits::HYPERVISOR | bits::X2APIC | bits::TSC_DEADLINE;
+    let mut edx = host[3] & bits::L1_EDX | bits::APIC;
+    if vcpus > 1 {
+        edx |= bits::HTT;
+    }
+    [host[0], 0, ecx, edx]
+}
+
+/// Leaf 7, subleaves 0 and 1.
+fn leaf_7(avx: bool, intel: bool) -> [[u32; 4]; 2] {
+    let host7 = host(7, 0);
+    let mut first = [1, host7[1] & bits::L7_EBX, host7[2] & bits::L7_ECX, host7[3] & bits::L7_EDX];
+    let mut second = [0; 4];
+    if !avx {
+        first[1] &= !bits::AVX2;
+        first[2] &= !(bits::VAES | bits::VPCLMULQDQ);
+    } else if host7[0] >= 1 {
+        let host = host(7, 1);
+        second = [host[0] & bits::L7_1_EAX, 0, 0, host[3] & bits::L7_1_EDX];
+    }
+    first[1] |= bits::FSGSBASE | bits::SMEP | bits::NO_FCS_FDS;
+    first[2] |= bits::UMIP;
+    if intel {
+        first[3] |= bits::L7_EDX_INTEL;
+    }
+    [first, second]
+}
+
+/// Leaf 0x8000_0001, and EBX of 0x8000_0008; `edx` is leaf 1's, which AMD repeats.
+fn extended(edx: u32, intel: bool, vcpus: u32) -> ([u32; 4], u32) {
+    let host_e1 = host(0x8000_0001, 0);
+    let mut e1 = [0, 0, host_e1[2] & bits::E1_ECX, host_e1[3] & bits::E1_EDX];
+    e1[3] |= bits::E1_EDX_ALWAYS;
+    if intel {
+        return (e1, 0);
+    }
+    e1[0] = host_e1[0];
+    e1[2] |= host_e1[2] & bits::E1_ECX_AMD | bits::E1_ECX_AMD_ALWAYS;
+    if mxcsr_mask() & MXCSR_MM == 0 {
+        e1[2] &= !bits::MISALIGNSSE;
+    }
+    if vcpus > 1 {
+        e1[2] |= bits::CMP_LEGACY;
+    }
+    e1[3] |= host_e1[3] & bits::E1_EDX_AMD | edx & bits::E1_EDX_AMD_SAME;
+    (e1, bits::E8_EBX | host(0x8000_0008, 0)[1] & bits::E8_EBX_HOST)
+}
+
 impl CpuidTable {
     /// The table for this host. APIC IDs are the vCPU numbers.
     pub fn new(vcpus: u32) -> Self {
@@ -172,54 +229,12 @@ impl CpuidTable {
         let vendor = if intel { Vendor::Intel } else { Vendor::Amd };
 
         let host1 = host(1, 0);
-        let host7 = host(7, 0);
-        let host_e1 = host(0x8000_0001, 0);
         let xcr0 = host_xcr0(host1[2]);
         let xsave = host1[2] & bits::XSAVE != 0 && xcr0 & 3 == 3;
         let avx = xsave && xcr0 & 7 == 7;
-
-        let mut ecx = host1[2] & bits::L1_ECX;
-        if !xsave {
-            ecx &= !bits::XSAVE;
-        }
-        let mut l7 = [1, host7[1] & bits::L7_EBX, host7[2] & bits::L7_ECX, host7[3] & bits::L7_EDX];
-        let mut l7_1 = [0; 4];
-        if avx && host7[0] >= 1 {
-            let host = host(7, 1);
-            l7_1 = [host[0] & bits::L7_1_EAX, 0, 0, host[3] & bits::L7_1_EDX];
-        }
-        if !avx {
-            ecx &= !(bits::AVX | bits::FMA | bits::F16C);
-            l7[1] &= !bits::AVX2;
-            l7[2] &= !(bits::VAES | bits::VPCLMULQDQ);
-        }
-        ecx |= bits::HYPERVISOR | bits::X2APIC | bits::TSC_DEADLINE;
-        l7[1] |= bits::FSGSBASE | bits::SMEP | bits::NO_FCS_FDS;
-        l7[2] |= bits::UMIP;
-        let mut edx = host1[3] & bits::L1_EDX | bits::APIC;
-        if vcpus > 1 {
-            edx |= bits::HTT;
-        }
-        // The initial APIC ID comes at the query.
-        let l1 = [host1[0], 0, ecx, edx];
-
-        let mut e1 = [0, 0, host_e1[2] & bits::E1_ECX, host_e1[3] & bits::E1_EDX];
-        e1[3] |= bits::E1_EDX_ALWAYS;
-        let mut e8_ebx = 0;
-        if intel {
-            l7[3] |= bits::L7_EDX_INTEL;
-        } else {
-            e1[0] = host_e1[0];
-            e1[2] |= host_e1[2] & bits::E1_ECX_AMD | bits::E1_ECX_AMD_ALWAYS;
-            if mxcsr_mask() & MXCSR_MM == 0 {
-                e1[2] &= !bits::MISALIGNSSE;
-            }
-            if vcpus > 1 {
-                e1[2] |= bits::CMP_LEGACY;
-            }
-            e1[3] |= host_e1[3] & bits::E1_EDX_AMD | edx & bits::E1_EDX_AMD_SAME;
-            e8_ebx = bits::E8_EBX | host(0x8000_0008, 0)[1] & bits::E8_EBX_HOST;
-        }
+        let l1 = leaf_1(host1, xsave, avx, vcpus);
+        let [l7, l7_1] = leaf_7(avx, intel);
+        let (e1, e8_ebx) = extended(l1[3], intel, vcpus);
 
         let cache_leaf = if intel { 4 } else { 0x8000_001D };
         let caches = (0..8)

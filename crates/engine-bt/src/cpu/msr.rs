@@ -9,7 +9,7 @@ use crate::irqchip::ProtectionFault;
 use crate::kvm;
 use crate::state::address::{PHYS_BITS, canonical};
 use crate::state::fault::{R, gp};
-use crate::state::msrs::VARIABLE_MTRRS;
+use crate::state::msrs::{MsrFile, VARIABLE_MTRRS};
 use crate::state::{cr, seg};
 
 pub mod index {
@@ -285,41 +285,46 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
             }
             cpu.msrs.pat = value;
         }
-        index::MTRR_DEFAULT_TYPE => {
-            if value & !0xCFF != 0 || !memory_type(value & 0xFF, false) {
-                return gp(0);
-            }
-            cpu.msrs.mtrr_default_type = value;
-        }
         index::MCG_STATUS => cpu.msrs.mcg_status = value & 7,
         // Without LBR and BTS there is nothing to switch on.
         index::DEBUG_CONTROL => {}
         index::MICROCODE_UPDATE => {}
         _ => {
-            if let Some(at) = fixed_mtrr(number) {
-                if !memory_types(value, false) {
-                    return gp(0);
-                }
-                cpu.msrs.mtrr_fixed[at] = value;
-            } else if let Some(at) = variable_mtrr(number) {
-                // Even: base and type. Odd: mask and valid bit.
-                let low = if at & 1 == 0 { 0xFF } else { 0x800 };
-                let allowed = ((1 << PHYS_BITS) - 0x1000) | low;
-                if value & !allowed != 0 || at & 1 == 0 && !memory_type(value & 0xFF, false) {
-                    return gp(0);
-                }
-                cpu.msrs.mtrr_variable[at] = value;
-            } else if kvm::has_msr(cpu.vm.kvm_features, number) {
-                return cpu.write_kvm_msr(number, value);
-            } else {
-                return match cpu.vm.cpuid.vendor() {
-                    Vendor::Intel => write_intel(cpu, number, value),
-                    Vendor::Amd => write_amd(cpu, number, value),
-                };
+            if let Some(written) = write_mtrr(&mut cpu.msrs, number, value) {
+                return written;
             }
+            if kvm::has_msr(cpu.vm.kvm_features, number) {
+                return cpu.write_kvm_msr(number, value);
+            }
+            return match cpu.vm.cpuid.vendor() {
+                Vendor::Intel => write_intel(cpu, number, value),
+                Vendor::Amd => write_amd(cpu, number, value),
+            };
         }
     }
     Ok(())
+}
+
+/// Memory type range registers (Intel SDM 3A, 12.11). `None`: it is none of them.
+fn write_mtrr(msrs: &mut MsrFile, number: u32, value: u64) -> Option<R<()>> {
+    let (valid, register) = if number == index::MTRR_DEFAULT_TYPE {
+        let valid = value & !0xCFF == 0 && memory_type(value & 0xFF, false);
+        (valid, &mut msrs.mtrr_default_type)
+    } else if let Some(at) = fixed_mtrr(number) {
+        (memory_types(value, false), &mut msrs.mtrr_fixed[at])
+    } else {
+        let at = variable_mtrr(number)?;
+        // Even: base and type. Odd: mask and valid bit.
+        let is_base = at & 1 == 0;
+        let allowed = ((1 << PHYS_BITS) - 0x1000) | if is_base { 0xFF } else { 0x800 };
+        let valid = value & !allowed == 0 && (!is_base || memory_type(value & 0xFF, false));
+        (valid, &mut msrs.mtrr_variable[at])
+    };
+    if !valid {
+        return Some(gp(0));
+    }
+    *register = value;
+    Some(Ok(()))
 }
 
 fn write_intel(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {

@@ -169,78 +169,72 @@ impl BtVcpu {
 
     fn run_to_exit(&mut self) -> Result<Exit, EngineError> {
         loop {
-            let shared = self.cpu.tlb.block.shared();
-            if shared.request.load(Ordering::Relaxed) != 0
-                && let Some(exit) = self.attend()
-            {
-                return Ok(exit);
-            }
-            // What waits for an answer goes first: interrupts come at instruction
-            // boundaries.
-            if let Some(event) = self.delivering.take() {
-                if let Some(exit) = self.enter_handler(event) {
-                    return Ok(exit);
-                }
-                continue;
-            }
-            if self.cpu.replay.in_progress() {
-                if let Some(exit) = self.step() {
-                    return Ok(exit);
-                }
-                continue;
-            }
-            if self.cpu.st.pending_debug != 0 && self.cpu.st.shadow & shadow::MOV_SS == 0 {
-                let causes = std::mem::take(&mut self.cpu.st.pending_debug);
-                if let Some(exit) = self.deliver(Fault::debug(causes)) {
-                    return Ok(exit);
-                }
-                continue;
-            }
-            if self.cpu.st.halted != 0 && !(self.nmi_pending && self.cpu.st.nmi_blocked == 0) {
-                if let Some(exit) = self.sleep() {
-                    return Ok(exit);
-                }
-                continue;
-            }
-            if std::mem::take(&mut self.dead) {
-                let halts = &self.cpu.vm.halts;
-                halts.report(self.number, halts.round(), false);
-            }
-            if self.nmi_pending && self.cpu.st.nmi_blocked == 0 && self.cpu.st.shadow == 0 {
-                if let Some(exit) = self.deliver_nmi() {
-                    return Ok(exit);
-                }
-                continue;
-            }
-            if self.interrupt_ready() {
-                if let Some(exit) = self.deliver_interrupt() {
-                    return Ok(exit);
-                }
-                continue;
-            }
-            let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
-            if let Some(timer) = &mut self.timer {
-                let cpu = &self.cpu;
-                timer.arm(deadline, || cpu.now_ns());
-            }
-            let then = match Tier::of(&mut self.translator, &self.cpu) {
-                Tier::Interpret => Then::Interpret,
-                Tier::Translate(translator) => translator.run(&mut self.cpu)?,
-            };
-            let exit = match then {
-                Then::Continue => None,
-                Then::Interpret => self.step(),
-                Then::Execute(instruction) => self.execute(&instruction),
-                Then::Raise(fault) => self.deliver(fault),
-                Then::Ask(exit, access) => {
-                    self.unfinished = Unfinished::Access(access);
-                    Some(exit)
-                }
-            };
-            if let Some(exit) = exit {
+            if let Some(exit) = self.take_turn()? {
                 return Ok(exit);
             }
         }
+    }
+
+    /// One event, or guest code until something wants attention.
+    #[inline]
+    fn take_turn(&mut self) -> Result<Option<Exit>, EngineError> {
+        let shared = self.cpu.tlb.block.shared();
+        if shared.request.load(Ordering::Relaxed) != 0
+            && let Some(exit) = self.attend()
+        {
+            return Ok(Some(exit));
+        }
+        // What waits for an answer goes first: interrupts come at instruction
+        // boundaries.
+        if let Some(event) = self.delivering.take() {
+            return Ok(self.enter_handler(event));
+        }
+        if self.cpu.replay.in_progress() {
+            return Ok(self.step());
+        }
+        if self.cpu.st.pending_debug != 0 && self.cpu.st.shadow & shadow::MOV_SS == 0 {
+            let causes = std::mem::take(&mut self.cpu.st.pending_debug);
+            return Ok(self.deliver(Fault::debug(causes)));
+        }
+        let nmi_waits = self.nmi_pending && self.cpu.st.nmi_blocked == 0;
+        if self.cpu.st.halted != 0 && !nmi_waits {
+            return Ok(self.sleep());
+        }
+        if std::mem::take(&mut self.dead) {
+            let halts = &self.cpu.vm.halts;
+            halts.report(self.number, halts.round(), false);
+        }
+        if nmi_waits && self.cpu.st.shadow == 0 {
+            return Ok(self.deliver_nmi());
+        }
+        if self.interrupt_ready() {
+            return Ok(self.deliver_interrupt());
+        }
+        self.run_code()
+    }
+
+    /// Runs guest code: translated until it leaves, or one instruction.
+    #[inline]
+    fn run_code(&mut self) -> Result<Option<Exit>, EngineError> {
+        let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
+        if let Some(timer) = &mut self.timer {
+            let cpu = &self.cpu;
+            timer.arm(deadline, || cpu.now_ns());
+        }
+        let then = match Tier::of(&mut self.translator, &self.cpu) {
+            Tier::Interpret => Then::Interpret,
+            Tier::Translate(translator) => translator.run(&mut self.cpu)?,
+        };
+        Ok(match then {
+            Then::Continue => None,
+            Then::Interpret => self.step(),
+            Then::Execute(instruction) => self.execute(&instruction),
+            Then::Raise(fault) => self.deliver(fault),
+            Then::Ask(exit, access) => {
+                self.unfinished = Unfinished::Access(access);
+                Some(exit)
+            }
+        })
     }
 
     /// Does what others have asked of this vCPU's tables.

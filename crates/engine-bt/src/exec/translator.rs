@@ -92,6 +92,47 @@ fn broken(what: &str, number: u64) -> EngineError {
     EngineError::Internal(format!("translated code left at {what} {number:#x}, which is none"))
 }
 
+/// A block that is made, and what it was made of.
+struct Draft<'a> {
+    built: Built,
+    /// Its page, as it was read.
+    physical: GuestPhys,
+    page: &'a [u8; PAGE_SIZE as usize],
+    /// The lines of the page that it depends on.
+    lines: u64,
+    /// Of an instruction that crosses into another page.
+    second: Option<Tail>,
+}
+
+struct Tail {
+    physical: u64,
+    /// How the page begins, of which `len` bytes count.
+    head: [u8; MAX_HEAD],
+    len: usize,
+}
+
+impl Draft<'_> {
+    /// The pages that it depends on, and their lines.
+    fn pages(&self) -> Vec<(GuestPhys, u64)> {
+        let mut pages = vec![(self.physical, self.lines)];
+        if let Some(second) = &self.second {
+            let lines = code_map::lines(0, second.len as u64);
+            pages.push((GuestPhys(second.physical), lines));
+        }
+        pages
+    }
+
+    /// Whether memory still holds what it was made of.
+    fn is_as_read(&self, cpu: &Cpu) -> bool {
+        is_unchanged(cpu, self.physical, self.page, self.lines)
+            && self.second.as_ref().is_none_or(|second| {
+                let mut now = [0; MAX_HEAD];
+                cpu.vm.memory.read(GuestPhys(second.physical), &mut now).is_ok()
+                    && now[..second.len] == second.head[..second.len]
+            })
+    }
+}
+
 impl Translator {
     pub fn new(cache: Arc<Mutex<CodeCache>>, listener: usize) -> Self {
         let (stubs, translations) = {
@@ -154,7 +195,7 @@ impl Translator {
         if let Some(index) = self.translations.find(rip, id, cpu.st.mode) {
             return Ok(Some(index));
         }
-        self.translate(cpu, rip, id)
+        Ok(self.translate(cpu, rip, id))
     }
 
     /// Goes over to the translations that are made now. The vCPU's tables hold none of
@@ -214,39 +255,53 @@ impl Translator {
         id
     }
 
-    fn translate(&mut self, cpu: &mut Cpu, rip: u64, id: u32) -> Result<Option<u32>, Fault> {
+    fn translate(&mut self, cpu: &mut Cpu, rip: u64, id: u32) -> Option<u32> {
         let start = host_tsc();
-        let Some(page) = self.translations.exec_page(id) else { return Ok(None) };
-        let mut bytes = [0u8; PAGE_SIZE as usize];
-        let physical = GuestPhys(page.physical);
-        if cpu.vm.memory.read(physical, &mut bytes).is_err() {
-            return Ok(None);
-        }
+        let physical = GuestPhys(self.translations.exec_page(id)?.physical);
+        let mut page = [0u8; PAGE_SIZE as usize];
+        cpu.vm.memory.read(physical, &mut page).ok()?;
+        let draft = self.draft(cpu, rip, physical, &page)?;
+        let index = self.keep(cpu, rip, id, draft);
+        cpu.counts.translate_tsc += host_tsc().wrapping_sub(start);
+        index
+    }
+
+    /// Makes a block of what is read of its page.
+    fn draft<'a>(
+        &mut self,
+        cpu: &mut Cpu,
+        rip: u64,
+        physical: GuestPhys,
+        page: &'a [u8; PAGE_SIZE as usize],
+    ) -> Option<Draft<'a>> {
         let offset = (rip & 0xFFF) as usize;
         let vm = Arc::clone(&cpu.vm);
         let source = Source {
             rip,
-            bytes: &bytes[offset..],
+            bytes: &page[offset..],
             mode: cpu.st.mode,
             second: None,
-            page: &bytes,
+            page,
             looked: Cell::new(0),
             cpuid: &vm.cpuid,
         };
-        let (mut built, second) = match self.builder.build(&source) {
+        let (built, second) = match self.builder.build(&source) {
             Some(built) => (built, None),
-            None => match self.build_straddling(cpu, rip, &bytes[offset..]) {
-                Some((built, second)) => (built, Some(second)),
-                None => return Ok(None),
-            },
+            None => {
+                let (built, second) = self.build_straddling(cpu, rip, &page[offset..])?;
+                (built, Some(second))
+            }
         };
         let in_first = u64::from(built.len).min(PAGE_SIZE - offset as u64);
         let lines = code_map::lines(offset as u64, in_first) | source.looked.get();
-        let rest = (u64::from(built.len) - in_first).max(1);
-        let mut pages = vec![(physical, lines)];
-        if let Some((second, _)) = second {
-            pages.push((GuestPhys(second), code_map::lines(0, rest)));
-        }
+        let rest = (u64::from(built.len) - in_first).max(1) as usize;
+        let second = second.map(|(physical, head)| Tail { physical, head, len: rest });
+        Some(Draft { built, physical, page, lines, second })
+    }
+
+    /// Lets a block be found, if its code is still what it was made of.
+    fn keep(&mut self, cpu: &mut Cpu, rip: u64, id: u32, mut draft: Draft<'_>) -> Option<u32> {
+        let pages = draft.pages();
         let mut cache = self.cache.lock();
         if !cache.are_protected(&pages) {
             drop(cache);
@@ -254,41 +309,32 @@ impl Translator {
             cache = self.cache.lock();
             if !cache.are_protected(&pages) {
                 // A write came first.
-                return Ok(None);
+                return None;
             }
         }
         if !cache.takes(&self.translations) {
-            return Ok(None);
+            return None;
         }
         if cache.is_full() {
             drop(cache);
             self.clear_cache(cpu);
-            return Ok(None);
+            return None;
         }
         if let Some(index) = self.translations.find(rip, id, cpu.st.mode) {
             // Another vCPU has made the same.
-            return Ok(Some(index));
+            return Some(index);
         }
         for &(page, lines) in &pages {
             cpu.vm.code.mark(page.page(), lines);
         }
-        let mut as_read = is_unchanged(cpu, physical, &bytes, lines);
-        if let Some((second, head)) = second {
-            let mut now = [0; MAX_HEAD];
-            as_read &= cpu.vm.memory.read(GuestPhys(second), &mut now).is_ok();
-            as_read &= now[..rest as usize] == head[..rest as usize];
-        }
-        if !as_read {
+        if !draft.is_as_read(cpu) {
             // Somebody wrote between the reading and the marking, unnoticed.
-            return Ok(None);
+            return None;
         }
         cpu.counts.blocks += 1;
-        cpu.counts.instructions += u64::from(built.instructions);
-        let second = second.map(|(second, _)| second);
-        let index = cache.insert(id, cpu.st.mode, &mut built, second);
-        drop(cache);
-        cpu.counts.translate_tsc += host_tsc().wrapping_sub(start);
-        Ok(index)
+        cpu.counts.instructions += u64::from(draft.built.instructions);
+        let second = draft.second.as_ref().map(|second| second.physical);
+        cache.insert(id, cpu.st.mode, &mut draft.built, second)
     }
 
     /// Has every vCPU write to these pages, whose lines are about to be translated,

@@ -5,8 +5,7 @@
 
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
-use super::operand::{op_size, read_reg, segment_index};
-use super::string::string_address_size;
+use super::operand::{op_size, read_reg, segment_index, string_address_size};
 use crate::cpu::Cpu;
 use crate::state::mask;
 use crate::state::{cr, reg, seg};

@@ -9,14 +9,13 @@ use tetrarch_engine::Segment;
 
 use super::gate::{self, Transfer};
 use super::segment::{
-    Descriptor, code_of, drop_inner_segments, fail, is_null, mark_accessed, null_segment,
-    read_descriptor, read_far_pointer, real_segment,
+    Descriptor, check_target, code_of, drop_inner_segments, fail, is_code64, is_null,
+    mark_accessed, null_segment, read_descriptor, read_far_pointer, real_segment, usable_code,
 };
 use super::task::{self, From, Reason};
 use super::{Flow, frame, operand};
 use crate::cpu::Cpu;
 use crate::interp::exception::{SoftwareInterrupt, software_interrupt};
-use crate::state::address::canonical;
 use crate::state::fault::{R, gp, vector};
 use crate::state::mask;
 use crate::state::{attr, flag, reg, seg};
@@ -80,18 +79,6 @@ fn without_descriptors(cpu: &Cpu) -> bool {
     !cpu.st.protected() || cpu.st.vm86()
 }
 
-/// Whether code in `segment` is 64-bit code.
-fn is_code64(cpu: &Cpu, segment: &Segment) -> bool {
-    cpu.st.long_mode() && segment.attributes & attr::L != 0
-}
-
-/// #GP(0) where RIP would leave the code segment or canonical form.
-pub fn check_target(cpu: &Cpu, code: &Segment, offset: u64) -> R<()> {
-    let inside =
-        if is_code64(cpu, code) { canonical(offset) } else { offset <= u64::from(code.limit) };
-    if inside { Ok(()) } else { gp(0) }
-}
-
 /// What the selector of a far JMP or CALL names in protected mode.
 fn named_descriptor(cpu: &mut Cpu, selector: u16) -> R<Descriptor> {
     if is_null(selector) { gp(0) } else { read_descriptor(cpu, selector, vector::GP, 0) }
@@ -113,19 +100,6 @@ fn direct_target(cpu: &mut Cpu, selector: u16, descriptor: Descriptor) -> R<Segm
         return gp(error);
     }
     usable_code(cpu, selector, descriptor, cpl)
-}
-
-/// The last checks of a code segment, and the segment register with `cpl`.
-pub fn usable_code(cpu: &mut Cpu, selector: u16, descriptor: Descriptor, cpl: u8) -> R<Segment> {
-    let both = attr::L | attr::DB;
-    if cpu.st.long_mode() && descriptor.attributes() & both == both {
-        return gp(code_of(selector));
-    }
-    if !descriptor.present() {
-        return fail(vector::NP, code_of(selector));
-    }
-    mark_accessed(cpu, selector, descriptor)?;
-    Ok(descriptor.segment(selector & !3 | u16::from(cpl)))
 }
 
 fn jump(cpu: &mut Cpu, i: &Instruction, offset: u64, selector: u16) -> R<Flow> {

@@ -5,10 +5,11 @@ use tetrarch_engine::Segment;
 
 use super::frame::{self, Frame};
 use super::segment::{
-    Descriptor, code_of, fail, is_null, null_segment, read_descriptor, system_type, upper_half,
+    Descriptor, check_target, code_of, fail, is_null, null_segment, read_descriptor, system_type,
+    upper_half, usable_code,
 };
 use super::task::{self, From, Reason};
-use super::{Flow, far, operand};
+use super::{Flow, operand};
 use crate::cpu::Cpu;
 use crate::state::fault::{R, gp, vector};
 use crate::state::mask;
@@ -82,7 +83,7 @@ fn call_gate(
     if how == Transfer::Call {
         push_frame(cpu, next_ip, size, cpl, gate, &code, offset)?;
     } else {
-        far::check_target(cpu, &code, offset)?;
+        check_target(cpu, &code, offset)?;
     }
     cpu.st.seg[seg::CS] = code;
     cpu.st.cpl = cpl;
@@ -109,7 +110,7 @@ fn gate_target(cpu: &mut Cpu, how: Transfer, selector: u16) -> R<(Segment, u8)> 
         return gp(error);
     }
     let cpl = if descriptor.is_conforming() { cpl } else { dpl };
-    Ok((far::usable_code(cpu, selector, descriptor, cpl)?, cpl))
+    Ok((usable_code(cpu, selector, descriptor, cpl)?, cpl))
 }
 
 /// Pushes what the procedure returns to, with the parameters if the stack
@@ -150,7 +151,7 @@ fn push_frame(
     values.push(u64::from(cpu.st.seg[seg::CS].selector));
     values.push(next_ip & mask(size));
     let top = frame::check(&stack, sp, size, &values, error)?;
-    far::check_target(cpu, code, target)?;
+    check_target(cpu, code, target)?;
     frame::write(cpu, &stack, sp, size, &values, cpl == 3, error)?;
     if inner {
         cpu.st.seg[seg::SS] = stack;

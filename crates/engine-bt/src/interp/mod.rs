@@ -208,10 +208,10 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     if let Some(result) = system::execute(cpu, i) {
         return result;
     }
-    if let Some(result) = thunk::execute(cpu, i) {
-        return result;
+    if let Some(result) = xsave::execute(cpu, i) {
+        return result.map(|()| Flow::Next);
     }
-    ud()
+    thunk::execute(cpu, i).unwrap_or_else(ud)
 }
 
 /// The user-level integer instructions; `None` for all others.

@@ -355,6 +355,20 @@ pub fn pop(cpu: &mut Cpu, size: usize) -> R<u64> {
     Ok(value)
 }
 
+/// The width of addresses in a string instruction: that of rSI, rDI and rCX.
+pub fn string_address_size(i: &Instruction) -> usize {
+    let of = |kind| match kind {
+        OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => 2,
+        OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => 4,
+        OpKind::MemorySegRSI | OpKind::MemorySegRDI | OpKind::MemoryESRDI => 8,
+        _ => 0,
+    };
+    match of(i.op0_kind()) {
+        0 => of(i.op1_kind()),
+        size => size,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

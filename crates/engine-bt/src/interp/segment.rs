@@ -6,11 +6,10 @@ use tetrarch_engine::Segment;
 
 use super::Flow;
 use super::operand;
-use super::system::umip;
 use crate::cpu::Cpu;
 use crate::state::address::canonical;
 use crate::state::fault::{Fault, R, Stop, gp, ud, vector};
-use crate::state::{attr, flag, seg, shadow};
+use crate::state::{attr, cr, flag, seg, shadow};
 
 /// System descriptor types (SDM 3A, table 3-2).
 pub mod system_type {
@@ -565,6 +564,36 @@ pub fn with_ext(stop: Stop, ext: u32) -> Stop {
         }
         other => other,
     }
+}
+
+/// Whether code in `segment` is 64-bit code.
+pub fn is_code64(cpu: &Cpu, segment: &Segment) -> bool {
+    cpu.st.long_mode() && segment.attributes & attr::L != 0
+}
+
+/// #GP(0) where RIP would leave the code segment or canonical form.
+pub fn check_target(cpu: &Cpu, code: &Segment, offset: u64) -> R<()> {
+    let inside =
+        if is_code64(cpu, code) { canonical(offset) } else { offset <= u64::from(code.limit) };
+    if inside { Ok(()) } else { gp(0) }
+}
+
+/// The last checks of a code segment, and the segment register with `cpl`.
+pub fn usable_code(cpu: &mut Cpu, selector: u16, descriptor: Descriptor, cpl: u8) -> R<Segment> {
+    let both = attr::L | attr::DB;
+    if cpu.st.long_mode() && descriptor.attributes() & both == both {
+        return gp(code_of(selector));
+    }
+    if !descriptor.present() {
+        return fail(vector::NP, code_of(selector));
+    }
+    mark_accessed(cpu, selector, descriptor)?;
+    Ok(descriptor.segment(selector & !3 | u16::from(cpl)))
+}
+
+/// CR4.UMIP: #GP(0) of what shows the system's tables to user code (SDM 3A, 2.5).
+pub fn umip(cpu: &Cpu) -> R<()> {
+    if cpu.st.cr4 & cr::CR4_UMIP != 0 && cpu.st.cpl != 0 { gp(0) } else { Ok(()) }
 }
 
 #[cfg(test)]

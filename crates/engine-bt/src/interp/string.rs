@@ -5,9 +5,9 @@
 //! through RAM take as many elements at a time as lie inside one page; the
 //! outcome is that of going element by element, overlap included.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, Register};
 
-use super::operand::{check_alignment, linear, write_gpr};
+use super::operand::{check_alignment, linear, string_address_size, write_gpr};
 use super::{Flow, alu};
 use crate::cpu::Cpu;
 use crate::cpu::mmu::Place;
@@ -20,20 +20,6 @@ use crate::state::{flag, reg};
 const BUDGET: u32 = 4096;
 /// Sixteen runs, so 64 KiB, in a step.
 const BULK_COST: u32 = BUDGET / 16;
-
-/// The width of addresses in a string instruction: that of rSI, rDI and rCX.
-pub fn string_address_size(i: &Instruction) -> usize {
-    let of = |kind| match kind {
-        OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => 2,
-        OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => 4,
-        OpKind::MemorySegRSI | OpKind::MemorySegRDI | OpKind::MemoryESRDI => 8,
-        _ => 0,
-    };
-    match of(i.op0_kind()) {
-        0 => of(i.op1_kind()),
-        size => size,
-    }
-}
 
 /// Bytes of an element.
 fn element_size(i: &Instruction) -> usize {

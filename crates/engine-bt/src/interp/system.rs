@@ -118,11 +118,6 @@ fn privileged(cpu: &Cpu) -> R<()> {
     if cpu.st.cpl == 0 { Ok(()) } else { gp(0) }
 }
 
-/// CR4.UMIP: #GP(0) of what shows the system's tables to user code (SDM 3A, 2.5).
-pub fn umip(cpu: &Cpu) -> R<()> {
-    if cpu.st.cr4 & cr::CR4_UMIP != 0 { privileged(cpu) } else { Ok(()) }
-}
-
 fn mov_from_cr(cpu: &mut Cpu, i: &Instruction) -> R<()> {
     privileged(cpu)?;
     let value = match i.op1_register() {
@@ -226,7 +221,7 @@ fn lmsw(cpu: &mut Cpu, i: &Instruction) -> R<()> {
 }
 
 fn smsw(cpu: &mut Cpu, i: &Instruction) -> R<()> {
-    umip(cpu)?;
+    segment::umip(cpu)?;
     let value = cpu.st.cr0;
     if i.op0_kind() == OpKind::Register {
         operand::write_reg(cpu, i.op0_register(), value);
@@ -307,7 +302,7 @@ fn load_table(cpu: &mut Cpu, i: &Instruction) -> R<SegmentTable> {
 }
 
 fn store_table(cpu: &mut Cpu, i: &Instruction, table: SegmentTable) -> R<()> {
-    umip(cpu)?;
+    segment::umip(cpu)?;
     let size = table_base_size(i);
     let address = operand::mem_linear(cpu, i, size + 2, true)?;
     let mut bytes = [0; 10];

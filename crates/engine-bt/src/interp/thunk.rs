@@ -18,12 +18,12 @@ use std::sync::atomic::{Ordering, fence};
 
 use iced_x86::{
     Code, CpuidFeature, Encoder, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
-    Mnemonic, OpAccess, OpCodeTableKind, OpKind, Register,
+    Mnemonic, OpAccess, OpCodeTableKind, OpKind, Register, UsedRegister,
 };
 
 use rustc_hash::FxHashMap;
 
-use super::{Flow, operand, xsave};
+use super::{Flow, operand};
 use crate::cpu::Cpu;
 use crate::cpu::cpuid::Vendor;
 use crate::cpu::fpu::{self, check_mode, class};
@@ -100,7 +100,7 @@ enum Missing {
 
 /// Runs the instruction if it is one for the host CPU.
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
-    let done = xsave::execute(cpu, i).or_else(|| hint(cpu, i)).or_else(|| masked::execute(cpu, i));
+    let done = hint(cpu, i).or_else(|| masked::execute(cpu, i));
     let done = match done {
         Some(done) => done,
         None => match find(i) {
@@ -207,86 +207,90 @@ impl Thunks {
             x87_store: false,
         };
         if has_memory(i) {
-            let size = i.memory_size().size();
             let [memory] = info.used_memory() else { return Err(Missing::Foreign) };
-            if size == 0 || size > BOUNCE_BYTES {
-                return Err(Missing::Foreign);
-            }
-            let access = memory.access();
-            thunk.size = size as u8;
-            thunk.reads = matches!(
-                access,
-                OpAccess::Read
-                    | OpAccess::CondRead
-                    | OpAccess::ReadWrite
-                    | OpAccess::ReadCondWrite
-                    | OpAccess::CondWrite
-            );
-            thunk.writes = matches!(
-                access,
-                OpAccess::Write
-                    | OpAccess::CondWrite
-                    | OpAccess::ReadWrite
-                    | OpAccess::ReadCondWrite
-            );
-            thunk.aligned = alignment(i, class);
-            thunk.natural = match size {
-                2 | 4 | 8 | 16 | 32 => thunk.size,
-                10 => 8,
-                _ => 1,
-            };
-            thunk.x87_store = matches!(
-                i.mnemonic(),
-                Mnemonic::Fst
-                    | Mnemonic::Fstp
-                    | Mnemonic::Fist
-                    | Mnemonic::Fistp
-                    | Mnemonic::Fisttp
-                    | Mnemonic::Fbstp
-            );
+            thunk.take_operand(i, memory.access())?;
         } else if !info.used_memory().is_empty() {
             return Err(Missing::Foreign);
         }
-        // RSP is the host's stack: another register, unused here, stands in.
-        let mut new = *i;
-        let full = |register: Register| register.full_register();
-        let mut used: Vec<Register> =
-            info.used_registers().iter().map(|used| full(used.register())).collect();
-        used.extend((0..i.op_count()).map(|op| full(i.op_register(op))));
-        if used.contains(&Register::RSP) {
-            let stand_in =
-                (8..16).find(|&n| !used.contains(&(Register::RAX + n))).ok_or(Missing::Foreign)?;
-            for op in 0..i.op_count() {
-                let register = i.op_register(op);
-                if i.op_kind(op) == OpKind::Register && full(register) == Register::RSP {
-                    let first = match register.size() {
-                        8 => Register::RAX,
-                        4 => Register::EAX,
-                        2 => Register::AX,
-                        _ => return Err(Missing::Foreign),
-                    };
-                    new.set_op_register(op, first + stand_in);
-                }
-            }
-            thunk.stand_in = Some(stand_in as u8);
-        }
+        let used = info.used_registers().iter().map(UsedRegister::register);
+        let (new, stand_in) = without_rsp(i, used)?;
+        thunk.stand_in = stand_in;
         let mut encoder = Encoder::new(64);
         encoder.encode(&new, 0).map_err(|_| Missing::Foreign)?;
-        let bytes = encoder.take_buffer();
+        thunk.code = self.store(&encoder.take_buffer())?;
+        Ok(thunk)
+    }
+
+    /// Makes room by forgetting all, if there is none.
+    fn store(&mut self, bytes: &[u8]) -> Result<usize, Missing> {
         if self.slab.is_none() {
             self.slab = arena::Slab::new();
         }
         let slab = self.slab.as_mut().ok_or(Missing::Memory)?;
-        thunk.code = match slab.add(&bytes) {
-            Some(code) => code,
-            None => {
-                self.thunks.clear();
-                slab.clear();
-                slab.add(&bytes).ok_or(Missing::Memory)?
-            }
-        };
-        Ok(thunk)
+        if let Some(code) = slab.add(bytes) {
+            return Ok(code);
+        }
+        self.thunks.clear();
+        slab.clear();
+        slab.add(bytes).ok_or(Missing::Memory)
     }
+}
+
+impl Thunk {
+    /// Notes what becomes of the operand in memory.
+    fn take_operand(&mut self, i: &Instruction, access: OpAccess) -> Result<(), Missing> {
+        use Mnemonic as M;
+        use OpAccess as A;
+        let size = i.memory_size().size();
+        if size == 0 || size > BOUNCE_BYTES {
+            return Err(Missing::Foreign);
+        }
+        self.size = size as u8;
+        self.reads = matches!(
+            access,
+            A::Read | A::CondRead | A::ReadWrite | A::ReadCondWrite | A::CondWrite
+        );
+        self.writes = matches!(access, A::Write | A::CondWrite | A::ReadWrite | A::ReadCondWrite);
+        self.aligned = alignment(i, self.class);
+        self.natural = match size {
+            2 | 4 | 8 | 16 | 32 => self.size,
+            10 => 8,
+            _ => 1,
+        };
+        self.x87_store =
+            matches!(i.mnemonic(), M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp);
+        Ok(())
+    }
+}
+
+/// The instruction with a register that it does not use in the place of RSP, which is
+/// the host's stack; and which one that is.
+fn without_rsp(
+    i: &Instruction,
+    used: impl Iterator<Item = Register>,
+) -> Result<(Instruction, Option<u8>), Missing> {
+    let mut new = *i;
+    let full = |register: Register| register.full_register();
+    let mut used: Vec<Register> = used.map(full).collect();
+    used.extend((0..i.op_count()).map(|op| full(i.op_register(op))));
+    if !used.contains(&Register::RSP) {
+        return Ok((new, None));
+    }
+    let stand_in =
+        (8..16).find(|&n| !used.contains(&(Register::RAX + n))).ok_or(Missing::Foreign)?;
+    for op in 0..i.op_count() {
+        let register = i.op_register(op);
+        if i.op_kind(op) == OpKind::Register && full(register) == Register::RSP {
+            let first = match register.size() {
+                8 => Register::RAX,
+                4 => Register::EAX,
+                2 => Register::AX,
+                _ => return Err(Missing::Foreign),
+            };
+            new.set_op_register(op, first + stand_in);
+        }
+    }
+    Ok((new, Some(stand_in as u8)))
 }
 
 fn x87_control(i: &Instruction) -> bool {
@@ -344,14 +348,21 @@ fn classify(i: &Instruction) -> Option<u8> {
             return None;
         }
     }
-    match i.mnemonic() {
-        Mnemonic::Emms => class |= class::MMX,
+    class |= class_without_register(i.mnemonic());
+    // VMREAD and the like have general registers too: name what is known.
+    (class & !class::VEX != 0 || is_known_general(i)).then_some(class)
+}
+
+/// What an instruction needs that no register operand may tell.
+fn class_without_register(mnemonic: Mnemonic) -> u8 {
+    match mnemonic {
+        Mnemonic::Emms => class::MMX,
         Mnemonic::Vzeroall
         | Mnemonic::Vzeroupper
         | Mnemonic::Vcvtss2si
         | Mnemonic::Vcvttss2si
         | Mnemonic::Vcvtsd2si
-        | Mnemonic::Vcvttsd2si => class |= class::AVX,
+        | Mnemonic::Vcvttsd2si => class::AVX,
         // With a memory operand no vector register tells.
         Mnemonic::Cvtss2si
         | Mnemonic::Cvttss2si
@@ -360,28 +371,26 @@ fn classify(i: &Instruction) -> Option<u8> {
         | Mnemonic::Cvtps2pi
         | Mnemonic::Cvttps2pi
         | Mnemonic::Cvtpd2pi
-        | Mnemonic::Cvttpd2pi => class |= class::SSE,
-        // VMREAD and the like have general registers too: name what is known.
-        _ if class & !class::VEX == 0 => {
-            let known = i.cpuid_features().iter().all(|feature| {
-                matches!(
-                    feature,
-                    CpuidFeature::BMI1
-                        | CpuidFeature::BMI2
-                        | CpuidFeature::ADX
-                        | CpuidFeature::LZCNT
-                        | CpuidFeature::POPCNT
-                        | CpuidFeature::MOVBE
-                        | CpuidFeature::SSE4_2
-                )
-            });
-            if (!known || i.cpuid_features().is_empty()) && i.mnemonic() != Mnemonic::Movnti {
-                return None;
-            }
-        }
-        _ => {}
+        | Mnemonic::Cvttpd2pi => class::SSE,
+        _ => 0,
     }
-    Some(class)
+}
+
+/// Of instructions on general registers and memory, those that run as thunks.
+fn is_known_general(i: &Instruction) -> bool {
+    let known = i.cpuid_features().iter().all(|feature| {
+        matches!(
+            feature,
+            CpuidFeature::BMI1
+                | CpuidFeature::BMI2
+                | CpuidFeature::ADX
+                | CpuidFeature::LZCNT
+                | CpuidFeature::POPCNT
+                | CpuidFeature::MOVBE
+                | CpuidFeature::SSE4_2
+        )
+    });
+    known && !i.cpuid_features().is_empty() || i.mnemonic() == Mnemonic::Movnti
 }
 
 /// Whether a misaligned memory operand is #GP(0) (Intel SDM 2, 2.4: types 1, 2

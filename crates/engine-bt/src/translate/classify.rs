@@ -7,8 +7,7 @@ use iced_x86::{
 use std::mem::offset_of;
 
 use super::block::Source;
-use crate::state::mode;
-use crate::state::{CpuState, seg};
+use crate::state::{CpuState, mode, seg};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -82,73 +81,15 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
     if !source.cpuid.runs(i) {
         return Kind::Interpret;
     }
-    match i.flow_control() {
-        FlowControl::Next => {}
-        FlowControl::UnconditionalBranch => {
-            return match i.code() {
-                Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Kind::Jmp,
-                _ => Kind::Interpret,
-            };
-        }
-        FlowControl::ConditionalBranch => return conditional(i),
-        FlowControl::Call => {
-            return match i.code() {
-                Code::Call_rel32_64 => Kind::Call,
-                Code::Syscall if mode & mode::SYSCALL != 0 => Kind::Syscall,
-                _ => Kind::Interpret,
-            };
-        }
-        FlowControl::IndirectBranch => {
-            return if i.code() == Code::Jmp_rm64 { Kind::JmpIndirect } else { Kind::Interpret };
-        }
-        FlowControl::IndirectCall => {
-            return if i.code() == Code::Call_rm64 { Kind::CallIndirect } else { Kind::Interpret };
-        }
-        // SYSCALL and SYSRET count as a call and a return.
-        FlowControl::Return if i.code() == Code::Sysretq && kernel => {
-            return if mode & mode::SYSCALL != 0 { Kind::Sysret } else { Kind::Interpret };
-        }
-        FlowControl::Return => {
-            return match i.code() {
-                Code::Retnq | Code::Retnq_imm16 => Kind::Ret,
-                _ => Kind::Interpret,
-            };
-        }
-        _ => return Kind::Interpret,
+    if i.flow_control() != FlowControl::Next {
+        return transfer(i, mode);
     }
     use Mnemonic as M;
     match i.mnemonic() {
-        M::Nop
-        | M::Endbr64
-        | M::Endbr32
-        | M::Rdsspd
-        | M::Rdsspq
-        | M::Prefetchnta
-        | M::Prefetcht0
-        | M::Prefetcht1
-        | M::Prefetcht2
-        | M::Prefetchw
-        | M::Prefetch
-        | M::Reservednop => Kind::Nothing,
-        // Translated code runs with DF clear.
-        M::Cld => Kind::Nothing,
-        M::Lea => {
-            if i.op0_register().size() >= 4 {
-                Kind::Lea
-            } else {
-                Kind::Interpret
-            }
-        }
-        M::Push => match i.code() {
-            Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm32 | Code::Pushq_imm8 => Kind::Push,
-            _ => Kind::Interpret,
-        },
-        M::Pop => match i.code() {
-            Code::Pop_r64 => Kind::Pop,
-            Code::Pop_rm64 if i.op0_kind() == OpKind::Register => Kind::Pop,
-            _ => Kind::Interpret,
-        },
-        M::Leave if i.code() == Code::Leaveq => Kind::Leave,
+        mnemonic if does_nothing(mnemonic) => Kind::Nothing,
+        M::Lea if i.op0_register().size() >= 4 => Kind::Lea,
+        M::Lea => Kind::Interpret,
+        M::Push | M::Pop | M::Leave => stack(i),
         M::In => Kind::Port { out: false },
         M::Out => Kind::Port { out: true },
         M::Pushfq => Kind::Pushf,
@@ -178,6 +119,74 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
         M::Rdgsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::GS),
         _ => copy(i, mode),
     }
+}
+
+/// What goes on elsewhere than behind itself.
+fn transfer(i: &Instruction, mode: u32) -> Kind {
+    let syscalls = mode & mode::SYSCALL != 0;
+    match i.code() {
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Kind::Jmp,
+        Code::Call_rel32_64 => Kind::Call,
+        Code::Jmp_rm64 => Kind::JmpIndirect,
+        Code::Call_rm64 => Kind::CallIndirect,
+        Code::Retnq | Code::Retnq_imm16 => Kind::Ret,
+        Code::Syscall if syscalls => Kind::Syscall,
+        Code::Sysretq if syscalls && mode & mode::USER == 0 => Kind::Sysret,
+        _ if i.flow_control() == FlowControl::ConditionalBranch => conditional(i),
+        _ => Kind::Interpret,
+    }
+}
+
+fn does_nothing(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Nop
+            | M::Endbr64
+            | M::Endbr32
+            | M::Rdsspd
+            | M::Rdsspq
+            | M::Prefetchnta
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchw
+            | M::Prefetch
+            | M::Reservednop
+            // Translated code runs with DF clear.
+            | M::Cld
+    )
+}
+
+/// PUSH, POP and LEAVE.
+fn stack(i: &Instruction) -> Kind {
+    match i.code() {
+        Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm32 | Code::Pushq_imm8 => Kind::Push,
+        Code::Pop_r64 => Kind::Pop,
+        Code::Pop_rm64 if i.op0_kind() == OpKind::Register => Kind::Pop,
+        Code::Leaveq => Kind::Leave,
+        _ => Kind::Interpret,
+    }
+}
+
+/// The longest run of pushes or pops that is checked at once.
+const STACK_RUN: usize = 16;
+
+/// How many instructions from the first on push registers, or pop registers and
+/// perhaps return: a prologue or an epilogue.
+pub(super) fn stack_run(instructions: &[Instruction], kinds: &[Kind]) -> usize {
+    let plain = |index: usize| {
+        instructions[index].op0_kind() == OpKind::Register
+            && instructions[index].op0_register() != Register::RSP
+    };
+    let Some(&first) = kinds.first() else { return 0 };
+    if !matches!(first, Kind::Push | Kind::Pop) {
+        return 0;
+    }
+    let len = kinds.len().min(STACK_RUN);
+    let run = (0..len).take_while(|&index| kinds[index] == first && plain(index)).count();
+    let returns = first == Kind::Pop && run > 0 && kinds.get(run) == Some(&Kind::Ret);
+    run + usize::from(returns)
 }
 
 /// MOVS and STOS on flat 64-bit addresses.

@@ -10,28 +10,8 @@ use super::job::{Flags, Job};
 use super::operands::{number, replace_memory};
 use crate::state::CpuState;
 
-/// The longest run of pushes or pops that is checked at once.
-const STACK_RUN: usize = 16;
-
-/// How many instructions from the first on push registers, or pop registers and
-/// perhaps return: a prologue or an epilogue.
-pub(super) fn stack_run(instructions: &[Instruction], kinds: &[Kind]) -> usize {
-    let plain = |index: usize| {
-        instructions[index].op0_kind() == OpKind::Register
-            && instructions[index].op0_register() != Register::RSP
-    };
-    let Some(&first) = kinds.first() else { return 0 };
-    if !matches!(first, Kind::Push | Kind::Pop) {
-        return 0;
-    }
-    let len = kinds.len().min(STACK_RUN);
-    let run = (0..len).take_while(|&index| kinds[index] == first && plain(index)).count();
-    let returns = first == Kind::Pop && run > 0 && kinds.get(run) == Some(&Kind::Ret);
-    run + usize::from(returns)
-}
-
 impl Job<'_> {
-    /// Emits what [`stack_run`] found with one check for all its accesses.
+    /// Emits what [`stack_run`](super::classify::stack_run) found with one check for all its accesses.
     pub(super) fn stack_run(&mut self, instructions: &[Instruction], kinds: &[Kind]) {
         self.free_flags();
         let bytes = instructions.len() as i32 * 8;

@@ -6,9 +6,8 @@ use std::mem::offset_of;
 use iced_x86::{FlowControl, Instruction, InstructionInfoFactory};
 
 use super::block::{Built, MapEntry, Site, Source, What};
-use super::classify::Kind;
+use super::classify::{Kind, stack_run};
 use super::emit::{Emitter, R13, R14, REQUEST, cc};
-use super::instructions::stack_run;
 use super::stubs::Stubs;
 use crate::state::CpuState;
 use crate::state::block::{exec_index, exec_offset};

@@ -175,39 +175,7 @@ impl Job<'_> {
             self.need_x87();
         }
         let mut copy = *i;
-        // Guest registers in memory, with the scratch register for each.
-        let mut spilled: [Option<(u8, u8, bool, bool)>; 2] = [None; 2];
-        let scratches: &[u8] = if memory.is_some() { &[R13] } else { &[R13, R14] };
-        for op in 0..i.op_count() {
-            if i.op_kind(op) != OpKind::Register {
-                continue;
-            }
-            let register = i.op_register(op);
-            let Some(guest) = number(register) else { continue };
-            if is_high_byte(register) && memory.is_some() {
-                return false;
-            }
-            let host = match guest {
-                4 => R15,
-                13..=15 => {
-                    let slot = spilled
-                        .iter()
-                        .position(|s| s.is_none_or(|(g, ..)| g == guest))
-                        .filter(|&slot| slot < scratches.len());
-                    let Some(slot) = slot else { return false };
-                    let access = accesses[op as usize];
-                    let size = register.size();
-                    let (_, scratch, load, store) =
-                        spilled[slot].unwrap_or((guest, scratches[slot], false, false));
-                    let load = load || access != OpAccess::Write || size < 4;
-                    let store = store || writes(access);
-                    spilled[slot] = Some((guest, scratch, load, store));
-                    scratch
-                }
-                _ => continue,
-            };
-            copy.set_op_register(op, gpr_of(register.size(), host));
-        }
+        let Some(spills) = rename(&mut copy, &accesses, memory.is_some()) else { return false };
         // A 32-bit register written only conditionally still zero-extends, and
         // the copy does that by itself in the scratch register.
 
@@ -219,10 +187,8 @@ impl Job<'_> {
         }
         let sometimes = if keeps_flags_sometimes(i) { self.live_after() } else { 0 };
         self.need_flags(read | sometimes, written);
-        for (guest, scratch, load, _) in spilled.iter().flatten() {
-            if *load {
-                self.e.load(*scratch, gpr_offset(*guest));
-            }
+        for spill in spills.iter().filter(|spill| spill.load) {
+            self.e.load(spill.scratch, gpr_offset(spill.guest));
         }
         let start = self.e.pos();
         if !self.e.instruction(&copy) {
@@ -231,14 +197,71 @@ impl Job<'_> {
         if written != 0 && self.before_patched_branch() {
             self.e.align_before_branch(start);
         }
-        for (guest, scratch, _, store) in spilled.iter().flatten() {
-            if *store {
-                self.e.store(gpr_offset(*guest), *scratch);
-            }
+        for spill in spills.iter().filter(|spill| spill.store) {
+            self.e.store(gpr_offset(spill.guest), spill.scratch);
         }
         if written != 0 {
             self.flags = Flags::Host;
         }
         true
     }
+}
+
+/// A guest register that is in memory, and the scratch register which has its place for
+/// one instruction.
+#[derive(Clone, Copy)]
+struct Spill {
+    guest: u8,
+    scratch: u8,
+    /// It is loaded before, and stored behind.
+    load: bool,
+    store: bool,
+}
+
+/// At most one for each scratch register.
+#[derive(Default)]
+struct Spills([Option<Spill>; 2]);
+
+impl Spills {
+    fn iter(&self) -> impl Iterator<Item = &Spill> {
+        self.0.iter().flatten()
+    }
+
+    /// The scratch register for an operand in a guest register; `None` if all are taken.
+    fn take(&mut self, guest: u8, free: &[u8], load: bool, store: bool) -> Option<u8> {
+        let of_guest = |spill: &Option<Spill>| spill.is_none_or(|spill| spill.guest == guest);
+        let slot = self.0.iter().position(of_guest).filter(|&slot| slot < free.len())?;
+        let fresh = Spill { guest, scratch: free[slot], load: false, store: false };
+        let spill = self.0[slot].get_or_insert(fresh);
+        spill.load |= load;
+        spill.store |= store;
+        Some(spill.scratch)
+    }
+}
+
+/// Puts host registers in the place of the guest's. `None` if that cannot be.
+fn rename(copy: &mut Instruction, accesses: &[OpAccess], has_memory: bool) -> Option<Spills> {
+    let mut spills = Spills::default();
+    let free: &[u8] = if has_memory { &[R13] } else { &[R13, R14] };
+    for op in 0..copy.op_count() {
+        if copy.op_kind(op) != OpKind::Register {
+            continue;
+        }
+        let register = copy.op_register(op);
+        let Some(guest) = number(register) else { continue };
+        if is_high_byte(register) && has_memory {
+            return None;
+        }
+        let host = match guest {
+            4 => R15,
+            13..=15 => {
+                let access = accesses[op as usize];
+                let load = access != OpAccess::Write || register.size() < 4;
+                spills.take(guest, free, load, writes(access))?
+            }
+            _ => continue,
+        };
+        copy.set_op_register(op, gpr_of(register.size(), host));
+    }
+    Some(spills)
 }

@@ -238,14 +238,20 @@ fn stack_miss(
     a.jmp(retry)
 }
 
-/// Assembles the stubs for address `base`. Returns their bytes and addresses.
-pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), IcedError> {
-    let mut a = CodeAssembler::new(64)?;
-    let callee_saved = [rbx, rbp, r12, r13, r14, r15];
+/// The host's registers that a call keeps, as [`Stubs::enter`] pushes them.
+const CALLEE_SAVED: [AsmRegister64; 6] = [rbx, rbp, r12, r13, r14, r15];
 
-    let mut enter = a.create_label();
-    a.set_label(&mut enter)?;
-    for register in callee_saved {
+/// A label for what is assembled next.
+fn here(a: &mut CodeAssembler) -> Result<CodeLabel, IcedError> {
+    let mut label = a.create_label();
+    a.set_label(&mut label)?;
+    Ok(label)
+}
+
+/// See [`Stubs::enter`].
+fn enter(a: &mut CodeAssembler, avx: bool) -> Result<CodeLabel, IcedError> {
+    let label = here(a)?;
+    for register in CALLEE_SAVED {
         a.push(register)?;
     }
     a.sub(rsp, 8)?;
@@ -255,15 +261,17 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
     if avx {
         a.vzeroupper()?;
     }
-    load_vectors(&mut a, avx)?;
+    load_vectors(a, avx)?;
     for (host, guest) in LIVE {
         a.mov(host, at(gpr(guest)))?;
     }
     a.jmp(at(offset_of!(CpuState, scratch)))?;
+    Ok(label)
+}
 
-    // Every way out ends here, with the kind stored.
-    let mut leave = a.create_label();
-    a.set_label(&mut leave)?;
+/// Every way out ends here, with the kind stored.
+fn leave(a: &mut CodeAssembler, avx: bool) -> Result<CodeLabel, IcedError> {
+    let label = here(a)?;
     for (host, guest) in LIVE {
         a.mov(at(gpr(guest)), host)?;
     }
@@ -271,91 +279,112 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
     a.pushfq()?;
     a.pop(rax)?;
     a.mov(at(offset_of!(CpuState, exit_flags)), rax)?;
-    store_vectors(&mut a, avx)?;
+    store_vectors(a, avx)?;
     a.stmxcsr(at32(offset_of!(CpuState, mxcsr)))?;
     a.ldmxcsr(at32(offset_of!(CpuState, host_mxcsr)))?;
     a.add(rsp, 8)?;
-    for register in callee_saved.iter().rev() {
+    for register in CALLEE_SAVED.iter().rev() {
         a.pop(*register)?;
     }
     a.ret()?;
+    Ok(label)
+}
 
-    let kinds = [
-        exit_kind::LINK,
-        exit_kind::BRANCH,
-        exit_kind::INTERPRET,
-        exit_kind::REQUEST,
-        exit_kind::REQUEST_BRANCH,
-        exit_kind::SIGNAL,
-        exit_kind::PORT,
-    ];
-    let mut leaves = Vec::new();
-    for kind in kinds {
-        let mut label = a.create_label();
-        a.set_label(&mut label)?;
-        a.mov(at32(offset_of!(CpuState, exit_kind)), kind as i32)?;
-        if kind == exit_kind::BRANCH || kind == exit_kind::REQUEST_BRANCH {
-            a.mov(at(offset_of!(CpuState, address)), r13)?;
-        }
-        a.jmp(leave)?;
-        leaves.push(label);
+/// A way out of one kind, which goes on to `leave`. Those by a branch have its target
+/// in r13.
+fn leave_for(a: &mut CodeAssembler, kind: u32, leave: CodeLabel) -> Result<CodeLabel, IcedError> {
+    let label = here(a)?;
+    a.mov(at32(offset_of!(CpuState, exit_kind)), kind as i32)?;
+    if kind == exit_kind::BRANCH || kind == exit_kind::REQUEST_BRANCH {
+        a.mov(at(offset_of!(CpuState, address)), r13)?;
     }
+    a.jmp(leave)?;
+    Ok(label)
+}
 
-    let mut slow = a.create_label();
-    a.set_label(&mut slow)?;
+/// See [`Stubs::leave_slow`].
+fn leave_slow(a: &mut CodeAssembler, leave: CodeLabel) -> Result<CodeLabel, IcedError> {
+    let label = here(a)?;
     a.pop(r13)?;
     a.mov(at(offset_of!(CpuState, address)), r13)?;
     a.mov(at32(offset_of!(CpuState, exit_kind)), exit_kind::SLOW as i32)?;
     a.jmp(leave)?;
+    Ok(label)
+}
 
-    let mut fills = Vec::new();
-    let mut fill_addresses = Vec::new();
-    let mut stacks = Vec::new();
-    for (user, write) in [(false, false), (false, true), (true, false), (true, true)] {
-        let mut with_index = a.create_label();
-        a.set_label(&mut with_index)?;
-        a.add(r14, tag(user, write))?;
-        let mut with_address = a.create_label();
-        a.set_label(&mut with_address)?;
-        // The return address goes where SLOW exits tell their place.
-        a.pop(r13)?;
-        a.mov(at(offset_of!(CpuState, address)), r13)?;
-        call_fill(&mut a, avx, fill, write)?;
-        let mut failed = a.create_label();
-        a.jz(failed)?;
-        a.jmp(at(offset_of!(CpuState, address)))?;
-        fills.push(with_index);
-        fill_addresses.push(with_address);
+/// The stubs for accesses of one kind that miss.
+struct Misses {
+    /// See [`Stubs::fill`], [`Stubs::fill_address`] and [`Stubs::stack`].
+    fill: CodeLabel,
+    fill_address: CodeLabel,
+    stack: CodeLabel,
+}
 
-        let mut stack = a.create_label();
-        a.set_label(&mut stack)?;
-        stack_miss(&mut a, avx, fill, (user, write), failed)?;
-        stacks.push(stack);
+fn misses(
+    a: &mut CodeAssembler,
+    avx: bool,
+    to_rust: Fill,
+    (user, write): (bool, bool),
+    leave: CodeLabel,
+) -> Result<Misses, IcedError> {
+    let fill = here(a)?;
+    a.add(r14, tag(user, write))?;
+    let fill_address = here(a)?;
+    // The return address goes where SLOW exits tell their place.
+    a.pop(r13)?;
+    a.mov(at(offset_of!(CpuState, address)), r13)?;
+    call_fill(a, avx, to_rust, write)?;
+    let mut failed = a.create_label();
+    a.jz(failed)?;
+    a.jmp(at(offset_of!(CpuState, address)))?;
 
-        a.set_label(&mut failed)?;
-        a.mov(at32(offset_of!(CpuState, exit_kind)), exit_kind::SLOW as i32)?;
-        a.jmp(leave)?;
+    let stack = here(a)?;
+    stack_miss(a, avx, to_rust, (user, write), failed)?;
+
+    a.set_label(&mut failed)?;
+    a.mov(at32(offset_of!(CpuState, exit_kind)), exit_kind::SLOW as i32)?;
+    a.jmp(leave)?;
+    Ok(Misses { fill, fill_address, stack })
+}
+
+/// Assembles the stubs for address `base`. Returns their bytes and addresses.
+pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    let enter = enter(&mut a, avx)?;
+    let leave = leave(&mut a, avx)?;
+    let link = leave_for(&mut a, exit_kind::LINK, leave)?;
+    let branch = leave_for(&mut a, exit_kind::BRANCH, leave)?;
+    let interpret = leave_for(&mut a, exit_kind::INTERPRET, leave)?;
+    let request = leave_for(&mut a, exit_kind::REQUEST, leave)?;
+    let request_branch = leave_for(&mut a, exit_kind::REQUEST_BRANCH, leave)?;
+    let signal = leave_for(&mut a, exit_kind::SIGNAL, leave)?;
+    let port = leave_for(&mut a, exit_kind::PORT, leave)?;
+    let slow = leave_slow(&mut a, leave)?;
+    let kinds = [(false, false), (false, true), (true, false), (true, true)];
+    let mut missed = Vec::with_capacity(kinds.len());
+    for kind in kinds {
+        missed.push(misses(&mut a, avx, fill, kind, leave)?);
     }
 
     let done =
         a.assemble_options(base, iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
-    let address = |label: &CodeLabel| done.label_ip(label);
+    let address = |label: CodeLabel| done.label_ip(&label);
     let mut stubs = Stubs {
-        enter: address(&enter)?,
-        leave_link: address(&leaves[0])?,
-        leave_branch: address(&leaves[1])?,
-        leave_interpret: address(&leaves[2])?,
-        leave_request: address(&leaves[3])?,
-        leave_request_branch: address(&leaves[4])?,
-        leave_signal: address(&leaves[5])?,
-        leave_port: address(&leaves[6])?,
-        leave_slow: address(&slow)?,
+        enter: address(enter)?,
+        leave_link: address(link)?,
+        leave_branch: address(branch)?,
+        leave_interpret: address(interpret)?,
+        leave_request: address(request)?,
+        leave_request_branch: address(request_branch)?,
+        leave_port: address(port)?,
+        leave_slow: address(slow)?,
+        leave_signal: address(signal)?,
         ..Stubs::default()
     };
-    for index in 0..4 {
-        stubs.fill[index] = address(&fills[index])?;
-        stubs.fill_address[index] = address(&fill_addresses[index])?;
-        stubs.stack[index] = address(&stacks[index])?;
+    for (index, missed) in missed.iter().enumerate() {
+        stubs.fill[index] = address(missed.fill)?;
+        stubs.fill_address[index] = address(missed.fill_address)?;
+        stubs.stack[index] = address(missed.stack)?;
     }
     Ok((done.inner.code_buffer, stubs))
 }

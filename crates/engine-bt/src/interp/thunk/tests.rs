@@ -10,6 +10,7 @@ use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use super::*;
 use crate::cpu::VmShared;
+use crate::interp::xsave;
 use crate::state::{Ymm, attr, cr, flag, reg, seg};
 
 const RAM: u64 = 1 << 20;
@@ -28,6 +29,12 @@ pub(crate) fn machine() -> Cpu {
     st.seg[seg::CS].attributes |= attr::L;
     cpu.update_mode();
     cpu
+}
+
+/// What runs on the host CPU, as [`crate::interp`] asks for it.
+fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
+    let done = xsave::execute(cpu, i).map(|done| done.map(|()| Flow::Next));
+    done.or_else(|| super::execute(cpu, i))
 }
 
 /// Assembles one instruction and executes it.
