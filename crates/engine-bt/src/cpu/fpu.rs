@@ -234,6 +234,23 @@ pub fn x87(st: &CpuState) -> FxImage {
     image
 }
 
+/// Control and status word as the CPU keeps them, whatever an image says: reserved bits of FCW
+/// are fixed, and the summary of FSW, twice, is that of the unmasked exceptions (Intel SDM 1,
+/// 8.1.3 and 8.1.5).
+fn settle_words(image: &mut FxImage) {
+    const FCW_KEPT: u16 = 0x1F3F;
+    const FCW_ONE: u16 = 0x40;
+    const EXCEPTIONS: u16 = 0x3F;
+    const SUMMARY: u16 = 0x8080;
+    let word = |at: usize| u16::from_le_bytes([image.0[at], image.0[at + 1]]);
+    let (fcw, mut fsw) = (word(0) & FCW_KEPT | FCW_ONE, word(2) & !SUMMARY);
+    if fsw & !fcw & EXCEPTIONS != 0 {
+        fsw |= SUMMARY;
+    }
+    image.0[..2].copy_from_slice(&fcw.to_le_bytes());
+    image.0[2..4].copy_from_slice(&fsw.to_le_bytes());
+}
+
 /// Replaces the x87 state by that of an FXSAVE image.
 pub fn set_x87(st: &mut CpuState, image: &[u8]) {
     let mut new = FxImage([0; 512]);
@@ -244,6 +261,7 @@ pub fn set_x87(st: &mut CpuState, image: &[u8]) {
         st.fx.0[FX_POINTERS].copy_from_slice(&new.0[FX_POINTERS]);
         st.last_thunk = Default::default();
     } else {
+        settle_words(&mut new);
         st.fx = new;
     }
 }
@@ -416,6 +434,27 @@ pub fn test_state() -> Box<CpuState> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn control_and_status_word_are_what_the_cpu_makes_of_them() {
+        let mut st = test_state();
+        let mut image = initial_x87();
+        for bit in 0..=16 {
+            for other in [0u16, 0xFFFF, 0x037F, 0x0300, 0x0021, 0x80A1] {
+                let one = 1u32.checked_shl(bit).unwrap_or(0) as u16;
+                for (fcw, fsw) in [(one, other), (other, one), (!one, other), (other, !one)] {
+                    image.0[..2].copy_from_slice(&fcw.to_le_bytes());
+                    image.0[2..4].copy_from_slice(&fsw.to_le_bytes());
+                    set_x87(&mut st, &image.0);
+                    let kept = x87(&st).0[..4].to_vec();
+                    load(&mut st);
+                    let loaded = x87(&st).0[..4].to_vec();
+                    unload(&mut st);
+                    assert_eq!(kept, loaded, "fcw {fcw:#x} fsw {fsw:#x}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn x87_survives_load_and_unload() {

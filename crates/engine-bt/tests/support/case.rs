@@ -43,9 +43,6 @@ pub struct Fpu {
     pub ymm: [[u64; 4]; 16],
 }
 
-/// FXRSTOR may leave it clear until the state is next saved and loaded.
-const FCW_RESERVED: u16 = 1 << 6;
-
 impl Default for Fpu {
     fn default() -> Self {
         Self { fcw: 0x37F, fsw: 0, tags: 0, mxcsr: 0x1F80, st: [[0; 10]; 8], ymm: [[0; 4]; 16] }
@@ -220,8 +217,7 @@ pub fn differences(case: &Case, native: &Outcome, engine: &Outcome, strict: bool
         found.push(format!("flags: native {n:#x}, engine {e:#x} (defined {mask:#x})"));
     }
     let (nf, ef) = (&n.fpu, &e.fpu);
-    let words = |fpu: &Fpu| (fpu.fcw & !FCW_RESERVED, fpu.fsw, fpu.tags);
-    if words(nf) != words(ef) || nf.st != ef.st {
+    if (nf.fcw, nf.fsw, nf.tags) != (ef.fcw, ef.fsw, ef.tags) || nf.st != ef.st {
         found.push(format!(
             "x87: native fcw {:x} fsw {:x} tags {:x} {:x?}\n     engine fcw {:x} fsw {:x} tags {:x} {:x?}",
             nf.fcw, nf.fsw, nf.tags, nf.st, ef.fcw, ef.fsw, ef.tags, ef.st
