@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from tests.machine import guests
 
 from tetrarch import Machine, StopReason, _native
+from tetrarch.machine.config import EngineName
 from tetrarch.testing import pvh_kernel
 
 Make = Callable[..., Machine]
@@ -205,6 +207,30 @@ with Machine.restore({str(saved)!r}) as vm:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{clock} c3\nd4\n"
+
+
+def test_machine_goes_on_on_the_other_engine_and_back(tmp_path: Path) -> None:
+    reason = _native.engine_available("kvm")
+    if reason is not None:
+        pytest.skip("; ".join(reason))
+    kernel, saved = tmp_path / "kernel", tmp_path / "saved"
+    kernel.write_bytes(pvh_kernel(guests.COUNTING_ECHO))
+    engines: tuple[EngineName, ...] = ("kvm", "bt", "kvm", "bt")
+    with ExitStack() as machines:
+        vm = machines.enter_context(Machine(kernel=kernel, engine="bt", memory="16M"))
+        vm.start()
+        for number, engine in enumerate(engines):
+            vm.console.send("a")
+            vm.console.expect(f"a{2 * number + 1}", timeout=LIMIT_S)
+            with vm.held():
+                # Typed and not read: it is in the UART when the machine is saved.
+                vm.console.send("b")
+                vm.save(saved)
+            vm.stop()
+            vm = machines.enter_context(Machine.restore(saved, engine=engine))
+            assert vm.engine == engine
+            vm.start()
+            vm.console.expect(f"b{2 * number + 2}", timeout=LIMIT_S)
 
 
 def test_guest_sees_no_jump_of_its_tsc(make: Make, tmp_path: Path, engine: str) -> None:
