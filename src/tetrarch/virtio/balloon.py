@@ -18,7 +18,7 @@ from tetrarch.errors import ConfigError
 if TYPE_CHECKING:
     from tetrarch._native import Vm
 
-__all__ = ["BalloonKind"]
+__all__ = ["BalloonKind", "BalloonState"]
 
 # Feature bits (5.5.3).
 STATS_VQ: Final = 1 << 1
