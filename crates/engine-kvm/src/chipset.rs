@@ -14,7 +14,7 @@ use tetrarch_engine::{
     ChipsetState, EngineError, IoapicState, PicState, PitChannelState, PitCounting, PitState,
 };
 
-use crate::vm::refused;
+use crate::error::refused;
 
 const IOAPIC_BASE: u64 = 0xFEC0_0000;
 /// Inputs whose trigger mode ELCR may change (Intel 82371SB, 2.5.5.8).

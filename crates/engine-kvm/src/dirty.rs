@@ -16,7 +16,7 @@ use kvm_ioctls::VmFd;
 use tetrarch_engine::EngineError;
 use tetrarch_memory::PAGE_SIZE;
 
-use crate::vm::refused;
+use crate::error::refused;
 
 /// Flags of an entry of the ring.
 const DIRTY: u32 = 1;

@@ -11,7 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use tetrarch_engine::{Doorbell, DoorbellAddress, EngineError, Irqfd};
 
-use crate::vm::refused;
+use crate::error::refused;
 
 // kvm-ioctls has the size only together with a value, and takes descriptors of one
 // library alone.

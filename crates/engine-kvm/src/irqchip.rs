@@ -10,7 +10,7 @@ use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use tetrarch_engine::{EngineError, GSI_COUNT, Msi, MsiRoutes};
 
-use crate::vm::refused;
+use crate::error::refused;
 
 /// ISA interrupts, which reach the PICs as well.
 const ISA_LINES: u32 = 16;

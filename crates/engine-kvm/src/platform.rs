@@ -19,7 +19,7 @@ use kvm_ioctls::{
 };
 use tetrarch_engine::{EngineError, Hypercalls, Platform};
 
-use crate::vm::refused;
+use crate::error::refused;
 
 vmm_sys_util::ioctl_iow_nr!(KVM_XEN_HVM_CONFIG, KVMIO, 0x7a, kvm_xen_hvm_config);
 

@@ -187,7 +187,7 @@ impl Guest {
     fn new(kvm: &Kvm) -> Result<Self, Unusable> {
         let failed = |what: &str| {
             let what = what.to_owned();
-            move |error| crate::vm::unusable(&what, error)
+            move |error| crate::error::unusable(&what, error)
         };
         let memory = Memory::new()?;
         let vm = kvm.create_vm().map_err(failed("make a virtual machine"))?;
@@ -211,7 +211,7 @@ impl Guest {
 
     /// Runs the guest from its start to its HLT.
     fn run(&mut self, loops: u64) -> Result<Duration, Unusable> {
-        let failed = |error| crate::vm::unusable("set registers", error);
+        let failed = |error| crate::error::unusable("set registers", error);
         let mut sregs = self.vcpu.get_sregs().map_err(failed)?;
         // Flat segments (Intel SDM 3A, 3.4.5): code 64-bit, data writable.
         let code = kvm_segment {

@@ -13,11 +13,12 @@ use tetrarch_engine::{
     RunState, VcpuState,
 };
 
+use crate::error::refused;
 use crate::irqchip;
 use crate::msr::{self, index};
+use crate::shared::VmShared;
 use crate::state;
 use crate::time;
-use crate::vm::{VmShared, refused};
 
 /// KVM_X86_SHADOW_INT_MOV_SS and _STI (asm/kvm.h).
 const SHADOW_MOV_SS: u8 = 1;

@@ -2,17 +2,17 @@
 //! by vCPUs (the kernel's log) and by devices.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use tetrarch_engine::{DirtyPages, EngineError};
-use tetrarch_memory::{GuestPhys, MemoryObserver, PAGE_SHIFT, Refusal, Region};
+use tetrarch_memory::{GuestPhys, PAGE_SHIFT, Region};
 
 use crate::dirty::{DirtyTracking, Ring, enable_ring};
-use crate::vm::{VmShared, refused};
+use crate::error::refused;
 
 // KVM_RESET_DIRTY_RINGS (linux/kvm.h).
 vmm_sys_util::ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
@@ -72,7 +72,7 @@ impl MemorySlots {
     }
 
     /// Takes a region from the kernel, which returns when no vCPU uses it.
-    fn unmap(&self, vm: &VmFd, region: &Region) -> Result<(), EngineError> {
+    pub fn unmap(&self, vm: &VmFd, region: &Region) -> Result<(), EngineError> {
         let mut slots = self.slots.lock();
         let is_it = |slot: &Option<Slot>| {
             slot.as_ref().is_some_and(|slot| slot.region.start == region.start)
@@ -153,7 +153,7 @@ impl MemorySlots {
     }
 
     /// A device wrote, which the kernel does not see.
-    fn written(&self, address: GuestPhys, length: u64) {
+    pub fn written(&self, address: GuestPhys, length: u64) {
         if length == 0 || !self.logging.load(Ordering::Relaxed) {
             return;
         }
@@ -190,32 +190,6 @@ fn set_slot(
 
 fn slot_refused(len: u64, error: kvm_ioctls::Error) -> EngineError {
     refused(&format!("map {} MiB of guest memory", len >> 20), error)
-}
-
-/// Lets the slots follow guest memory. Weak, since the VM keeps the memory.
-pub struct MemoryChanges {
-    pub vm: Weak<VmShared>,
-    pub slots: Arc<MemorySlots>,
-}
-
-impl MemoryObserver for MemoryChanges {
-    fn written(&self, address: GuestPhys, length: u64) {
-        self.slots.written(address, length);
-    }
-
-    fn mapped(&self, region: &Region) -> Result<(), Refusal> {
-        let Some(vm) = self.vm.upgrade() else { return Ok(()) };
-        Ok(self.slots.map(&vm.fd, region)?)
-    }
-
-    fn unmapped(&self, region: &Region) {
-        if let Some(vm) = self.vm.upgrade() {
-            // Deleting a slot that exists cannot fail. If it did, the region
-            // would stay mapped, and the guest would go on to see it.
-            let deleted = self.slots.unmap(&vm.fd, region);
-            debug_assert!(deleted.is_ok(), "{deleted:?}");
-        }
-    }
 }
 
 #[cfg(test)]

@@ -17,8 +17,9 @@ use kvm_ioctls::VcpuFd;
 use parking_lot::Mutex;
 use tetrarch_engine::{ClockFollower, EngineError};
 
+use crate::error::refused;
 use crate::msr;
-use crate::vm::{VmShared, refused};
+use crate::shared::VmShared;
 
 // KVM_SET_DEVICE_ATTR, KVM_GET_DEVICE_ATTR (linux/kvm.h) of a vCPU's descriptor.
 vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);

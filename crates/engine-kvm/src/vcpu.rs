@@ -16,15 +16,16 @@ use tetrarch_engine::{
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::cpuid;
+use crate::error::refused;
 use crate::exit::{Failure, PortBlock, Raw, decode};
 use crate::halt::Progress;
 use crate::kick::Kicker;
 use crate::msr;
 use crate::platform;
 use crate::saved;
+use crate::shared::VmShared;
 use crate::state;
 use crate::time;
-use crate::vm::{VmShared, refused};
 
 /// KVM_ENOSYS (linux/kvm_para.h): the hypercall is unknown.
 const UNKNOWN_HYPERCALL: u64 = (-1000_i64) as u64;

@@ -1,29 +1,31 @@
-//! One virtual machine: what its vCPUs share, and the contract's `Vm`.
+//! One virtual machine: how it is made, and the contract's `Vm`.
 
-use std::io::Error;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
 
-use kvm_bindings::{CpuId, KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
+use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
 use tetrarch_engine::{
     Clock, DirtyPages, Doorbell, Doorbells, EngineError, Irqfd, IrqfdId, Irqfds, Msi, Platform,
-    Unusable, Vcpu, Vm, VmState,
+    Vcpu, Vm, VmState,
 };
 use tetrarch_memory::GuestMemory;
 
 use crate::chipset;
 use crate::cpuid::{self, Policy};
 use crate::dirty::DirtyTracking;
+use crate::error::refused;
 use crate::eventfd;
 use crate::halt::HaltWatch;
 use crate::host;
 use crate::irqchip::{self, IrqChip};
+use crate::memory_changes::MemoryChanges;
 use crate::msr::MsrPolicy;
 use crate::platform;
-use crate::slots::{MemoryChanges, MemorySlots};
+use crate::shared::VmShared;
+use crate::slots::MemorySlots;
 use crate::time::KvmClock;
 use crate::vcpu::KvmVcpu;
 
@@ -51,21 +53,6 @@ impl Default for Config {
             platform: Platform::default(),
         }
     }
-}
-
-/// An ioctl that failed: what for, why, and what may help.
-pub fn refused(what: &str, error: kvm_ioctls::Error) -> EngineError {
-    unusable(what, error).into()
-}
-
-/// The same, where nothing of a machine is there yet.
-pub fn unusable(what: &str, error: kvm_ioctls::Error) -> Unusable {
-    let otherwise = match error.errno() {
-        libc::EBUSY => "end other hypervisors on the host",
-        _ => "look into the host's kernel log, or use engine bt",
-    };
-    let cause = Error::from_raw_os_error(error.errno());
-    Unusable::refused(&format!("KVM cannot {what}"), &cause, otherwise)
 }
 
 pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>, EngineError> {
@@ -155,35 +142,6 @@ fn enable_hypercall_exits(fd: &VmFd) {
         enable.args[0] = mask as u64;
         // Without it the kernel answers "unknown" itself.
         let _ = fd.enable_cap(&enable);
-    }
-}
-
-/// What all vCPUs of a VM use.
-pub struct VmShared {
-    pub fd: VmFd,
-    pub memory: Arc<GuestMemory>,
-    pub clock: Arc<Clock>,
-    pub supported: CpuId,
-    pub policy: Policy,
-    pub msrs: MsrPolicy,
-    pub slots: Arc<MemorySlots>,
-    pub platform: Platform,
-    pub halts: HaltWatch,
-    pub kvmclock_ctrl: bool,
-    pub xcrs: bool,
-    pub debugregs: bool,
-    pub events: bool,
-    /// Ticks of a vCPU's TSC in a second; the first vCPU tells.
-    pub tsc_hz: OnceLock<u64>,
-}
-
-impl VmShared {
-    fn tsc_hz(&self) -> u64 {
-        self.tsc_hz.get().copied().unwrap_or(0)
-    }
-
-    pub fn harvest_dirty(&self) -> Result<(), EngineError> {
-        self.slots.harvest(self.fd.as_raw_fd())
     }
 }
 
