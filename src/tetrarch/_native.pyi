@@ -10,6 +10,7 @@ from tetrarch.platforms.platform import Platform
 
 __all__ = [
     "LOW_RAM_END",
+    "AhciPorts",
     "Disk",
     "DiskError",
     "DiskSource",
@@ -271,6 +272,37 @@ class MsixTable(RustDevice):
         """Four words of each vector, and which are pending."""
     def load(self, words: Sequence[int], pending: Sequence[bool]) -> bool:
         """False, and nothing taken, where they are of another number of vectors."""
+
+@type_check_only
+class AtaDriveForm(TypedDict):
+    """A drive at an ATA controller."""
+
+    name: str
+    disk: Disk
+    serial: str
+    cd: bool
+
+@final
+class AhciPorts(RustDevice):
+    """An AHCI controller: a device for the memory of its BAR, and the drives at its ports."""
+
+    MAX_PORTS: int
+    def __new__(
+        cls, vm: Vm, name: str, drives: Sequence[AtaDriveForm], line: Wire, message: Interrupt
+    ) -> Self:
+        """``line`` is driven while there are interrupts, and ``message`` raised for each that
+        is new. EngineError for no drive, or more than MAX_PORTS."""
+    def reset(self) -> None:
+        """When it returns nothing touches guest memory."""
+    def save(self) -> tuple[list[int], list[list[int]]]:
+        """The controller and its ports, in numbers; exact while the machine is held."""
+    def load(self, controller: Sequence[int], ports: Sequence[Sequence[int]]) -> None:
+        """EngineError where they are of another controller."""
+    @property
+    def stopped(self) -> int:
+        """Requests that wait for the host to be mended."""
+    def close(self) -> None:
+        """Lets go of the disks."""
 
 @type_check_only
 class NvmeState(TypedDict):

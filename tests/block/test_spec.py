@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tetrarch.block import DiskSpec
+from tetrarch.block import CdromSpec, DiskSpec
 from tetrarch.block.spec import parse_bytes
 from tetrarch.errors import ValueProblem
 
@@ -45,7 +45,7 @@ def test_disk_is_what_is_written_and_written_as_it_is(text: str, spec: DiskSpec)
         ("d,readonyl", "'readonyl' is no option of a disk", "did you mean readonly?"),
         ("d,format=qed", "format is 'qed'", "there are raw, qcow2, vmdk"),
         ("d,format", "format is nothing", "there are raw, qcow2, vmdk"),
-        ("d,bus=scsi", "bus is 'scsi'", "there are virtio, nvme"),
+        ("d,bus=scsi", "bus is 'scsi'", "there are virtio, nvme, ahci"),
         ("d,snapshot=yes", "snapshot is 'yes'", "write on or off"),
         ("d,iops=0", "iops is '0'", "give a number a second"),
         ("d,bps=fast", "'fast' is no size", "write 8G"),
@@ -67,3 +67,18 @@ def test_sizes_are_bytes_or_have_a_unit() -> None:
     for text in ("", "G", "-1", "1.5G", "1X", "9999999P", "9" * 30):
         with pytest.raises(ValueProblem):
             parse_bytes(text)
+
+
+def test_disc_is_a_readonly_image_that_is_what_it_is() -> None:
+    spec = CdromSpec.parse("a,,b.iso,bus=ahci")
+    assert spec == CdromSpec(Path("a,b.iso"))
+    assert CdromSpec.parse(str(spec)) == spec
+    assert spec.disk == DiskSpec(Path("a,b.iso"), format="raw", readonly=True)
+    for text, cause in (
+        ("", "'' names no image"),
+        ("d,bus=virtio", "bus is 'virtio'"),
+        ("d,readonly", "'readonly' is no option of a CD-ROM drive"),
+    ):
+        with pytest.raises(ValueProblem) as problem:
+            CdromSpec.parse(text)
+        assert cause in problem.value.cause

@@ -54,6 +54,8 @@ def test_what_is_no_size_is_refused_with_a_mend(text: object) -> None:
         ("console", "tape", "console: 'tape' is no console; there are stdio"),
         ("disk", "d,format=qed", "disk: format is 'qed'; there are raw, qcow2, vmdk"),
         ("disk", ["d", 7], "disk: 7 is no disk; write PATH"),
+        ("cdrom", 7, "cdrom: 7 is no CD-ROM; write PATH"),
+        ("cdrom", "d,bus=nvme", "cdrom: bus is 'nvme'; there are"),
     ],
 )
 def test_refusal_is_one_line_that_names_the_option(
@@ -89,13 +91,14 @@ def test_file_gives_options_with_paths_relative_to_it(tmp_path: Path) -> None:
     file = tmp_path / "machine.toml"
     file.write_text(
         'kernel = "boot/vmlinuz"\nmemory = "1G"\nconsole = "file=log"\n'
-        'disk = ["a.img,readonly", "/b.img"]\n[run]\ntimeout = 3\n'
+        'disk = ["a.img,readonly", "/b.img"]\ncdrom = "c.iso"\n[run]\ntimeout = 3\n'
     )
     config = load_config(file)
     assert config.kernel == tmp_path / "boot" / "vmlinuz"
     assert config.memory == 1 << 30
     assert str(config.console) == f"file={tmp_path / 'log'}"
     assert list(map(str, config.disk)) == [f"{tmp_path / 'a.img'},readonly=on", "/b.img"]
+    assert list(map(str, config.cdrom)) == [str(tmp_path / "c.iso")]
     assert config.cpus == 1
 
 

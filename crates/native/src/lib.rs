@@ -3,6 +3,8 @@
 //! The only crate that knows Python. `src/tetrarch/_native.pyi` says what is
 //! promised; each file here is one noun of it.
 
+mod ahci;
+mod ata;
 mod balloon;
 mod disk;
 mod error;
@@ -28,6 +30,8 @@ use pyo3::prelude::*;
 mod _native {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::ahci::AhciPorts;
     #[pymodule_export]
     use crate::balloon::VirtioBalloon;
     #[pymodule_export]

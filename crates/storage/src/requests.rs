@@ -97,6 +97,10 @@ impl<T> Requests<T> {
         self.queue.hurry();
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.pending.len() == self.free.len()
+    }
+
     /// Whether nothing is in flight but what waits for the host to be mended.
     pub fn idle(&self) -> bool {
         self.submitted == self.stopped()

@@ -1,20 +1,21 @@
-"""A disk as it is written down: ``PATH[,format=raw|qcow2|vmdk][,readonly][,iops=N]…``."""
+"""Disks as they are written down: ``PATH[,format=raw|qcow2|vmdk][,readonly][,iops=N]…``."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from tetrarch.errors import ValueProblem
 
-__all__ = ["BUSES", "FORMATS", "DiskFormat", "DiskSpec", "parse_bytes"]
+__all__ = ["BUSES", "FORMATS", "CdromSpec", "DiskFormat", "DiskSpec", "parse_bytes"]
 
 DiskFormat = Literal["raw", "qcow2", "vmdk"]
-Bus = Literal["virtio", "nvme"]
+Bus = Literal["virtio", "nvme", "ahci"]
+CdromBus = Literal["ahci"]
 CacheMode = Literal["writeback", "none"]
 OnWriteError = Literal["report", "stop"]
 
@@ -57,20 +58,8 @@ class DiskSpec:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises ValueProblem. A comma in the path is written twice."""
-        path, *options = _split(text)
-        if not path or "\0" in text:
-            raise ValueProblem(f"{text!r} names no image", mend="write PATH[,OPTION=VALUE]...")
-        values: dict[str, Any] = {}
-        for written in options:
-            name, equals, value = written.partition("=")
-            if name not in _OPTIONS:
-                near = difflib.get_close_matches(name, _OPTIONS, n=1)
-                mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(_OPTIONS)}"
-                raise ValueProblem(f"{written!r} is no option of a disk", mend=mend)
-            if name in values:
-                raise ValueProblem(f"{name} is given twice", mend="give it once")
-            values[name] = _OPTIONS[name](name, value if equals else None)
-        return cls(Path(path), **values)
+        path, values = _parse(text, _OPTIONS, "a disk")
+        return cls(path, **values)
 
     def __str__(self) -> str:
         words = [str(self.path).replace(",", ",,")]
@@ -79,6 +68,50 @@ class DiskSpec:
             if value != field.default:
                 words.append(f"{field.name}={'on' if value is True else value}")
         return ",".join(words)
+
+
+@dataclass(frozen=True)
+class CdromSpec:
+    """A CD-ROM drive of a machine, with a disc: an ISO image."""
+
+    path: Path
+    bus: CdromBus = "ahci"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueProblem. A comma in the path is written twice."""
+        path, values = _parse(text, {"bus": _one_of(*get_args(CdromBus))}, "a CD-ROM drive")
+        return cls(path, **values)
+
+    @property
+    def disk(self) -> DiskSpec:
+        """The disc as a disk: its bytes are what they are."""
+        return DiskSpec(self.path, format="raw", readonly=True)
+
+    def __str__(self) -> str:
+        path = str(self.path).replace(",", ",,")
+        return path if self.bus == "ahci" else f"{path},bus={self.bus}"
+
+
+_Options = Mapping[str, Callable[[str, str | None], Any]]
+
+
+def _parse(text: str, known: _Options, what: str) -> tuple[Path, dict[str, Any]]:
+    """A path and the options behind it."""
+    path, *options = _split(text)
+    if not path or "\0" in text:
+        raise ValueProblem(f"{text!r} names no image", mend="write PATH[,OPTION=VALUE]...")
+    values: dict[str, Any] = {}
+    for written in options:
+        name, equals, value = written.partition("=")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueProblem(f"{written!r} is no option of {what}", mend=mend)
+        if name in values:
+            raise ValueProblem(f"{name} is given twice", mend="give it once")
+        values[name] = known[name](name, value if equals else None)
+    return Path(path), values
 
 
 def _split(text: str) -> list[str]:
@@ -110,7 +143,7 @@ def _rate(name: str, value: str | None) -> int:
     return rate
 
 
-_OPTIONS: dict[str, Callable[[str, str | None], Any]] = {
+_OPTIONS: _Options = {
     "format": _one_of(*FORMATS),
     "bus": _one_of(*BUSES),
     "readonly": _switch,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tetrarch.block.spec import DiskSpec
+from tetrarch.block.spec import CdromSpec, DiskSpec
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import ConfigError, ValueProblem
 
@@ -26,6 +26,7 @@ __all__ = [
     "MEMORY_MIN",
     "MIB",
     "VCPUS_MAX",
+    "CdromOption",
     "DiskOption",
     "EngineName",
     "MachineConfig",
@@ -60,6 +61,7 @@ EngineName = Literal["auto", "bt", "kvm"]
 VirtioTransport = Literal["pci", "mmio"]
 OnReset = Literal["end", "restart"]
 DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
+CdromOption: TypeAlias = str | os.PathLike[str] | CdromSpec
 
 
 def parse_size(value: object) -> int:
@@ -116,18 +118,29 @@ def _console(value: object) -> ConsoleSpec | None:
 
 
 def _disks(value: object) -> tuple[DiskSpec, ...]:
+    return _images(DiskSpec, value, "disk")
+
+
+def _cdroms(value: object) -> tuple[CdromSpec, ...]:
+    return _images(CdromSpec, value, "CD-ROM")
+
+
+ImageSpec = TypeVar("ImageSpec", DiskSpec, CdromSpec)
+
+
+def _images(kind: type[ImageSpec], value: object, what: str) -> tuple[ImageSpec, ...]:
     """One disk, or several."""
     several = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(_disk(one) for one in several)
+    return tuple(_image(kind, one, what) for one in several)
 
 
-def _disk(value: object) -> DiskSpec:
-    if isinstance(value, DiskSpec):
+def _image(kind: type[ImageSpec], value: object, what: str) -> ImageSpec:
+    if isinstance(value, kind):
         return value
     if not isinstance(value, (str, os.PathLike)):
-        raise ValueProblem(f"{value!r} is no disk", mend="write PATH[,OPTION=VALUE]...")
+        raise ValueProblem(f"{value!r} is no {what}", mend="write PATH[,OPTION=VALUE]...")
     # The name of a file may hold anything.
-    return DiskSpec.parse(value) if isinstance(value, str) else DiskSpec(Path(value))
+    return kind.parse(value) if isinstance(value, str) else kind(Path(value))
 
 
 FilePath = Annotated[Path, BeforeValidator(_path)]
@@ -178,6 +191,9 @@ class MachineConfig(BaseModel):
         (),
         "A disk; docs/disks.md has its options. Can be repeated.",
         "PATH[,OPTION=VALUE]...",
+    )
+    cdrom: Annotated[tuple[CdromSpec, ...], BeforeValidator(_cdroms)] = option(
+        (), "A CD-ROM drive with a disc. Can be repeated.", "PATH[,bus=BUS]"
     )
     vsock: FilePath | None = option(
         None, "A Unix socket for connections with the guest's vsock ports.", "PATH"
@@ -231,6 +247,7 @@ class MachineOptions(TypedDict, total=False):
     memory: str | int
     cpus: int
     disk: DiskOption | Sequence[DiskOption]
+    cdrom: CdromOption | Sequence[CdromOption]
     vsock: str | os.PathLike[str] | None
     on_reset: OnReset
     virtio: VirtioTransport

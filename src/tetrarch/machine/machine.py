@@ -27,6 +27,7 @@ from tetrarch.errors import (
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.conclusion import Conclusion, Event
 from tetrarch.machine.config import (
+    CdromOption,
     DiskOption,
     EngineName,
     MachineConfig,
@@ -465,18 +466,20 @@ class Machine:
         console: ConsoleBackend | str | None = None,
         platform: Platform = PC,
         disk: DiskOption | Sequence[DiskOption] = (),
+        cdrom: CdromOption | Sequence[CdromOption] = (),
         vm: EngineVm | None = None,
     ) -> Self:
         """A machine as it was saved; start() lets it go on from there.
 
         ``engine`` and ``name`` are those of the saved machine if they are not given. Give the
-        disks that it had, as they were then, and attach devices of yours before start().
+        disks and CD-ROMs that it had, as they were then, and attach devices of yours before
+        start().
 
         Raises StateError for a file that is no saved machine, or damaged.
         """
         with open_saved(Path(path)) as reader:
             about = read_about(reader, platform.name)
-            given = {"engine": engine, "name": name, "disk": disk}
+            given = {"engine": engine, "name": name, "disk": disk, "cdrom": cdrom}
             config = about.config.updated({key: value for key, value in given.items() if value})
             machine = cls(config, console=console, platform=platform, vm=vm)
             try:

@@ -10,12 +10,12 @@ What nobody claims reads as ones, and writes to it are lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tetrarch._native import Vm
-from tetrarch.block.disk import OnStop, open_disk
+from tetrarch.block.disk import OnStop
 from tetrarch.devices import (
     I8042,
     AcpiPm,
@@ -36,12 +36,12 @@ from tetrarch.devices._state import State
 from tetrarch.errors import StateError
 from tetrarch.machine import map as machine_map
 from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.disks import MachineDisk, machine_disks
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.plugged import PluggedDevices
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.virtio import VirtioSlots
 from tetrarch.pci import PciBus, bus, hotplug
-from tetrarch.storage import NvmeController
 from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
@@ -51,7 +51,7 @@ from tetrarch.virtio.vsock import VsockKind
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
 
-__all__ = ["MachineDisk", "Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
+__all__ = ["Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
 
 
 class PortRange(NamedTuple):
@@ -68,16 +68,6 @@ class SavedDevice(Protocol):
     def reset(self) -> None: ...
     def save(self) -> State: ...
     def load(self, state: State) -> None: ...
-
-
-class MachineDisk(Protocol):
-    """A disk at its controller, whichever that is."""
-
-    def retry(self) -> None:
-        """The machine goes on after a hold."""
-
-    def close(self) -> None:
-        """Lets go of the image."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +206,7 @@ def assemble_pc(
 
         if config.vsock is not None:
             vsock = VsockKind(vm, config.vsock)
-        for disk in _disks(vm, config, stop):
+        for disk in machine_disks(vm, config, stop):
             disks.append(disk)
             if isinstance(disk, BlkKind):
                 plug_virtio(disk)
@@ -230,25 +220,3 @@ def assemble_pc(
             balloon = BalloonKind(vm, config.memory)
             plug_virtio(balloon)
     return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, vsock, balloon, devices, plugged)
-
-
-#: Queues of a disk beyond which more of them gain nothing: they have one I/O thread.
-_DISK_QUEUES_MAX = 4
-
-
-def _disks(vm: Vm, config: MachineConfig, stop: OnStop) -> Iterator[BlkKind | NvmeController]:
-    queues = min(config.cpus, _DISK_QUEUES_MAX)
-    for index, spec in enumerate(config.disk):
-        name = f"disk{index}"
-
-        def stopped(
-            cause: str, waits: Callable[[], bool], what: str = f"{name} ({spec.path})"
-        ) -> None:
-            stop(f"{what}: {cause}", waits)
-
-        disk = open_disk(spec, stopped)
-        match spec.bus:
-            case "virtio":
-                yield BlkKind(vm, disk, name, queues)
-            case "nvme":
-                yield NvmeController(vm, disk, name=name, queues=queues)

@@ -1,0 +1,66 @@
+"""The disks of a machine, each at the controller that its user names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from tetrarch.block.disk import OnStop, open_disk
+from tetrarch.block.spec import DiskSpec
+from tetrarch.machine.config import MachineConfig
+from tetrarch.storage import AhciController, AtaDrive, NvmeController
+from tetrarch.virtio.blk import BlkKind
+
+if TYPE_CHECKING:
+    from tetrarch._native import Disk, Vm
+
+__all__ = ["MachineDisk", "machine_disks"]
+
+#: Queues of a disk beyond which more of them gain nothing: they have one I/O thread.
+_QUEUES_MAX = 4
+
+
+class MachineDisk(Protocol):
+    """A disk at its controller, or a controller with its disks."""
+
+    def retry(self) -> None:
+        """The machine goes on after a hold."""
+
+    def close(self) -> None:
+        """Lets go of the images."""
+
+
+def machine_disks(
+    vm: Vm, config: MachineConfig, stop: OnStop
+) -> Iterator[BlkKind | NvmeController | AhciController]:
+    """What the machine's disks are, in their order; then the controllers that have several.
+
+    ``stop`` is called with what the machine is to be held for.
+    """
+
+    def opened(spec: DiskSpec, name: str) -> Disk:
+        def stopped(cause: str, waits: Callable[[], bool]) -> None:
+            stop(f"{name} ({spec.path}): {cause}", waits)
+
+        return open_disk(spec, stopped)
+
+    queues = min(config.cpus, _QUEUES_MAX)
+    ahci: list[AtaDrive] = []
+    for index, spec in enumerate(config.disk):
+        name = f"disk{index}"
+        disk = opened(spec, name)
+        match spec.bus:
+            case "virtio":
+                yield BlkKind(vm, disk, name, queues)
+            case "nvme":
+                yield NvmeController(vm, disk, name=name, queues=queues)
+            case "ahci":
+                ahci.append(AtaDrive(name, disk))
+    for index, cd in enumerate(config.cdrom):
+        name = f"cdrom{index}"
+        drive = AtaDrive(name, opened(cd.disk, name), cd=True)
+        match cd.bus:
+            case "ahci":
+                ahci.append(drive)
+    if ahci:
+        yield AhciController(vm, ahci)
