@@ -8,6 +8,7 @@ from typing import Any
 
 from tetrarch import images
 from tetrarch.errors import ConfigError, ImageError, ValueProblem
+from tetrarch.images.names import public_keys
 from tetrarch.images.store import DiskStore, InstalledDisk, read_manifest
 
 __all__ = ["build", "build_disk", "info", "pull", "remove", "show"]
@@ -133,7 +134,7 @@ def build_disk(
         size=length,
         hostname=hostname or name,
         user=user or "",
-        ssh_keys=_public_keys(ssh_keys),
+        ssh_keys=public_keys(ssh_keys),
         packages=packages or (),
         versions=versions,
         time=time,
@@ -144,16 +145,6 @@ def build_disk(
     else:
         print(f"{name}: Debian with Linux {disk.manifest.release} on {disk.disk}")
         print(f"  run it: tetrarch run {name}")
-
-
-def _public_keys(files: list[Path] | None) -> list[str]:
-    """The given keys, or those that the user has."""
-    if files is None:
-        files = sorted((Path.home() / ".ssh").glob("id_*.pub"))
-    try:
-        return [file.read_text(encoding="utf-8").strip() for file in files]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ImageError(f"an SSH key cannot be read: {error}", "give a .pub file") from error
 
 
 def _disk_row(disk: InstalledDisk) -> dict[str, Any]:

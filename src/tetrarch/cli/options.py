@@ -39,6 +39,18 @@ def _timeout(value: object) -> float | None:
     return seconds
 
 
+def _user(value: object) -> str:
+    from tetrarch.images.names import user_name
+
+    return user_name(value)
+
+
+def _host(value: object) -> str:
+    from tetrarch.images.names import host_name
+
+    return host_name(value)
+
+
 class CommandOptions(BaseModel):
     """What ``tetrarch run`` takes beside the machine."""
 
@@ -50,6 +62,18 @@ class CommandOptions(BaseModel):
     stats: bool = option(False, "Show counters on standard error at the end.")
     command: tuple[str, ...] = ()
     """What stands behind ``--``: words of a command for the guest."""
+    user: Annotated[str, BeforeValidator(_user)] = option(
+        "", "For cloud-init in the guest: a user, who may use sudo.", "NAME"
+    )
+    ssh_key: tuple[Path, ...] = option(
+        (), "For cloud-init: who may log in [default: ~/.ssh/id_*.pub]; repeatable.", "FILE.pub"
+    )
+    hostname: Annotated[str, BeforeValidator(_host)] = option(
+        "", "For cloud-init: the guest's name.", "NAME"
+    )
+    run: tuple[str, ...] = option(
+        (), "For cloud-init: a shell's command at the first boot; repeatable.", "COMMAND"
+    )
     report: bool = option(
         False, "A last line on standard error with status and counters.", name="json"
     )
@@ -120,6 +144,8 @@ def take_options(typed: dict[str, Any]) -> tuple[MachineConfig, CommandOptions]:
     config, run = MachineConfig(), dict[str, Any]()
     if (path := given.pop("config", None)) is not None:
         config, run = read_options(Path(path))
+        if isinstance(keys := run.get("ssh_key"), list):
+            run["ssh_key"] = [Path(path).parent / str(key) for key in keys]
         check_options(CommandOptions, run, lambda name: f"{path}: {RUN_TABLE}.{name}")
     machine = {name: given.pop(name) for name in list(given) if name in MachineConfig.model_fields}
     config = config.updated(machine, _spelled)

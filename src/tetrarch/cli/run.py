@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
+from tetrarch.cli.cloud import with_seed
 from tetrarch.cli.command import run_command
 from tetrarch.cli.entry import FAILURE, report_error
 from tetrarch.cli.reports import report_end
@@ -35,9 +36,11 @@ _CODES_BESIDE_DEBUG_EXIT = {FAILURE: 4, ExitStatus(StopReason.CRASHED).code: 6}
 
 def run_guest(config: MachineConfig, options: CommandOptions) -> int:
     """Runs the guest to its end; the exit code."""
-    config = with_installed_disk(config)
-    if options.command:
-        return run_command(config, options)
+    with with_seed(with_installed_disk(config), options) as config:
+        return run_command(config, options) if options.command else _run_to_end(config, options)
+
+
+def _run_to_end(config: MachineConfig, options: CommandOptions) -> int:
     if not config.debug_exit:
         return _run(config, options).code
     try:

@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tetrarch.errors import ImageError
+from tetrarch.errors import ImageError, ValueProblem
 from tetrarch.images.default_guest import agent_program
 from tetrarch.images.disk import require_space
+from tetrarch.images.names import host_name, public_key, user_name
 from tetrarch.images.partition import make_disk
 from tetrarch.images.progress import Reporter
 from tetrarch.images.store import DISK, INITRD, KERNEL, DiskManifest, DiskStore, InstalledDisk
@@ -67,12 +68,6 @@ DISK_MAX = 16 << 40
 _SCRATCH_BYTES = 2 << 30
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
-# hostname(7): labels of RFC 1123, and Linux takes 64 characters in all.
-_HOSTNAME = re.compile(
-    r"(?=.{1,64}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
-)
-# What useradd(8) of Debian takes without a complaint.
-_USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 # Debian Policy, 5.6.7 and 5.6.12.
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 _VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~-]*")
@@ -178,14 +173,19 @@ class DebianRecipe:
         """Raises ImageError for what no Debian would take."""
         for value, form, what in (
             (self.name, _NAME, "name of a disk"),
-            (self.hostname, _HOSTNAME, "host name"),
-            (self.user or "user", _USER, "user name"),
             *((package, _PACKAGE, "name of a package") for package in self.packages),
             *((package, _PACKAGE, "name of a package") for package in self.versions),
             *((version, _VERSION, "version of a package") for version in self.versions.values()),
         ):
             if not form.fullmatch(value):
                 raise ImageError(f"{value!r} is no {what}", "use lower-case letters and digits")
+        try:
+            host_name(self.hostname)
+            user_name(self.user or "user")
+            for key in self.ssh_keys:
+                public_key(key)
+        except ValueProblem as problem:
+            raise ImageError(problem.cause, problem.mend) from None
         if self.user in _TAKEN.split():
             raise ImageError(f"{self.user} is a user or group of Debian's own", "choose another")
         if self.size < DISK_MIN:
@@ -198,9 +198,6 @@ class DebianRecipe:
                 f"{self.size >> 40} TiB are too much for one file system",
                 f"give --size {DISK_MAX >> 40}T or less",
             )
-        for key in self.ssh_keys:
-            if len(key.split()) < 2 or "\n" in key or "PRIVATE" in key:
-                raise ImageError(f"{key[:40]!r} is no public SSH key", "give a .pub file")
 
     @property
     def wanted(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 Kernel and user land come from Debian as they are: the kernel package and
 busybox-static. The initramfs is built here, so that what runs in the guest is
-in view: guest/init, guest/inittab and guest/profile.
+in view: guest/init, guest/root, guest/inittab and guest/profile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 DEFAULT_APPEND = "console=ttyS0 quiet"
 """The kernel's command line when the user gives none."""
 
-RECIPE_VERSION = 6
+RECIPE_VERSION = 7
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -61,6 +61,7 @@ GUEST_MODULES = (
     "loop",
     "ext4",
     "overlay",
+    "autofs4",
     "squashfs",
     "isofs",
     "vfat",
@@ -124,6 +125,7 @@ def build_initramfs(busybox: bytes, module_dir: Path, overlay: Path | None = Non
     tree.file("bin/busybox", busybox, 0o755)
     tree.symlink("bin/sh", "busybox")
     tree.file("init", _guest_file("init"), 0o755)
+    tree.file("usr/lib/tetrarch/root", _guest_file("root"))
     tree.file("etc/inittab", _guest_file("inittab"))
     tree.file("etc/profile", _guest_file("profile"))
     tree.file("usr/sbin/tetrarch-agent", agent_program(), 0o755)

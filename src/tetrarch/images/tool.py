@@ -113,6 +113,8 @@ def _mend(said: Sequence[str]) -> str:
         return "check the network"
     if has(["Unable to locate package", "has no installation candidate"]):
         return "see how Debian calls it: packages.debian.org"
+    if any("Version '" in line and "was not found" in line for line in said):
+        return "the mirror has a newer one: build without --packages-from"
     return ""
 
 

@@ -67,6 +67,11 @@ class Tree:
                 f"an archive cannot be read: {error}", "make or fetch it anew"
             ) from error
 
+    def add_directory(self, path: str, mode: int = 0o755) -> None:
+        """One that is there stays as it is."""
+        if self.find(path) is None:
+            self._put(self._place(path.split("/")), Node(tarfile.DIRTYPE, mode))
+
     def add_file(self, path: str, data: bytes, mode: int = 0o644, mtime: int = 0) -> None:
         file = self._new_file()
         file.write_bytes(data)
