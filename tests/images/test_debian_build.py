@@ -43,6 +43,8 @@ unknown)
 network)
     echo "E: Failed to fetch http://deb/x.deb  Temporary failure resolving 'deb'"; exit 100 ;;
 hanging)
+    # More than a pipe holds: it is being read.
+    head -c 200000 /dev/zero | tr '\\0' '\\n'
     sleep 1000 & echo $! >"{folder}/helper"; wait ;;
 esac
 echo "Setting up bash (5.2.15-2) ..."
