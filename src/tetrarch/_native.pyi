@@ -385,6 +385,9 @@ class VirtioDevice:
         """The driver is ready. EngineError where a queue cannot be as it is set up."""
     def reset(self) -> None:
         """Forgets queues and interrupts; when it returns nothing touches guest memory."""
+    def set_master(self, master: bool) -> None:
+        """Whether the device may access memory; at first it may. When it was taken from it, nothing
+        is written there any more, and it goes on when it is given back."""
     def positions(self) -> list[tuple[int, int] | None]:
         """Where the device is in each queue; exact while the machine is held."""
     @property

@@ -149,6 +149,34 @@ def test_bar_over_what_was_there_before_leaves_it(driver: Driver) -> None:
     assert driver.read(0xC000_0000) == 0xABAB_ABAB
 
 
+def test_bars_over_each_other_leave_who_came_first(driver: Driver, device: Device) -> None:
+    machine = driver.guest.machine
+    other = Device(machine.engine_vm)
+    other.registers.data[:] = b"\xcd" * 0x1000
+    machine.plug(other, slot=SLOT + 1, name="other")
+    beside = 1 << 15
+    driver.set_config(COMMAND, MEMORY, 2)
+    driver.set_config(beside + COMMAND, MEMORY, 2)
+    own, place = driver.bar(0), 0xD000_0000
+    for bar in (BARS, beside + BARS):
+        driver.set_config(bar, place)
+    assert driver.read(place) == 0xABAB_ABAB
+    # A part of the one below the other, and its own BARs over each other.
+    driver.set_config(beside + BARS + 16, place)
+    driver.set_config(beside + BARS + 20, 0)
+    driver.write(place, 0x600D_600D)
+    assert driver.read(place) == 0x600D_600D
+    assert driver.config(beside) == DEVICE << 16 | VENDOR
+    driver.set_config(BARS, own)
+    assert driver.read(own) == 0x600D_600D
+    assert driver.read(place) == 0xCDCD_CDCD
+    machine.plug(Device(machine.engine_vm), slot=SLOT + 2, name="third")
+    driver.set_config(beside + BARS, 0xFFFF_F000)
+    driver.set_config(beside + COMMAND, 0, 2)
+    assert driver.read(place) == 0xFFFF_FFFF
+    assert driver.read(own) == 0x600D_600D
+
+
 def enable_msix(driver: Driver, control: int) -> int:
     """The table's address."""
     driver.set_config(COMMAND, MEMORY | MASTER, 2)
@@ -186,6 +214,7 @@ def test_msi_message_arrives_by_configuration_space(driver: Driver, device: Devi
     driver.set_config(at + 4, LAPIC)
     driver.set_config(at + 12, 0x60, 2)
     driver.set_config(at + 16, 1 << 1)
+    driver.set_config(COMMAND, MASTER, 2)
     device.msi.vector(0).trigger()
     driver.set_config(at + 2, 1 | 2 << 4, 2)
     assert not driver.arrived(0x60), "off when it was raised"
@@ -205,10 +234,39 @@ def test_msi_vectors_share_the_messages_that_the_driver_gives(
     at = driver.capability(MSI)
     driver.set_config(at + 4, LAPIC)
     driver.set_config(at + 12, 0x71, 2)
+    driver.set_config(COMMAND, MASTER, 2)
     driver.set_config(at + 2, 1, 2)
     device.msi.vector(3).trigger()
     assert driver.arrived(0x71)
     assert not driver.arrived(0x74)
+
+
+def test_message_waits_for_a_device_that_has_no_bus(driver: Driver, device: Device) -> None:
+    driver.enable_lapic()
+    table = enable_msix(driver, 0x8000)
+    driver.write(table, LAPIC, 8)
+    driver.write(table + 8, 0x51, 8)
+    driver.set_config(COMMAND, MEMORY, 2)
+    device.msix.vector(0).trigger()
+    assert not driver.arrived(0x51)
+    driver.set_config(COMMAND, MEMORY | MASTER, 2)
+    assert driver.arrived(0x51)
+    enable_msix(driver, 0)
+    at = driver.capability(MSI)
+    driver.set_config(at + 4, LAPIC)
+    driver.set_config(at + 12, 0x61, 2)
+    driver.set_config(at + 2, 1, 2)
+    driver.set_config(COMMAND, 0, 2)
+    device.msi.vector(0).trigger()
+    assert not driver.arrived(0x61)
+    driver.set_config(COMMAND, MASTER, 2)
+    assert driver.arrived(0x61)
+    # A line is no access to memory.
+    driver.set_config(at + 2, 0, 2)
+    driver.set_config(COMMAND, 0, 2)
+    device.function.intx.set(True)
+    unmask_line(driver, 0x80)
+    assert driver.arrived(0x80)
 
 
 def unmask_line(driver: Driver, vector: int) -> None:

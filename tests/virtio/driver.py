@@ -7,6 +7,7 @@ import time
 from typing import Any, Protocol
 
 from tetrarch._native import Vm
+from tetrarch.pci.function import BUS_MASTER, COMMAND
 from tetrarch.virtio.mmio import NOTIFY, VirtioMmio
 from tetrarch.virtio.pci import COMMON, DEVICE, VirtioPci
 from tetrarch.virtio.pci import NOTIFY as PCI_NOTIFY
@@ -96,6 +97,7 @@ class Mmio:
 class Pci:
     def __init__(self, device: VirtioPci) -> None:
         self.device = device
+        device.function.write_config(COMMAND, 2, BUS_MASTER)
         self.parts = {part.offset: part.device for part in device.function.bars[1].parts}
 
     def _get(self, offset: int, size: int) -> int:

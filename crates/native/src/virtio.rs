@@ -139,6 +139,11 @@ impl VirtioDevice {
         py.detach(|| self.control.reset());
     }
 
+    /// Whether the device may access memory.
+    fn set_master(&self, py: Python<'_>, master: bool) {
+        py.detach(|| self.control.set_master(master));
+    }
+
     /// (available, used) of each queue, as a saved state has it.
     fn positions(&self, py: Python<'_>) -> Vec<Option<(u16, u16)>> {
         let positions = py.detach(|| self.control.positions());

@@ -3,8 +3,9 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use tetrarch_bus::Interrupt;
 use tetrarch_io::{Attachment, Event, Handler, IoThread, Trigger};
 use tetrarch_memory::GuestMemory;
@@ -14,6 +15,9 @@ use crate::queues::{Active, Queues};
 
 /// Descriptors of a data path's own have sources from here on; below are the queues.
 pub const OWN_SOURCES: u32 = 1 << 16;
+
+/// How long a function whose driver takes the bus from it waits for what is in flight.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a kind of device does with its queues: on an I/O thread, one call at a time.
 pub trait DataPath: Send {
@@ -39,6 +43,11 @@ pub trait DataPath: Send {
         true
     }
 
+    /// Whether nothing in flight touches guest memory by itself, without the device's lock.
+    fn settled(&self) -> bool {
+        self.idle()
+    }
+
     /// The driver has reset the device. When this returns, nothing in flight touches guest
     /// memory any more, and nothing of before is pushed.
     fn reset(&mut self) {}
@@ -57,10 +66,20 @@ struct Inner<P> {
     /// For changes of the configuration, and of the status when the device needs a reset.
     config: Option<Arc<dyn Interrupt>>,
     broken: Arc<AtomicBool>,
+    /// The machine is at rest, or comes to it.
+    paused: bool,
+    /// The device may access memory: the transport says so.
+    master: bool,
+    /// Signalled when something in flight may have ended.
+    landed: Arc<Condvar>,
     name: String,
 }
 
 impl<P: DataPath> Inner<P> {
+    fn hush(&mut self) {
+        self.queues.quiet = self.paused || !self.master || self.broken.load(Ordering::SeqCst);
+    }
+
     fn check(&mut self, result: Result<(), QueueError>) {
         let Err(error) = result else { return };
         self.queues.quiet = true;
@@ -95,16 +114,19 @@ impl<P: DataPath> Handler for Inner<P> {
             self.path.ready(&mut self.queues, source)
         };
         self.check(result);
+        self.landed.notify_all();
     }
 
     fn quiesce(&mut self) -> bool {
-        self.queues.quiet = true;
+        self.paused = true;
+        self.hush();
         self.path.hurry();
         self.path.idle()
     }
 
     fn resume(&mut self) {
-        self.queues.quiet = self.broken.load(Ordering::SeqCst);
+        self.paused = false;
+        self.hush();
         self.serve_all();
     }
 }
@@ -121,6 +143,9 @@ pub trait Control: Send + Sync {
     ) -> Result<(), StartError>;
     /// The device is reset; also one that was never started.
     fn reset(&self);
+    /// Whether the device may access memory; at first it may. When it was taken from it, nothing
+    /// is read from memory or written there any more, and it goes on when it is given back.
+    fn set_master(&self, master: bool);
     /// Where the device is in its queues; exact while its machine is held.
     fn positions(&self) -> Vec<Option<QueuePosition>>;
     /// The driver has broken the rules since the device was started.
@@ -147,6 +172,7 @@ pub struct Device<P> {
     memory: Arc<GuestMemory>,
     doorbells: Vec<Arc<Event>>,
     broken: Arc<AtomicBool>,
+    landed: Arc<Condvar>,
     inner: Arc<Mutex<Inner<P>>>,
     attachment: Attachment,
 }
@@ -162,18 +188,22 @@ impl<P: DataPath + 'static> Device<P> {
         let doorbells =
             (0..queues).map(|_| Event::new().map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
         let broken = Arc::new(AtomicBool::new(false));
+        let landed = Arc::new(Condvar::new());
         let inner = Arc::new(Mutex::new(Inner {
             path,
             queues: Queues::default(),
             config: None,
             broken: Arc::clone(&broken),
+            paused: false,
+            master: true,
+            landed: Arc::clone(&landed),
             name: name.into(),
         }));
         let attachment = io.attach(name, Arc::clone(&inner) as _);
         for (index, doorbell) in (0..).zip(&doorbells) {
             attachment.add(&**doorbell, index, Trigger::Edge)?;
         }
-        Ok(Self { memory, doorbells, broken, inner, attachment })
+        Ok(Self { memory, doorbells, broken, landed, inner, attachment })
     }
 
     /// Uses the data path between two of its calls.
@@ -222,8 +252,9 @@ impl<P: DataPath + 'static> Control for Device<P> {
         let inner = &mut *self.inner.lock();
         inner.path.start(features, &self.attachment)?;
         inner.config = Some(config);
-        inner.queues = Queues { list, quiet: false };
         self.broken.store(false, Ordering::SeqCst);
+        inner.queues = Queues { list, kept: (!inner.master).then(Vec::new), quiet: false };
+        inner.hush();
         // A driver may have filled them before DRIVER_OK, and a saved device was in the
         // middle of its work.
         self.doorbells.iter().for_each(|doorbell| doorbell.signal());
@@ -236,6 +267,27 @@ impl<P: DataPath + 'static> Control for Device<P> {
         inner.queues = Queues::default();
         inner.config = None;
         self.broken.store(false, Ordering::SeqCst);
+    }
+
+    fn set_master(&self, master: bool) {
+        let mut inner = self.inner.lock();
+        inner.master = master;
+        inner.hush();
+        if master {
+            inner.queues.push_kept();
+            drop(inner);
+            self.doorbells.iter().for_each(|doorbell| doorbell.signal());
+            return;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while !inner.path.settled() {
+            inner.path.hurry();
+            if self.landed.wait_until(&mut inner, deadline).timed_out() {
+                log::warn!("{}: what is in flight goes on without the bus", inner.name);
+                break;
+            }
+        }
+        inner.queues.keep();
     }
 
     fn positions(&self) -> Vec<Option<QueuePosition>> {

@@ -44,6 +44,11 @@ impl DataPath for Lent {
         self.lent == 0
     }
 
+    /// Who has a chain asks before each write.
+    fn settled(&self) -> bool {
+        true
+    }
+
     fn reset(&mut self) {
         self.epoch += 1;
         self.lent = 0;
@@ -145,13 +150,14 @@ impl LentChain {
     }
 
     /// Writes the next bytes; gives how many found room: none where the driver has reset the
-    /// device meanwhile, whose memory is its own again.
+    /// device meanwhile, or taken the bus from it: memory is its own again.
     pub fn write(&mut self, data: &[u8]) -> usize {
         let Self { device, epoch, chain, written, .. } = self;
         let Some(chain) = chain else { return 0 };
         // Under the device's lock, so that a reset which has returned is not followed by a write.
-        let count = device.with_path(|path, _| {
-            if path.epoch == *epoch { chain.writable.write_at(*written, data) } else { 0 }
+        let count = device.with_path(|path, queues| {
+            let ours = path.epoch == *epoch && queues.accessible();
+            if ours { chain.writable.write_at(*written, data) } else { 0 }
         });
         *written += count as u64;
         count

@@ -18,7 +18,9 @@ pub(crate) struct Active {
 #[derive(Default)]
 pub struct Queues {
     pub(crate) list: Vec<Option<Active>>,
-    /// No chain is taken: the device is held, reset or broken.
+    /// Chains that came back while the device has no access to memory.
+    pub(crate) kept: Option<Vec<(usize, Used, u32)>>,
+    /// No chain is taken: the device is held, broken, or has no access to memory.
     pub(crate) quiet: bool,
 }
 
@@ -62,14 +64,17 @@ impl Queues {
     /// Gives a chain back: `written` bytes of it are the answer. [`Queues::interrupt`] is due
     /// after a batch of them.
     pub fn push(&mut self, index: usize, used: Used, written: u32) {
-        if let Some(Some(active)) = self.list.get_mut(index) {
+        if let Some(kept) = &mut self.kept {
+            kept.push((index, used, written));
+        } else if let Some(Some(active)) = self.list.get_mut(index) {
             active.queue.push(used, written);
         }
     }
 
     /// Interrupts the driver if it wants that for what was pushed.
     pub fn interrupt(&mut self, index: usize) {
-        if let Some(Some(active)) = self.list.get_mut(index)
+        if self.accessible()
+            && let Some(Some(active)) = self.list.get_mut(index)
             && active.queue.wants_interrupt()
         {
             active.interrupt.raise();
@@ -115,6 +120,24 @@ impl Queues {
             if left == 0 || !active.queue.ask_notification() {
                 return Ok(());
             }
+        }
+    }
+
+    /// Whether what is in a chain may be accessed.
+    pub(crate) fn accessible(&self) -> bool {
+        self.kept.is_none()
+    }
+
+    /// From now on the rings are left alone.
+    pub(crate) fn keep(&mut self) {
+        self.kept.get_or_insert_default();
+    }
+
+    /// Gives back what was kept.
+    pub(crate) fn push_kept(&mut self) {
+        for (index, used, written) in self.kept.take().unwrap_or_default() {
+            self.push(index, used, written);
+            self.interrupt(index);
         }
     }
 

@@ -121,10 +121,13 @@ class PciFunctionState(DeviceState):
 class PciFunction:
     """Configuration space, and the regions of the bus that its registers move.
 
-    Hooks of capabilities are called with (offset in the capability, size) after a write.
+    Hooks of capabilities are called with (offset in the capability, size) after a write;
+    ``on_bus_master`` where the driver gives the device the bus and takes it away. Then it is to
+    leave memory alone (6.2.2); messages wait by themselves.
 
     Lock: ``_lock``, under which the registers and what follows from them change together:
-    regions, the line, the vectors. Hooks and devices are called without it.
+    regions, the line, the vectors. Hooks and devices are called without it, ``on_bus_master``
+    under a lock of its own.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class PciFunction:
         interrupt_pin: bool = True,
         intx: Intx | None = None,
         read_hook: Callable[[int, int], int | None] | None = None,
+        on_bus_master: Callable[[bool], None] | None = None,
     ) -> None:
         self.config = ConfigSpace()
         self.bars = tuple(bars)
@@ -144,6 +148,10 @@ class PciFunction:
         self._regions: dict[int, list[tuple[int, BusRegion]]] = {}
         self._hooks: list[tuple[int, int, Callable[[int, int], None]]] = []
         self._read_hook = read_hook
+        self._on_bus_master = on_bus_master
+        self._master_lock = threading.Lock()
+        self._master: bool | None = None
+        """What the hook was told last."""
         self._next_capability = FIRST_CAPABILITY
         self._last_pointer = CAPABILITIES
         self._msi: tuple[int, MsiVectors] | None = None
@@ -217,6 +225,11 @@ class PciFunction:
         at = self.add_capability(MSIX_CAPABILITY, control + places, writable)
         self._msix = at + 2, table
 
+    @property
+    def bus_master(self) -> bool:
+        """Whether the device may access memory."""
+        return bool(self.config.get(COMMAND, 2) & BUS_MASTER)
+
     # On the bus
 
     def plug(self, wire: InterruptWire) -> None:
@@ -230,6 +243,7 @@ class PciFunction:
                 ]
             self.intx.connect(wire)
             self._update()
+        self._tell_bus_master()
 
     def unplug(self) -> None:
         """Gives the regions back: no access reaches the devices any more."""
@@ -259,6 +273,7 @@ class PciFunction:
         with self._lock:
             self.config.write(offset, size, value)
             self._update()
+        self._tell_bus_master()
         for first, last, hook in self._hooks:
             if offset < last and end > first:
                 hook(offset - first, size)
@@ -286,7 +301,9 @@ class PciFunction:
         if self._msix is not None:
             at, table = self._msix
             control = self.config.get(at, 2)
-            table.set_control(bool(control & MSIX_ENABLE), bool(control & MSIX_MASK))
+            # A message is an access to memory: without the bus it waits.
+            masked = bool(control & MSIX_MASK) or not self.bus_master
+            table.set_control(bool(control & MSIX_ENABLE), masked)
             messages |= bool(control & MSIX_ENABLE)
         # With messages a function must not use its line (6.8.1.3, 6.8.2.3).
         disabled = self.config.get(COMMAND, 2) & INTX_DISABLE
@@ -304,10 +321,18 @@ class PciFunction:
             vectors.set_control(False)
         for number in range(vectors.vectors):
             message = number % count
-            vectors.set(number, address, base | message, bool(mask >> message & 1))
+            masked = bool(mask >> message & 1) or not self.bus_master
+            vectors.set(number, address, base | message, masked)
         if enabled:
             vectors.set_control(True)
         return enabled
+
+    def _tell_bus_master(self) -> None:
+        if self._on_bus_master is not None:
+            with self._master_lock:
+                if self._master != (master := self.bus_master):
+                    self._master = master
+                    self._on_bus_master(master)
 
     def _place(self) -> None:
         command = self.config.get(COMMAND, 2)
@@ -338,6 +363,7 @@ class PciFunction:
             if self._msix is not None:
                 self._msix[1].reset()
             self._update()
+        self._tell_bus_master()
         self.intx.set(False)
 
     def save(self) -> State:
@@ -367,4 +393,5 @@ class PciFunction:
                 self._msi[1].set_pending(new.msi_pending)
             self.config.load(new.config)
             self._update()
+        self._tell_bus_master()
         self.intx.set(new.intx)

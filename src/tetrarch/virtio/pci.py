@@ -81,6 +81,7 @@ class VirtioPci:
                 Bar(STRUCTURES_BAR, BAR_BYTES, parts, wide=True, prefetchable=True),
             ],
             read_hook=self._read_window,
+            on_bus_master=kind.data_path.set_master,
         )
         self.isr = IsrStatus(self.function.intx)
         self.function.add_msix(self.msix, MSIX_BAR)
