@@ -21,7 +21,7 @@ import pytest
 from tetrarch import Machine
 from tetrarch.agent import AgentError, AgentStream, connect, encode_run
 from tetrarch.agent.client import ERROR, EXIT, INPUT, INPUT_WINDOW, OUTPUT, RUN
-from tetrarch.errors import HostError
+from tetrarch.errors import HostError, StateError
 from tetrarch.images import CachedGuest
 from tetrarch.virtio.vsock import listen
 
@@ -204,6 +204,29 @@ def test_nonsense_ends_its_own_connection_alone(path: Path, body: bytes) -> None
         with pytest.raises(AgentError):
             stream.read()
     assert run(path, "true").code == 0
+
+
+def test_restored_machine_has_its_agent_at_another_socket(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    with Machine(
+        engine="bt", kernel=debian_guest.kernel, initrd=debian_guest.initrd, vsock=one
+    ) as vm:
+        vm.start()
+        left = begin(one, "sh", "-c", "echo up; exec sleep 1000")
+        with left:
+            assert left.read() == (OUTPUT, b"up\n")
+            assert run(one, "touch", "/tmp/mine").code == 0
+            vm.save(tmp_path / "saved")
+    with Machine.restore(tmp_path / "saved", engine="bt", vsock=two) as vm:
+        vm.start()
+        wait_until(two, "[ -e /tmp/mine ] && ! pidof sleep")
+    with (
+        Machine.restore(tmp_path / "saved", engine="bt") as vm,
+        pytest.raises(StateError, match=r"'vsock'.* give restore"),
+    ):
+        vm.start()
 
 
 def test_guest_without_agent_is_told_after_the_time(tmp_path: Path) -> None:

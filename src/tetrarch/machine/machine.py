@@ -467,19 +467,21 @@ class Machine:
         platform: Platform = PC,
         disk: DiskOption | Sequence[DiskOption] = (),
         cdrom: CdromOption | Sequence[CdromOption] = (),
+        vsock: str | os.PathLike[str] | None = None,
         vm: EngineVm | None = None,
     ) -> Self:
         """A machine as it was saved; start() lets it go on from there.
 
-        ``engine`` and ``name`` are those of the saved machine if they are not given. Give the
-        disks and CD-ROMs that it had, as they were then, and attach devices of yours before
-        start().
+        ``engine`` and ``name`` are those of the saved machine if they are not given. What is the
+        host's is not in the file: give ``disk`` and ``cdrom``, as they were then, and ``vsock``
+        where it had them, and attach devices of yours before start(). Its connections by vsock
+        are gone.
 
         Raises StateError for a file that is no saved machine, or damaged.
         """
         with open_saved(Path(path)) as reader:
             about = read_about(reader, platform.name)
-            given = {"engine": engine, "name": name, "disk": disk, "cdrom": cdrom}
+            given = {"engine": engine, "name": name, "disk": disk, "cdrom": cdrom, "vsock": vsock}
             config = about.config.updated({key: value for key, value in given.items() if value})
             machine = cls(config, console=console, platform=platform, vm=vm)
             try:

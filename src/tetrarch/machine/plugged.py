@@ -180,5 +180,6 @@ class PluggedDevices:
         """Raises StateError where the saved machine had a device that this one has not."""
         for name in self.awaited:
             raise StateError(
-                f"the saved machine had a PCI device {name!r}", mend="plug it in before start()"
+                f"the saved machine had a PCI device {name!r}",
+                mend="plug it in before start(), or give restore() its disk= and vsock=",
             )
