@@ -15,8 +15,12 @@ from pathlib import Path
 import pytest
 
 from tetrarch import Machine, block
+from tetrarch._native import Vm
+from tetrarch.block.disk import open_disk
 from tetrarch.images import CachedGuest
 from tetrarch.machine.config import VirtioTransport
+from tetrarch.virtio.blk import BlkKind
+from tetrarch.virtio.pci import VirtioPci
 
 PROMPT = "root@tetrarch:~# "
 SIZE = 96 << 20
@@ -48,6 +52,42 @@ def shell(machine: Machine) -> Callable[[str], str]:
         return said
 
     return ask
+
+
+@pytest.mark.long
+def test_disk_is_plugged_in_and_out_of_a_guest_that_is_busy(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    for name in ("stays.img", "comes.img"):
+        block.create(tmp_path / name, 8 << 20)
+    with Machine(
+        engine="bt",
+        kernel=debian_guest.kernel,
+        initrd=debian_guest.initrd,
+        disk=tmp_path / "stays.img",
+    ) as vm:
+        ask = shell(vm)
+        ask("(while :; do dd if=/dev/vda of=/dev/null bs=64k iflag=direct 2>/dev/null; done) &")
+        assert isinstance(vm.engine_vm, Vm)
+        for count in range(50):
+            mark = f"round {count} "
+            (tmp_path / "comes.img").write_bytes(mark.encode().ljust(8 << 20, b"."))
+            disk = open_disk(block.DiskSpec(tmp_path / "comes.img"))
+            device = VirtioPci(vm.engine_vm, BlkKind(vm.engine_vm, disk, "comes", 1))
+            vm.plug(device, name="comes")
+            ask("until [ -e /dev/vdb ]; do sleep 0.05; done")
+            assert mark in ask("head -c 10 /dev/vdb")
+            # It is taken away in the middle of reads, or of writes.
+            use = "dd if=/dev/vdb of=/dev/null" if count % 2 else "dd if=/dev/zero of=/dev/vdb"
+            ask(f"({use} bs=4k 2>/dev/null; true) & true")
+            vm.unplug(device, timeout=120)
+            ask("until [ ! -e /dev/vdb ]; do sleep 0.05; done")
+            # The image is nobody's now.
+            open_disk(block.DiskSpec(tmp_path / "comes.img")).close()
+        said = ask("kill %1; dmesg")
+        assert not re.search(r"BUG|Oops|WARNING|Call Trace|blocked for more", said), said
+        vm.console.send("poweroff -f\n")
+        assert vm.wait(120).ok
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tetrarch import Machine
+from tetrarch import Machine, block
 from tetrarch.images import CachedGuest
 from tetrarch.machine.config import VirtioTransport
 
@@ -34,6 +35,43 @@ def test_random_numbers_come_from_the_host(
         assert "virtio_rng.0" in ask("cat /sys/class/misc/hw_random/rng_current")
         counted = ask("head -c 100000 /dev/hwrng | wc -c")
         assert "100000" in counted
+
+
+def test_linux_without_messages_has_its_interrupts_by_lines(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    block.create(tmp_path / "disk.img", 8 << 20)
+    with Machine(
+        engine="bt",
+        kernel=debian_guest.kernel,
+        initrd=debian_guest.initrd,
+        append_extra="pci=nomsi",
+        balloon=False,
+        disk=tmp_path / "disk.img",
+    ) as vm:
+        vm.start()
+        vm.console.expect(PROMPT, 120)
+
+        def ask(command: str) -> str:
+            vm.console.send(command + "\n")
+            return vm.console.expect(PROMPT, 120)
+
+        assert "4096" in ask(
+            "dd if=/dev/zero of=/dev/vda bs=4k count=64 conv=fsync; echo $((64*64))"
+        )
+        assert "1000" in ask("head -c 1000 /dev/hwrng | wc -c")
+        interrupts = ask("cat /proc/interrupts")
+        lines = [line for line in interrupts.splitlines() if "virtio" in line]
+        assert lines
+        for line in lines:
+            _, count, chip = line.split()[:3]
+            assert chip == "IO-APIC", line
+            assert int(count) > 0, line
+        # Each on the line of its slot, which they may share.
+        assert {name for line in lines for name in re.findall(r"virtio\d", line)} == {
+            "virtio0",
+            "virtio1",
+        }
 
 
 @pytest.mark.usefixtures("debian_guest")
