@@ -10,6 +10,7 @@ from typing import Any, cast
 from tests.conformance.guest import MIB, Guest
 
 from tetrarch._native import Vm
+from tetrarch.platforms import Platform
 
 # Where it goes from bt's translator: engine, and whether bt translates.
 WAY = (("kvm", True), ("bt", False), ("kvm", True), ("bt", True))
@@ -39,8 +40,9 @@ class MovedGuest(Guest):
     ``cut_by_time`` is left, wherever it is after some time. What a test sees of it is as if it
     had run in one machine."""
 
-    def __init__(self) -> None:
-        super().__init__("bt")
+    def __init__(self, platform: Platform | None = None) -> None:
+        super().__init__("bt", platform=platform)
+        self._platform = platform
         self._way = cycle(WAY)
         self._asked = False
         self.moves = 0
@@ -80,7 +82,7 @@ class MovedGuest(Guest):
 
     def _move(self) -> None:
         engine, translate = next(self._way)
-        old, new = self.machine, Vm(engine, MIB, translate=translate)
+        old, new = self.machine, Vm(engine, MIB, translate=translate, platform=self._platform)
         self.attach(new)
         old.hold()
         new.hold()

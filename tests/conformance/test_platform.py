@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conformance.conftest import require
 from tests.conformance.guest import CODE, CODE32, DATA, DATA32, END, HANDLER, Guest
+from tests.conformance.moved import MovedGuest
 
 from tetrarch._native import EngineError, GuestCall, GuestTrap, RegisterPortAccess
 from tetrarch.platforms import GuestFault, Hypercalls, Msr, Platform, RegisterPort, TrapHook
@@ -127,6 +129,29 @@ def test_msr_is_read_and_written_in_python(make: Make) -> None:
     assert ended(guest)
     assert written == [(MSR + 1, 0x1122_3344_5566_7788)]
     assert guest.vm.stats()["exits"]["msr_read"] == 1
+
+
+def test_answers_of_a_platform_hold_when_the_guest_moves_at_once() -> None:
+    require("kvm")
+    held = [1]
+
+    def read(call: GuestCall, index: int) -> int:
+        call.vm.request_stop()  # a cut, as soon as the answer is there
+        return held[-1]
+
+    def write(call: GuestCall, index: int, value: int) -> None:
+        call.vm.request_stop()
+        held.append(value)
+
+    guest = MovedGuest(Platform(name="test", msrs={MSR: Msr(read, write)}))
+    # Four times: read ; mov edx, 0x500 ; out dx, eax ; inc eax ; xor edx, edx ; write ;
+    # dec r9d ; jnz to the read
+    code = RDMSR + bytes.fromhex("ba00050000 ef ffc0 31d2") + WRMSR + bytes.fromhex("41ffc9 75ed")
+    guest.long_mode(code + STOP, rcx=MSR, r9=4)
+    assert ended(guest)
+    assert held == [1, 2, 3, 4, 5]
+    assert [event[3] for event in guest.events] == [1, 2, 3, 4]
+    assert guest.moves >= 12
 
 
 @pytest.mark.parametrize("code", [RDMSR, WRMSR], ids=["read", "write"])
