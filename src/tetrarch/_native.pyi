@@ -19,6 +19,7 @@ __all__ = [
     "GuestFault",
     "GuestMemoryError",
     "GuestTrap",
+    "IdeChannels",
     "Interrupt",
     "Intx",
     "IrqSource",
@@ -298,6 +299,43 @@ class AhciPorts(RustDevice):
         """The controller and its ports, in numbers; exact while the machine is held."""
     def load(self, controller: Sequence[int], ports: Sequence[Sequence[int]]) -> None:
         """EngineError where they are of another controller."""
+    @property
+    def stopped(self) -> int:
+        """Requests that wait for the host to be mended."""
+    def close(self) -> None:
+        """Lets go of the disks."""
+
+@type_check_only
+class IdeState(TypedDict):
+    """An IDE controller as it is saved, in numbers: ``crates/storage`` says which."""
+
+    channels: list[list[int]]
+    buffers: list[list[int]]
+    drives: list[list[int]]
+
+@final
+class IdeChannels:
+    """The channels of an IDE controller, and the drives at them."""
+
+    CHANNELS: int
+    DRIVES: int
+    """Of each channel."""
+    def __new__(
+        cls, vm: Vm, name: str, drives: Sequence[AtaDriveForm | None], lines: tuple[Wire, Wire]
+    ) -> Self:
+        """The first channel's two, then the second's. EngineError for more."""
+    def task_ports(self, channel: int) -> RustDevice:
+        """The eight ports of a channel's devices."""
+    def control_port(self, channel: int) -> RustDevice:
+        """The port of a channel's alternate status and control."""
+    def master_ports(self) -> RustDevice:
+        """The 16 ports of the bus masters."""
+    def reset(self) -> None:
+        """When it returns nothing touches guest memory."""
+    def save(self) -> IdeState:
+        """Exact while the machine is held."""
+    def load(self, state: IdeState) -> None:
+        """EngineError where it is of another controller."""
     @property
     def stopped(self) -> int:
         """Requests that wait for the host to be mended."""

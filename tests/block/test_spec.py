@@ -45,7 +45,7 @@ def test_disk_is_what_is_written_and_written_as_it_is(text: str, spec: DiskSpec)
         ("d,readonyl", "'readonyl' is no option of a disk", "did you mean readonly?"),
         ("d,format=qed", "format is 'qed'", "there are raw, qcow2, vmdk"),
         ("d,format", "format is nothing", "there are raw, qcow2, vmdk"),
-        ("d,bus=scsi", "bus is 'scsi'", "there are virtio, nvme, ahci"),
+        ("d,bus=scsi", "bus is 'scsi'", "there are virtio, nvme, ahci, ide"),
         ("d,snapshot=yes", "snapshot is 'yes'", "write on or off"),
         ("d,iops=0", "iops is '0'", "give a number a second"),
         ("d,bps=fast", "'fast' is no size", "write 8G"),
@@ -70,8 +70,9 @@ def test_sizes_are_bytes_or_have_a_unit() -> None:
 
 
 def test_disc_is_a_readonly_image_that_is_what_it_is() -> None:
-    spec = CdromSpec.parse("a,,b.iso,bus=ahci")
-    assert spec == CdromSpec(Path("a,b.iso"))
+    assert CdromSpec.parse("a,,b.iso,bus=ahci") == CdromSpec(Path("a,b.iso"))
+    spec = CdromSpec.parse("a,,b.iso,bus=ide")
+    assert spec == CdromSpec(Path("a,b.iso"), bus="ide")
     assert CdromSpec.parse(str(spec)) == spec
     assert spec.disk == DiskSpec(Path("a,b.iso"), format="raw", readonly=True)
     for text, cause in (

@@ -52,7 +52,7 @@ from tests.storage.ahci_driver import (
 from tests.virtio.driver import wait_until
 
 from tetrarch import block
-from tetrarch.errors import ImageError, StateError
+from tetrarch.errors import ConfigError, ImageError, StateError
 from tetrarch.storage import AtaDrive
 
 MIB = 1 << 20
@@ -128,6 +128,12 @@ def test_registers_describe_controller_and_ports(raw: Path, iso: Path) -> None:
     driver.set(0x1FFC, 0xFFFF_FFFF)
     assert driver.get(0x1FFC) == 0
     driver.controller.close()
+
+
+@pytest.mark.parametrize("count", [0, 33])
+def test_controller_has_a_drive_and_no_more_than_32(raw: Path, count: int) -> None:
+    with pytest.raises(ConfigError, match=f"1 to 32 drives, not {count}"):
+        AhciDriver([drive(raw)] * count)
 
 
 def test_link_reset_brings_the_device_up_anew(driver: AhciDriver) -> None:

@@ -9,6 +9,7 @@ mod balloon;
 mod disk;
 mod error;
 mod guest_call;
+mod ide;
 mod irq;
 mod kvm;
 mod lent;
@@ -40,6 +41,8 @@ mod _native {
     use crate::error::{EngineError, GuestFault, GuestMemoryError};
     #[pymodule_export]
     use crate::guest_call::{GuestCall, GuestTrap, RegisterPortAccess};
+    #[pymodule_export]
+    use crate::ide::IdeChannels;
     #[pymodule_export]
     use crate::irq::{Intx, IrqSource};
     #[pymodule_export]

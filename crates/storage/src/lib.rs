@@ -4,6 +4,7 @@
 pub mod ahci;
 pub mod ata;
 mod atapi;
+pub mod ide;
 pub mod nvme;
 mod requests;
 mod saved;

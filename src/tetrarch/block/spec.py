@@ -14,8 +14,8 @@ from tetrarch.errors import ValueProblem
 __all__ = ["BUSES", "FORMATS", "CdromSpec", "DiskFormat", "DiskSpec", "parse_bytes"]
 
 DiskFormat = Literal["raw", "qcow2", "vmdk"]
-Bus = Literal["virtio", "nvme", "ahci"]
-CdromBus = Literal["ahci"]
+Bus = Literal["virtio", "nvme", "ahci", "ide"]
+CdromBus = Literal["ahci", "ide"]
 CacheMode = Literal["writeback", "none"]
 OnWriteError = Literal["report", "stop"]
 

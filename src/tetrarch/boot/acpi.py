@@ -142,6 +142,16 @@ def _pci_root(ram: Sequence[tuple[int, int]]) -> bytes:
     high, high_end = machine_map.high_window(ram)
     windows = aml.resources(
         aml.bus_numbers(0, 0),
+        # A driver of IDE claims the ports of old as the bus's. The control port is one of a
+        # block of four; Linux ignores a window of one.
+        *(
+            window
+            for task, control, _ in machine_map.IDE_CHANNELS
+            for window in (
+                aml.io_window(task, task + machine_map.IDE_TASK_PORTS - 1),
+                aml.io_window(control & ~3, control | 3),
+            )
+        ),
         aml.io_window(io, io_end - 1),
         aml.memory_window(low, low_end - 1),
         aml.memory_window(high, high_end - 1),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from tetrarch.block.disk import OnStop, open_disk
 from tetrarch.block.spec import DiskSpec
 from tetrarch.machine.config import MachineConfig
-from tetrarch.storage import AhciController, AtaDrive, NvmeController
+from tetrarch.storage import AhciController, AtaDrive, IdeController, NvmeController
 from tetrarch.virtio.blk import BlkKind
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class MachineDisk(Protocol):
 
 def machine_disks(
     vm: Vm, config: MachineConfig, stop: OnStop
-) -> Iterator[BlkKind | NvmeController | AhciController]:
+) -> Iterator[BlkKind | NvmeController | AhciController | IdeController]:
     """What the machine's disks are, in their order; then the controllers that have several.
 
     ``stop`` is called with what the machine is to be held for.
@@ -46,6 +46,7 @@ def machine_disks(
 
     queues = min(config.cpus, _QUEUES_MAX)
     ahci: list[AtaDrive] = []
+    ide: list[AtaDrive] = []
     for index, spec in enumerate(config.disk):
         name = f"disk{index}"
         disk = opened(spec, name)
@@ -56,11 +57,17 @@ def machine_disks(
                 yield NvmeController(vm, disk, name=name, queues=queues)
             case "ahci":
                 ahci.append(AtaDrive(name, disk))
+            case "ide":
+                ide.append(AtaDrive(name, disk))
     for index, cd in enumerate(config.cdrom):
         name = f"cdrom{index}"
         drive = AtaDrive(name, opened(cd.disk, name), cd=True)
         match cd.bus:
             case "ahci":
                 ahci.append(drive)
+            case "ide":
+                ide.append(drive)
     if ahci:
         yield AhciController(vm, ahci)
+    if ide:
+        yield IdeController(vm, ide)

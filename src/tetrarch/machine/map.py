@@ -11,6 +11,7 @@ ports       0x0600 .. 0x060F                ACPI: fixed hardware, general-purpos
             0x0620 .. 0x062B                PCI: hot-plug
             0x0CF8 .. 0x0CFF                PCI: configuration
             0xC000 .. 0xFFFF                PCI: BARs
+            0x01F0, 0x03F6, 0x0170, 0x0376  IDE: its two channels, where there are drives
             others                          the table of machine/pc.py
 lines       0 .. 15                         ISA devices, at the PICs and the IOAPIC
             16 .. 19                        PCI: INTA# to INTD#, by slot
@@ -24,6 +25,8 @@ from typing import Final
 
 __all__ = [
     "ECAM",
+    "IDE_CHANNELS",
+    "IDE_TASK_PORTS",
     "PCI_HOTPLUG",
     "PCI_IO",
     "PCI_LOW",
@@ -37,6 +40,10 @@ __all__ = [
 PCI_LOW: Final = (0xC000_0000, 0xE000_0000)
 PCI_IO: Final = (0xC000, 0x1_0000)
 ECAM: Final = (0xE000_0000, 0xE010_0000)
+
+#: Of each channel: the task file, the control port, and the line.
+IDE_CHANNELS: Final = ((0x1F0, 0x3F6, 14), (0x170, 0x376, 15))
+IDE_TASK_PORTS: Final = 8
 
 #: Registers of pci/hotplug.py.
 PCI_HOTPLUG: Final = 0x620

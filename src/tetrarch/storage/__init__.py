@@ -2,6 +2,7 @@
 
 from tetrarch.storage.ahci import AhciController
 from tetrarch.storage.drives import AtaDrive
+from tetrarch.storage.ide import IdeController
 from tetrarch.storage.nvme import NvmeController
 
-__all__ = ["AhciController", "AtaDrive", "NvmeController"]
+__all__ = ["AhciController", "AtaDrive", "IdeController", "NvmeController"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from tetrarch._native import AhciPorts, EngineError, Intx, MsiVectors
 from tetrarch.devices._state import State
-from tetrarch.errors import StateError
+from tetrarch.errors import ConfigError, StateError
 from tetrarch.pci.function import Bar, BarPart, Identity, PciFunction
 from tetrarch.storage.drives import AtaDrive, drive_form, refuse_stopped
 
@@ -33,6 +33,11 @@ class AhciController:
     """A controller with a drive at each of its ports, as a device to plug in."""
 
     def __init__(self, vm: Vm, drives: Sequence[AtaDrive], *, name: str = "ahci") -> None:
+        if not 0 < len(drives) <= AhciPorts.MAX_PORTS:
+            raise ConfigError(
+                f"an AHCI controller has 1 to {AhciPorts.MAX_PORTS} drives, not {len(drives)}",
+                mend="put further ones at another controller",
+            )
         self.name = name
         self.drives = tuple(drives)
         self._closed = False
