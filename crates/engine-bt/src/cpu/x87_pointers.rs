@@ -84,7 +84,7 @@ pub(super) enum Found {
 }
 
 /// Reads the host CPU's pointers. Masks all x87 exceptions where they are new:
-/// [`write`] must follow.
+/// [`write()`] must follow.
 pub(super) fn resolve(
     st: &CpuState,
     rip_of: impl Fn(u32) -> Option<u64>,
