@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from tests.terminals import kill
 
 from tetrarch import Machine
 from tetrarch.images import CachedGuest
@@ -33,7 +34,7 @@ def shell(debian_guest: CachedGuest) -> Iterator["pexpect.spawn[str]"]:
     child = boot()
     child.expect(PROMPT)
     yield child
-    child.close(force=True)
+    kill(child)
 
 
 def command(shell: "pexpect.spawn[str]", line: str) -> str:
@@ -151,7 +152,7 @@ def test_terminal_is_restored_at_every_end_of_the_guest(debian_guest: CachedGues
             shell.send(typed)
         shell.expect(rf"rc={code}\b")
         shell.expect(r"[^-]echo\r")
-    shell.close(force=True)
+    kill(shell)
 
 
 def test_guest_learns_the_size_of_the_terminal(debian_guest: CachedGuest) -> None:
@@ -165,7 +166,7 @@ def test_guest_learns_the_size_of_the_terminal(debian_guest: CachedGuest) -> Non
     child.expect(PROMPT)
     child.sendline("stty size")
     child.expect(r"\b33 99\b")
-    child.close(force=True)
+    kill(child)
 
 
 def test_guest_asks_no_terminal_where_there_is_none(debian_guest: CachedGuest) -> None:

@@ -12,6 +12,7 @@ import pexpect
 import pytest
 from tests.cli.conftest import Cli
 from tests.machine import guests
+from tests.terminals import kill
 
 from tetrarch.testing import pvh_kernel
 
@@ -123,7 +124,7 @@ def test_terminal_is_restored_when_a_signal_ends_us(tmp_path: Path, signum: sign
     os.kill(int(children[-1]), signum)
     shell.expect(r"rc=\d+")
     shell.expect(r"[^-]echo\r")
-    shell.close(force=True)
+    kill(shell)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_job_started_in_the_background_comes_to_the_foreground(tmp_path: Path) -
     shell.expect_exact("ab")
     shell.send("\x1d")
     shell.expect("was stopped")
-    shell.close(force=True)
+    kill(shell)
 
 
 @pytest.mark.parametrize(

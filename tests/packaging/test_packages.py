@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from tests.terminals import kill
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "test-packages"
@@ -64,7 +65,7 @@ def test_packages_are_installed_in_the_background_of_a_terminal(host: Path, form
     child.expect_exact("apt-get install cpio")
     child.expect(r"rc=(\d+)")
     assert child.match.group(1) == "0"
-    child.close(force=True)
+    kill(child)
     asked = (host.parent / "log").read_text()
     assert "install cpio" in asked
     assert "DPkg::Lock::Timeout=" in asked
@@ -77,5 +78,5 @@ def test_nothing_is_said_or_done_where_nothing_is_missing(host: Path) -> None:
     child.sendline(f"echo s''tart; {SCRIPT}; echo r''c=$?")
     child.expect(r"start\r\n(.*)rc=0")
     assert "tetrarch" not in child.match.group(1)
-    child.close(force=True)
+    kill(child)
     assert not (host.parent / "log").exists()
