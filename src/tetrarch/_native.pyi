@@ -1,6 +1,7 @@
 """Types of the native module: the Rust core behind one machine."""
 
 from collections.abc import Callable, Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address
 from os import PathLike
 from typing import Any, NotRequired, Protocol, Self, TypedDict, final, type_check_only
 
@@ -27,6 +28,7 @@ __all__ = [
     "Latch",
     "MsiVectors",
     "MsixTable",
+    "Network",
     "NullPort",
     "NvmeQueues",
     "Region",
@@ -38,6 +40,7 @@ __all__ = [
     "VirtioBlk",
     "VirtioChain",
     "VirtioDevice",
+    "VirtioNet",
     "VirtioRng",
     "VirtioServed",
     "VirtioVsock",
@@ -457,6 +460,37 @@ class VirtioBlk(VirtioDevice):
     def close(self) -> None:
         """Lets go of the disk, when the machine has ended."""
 
+@type_check_only
+class VirtioNetState(TypedDict):
+    """What the driver of a network card has asked by commands; addresses are 6 bytes each."""
+
+    permanent: bytes
+    mac: bytes
+    mode: int
+    unicast: bytes
+    multicast: bytes
+    vlans: bytes
+    pairs: int
+    guest_offloads: int
+
+@final
+class VirtioNet(VirtioDevice):
+    """The network card. It takes ``network`` over; with ``mac``, of 6 bytes."""
+
+    def __new__(cls, vm: Vm, name: str, network: Network, mac: bytes) -> Self: ...
+    @property
+    def status(self) -> int:
+        """The field of the configuration: bit 0, the link is up; bit 1, the guest is to announce
+        itself."""
+    @property
+    def mac(self) -> bytes:
+        """The address that the driver has given it, or its own."""
+    def state(self) -> VirtioNetState: ...
+    def restore(self, state: VirtioNetState) -> None:
+        """Takes a saved state up, before the driver's next start."""
+    def close(self) -> None:
+        """Lets go of the network."""
+
 @final
 class VirtioRng(VirtioDevice):
     """The entropy device."""
@@ -788,6 +822,49 @@ class Disk:
         """Tries writes anew that wait for the host to be mended; none do in a closed disk."""
     def close(self) -> None:
         """Lets go of the image, unless a controller has the disk too."""
+
+@final
+class Network:
+    """The way to a network, until a card has it. OSError where the host does not give it."""
+
+    @staticmethod
+    def stream(name: str, socket: int) -> Network:
+        """A program at the other end of a stream socket; messages call it by its name."""
+    @staticmethod
+    def joined(path: str | PathLike[str]) -> Network:
+        """The switch at a socket, between the machines that name it."""
+    @staticmethod
+    def tap(queues: Sequence[int]) -> Network:
+        """The queues of a tap device: descriptors with IFF_VNET_HDR."""
+    def shape(
+        self, *, delay: float = 0.0, loss: float = 0.0, rate: int | None = None, seed: int = 0
+    ) -> None:
+        """Makes it slower and worse: seconds, 0 to 1, bits a second."""
+    def filter(
+        self,
+        judge: Callable[
+            [
+                int,
+                IPv4Address | IPv6Address,
+                IPv4Address | IPv6Address,
+                tuple[int, int] | None,
+                bool,
+            ],
+            bool,
+        ],
+    ) -> None:
+        """Has each flow judged, on a thread of its own: protocol, source, destination, ports of
+        both if there are any, and whether the guest began it."""
+    def capture(self, file: int) -> None:
+        """Writes all frames from now on into a file, which is open for writing (pcap)."""
+    @property
+    def queues(self) -> int: ...
+    @property
+    def offloads(self) -> bool:
+        """Whether frames come from it with checksums and segmentation left to the guest."""
+    def stats(self) -> dict[str, int]:
+        """Counters: frames, bytes, and what was dropped by the reason. Also of a network that a
+        card has."""
 
 @final
 class DiskSource:

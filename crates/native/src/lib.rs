@@ -6,6 +6,7 @@
 mod ahci;
 mod ata;
 mod balloon;
+mod descriptor;
 mod disk;
 mod error;
 mod guest_call;
@@ -14,6 +15,7 @@ mod irq;
 mod kvm;
 mod lent;
 mod msix;
+mod net;
 mod nvme;
 mod python_device;
 mod python_platform;
@@ -49,6 +51,8 @@ mod _native {
     use crate::lent::{VirtioChain, VirtioServed};
     #[pymodule_export]
     use crate::msix::{MsiVectors, MsixTable};
+    #[pymodule_export]
+    use crate::net::{Network, VirtioNet};
     #[pymodule_export]
     use crate::nvme::NvmeQueues;
     #[pymodule_export]

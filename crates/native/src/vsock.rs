@@ -1,6 +1,5 @@
 //! `tetrarch._native.VirtioVsock`.
 
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,6 +7,7 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use tetrarch_virtio::{DataPath, Device, Vsock};
 
+use crate::descriptor::own_descriptor;
 use crate::error::Failure;
 use crate::virtio::{VirtioDevice, no_io};
 use crate::vm::Vm;
@@ -43,16 +43,4 @@ impl VirtioVsock {
     fn reset_transport(&self, py: Python<'_>) {
         py.detach(|| self.device.with_path(|path, _| path.reset_transport()));
     }
-}
-
-/// A copy of a descriptor of Python's, which keeps its own.
-fn own_descriptor(number: i32) -> Result<OwnedFd, Failure> {
-    // SAFETY: fcntl takes any number, and says where it is no descriptor.
-    let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
-    if copy < 0 {
-        let error = std::io::Error::last_os_error();
-        return Err(Failure::refused(format!("descriptor {number}: {error}")));
-    }
-    // SAFETY: fcntl has just made it, and nobody else knows of it.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }

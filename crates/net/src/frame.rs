@@ -93,7 +93,7 @@ impl Frame {
         Packet { offload: self.offload, payload: Payload::Bytes(self.bytes()) }
     }
 
-    pub(crate) fn set(&mut self, offload: Offload, bytes: &[u8]) {
+    pub fn set(&mut self, offload: Offload, bytes: &[u8]) {
         self.offload = offload;
         self.start = 0;
         self.data.clear();

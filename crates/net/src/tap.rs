@@ -41,6 +41,8 @@ pub struct Tap {
     watched: Interest,
     multi_queue: bool,
     enabled: bool,
+    /// Somebody has removed the device.
+    gone: bool,
     counters: Arc<Counters>,
     whole: Vec<u8>,
 }
@@ -70,6 +72,7 @@ impl Tap {
             watched: Interest { receive: true, send: false },
             multi_queue: flags & IFF_MULTI_QUEUE != 0,
             enabled: true,
+            gone: false,
             counters,
             whole: Vec::new(),
         };
@@ -88,6 +91,15 @@ impl Tap {
         let written = unsafe { libc::writev(self.device.as_raw_fd(), pieces.as_ptr(), count) };
         usize::try_from(written).map_err(|_| last_error())
     }
+
+    /// What is not there any more is an event always: it is waited for no longer.
+    fn end(&mut self) {
+        if self.enabled && !self.gone {
+            log::warn!("the link is down: the tap device was removed");
+            self.watch.set(&self.device, false, false);
+            self.gone = true;
+        }
+    }
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
@@ -104,7 +116,7 @@ impl NetBackend for Tap {
     }
 
     fn watch(&mut self, interest: Interest) {
-        if interest != self.watched {
+        if interest != self.watched && !self.gone {
             self.watch.set(&self.device, interest.receive, interest.send);
             self.watched = interest;
         }
@@ -158,8 +170,11 @@ impl NetBackend for Tap {
             // A limit (TUNSETSNDBUF) of who opened it.
             Err(Errno::AGAIN) => return Sent::Busy,
             // Down, or removed.
-            Err(Errno::IO | Errno::BADFD | Errno::NETDOWN) => {
+            Err(error @ (Errno::IO | Errno::BADFD | Errno::NETDOWN)) => {
                 self.counters.dropped(Direction::Sent, DropReason::NoPeer);
+                if error == Errno::BADFD {
+                    self.end();
+                }
             }
             Err(_) => self.counters.dropped(Direction::Sent, DropReason::Refused),
         }
@@ -175,6 +190,10 @@ impl NetBackend for Tap {
             match rustix::io::read(&self.device, room) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
+                Err(Errno::BADFD) => {
+                    self.end();
+                    return false;
+                }
                 Err(_) => return false,
             }
             let header = frame.data.first_chunk::<HEADER>();
@@ -203,5 +222,9 @@ impl NetBackend for Tap {
             Ok(()) => self.enabled = on,
             Err(error) => log::warn!("a queue of the tap device cannot be switched: {error}"),
         }
+    }
+
+    fn link(&self) -> bool {
+        !self.gone
     }
 }

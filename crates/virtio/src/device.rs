@@ -63,8 +63,6 @@ pub struct QueueSetup {
 struct Inner<P> {
     path: P,
     queues: Queues,
-    /// For changes of the configuration, and of the status when the device needs a reset.
-    config: Option<Arc<dyn Interrupt>>,
     broken: Arc<AtomicBool>,
     /// The machine is at rest, or comes to it.
     paused: bool,
@@ -90,9 +88,7 @@ impl<P: DataPath> Inner<P> {
                 self.name
             );
             // 2.1.1: DEVICE_NEEDS_RESET comes with a change of the configuration.
-            if let Some(interrupt) = &self.config {
-                interrupt.raise();
-            }
+            self.queues.config_changed();
         }
     }
 
@@ -192,7 +188,6 @@ impl<P: DataPath + 'static> Device<P> {
         let inner = Arc::new(Mutex::new(Inner {
             path,
             queues: Queues::default(),
-            config: None,
             broken: Arc::clone(&broken),
             paused: false,
             master: true,
@@ -251,9 +246,9 @@ impl<P: DataPath + 'static> Control for Device<P> {
         }
         let inner = &mut *self.inner.lock();
         inner.path.start(features, &self.attachment)?;
-        inner.config = Some(config);
         self.broken.store(false, Ordering::SeqCst);
-        inner.queues = Queues { list, kept: (!inner.master).then(Vec::new), quiet: false };
+        let kept = (!inner.master).then(Vec::new);
+        inner.queues = Queues { list, kept, quiet: false, config: Some(config) };
         inner.hush();
         // A driver may have filled them before DRIVER_OK, and a saved device was in the
         // middle of its work.
@@ -265,7 +260,6 @@ impl<P: DataPath + 'static> Control for Device<P> {
         let inner = &mut *self.inner.lock();
         inner.path.reset();
         inner.queues = Queues::default();
-        inner.config = None;
         self.broken.store(false, Ordering::SeqCst);
     }
 
@@ -303,8 +297,6 @@ impl<P: DataPath + 'static> Control for Device<P> {
     }
 
     fn config_changed(&self) {
-        if let Some(interrupt) = &self.inner.lock().config {
-            interrupt.raise();
-        }
+        self.inner.lock().queues.config_changed();
     }
 }

@@ -7,6 +7,7 @@ mod device;
 mod doorbells;
 mod isr;
 mod lent;
+mod net;
 pub mod queue;
 mod queues;
 mod rng;
@@ -18,6 +19,7 @@ pub use device::{Control, DataPath, Device, OWN_SOURCES, QueueSetup, StartError}
 pub use doorbells::Doorbells;
 pub use isr::IsrStatus;
 pub use lent::{Lender, Lent, LentChain};
+pub use net::{MAX_PAIRS, MacAddress, Net, NetConfig, NetState};
 pub use queues::Queues;
 pub use rng::Rng;
 pub use vsock::Vsock;

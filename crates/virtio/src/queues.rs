@@ -1,5 +1,6 @@
 //! The queues of one device, as its data path uses them.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use tetrarch_bus::Interrupt;
@@ -22,6 +23,8 @@ pub struct Queues {
     pub(crate) kept: Option<Vec<(usize, Used, u32)>>,
     /// No chain is taken: the device is held, broken, or has no access to memory.
     pub(crate) quiet: bool,
+    /// For changes of the configuration, and of the status when the device needs a reset.
+    pub(crate) config: Option<Arc<dyn Interrupt>>,
 }
 
 impl Queues {
@@ -43,7 +46,8 @@ impl Queues {
         if active.queue.ask_notification() { active.queue.pop() } else { Ok(None) }
     }
 
-    /// Puts back the chain that was taken last from a queue: nothing is in flight by it.
+    /// Puts back the chain that was taken last from a queue: nothing is in flight by it. Of
+    /// several, the last comes first.
     pub fn put_back(&mut self, index: usize, used: Used) {
         if let Some(Some(active)) = self.list.get_mut(index) {
             active.queue.put_back(used);
@@ -57,6 +61,18 @@ impl Queues {
         }
     }
 
+    /// Tells the driver that the configuration has changed.
+    pub fn config_changed(&self) {
+        if let Some(interrupt) = &self.config {
+            interrupt.raise();
+        }
+    }
+
+    /// How many descriptors a queue has; 0 where it is not enabled.
+    pub fn size(&self, index: usize) -> u16 {
+        self.list.get(index).and_then(Option::as_ref).map_or(0, |active| active.queue.size())
+    }
+
     fn active(&mut self, index: usize) -> Option<&mut Active> {
         self.list.get_mut(index).filter(|_| !self.quiet)?.as_mut()
     }
@@ -68,6 +84,15 @@ impl Queues {
             kept.push((index, used, written));
         } else if let Some(Some(active)) = self.list.get_mut(index) {
             active.queue.push(used, written);
+        }
+    }
+
+    /// Gives chains back of which the driver sees all or none.
+    pub fn push_all(&mut self, index: usize, answers: impl Iterator<Item = (Used, u32)>) {
+        if let Some(kept) = &mut self.kept {
+            kept.extend(answers.map(|(used, written)| (index, used, written)));
+        } else if let Some(Some(active)) = self.list.get_mut(index) {
+            active.queue.push_all(answers);
         }
     }
 
@@ -91,11 +116,21 @@ impl Queues {
         index: usize,
         mut each: impl FnMut(Chain) -> Option<(Used, u32)>,
     ) -> Result<(), QueueError> {
-        let Some(active) = self.active(index) else { return Ok(()) };
+        self.serve_until(index, |chain| ControlFlow::Continue(each(chain))).map(drop)
+    }
+
+    /// The same until `each` gives a chain back unserved: it is the next one, when the queue
+    /// is served again. Whether that was so.
+    pub fn serve_until(
+        &mut self,
+        index: usize,
+        mut each: impl FnMut(Chain) -> ControlFlow<Used, Option<(Used, u32)>>,
+    ) -> Result<bool, QueueError> {
+        let Some(active) = self.active(index) else { return Ok(false) };
         let mut left = active.queue.size();
         loop {
             active.queue.spare_notifications();
-            let mut pushed = false;
+            let (mut pushed, mut stopped) = (false, false);
             let result = loop {
                 if left == 0 {
                     active.doorbell.signal();
@@ -104,9 +139,17 @@ impl Queues {
                 match active.queue.pop() {
                     Ok(Some(chain)) => {
                         left -= 1;
-                        if let Some((used, written)) = each(chain) {
-                            active.queue.push(used, written);
-                            pushed = true;
+                        match each(chain) {
+                            ControlFlow::Continue(Some((used, written))) => {
+                                active.queue.push(used, written);
+                                pushed = true;
+                            }
+                            ControlFlow::Continue(None) => {}
+                            ControlFlow::Break(used) => {
+                                active.queue.put_back(used);
+                                stopped = true;
+                                break Ok(());
+                            }
                         }
                     }
                     Ok(None) => break Ok(()),
@@ -117,8 +160,8 @@ impl Queues {
                 active.interrupt.raise();
             }
             result?;
-            if left == 0 || !active.queue.ask_notification() {
-                return Ok(());
+            if stopped || left == 0 || !active.queue.ask_notification() {
+                return Ok(stopped);
             }
         }
     }

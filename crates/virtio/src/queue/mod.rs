@@ -129,6 +129,7 @@ impl Queue {
     }
 
     /// Puts back the chain that was popped last: the next pop gives it again, as it is then.
+    /// Of several, the last comes first.
     pub fn put_back(&mut self, used: Used) {
         match &mut self.ring {
             Ring::Split(ring) => ring.put_back(),
@@ -145,9 +146,15 @@ impl Queue {
     /// Gives a chain back, of which the device has written the first `written` bytes.
     #[inline]
     pub fn push(&mut self, used: Used, written: u32) {
+        self.push_all(std::iter::once((used, written)));
+    }
+
+    /// Gives chains back of which the driver sees all or none.
+    #[inline]
+    pub fn push_all(&mut self, answers: impl Iterator<Item = (Used, u32)>) {
         match &mut self.ring {
-            Ring::Split(ring) => ring.push(used, written),
-            Ring::Packed(ring) => ring.push(used, written),
+            Ring::Split(ring) => ring.push_all(answers),
+            Ring::Packed(ring) => ring.push_all(answers),
         }
     }
 

@@ -169,20 +169,31 @@ impl PackedRing {
         Ok(())
     }
 
-    pub fn push(&mut self, used: Used, written: u32) {
-        let Place { index, wrap } = self.next_used;
-        let at = DESCRIPTOR * usize::from(index);
-        self.descriptors.write(at + 8, written.to_le_bytes());
-        self.descriptors.store_u16(at + ID, used.id, Ordering::Relaxed);
-        let mut flags = if wrap { AVAILABLE | USED } else { 0 };
-        if written > 0 {
-            flags |= WRITE;
+    pub fn push_all(&mut self, answers: impl Iterator<Item = (Used, u32)>) {
+        let mut first = None;
+        for (used, written) in answers {
+            let Place { index, wrap } = self.next_used;
+            let at = DESCRIPTOR * usize::from(index);
+            self.descriptors.write(at + 8, written.to_le_bytes());
+            self.descriptors.store_u16(at + ID, used.id, Ordering::Relaxed);
+            let mut flags = if wrap { AVAILABLE | USED } else { 0 };
+            if written > 0 {
+                flags |= WRITE;
+            }
+            if first.is_some() {
+                self.descriptors.store_u16(at + FLAGS, flags, Ordering::Relaxed);
+            } else {
+                first = Some((at, flags));
+            }
+            self.next_used = self.next_used.after(used.slots, self.size);
+            if self.next_used.wrap != wrap {
+                self.told_used = self.told_used.wrapping_sub(self.size);
+            }
         }
-        // Release: the rest of it, and what the device wrote, are there before the flags are.
-        self.descriptors.store_u16(at + FLAGS, flags, Ordering::Release);
-        self.next_used = self.next_used.after(used.slots, self.size);
-        if self.next_used.wrap != wrap {
-            self.told_used = self.told_used.wrapping_sub(self.size);
+        // The driver sees the others when it sees the first. Release: the rest of them, and what
+        // the device wrote, are there before these flags are.
+        if let Some((at, flags)) = first {
+            self.descriptors.store_u16(at + FLAGS, flags, Ordering::Release);
         }
     }
 

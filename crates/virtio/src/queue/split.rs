@@ -135,13 +135,15 @@ impl SplitRing {
         }
     }
 
-    pub fn push(&mut self, used: Used, written: u32) {
-        let mut element = [0; USED_ELEMENT];
-        element[..4].copy_from_slice(&u32::from(used.id).to_le_bytes());
-        element[4..].copy_from_slice(&written.to_le_bytes());
-        self.used.write(RING + USED_ELEMENT * self.slot(self.next_used), element);
-        self.next_used = self.next_used.wrapping_add(1);
-        // Release: the element, and what the device wrote, are there before the index is.
+    pub fn push_all(&mut self, answers: impl Iterator<Item = (Used, u32)>) {
+        for (used, written) in answers {
+            let mut element = [0; USED_ELEMENT];
+            element[..4].copy_from_slice(&u32::from(used.id).to_le_bytes());
+            element[4..].copy_from_slice(&written.to_le_bytes());
+            self.used.write(RING + USED_ELEMENT * self.slot(self.next_used), element);
+            self.next_used = self.next_used.wrapping_add(1);
+        }
+        // Release: the elements, and what the device wrote, are there before the index is.
         self.used.store_u16(INDEX, self.next_used, Ordering::Release);
     }
 

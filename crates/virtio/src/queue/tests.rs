@@ -165,6 +165,35 @@ fn chains_come_and_go_in_order_through_many_wraps() {
 }
 
 #[test]
+fn several_chains_are_put_back_and_given_back_together() {
+    for packed in [false, true] {
+        let (mut driver, mut queue) = pair(packed, false);
+        for turn in 0..40_u16 {
+            for head in 0..3 {
+                driver.offer(head, &[(DATA + 0x100 * u64::from(head), 4, WRITE)]);
+            }
+            for last in [true, false] {
+                let mut chains = Vec::new();
+                while let Some(chain) = queue.pop().unwrap() {
+                    chains.push(chain);
+                }
+                assert_eq!(chains.len(), 3, "packed {packed}, turn {turn}");
+                if last {
+                    chains.into_iter().rev().for_each(|chain| queue.put_back(chain.used));
+                } else {
+                    queue.push_all(chains.into_iter().zip(1..).map(|(chain, n)| (chain.used, n)));
+                }
+            }
+            let slots = (0..3).map(|count| (turn * 3 + count) % SIZE);
+            for (slot, head) in slots.zip(0..) {
+                assert_eq!(driver.used(slot), (head, head + 1), "packed {packed}, turn {turn}");
+            }
+            assert!(queue.wants_interrupt());
+        }
+    }
+}
+
+#[test]
 fn indirect_tables_are_chains() {
     for packed in [false, true] {
         let (mut driver, mut queue) = pair(packed, false);
