@@ -36,6 +36,9 @@ from tetrarch.testing import pvh_kernel
         (["--disk", "/"], 1, "/: is a directory; give the path of an image"),
         (["--disk", "d.img", "--disk", "e.img,sanpshot=on"], 2, "did you mean snapshot?"),
         (["--disk", "/etc/hostname,format=qcow2"], 1, "is not a qcow2 image; give"),
+        (["--net", "usr"], 2, "--net: 'usr' is no network; there are none, user, tap=NAME and"),
+        (["--net", "user,forward=22"], 2, "--net: forward is '22'; write [HOST:]PORT:GUEST"),
+        (["--net", "none", "--net", "user"], 2, "none is given beside others"),
         (["--image", "nope"], 2, "no image is called 'nope'"),
     ],
 )
@@ -44,6 +47,25 @@ def test_bad_run_option(cli: Cli, arguments: list[str], code: int, message: str)
     assert done.returncode == code
     assert done.stdout == ""
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ("user", "this host has no passt, which a user network needs; install it"),
+        ("socket=/nonexistent/net", "cannot join the network at /nonexistent/net: No such file"),
+        ("tap=lo", "lo is no tap device but a network device; name another"),
+        ("tap=tetrarch0,bridge=tetrarch1", "there is no bridge tetrarch1; make it"),
+    ],
+)
+def test_network_that_cannot_be(cli: Cli, tmp_path: Path, net: str, message: str) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(b"\xf4"))
+    (tmp_path / "bin").mkdir()
+    done = cli("run", "--kernel", kernel, "--net", net, PATH=str(tmp_path / "bin"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"tetrarch: {message}")
     assert len(done.stderr.splitlines()) == 1
 
 

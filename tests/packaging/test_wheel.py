@@ -80,6 +80,7 @@ def test_wheel_serves_every_python_from_3_11_on_and_has_its_data(wheel: Path) ->
         "tetrarch/images/guest/init",
         "tetrarch/images/guest/inittab",
         "tetrarch/images/guest/profile",
+        "tetrarch/images/guest/udhcpc",
     } <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "crates/"))]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from tetrarch._words import one_of, options, shown, split
 from tetrarch.errors import ValueProblem
 
 __all__ = ["BUSES", "FORMATS", "CdromSpec", "DiskFormat", "DiskSpec", "parse_bytes"]
@@ -61,6 +61,10 @@ class DiskSpec:
         path, values = _parse(text, _OPTIONS, "a disk")
         return cls(path, **values)
 
+    def relative_to(self, directory: Path) -> Self:
+        """With paths as they are written in a file of that directory."""
+        return replace(self, path=directory / self.path)
+
     def __str__(self) -> str:
         words = [str(self.path).replace(",", ",,")]
         for field in fields(self)[1:]:
@@ -88,6 +92,10 @@ class CdromSpec:
         """The disc as a disk: its bytes are what they are."""
         return DiskSpec(self.path, format="raw", readonly=True)
 
+    def relative_to(self, directory: Path) -> Self:
+        """With paths as they are written in a file of that directory."""
+        return replace(self, path=directory / self.path)
+
     def __str__(self) -> str:
         path = str(self.path).replace(",", ",,")
         return path if self.bus == "ahci" else f"{path},bus={self.bus}"
@@ -98,35 +106,15 @@ _Options = Mapping[str, Callable[[str, str | None], Any]]
 
 def _parse(text: str, known: _Options, what: str) -> tuple[Path, dict[str, Any]]:
     """A path and the options behind it."""
-    path, *options = _split(text)
+    path, *words = split(text)
     if not path or "\0" in text:
         raise ValueProblem(f"{text!r} names no image", mend="write PATH[,OPTION=VALUE]...")
-    values: dict[str, Any] = {}
-    for written in options:
-        name, equals, value = written.partition("=")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise ValueProblem(f"{written!r} is no option of {what}", mend=mend)
-        if name in values:
-            raise ValueProblem(f"{name} is given twice", mend="give it once")
-        values[name] = known[name](name, value if equals else None)
+    values = {name: known[name](name, value) for name, value in options(words, known, what)}
     return Path(path), values
 
 
-def _split(text: str) -> list[str]:
-    """At single commas: a doubled one is a comma of the part."""
-    return [part.replace("\0\0", ",") for part in text.replace(",,", "\0\0").split(",")]
-
-
 def _one_of(*choices: str) -> Callable[[str, str | None], str]:
-    def parse(name: str, value: str | None) -> str:
-        if value not in choices:
-            shown = "nothing" if value is None else repr(value)
-            raise ValueProblem(f"{name} is {shown}", mend=f"there are {', '.join(choices)}")
-        return value
-
-    return parse
+    return lambda name, value: one_of(name, value, choices)
 
 
 def _switch(name: str, value: str | None) -> bool:
@@ -138,8 +126,8 @@ def _switch(name: str, value: str | None) -> bool:
 def _rate(name: str, value: str | None) -> int:
     rate = parse_bytes(value) if value else 0
     if not 0 < rate <= _RATE_MAX:
-        shown = "nothing" if value is None else repr(value)
-        raise ValueProblem(f"{name} is {shown}", mend="give a number a second, such as 500 or 10M")
+        mend = "give a number a second, such as 500 or 10M"
+        raise ValueProblem(f"{name} is {shown(value)}", mend=mend)
     return rate
 
 

@@ -2,7 +2,7 @@
 
 Kernel and user land come from Debian as they are: the kernel package and
 busybox-static. The initramfs is built here, so that what runs in the guest is
-in view: guest/init, guest/root, guest/inittab and guest/profile.
+in view: the files in guest/.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 DEFAULT_APPEND = "console=ttyS0 quiet"
 """The kernel's command line when the user gives none."""
 
-RECIPE_VERSION = 7
+RECIPE_VERSION = 8
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -128,6 +128,7 @@ def build_initramfs(busybox: bytes, module_dir: Path, overlay: Path | None = Non
     tree.file("usr/lib/tetrarch/root", _guest_file("root"))
     tree.file("etc/inittab", _guest_file("inittab"))
     tree.file("etc/profile", _guest_file("profile"))
+    tree.file("etc/udhcpc", _guest_file("udhcpc"), 0o755)
     tree.file("usr/sbin/tetrarch-agent", agent_program(), 0o755)
     for path, text in _ETC.items():
         tree.file(path, text.encode())

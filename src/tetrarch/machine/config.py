@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from tetrarch.block.spec import CdromSpec, DiskSpec
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import ConfigError, ValueProblem
+from tetrarch.net.spec import NetSpec
 
 __all__ = [
     "MEMORY_MAX",
@@ -31,6 +32,7 @@ __all__ = [
     "EngineName",
     "MachineConfig",
     "MachineOptions",
+    "NetOption",
     "OnReset",
     "ValueProblem",
     "VirtioTransport",
@@ -62,6 +64,7 @@ VirtioTransport = Literal["pci", "mmio"]
 OnReset = Literal["end", "restart"]
 DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
 CdromOption: TypeAlias = str | os.PathLike[str] | CdromSpec
+NetOption: TypeAlias = str | NetSpec
 
 
 def parse_size(value: object) -> int:
@@ -143,6 +146,26 @@ def _image(kind: type[ImageSpec], value: object, what: str) -> ImageSpec:
     return kind.parse(value) if isinstance(value, str) else kind(Path(value))
 
 
+def _nets(value: object) -> tuple[NetSpec, ...]:
+    """One network, or several; "none" is that there are none."""
+    several = value if isinstance(value, (list, tuple)) else [value]
+    if "none" not in several:
+        return tuple(_net(one) for one in several)
+    if len(several) > 1:
+        raise ValueProblem("none is given beside others", mend="give it alone")
+    return ()
+
+
+def _net(value: object) -> NetSpec:
+    if isinstance(value, NetSpec):
+        return value
+    if not isinstance(value, str):
+        raise ValueProblem(
+            f"{value!r} is no network", mend="write user, tap=NAME or socket=PATH[,OPTION=VALUE]..."
+        )
+    return NetSpec.parse(value)
+
+
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Text = Annotated[str, BeforeValidator(_text)]
 
@@ -194,6 +217,11 @@ class MachineConfig(BaseModel):
     )
     cdrom: Annotated[tuple[CdromSpec, ...], BeforeValidator(_cdroms)] = option(
         (), "A CD-ROM drive with a disc. Can be repeated.", "PATH[,bus=BUS]"
+    )
+    net: Annotated[tuple[NetSpec, ...], BeforeValidator(_nets)] = option(
+        (),
+        "A network card; docs/networks.md has its options. Can be repeated [default: none].",
+        "none|user|tap=NAME|socket=PATH[,OPTION=VALUE]...",
     )
     vsock: FilePath | None = option(
         None, "A Unix socket for connections with the guest's vsock ports.", "PATH"
@@ -248,6 +276,7 @@ class MachineOptions(TypedDict, total=False):
     cpus: int
     disk: DiskOption | Sequence[DiskOption]
     cdrom: CdromOption | Sequence[CdromOption]
+    net: NetOption | Sequence[NetOption]
     vsock: str | os.PathLike[str] | None
     on_reset: OnReset
     virtio: VirtioTransport

@@ -32,6 +32,7 @@ from tetrarch.machine.config import (
     EngineName,
     MachineConfig,
     MachineOptions,
+    NetOption,
     make_config,
 )
 from tetrarch.machine.engine_vm import (
@@ -328,8 +329,9 @@ class Machine:
         self._vm.write_memory(address, data)
 
     def stats(self) -> dict[str, dict[str, int]]:
-        """Counters by group: exits by kind, the engine's, time, calls into Python."""
-        return self._vm.stats()
+        """Counters by group: exits by kind, the engine's, time, calls into Python, frames of each
+        network card."""
+        return self._vm.stats() | {net.name: net.stats() for net in self._pc.nets}
 
     def load(self) -> None:
         """Puts the guest into memory. start() does it if you have not.
@@ -467,21 +469,29 @@ class Machine:
         platform: Platform = PC,
         disk: DiskOption | Sequence[DiskOption] = (),
         cdrom: CdromOption | Sequence[CdromOption] = (),
+        net: NetOption | Sequence[NetOption] = (),
         vsock: str | os.PathLike[str] | None = None,
         vm: EngineVm | None = None,
     ) -> Self:
         """A machine as it was saved; start() lets it go on from there.
 
         ``engine`` and ``name`` are those of the saved machine if they are not given. What is the
-        host's is not in the file: give ``disk`` and ``cdrom``, as they were then, and ``vsock``
-        where it had them, and attach devices of yours before start(). Its connections by vsock
-        are gone.
+        host's is not in the file: give ``disk`` and ``cdrom``, as they were then, ``net`` and
+        ``vsock`` where it had them, and attach devices of yours before start(). Its connections
+        by vsock are gone.
 
         Raises StateError for a file that is no saved machine, or damaged.
         """
         with open_saved(Path(path)) as reader:
             about = read_about(reader, platform.name)
-            given = {"engine": engine, "name": name, "disk": disk, "cdrom": cdrom, "vsock": vsock}
+            given = {
+                "engine": engine,
+                "name": name,
+                "disk": disk,
+                "cdrom": cdrom,
+                "net": net,
+                "vsock": vsock,
+            }
             config = about.config.updated({key: value for key, value in given.items() if value})
             machine = cls(config, console=console, platform=platform, vm=vm)
             try:

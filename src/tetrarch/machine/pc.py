@@ -11,6 +11,7 @@ What nobody claims reads as ones, and writes to it are lost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -38,6 +39,7 @@ from tetrarch.machine import map as machine_map
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.disks import MachineDisk, machine_disks
 from tetrarch.machine.engine_vm import EngineVm
+from tetrarch.machine.networks import machine_nets
 from tetrarch.machine.plugged import PluggedDevices
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.virtio import VirtioSlots
@@ -45,6 +47,7 @@ from tetrarch.pci import PciBus, bus, hotplug
 from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
+from tetrarch.virtio.net import NetKind
 from tetrarch.virtio.rng import RngKind
 from tetrarch.virtio.vsock import VsockKind
 
@@ -81,6 +84,7 @@ class Pc:
     dsdt: Sequence[bytes]
     """Devices that the DSDT names beside those of every PC."""
     disks: Sequence[MachineDisk]
+    nets: Sequence[NetKind]
     virtio: VirtioSlots | None
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
     vsock: VsockKind | None
@@ -111,6 +115,8 @@ class Pc:
         self.rtc.close()
         for disk in self.disks:
             disk.close()
+        for net in self.nets:
+            net.close()
         if self.vsock is not None:
             self.vsock.close()
 
@@ -132,13 +138,14 @@ def check_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
 def assemble_pc(
     vm: EngineVm,
     config: MachineConfig,
-    end: Callable[[ExitStatus], None],
+    end: Callable[[ExitStatus | BaseException], None],
     stop: OnStop,
 ) -> Pc:
     """Makes the devices and attaches them to ``vm``.
 
-    ``end`` is called, on a vCPU's thread, when the guest switches the machine off
-    or resets it; ``stop`` where the machine is to be held for a disk.
+    ``end`` is called, on a vCPU's thread, when the guest switches the machine off or resets it,
+    and with what a filter of a network raises; ``stop`` where the machine is to be held for a
+    disk.
     """
 
     def line(gsi: int) -> Callable[[bool], None]:
@@ -195,6 +202,7 @@ def assemble_pc(
     dsdt: list[bytes] = []
     slots: VirtioSlots | None = None
     disks: list[MachineDisk] = []
+    nets: list[NetKind] = []
     vsock: VsockKind | None = None
     balloon: BalloonKind | None = None
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
@@ -204,19 +212,26 @@ def assemble_pc(
             if (on_page := slots.plug(kind)) is not None:
                 devices[kind.name] = on_page
 
-        if config.vsock is not None:
-            vsock = VsockKind(vm, config.vsock)
-        for disk in machine_disks(vm, config, stop):
-            disks.append(disk)
-            if isinstance(disk, BlkKind):
-                plug_virtio(disk)
-            else:
-                plugged.plug(disk.name, disk)
-        if vsock is not None:
-            plug_virtio(vsock)
-        if config.rng:
-            plug_virtio(RngKind(vm))
-        if config.balloon:
-            balloon = BalloonKind(vm, config.memory)
-            plug_virtio(balloon)
-    return Pc(uart, rtc, acpi, pci, dsdt, disks, slots, vsock, balloon, devices, plugged)
+        with ExitStack() as undo:
+            if config.vsock is not None:
+                vsock = VsockKind(vm, config.vsock)
+                undo.callback(vsock.close)
+            for disk in machine_disks(vm, config, stop):
+                disks.append(disk)
+                if isinstance(disk, BlkKind):
+                    plug_virtio(disk)
+                else:
+                    plugged.plug(disk.name, disk)
+            for net in machine_nets(vm, config, end):
+                undo.callback(net.close)
+                nets.append(net)
+                plug_virtio(net)
+            if vsock is not None:
+                plug_virtio(vsock)
+            if config.rng:
+                plug_virtio(RngKind(vm))
+            if config.balloon:
+                balloon = BalloonKind(vm, config.memory)
+                plug_virtio(balloon)
+            undo.pop_all()
+    return Pc(uart, rtc, acpi, pci, dsdt, disks, nets, slots, vsock, balloon, devices, plugged)

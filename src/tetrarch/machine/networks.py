@@ -1,0 +1,40 @@
+"""The network cards that a machine's configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.log import MachineLog
+from tetrarch.net.mac import random_mac, stable_mac
+from tetrarch.net.network import open_network
+from tetrarch.virtio.net import NetKind
+
+if TYPE_CHECKING:
+    from tetrarch._native import Vm
+
+__all__ = ["machine_nets"]
+
+
+def machine_nets(
+    vm: Vm, config: MachineConfig, end: Callable[[BaseException], None]
+) -> Iterator[NetKind]:
+    """Opens them one by one; ``end`` is called with what a filter raises."""
+    log = MachineLog(config.name)
+    # Machines of one network that nobody named are not to have the same addresses.
+    named = "name" in config.model_fields_set
+    for index, spec in enumerate(config.net):
+        name = f"net{index}"
+
+        def cut_off(cause: str, name: str = name) -> None:
+            log.warning("%s: %s; the link is down until the machine starts anew", name, cause)
+
+        mac = spec.mac or (stable_mac(config.name, index) if named else random_mac())
+        network = open_network(spec, cut_off, end)
+        try:
+            kind = NetKind(vm, network, name, mac)
+        except BaseException:
+            network.close()
+            raise
+        yield kind
