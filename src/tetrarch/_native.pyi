@@ -39,6 +39,7 @@ __all__ = [
     "VirtioBalloon",
     "VirtioBlk",
     "VirtioChain",
+    "VirtioConsole",
     "VirtioDevice",
     "VirtioNet",
     "VirtioRng",
@@ -490,6 +491,36 @@ class VirtioNet(VirtioDevice):
         """Takes a saved state up, before the driver's next start."""
     def close(self) -> None:
         """Lets go of the network."""
+
+@type_check_only
+class VirtioPortState(TypedDict):
+    """What of a port of ``VirtioConsole`` is saved."""
+
+    input: bytes
+    sent: int
+    known: bool
+    open: bool
+    due: int
+
+@final
+class VirtioConsole(VirtioDevice):
+    """The console device. ``ports`` has their names; an empty one is a terminal. Bytes go both
+    ways as those of ``SerialPort`` do."""
+
+    MAX_PORTS: int
+    def __new__(cls, vm: Vm, name: str, ports: Sequence[str], multiport: bool) -> Self: ...
+    def receive(self, port: int, data: bytes) -> None: ...
+    def queued(self, port: int) -> int: ...
+    def wait_output(self, port: int) -> bytes: ...
+    def flush_output(self, port: int, timeout: float) -> bool: ...
+    def end_output(self, port: int) -> None: ...
+    def resize(self, port: int, columns: int, rows: int) -> None:
+        """The terminal has another size: tells a driver that knows of ports."""
+    def emergency(self, character: int) -> None:
+        """A character for port 0 that came by the configuration."""
+    def states(self) -> list[VirtioPortState]: ...
+    def set_states(self, states: Sequence[VirtioPortState]) -> None:
+        """Before ``start``."""
 
 @final
 class VirtioRng(VirtioDevice):

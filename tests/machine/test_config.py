@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tetrarch.console import MemoryConsole
 from tetrarch.errors import ConfigError
 from tetrarch.machine.config import MachineConfig, MachineOptions, make_config, parse_size
 from tetrarch.machine.config_file import load_config
@@ -130,3 +131,20 @@ def test_changed_options_are_checked_alone_and_together() -> None:
         config.updated({"kernel": "x"})
     with pytest.raises(ConfigError, match="--cpus: 'two' is no number"):
         config.updated({"cpus": "two"}, lambda name: f"--{name}")
+
+
+def test_ports_of_the_virtio_console_as_they_are_written() -> None:
+    terminal = MemoryConsole()
+    config = make_config(
+        {"virtio_console": ["stdio", "socket=/run/x,y,name=org.example.0", terminal]}
+    )
+    assert [(str(port.console), port.name) for port in config.virtio_console] == [
+        ("stdio", ""),
+        ("socket=/run/x,y", "org.example.0"),
+        (str(terminal), ""),
+    ]
+    for wrong in ("stdio,name=", "nowhere", "stdio,name=a/b", 7, ["file="]):
+        with pytest.raises(ConfigError, match="virtio_console: "):
+            make_config({"virtio_console": wrong})
+    with pytest.raises(ConfigError, match="two consoles cannot share stdio"):
+        make_config({"virtio_console": "stdio", "console": "stdio"})

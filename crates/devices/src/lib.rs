@@ -6,13 +6,11 @@
 mod intx;
 mod messages;
 mod msix;
-mod output;
 mod serial_port;
 mod uart16550;
 
 pub use intx::Intx;
 pub use messages::{Message, Messages, SendMessage};
 pub use msix::{MAX_VECTORS, MsixTable, PENDING_OFFSET};
-pub use output::Output;
 pub use serial_port::{Drive, SerialPort};
 pub use uart16550::Registers;

@@ -2,8 +2,8 @@
 
 use parking_lot::Mutex;
 use tetrarch_bus::{Device, DeviceError};
+use tetrarch_io::Output;
 
-use crate::output::Output;
 use crate::uart16550::Registers;
 
 /// Takes the level of the interrupt line to the machine; must not call into devices.

@@ -4,7 +4,9 @@
 //! asked for them. This crate knows no device, no guest memory and no Python.
 
 mod event;
+mod output;
 mod thread;
 
 pub use event::Event;
+pub use output::Output;
 pub use thread::{Attachment, Handler, IoThread, PauseError, Trigger};

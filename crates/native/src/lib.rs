@@ -6,6 +6,7 @@
 mod ahci;
 mod ata;
 mod balloon;
+mod console;
 mod descriptor;
 mod disk;
 mod error;
@@ -37,6 +38,8 @@ mod _native {
     use crate::ahci::AhciPorts;
     #[pymodule_export]
     use crate::balloon::VirtioBalloon;
+    #[pymodule_export]
+    use crate::console::VirtioConsole;
     #[pymodule_export]
     use crate::disk::{Disk, DiskError, DiskSource, disk_check, disk_create, disk_info};
     #[pymodule_export]

@@ -3,6 +3,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod console;
 mod device;
 mod doorbells;
 mod isr;
@@ -15,6 +16,7 @@ mod vsock;
 
 pub use balloon::Balloon;
 pub use blk::Blk;
+pub use console::Console;
 pub use device::{Control, DataPath, Device, OWN_SOURCES, QueueSetup, StartError};
 pub use doorbells::Doorbells;
 pub use isr::IsrStatus;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -59,11 +60,13 @@ def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
     choose(config.engine, config.cpus)
     check_files(config)
     config = resolve_guest(config, _reporter())
-    console = (config.console or _STDIO).open()
+    on_stdio = any(port.console == _STDIO for port in config.virtio_console)
+    console = (config.console or (ConsoleSpec("none") if on_stdio else _STDIO)).open()
+    interactive = (on_stdio and os.isatty(0)) or _is_interactive(console)
     try:
         machine = Machine(config, console=console)
         machine.load()
-        _say_start(machine, console)
+        _say_start(machine, interactive)
         with resumed_by_signal(machine):
             status = machine.run(options.timeout)
     except EngineError as error:
@@ -73,7 +76,7 @@ def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
         ) from error
     finally:
         console.close()
-    _say_end(status, console)
+    _say_end(status, interactive)
     report_end(machine, status, options)
     return status
 
@@ -84,14 +87,14 @@ def _reporter() -> Reporter:
     return TerminalReporter()
 
 
-def _say_start(machine: Machine, console: ConsoleBackend) -> None:
-    leave = "; Ctrl-] leaves" if _is_interactive(console) else ""
+def _say_start(machine: Machine, interactive: bool) -> None:
+    leave = "; Ctrl-] leaves" if interactive else ""
     _say(f"tetrarch: engine {machine.engine} ({machine.engine_reason}){leave}")
 
 
-def _say_end(status: ExitStatus, console: ConsoleBackend) -> None:
+def _say_end(status: ExitStatus, interactive: bool) -> None:
     # A guest seldom ends its last line.
-    start = "\n" if _is_interactive(console) else ""
+    start = "\n" if interactive else ""
     if status.reason in (StopReason.CRASHED, StopReason.TIMEOUT, StopReason.STOPPED):
         option = " (--timeout)" if status.reason is StopReason.TIMEOUT else ""
         _say(f"{start}tetrarch: {status}{option}")

@@ -7,13 +7,17 @@ from typing import Protocol
 
 from tetrarch.errors import HostError
 
-__all__ = ["ConsoleBackend", "ConsoleError", "Leave", "NullConsole", "Receive"]
+__all__ = ["ConsoleBackend", "ConsoleError", "Leave", "NullConsole", "Receive", "Resize"]
 
 Receive = Callable[[bytes], None]
 """Takes what was typed. May block while the guest does not read."""
 
 Leave = Callable[[], None]
 """The user wants out of the console."""
+
+
+Resize = Callable[[int, int], None]
+"""Takes the rows and columns of a terminal; zeroes where there is none."""
 
 
 class ConsoleError(HostError):
@@ -29,6 +33,10 @@ class ConsoleBackend(Protocol):
 
     One that knows whether its other end is a terminal says so in ``guest_terminal``: its
     size as "24x80", or "none". The default guest is told.
+
+    One whose other end may be a terminal of changing size has ``watch_size(resize)``, called
+    before ``start``: it says the size at once, and again when it is another. A virtio console
+    tells the guest; a serial line has no way to.
     """
 
     def start(self, receive: Receive, leave: Leave) -> None: ...

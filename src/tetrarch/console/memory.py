@@ -7,7 +7,7 @@ import threading
 import time
 
 from tetrarch._patience import patience
-from tetrarch.console.backend import Leave, Receive
+from tetrarch.console.backend import Leave, Receive, Resize
 from tetrarch.errors import MachineStateError, TetrarchError
 
 __all__ = ["ExpectTimeout", "MemoryConsole"]
@@ -39,6 +39,8 @@ class MemoryConsole:
         self._closed = False
         self._receive: Receive | None = None
         self._early: list[bytes] = []
+        self._size = (0, 0)
+        self._resize: Resize | None = None
         self._why = ""
         self._failure: BaseException | None = None
 
@@ -48,6 +50,18 @@ class MemoryConsole:
             early, self._early = self._early, []
         for data in early:
             receive(data)
+
+    def watch_size(self, resize: Resize) -> None:
+        with self._changed:
+            self._resize = resize
+            resize(*self._size)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """The terminal has this size now. The guest hears of it from a virtio console."""
+        with self._changed:
+            self._size = rows, columns
+            if self._resize is not None:
+                self._resize(rows, columns)
 
     def write(self, data: bytes) -> None:
         with self._changed:

@@ -7,7 +7,7 @@ import os
 import select
 import threading
 
-from tetrarch.console.backend import ConsoleError, Leave, Receive
+from tetrarch.console.backend import ConsoleError, Leave, Receive, Resize
 from tetrarch.console.terminal import RawTerminal
 
 __all__ = ["StdioConsole"]
@@ -23,7 +23,8 @@ class StdioConsole:
     def __init__(self, input_fd: int = 0, output_fd: int = 1) -> None:
         self._in = input_fd
         self._out = output_fd
-        self._terminal = RawTerminal(input_fd) if _is_tty(input_fd) else None
+        self._terminal = RawTerminal(input_fd, self._resized) if _is_tty(input_fd) else None
+        self._resize: Resize | None = None
         self._thread: threading.Thread | None = None
         # Wakes the thread; that closes it in the end, as it may sleep on it. _lock guards it.
         self._lock = threading.Lock()
@@ -37,9 +38,22 @@ class StdioConsole:
     def guest_terminal(self) -> str:
         if self._terminal is None:
             return "none"
-        size = os.get_terminal_size(self._in)
+        rows, columns = self._size()
         # A terminal that does not know its size says 0.
-        return f"{size.lines or 24}x{size.columns or 80}"
+        return f"{rows or 24}x{columns or 80}"
+
+    def _size(self) -> tuple[int, int]:
+        size = os.get_terminal_size(self._in)
+        return size.lines, size.columns
+
+    def watch_size(self, resize: Resize) -> None:
+        self._resize = resize
+        self._resized()
+
+    def _resized(self) -> None:
+        if self._terminal is not None and self._resize is not None:
+            with contextlib.suppress(OSError):  # the terminal may have hung up
+                self._resize(*self._size())
 
     def start(self, receive: Receive, leave: Leave) -> None:
         if self._terminal is not None:

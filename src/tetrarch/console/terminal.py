@@ -29,13 +29,18 @@ _Attributes = list[Any]
 
 
 class RawTerminal:
-    """Raw mode on one terminal, from enter() until restore()."""
+    """Raw mode on one terminal, from enter() until restore().
 
-    def __init__(self, fd: int) -> None:
+    ``resized`` is called meanwhile when the terminal has another size, if enter() was called on
+    the main thread.
+    """
+
+    def __init__(self, fd: int, resized: Callable[[], None] = lambda: None) -> None:
         self._fd = fd
+        self._resized = resized
         self._saved: _Attributes | None = None
         self._guardian: _Guardian | None = None
-        self._old_continue: Any = None
+        self._old_handlers: dict[signal.Signals, Any] = {}
 
     def enter(self) -> None:
         if self._saved is not None:
@@ -46,7 +51,11 @@ class RawTerminal:
         atexit.register(self.restore)
         # A shell that had us stopped has set the terminal as it likes it.
         if _on_main_thread():
-            self._old_continue = signal.signal(signal.SIGCONT, self._continued)
+            for number, handler in (
+                (signal.SIGCONT, self._continued),
+                (signal.SIGWINCH, self._changed),
+            ):
+                self._old_handlers[number] = signal.signal(number, handler)
         _set_raw(self._fd)
 
     def restore(self) -> None:
@@ -54,8 +63,10 @@ class RawTerminal:
         if saved is None:
             return
         # Elsewhere the handler stays, and does nothing any more.
-        if self._old_continue is not None and _on_main_thread():
-            signal.signal(signal.SIGCONT, self._old_continue)
+        if _on_main_thread():
+            for number, handler in self._old_handlers.items():
+                signal.signal(number, handler)
+            self._old_handlers.clear()
         with contextlib.suppress(termios.error):  # the terminal may have hung up
             _set_attributes(self._fd, saved)
         atexit.unregister(self.restore)
@@ -66,6 +77,11 @@ class RawTerminal:
         if self._saved is not None:
             with contextlib.suppress(termios.error):
                 _set_raw(self._fd)
+            self._resized()  # a shell that had us stopped may have told nobody
+
+    def _changed(self, signum: int, frame: FrameType | None) -> None:
+        if self._saved is not None:
+            self._resized()
 
 
 class _Guardian:

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tetrarch.block.spec import CdromSpec, DiskSpec
-from tetrarch.console.spec import ConsoleSpec
+from tetrarch.console.backend import ConsoleBackend
+from tetrarch.console.spec import ConsoleSpec, PortSpec, no_console
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.net.spec import NetSpec
 
@@ -34,6 +35,7 @@ __all__ = [
     "MachineOptions",
     "NetOption",
     "OnReset",
+    "PortOption",
     "ValueProblem",
     "VirtioTransport",
     "check_options",
@@ -65,6 +67,7 @@ OnReset = Literal["end", "restart"]
 DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
 CdromOption: TypeAlias = str | os.PathLike[str] | CdromSpec
 NetOption: TypeAlias = str | NetSpec
+PortOption: TypeAlias = str | ConsoleBackend | PortSpec
 
 
 def parse_size(value: object) -> int:
@@ -114,9 +117,7 @@ def _console(value: object) -> ConsoleSpec | None:
         return value
     spec = ConsoleSpec.parse(value) if isinstance(value, str) else None
     if spec is None:
-        raise ValueProblem(
-            f"{value!r} is no console", mend="there are stdio, none, file=PATH and socket=PATH"
-        )
+        raise no_console(value)
     return spec
 
 
@@ -166,6 +167,12 @@ def _net(value: object) -> NetSpec:
     return NetSpec.parse(value)
 
 
+def _ports(value: object) -> tuple[PortSpec, ...]:
+    """One port of the virtio console, or several."""
+    several = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(map(PortSpec.of, several))
+
+
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Text = Annotated[str, BeforeValidator(_text)]
 
@@ -210,6 +217,11 @@ class MachineConfig(BaseModel):
         "Where the guest's serial console goes. Ctrl-] leaves stdio.",
         "stdio|none|file=PATH|socket=PATH",
     )
+    virtio_console: Annotated[tuple[PortSpec, ...], BeforeValidator(_ports)] = option(
+        (),
+        "A virtio console, hvc0 in the guest, or a port with a name. Can be repeated.",
+        "CONSOLE[,name=NAME]",
+    )
     disk: Annotated[tuple[DiskSpec, ...], BeforeValidator(_disks)] = option(
         (),
         "A disk; docs/disks.md has its options. Can be repeated.",
@@ -242,11 +254,19 @@ class MachineConfig(BaseModel):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         self._one_kernel()
+        self._one_on_stdio()
         return self
 
     def _one_kernel(self) -> None:
         if self.image is not None and self.kernel is not None:
             raise ValueProblem("image and kernel both name a kernel", mend="give one of them")
+
+    def _one_on_stdio(self) -> None:
+        consoles = [self.console, *(port.console for port in self.virtio_console)]
+        if consoles.count(ConsoleSpec("stdio")) > 1:
+            raise ValueProblem(
+                "two consoles cannot share stdio", mend="give one of them file=PATH or socket=PATH"
+            )
 
     def updated(self, values: dict[str, Any], spelling: Callable[[str], str] = str) -> Self:
         """With some options changed, as they are typed. Raises ConfigError."""
@@ -255,6 +275,7 @@ class MachineConfig(BaseModel):
         changed = self.model_copy(update=changes)
         try:
             changed._one_kernel()
+            changed._one_on_stdio()
         except ValueProblem as problem:
             raise ConfigError(problem.cause, mend=problem.mend) from None
         return changed
@@ -274,6 +295,7 @@ class MachineOptions(TypedDict, total=False):
     append_extra: str
     memory: str | int
     cpus: int
+    virtio_console: PortOption | Sequence[PortOption]
     disk: DiskOption | Sequence[DiskOption]
     cdrom: CdromOption | Sequence[CdromOption]
     net: NetOption | Sequence[NetOption]

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from tetrarch._native import EngineError, Vm
 from tetrarch.block.disk import OnStop
 from tetrarch.console import ConsoleBackend, MemoryConsole
-from tetrarch.console.spec import ConsoleSpec
+from tetrarch.console.spec import ConsoleSpec, PortSpec, require_console
 from tetrarch.errors import (
     ConfigError,
     HostError,
     MachineStateError,
+    ValueProblem,
 )
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.conclusion import Conclusion, Event
@@ -33,8 +34,10 @@ from tetrarch.machine.config import (
     MachineConfig,
     MachineOptions,
     NetOption,
+    PortOption,
     make_config,
 )
+from tetrarch.machine.console_line import ConsoleLine, ConsoleLines
 from tetrarch.machine.engine_vm import (
     BusRegion,
     EngineVcpu,
@@ -58,7 +61,6 @@ from tetrarch.machine.plugged import PciDevice
 from tetrarch.machine.resets import Resets
 from tetrarch.machine.saved import open_saved
 from tetrarch.machine.selection import choose
-from tetrarch.machine.serial_line import SerialLine
 from tetrarch.machine.snapshot import MachineParts, read_about, restore_machine, save_machine
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.threads import VcpuThreads
@@ -115,6 +117,7 @@ class Machine:
         self._vm = vm
         self._platform = platform
         self._backend = _open_console(console, self.config.console)
+        ports = _open_ports(self.config.virtio_console)
         vcpus = [vm.vcpu(index) for index in range(self.config.cpus)]
         self.vcpus: tuple[VcpuView, ...] = tuple(map(VcpuView, vcpus))
         """The virtual CPUs: their registers, at any time."""
@@ -127,7 +130,6 @@ class Machine:
             self._threads.in_kernel,
             lambda message: end(ExitStatus(StopReason.CRASHED, message)),
         )
-        self._serial = SerialLine(self._backend, panic, self._conclusion)
         try:
             self._pc = assemble_pc(vm, self.config, end, _holder(self))
         except EngineError as error:
@@ -135,6 +137,16 @@ class Machine:
                 f"cannot make the machine's devices: {engine_cause(error)}",
                 mend=engine_mend(error, "give the machine fewer"),
             ) from error
+        serial = ConsoleLine(self._pc.uart, self._backend, self._conclusion, panic)
+        self._lines = ConsoleLines(
+            [
+                serial,
+                *(
+                    ConsoleLine(port, backend, self._conclusion)
+                    for port, backend in zip(self._pc.console_ports, ports, strict=False)
+                ),
+            ]
+        )
         self._attached = AttachedDevices()
         self._descent = _Descent(
             self._life,
@@ -142,8 +154,8 @@ class Machine:
             self._threads,
             self._pc,
             self._attached,
-            self._serial,
-            self._backend,
+            self._lines,
+            [self._backend, *ports],
             vcpus[0],
         )
         self._loaded = False
@@ -153,7 +165,7 @@ class Machine:
             self._life,
             self._conclusion,
             panic,
-            self._serial,
+            self._lines,
             self._threads,
             vm,
             self._pc,
@@ -383,7 +395,7 @@ class Machine:
                     f"the machine cannot be held: {engine_cause(error)}",
                     mend=engine_mend(error, "end the device's access"),
                 ) from error
-            if not self._serial.flush():
+            if not self._lines.flush():
                 self._vm.resume()
                 raise HostError(
                     "the machine cannot be held: its console does not take what the guest sent",
@@ -423,7 +435,7 @@ class Machine:
             return
         self.request_stop()
         # A device's own thread, or a console that is being closed, has to return first.
-        inside = (self._threads, self._serial, self._attached)
+        inside = (self._threads, self._lines, self._attached)
         if not self._conclusion.keeping and not any(thread.current for thread in inside):
             self._conclusion.wait_done()
 
@@ -471,14 +483,15 @@ class Machine:
         cdrom: CdromOption | Sequence[CdromOption] = (),
         net: NetOption | Sequence[NetOption] = (),
         vsock: str | os.PathLike[str] | None = None,
+        virtio_console: PortOption | Sequence[PortOption] = (),
         vm: EngineVm | None = None,
     ) -> Self:
         """A machine as it was saved; start() lets it go on from there.
 
         ``engine`` and ``name`` are those of the saved machine if they are not given. What is the
-        host's is not in the file: give ``disk`` and ``cdrom``, as they were then, ``net`` and
-        ``vsock`` where it had them, and attach devices of yours before start(). Its connections
-        by vsock are gone.
+        host's is not in the file: give ``disk`` and ``cdrom``, as they were then, ``net``,
+        ``vsock`` and ``virtio_console`` where it had them, and attach devices of yours before
+        start(). Its connections by vsock are gone.
 
         Raises StateError for a file that is no saved machine, or damaged.
         """
@@ -491,6 +504,7 @@ class Machine:
                 "cdrom": cdrom,
                 "net": net,
                 "vsock": vsock,
+                "virtio_console": virtio_console,
             }
             config = about.config.updated({key: value for key, value in given.items() if value})
             machine = cls(config, console=console, platform=platform, vm=vm)
@@ -537,7 +551,7 @@ class Machine:
         self._pc.plugged.require_all()
         self._life.move(Phase.RUNNING, what)
         try:
-            self._serial.start(self._pc.uart)
+            self._lines.start()
         except BaseException as error:
             self._conclusion.settle(error, self._descent.close)
             raise
@@ -564,8 +578,8 @@ class _Descent:
     threads: VcpuThreads
     pc: Pc
     attached: AttachedDevices
-    serial: SerialLine
-    console: ConsoleBackend
+    lines: ConsoleLines
+    consoles: Sequence[ConsoleBackend]
     boot_vcpu: EngineVcpu
 
     def stop(self, event: Event) -> Event:
@@ -577,7 +591,7 @@ class _Descent:
             try:
                 self.attached.close()
             finally:
-                failure = self.serial.end()
+                failure = self.lines.end()
         if failure is not None and isinstance(event, ExitStatus):
             return failure  # the last of what a guest says counts, whatever it did then
         if isinstance(event, ExitStatus) and event.reason is StopReason.CRASHED:
@@ -587,9 +601,10 @@ class _Descent:
 
     def close(self, event: Event) -> None:
         self.life.end()
-        if isinstance(self.console, MemoryConsole):
-            self.console.end(event)
-        self.console.close()
+        for console in self.consoles:
+            if isinstance(console, MemoryConsole):
+                console.end(event)
+            console.close()
 
 
 def _holder(machine: Machine) -> OnStop:
@@ -642,10 +657,20 @@ def _configured(
 def _open_console(console: ConsoleBackend | str | None, spec: ConsoleSpec | None) -> ConsoleBackend:
     if console is None or isinstance(console, str):
         return MemoryConsole() if spec is None else spec.open()
-    for method in ("start", "write", "close"):
-        if not callable(getattr(console, method, None)):
-            raise ConfigError(
-                f"console: {console!r} is no console, it has no method {method}()",
-                mend="give a ConsoleBackend, or text as in console='file=PATH'",
-            )
+    try:
+        require_console(console)
+    except ValueProblem as problem:
+        raise ConfigError(f"console: {problem.cause}", mend=problem.mend) from None
     return console
+
+
+def _open_ports(specs: Sequence[PortSpec]) -> list[ConsoleBackend]:
+    opened: list[ConsoleBackend] = []
+    try:
+        for spec in specs:
+            opened.append(spec.open())
+    except BaseException:
+        for backend in opened:
+            backend.close()
+        raise
+    return opened

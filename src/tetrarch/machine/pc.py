@@ -46,6 +46,7 @@ from tetrarch.machine.virtio import VirtioSlots
 from tetrarch.pci import PciBus, bus, hotplug
 from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.blk import BlkKind
+from tetrarch.virtio.console import ConsoleKind, ConsolePort
 from tetrarch.virtio.kind import VirtioKind
 from tetrarch.virtio.net import NetKind
 from tetrarch.virtio.rng import RngKind
@@ -89,6 +90,8 @@ class Pc:
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
     vsock: VsockKind | None
     balloon: BalloonKind | None
+    console_ports: Sequence[ConsolePort]
+    """Of the virtio console."""
     devices: Mapping[str, SavedDevice]
     """Those that stay, by the name that their state is saved under."""
     plugged: PluggedDevices
@@ -205,6 +208,7 @@ def assemble_pc(
     nets: list[NetKind] = []
     vsock: VsockKind | None = None
     balloon: BalloonKind | None = None
+    console_ports: Sequence[ConsolePort] = ()
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
         slots = VirtioSlots(vm, plugged, config.virtio, dsdt)
 
@@ -233,5 +237,23 @@ def assemble_pc(
             if config.balloon:
                 balloon = BalloonKind(vm, config.memory)
                 plug_virtio(balloon)
+            if config.virtio_console:
+                console = ConsoleKind(vm, [port.name for port in config.virtio_console])
+                console_ports = console.ports
+                plug_virtio(console)
             undo.pop_all()
-    return Pc(uart, rtc, acpi, pci, dsdt, disks, nets, slots, vsock, balloon, devices, plugged)
+    return Pc(
+        uart,
+        rtc,
+        acpi,
+        pci,
+        dsdt,
+        disks,
+        nets,
+        slots,
+        vsock,
+        balloon,
+        console_ports,
+        devices,
+        plugged,
+    )

@@ -14,11 +14,11 @@ from tetrarch._native import EngineError
 from tetrarch.errors import HostError
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.conclusion import Conclusion, Event
+from tetrarch.machine.console_line import ConsoleLines
 from tetrarch.machine.engine_vm import EngineVm, engine_cause, engine_mend
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc
-from tetrarch.machine.serial_line import SerialLine
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.threads import VcpuThreads
 
@@ -34,7 +34,7 @@ class Resets:
         life: LifeCycle,
         conclusion: Conclusion,
         panic: PanicWatch,
-        serial: SerialLine,
+        lines: ConsoleLines,
         threads: VcpuThreads,
         vm: EngineVm,
         pc: Pc,
@@ -44,7 +44,7 @@ class Resets:
         self._life = life
         self._conclusion = conclusion
         self._panic = panic
-        self._serial = serial
+        self._lines = lines
         self._threads = threads
         self._vm = vm
         self._pc = pc
@@ -70,7 +70,7 @@ class Resets:
                 self._waiting = event
                 return None
             self._threads.stop()
-            self._serial.flush()
+            self._lines.flush()
             self._panic.forget()
             # What else the guest did in its last moment went down with it; what the host
             # wants still holds.

@@ -8,7 +8,7 @@ import pytest
 
 from tetrarch import HostError, Machine, StopReason
 from tetrarch.console import MemoryConsole, NullConsole
-from tetrarch.machine import serial_line
+from tetrarch.machine import console_line
 from tetrarch.testing import ScriptedVm, pvh_kernel
 
 Script = Callable[[ScriptedVm], str]
@@ -115,7 +115,7 @@ def test_held_machine_has_said_what_it_said(make: Make) -> None:
 def test_machine_whose_console_hangs_cannot_be_held(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serial_line, "_FLUSH_PATIENCE_S", 0.05)
+    monkeypatch.setattr(console_line, "_FLUSH_PATIENCE_S", 0.05)
 
     def script(vm: ScriptedVm) -> str:
         say(vm, b"x")
@@ -136,7 +136,7 @@ def test_machine_whose_console_hangs_cannot_be_held(
 def test_console_that_never_takes_the_last_words_is_an_error(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serial_line, "_END_PATIENCE_S", 0.05)
+    monkeypatch.setattr(console_line, "_END_PATIENCE_S", 0.05)
     console = Gate()
     try:
         with pytest.raises(HostError, match="console does not take what the guest sent"):

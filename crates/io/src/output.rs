@@ -1,15 +1,18 @@
 //! What a guest sends, on its way to a reader on another thread.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
+
+use crate::Event;
 
 /// How long the first byte waits for others: below what a user at a terminal
 /// notices, and far above what the guest needs for the next one.
 const GATHER: Duration = Duration::from_millis(1);
 /// With this many bytes the reader is called before that.
 const BATCH: usize = 4096;
-/// With this many the sender waits for the reader.
+/// With this many the sender waits for the reader, or comes again.
 const LIMIT: usize = 4 * BATCH;
 
 /// A queue of bytes, filled one by one and emptied as a whole.
@@ -22,6 +25,8 @@ pub struct Output {
     ready: Condvar,
     /// The reader has taken something, or is done with it.
     taken: Condvar,
+    /// Signalled when there is room again for an `offer` that found too little.
+    room: Option<Arc<Event>>,
 }
 
 #[derive(Default)]
@@ -31,10 +36,34 @@ struct Queue {
     delivering: bool,
     /// How many wait for a delivery.
     hurried: usize,
+    /// An `offer` found too little room.
+    starved: bool,
     ended: bool,
 }
 
 impl Output {
+    /// One for a sender that must not wait, and `offer`s: `room` is signalled when it may do so
+    /// again.
+    pub fn with_room_event(room: Arc<Event>) -> Self {
+        Self { room: Some(room), ..Self::default() }
+    }
+
+    /// Sends as much as there is room for; gives how much that was.
+    pub fn offer(&self, data: &[u8]) -> usize {
+        let mut queue = self.queue.lock();
+        if queue.ended {
+            return data.len(); // nobody is left to read it
+        }
+        let before = queue.bytes.len();
+        let count = data.len().min(LIMIT.saturating_sub(before));
+        queue.bytes.extend_from_slice(&data[..count]);
+        queue.starved |= count < data.len();
+        if count > 0 && (before == 0 || (before < BATCH && before + count >= BATCH)) {
+            self.ready.notify_one();
+        }
+        count
+    }
+
     /// True where the sender is to `wait_for_room`.
     #[must_use]
     pub fn push(&self, byte: u8) -> bool {
@@ -54,7 +83,9 @@ impl Output {
 
     /// What was sent since the last call, at once and maybe nothing.
     pub fn take(&self) -> Vec<u8> {
-        let bytes = std::mem::take(&mut self.queue.lock().bytes);
+        let mut queue = self.queue.lock();
+        let bytes = self.emptied(&mut queue);
+        drop(queue);
         self.taken.notify_all();
         bytes
     }
@@ -70,10 +101,19 @@ impl Output {
             |queue: &mut Queue| queue.bytes.len() < BATCH && queue.hurried == 0 && !queue.ended;
         self.ready.wait_while_for(&mut queue, few, GATHER);
         queue.delivering = !queue.bytes.is_empty();
-        let bytes = std::mem::take(&mut queue.bytes);
+        let bytes = self.emptied(&mut queue);
         drop(queue);
         self.taken.notify_all();
         bytes
+    }
+
+    fn emptied(&self, queue: &mut Queue) -> Vec<u8> {
+        if std::mem::take(&mut queue.starved)
+            && let Some(room) = &self.room
+        {
+            room.signal();
+        }
+        std::mem::take(&mut queue.bytes)
     }
 
     /// Waits until all that was sent is delivered; false if it is not in that time.
@@ -151,6 +191,22 @@ mod tests {
         });
         assert_eq!(output.wait().len(), LIMIT);
         assert!(output.wait().is_empty());
+    }
+
+    #[test]
+    fn offer_that_finds_no_room_is_told_when_there_is_some() {
+        let room = Arc::new(Event::new().unwrap());
+        let output = Output::with_room_event(Arc::clone(&room));
+        assert_eq!(output.offer(&[1; LIMIT - 1]), LIMIT - 1);
+        assert_eq!(output.wait().len(), LIMIT - 1);
+        assert!(!room.take());
+        assert_eq!(output.offer(&[2; 2 * LIMIT]), LIMIT);
+        assert_eq!(output.offer(&[3]), 0);
+        assert!(!room.take());
+        assert_eq!(output.wait(), [2; LIMIT]);
+        assert!(room.take());
+        output.end();
+        assert_eq!(output.offer(&[4; 2 * LIMIT]), 2 * LIMIT);
     }
 
     #[test]

@@ -1,10 +1,11 @@
-"""The serial line between the guest's UART and its other end."""
+"""The lines between the guest's consoles, serial or virtio, and their other ends."""
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from tetrarch.errors import HostError
 from tetrarch.machine.conclusion import Conclusion
@@ -13,9 +14,8 @@ from tetrarch.machine.status import ExitStatus, StopReason
 
 if TYPE_CHECKING:
     from tetrarch.console import ConsoleBackend
-    from tetrarch.devices import Uart16550
 
-__all__ = ["SerialLine"]
+__all__ = ["ConsoleLine", "ConsoleLines", "GuestEnd"]
 
 # Typed input that waits for the guest: beyond this the console's reader is held back.
 _INPUT_BYTES_MAX = 64 << 10
@@ -25,18 +25,40 @@ _FLUSH_PATIENCE_S = 5.0
 _END_PATIENCE_S = 10.0
 
 
-class SerialLine:
-    """What the guest sends goes to the console and the panic watch, what is typed to the UART."""
+class GuestEnd(Protocol):
+    """The guest's end: ``SerialPort`` says what its methods do."""
 
-    def __init__(self, backend: ConsoleBackend, panic: PanicWatch, conclusion: Conclusion) -> None:
+    @property
+    def queued(self) -> int: ...
+    def receive(self, data: bytes) -> None: ...
+    def wait_output(self) -> bytes: ...
+    def flush_output(self, timeout: float) -> bool: ...
+    def end_output(self) -> None: ...
+
+
+class ConsoleLine:
+    """What the guest sends goes to the back end, what is typed there to the guest."""
+
+    def __init__(
+        self,
+        guest: GuestEnd,
+        backend: ConsoleBackend,
+        conclusion: Conclusion,
+        panic: PanicWatch | None = None,
+    ) -> None:
+        """``panic`` follows what the guest sends."""
+        self._guest = guest
         self._backend = backend
         self._panic = panic
         self._conclusion = conclusion
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def start(self, uart: Uart16550) -> None:
-        self._uart = uart
+    def start(self) -> None:
+        if callable(watch := getattr(self._backend, "watch_size", None)) and callable(
+            resize := getattr(self._guest, "resize", None)
+        ):
+            watch(resize)
         self._backend.start(self._typed, self._left)
         self._thread = threading.Thread(target=self._deliver, name="console-output", daemon=True)
         self._thread.start()
@@ -48,14 +70,18 @@ class SerialLine:
 
     def flush(self) -> bool:
         """Waits until the console has all that the guest sent; false where it takes too long."""
-        return self.current or self._thread is None or self._uart.flush_output(_FLUSH_PATIENCE_S)
+        return self.current or self._thread is None or self._guest.flush_output(_FLUSH_PATIENCE_S)
+
+    def hang_up(self) -> None:
+        """The guest sends no more."""
+        self._guest.end_output()
 
     def end(self) -> BaseException | None:
         """The guest sends no more: waits until the console has it all.
 
         Gives what the console raised, if it did. Raises HostError where it takes too long.
         """
-        self._uart.end_output()
+        self.hang_up()
         if self._thread is not None:
             self._thread.join(_END_PATIENCE_S)
             if self._thread.is_alive():
@@ -65,7 +91,7 @@ class SerialLine:
         return self._failure
 
     def _deliver(self) -> None:
-        while data := self._uart.wait_output():
+        while data := self._guest.wait_output():
             if self._failure is not None:
                 continue  # the machine ends; no vCPU is to wait here
             try:
@@ -73,14 +99,39 @@ class SerialLine:
             except BaseException as error:
                 self._failure = error
                 self._conclusion.post(error)
-            self._panic.feed(data)
+            if self._panic is not None:
+                self._panic.feed(data)
 
     def _typed(self, data: bytes) -> None:
-        # The UART keeps what the guest has not read. Holding the reader back here
+        # The guest's end keeps what it has not read. Holding the reader back here
         # keeps that small when a large file is piped in.
-        while self._uart.queued > _INPUT_BYTES_MAX and not self._conclusion.decided:
+        while self._guest.queued > _INPUT_BYTES_MAX and not self._conclusion.decided:
             time.sleep(_INPUT_RETRY_S)
-        self._uart.receive(data)
+        self._guest.receive(data)
 
     def _left(self) -> None:
         self._conclusion.post(ExitStatus(StopReason.STOPPED, "left by Ctrl-]"))
+
+
+class ConsoleLines:
+    """All lines of a machine."""
+
+    def __init__(self, lines: Sequence[ConsoleLine]) -> None:
+        self._lines = lines
+
+    def start(self) -> None:
+        for line in self._lines:
+            line.start()
+
+    @property
+    def current(self) -> bool:
+        return any(line.current for line in self._lines)
+
+    def flush(self) -> bool:
+        return all(line.flush() for line in self._lines)
+
+    def end(self) -> BaseException | None:
+        for line in self._lines:
+            line.hang_up()
+        failures = [line.end() for line in self._lines]
+        return next((failure for failure in failures if failure is not None), None)
