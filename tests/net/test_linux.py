@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
+import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Unpack
 
 import pytest
+from tests.net.namespace import in_namespace, ip, need_root
 from tests.net.pcap import frames_of
 from tests.net.processes import passts
 
@@ -130,6 +134,45 @@ def test_guests_at_one_socket_reach_each_other(debian_guest: CachedGuest, tmp_pa
         stats = [machine.stats()["net0"] for machine in machines]
         dropped = [name for one in stats for name in one if "malformed" in name]
         assert not dropped
+
+
+@pytest.mark.usefixtures("need_passt")
+def test_what_a_filter_raises_ends_the_machine(debian_guest: CachedGuest) -> None:
+    class Mistake(Exception):
+        pass
+
+    def allows(flow: Flow) -> bool:
+        raise Mistake(str(flow))
+
+    with made(debian_guest, net=NetSpec("user", filter=allows)) as vm:
+        vm.start()
+        with pytest.raises(Mistake, match=r"udp .* to .*:67"):
+            vm.wait(120)
+
+
+@need_root
+@pytest.mark.skipif(shutil.which("ip") is None, reason="no ip: apt-get install iproute2")
+@in_namespace
+def test_guest_reaches_the_host_by_a_tap(debian_guest: CachedGuest) -> None:
+    with made(debian_guest, net="tap=t0,queues=2") as vm:
+        ip("addr add 10.8.0.1/24 dev t0")
+        vm.start()
+        ask = shell(vm)
+        ask("ip addr add 10.8.0.2/24 dev eth0")
+        assert "3 packets received" in ask("ping -c 3 10.8.0.1")
+        with socket.create_server(("10.8.0.1", 0)) as server:
+            server.settimeout(60)
+            port = server.getsockname()[1]
+            vm.console.send(f"nc 10.8.0.1 {port} </bin/busybox\n")
+            connection, _ = server.accept()
+            with connection, connection.makefile("rb") as file:
+                got = file.read()
+        vm.console.expect(PROMPT, 60)
+        digest = hashlib.sha256(got).hexdigest()
+        assert digest in ask("sha256sum /bin/busybox")
+        stats = vm.stats()["net0"]
+        assert stats["sent_bytes"] > len(got)
+        assert not [name for name in stats if "malformed" in name]
 
 
 @pytest.mark.usefixtures("need_passt")

@@ -121,3 +121,21 @@ def test_machine_that_is_not_made_leaves_no_passt(tmp_path: Path) -> None:
     with Machine(engine="bt", kernel=kernel, net=["user", "user"]):
         assert len(passts() - before) == 2
     assert passts() == before
+
+
+@pytest.mark.usefixtures("need_passt")
+def test_machine_says_that_its_network_has_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = passts()
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(b"\xf4"))
+    with Machine(engine="bt", kernel=kernel, net="user", name="one"):
+        (pid,) = passts() - before
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "has ended" in caplog.text, "nothing is said")
+    (record,) = [one for one in caplog.records if "has ended" in one.message]
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "one: net0: passt has ended by signal 9; the link is down until the machine starts anew"
+    )

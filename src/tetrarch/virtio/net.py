@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tetrarch._native import Vm
     from tetrarch.net.network import OpenNetwork
 
-__all__ = ["NetKind"]
+__all__ = ["NetKind", "NetState"]
 
 # Feature bits (5.1.3).
 CSUM: Final = 1 << 0
