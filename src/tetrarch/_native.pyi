@@ -430,6 +430,8 @@ class VirtioDevice:
     def set_master(self, master: bool) -> None:
         """Whether the device may access memory; at first it may. When it was taken from it, nothing
         is written there any more, and it goes on when it is given back."""
+    def stop_queue(self, index: int) -> None:
+        """The driver uses a queue no longer; when it returns nothing of it is touched any more."""
     def positions(self) -> list[tuple[int, int] | None]:
         """Where the device is in each queue; exact while the machine is held."""
     @property

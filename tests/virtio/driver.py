@@ -32,6 +32,7 @@ class Transport(Protocol):
     def features(self) -> int: ...
     def set_features(self, features: int) -> None: ...
     def set_up(self, queue: int, size: int, areas: tuple[int, int, int]) -> None: ...
+    def disable(self, queue: int) -> None: ...
     def enabled(self, queue: int) -> bool: ...
     def size(self, queue: int) -> int: ...
     def notify(self, queue: int) -> None: ...
@@ -74,6 +75,10 @@ class Mmio:
             self._set(offset, address & 0xFFFF_FFFF)
             self._set(offset + 4, address >> 32)
         self._set(0x44, 1)
+
+    def disable(self, queue: int) -> None:
+        self._set(0x30, queue)
+        self._set(0x44, 0)
 
     def enabled(self, queue: int) -> bool:
         self._set(0x30, queue)
@@ -132,6 +137,10 @@ class Pci:
             self._set(offset, 4, address & 0xFFFF_FFFF)
             self._set(offset + 4, 4, address >> 32)
         self._set(0x1C, 2, 1)
+
+    def disable(self, queue: int) -> None:
+        self._set(0x16, 2, queue)
+        self._set(0x1C, 2, 0)
 
     def enabled(self, queue: int) -> bool:
         self._set(0x16, 2, queue)

@@ -144,6 +144,11 @@ impl VirtioDevice {
         py.detach(|| self.control.set_master(master));
     }
 
+    /// The driver uses a queue no longer.
+    fn stop_queue(&self, py: Python<'_>, index: usize) {
+        py.detach(|| self.control.stop_queue(index));
+    }
+
     /// (available, used) of each queue, as a saved state has it.
     fn positions(&self, py: Python<'_>) -> Vec<Option<(u16, u16)>> {
         let positions = py.detach(|| self.control.positions());

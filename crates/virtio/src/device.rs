@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tetrarch_bus::Interrupt;
 use tetrarch_io::{Attachment, Event, Handler, IoThread, Trigger};
 use tetrarch_memory::GuestMemory;
@@ -16,7 +16,7 @@ use crate::queues::{Active, Queues};
 /// Descriptors of a data path's own have sources from here on; below are the queues.
 pub const OWN_SOURCES: u32 = 1 << 16;
 
-/// How long a function whose driver takes the bus from it waits for what is in flight.
+/// How long a driver that takes memory from a device waits for what is in flight.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a kind of device does with its queues: on an I/O thread, one call at a time.
@@ -142,6 +142,8 @@ pub trait Control: Send + Sync {
     /// Whether the device may access memory; at first it may. When it was taken from it, nothing
     /// is read from memory or written there any more, and it goes on when it is given back.
     fn set_master(&self, master: bool);
+    /// The driver uses a queue no longer; when this returns, nothing of it is touched any more.
+    fn stop_queue(&self, index: usize);
     /// Where the device is in its queues; exact while its machine is held.
     fn positions(&self) -> Vec<Option<QueuePosition>>;
     /// The driver has broken the rules since the device was started.
@@ -199,6 +201,18 @@ impl<P: DataPath + 'static> Device<P> {
             attachment.add(&**doorbell, index, Trigger::Edge)?;
         }
         Ok(Self { memory, doorbells, broken, landed, inner, attachment })
+    }
+
+    /// Waits until nothing in flight touches guest memory.
+    fn settle(&self, inner: &mut MutexGuard<'_, Inner<P>>) {
+        let deadline = Instant::now() + PATIENCE;
+        while !inner.path.settled() {
+            inner.path.hurry();
+            if self.landed.wait_until(inner, deadline).timed_out() {
+                log::warn!("{}: what is in flight goes on, though its driver ended it", inner.name);
+                return;
+            }
+        }
     }
 
     /// Uses the data path between two of its calls.
@@ -273,15 +287,16 @@ impl<P: DataPath + 'static> Control for Device<P> {
             self.doorbells.iter().for_each(|doorbell| doorbell.signal());
             return;
         }
-        let deadline = Instant::now() + PATIENCE;
-        while !inner.path.settled() {
-            inner.path.hurry();
-            if self.landed.wait_until(&mut inner, deadline).timed_out() {
-                log::warn!("{}: what is in flight goes on without the bus", inner.name);
-                break;
-            }
-        }
+        self.settle(&mut inner);
         inner.queues.keep();
+    }
+
+    fn stop_queue(&self, index: usize) {
+        let mut inner = self.inner.lock();
+        if let Some(queue) = inner.queues.list.get_mut(index) {
+            *queue = None;
+            self.settle(&mut inner);
+        }
     }
 
     fn positions(&self) -> Vec<Option<QueuePosition>> {

@@ -152,11 +152,11 @@ impl LentChain {
     /// Writes the next bytes; gives how many found room: none where the driver has reset the
     /// device meanwhile, or taken the bus from it: memory is its own again.
     pub fn write(&mut self, data: &[u8]) -> usize {
-        let Self { device, epoch, chain, written, .. } = self;
+        let Self { device, index, epoch, chain, written, .. } = self;
         let Some(chain) = chain else { return 0 };
         // Under the device's lock, so that a reset which has returned is not followed by a write.
         let count = device.with_path(|path, queues| {
-            let ours = path.epoch == *epoch && queues.accessible();
+            let ours = path.epoch == *epoch && queues.accessible() && queues.is_enabled(*index);
             if ours { chain.writable.write_at(*written, data) } else { 0 }
         });
         *written += count as u64;

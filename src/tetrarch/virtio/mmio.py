@@ -105,6 +105,8 @@ class VirtioMmio:
                 registers.state.queue_select = value & 0xFFFF
             case 0x38:
                 registers.write_queue_size(value)
+            case 0x44 if value == 0:
+                registers.disable_queue()
             case 0x44:
                 registers.enable_queue(value)
             case 0x64:

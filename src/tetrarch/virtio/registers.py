@@ -191,10 +191,17 @@ class VirtioRegisters:
             setattr(queue, area, kept | (value & _U32) << shift)
 
     def enable_queue(self, value: int) -> None:
-        """A driver cannot disable a queue again (4.1.4.3.2)."""
+        """A driver cannot disable a queue in this way (4.1.4.3.2)."""
         queue = self._changeable()
         if queue is not None and value & 1:
             queue.enabled = True
+
+    def disable_queue(self) -> None:
+        """For good, if the driver was ready: until a reset (4.2.2.2)."""
+        queue = self.queue
+        if queue is not None and queue.enabled:
+            queue.enabled = False
+            self.kind.data_path.stop_queue(self.state.queue_select)
 
     def _changeable(self) -> QueueRegisters | None:
         """The selected queue, unless the driver has enabled it: it is the device's then."""
