@@ -7,3 +7,7 @@ pub mod harness;
 /// That of disk images: crates/block/tests/harness.
 #[path = "../../crates/block/tests/harness/mod.rs"]
 pub mod block_harness;
+
+/// That of virtqueues: crates/virtio/tests/harness.
+#[path = "../../crates/virtio/tests/harness/mod.rs"]
+pub mod virtio_harness;

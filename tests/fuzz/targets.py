@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz import devices
+from tests.fuzz.input import Input
+
 from tetrarch import Machine
 from tetrarch.boot import layout
 from tetrarch.boot.loader import load_kernel
@@ -32,29 +35,6 @@ from tetrarch.testing import ScriptedVm, pvh_kernel
 
 MIB = 1 << 20
 Target = Callable[[bytes], None]
-
-
-class Input:
-    """Values off the front of fuzz data; zeros when it has ended."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    @property
-    def left(self) -> int:
-        return max(0, len(self._data) - self._at)
-
-    def bytes(self, count: int) -> bytes:
-        taken = self._data[self._at : self._at + count]
-        self._at += count
-        return taken
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.bytes(size), "little")
-
-    def text(self) -> str:
-        return self.bytes(self.number(1)).decode("utf-8", "surrogateescape")
 
 
 class CountingVm:
@@ -434,4 +414,6 @@ TARGETS: dict[str, Target] = {
     "modules": modules,
     "command_line": command_line,
     "saved": saved,
+    "ports": devices.ports,
+    "functions": devices.functions,
 }

@@ -14,6 +14,8 @@ COUNTS = {
     "modules": 3000,
     "command_line": 150,
     "saved": 300,
+    "ports": 300,
+    "functions": 200,
 }
 
 

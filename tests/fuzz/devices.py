@@ -1,0 +1,208 @@
+"""Guests that access their devices' registers in any way.
+
+``ports`` drives every device of the PC that is Python's from the ranges that it attached, on a
+stand-in for the engine. ``functions`` drives virtio devices over PCI and MMIO: configuration
+space by ports and in memory, base addresses, registers, rings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any
+
+from tests.fuzz.input import Input
+
+from tetrarch import Machine
+from tetrarch._native import Disk, Vm
+from tetrarch.devices import uart16550
+from tetrarch.devices._access import all_ones
+from tetrarch.pci import PciBus
+from tetrarch.pci.bus import PciAddressPort, PciDataPorts, PciEcam
+from tetrarch.testing import ScriptedVm, pvh_kernel
+from tetrarch.virtio.blk import BlkKind
+from tetrarch.virtio.kind import VirtioKind
+from tetrarch.virtio.mmio import NOTIFY, REGISTERS, VirtioMmio
+from tetrarch.virtio.pci import VirtioPci
+from tetrarch.virtio.rng import RngKind
+
+MIB = 1 << 20
+SIZES = (1, 2, 4, 8)
+
+
+def check_value(value: object, size: int) -> None:
+    assert isinstance(value, int), value
+    assert 0 <= value <= all_ones(size), (value, size)
+
+
+def access(source: Input, device: Any, base: int, length: int, sizes: Any = SIZES) -> None:
+    """One read or write of a device, as the bus makes it: inside of its range."""
+    size = SIZES[source.number(1) % 4]
+    offset = source.number(2) % length
+    if size not in sizes or offset + size > length:
+        return
+    if source.number(1) & 1:
+        check_value(device.read(offset, size), size)
+    else:
+        device.write(offset, size, source.number(size))
+
+
+def ports(data: bytes) -> None:
+    """Accesses to the devices of a PC, between which it is saved, loaded and reset."""
+    source = Input(data)
+    with contextlib.ExitStack() as stack:
+        machine = stack.enter_context(
+            Machine(kernel=kernel(), memory="16M", vm=ScriptedVm(ScriptedVm.wait_for_stop))
+        )
+        vm, pc = machine._vm, machine._pc
+        assert isinstance(vm, ScriptedVm)
+        regions = [region for region in vm._regions if region.mapped]
+        while source.left:
+            choice = source.number(1)
+            match choice:
+                case 0xFF:
+                    pc.reset()
+                case 0xFE:
+                    state = pc.save()
+                    pc.load(state)
+                    assert pc.save().keys() == state.keys()
+                case 0xFD:
+                    machine.irq_line(source.number(1) % 24, bool(source.number(1) & 1))
+                case _:
+                    region = regions[choice % len(regions)]
+                    access(source, region.device, region.base, region.length, region._sizes)
+        pc.reset()
+        # Whatever was done, the UART's transmitter is idle now.
+        uart = next(region.device for region in regions if region.base == uart16550.PORT_BASE)
+        assert uart.read(5, 1) & 0x60 == 0x60
+
+
+@functools.cache
+def kernel() -> str:
+    descriptor = os.memfd_create("kernel")
+    os.write(descriptor, pvh_kernel(b"\xf4"))
+    return f"/proc/self/fd/{descriptor}"
+
+
+@functools.cache
+def disk() -> str:
+    descriptor = os.memfd_create("disk")
+    os.truncate(descriptor, 1 << 20)
+    return f"/proc/self/fd/{descriptor}"
+
+
+class Wire:
+    gsi = 20
+
+    def set(self, level: bool) -> None:
+        pass
+
+    def pulse(self) -> None:
+        pass
+
+
+class Bus:
+    """Virtio devices over PCI and one over MMIO, on an engine whose vCPU does not run."""
+
+    RINGS = 0x10_0000
+
+    def __init__(self) -> None:
+        self.vm = Vm("bt", 4 * MIB)
+        self.disk = BlkKind(self.vm, Disk(disk(), image_format="raw"), "disk", 2)
+        kinds: list[VirtioKind] = [RngKind(self.vm), self.disk]
+        self.pci = PciBus(self.vm)
+        self.functions = [VirtioPci(self.vm, kind) for kind in kinds]
+        for function in self.functions:
+            self.pci.plug(function.function)
+        self.mmio = VirtioMmio(RngKind(self.vm), Wire())
+        self.address = PciAddressPort(self.pci.state)
+        self.data, self.ecam = PciDataPorts(self.pci), PciEcam(self.pci)
+
+    def parts(self) -> list[tuple[Any, int]]:
+        """Devices, each with the length of its range."""
+        bars = [bar for one in self.functions for bar in one.function.bars]
+        return [
+            (self.mmio.below, NOTIFY),
+            (self.mmio.doorbells, 4),
+            (self.mmio.above, REGISTERS - NOTIFY - 4),
+            *((part.device, part.length) for bar in bars for part in bar.parts),
+        ]
+
+
+def functions(data: bytes) -> None:
+    """Registers and configuration space of virtio devices, and then a good driver."""
+    from tests.virtio.driver import Driver, Mmio, Pci
+
+    source = Input(data)
+    bus = Bus()
+    parts = bus.parts()
+    while source.left:
+        choice = source.number(1)
+        match choice & 7:
+            case 0 | 1:
+                # A slot that has a function, most of the time, and a register that does something.
+                devfn = (1 + source.number(1) % 3) << 3 if choice & 8 else source.number(1)
+                at = devfn << 12 | source.number(1)
+                size = SIZES[choice >> 4 & 3]
+                if choice & 1:
+                    bus.ecam.write(at, size, source.number(size))
+                else:
+                    check_value(bus.ecam.read(at, size), size)
+            case 2:
+                size = SIZES[choice >> 4 & 3]
+                bus.address.write(0, 4, 1 << 31 | source.number(3))
+                offset = source.number(1) & 3
+                bus.data.write(offset, size, source.number(size))
+                check_value(bus.data.read(offset, size), size)
+                check_value(bus.address.read(0, 4), 4)
+            case 3 | 4 | 5:
+                device, length = parts[source.number(1) % len(parts)]
+                access(source, device, 0, length)
+            case 6:
+                bus.vm.write_memory(Bus.RINGS + source.number(2), source.bytes(choice >> 3))
+            case _:
+                life(source, bus, choice >> 3)
+    for function in bus.functions:
+        function.reset()
+    bus.mmio.reset()
+    rng, disk = bus.functions
+    for transport in (Mmio(bus.mmio), Pci(rng)):
+        driver = Driver(bus.vm, transport, Bus.RINGS)
+        driver.start(1)
+        assert driver.ask(0, [(0x8_0000, 16, True)]) == 16
+    driver = Driver(bus.vm, Pci(disk), Bus.RINGS)
+    driver.start(2)
+    bus.vm.write_memory(0x8_0000, (8).to_bytes(16, "little"))
+    assert driver.ask(1, [(0x8_0000, 16, False), (0x8_1000, 21, True)]) == 21
+    assert bus.vm.read_memory(0x8_1000, 21) == b"disk".ljust(20, b"\0") + b"\0"
+    bus.disk.close()
+
+
+def life(source: Input, bus: Bus, choice: int) -> None:
+    """What the machine does with its devices."""
+    device: Any = [*bus.functions, bus.mmio][choice % 3]
+    match choice >> 2:
+        case 0 | 1:
+            device.reset()
+            bus.pci.place()
+        case 2 | 3:
+            bus.vm.hold()
+            try:
+                state = device.save()
+                device.load(state)
+                assert device.save() == state
+            finally:
+                bus.vm.resume()
+        case 4:
+            slot = next(
+                slot
+                for slot in range(1, 32)
+                if bus.pci.function(slot) is bus.functions[choice & 1].function
+            )
+            bus.pci.unplug(slot)
+            bus.functions[choice & 1].reset()
+            bus.pci.plug(bus.functions[choice & 1].function)
+        case _:
+            bus.vm.hold()
+            bus.vm.resume()
