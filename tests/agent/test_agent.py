@@ -140,8 +140,9 @@ def test_signals_that_were_delivered_are_told(path: Path) -> None:
 
 
 def test_command_ends_when_the_host_hangs_up(path: Path) -> None:
-    with begin(path, "sh", "-c", "echo $$ | tee /tmp/left; exec sleep 1000") as stream:
-        stream.read()
+    with begin(path, "sh", "-c", "echo $$ >/tmp/left; echo up; exec sleep 1000") as stream:
+        # Not before its number is told.
+        assert stream.read() == (OUTPUT, b"up\n")
     wait_until(path, "[ -s /tmp/left ] && ! kill -0 $(cat /tmp/left) 2>/dev/null")
 
 
@@ -166,7 +167,8 @@ def test_command_that_reads_no_input_has_its_signals(path: Path) -> None:
 
 
 def test_hang_up_reaches_a_command_that_reads_no_input(path: Path) -> None:
-    with begin(path, "sh", "-c", "echo $$ >/tmp/deaf; exec sleep 1000") as stream:
+    with begin(path, "sh", "-c", "echo $$ >/tmp/deaf; echo up; exec sleep 1000") as stream:
+        assert stream.read() == (OUTPUT, b"up\n")
         stream.send_input(bytes(INPUT_WINDOW))
     wait_until(path, "[ -s /tmp/deaf ] && ! kill -0 $(cat /tmp/deaf) 2>/dev/null")
 
