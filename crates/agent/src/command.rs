@@ -137,19 +137,21 @@ fn start_on_terminal(mut command: Command, window: Window) -> io::Result<Started
     let (ours, theirs) = open_terminal()?;
     set_window(&ours, window);
     command.stdin(theirs.try_clone()?).stdout(theirs.try_clone()?).stderr(theirs.try_clone()?);
-    // SAFETY: both calls are allowed between fork and exec; descriptor 0 is the terminal.
-    unsafe {
-        command.pre_exec(|| {
-            if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(())
-        });
-    }
+    // SAFETY: what it calls is allowed between fork and exec; descriptor 0 is the terminal.
+    unsafe { command.pre_exec(take_terminal) };
     let child = command.spawn()?;
     drop(theirs);
     let outputs = vec![(OUTPUT, ours.try_clone()?)];
     Ok(Started { child, input: Some(ours.try_clone()?), outputs, terminal: Some(ours) })
+}
+
+/// Makes descriptor 0 the terminal of a session of its own: for a process that is to be another.
+pub fn take_terminal() -> io::Result<()> {
+    // SAFETY: plain calls.
+    if unsafe { libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 } {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn open_terminal() -> io::Result<(File, File)> {

@@ -19,6 +19,7 @@ __all__ = [
     "doctor",
     "engines",
     "image_build",
+    "image_import",
     "image_info",
     "image_ls",
     "image_pull",
@@ -206,6 +207,24 @@ def image_build(
             packages_from=packages_from,
             as_json=json,
         )
+
+
+@image_app.command("import")
+def image_import(
+    source: Annotated[
+        str, typer.Argument(metavar="oci:DIR[:TAG]", help="A container image, as skopeo writes it.")
+    ],
+    size: Annotated[str, typer.Option(metavar="SIZE", help="Of the disk [default: 2G].")] = "2G",
+    called: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="The disk's name [default: DIR's]."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a disk of a container image: its layers, the default guest's kernel, an agent."""
+    from tetrarch.cli.images import import_disk
+
+    import_disk(source, size, called, json)
 
 
 DiskImage = Annotated[Path, typer.Argument(metavar="IMAGE", help="A file or block device.")]

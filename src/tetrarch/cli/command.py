@@ -45,7 +45,9 @@ def run_command(config: MachineConfig, options: CommandOptions) -> int:
     config = resolve_guest(config, TerminalReporter())
     with tempfile.TemporaryDirectory(prefix="tetrarch-") as folder:
         path = config.vsock or Path(folder) / "vsock"
-        config = config.model_copy(update={"vsock": path})
+        # For a container image on a disk: its own command is not to run (crates/agent/src/init.rs).
+        words = f"{config.append_extra} tetrarch.command".strip()
+        config = config.model_copy(update={"vsock": path, "append_extra": words})
         console = MemoryConsole()
         with Machine(config, console=console) as machine, resumed_by_signal(machine):
             machine.start()

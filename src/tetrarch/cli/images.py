@@ -11,7 +11,7 @@ from tetrarch.errors import ConfigError, ImageError, ValueProblem
 from tetrarch.images.names import public_keys
 from tetrarch.images.store import DiskStore, InstalledDisk, read_manifest
 
-__all__ = ["build", "build_disk", "info", "pull", "remove", "show"]
+__all__ = ["build", "build_disk", "import_disk", "info", "pull", "remove", "show"]
 
 
 def pull(name: str, as_json: bool) -> None:
@@ -144,6 +144,33 @@ def build_disk(
         print(json.dumps(_disk_row(disk), indent=2))
     else:
         print(f"{name}: Debian with Linux {disk.manifest.release} on {disk.disk}")
+        print(f"  run it: tetrarch run {name}")
+
+
+def import_disk(source: str, size: str, called: str | None, as_json: bool) -> None:
+    from tetrarch.images.container import ContainerRecipe, import_container
+    from tetrarch.images.names import disk_name
+    from tetrarch.machine.config import parse_size
+
+    kind, colon, rest = source.partition(":")
+    if kind != "oci" or not colon or not rest:
+        raise ConfigError(f"{source!r} is nothing that can be imported", "write oci:DIR[:TAG]")
+    directory, tag = Path(rest), ""
+    if not directory.is_dir() and ":" in rest:
+        path, _, tag = rest.rpartition(":")
+        directory = Path(path)
+    try:
+        name = disk_name(called or directory.resolve().name.lower())
+        length = parse_size(size)
+    except ValueProblem as problem:
+        raise ConfigError(problem.cause, mend=problem.mend) from None
+    recipe = ContainerRecipe(directory, tag, name, length)
+    reporter = images.TerminalReporter()
+    disk = import_container(recipe, DiskStore(), images.Cache(), reporter)
+    if as_json:
+        print(json.dumps(_disk_row(disk), indent=2))
+    else:
+        print(f"{name}: {source} on {disk.disk}")
         print(f"  run it: tetrarch run {name}")
 
 

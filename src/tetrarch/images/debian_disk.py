@@ -20,7 +20,7 @@ from pathlib import Path
 from tetrarch.errors import ImageError, ValueProblem
 from tetrarch.images.default_guest import agent_program
 from tetrarch.images.disk import require_space
-from tetrarch.images.names import host_name, public_key, user_name
+from tetrarch.images.names import disk_name, host_name, public_key, user_name
 from tetrarch.images.partition import make_disk
 from tetrarch.images.progress import Reporter
 from tetrarch.images.store import DISK, INITRD, KERNEL, DiskManifest, DiskStore, InstalledDisk
@@ -28,6 +28,7 @@ from tetrarch.images.tool import find_tool, run_tool
 from tetrarch.images.tree import Tree
 
 __all__ = [
+    "AGENT_UNIT",
     "DISK_MIN",
     "PACKAGES",
     "DebianRecipe",
@@ -67,7 +68,6 @@ DISK_MAX = 16 << 40
 # What the archive and the unpacked tree take meanwhile.
 _SCRATCH_BYTES = 2 << 30
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 # Debian Policy, 5.6.7 and 5.6.12.
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 _VERSION = re.compile(r"[0-9][A-Za-z0-9.+:~-]*")
@@ -115,7 +115,8 @@ ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N "" -f /etc/ssh/ssh_host_ed25519_k
 WantedBy=multi-user.target
 """
 
-_AGENT = """\
+#: The agent as a service of systemd.
+AGENT_UNIT = """\
 [Unit]
 Description=Commands of the host
 
@@ -172,7 +173,6 @@ class DebianRecipe:
     def check(self) -> None:
         """Raises ImageError for what no Debian would take."""
         for value, form, what in (
-            (self.name, _NAME, "name of a disk"),
             *((package, _PACKAGE, "name of a package") for package in self.packages),
             *((package, _PACKAGE, "name of a package") for package in self.versions),
             *((version, _VERSION, "version of a package") for version in self.versions.values()),
@@ -180,6 +180,7 @@ class DebianRecipe:
             if not form.fullmatch(value):
                 raise ImageError(f"{value!r} is no {what}", "use lower-case letters and digits")
         try:
+            disk_name(self.name)
             host_name(self.hostname)
             user_name(self.user or "user")
             for key in self.ssh_keys:
@@ -217,7 +218,7 @@ def first_boot_files(recipe: DebianRecipe) -> dict[str, tuple[int, str | bytes]]
         "etc/hosts": (0o644, f"127.0.0.1 localhost\n127.0.1.1 {host}\n::1 localhost\n"),
         "etc/fstab": (0o644, "LABEL=root / ext4 errors=remount-ro 0 1\n"),
         "etc/systemd/network/80-ethernet.network": (0o644, _NETWORK),
-        "etc/systemd/system/tetrarch-agent.service": (0o644, _AGENT),
+        "etc/systemd/system/tetrarch-agent.service": (0o644, AGENT_UNIT),
         "etc/systemd/system/tetrarch-host-keys.service": (0o644, _HOST_KEYS),
     }
     if recipe.ssh_keys:

@@ -7,15 +7,23 @@ from pathlib import Path
 
 from tetrarch.errors import ImageError, ValueProblem
 
-__all__ = ["host_name", "public_key", "public_keys", "user_name"]
+__all__ = ["disk_name", "host_name", "public_key", "public_keys", "user_name"]
 
 # hostname(7): labels of RFC 1123, and Linux takes 64 characters in all.
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _HOST_MAX = 64
+_DISK = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 # What useradd(8) of Debian takes without a complaint.
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _MEND = "use lower-case letters and digits"
+
+
+def disk_name(value: str) -> str:
+    """Raises ValueProblem."""
+    if not _DISK.fullmatch(value):
+        raise ValueProblem(f"{value!r} is no name of a disk", mend=f"{_MEND}: --name")
+    return value
 
 
 def host_name(value: object) -> str:

@@ -22,6 +22,8 @@ __all__ = ["Node", "Tree"]
 _LINKS_MAX = 40
 #: How GNU tar and libarchive keep extended attributes in pax headers.
 _XATTR = "SCHILY.xattr."
+_WHITEOUT = ".wh."
+_OPAQUE = ".wh..wh..opq"
 
 
 @dataclass
@@ -48,20 +50,33 @@ class Node:
 class Tree:
     """Path -> node, with paths as "usr/bin/env". Hard links are the same node.
 
-    ``scratch`` is an empty directory.
+    ``scratch`` is an empty directory; no more than ``limit`` bytes are put there.
     """
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, limit: int | None = None) -> None:
         self.nodes: dict[str, Node] = {}
         self._scratch = scratch
         self._files = 0
+        self._room = limit
 
     def add_tar(self, archive: IO[bytes]) -> None:
         """Adds what an archive holds, over what there is. Raises ImageError where it is damaged."""
+        self._add(archive, None)
+
+    def add_layer(self, archive: IO[bytes]) -> None:
+        """As ``add_tar``, of a layer: its whiteouts take away what layers before it have brought
+        (OCI image specification, layer.md, "Whiteouts")."""
+        self._add(archive, set())
+
+    def _add(self, archive: IO[bytes], added: set[str] | None) -> None:
+        """``added`` are the paths that this layer has brought."""
         try:
             with tarfile.open(fileobj=archive, mode="r|*") as tar:
                 for entry in tar:
-                    self._add_entry(tar, entry)
+                    if added is None or not self._take_out(entry.name, added):
+                        path = self._add_entry(tar, entry)
+                        if added is not None:
+                            added.update(_above(path))
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise ImageError(
                 f"an archive cannot be read: {error}", "make or fetch it anew"
@@ -71,6 +86,10 @@ class Tree:
         """One that is there stays as it is."""
         if self.find(path) is None:
             self._put(self._place(path.split("/")), Node(tarfile.DIRTYPE, mode))
+
+    def add_link(self, path: str, target: str, mtime: int = 0) -> None:
+        node = Node(tarfile.SYMTYPE, 0o777, mtime=mtime, target=target)
+        self._put(self._place(path.split("/")), node)
 
     def add_file(self, path: str, data: bytes, mode: int = 0o644, mtime: int = 0) -> None:
         file = self._new_file()
@@ -107,10 +126,25 @@ class Tree:
                 found.setdefault(path, [])
         return found
 
-    def _add_entry(self, tar: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
+    def _take_out(self, name: str, added: set[str]) -> bool:
+        """If the name is a whiteout, what it stands for; but nothing of its own layer."""
+        parts = _parts(name)
+        if not parts or not parts[-1].startswith(_WHITEOUT):
+            return False
+        *folder, last = parts
+        hidden = [] if last == _OPAQUE else [last.removeprefix(_WHITEOUT)]
+        top = self._place([*folder, *hidden])
+        for path in list(self.nodes):
+            inside = path.startswith(f"{top}/") or not top or (bool(hidden) and path == top)
+            if inside and path not in added:
+                del self.nodes[path]
+        return True
+
+    def _add_entry(self, tar: tarfile.TarFile, entry: tarfile.TarInfo) -> str:
+        """Gives its path."""
         parts = _parts(entry.name)
         if not parts:  # the root itself
-            return
+            return ""
         path = self._place(parts)
         if entry.islnk():
             node = self.nodes.get(self._place(_parts(entry.linkname)))
@@ -121,7 +155,7 @@ class Tree:
                     "make or fetch it anew",
                 )
             self._put(path, node)
-            return
+            return path
         node = Node(
             tarfile.REGTYPE if entry.isreg() else entry.type,
             entry.mode & 0o7777,
@@ -137,10 +171,15 @@ class Tree:
             },
         )
         if entry.isreg() and (data := tar.extractfile(entry)) is not None:
+            if self._room is not None:
+                self._room -= entry.size
+                if self._room < 0:
+                    raise ImageError("the system is larger than the disk", "give a larger --size")
             node.data = self._new_file()
             with node.data.open("wb") as file:
                 shutil.copyfileobj(data, file, 1 << 20)
         self._put(path, node)
+        return path
 
     def _put(self, path: str, node: Node) -> None:
         folder = path
@@ -181,6 +220,12 @@ class Tree:
     def _new_file(self) -> Path:
         self._files += 1
         return self._scratch / str(self._files)
+
+
+def _above(path: str) -> list[str]:
+    """A path, and the directories that it is in."""
+    parts = path.split("/")
+    return ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 def _parts(name: str) -> list[str]:

@@ -1,0 +1,307 @@
+"""Container images on a disk: the layout, the layers, and the system that is made of them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tetrarch.errors import ImageError
+from tetrarch.images import Cache, CachedGuest
+from tetrarch.images.container import ContainerRecipe, import_container
+from tetrarch.images.oci import open_layer, read_image
+from tetrarch.images.progress import Reporter
+from tetrarch.images.store import DiskStore
+from tetrarch.images.tool import find_tool
+from tetrarch.images.tree import Tree
+
+LIMIT_S = 120
+MIB = 1 << 20
+TIME = 1_700_000_000
+
+
+def layer(*entries: tuple[str, str | bytes | None]) -> bytes:
+    """A tar of files; None is a directory, text that begins with -> a link, with => a hard link."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in entries:
+            info = tarfile.TarInfo(name)
+            info.mode, info.mtime = 0o755, TIME
+            body = b""
+            if data is None:
+                info.type = tarfile.DIRTYPE
+            elif isinstance(data, str):
+                info.type = tarfile.SYMTYPE if data.startswith("->") else tarfile.LNKTYPE
+                info.linkname = data[2:]
+            else:
+                info.size, body = len(data), data
+            tar.addfile(info, io.BytesIO(body))
+    return file.getvalue()
+
+
+class Layout:
+    """A directory as skopeo writes it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / "blobs/sha256").mkdir(parents=True)
+        (directory / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+    def blob(self, data: bytes | dict[str, Any], **more: Any) -> dict[str, Any]:
+        body = data if isinstance(data, bytes) else json.dumps(data).encode()
+        digest = hashlib.sha256(body).hexdigest()
+        (self.directory / "blobs/sha256" / digest).write_bytes(body)
+        return {"digest": f"sha256:{digest}", "size": len(body), **more}
+
+    def image(self, layers: Sequence[bytes], **config: Any) -> dict[str, Any]:
+        manifest = {
+            "config": self.blob({"config": config, "created": "2023-11-14T22:13:20.123456789Z"}),
+            "layers": [self.blob(data) for data in layers],
+        }
+        return self.blob(manifest, mediaType="application/vnd.oci.image.manifest.v1+json")
+
+    def index(self, *entries: dict[str, Any]) -> None:
+        (self.directory / "index.json").write_text(json.dumps({"manifests": entries}))
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "layout")
+
+
+def tree(tmp_path: Path, *layers: bytes) -> Tree:
+    scratch = tmp_path / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    found = Tree(scratch)
+    for data in layers:
+        found.add_layer(io.BytesIO(data))
+    return found
+
+
+def test_layers_come_over_each_other_with_their_whiteouts(tmp_path: Path) -> None:
+    found = tree(
+        tmp_path,
+        layer(("a/one", b"1"), ("a/two", b"2"), ("b/old", b"3"), ("b/sub/old", b"4"), ("c", b"5")),
+        gzip.compress(
+            layer(
+                ("a/.wh.one", b""),
+                ("a/two", b"new"),
+                ("b/new", b"6"),
+                ("b/.wh..wh..opq", b""),
+                (".wh.c", b""),
+                ("d", "=>a/two"),
+            )
+        ),
+    )
+    assert sorted(found.nodes) == ["a", "a/two", "b", "b/new", "d"]
+    assert (found.read("a/two"), found.read("d")) == (b"new", b"new")
+    # What a layer brings itself its own whiteouts do not hide.
+    found = tree(tmp_path, layer(("a/old", b"1")), layer(("a/new", b"2"), (".wh.a", b"")))
+    assert sorted(found.nodes) == ["a", "a/new"]
+
+
+def test_links_are_followed_in_the_tree_alone(tmp_path: Path) -> None:
+    found = tree(
+        tmp_path,
+        layer(("usr/lib", None), ("lib", "->usr/lib"), ("up", "->../../../usr"), ("abs", "->/usr")),
+        layer(("lib/x", b"1"), ("up/y", b"2"), ("abs/z", b"3")),
+    )
+    assert {"usr/lib/x", "usr/y", "usr/z"} <= set(found.nodes)
+    # A link in the place of a directory is no directory any more, and the other way round.
+    found = tree(tmp_path, layer(("a/x", b"1")), layer(("a", "->b")), layer(("b/y", b"2")))
+    assert (found.nodes["a"].target, found.read("a/y"), "a/x" in found.nodes) == ("b", b"2", False)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (layer(("../x", b"")), "has a file named"),
+        (layer(("a/../../x", b"")), "has a file named"),
+        (layer(("x", "=>nothing")), "is a link to nothing"),
+        (layer(("a", "->b"), ("b", "->a"), ("a/x", b"")), "links that lead in a circle"),
+        (layer(("x", b"1" * 4096))[:2048], "cannot be read"),
+        (b"no archive at all" * 100, "cannot be read"),
+    ],
+)
+def test_layer_that_is_hostile_or_damaged_is_refused(
+    tmp_path: Path, data: bytes, cause: str
+) -> None:
+    with pytest.raises(ImageError, match=cause):
+        tree(tmp_path, data)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch"]
+
+
+def test_layer_larger_than_the_disk_is_not_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    bomb = gzip.compress(layer(("zeros", bytes(64 * MIB))))
+    with pytest.raises(ImageError, match="larger than the disk"):
+        Tree(tmp_path / "scratch", 32 * MIB).add_layer(io.BytesIO(bomb))
+
+
+def test_image_is_that_of_our_machine(layout: Layout) -> None:
+    def named(name: str, **platform: str) -> dict[str, Any]:
+        return layout.image([], Entrypoint=["/bin/x"], Cmd=["a"], Env=[f"N={name}"]) | {
+            "platform": platform,
+            "annotations": {"org.opencontainers.image.ref.name": name},
+        }
+
+    other = named("arm", os="linux", architecture="arm64")
+    ours = named("ours", os="linux", architecture="amd64")
+    layout.index(other, ours)
+    found = read_image(layout.directory)
+    assert (found.arguments, found.environment, found.time) == (["/bin/x", "a"], ["N=ours"], TIME)
+    inner = layout.blob(
+        {"manifests": [other, ours]}, mediaType="application/vnd.oci.image.index.v1+json"
+    )
+    layout.index(inner)
+    assert read_image(layout.directory).environment == ["N=ours"]
+    layout.index(ours, named("second"))
+    with pytest.raises(ImageError, match="has several images: ours, second; write oci:DIR:TAG"):
+        read_image(layout.directory)
+    assert read_image(layout.directory, "second").environment == ["N=second"]
+    layout.index(other)
+    with pytest.raises(ImageError, match="no image for Linux on amd64"):
+        read_image(layout.directory)
+
+
+def test_blob_is_checked_before_it_is_read(layout: Layout) -> None:
+    layout.index(layout.image([layer(("x", b"1"))]))
+    (path,) = read_image(layout.directory).layers
+    path.write_bytes(layer(("x", b"2")))
+    with pytest.raises(ImageError, match="has another digest"):
+        read_image(layout.directory)
+    path.unlink()
+    with pytest.raises(ImageError, match="No such file"):
+        read_image(layout.directory)
+    layout.index({"digest": "sha256:../../../../etc/passwd"})
+    with pytest.raises(ImageError, match="is no digest"):
+        read_image(layout.directory)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"manifests": 1}', '{"manifests": [1]}', "[" * 100_000]
+)
+def test_layout_that_is_none_is_told(layout: Layout, text: str) -> None:
+    (layout.directory / "index.json").write_text(text)
+    with pytest.raises(ImageError, match=r"OCI image layout|no image for Linux"):
+        read_image(layout.directory)
+
+
+@pytest.mark.parametrize("manifest", [{}, {"config": 1, "layers": []}, {"config": {}}])
+def test_manifest_that_is_none_is_told(layout: Layout, manifest: dict[str, Any]) -> None:
+    layout.index(layout.blob(manifest))
+    with pytest.raises(ImageError, match="is no OCI image layout"):
+        read_image(layout.directory)
+
+
+def test_layer_of_zstd_is_unpacked(tmp_path: Path) -> None:
+    if shutil.which("zstd") is None:
+        pytest.skip("needs zstd")
+    (tmp_path / "tar").write_bytes(layer(("x", b"1")))
+    subprocess.run(["zstd", "-q", tmp_path / "tar"], check=True)
+    (tmp_path / "scratch").mkdir()
+    found = Tree(tmp_path / "scratch")
+    with open_layer(tmp_path / "tar.zst") as archive:
+        found.add_layer(archive)
+    assert found.read("x") == b"1"
+
+
+BUSYBOX = Path("/bin/busybox")
+
+
+def make(layout: Layout, data: Path, debian_guest: CachedGuest, **config: Any) -> None:
+    """The disk box of an image with busybox, under XDG_DATA_HOME=data."""
+    for program in ("mke2fs", "debugfs", "sfdisk"):
+        try:
+            find_tool(program, program)
+        except ImageError:
+            pytest.skip(f"needs {program} (Debian: e2fsprogs, fdisk)")
+    programs = [
+        (f"bin/{name}", "->busybox") for name in ("sh", "cat", "echo", "ps", "stty", "sync")
+    ]
+    base = layer(("bin/busybox", BUSYBOX.read_bytes()), *programs)
+    layout.index(layout.image([base, layer(("etc/motto", b"on a disk\n"))], **config))
+    recipe = ContainerRecipe(layout.directory, "", "box", 128 * MIB)
+    import_container(recipe, DiskStore(data / "tetrarch/disks"), Cache(), Reporter())
+
+
+def run(data: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tetrarch", "run", "box", "--engine", "bt", *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+        env={**os.environ, "XDG_DATA_HOME": str(data)},
+    )
+
+
+def test_image_runs_its_command_and_the_machine_ends_with_it(
+    layout: Layout, tmp_path: Path, debian_guest: CachedGuest
+) -> None:
+    script = (
+        'echo "$X in $PWD: $(cat /etc/motto)"; echo kept >/kept; stty -F /dev/tty size; ps | cat'
+    )
+    make(
+        layout,
+        tmp_path,
+        debian_guest,
+        Cmd=["/bin/sh", "-c", script],
+        Env=["X=1 2", "PATH=/bin"],
+        WorkingDir="/etc",
+    )
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 2 in /etc: on a disk" in done.stdout
+    assert "can't open '/dev/tty'" not in done.stdout
+    # Of the command itself there is one: it was not begun again.
+    assert done.stdout.count("1 2 in /etc") == 1
+    # With a command of the host's the image's does not run, and both have its environment.
+    done = run(tmp_path, "--", "sh", "-c", 'cat /kept; echo "$X $PPID"; exit 7')
+    assert (done.stdout.splitlines()[0], done.returncode, done.stderr) == ("kept", 7, "")
+    assert done.stdout.splitlines()[1].startswith("1 2 ")
+
+
+def test_first_program_takes_in_orphans_and_ends_what_is_left(
+    layout: Layout, tmp_path: Path, debian_guest: CachedGuest
+) -> None:
+    make(layout, tmp_path, debian_guest, Cmd=["/bin/sh"], Env=["PATH=/bin"])
+    # One orphan ends, and has to be waited for; another is there at the end, and has to be ended.
+    script = """
+        (busybox true &)
+        (busybox setsid busybox sleep 1000 </dev/null >/dev/null 2>&1 &)
+        while busybox grep -q ') Z 1 ' /proc/[0-9]*/stat 2>/dev/null; do :; done
+        cat /proc/1/comm"""
+    done = run(tmp_path, "--", "sh", "-c", script)
+    assert (done.stdout, done.stderr, done.returncode) == ("tetrarch-agent\n", "", 0)
+
+
+def test_import_says_what_it_cannot_take_in_a_line(tmp_path: Path) -> None:
+    for source, said in (
+        ("docker:x", "is nothing that can be imported"),
+        ("oci:", "is nothing that can be imported"),
+        (f"oci:{tmp_path}", "is no OCI image layout"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "tetrarch", "image", "import", source, "--name", "x"],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+            env={**os.environ, "XDG_DATA_HOME": str(tmp_path / "data")},
+        )
+        assert (done.returncode in (1, 2), done.stderr.count("\n")) == (True, 1), done.stderr
+        assert said in done.stderr
