@@ -8,8 +8,6 @@ mod support;
 use std::collections::BTreeMap;
 use std::io::Write as _;
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl};
-
 use support::case::{
     ARITH, CODE, Case, DATA, DATA_BYTES, Fault, HOLE, Outcome, PAGE, State, describe, differences,
 };
@@ -17,15 +15,6 @@ use support::generate::{Generator, Item, Program};
 use support::guest::Guest;
 use support::host_cpu::HostCpu;
 use support::model::{GP, PF, alignment_is_open, left_out};
-
-/// Whether a case has no branch: the translator then knows the flags at a fault
-/// that nothing needs, which it does not follow from block to block.
-fn is_straight(case: &Case) -> bool {
-    let decoder = Decoder::with_ip(64, &case.code, case.start.rip, DecoderOptions::NONE);
-    decoder
-        .into_iter()
-        .all(|i| matches!(i.flow_control(), FlowControl::Next | FlowControl::Exception))
-}
 
 /// What came out of a case.
 enum Verdict {
@@ -63,10 +52,7 @@ impl Machines {
         let mut check = |name: &str, result: Result<Outcome, String>| {
             let found = match result {
                 Ok(outcome) if alignment_is_open(case, &expected, &outcome) => Vec::new(),
-                Ok(outcome) => {
-                    let strict = name == "interpreter" || is_straight(case);
-                    differences(case, &expected, &outcome, strict)
-                }
+                Ok(outcome) => differences(case, &expected, &outcome),
                 Err(error) => vec![error],
             };
             if !found.is_empty() {
@@ -199,9 +185,9 @@ fn faults_of_one_instruction_have_no_order() {
     let ends =
         |vector, error, cr2| Outcome { state: start.clone(), fault: Fault { vector, error, cr2 } };
     let (wild, absent) = (ends(GP, 0, 0), ends(PF, 4, hole));
-    assert!(differences(&case, &wild, &absent, true).is_empty());
-    assert!(differences(&case, &absent, &wild, true).is_empty());
+    assert!(differences(&case, &wild, &absent).is_empty());
+    assert!(differences(&case, &absent, &wild).is_empty());
     for other in [ends(GP, 8, 0), ends(PF, 6, hole), ends(PF, 4, hole + 8), ends(6, 0, 0)] {
-        assert!(!differences(&case, &absent, &other, true).is_empty(), "{:x?}", other.fault);
+        assert!(!differences(&case, &absent, &other).is_empty(), "{:x?}", other.fault);
     }
 }

@@ -184,7 +184,7 @@ impl Sieve {
             let same = host.fault.vector == guest.fault.vector && host.state.rip == guest.state.rip;
             return (!same).then(|| format!("host {:x?}, guest {:x?}", host.fault, guest.fault));
         }
-        let found = differences(case, host, guest, true);
+        let found = differences(case, host, guest);
         (!found.is_empty()).then(|| found.join("; "))
     }
 

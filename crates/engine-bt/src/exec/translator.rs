@@ -20,13 +20,13 @@ use crate::state::block::branch_index;
 use crate::state::fault::{Fault, vector};
 use crate::state::mode;
 use crate::state::{flag, reg};
-use crate::translate::block::{Built, Site, Source, What};
+use crate::translate::block::{Built, Link, MapEntry, Site, Source, What};
 use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
 use crate::translate::cache::CodeCache;
 use crate::translate::liveness::ALL;
-use crate::translate::sources::Sources;
+use crate::translate::sources::{Origin, Sources};
 use crate::translate::stubs::exit_kind;
-use crate::translate::translations::{ExecPage, Translations};
+use crate::translate::translations::{ExecPage, Key, Translations};
 
 /// Called by translated code on a TLB miss. Returns whether to try again; if not,
 /// [`Cpu::missed`] tells what was found.
@@ -51,21 +51,16 @@ pub extern "sysv64" fn fill(cpu: u64, linear: u64, write: u64) -> u64 {
 }
 
 /// An instruction whose memory access once left translated code.
-#[derive(Clone, Copy)]
 struct SlowSite {
-    /// The host address by which it leaves; 0: the slot is empty.
+    /// The host address by which it leaves.
     at: u64,
     rip: u64,
     saved: bool,
+    /// The arithmetic flags that were not put aside, and where they are from.
+    dead: u32,
+    sources: Sources,
     instruction: Instruction,
     plain: Option<PlainMove>,
-}
-
-/// Where Rust entered translated code last, and with which arithmetic flags.
-#[derive(Clone, Copy, Default)]
-struct Entered {
-    host: u64,
-    flags: u64,
 }
 
 /// Bytes of an instruction that can lie on its second page, and one more.
@@ -81,8 +76,7 @@ pub struct Translator {
     translations: Arc<Translations>,
     builder: Builder,
     enter: u64,
-    slow_sites: Box<[SlowSite; SLOW_SITES]>,
-    entered: Entered,
+    slow_sites: Box<[Option<SlowSite>; SLOW_SITES]>,
     info: InstructionInfoFactory,
     /// The vCPU's number in the code map.
     listener: usize,
@@ -139,20 +133,12 @@ impl Translator {
             let cache = cache.lock();
             (cache.stubs, Arc::clone(&cache.translations))
         };
-        let empty = SlowSite {
-            at: 0,
-            rip: 0,
-            saved: false,
-            instruction: Instruction::default(),
-            plain: None,
-        };
         Self {
             cache,
             translations,
             builder: Builder::new(stubs),
             enter: stubs.enter,
-            slow_sites: Box::new([empty; SLOW_SITES]),
-            entered: Entered::default(),
+            slow_sites: Box::new([const { None }; SLOW_SITES]),
             info: InstructionInfoFactory::new(),
             listener,
         }
@@ -179,23 +165,25 @@ impl Translator {
         if known.target == rip {
             return Ok(Some(known.host));
         }
-        let Some(index) = self.resolve(cpu, rip)? else { return Ok(None) };
+        let Some(index) = self.resolve(cpu, rip, 0)? else { return Ok(None) };
         let Some((host, global)) = self.translations.indirect_entry(index) else { return Ok(None) };
         cpu.tlb.fill_branch(rip, host, user, global);
         Ok(Some(host))
     }
 
-    /// The block at `rip`, translated if need be. `None`: to be interpreted.
-    fn resolve(&mut self, cpu: &mut Cpu, rip: u64) -> Result<Option<u32>, Fault> {
+    /// The block at `rip` for flags of this origin, translated if need be. `None`: to be
+    /// interpreted.
+    fn resolve(&mut self, cpu: &mut Cpu, rip: u64, origin: u32) -> Result<Option<u32>, Fault> {
         cpu.counts.lookups += 1;
         if self.translations.is_closed() && !self.renew() {
             return Ok(None);
         }
         let Some(id) = self.exec_id(cpu, rip)? else { return Ok(None) };
-        if let Some(index) = self.translations.find(rip, id, cpu.st.mode) {
+        let key = Key { rip, id, mode: cpu.st.mode, origin };
+        if let Some(index) = self.translations.find(&key) {
             return Ok(Some(index));
         }
-        Ok(self.translate(cpu, rip, id))
+        Ok(self.translate(cpu, key))
     }
 
     /// Goes over to the translations that are made now. The vCPU's tables hold none of
@@ -255,13 +243,13 @@ impl Translator {
         id
     }
 
-    fn translate(&mut self, cpu: &mut Cpu, rip: u64, id: u32) -> Option<u32> {
+    fn translate(&mut self, cpu: &mut Cpu, key: Key) -> Option<u32> {
         let start = host_tsc();
-        let physical = GuestPhys(self.translations.exec_page(id)?.physical);
+        let physical = GuestPhys(self.translations.exec_page(key.id)?.physical);
         let mut page = [0u8; PAGE_SIZE as usize];
         cpu.vm.memory.read(physical, &mut page).ok()?;
-        let draft = self.draft(cpu, rip, physical, &page)?;
-        let index = self.keep(cpu, rip, id, draft);
+        let draft = self.draft(cpu, &key, physical, &page)?;
+        let index = self.keep(cpu, key, draft);
         cpu.counts.translate_tsc += host_tsc().wrapping_sub(start);
         index
     }
@@ -270,20 +258,23 @@ impl Translator {
     fn draft<'a>(
         &mut self,
         cpu: &mut Cpu,
-        rip: u64,
+        key: &Key,
         physical: GuestPhys,
         page: &'a [u8; PAGE_SIZE as usize],
     ) -> Option<Draft<'a>> {
+        let rip = key.rip;
+        let translations = Arc::clone(&self.translations);
         let offset = (rip & 0xFFF) as usize;
         let vm = Arc::clone(&cpu.vm);
         let source = Source {
             rip,
             bytes: &page[offset..],
-            mode: cpu.st.mode,
+            mode: key.mode,
             second: None,
             page,
             looked: Cell::new(0),
             cpuid: &vm.cpuid,
+            origin: translations.origin(key.origin)?,
         };
         let (built, second) = match self.builder.build(&source) {
             Some(built) => (built, None),
@@ -300,7 +291,7 @@ impl Translator {
     }
 
     /// Lets a block be found, if its code is still what it was made of.
-    fn keep(&mut self, cpu: &mut Cpu, rip: u64, id: u32, mut draft: Draft<'_>) -> Option<u32> {
+    fn keep(&mut self, cpu: &mut Cpu, key: Key, mut draft: Draft<'_>) -> Option<u32> {
         let pages = draft.pages();
         let mut cache = self.cache.lock();
         if !cache.are_protected(&pages) {
@@ -320,7 +311,7 @@ impl Translator {
             self.clear_cache(cpu);
             return None;
         }
-        if let Some(index) = self.translations.find(rip, id, cpu.st.mode) {
+        if let Some(index) = self.translations.find(&key) {
             // Another vCPU has made the same.
             return Some(index);
         }
@@ -334,7 +325,7 @@ impl Translator {
         cpu.counts.blocks += 1;
         cpu.counts.instructions += u64::from(draft.built.instructions);
         let second = draft.second.as_ref().map(|second| second.physical);
-        cache.insert(id, cpu.st.mode, &mut draft.built, second)
+        cache.insert(key, &mut draft.built, second)
     }
 
     /// Has every vCPU write to these pages, whose lines are about to be translated,
@@ -384,6 +375,7 @@ impl Translator {
             page: &[],
             looked: Cell::new(0),
             cpuid: &cpu.vm.cpuid,
+            origin: &Origin::Saved,
         };
         let built = self.builder.build(&source)?;
         (built.len as usize > tail.len()).then_some((built, (page.physical, head)))
@@ -394,10 +386,7 @@ impl Translator {
         if orders.code {
             cpu.tlb.flush_exec();
             cpu.settle_x87_pointers();
-            for site in self.slow_sites.iter_mut() {
-                site.at = 0;
-            }
-            self.entered = Entered::default();
+            self.slow_sites.fill_with(|| None);
             // Other code comes to where this CPU may have fetched some already (Intel
             // SDM 3A, 8.1.3): CPUID serialises.
             std::arch::x86_64::__cpuid(0);
@@ -451,11 +440,61 @@ impl Translator {
     }
 
     /// Runs translated code from `entry` until it leaves, and takes over from it.
-    fn run_from(&mut self, cpu: &mut Cpu, entry: u64) -> Result<Then, EngineError> {
+    fn run_from(&mut self, cpu: &mut Cpu, mut entry: u64) -> Result<Then, EngineError> {
+        loop {
+            self.enter(cpu, entry);
+            match cpu.st.exit_kind {
+                exit_kind::SLOW => return self.slow_access(cpu, cpu.st.address),
+                exit_kind::SIGNAL => return self.host_exception(cpu, cpu.st.scratch[2]),
+                _ => {}
+            }
+            let number = cpu.st.site;
+            let site = *self
+                .translations
+                .sites
+                .get(number)
+                .ok_or_else(|| broken("site", number.into()))?;
+            match cpu.st.exit_kind {
+                exit_kind::BRANCH | exit_kind::REQUEST_BRANCH => {
+                    let target = cpu.st.address;
+                    if !canonical(target) {
+                        return Ok(branch_to_nowhere(cpu, &site));
+                    }
+                    continue_at(cpu, target, true);
+                    return Ok(Then::Continue);
+                }
+                _ => continue_at(cpu, site.rip, site.saved),
+            }
+            if site.dead != 0
+                && let Some((&block, _)) = self.translations.block_at(site.block)
+            {
+                self.restore_flags(cpu, &block, site.run, site.dead.into());
+            }
+            return Ok(match site.what {
+                What::Nothing => Then::Continue,
+                What::Link(_) if cpu.st.exit_kind != exit_kind::LINK => Then::Continue,
+                What::Link(link) => match self.link(cpu, &site, &link) {
+                    Ok(next) => {
+                        entry = next;
+                        continue;
+                    }
+                    Err(then) => then,
+                },
+                What::Instruction(instruction) => Then::Execute(instruction),
+                What::Port(access) => access::port(cpu, &access),
+                What::Straddles => {
+                    self.refresh_straddling(cpu, site.rip);
+                    Then::Interpret
+                }
+            });
+        }
+    }
+
+    /// Runs translated code from `entry` until it leaves.
+    fn enter(&mut self, cpu: &mut Cpu, entry: u64) {
         let start = host_tsc();
         cpu.st.note_upper_halves();
         let flags = cpu.st.flags;
-        self.entered = Entered { host: entry, flags };
         cpu.st.saved_flags = ((flags & 0xD7) << 8 | flags >> 11 & 1) as u32;
         let address = &raw mut *cpu as u64;
         cpu.st.cpu = address;
@@ -468,36 +507,6 @@ impl Translator {
         }
         cpu.counts.entries += 1;
         cpu.counts.code_tsc += host_tsc().wrapping_sub(start);
-        match cpu.st.exit_kind {
-            exit_kind::SLOW => return self.slow_access(cpu, cpu.st.address),
-            exit_kind::SIGNAL => return self.host_exception(cpu, cpu.st.scratch[2]),
-            _ => {}
-        }
-        let number = cpu.st.site;
-        let site =
-            *self.translations.sites.get(number).ok_or_else(|| broken("site", number.into()))?;
-        match cpu.st.exit_kind {
-            exit_kind::BRANCH | exit_kind::REQUEST_BRANCH => {
-                let target = cpu.st.address;
-                if !canonical(target) {
-                    return Ok(branch_to_nowhere(cpu, &site));
-                }
-                continue_at(cpu, target, true);
-                return Ok(Then::Continue);
-            }
-            _ => continue_at(cpu, site.rip, site.saved),
-        }
-        match site.what {
-            What::Nothing => Ok(Then::Continue),
-            What::Link(_) if cpu.st.exit_kind != exit_kind::LINK => Ok(Then::Continue),
-            What::Link(_) => Ok(self.link(cpu, &site)),
-            What::Instruction(instruction) => Ok(Then::Execute(instruction)),
-            What::Port(access) => Ok(access::port(cpu, &access)),
-            What::Straddles => {
-                self.refresh_straddling(cpu, site.rip);
-                Ok(Then::Interpret)
-            }
-        }
     }
 
     /// A memory access missed and cannot hit.
@@ -506,89 +515,100 @@ impl Translator {
         // Not every leave of this kind comes from a miss.
         let missed = std::mem::replace(&mut cpu.missed, Missed::Nothing);
         let slot = (at >> 2) as usize % SLOW_SITES;
-        if self.slow_sites[slot].at != at {
-            let (rip, saved) = self.instruction_at(at)?;
-            continue_at(cpu, rip, saved);
+        if self.slow_sites[slot].as_ref().is_none_or(|site| site.at != at) {
+            self.slow_sites[slot] = None;
+            let (block, place) = self.leave_at(cpu, at)?;
+            let sources = self.sources(cpu, &block, place.rip);
+            let dead = ALL & !u32::from(place.live);
+            if let Some(sources) = &sources {
+                sources.restore(cpu, dead);
+            }
             let Ok(instruction) = interp::fetch(cpu) else { return Ok(Then::Interpret) };
+            let Some(sources) = sources else { return Ok(Then::Execute(instruction)) };
+            let (rip, saved) = (cpu.st.rip, place.saved);
             let plain = PlainMove::of(&instruction);
-            self.slow_sites[slot] = SlowSite { at, rip, saved, instruction, plain };
+            let site = SlowSite { at, rip, saved, dead, sources, instruction, plain };
+            self.slow_sites[slot] = Some(site);
         }
-        let site = &self.slow_sites[slot];
+        let Some(site) = &self.slow_sites[slot] else { return Ok(Then::Interpret) };
         continue_at(cpu, site.rip, site.saved);
-        if let (Some(plain), Missed::Device { linear, address }) = (site.plain, missed)
-            && plain.fits(linear)
-        {
-            return Ok(plain.make(cpu, address, site.instruction.next_ip()));
-        }
-        let (plain, instruction) = (site.plain, site.instruction);
-        self.restore_flags(cpu, at);
-        Ok(match (plain, missed) {
+        site.sources.restore(cpu, site.dead);
+        Ok(match (site.plain, missed) {
+            (Some(plain), Missed::Device { linear, address }) if plain.fits(linear) => {
+                plain.make(cpu, address, site.instruction.next_ip())
+            }
             (Some(plain), Missed::Fault { linear, fault })
                 if plain.fits(linear) && fault.vector == vector::PF =>
             {
                 Then::Raise(fault)
             }
-            _ => Then::Execute(instruction),
+            _ => Then::Execute(site.instruction),
         })
     }
 
     /// A host exception in a copied instruction: the interpreter finds the guest's.
     fn host_exception(&mut self, cpu: &mut Cpu, at: u64) -> Result<Then, EngineError> {
         cpu.counts.slow_accesses += 1;
-        let (rip, saved) = self.instruction_at(at)?;
-        continue_at(cpu, rip, saved);
-        self.restore_flags(cpu, at);
+        let (block, place) = self.leave_at(cpu, at)?;
+        self.restore_flags(cpu, &block, place.rip, ALL & !u32::from(place.live));
         Ok(Then::Interpret)
     }
 
-    fn instruction_at(&self, at: u64) -> Result<(u64, bool), EngineError> {
+    /// Takes over from translated code at the instruction of a host address. Returns
+    /// its block, and the place in it.
+    fn leave_at(&self, cpu: &mut Cpu, at: u64) -> Result<(Key, MapEntry), EngineError> {
         let found = self.translations.instruction_at(at);
-        let (key, _, entry) = found.ok_or_else(|| broken("address", at))?;
-        Ok((key.rip.wrapping_add(u64::from(entry.rip)), entry.saved))
+        let (&block, _, place) = found.ok_or_else(|| broken("address", at))?;
+        continue_at(cpu, block.rip.wrapping_add(u64::from(place.rip)), place.saved);
+        Ok((block, place))
     }
 
-    /// Makes the arithmetic flags again that nothing after `at` needed and that
-    /// were not put aside.
-    fn restore_flags(&mut self, cpu: &mut Cpu, at: u64) {
-        let Some((key, block, place)) = self.translations.instruction_at(at) else { return };
-        let wanted = ALL & !u32::from(place.live);
-        if wanted == 0 {
-            return;
+    /// Makes arithmetic flags again that were not put aside, at a place so many bytes
+    /// behind the start of a block.
+    fn restore_flags(&mut self, cpu: &mut Cpu, block: &Key, run: u16, dead: u32) {
+        if dead != 0
+            && let Some(sources) = self.sources(cpu, block, run)
+        {
+            sources.restore(cpu, dead);
         }
-        let Some(page) = self.translations.exec_page(key.id) else { return };
-        let (rip, host) = (key.rip, self.translations.entry_of(block));
+    }
+
+    /// Where the flags are from at a place so many bytes behind the start of a block.
+    fn sources(&mut self, cpu: &Cpu, block: &Key, run: u16) -> Option<Sources> {
+        let mut sources = Sources::new(self.translations.origin(block.origin)?);
+        let page = self.translations.exec_page(block.id)?;
         let mut bytes = [0; MAX_BLOCK_CODE];
-        let Some(bytes) = bytes.get_mut(..usize::from(place.rip)) else { return };
-        let start = GuestPhys(page.physical | rip & (PAGE_SIZE - 1));
-        if cpu.vm.memory.read(start, bytes).is_err() {
-            return;
-        }
-        let mut sources = Sources::new();
+        let bytes = bytes.get_mut(..usize::from(run))?;
+        let start = GuestPhys(page.physical | block.rip & (PAGE_SIZE - 1));
+        cpu.vm.memory.read(start, bytes).ok()?;
         let options = cpu.vm.cpuid.decoder_options();
-        for i in &mut Decoder::with_ip(64, bytes, rip, options) {
+        for i in &mut Decoder::with_ip(64, bytes, block.rip, options) {
             sources.pass(&i, &mut self.info);
         }
-        let entry = (self.entered.host == host).then_some(self.entered.flags);
-        sources.restore(cpu, wanted, entry);
+        Some(sources)
     }
 
-    fn link(&mut self, cpu: &mut Cpu, site: &Site) -> Then {
+    /// Links a branch. Returns where its target is entered, which finds the flags and
+    /// registers as the branch has left them.
+    fn link(&mut self, cpu: &mut Cpu, site: &Site, link: &Link) -> Result<u64, Then> {
         cpu.counts.links += 1;
         let generation = self.translations.generation;
-        match self.resolve(cpu, site.rip) {
-            Ok(Some(index)) => {
-                // The site may be gone with what was before.
-                if generation == self.translations.generation {
-                    let mut cache = self.cache.lock();
-                    if cache.takes(&self.translations) {
-                        cache.link(site, index);
-                    }
-                }
-                Then::Continue
-            }
-            Ok(None) => Then::Interpret,
-            Err(fault) => Then::Raise(fault),
+        let index = match self.resolve(cpu, site.rip, link.origin) {
+            Ok(Some(index)) => index,
+            Ok(None) => return Err(Then::Interpret),
+            Err(fault) => return Err(Then::Raise(fault)),
+        };
+        // The site may be gone with what was before.
+        if generation != self.translations.generation {
+            return Err(Then::Continue);
         }
+        let mut cache = self.cache.lock();
+        if cache.takes(&self.translations) {
+            cache.link(site, index);
+        }
+        drop(cache);
+        let (entry, _) = self.translations.indirect_entry(index).ok_or(Then::Continue)?;
+        Ok(entry)
     }
 
     /// The second page of a crossing instruction is not the one translated: the
@@ -597,7 +617,7 @@ impl Translator {
         let next = (rip | 0xFFF).wrapping_add(1);
         let Ok(Some(_)) = self.exec_id(cpu, next) else { return };
         let Ok(Some(id)) = self.exec_id(cpu, rip) else { return };
-        self.cache.lock().forget(rip, id, cpu.st.mode);
+        self.cache.lock().forget(&Key { rip, id, mode: cpu.st.mode, origin: 0 });
     }
 }
 
@@ -620,12 +640,7 @@ fn branch_to_nowhere(cpu: &mut Cpu, site: &Site) -> Then {
 fn continue_at(cpu: &mut Cpu, rip: u64, saved: bool) {
     let st = &mut *cpu.st;
     st.rip = rip;
-    let flags = if saved {
-        let packed = u64::from(st.saved_flags);
-        packed >> 8 & 0xD5 | (packed & 1) << 11
-    } else {
-        st.exit_flags
-    };
+    let flags = if saved { st.flags_aside() } else { st.exit_flags };
     st.update_flags(flag::ARITH, flags);
 }
 

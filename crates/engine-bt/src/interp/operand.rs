@@ -82,6 +82,17 @@ pub fn read_reg(cpu: &Cpu, r: Register) -> u64 {
     }
 }
 
+/// A general register's value where the whole of it is `whole`.
+pub fn part_of(whole: u64, r: Register) -> u64 {
+    match part(r) {
+        Part::Low8(_) => whole & 0xFF,
+        Part::High8(_) => whole >> 8 & 0xFF,
+        Part::Low16(_) => whole & 0xFFFF,
+        Part::Low32(_) => whole & 0xFFFF_FFFF,
+        _ => whole,
+    }
+}
+
 /// Writes a general register. A 32-bit write clears the upper half, narrower
 /// ones keep the rest (SDM 1, 3.4.1.1).
 #[inline]

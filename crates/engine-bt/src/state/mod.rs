@@ -151,6 +151,9 @@ pub struct LastThunk {
     pub data: u64,
 }
 
+/// Two for each arithmetic flag, and for an instruction that replaces some.
+pub const FLAG_OPERANDS: usize = 16;
+
 #[repr(C, align(4096))]
 pub struct CpuState {
     pub gpr: [u64; 16],
@@ -170,6 +173,9 @@ pub struct CpuState {
     pub mode: u32,
     /// Arithmetic flags saved around a memory access: AH by LAHF, AL by SETO.
     pub saved_flags: u32,
+    /// Operands of instructions whose flags may have to be made again; see
+    /// [`crate::translate::sources`].
+    pub flag_operands: [u64; FLAG_OPERANDS],
     /// Which exit of which block left translated code.
     pub site: u32,
     pub exit_kind: u32,
@@ -252,6 +258,12 @@ impl CpuState {
     #[inline]
     pub fn update_flags(&mut self, mask: u64, value: u64) {
         self.flags = self.flags & !mask | value & mask;
+    }
+
+    /// The arithmetic flags that translated code has put aside.
+    pub fn flags_aside(&self) -> u64 {
+        let packed = u64::from(self.saved_flags);
+        packed >> 8 & 0xD5 | (packed & 1) << 11
     }
 
     #[inline]

@@ -5,6 +5,7 @@ use std::cell::Cell;
 
 use iced_x86::{Instruction, Register};
 
+use super::sources::Origin;
 use crate::cpu::cpuid::CpuidTable;
 
 /// What the guest's code bytes are, and where.
@@ -22,17 +23,20 @@ pub struct Source<'a> {
     /// [`crate::memory::code_map`]): a write there makes the block invalid too.
     pub looked: Cell<u64>,
     pub cpuid: &'a CpuidTable,
+    /// Where flags are at the entry that the block does not need.
+    pub origin: &'a Origin,
 }
 
 /// A finished translation, not yet at an address.
 #[derive(Default)]
 pub struct Built {
-    pub rip: u64,
     pub code: Vec<u8>,
     pub outward: Vec<(u32, u64)>,
     /// Places of 32-bit site numbers, counted from the block's first site.
     pub site_numbers: Vec<u32>,
     pub sites: Vec<Site>,
+    /// What [`Link::origin`] counts, but for [`Origin::Saved`], which is 0.
+    pub origins: Vec<Origin>,
     pub map: Vec<MapEntry>,
     pub entry: u32,
     pub indirect_entry: u32,
@@ -62,6 +66,12 @@ pub struct Site {
     pub rip: u64,
     /// The arithmetic flags are in `saved_flags`, not in the host's flags.
     pub saved: bool,
+    /// Those that are exact in neither, as iced counts them.
+    pub dead: u8,
+    /// Bytes of the block's instructions that have been run.
+    pub run: u16,
+    /// Offset of the block in the cache.
+    pub block: u32,
     pub what: What,
 }
 
@@ -100,4 +110,6 @@ pub struct Link {
     pub guard: Option<u32>,
     /// Arithmetic flags that the source did not keep.
     pub dead: u32,
+    /// The number of the origin of the flags that the target does not need.
+    pub origin: u32,
 }

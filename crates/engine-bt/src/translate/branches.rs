@@ -38,13 +38,36 @@ impl Job<'_> {
         }
         let jump = self.e.patched_jmp();
         places.push(jump);
-        let saved = self.flags == Flags::Saved;
-        let what = What::Link(Link { jump, guard, dead: ALL & !live });
-        let site = Site { rip: target, saved, what };
-        self.cold.push(Cold::Leave { places, stub: self.stubs.leave_link, site });
+        self.leave_link(places, target, Link { jump, guard, dead: ALL & !live, origin: 0 });
         if let Some(request) = request {
-            self.leave(request, self.stubs.leave_request, target, What::Nothing);
+            let after = self.current + 1;
+            let site = self.site(after, self.flags == Flags::Saved, What::Nothing);
+            let site = Site { rip: target, ..site };
+            self.cold.push(Cold::Leave {
+                places: vec![request],
+                stub: self.stubs.leave_request,
+                site,
+            });
         }
+    }
+
+    /// The jumps at `places` go to `target` until they are linked. A fault there is to
+    /// show all flags, needed or not: so it depends on where those are in which
+    /// translation the link may go.
+    fn leave_link(&mut self, places: Vec<u32>, target: u64, mut link: Link) {
+        let way = self.ways.iter().find(|way| way.target == target).copied().unwrap_or_default();
+        let mut saved = self.flags == Flags::Saved;
+        if way.shown != 0 && !(saved && way.shown & link.dead == 0) {
+            if way.needed == 0 && way.shown & !self.end.saved() == 0 {
+                // They are still where they were before this block.
+                saved = true;
+            } else {
+                self.built.origins.push(self.end.origin(way.shown & !way.needed));
+                link.origin = self.built.origins.len() as u32;
+            }
+        }
+        let site = Site { rip: target, ..self.site(self.current + 1, saved, What::Link(link)) };
+        self.cold.push(Cold::Leave { places, stub: self.stubs.leave_link, site });
     }
 
     fn in_page(&self, target: u64) -> bool {
@@ -65,8 +88,8 @@ impl Job<'_> {
         let live = self.live_after();
         if self.in_page(target) && (target > self.source.rip || polled) {
             let jump = self.e.patched_jcc(condition);
-            let what = What::Link(Link { jump, guard: None, dead: ALL & !live });
-            self.leave(jump, self.stubs.leave_link, target, what);
+            let link = Link { jump, guard: None, dead: ALL & !live, origin: 0 };
+            self.leave_link(vec![jump], target, link);
             self.direct(i.next_ip(), live, polled);
             return;
         }
@@ -146,7 +169,7 @@ impl Job<'_> {
         self.push_return(i);
         self.e.jmp_state(scratch);
         self.interpret_from(miss);
-        self.leave(request, self.stubs.leave_request, i.ip(), What::Nothing);
+        self.leave(request, self.stubs.leave_request, What::Nothing);
     }
 
     pub(super) fn ret(&mut self, i: &Instruction) {
@@ -169,7 +192,7 @@ impl Job<'_> {
         // A target that is not canonical faults at the branch, so whoever leaves
         // tells where it came from.
         let what = What::Instruction(self.instructions[self.current]);
-        let site = Site { rip: self.rip(), saved: true, what };
+        let site = Site { dead: 0, ..self.site(self.current, true, what) };
         let (miss_stub, request_stub) = (self.stubs.leave_branch, self.stubs.leave_request_branch);
         for (place, stub) in [(miss, miss_stub), (request, request_stub)] {
             self.cold.push(Cold::Leave { places: vec![place], stub, site });

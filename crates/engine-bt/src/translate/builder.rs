@@ -10,6 +10,8 @@
 //! they are put aside first (`saved_flags`) and brought back only when an
 //! instruction needs them, at most once between two writers. A block therefore
 //! has two entries, one for each place the flags may be in.
+//! What is not needed any more but seen at a fault is made again there: see
+//! [`super::sources`].
 
 use iced_x86::{Decoder, InstructionInfoFactory};
 
@@ -17,7 +19,7 @@ use super::block::{Built, Source};
 use super::classify::classify;
 use super::emit::Emitter;
 use super::job::{Flags, Job};
-use super::liveness;
+use super::liveness::{self, ALL, Ahead};
 use super::sources;
 use super::stubs::Stubs;
 use crate::state::mode;
@@ -62,18 +64,36 @@ impl Builder {
         }
         let last = *instructions.last()?;
         let ends = kinds.last().is_some_and(|kind| kind.ends_block());
-        let end_live = liveness::after(&last, ends, source);
-        let mut live = liveness::backwards(&instructions, &kinds, end_live);
+        let followed = sources::follow(&instructions, &kinds, source.origin, &mut self.info);
+        let mut ahead = Ahead { source, sources: &followed.end, info: &mut self.info };
+        let ways = liveness::ways(&last, ends, &mut ahead);
+        let mut needed = if ways.is_some() { 0 } else { ALL };
+        let mut shown = 0;
+        let mut ways = ways.unwrap_or_default();
+        if ways.iter().filter(|way| way.shown & followed.fresh != 0).count() == 1 {
+            // To keep the operand would cost on both ways. The flags themselves are there
+            // anyway, and cost more but on the one.
+            for way in ways.iter_mut().filter(|way| way.target > source.rip) {
+                way.needed |= way.shown & followed.fresh;
+            }
+        }
+        for way in &ways {
+            needed |= way.needed;
+            shown |= way.shown & !way.needed;
+            if way.needed != 0 {
+                // They are all in one place: the link brings them with the others.
+                needed |= way.shown & followed.end.saved();
+            }
+        }
+        let mut live = liveness::backwards(&instructions, &kinds, needed);
         if source.second.is_some() {
             // Its page check leaves before anything else, and must lose no flag.
-            live[0] = liveness::ALL;
+            live[0] = ALL;
         }
-        // What is put aside for a fault alone asks nothing of a link: flags from before
-        // the block are not followed there. A shift by a count of 0 leaves them, so a link
-        // from code that has none would never be made.
-        let flags_in = live[0];
-        sources::keep_lost(&instructions, &kinds, &mut live, &mut self.info);
+        sources::keep_lost(&instructions, &followed, &mut live);
+        let keeps = followed.keeps(&instructions, &kinds, &live, shown);
 
+        let flags_in = live[0];
         self.emitter.clear();
         let mut job = Job {
             e: &mut self.emitter,
@@ -83,8 +103,11 @@ impl Builder {
             user: source.mode & mode::USER != 0,
             flags: Flags::Host,
             live,
+            ways,
+            end: followed.end,
+            keeps,
             cold: Vec::new(),
-            built: Built { rip: source.rip, ..Built::default() },
+            built: Built { flags_in, ..Built::default() },
             current: 0,
             instructions: &instructions,
             kinds: &kinds,
@@ -92,7 +115,6 @@ impl Builder {
         };
         job.run(ends);
         let mut built = job.built;
-        built.flags_in = flags_in;
         built.code = std::mem::take(&mut job.e.code);
         built.outward = std::mem::take(&mut job.e.outward);
         built.instructions = instructions.len() as u32;

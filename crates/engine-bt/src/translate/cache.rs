@@ -17,8 +17,11 @@ use tetrarch_memory::GuestPhys;
 
 use super::block::{Built, Site, What};
 use super::directory::Entry;
+use super::sources::Origin;
 use super::stubs::{self, Fill, Stubs};
-use super::translations::{Block, ExecPage, Key, MAX_RECORDS, MAX_SITES, Translations};
+use super::translations::{
+    Block, ExecPage, Key, MAX_ORIGINS, MAX_RECORDS, MAX_SITES, Translations,
+};
 use crate::cpu::x87_pointers::CodePlaces;
 use crate::host::code_memory::CodeMemory;
 use crate::host::signals;
@@ -49,6 +52,7 @@ pub struct CodeCache {
     /// What is found without the lock.
     pub translations: Arc<Translations>,
     pages: FxHashMap<u64, CodePage>,
+    origins: FxHashMap<Origin, u32>,
     /// The epoch of the code map in which a page was last dropped.
     dropped: FxHashMap<u64, u64>,
 }
@@ -80,6 +84,7 @@ impl CodeCache {
             next: first,
             translations: Arc::new(Translations::new(0, run)),
             pages: FxHashMap::default(),
+            origins: FxHashMap::default(),
             dropped: FxHashMap::default(),
         })
     }
@@ -90,6 +95,7 @@ impl CodeCache {
             || self.translations.blocks.len() >= MAX_RECORDS
             || MAX_SITES - self.translations.sites.len() < MAX_BLOCK_SITES
             || self.translations.pages.len() >= MAX_RECORDS
+            || MAX_ORIGINS - self.translations.origins.len() < MAX_BLOCK_SITES
     }
 
     /// Whether more translations can join these.
@@ -107,6 +113,7 @@ impl CodeCache {
     /// tables lead there.
     pub fn clear(&mut self) -> Vec<u64> {
         self.next = self.first;
+        self.origins.clear();
         let generation = self.translations.generation + 1;
         let run = self.memory.run_address(0)..self.memory.run_address(self.memory.len());
         self.translations = Arc::new(Translations::new(generation, run));
@@ -123,15 +130,19 @@ impl CodeCache {
         Some(number + 1)
     }
 
+    fn origin_number(&mut self, origin: Origin) -> Option<u32> {
+        if let Some(&number) = self.origins.get(&origin) {
+            return Some(number);
+        }
+        let number = self.translations.origins.push(origin.clone())? + 1;
+        self.origins.insert(origin, number);
+        Some(number)
+    }
+
     /// Stores a translation. `second` is the physical page of the tail of an
     /// instruction that crosses pages. `None` if there is no room.
-    pub fn insert(
-        &mut self,
-        id: u32,
-        mode: u32,
-        built: &mut Built,
-        second: Option<u64>,
-    ) -> Option<u32> {
+    pub fn insert(&mut self, key: Key, built: &mut Built, second: Option<u64>) -> Option<u32> {
+        let id = key.id;
         let translations = Arc::clone(&self.translations);
         let physical = translations.exec_page(id)?.physical;
         let start = self.next;
@@ -149,9 +160,15 @@ impl CodeCache {
             let number = u32::from_le_bytes(number) + first_site;
             built.code[place..place + 4].copy_from_slice(&number.to_le_bytes());
         }
+        let origins = built.origins.drain(..).map(|origin| self.origin_number(origin));
+        let origins = origins.collect::<Option<Vec<u32>>>()?;
         for site in &built.sites {
             let mut site = *site;
+            site.block = start as u32;
             if let What::Link(link) = &mut site.what {
+                if let Some(index) = link.origin.checked_sub(1) {
+                    link.origin = origins[index as usize];
+                }
                 link.jump += start as u32;
                 link.guard = link.guard.map(|guard| guard + start as u32);
             }
@@ -160,7 +177,6 @@ impl CodeCache {
         self.memory.write(start, &built.code);
         self.next = (start + built.code.len()).next_multiple_of(16);
 
-        let key = Key { rip: built.rip, id, mode };
         let block = Block {
             start: start as u32,
             indirect_entry: built.indirect_entry,
@@ -238,8 +254,8 @@ impl CodeCache {
     }
 
     /// Drops one block from the directory: it can no longer be found.
-    pub fn forget(&mut self, rip: u64, id: u32, mode: u32) {
-        if let Some(index) = self.translations.find(rip, id, mode) {
+    pub fn forget(&mut self, key: &Key) {
+        if let Some(index) = self.translations.find(key) {
             self.translations.blocks.remove(index);
         }
     }

@@ -314,15 +314,15 @@ impl Emitter {
         self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp });
     }
 
-    /// Loads 1, 2, 4 or 8 bytes at `[base]`, zero-extended.
-    pub fn load_sized(&mut self, reg: u8, base: u8, size: u8) {
+    /// Loads 1, 2, 4 or 8 bytes at `[base + disp]`, zero-extended.
+    pub fn load_sized(&mut self, reg: u8, base: u8, disp: i32, size: u8) {
         let rex = 0x40 | u8::from(size == 8) << 3 | (reg >> 3) << 2 | base >> 3;
         match size {
             1 => self.bytes(&[rex, 0x0F, 0xB6]),
             2 => self.bytes(&[rex, 0x0F, 0xB7]),
             _ => self.bytes(&[rex, 0x8B]),
         }
-        self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp: 0 });
+        self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp });
     }
 
     /// Stores 1, 2, 4 or 8 bytes at `[base]`.

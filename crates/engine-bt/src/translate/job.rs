@@ -8,6 +8,9 @@ use iced_x86::{FlowControl, Instruction, InstructionInfoFactory};
 use super::block::{Built, MapEntry, Site, Source, What};
 use super::classify::{Kind, stack_run};
 use super::emit::{Emitter, R13, R14, REQUEST, cc};
+use super::liveness::{ALL, Way};
+use super::operands::{flag_operand, number};
+use super::sources::{Keep, Kept, Sources};
 use super::stubs::Stubs;
 use crate::state::CpuState;
 use crate::state::block::{exec_index, exec_offset};
@@ -64,6 +67,11 @@ pub(super) struct Job<'a> {
     pub(super) user: bool,
     pub(super) flags: Flags,
     pub(super) live: Vec<u32>,
+    pub(super) ways: Vec<Way>,
+    /// Where the flags are from at the block's end.
+    pub(super) end: Sources,
+    /// What instructions are preceded by so that flags can be made again.
+    pub(super) keeps: Vec<(usize, Keep)>,
     pub(super) cold: Vec<Cold>,
     pub(super) built: Built,
     pub(super) current: usize,
@@ -100,10 +108,11 @@ impl Job<'_> {
             self.current = index;
             self.mark(index);
             if poll_at == Some(index) {
-                self.poll(instructions[index].ip());
+                self.poll();
                 polled = true;
             }
             let run = stack_run(&instructions[index..], &kinds[index..]);
+            self.keep_registers(index, run.max(1));
             if run > 1 {
                 self.stack_run(&instructions[index..index + run], &kinds[index..index + run]);
                 index += run;
@@ -133,8 +142,24 @@ impl Job<'_> {
         self.built.map.push(entry);
     }
 
-    pub(super) fn rip(&self) -> u64 {
-        self.instructions[self.current].ip()
+    /// Keeps registers that the next instructions overwrite and flags are made from.
+    fn keep_registers(&mut self, from: usize, count: usize) {
+        for place in 0..self.keeps.len() {
+            let (index, Keep { what, slot, .. }) = self.keeps[place];
+            if let Kept::Register(register) = what
+                && (from..from + count).contains(&index)
+            {
+                let host = self.host_register(number(register).unwrap_or(0), R13);
+                self.e.store(flag_operand(slot), host);
+            }
+        }
+    }
+
+    /// The slot that the current instruction's memory operand goes to, if any.
+    pub(super) fn memory_kept(&self) -> Option<u8> {
+        let here =
+            |(index, keep): &&(usize, Keep)| *index == self.current && keep.what == Kept::Memory;
+        self.keeps.iter().find(here).map(|(_, keep)| keep.slot)
     }
 
     /// Flags needed by the current instruction or later ones.
@@ -167,10 +192,10 @@ impl Job<'_> {
         }
     }
 
-    pub(super) fn poll(&mut self, rip: u64) {
+    pub(super) fn poll(&mut self) {
         self.e.cmp8_imm(REQUEST, 0);
         let place = self.e.jcc(cc::NE);
-        self.leave(place, self.stubs.leave_request, rip, What::Nothing);
+        self.leave(place, self.stubs.leave_request, What::Nothing);
     }
 
     pub(super) fn check_second_page(&mut self, rip: u64, id: u32) {
@@ -182,7 +207,7 @@ impl Job<'_> {
         }
         self.e.cmp32_imm(exec_offset(self.user) + exec_index(page) * 4, id);
         let place = self.e.jcc(cc::NE);
-        self.leave(place, self.stubs.leave_interpret, rip, What::Straddles);
+        self.leave(place, self.stubs.leave_interpret, What::Straddles);
     }
 
     pub(super) fn emit(&mut self, i: &Instruction, kind: Kind, polled: bool) {
@@ -241,7 +266,7 @@ impl Job<'_> {
     /// The jump at `place` leaves for the interpreter at the current instruction.
     pub(super) fn interpret_from(&mut self, place: u32) {
         let what = What::Instruction(self.instructions[self.current]);
-        self.leave(place, self.stubs.leave_interpret, self.rip(), what);
+        self.leave(place, self.stubs.leave_interpret, what);
     }
 
     /// Leaves for the interpreter at an instruction that has no copy.
@@ -258,10 +283,23 @@ impl Job<'_> {
         self.cold.push(Cold::Slow { place, instruction: self.current });
     }
 
-    /// The jump at `place` leaves through `stub`, with the guest at `rip`.
-    pub(super) fn leave(&mut self, place: u32, stub: u64, rip: u64, what: What) {
-        let site = Site { rip, saved: self.flags == Flags::Saved, what };
+    /// The jump at `place` leaves through `stub`, with the guest at the current
+    /// instruction.
+    pub(super) fn leave(&mut self, place: u32, stub: u64, what: What) {
+        let site = self.site(self.current, self.flags == Flags::Saved, what);
         self.cold.push(Cold::Leave { places: vec![place], stub, site });
+    }
+
+    /// A place where the block leaves with the instructions before `index` done; where
+    /// that is its end, the guest is wherever `rip` is set to.
+    pub(super) fn site(&self, index: usize, saved: bool, what: What) -> Site {
+        let rip = match self.instructions.get(index) {
+            Some(i) => i.ip(),
+            None => self.instructions[index - 1].next_ip(),
+        };
+        let run = (rip - self.source.rip) as u16;
+        let dead = (ALL & !self.live[index]) as u8;
+        Site { rip, saved, dead, run, block: 0, what }
     }
 
     pub(super) fn finish(&mut self) {

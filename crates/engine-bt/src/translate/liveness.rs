@@ -1,9 +1,10 @@
 //! Which arithmetic flags are needed where.
 
-use iced_x86::{Decoder, FlowControl, Instruction, RflagsBits};
+use iced_x86::{Decoder, FlowControl, Instruction, InstructionInfoFactory, RflagsBits};
 
 use super::block::Source;
-use super::classify::{Kind, keeps_flags_sometimes};
+use super::classify::{Kind, classify, keeps_flags_sometimes};
+use super::sources::{Sources, may_leave};
 use crate::memory::code_map;
 
 /// The six arithmetic flags, as iced counts them.
@@ -15,7 +16,7 @@ pub const ALL: u32 = RflagsBits::OF
     | RflagsBits::PF;
 
 /// How far to look for the flags that code after a block needs.
-const LOOK_AHEAD: usize = 12;
+const LOOK_AHEAD: usize = 32;
 
 /// Arithmetic flags that an instruction reads.
 pub fn read(i: &Instruction) -> u32 {
@@ -29,71 +30,143 @@ pub fn replaced(i: &Instruction) -> u32 {
     if repeated || keeps_flags_sometimes(i) { 0 } else { i.rflags_modified() & ALL }
 }
 
+/// The flags needed before an instruction of this kind, where what follows it has no say.
+fn fixed(kind: Kind) -> Option<u32> {
+    match kind {
+        // The interpreter must find every flag.
+        Kind::Interpret | Kind::Port { .. } | Kind::Pushf => Some(ALL),
+        // Targets unknown; nothing before the branch is read by it.
+        Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Syscall => Some(ALL),
+        Kind::Sysret => Some(0),
+        _ => None,
+    }
+}
+
 /// For each instruction the flags needed before it, and one more at the end.
 pub fn backwards(instructions: &[Instruction], kinds: &[Kind], end: u32) -> Vec<u32> {
     let mut live = vec![end; instructions.len() + 1];
     for (index, (i, kind)) in instructions.iter().zip(kinds).enumerate().rev() {
-        live[index] = match kind {
-            // The interpreter must find every flag.
-            Kind::Interpret | Kind::Port { .. } | Kind::Pushf => ALL,
-            // Targets unknown; nothing before the branch is read by it.
-            Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Syscall => ALL,
-            Kind::Sysret => 0,
-            _ => live[index + 1] & !replaced(i) | read(i),
-        };
+        live[index] = fixed(*kind).unwrap_or(live[index + 1] & !replaced(i) | read(i));
     }
     live
 }
 
-/// The flags needed after the last instruction of a block, on any way out.
-pub fn after(last: &Instruction, ends: bool, source: &Source<'_>) -> u32 {
-    if !ends {
-        return ahead(last.next_ip(), source, 1);
-    }
-    match last.flow_control() {
-        FlowControl::UnconditionalBranch | FlowControl::Call => {
-            ahead(last.near_branch_target(), source, 1)
-        }
-        FlowControl::ConditionalBranch => {
-            ahead(last.near_branch_target(), source, 1) | ahead(last.next_ip(), source, 1)
-        }
-        _ => ALL,
-    }
+/// What the code behind a way out of a block does with the flags that it finds.
+#[derive(Clone, Copy, Default)]
+pub struct Way {
+    pub target: u64,
+    /// It reads them, or may, or a fault shows them and they cannot be made again.
+    pub needed: u32,
+    /// A fault there may show them where the code itself does not need them any more.
+    pub shown: u32,
 }
 
-/// Flags that the code at `rip` needs. Looks only inside the block's own page
-/// and notes where, so that a change there ends the block and the answer with it.
-fn ahead(rip: u64, source: &Source<'_>, jumps: u32) -> u32 {
-    if rip & !0xFFF != source.rip & !0xFFF || source.page.is_empty() {
-        return ALL;
+/// The ways out of a block to known places; `None` if there are others.
+pub fn ways(last: &Instruction, ends: bool, ahead: &mut Ahead<'_>) -> Option<Vec<Way>> {
+    let targets = if ends {
+        match last.flow_control() {
+            FlowControl::UnconditionalBranch | FlowControl::Call => vec![last.near_branch_target()],
+            FlowControl::ConditionalBranch => vec![last.near_branch_target(), last.next_ip()],
+            _ => return None,
+        }
+    } else {
+        vec![last.next_ip()]
+    };
+    Some(targets.into_iter().map(|target| ahead.way(target)).collect())
+}
+
+/// Looks at the code behind a block.
+pub struct Ahead<'a> {
+    pub source: &'a Source<'a>,
+    /// Where the flags are from at the block's end.
+    pub sources: &'a Sources,
+    pub info: &'a mut InstructionInfoFactory,
+}
+
+/// What was found of the flags on a path.
+#[derive(Default)]
+struct Found {
+    /// The block that finds them needs them: however it is entered they are there.
+    read: u32,
+    /// It is not known what becomes of them.
+    open: u32,
+    /// A fault shows them where nothing that follows reads them.
+    shown: u32,
+    /// Shown where they cannot be made again.
+    lost: u32,
+}
+
+impl Ahead<'_> {
+    fn way(&mut self, target: u64) -> Way {
+        let found = self.look(target, self.sources.clone(), 1);
+        Way {
+            target,
+            needed: found.read | found.open | found.lost,
+            shown: found.shown | found.open,
+        }
     }
-    let bytes = &source.page[(rip & 0xFFF) as usize..];
-    let mut decoder = Decoder::with_ip(64, bytes, rip, source.cpuid.decoder_options());
-    let (mut needed, mut open) = (0, ALL);
-    for _ in 0..LOOK_AHEAD {
-        let i = decoder.decode();
-        let seen = code_map::lines(i.ip() & 0xFFF, i.len().max(1) as u64);
-        source.looked.set(source.looked.get() | seen);
-        if i.is_invalid() || i.is_privileged() {
-            return needed | open;
+
+    /// Looks only inside the block's own page and notes where, so that a change there
+    /// ends the block and the answer with it.
+    fn look(&mut self, rip: u64, mut sources: Sources, jumps: u32) -> Found {
+        let source = self.source;
+        let mut found = Found::default();
+        let mut open = ALL;
+        if rip & !0xFFF != source.rip & !0xFFF || source.page.is_empty() {
+            found.read = ALL;
+            return found;
         }
-        needed |= read(&i) & open;
-        open &= !replaced(&i);
-        if open == 0 {
-            return needed;
-        }
-        match i.flow_control() {
-            FlowControl::Next => {}
-            FlowControl::UnconditionalBranch if jumps > 0 => {
-                return needed | open & ahead(i.near_branch_target(), source, jumps - 1);
+        let bytes = &source.page[(rip & 0xFFF) as usize..];
+        let mut decoder = Decoder::with_ip(64, bytes, rip, source.cpuid.decoder_options());
+        for _ in 0..LOOK_AHEAD {
+            let i = decoder.decode();
+            let seen = code_map::lines(i.ip() & 0xFFF, i.len().max(1) as u64);
+            source.looked.set(source.looked.get() | seen);
+            let kind = if i.is_invalid() { Kind::Interpret } else { classify(&i, source) };
+            if let Some(needed) = fixed(kind) {
+                found.read |= needed & open;
+                found.shown &= !(needed & open);
+                return found;
             }
-            FlowControl::ConditionalBranch if jumps > 0 && i.is_jcc_short_or_near() => {
-                let either = ahead(i.near_branch_target(), source, jumps - 1)
-                    | ahead(i.next_ip(), source, jumps - 1);
-                return needed | open & either;
+            if may_leave(&i, kind) {
+                found.shown |= open;
+                found.lost |= sources.lost() & open;
             }
-            _ => return needed | open,
+            found.read |= read(&i) & open;
+            // Until they are read, the block there keeps them for itself.
+            found.shown &= !(read(&i) & open);
+            open &= !replaced(&i);
+            if open == 0 {
+                return found;
+            }
+            if kind.ends_block() {
+                let targets = match kind {
+                    _ if jumps == 0 => [None, None],
+                    Kind::Jmp | Kind::Call => [Some(i.near_branch_target()), None],
+                    Kind::Jcc | Kind::Loop => [Some(i.near_branch_target()), Some(i.next_ip())],
+                    _ => [None, None],
+                };
+                if targets[0].is_none() {
+                    break;
+                }
+                sources.pass(&i, self.info);
+                let mut behind = Found::default();
+                for target in targets.into_iter().flatten() {
+                    let other = self.look(target, sources.clone(), jumps - 1);
+                    behind.read |= other.read & open;
+                    behind.open |= other.open & open;
+                    behind.shown |= other.shown & open;
+                    behind.lost |= other.lost & open;
+                }
+                found.shown = found.shown & !behind.read | behind.shown;
+                found.read |= behind.read;
+                found.open |= behind.open;
+                found.lost |= behind.lost;
+                return found;
+            }
+            sources.pass(&i, self.info);
         }
+        found.open |= open;
+        found
     }
-    needed | open
 }

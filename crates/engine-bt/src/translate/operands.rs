@@ -35,6 +35,11 @@ pub(super) fn base_offset(segment: usize) -> usize {
     offset_of!(CpuState, seg) + segment * size_of::<tetrarch_engine::Segment>()
 }
 
+/// A slot for an operand that flags are made from again.
+pub(super) fn flag_operand(slot: u8) -> usize {
+    offset_of!(CpuState, flag_operands) + usize::from(slot) * 8
+}
+
 /// Makes [r14 + disp] the memory operand.
 pub(super) fn replace_memory(copy: &mut Instruction, disp: i32) {
     copy.set_memory_base(Register::R14);
@@ -183,7 +188,16 @@ impl Job<'_> {
             self.free_flags();
             let size = i.memory_size().size() as u32;
             let disp = self.operand(i, size, memory_write);
-            replace_memory(&mut copy, disp);
+            match (memory, self.memory_kept()) {
+                (Some(op), Some(slot)) => {
+                    self.e.load_sized(R14, R14, disp, size as u8);
+                    self.e.store(flag_operand(slot), R14);
+                    copy.set_op_kind(op, OpKind::Register);
+                    copy.set_op_register(op, gpr_of(size as usize, R14));
+                    copy.set_segment_prefix(Register::None);
+                }
+                _ => replace_memory(&mut copy, disp),
+            }
         }
         let sometimes = if keeps_flags_sometimes(i) { self.live_after() } else { 0 };
         self.need_flags(read | sometimes, written);

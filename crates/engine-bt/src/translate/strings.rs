@@ -85,7 +85,7 @@ impl Job<'_> {
         let next = |base| Address { base: Some(base), index: None, scale: 1, disp: size.into() };
         if moves {
             self.e.load(R13, source);
-            self.e.load_sized(R13, R13, size);
+            self.e.load_sized(R13, R13, 0, size);
             self.e.store_sized(R14, R13, size);
             self.e.lea(true, RSI, next(RSI));
         } else {

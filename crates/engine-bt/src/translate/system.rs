@@ -175,7 +175,7 @@ impl Job<'_> {
         let port = (i.op_kind(port) != OpKind::Register).then(|| i.immediate8());
         let access = PortAccess { instruction: *i, port, register: i.op_register(register), out };
         let place = self.e.jmp();
-        self.leave(place, self.stubs.leave_port, i.ip(), What::Port(access));
+        self.leave(place, self.stubs.leave_port, What::Port(access));
     }
 
     /// Stores what `load` brings into a register of the guest.

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::block::{MapEntry, Site};
 use super::directory::{Directory, Entry};
 use super::growing::Growing;
+use super::sources::Origin;
 
 /// The most blocks, and the most mappings of pages with code, that are kept: a
 /// guest of one-instruction blocks shall not fill the host's memory.
@@ -22,12 +23,14 @@ pub const MAX_SITES: usize = 8 << 20;
 const BLOCK_CHAINS: u32 = 17;
 const PAGE_CHAINS: u32 = 14;
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     pub rip: u64,
     /// The exec id of its page.
     pub id: u32,
     pub mode: u32,
+    /// The number of its [`Origin`].
+    pub origin: u32,
 }
 
 pub struct Block {
@@ -49,6 +52,9 @@ pub struct ExecPage {
     pub user: bool,
 }
 
+/// How many origins of flags are kept.
+pub const MAX_ORIGINS: usize = 1 << 18;
+
 pub struct Translations {
     /// Which one in the life of the cache.
     pub generation: u64,
@@ -60,6 +66,8 @@ pub struct Translations {
     /// exec id of a page is its number here, and 1.
     pub(super) pages: Directory<ExecPage, AtomicBool>,
     pub sites: Growing<Site>,
+    /// All but [`Origin::Saved`], which is number 0.
+    pub(super) origins: Growing<Origin>,
 }
 
 impl Translations {
@@ -71,6 +79,7 @@ impl Translations {
             blocks: Directory::new(MAX_RECORDS, BLOCK_CHAINS),
             pages: Directory::new(MAX_RECORDS, PAGE_CHAINS),
             sites: Growing::new(MAX_SITES),
+            origins: Growing::new(MAX_ORIGINS),
         }
     }
 
@@ -98,8 +107,15 @@ impl Translations {
     }
 
     #[inline]
-    pub fn find(&self, rip: u64, id: u32, mode: u32) -> Option<u32> {
-        self.blocks.find(&Key { rip, id, mode })
+    pub fn find(&self, key: &Key) -> Option<u32> {
+        self.blocks.find(key)
+    }
+
+    pub fn origin(&self, number: u32) -> Option<&Origin> {
+        match number.checked_sub(1) {
+            None => Some(&Origin::Saved),
+            Some(index) => self.origins.get(index),
+        }
     }
 
     /// Where a block is entered with the flags in `saved_flags`, and whether its page
@@ -107,12 +123,8 @@ impl Translations {
     pub fn indirect_entry(&self, block: u32) -> Option<(u64, bool)> {
         let Entry { key, value, .. } = self.blocks.get(block)?;
         let page = self.pages.get(key.id.checked_sub(1)?)?;
-        Some((self.entry_of(value), page.value.load(Ordering::Relaxed)))
-    }
-
-    /// Where the block is entered with the flags in `saved_flags`.
-    pub fn entry_of(&self, block: &Block) -> u64 {
-        self.run.start + u64::from(block.start + block.indirect_entry)
+        let entry = self.run.start + u64::from(value.start + value.indirect_entry);
+        Some((entry, page.value.load(Ordering::Relaxed)))
     }
 
     /// The block and the instruction that a host address belongs to.
@@ -121,6 +133,14 @@ impl Translations {
             return None;
         }
         let offset = (address - self.run.start) as u32;
+        let (key, block) = self.block_at(offset)?;
+        let inside = offset - block.start;
+        let entry = block.map.partition_point(|entry| entry.offset <= inside).checked_sub(1)?;
+        Some((key, block, block.map[entry]))
+    }
+
+    /// The block that an offset in the cache belongs to.
+    pub fn block_at(&self, offset: u32) -> Option<(&Key, &Block)> {
         // Blocks lie in the order in which they were made.
         let (mut first, mut end) = (0, self.blocks.len() as u32);
         while first < end {
@@ -131,10 +151,8 @@ impl Translations {
                 end = middle;
             }
         }
-        let Entry { key, value: block, .. } = self.blocks.get(first.checked_sub(1)?)?;
-        let inside = offset - block.start;
-        let entry = block.map.partition_point(|entry| entry.offset <= inside).checked_sub(1)?;
-        Some((key, block, block.map[entry]))
+        let Entry { key, value, .. } = self.blocks.get(first.checked_sub(1)?)?;
+        Some((key, value))
     }
 
     /// The instruction by the low half of its address.

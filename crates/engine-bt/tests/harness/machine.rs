@@ -214,8 +214,9 @@ impl Machine {
             return (u64::MAX, false);
         }
         if guest.repeatable {
-            // The translator drops flags that the faulting instruction would have
-            // replaced; since that is skipped here, code after it would see them.
+            // The translator makes flags again that nothing would have needed, undefined
+            // ones not as they were; since the instruction is skipped here, code after it
+            // would see them.
             let flags = at.offset(2 * word);
             let mut kept = [0; 8];
             if self.memory.read(flags, &mut kept[..2]).is_ok() {

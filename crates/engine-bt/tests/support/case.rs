@@ -148,9 +148,6 @@ pub struct Case {
     pub single: bool,
     /// Arithmetic flags that mean something before each instruction, by address.
     pub defined_before: Vec<(u64, u64)>,
-    /// Flags that a single instruction replaces. Nothing can depend on their old
-    /// value, so the translator gives them up before the instruction is done.
-    pub dead: u64,
     /// There is a gather. What one that faults leaves in its mask differs between
     /// CPUs, for elements that were not selected.
     pub gathers: bool,
@@ -159,8 +156,8 @@ pub struct Case {
 impl Case {
     /// One instruction, after which `defined` flags mean something.
     pub fn of_one(code: Vec<u8>, start: State, kernel: bool, defined: u64) -> Self {
-        let (single, dead, gathers) = (true, ARITH, false);
-        Self { code, start, kernel, defined, single, defined_before: Vec::new(), dead, gathers }
+        let (single, gathers) = (true, false);
+        Self { code, start, kernel, defined, single, defined_before: Vec::new(), gathers }
     }
 
     /// Both code pages: INT3 all round, for jumps that go astray.
@@ -178,8 +175,7 @@ const NAMES: [&str; 16] = [
 ];
 
 /// What differs between the host CPU and an engine; empty if nothing that counts.
-/// `strict`: with dead flags at a fault.
-pub fn differences(case: &Case, native: &Outcome, engine: &Outcome, strict: bool) -> Vec<String> {
+pub fn differences(case: &Case, native: &Outcome, engine: &Outcome) -> Vec<String> {
     let mut found = Vec::new();
     let (n, e) = (&native.state, &engine.state);
     let hidden = model::hidden_error_bits(case, native.fault);
@@ -201,15 +197,11 @@ pub fn differences(case: &Case, native: &Outcome, engine: &Outcome, strict: bool
         }
     }
     let at_end = n.rip == case.start.rip + case.code.len() as u64 - 2;
-    let mask = match (at_end, case.single) {
-        (true, _) => case.defined,
-        (false, true) => case.defined & !if strict { 0 } else { case.dead },
-        // The translator gives flags up that the code behind the fault replaces.
-        (false, false) if strict => {
-            let before = case.defined_before.iter().find(|(rip, _)| *rip == n.rip);
-            before.map_or(0, |(_, defined)| *defined)
-        }
-        (false, false) => 0,
+    let mask = if at_end || case.single {
+        case.defined
+    } else {
+        let before = case.defined_before.iter().find(|(rip, _)| *rip == n.rip);
+        before.map_or(0, |(_, defined)| *defined)
     };
     let mask = mask | SYSTEM_FLAGS;
     if (n.rflags ^ e.rflags) & mask != 0 {

@@ -36,6 +36,8 @@ pub enum Item {
         start: usize,
         short: bool,
     },
+    /// Jumps to what follows, which so is a block of its own.
+    Jump,
     /// Calls what is in the region.
     Call {
         end: usize,
@@ -165,6 +167,7 @@ impl Program {
                     out.push((index, branch(Code::Call_rel32_64)?, Some(index + 1)));
                     out.push((index, branch(Code::Jmp_rel32_64)?, Some(end + 1)));
                 }
+                Item::Jump => out.push((index, branch(Code::Jmp_rel32_64)?, Some(index + 1))),
                 Item::EndCall => out.push((index, Instruction::with(Code::Retnq), None)),
             }
         }
@@ -201,22 +204,9 @@ impl Program {
             .map(|(item, offset)| (self.start.rip + u64::from(*offset), defined[*item]))
             .collect();
         let defined = *defined.last()?;
-        let dead = match &self.items[..] {
-            [Item::Plain(i)] => rflags(i.rflags_modified()) | undefined(i),
-            _ => 0,
-        };
         let start = self.start.clone();
         let gathers = self.items.iter().any(|item| matches!(item, Item::Plain(i) if i.is_vsib()));
-        Some(Case {
-            code,
-            start,
-            kernel: self.kernel,
-            defined,
-            single,
-            defined_before,
-            dead,
-            gathers,
-        })
+        Some(Case { code, start, kernel: self.kernel, defined, single, defined_before, gathers })
     }
 }
 
@@ -512,6 +502,7 @@ impl Generator {
                 }
                 22..30 => self.stack(c),
                 30..32 => self.flags(c),
+                32..40 => c.items.push(Item::Jump),
                 _ => self.random(c),
             }
         }

@@ -144,13 +144,15 @@ fn operand_raises(case: &Case, i: &Instruction, m: &UsedMemory, at: &State, faul
     let size = m.memory_size().size().max(1) as u64;
     let last = start.wrapping_add(size - 1);
     match fault.vector {
-        SS | GP if fault.error != 0 => false,
+        SS | GP | AC if fault.error != 0 => false,
         SS => m.segment() == Register::SS && !(canonical(start) && canonical(last)),
         GP => {
             let wild = m.segment() != Register::SS && !(canonical(start) && canonical(last));
             // Also of vectors that may be misaligned: no CPU refuses those.
             wild || size >= 16 && start % 16 != 0 && i.cpuid_features() != [CpuidFeature::AVX]
         }
+        // Checked in user mode alone (Intel SDM 3A, 6.15, "Interrupt 17").
+        AC => !case.kernel && at.rflags & AC_FLAG != 0 && start % size.min(8) != 0,
         PF => {
             let (reads, writes) = match m.access() {
                 OpAccess::Read | OpAccess::CondRead => (true, false),
