@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools.bench import compare, guest, process, report
+from tools.bench import compare, debian, guest, process, report
 from tools.bench.compare import Median
 from tools.bench.process import Result, Run
 
@@ -111,3 +111,24 @@ def test_figures_of_a_disturbed_run_are_doubted(load: float, clock: float, named
     doubts = guest.disturbances({"native": [Run(values)]})
     assert bool(doubts) == bool(named)
     assert named in " ".join(doubts)
+
+
+def test_figures_of_fio_and_iperf3_are_found() -> None:
+    fields = ["3", "fio-3.33", "bench", "0", "0", *["0"] * 120]
+    fields[6:8], fields[47:49] = ["2000", "500"], ["4000", "1000"]
+    line = ";".join(fields)
+
+    assert debian.fio_figure(line, "randread", large=False) == 500
+    assert debian.fio_figure(line, "write", large=True) == pytest.approx(4.096)
+    said = """
+[  5]   0.00-10.00  sec  11.2 GBytes  9600 Mbits/sec    0             sender
+[  5]   0.00-10.00  sec  11.2 GBytes  9590 Mbits/sec                  receiver
+"""
+    assert debian.iperf_figure(said) == 9590
+
+
+def test_a_promise_is_a_bound_of_the_ratio() -> None:
+    assert debian.ROWS["boot"].kept(0.4)
+    assert not debian.ROWS["boot"].kept(0.6)
+    assert debian.ROWS["read"].kept(2.5)
+    assert not debian.ROWS["read"].kept(1.9)

@@ -1,0 +1,296 @@
+"""A Debian on a disk, under QEMU's TCG and under engine bt: the same kernel, disks and card.
+
+What is measured is what a user sees: the time to the login prompt, fio on a second disk, iperf3
+between guest and host over a tap, and what the process takes of the host. The two take turns, each
+round with a fresh copy of the disk. Taps need root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pexpect
+from tools.bench.report import (
+    ROOT,
+    BenchError,
+    describe_host,
+    table,
+    version_of,
+    write_section,
+)
+
+from tetrarch.errors import TetrarchError
+from tetrarch.images.debian_disk import DebianRecipe, build_debian_disk
+from tetrarch.images.progress import TerminalReporter
+from tetrarch.images.store import DiskStore, InstalledDisk
+
+HELP = "a Debian on a disk against QEMU's TCG: boot, disk, network, memory"
+
+QEMU = "qemu-system-x86_64"
+TCG, BT = "QEMU TCG", "bt"
+MEMORY_MIB = 1024
+TAP = "tetrbench0"
+HOST_ADDRESS, GUEST_ADDRESS = "10.213.7.1", "10.213.7.2"
+_PROMPT = "bench-ready# "
+# The second disk: larger than what fio asks for at once, small enough for the host's cache.
+_SCRATCH_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure: what it is called, its unit, and the ratio that is promised.
+
+    A ratio is bt's figure over QEMU's, whatever is better.
+    """
+
+    name: str
+    unit: str
+    least: float | None = None
+    most: float | None = None
+
+    def kept(self, ratio: float) -> bool:
+        return (self.least is None or ratio >= self.least) and (
+            self.most is None or ratio <= self.most
+        )
+
+
+ROWS = {
+    "boot": Row("from the start to the login prompt", "s", most=0.5),
+    "randread": Row("fio, random reads of 4 KiB", "IOPS", least=2),
+    "randwrite": Row("fio, random writes of 4 KiB", "IOPS", least=2),
+    "read": Row("fio, reads of 1 MiB in order", "MB/s", least=2),
+    "write": Row("fio, writes of 1 MiB in order", "MB/s", least=2),
+    "sent": Row("iperf3, guest to host", "Mbit/s", least=2),
+    "received": Row("iperf3, host to guest", "Mbit/s", least=2),
+    "idle": Row("the process with an idle guest (PSS)", "MiB", most=1),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=3, help="of each program; medians [3]")
+    parser.add_argument("--seconds", type=int, default=10, help="for each fio and iperf3 [10]")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one answer [600]")
+    parser.add_argument("--echo", action="store_true", help="show the consoles")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for tool, package in ((QEMU, "qemu-system-x86"), ("iperf3", "iperf3"), ("ip", "iproute2")):
+        if shutil.which(tool) is None:
+            raise BenchError(f"no {tool}; install it: apt-get install {package}")
+    if os.geteuid() != 0:
+        raise BenchError("a tap is made for the guests; run it as root")
+    disk = _disk()
+    found: dict[str, list[dict[str, float]]] = {TCG: [], BT: []}
+    with _network(), tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
+        for number in range(1, arguments.rounds + 1):
+            for program, rounds in found.items():
+                print(f"bench: round {number} of {arguments.rounds}: {program}", file=sys.stderr)
+                rounds.append(_round(program, disk, Path(scratch), arguments))
+    medians = {
+        program: {key: statistics.median(values[key] for values in rounds) for key in rounds[0]}
+        for program, rounds in found.items()
+    }
+    ratios = {key: medians[BT][key] / medians[TCG][key] for key in ROWS}
+    if arguments.json:
+        print(json.dumps({"figures": medians, "ratios": ratios}, indent=2))
+    else:
+        text = _report(medians, ratios, disk, arguments)
+        print(text)
+        write_section("debian", text)
+    return 0 if all(ROWS[key].kept(ratio) for key, ratio in ratios.items()) else 1
+
+
+def _disk() -> InstalledDisk:
+    """A Debian with what is run in it; made once."""
+    store = DiskStore(ROOT / "build" / "bench" / "disks")
+    if (disk := store.find("bench")) is not None:
+        return disk
+    recipe = DebianRecipe("bench", 2 << 30, "bench", packages=("fio", "iperf3"))
+    try:
+        return build_debian_disk(recipe, store, TerminalReporter())
+    except TetrarchError as error:
+        raise BenchError(str(error)) from error
+
+
+@contextmanager
+def _network() -> Iterator[None]:
+    """A tap that both programs take in turn, and a server of iperf3 behind it."""
+    commands = [
+        ["ip", "tuntap", "add", TAP, "mode", "tap", "vnet_hdr"],
+        ["ip", "address", "add", f"{HOST_ADDRESS}/30", "dev", TAP],
+        ["ip", "link", "set", TAP, "up"],
+    ]
+    server = None
+    try:
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise BenchError(f"{' '.join(command)}: {done.stderr.strip()}")
+        server = subprocess.Popen(
+            ["iperf3", "--server", "--bind", HOST_ADDRESS], stdout=subprocess.DEVNULL
+        )
+        yield
+    finally:
+        if server is not None:
+            server.kill()
+            server.wait()
+        subprocess.run(["ip", "link", "delete", TAP], capture_output=True, check=False)
+
+
+def _command(program: str, disk: InstalledDisk, root: Path, second: Path) -> list[str]:
+    append = disk.manifest.append
+    files = [str(disk.kernel), str(disk.initrd), append]
+    if program == BT:
+        command = [sys.executable, "-m", "tetrarch", "run", "--engine", "bt"]
+        command += ["--kernel", files[0], "--initrd", files[1], "--append", files[2]]
+        command += ["--memory", f"{MEMORY_MIB}M", "--net", f"tap={TAP}"]
+        return [*command, "--disk", f"{root},cache=none", "--disk", f"{second},cache=none"]
+    command = [QEMU, "-M", "q35", "-accel", "tcg,thread=single", "-smp", "1"]
+    command += ["-m", str(MEMORY_MIB), "-nodefaults", "-no-user-config", "-display", "none"]
+    command += ["-serial", "stdio", "-device", "virtio-rng-pci", "-device", "virtio-balloon-pci"]
+    command += ["-kernel", files[0], "-initrd", files[1], "-append", files[2]]
+    for path in (root, second):
+        command += ["-drive", f"file={path},format=raw,if=virtio,cache=none,aio=io_uring"]
+    command += ["-netdev", f"tap,id=n,ifname={TAP},script=no,downscript=no"]
+    return [*command, "-device", "virtio-net-pci,netdev=n"]
+
+
+def _round(
+    program: str, disk: InstalledDisk, scratch: Path, arguments: argparse.Namespace
+) -> dict[str, float]:
+    root, second = scratch / "root.raw", scratch / "second.raw"
+    subprocess.run(["cp", "--sparse=always", disk.disk, root], check=True)
+    # Written once, so that no figure is that of the host's allocation.
+    with second.open("wb") as file:
+        for _ in range(_SCRATCH_BYTES >> 20):
+            file.write(bytes(1 << 20))
+        os.fsync(file.fileno())
+    command = _command(program, disk, root, second)
+    begun = time.monotonic()
+    child = pexpect.spawn(
+        command[0], command[1:], timeout=arguments.timeout, encoding="utf-8", echo=False
+    )
+    if arguments.echo:
+        child.logfile_read = sys.stderr
+    try:
+        child.expect("login: ")
+        found = {"boot": time.monotonic() - begun}
+        child.sendline("root")
+        child.expect("# ")
+        # In two parts, so that the echo of the command is no prompt.
+        child.sendline("stty -echo; TERM=dumb PS1='bench-''ready# '")
+        child.expect_exact(_PROMPT)
+        _say(child, "systemctl is-system-running --wait")
+        _say(child, "sleep 10")
+        found["idle"] = _pss_mib(child.pid)
+        for kind, size in (
+            ("randread", "4k"),
+            ("randwrite", "4k"),
+            ("read", "1M"),
+            ("write", "1M"),
+        ):
+            found[kind] = _fio(child, kind, size, arguments.seconds)
+        card = "$(ls /sys/class/net | grep -v lo)"
+        _say(child, f"ip address add {GUEST_ADDRESS}/30 dev {card}; ip link set {card} up")
+        found["sent"] = _iperf(child, "", arguments.seconds)
+        found["received"] = _iperf(child, "--reverse", arguments.seconds)
+        child.sendline("poweroff")
+        child.expect(pexpect.EOF)
+    except (pexpect.TIMEOUT, pexpect.EOF) as error:
+        last = (child.before or "").strip().splitlines()[-1:]
+        raise BenchError(f"{program} did not go on; its last line: {last}") from error
+    finally:
+        child.close(force=True)
+    return found
+
+
+def _say(child: pexpect.spawn[str], command: str) -> str:
+    """What a command prints, lines joined by a newline."""
+    child.sendline(command)
+    child.expect_exact(_PROMPT)
+    return str(child.before).replace("\r", "")
+
+
+def _fio(child: pexpect.spawn[str], kind: str, size: str, seconds: int) -> float:
+    """Requests a second, or MB/s where they are large."""
+    said = _say(
+        child,
+        f"fio --minimal --name=bench --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=32 "
+        f"--bs={size} --rw={kind} --runtime={seconds} --time_based",
+    )
+    line = next((line for line in said.splitlines() if line.startswith("3;fio")), None)
+    if line is None:
+        raise BenchError(f"fio says no result: {said.strip()[-200:]}")
+    return fio_figure(line, kind, large=size == "1M")
+
+
+def fio_figure(line: str, kind: str, *, large: bool) -> float:
+    """Of a line of fio's terse output, version 3: IOPS, or MB/s for ``large`` requests."""
+    fields = line.split(";")
+    first = 46 if kind.endswith("write") else 5
+    bandwidth_kib, iops = float(fields[first + 1]), float(fields[first + 2])
+    return bandwidth_kib * 1024 / 1e6 if large else iops
+
+
+def _iperf(child: pexpect.spawn[str], option: str, seconds: int) -> float:
+    said = _say(child, f"iperf3 --client {HOST_ADDRESS} --time {seconds} --format m {option}")
+    return iperf_figure(said)
+
+
+def iperf_figure(said: str) -> float:
+    """Mbit/s that arrived, of what iperf3 prints with ``--format m``."""
+    match = re.search(r"([0-9.]+) Mbits/sec +receiver", said)
+    if match is None:
+        raise BenchError(f"iperf3 says no result: {said.strip()[-200:]}")
+    return float(match.group(1))
+
+
+def _pss_mib(pid: int) -> float:
+    """Of the process, its share of shared pages counted."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    raise BenchError(f"/proc/{pid}/smaps_rollup has no Pss")
+
+
+def _report(
+    medians: Mapping[str, Mapping[str, float]],
+    ratios: Mapping[str, float],
+    disk: InstalledDisk,
+    arguments: argparse.Namespace,
+) -> str:
+    rows: list[Sequence[str]] = []
+    for key, row in ROWS.items():
+        promised = f"≥ {row.least:g}" if row.least is not None else f"≤ {row.most:g}"
+        figures = (medians[program][key] for program in (TCG, BT))
+        shown = (f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in figures)
+        rows.append((row.name, row.unit, *shown, f"{ratios[key]:.2f}", promised))
+    facts = [
+        *describe_host(),
+        ("Guest kernel", disk.manifest.release),
+        ("QEMU", version_of(QEMU, "--version")),
+    ]
+    return (
+        "## A Debian on a disk\n\n"
+        f"`python -m tools.bench debian`: one virtual CPU, {MEMORY_MIB} MiB, virtio disks past the "
+        f"host's page cache (io_uring), a virtio card on a tap; medians of {arguments.rounds} "
+        f"interleaved rounds, fio and iperf3 for {arguments.seconds} s each, 32 requests at a "
+        "time. A ratio is the figure of bt over that of QEMU.\n\n"
+        + table(("", ""), facts)
+        + "\n\n"
+        + table(("", "unit", TCG, BT, "ratio", "promised"), rows)
+    )
