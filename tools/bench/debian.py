@@ -158,13 +158,13 @@ def _command(program: str, disk: InstalledDisk, root: Path, second: Path) -> lis
         command = [sys.executable, "-m", "tetrarch", "run", "--engine", "bt"]
         command += ["--kernel", files[0], "--initrd", files[1], "--append", files[2]]
         command += ["--memory", f"{MEMORY_MIB}M", "--net", f"tap={TAP}"]
-        return [*command, "--disk", f"{root},cache=none", "--disk", f"{second},cache=none"]
+        return [*command, "--disk", str(root), "--disk", str(second)]
     command = [QEMU, "-M", "q35", "-accel", "tcg,thread=single", "-smp", "1"]
     command += ["-m", str(MEMORY_MIB), "-nodefaults", "-no-user-config", "-display", "none"]
     command += ["-serial", "stdio", "-device", "virtio-rng-pci", "-device", "virtio-balloon-pci"]
     command += ["-kernel", files[0], "-initrd", files[1], "-append", files[2]]
     for path in (root, second):
-        command += ["-drive", f"file={path},format=raw,if=virtio,cache=none,aio=io_uring"]
+        command += ["-drive", f"file={path},format=raw,if=virtio,aio=io_uring"]
     command += ["-netdev", f"tap,id=n,ifname={TAP},script=no,downscript=no"]
     return [*command, "-device", "virtio-net-pci,netdev=n"]
 
@@ -286,7 +286,7 @@ def _report(
     ]
     return (
         "## A Debian on a disk\n\n"
-        f"`python -m tools.bench debian`: one virtual CPU, {MEMORY_MIB} MiB, virtio disks past the "
+        f"`python -m tools.bench debian`: one virtual CPU, {MEMORY_MIB} MiB, virtio disks in the "
         f"host's page cache (io_uring), a virtio card on a tap; medians of {arguments.rounds} "
         f"interleaved rounds, fio and iperf3 for {arguments.seconds} s each, 32 requests at a "
         "time. A ratio is the figure of bt over that of QEMU.\n\n"
