@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tetrarch.errors import ImageError
+from tetrarch.images.debian_disk import DebianRecipe, build_debian_disk
+from tetrarch.images.progress import Reporter
+from tetrarch.images.store import DiskStore
+from tetrarch.images.tool import find_tool
+
 META = "linux-image-cloud-amd64"
 KERNEL = "linux-image-6.1.0-1-cloud-amd64"
 RELEASE = "6.1.0-1-cloud-amd64"
@@ -105,3 +111,22 @@ def _package(index: Path, name: str, files: dict[str, bytes]) -> None:
         f"Package: {name}\nVersion: 6.1.1-1\nFilename: pool/{name}.deb\n"
         f"Installed-Size: 8\nSize: {len(data)}\nSHA256: {hashlib.sha256(data).hexdigest()}\n"
     )
+
+
+@pytest.fixture(scope="session")
+def debian_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An XDG_DATA_HOME with the disk ``web``, which the user ``me`` may enter with ``key``."""
+    for program in ("mmdebstrap", "mke2fs", "debugfs", "sfdisk", "ssh-keygen"):
+        try:
+            find_tool(program, program)
+        except ImageError:
+            pytest.skip(f"needs {program} (Debian: mmdebstrap, e2fsprogs, fdisk, openssh-client)")
+    data = tmp_path_factory.mktemp("data")
+    key = data / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    public = key.with_suffix(".pub").read_text()
+    recipe = DebianRecipe("web", 2 << 30, "box", "me", ssh_keys=[public])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(data))
+        build_debian_disk(recipe, DiskStore(), Reporter())
+    return data

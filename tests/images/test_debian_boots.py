@@ -1,11 +1,11 @@
-"""A Debian disk from the archive to its end: built, booted, rebooted, switched off."""
+"""A Debian disk from the archive to its end: built, booted, used, rebooted, switched off."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,33 +14,29 @@ import pytest
 from tetrarch import Machine, MachineConfig
 from tetrarch.agent import AgentError, connect, encode_run
 from tetrarch.agent.client import EXIT, RUN
-from tetrarch.errors import ImageError
-from tetrarch.images.debian_disk import DebianRecipe, build_debian_disk
-from tetrarch.images.progress import Reporter
-from tetrarch.images.store import DiskStore
-from tetrarch.images.tool import find_tool
 from tetrarch.machine.guest import with_installed_disk
+from tetrarch.net import NetSpec
 
 # Of a host that does a lot beside it; a build takes 3 to 4 minutes on 2 CPUs, a boot less than one.
 LIMIT_S = 900
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(4 * LIMIT_S)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(6 * LIMIT_S)]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def data(debian_disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """XDG_DATA_HOME with the disk ``web``."""
-    for program in ("mmdebstrap", "mke2fs", "debugfs", "sfdisk"):
-        try:
-            find_tool(program, program)
-        except ImageError:
-            pytest.skip(f"needs {program} (Debian: mmdebstrap, e2fsprogs, fdisk)")
-    data = tmp_path_factory.mktemp("data")
-    recipe = DebianRecipe(name="web", size=2 << 30, hostname="box", user="me")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_DATA_HOME", str(data))
-        build_debian_disk(recipe, DiskStore(), Reporter())
-        yield data
+    monkeypatch.setenv("XDG_DATA_HOME", str(debian_disk))
+    return debian_disk
+
+
+@pytest.fixture
+def port() -> int:
+    """A TCP port of the host that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number: int = probe.getsockname()[1]
+    return number
 
 
 def run(vsock: Path, *words: str) -> tuple[int, str]:
@@ -105,3 +101,38 @@ def test_command_runs_on_the_disk_and_what_it_writes_stays(data: Path) -> None:
     start = ("run", "web", "--engine", "bt", "--", "sh", "-c")
     assert tetrarch(*start, "echo more >/root/more; exit 7") == (7, "", "")
     assert tetrarch(*start, "cat /root/more") == (0, "more\n", "")
+
+
+def test_user_comes_in_by_ssh_and_installs_a_package(data: Path, tmp_path: Path, port: int) -> None:
+    vsock = tmp_path / "vsock"
+    net = (NetSpec.parse(f"user,forward={port}:22"),)
+    config = with_installed_disk(MachineConfig(engine="bt", image="web", vsock=vsock, net=net))
+    with Machine(config) as vm:
+        vm.start()
+        assert run(vsock, "systemctl", "is-system-running", "--wait") == (0, "running\n")
+        ssh = ["ssh", "-i", str(data / "key"), "-p", str(port), "-o", "BatchMode=yes"]
+        ssh += ["-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={tmp_path / 'known'}"]
+        install = "sudo apt-get update -q && sudo apt-get install -qy hello && hello"
+        done = subprocess.run(
+            [*ssh, "me@127.0.0.1", install],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+        assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["Hello, world!"]), (
+            done.stdout + done.stderr
+        )
+
+
+def test_twenty_boots_in_a_row(data: Path, tmp_path: Path) -> None:
+    for number in range(20):
+        vsock = tmp_path / f"vsock{number}"
+        config = with_installed_disk(MachineConfig(engine="bt", image="web", vsock=vsock))
+        with Machine(config) as vm:
+            vm.start()
+            assert run(vsock, "systemctl", "is-system-running", "--wait") == (0, "running\n")
+            with suppress(AgentError):
+                run(vsock, "systemctl", "poweroff")
+            assert vm.wait(LIMIT_S).code == 0
