@@ -297,6 +297,9 @@ class AhciPorts(RustDevice):
     ) -> Self:
         """``line`` is driven while there are interrupts, and ``message`` raised for each that
         is new. EngineError for no drive, or more than MAX_PORTS."""
+    def set_master(self, master: bool) -> None:
+        """Whether the device may access memory; at first it may. When it was taken from it, nothing
+        is written there any more, and it goes on when it is given back."""
     def reset(self) -> None:
         """When it returns nothing touches guest memory."""
     def save(self) -> tuple[list[int], list[list[int]]]:
@@ -334,6 +337,9 @@ class IdeChannels:
         """The port of a channel's alternate status and control."""
     def master_ports(self) -> RustDevice:
         """The 16 ports of the bus masters."""
+    def set_master(self, master: bool) -> None:
+        """Whether the device may access memory; at first it may. When it was taken from it, nothing
+        is written there any more, and it goes on when it is given back."""
     def reset(self) -> None:
         """When it returns nothing touches guest memory."""
     def save(self) -> IdeState:
@@ -380,6 +386,9 @@ class NvmeQueues:
     def enable(self, submissions: tuple[int, int], completions: tuple[int, int]) -> None:
         """With admin queues as (address, entries). EngineError where they cannot be, or where
         the disk is closed."""
+    def set_master(self, master: bool) -> None:
+        """Whether the device may access memory; at first it may. When it was taken from it, nothing
+        is written there any more, and it goes on when it is given back."""
     def reset(self) -> None:
         """When it returns nothing touches guest memory."""
     def shut_down(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tetrarch._native import Vm
+from tetrarch.pci.function import BUS_MASTER, COMMAND
 from tetrarch.storage import AhciController, AtaDrive
 
 LIMIT_S: Final = 30
@@ -53,8 +54,12 @@ class AhciDriver:
     def __init__(self, drives: Sequence[AtaDrive], vm: Vm | None = None) -> None:
         self.vm = vm or Vm("bt", 16 << 20)
         self.controller = AhciController(self.vm, drives)
+        self.set_bus_master()
         self.registers = self.controller.ports
         self.port = 0
+
+    def set_bus_master(self, master: bool = True) -> None:
+        self.controller.function.write_config(COMMAND, 2, BUS_MASTER if master else 0)
 
     # Registers
 

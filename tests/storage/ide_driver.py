@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from tetrarch._native import Vm
+from tetrarch.pci.function import BUS_MASTER, COMMAND
 from tetrarch.storage import AtaDrive, IdeController
 
 LIMIT_S: Final = 30
@@ -33,6 +34,7 @@ class IdeDriver:
     def __init__(self, drives: Sequence[AtaDrive | None], vm: Vm | None = None) -> None:
         self.vm = vm or Vm("bt", 16 << 20)
         self.controller = IdeController(self.vm, drives)
+        self.set_bus_master()
         self.masters = self.controller.function.bars[0].parts[0].device
         self.use(0, 0)
 
@@ -41,6 +43,9 @@ class IdeDriver:
         self.ports = self.controller.channels.task_ports(channel)
         self.control = self.controller.channels.control_port(channel)
         self.ports.write(6, 1, 0xA0 | drive << 4)
+
+    def set_bus_master(self, master: bool = True) -> None:
+        self.controller.function.write_config(COMMAND, 2, BUS_MASTER if master else 0)
 
     # Registers
 

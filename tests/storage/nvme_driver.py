@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tetrarch._native import Disk, Vm
+from tetrarch.pci.function import BUS_MASTER, COMMAND
 from tetrarch.storage import NvmeController
 from tetrarch.storage.nvme import DOORBELLS, ENABLE
 
@@ -55,11 +56,15 @@ class NvmeDriver:
     def __init__(self, disk: Disk, queues: int = 2, vm: Vm | None = None) -> None:
         self.vm = vm or Vm("bt", 16 << 20)
         self.controller = NvmeController(self.vm, disk, name="disk0", queues=queues)
+        self.set_bus_master()
         parts = self.controller.function.bars[0].parts
         self.registers, self.doorbells = parts[0].device, parts[1].device
         assert parts[1].offset == DOORBELLS
         self.pairs: dict[int, Pair] = {}
         self._next_id = 0x100
+
+    def set_bus_master(self, master: bool = True) -> None:
+        self.controller.function.write_config(COMMAND, 2, BUS_MASTER if master else 0)
 
     # Registers
 

@@ -571,6 +571,30 @@ def test_line_is_high_while_a_port_has_an_interrupt_that_is_enabled(driver: Ahci
     assert not wire.is_high()
 
 
+def test_without_the_bus_nothing_is_taken_and_memory_is_left_alone(raw: Path) -> None:
+    driver = AhciDriver([drive(raw, ",iops=300")])
+    driver.start()
+    driver.write(0, bytes(65536))
+    for slot in range(32):
+        regions = [(DATA + 0x1000 * slot, 0x1000)]
+        driver.fill(slot, READ_QUEUED, 0, slot << 3, regions, features=8)
+    driver.port_set(SACT, 0xFFFF_FFFF)
+    driver.port_set(CI, 0xFFFF_FFFF)
+    driver.set_bus_master(False)
+    frames = driver.vm.read_memory(FRAMES, 0x100)
+    mark = b"\5" * 0x2_0000
+    driver.vm.write_memory(DATA, mark)
+    left = driver.port_get(SACT)
+    driver.port_set(CMD, START)
+    driver.port_set(CMD, START | RECEIVE)
+    assert driver.vm.read_memory(FRAMES, 0x100) == frames
+    assert driver.vm.read_memory(DATA, len(mark)) == mark
+    assert driver.port_get(SACT) == left
+    driver.set_bus_master()
+    wait_until(lambda: driver.port_get(SACT) == 0, "those that waited")
+    driver.controller.close()
+
+
 # CD-ROMs
 
 

@@ -37,7 +37,7 @@ def test_file_system_is_mounted_written_trimmed_and_clean(
     )
     with machine:
         linux = Linux(machine)
-        linux.ask("modprobe -a sd_mod sr_mod isofs; until [ -b /dev/sda ]; do sleep 0.1; done")
+        linux.ask("until [ -b /dev/sda ]; do sleep 0.1; done")
         assert "Tetrarch" in linux.ask("cat /sys/block/sda/device/model")
         assert "32" in linux.ask("cat /sys/block/sda/device/queue_depth")
         linux.ask("mount -t ext4 /dev/sda /mnt")
@@ -71,7 +71,7 @@ def test_saved_machine_goes_on_with_its_disk(standard_guest: CachedGuest, tmp_pa
     )
     with machine:
         linux = Linux(machine)
-        linux.ask("modprobe -a sd_mod sr_mod isofs; until [ -b /dev/sda ]; do sleep 0.1; done")
+        linux.ask("until [ -b /dev/sda ]; do sleep 0.1; done")
         linux.ask("mount -t ext4 /dev/sda /mnt")
         machine.console.send(
             "while :; do dd if=/dev/zero of=/mnt/x bs=64k count=50; sync; done &\n"

@@ -311,6 +311,29 @@ def test_stopped_bus_master_leaves_memory_alone(driver: IdeDriver) -> None:
     assert driver.read_dma(0, 512) == bytes(512)
 
 
+def test_bus_master_without_the_bus_waits(driver: IdeDriver) -> None:
+    data = os.urandom(65536)
+    driver.write_dma(0, data)
+    driver.regions([(DATA, 0)])
+    driver.master(0, TO_MEMORY)
+    for early in (True, False):
+        driver.set_bus_master(early)
+        driver.command(READ_DMA_WIDE, 0, 128, wide=True)
+        driver.master(0, TO_MEMORY | START)
+        driver.set_bus_master(False)
+        mark = b"\5" * 65536
+        driver.vm.write_memory(DATA, mark)
+        if early:
+            assert driver.wait() == READY, "it is over"
+        else:
+            assert driver.status == READY | DATA_REQUEST
+        assert driver.vm.read_memory(DATA, 65536) == mark
+        driver.set_bus_master()
+        assert driver.wait() == READY
+        assert (driver.vm.read_memory(DATA, 65536) == data) != early
+        driver.master(0, TO_MEMORY)
+
+
 def test_data_register_out_of_turn_is_nothing(driver: IdeDriver) -> None:
     assert driver.ports.read(0, 2) == 0
     driver.write_words(b"\1" * 512)
@@ -470,6 +493,7 @@ def test_any_words_at_all_do_no_harm(raw: Path, iso: Path) -> None:
                 for offset in range(8):
                     driver.ports.read(offset, noise.choice([1, 2, 4]))
     driver.controller.reset()
+    driver.set_bus_master()
     driver.use(0, 0)
     assert driver.write_dma(0, b"\2" * 512) == READY
     assert driver.read_dma(0, 512) == b"\2" * 512

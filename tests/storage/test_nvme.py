@@ -536,6 +536,39 @@ def test_line_is_high_while_completions_wait_and_masked_by_its_register(
     assert not wire.is_high()
 
 
+# The bus
+
+
+def test_without_the_bus_nothing_is_taken_and_memory_is_left_alone(raw: Path) -> None:
+    driver = opened(raw, ",iops=300")
+    driver.start()
+    driver.write(0, bytes(PAGE))
+    offered = [
+        driver.offer(1, READ, (DATA + PAGE * one, 0), (0, 0, 7), ring=False) for one in range(30)
+    ]
+    driver.ring(1)
+    driver.set_bus_master(False)
+    # What was taken is over; what was not, waits.
+    done = []
+    while (one := driver.poll(1)) is not None:
+        done.append(one.command)
+    mark = b"\5" * (30 * PAGE)
+    driver.vm.write_memory(DATA, mark)
+    waiting = driver.offer(0, EVENT)
+    driver.doorbells.write(0xFF0, 4, 0)
+    driver.set(0x14, driver.get(0x14) | 1 << 14)
+    wait_until(lambda: driver.status & 0xC == SHUT_DOWN, "the shutdown, which is no access")
+    assert driver.vm.read_memory(DATA, len(mark)) == mark
+    assert driver.poll(0) is driver.poll(1) is None
+    driver.set_bus_master()
+    while len(done) < 30:
+        done.append(driver.wait(1).command)
+    assert sorted(done) == offered
+    told = driver.wait(0)
+    assert (told.command, told.result & 0xFF) == (waiting, 0)
+    driver.controller.close()
+
+
 # Life
 
 

@@ -50,6 +50,11 @@ impl AhciPorts {
         py.detach(|| self.0.reset());
     }
 
+    /// Whether the controller may access memory.
+    fn set_master(&self, py: Python<'_>, master: bool) {
+        py.detach(|| self.0.set_master(master));
+    }
+
     /// Numbers of the controller, and of each port.
     fn save(&self, py: Python<'_>) -> (Vec<u64>, Vec<Vec<u64>>) {
         let Saved { controller, ports } = py.detach(|| self.0.save());

@@ -74,6 +74,11 @@ impl IdeChannels {
         py.detach(|| self.0.reset());
     }
 
+    /// Whether bus masters may access memory.
+    fn set_master(&self, py: Python<'_>, master: bool) {
+        py.detach(|| self.0.set_master(master));
+    }
+
     fn save(&self, py: Python<'_>) -> State {
         let Saved { channels, buffers, drives } = py.detach(|| self.0.save());
         State { channels, buffers, drives }

@@ -80,6 +80,11 @@ impl NvmeQueues {
         py.detach(|| self.0.reset());
     }
 
+    /// Whether the controller may access memory.
+    fn set_master(&self, py: Python<'_>, master: bool) {
+        py.detach(|| self.0.set_master(master));
+    }
+
     fn shut_down(&self, py: Python<'_>) {
         py.detach(|| self.0.shut_down());
     }

@@ -5,6 +5,7 @@ pub mod ahci;
 pub mod ata;
 mod atapi;
 pub mod ide;
+mod landed;
 pub mod nvme;
 mod requests;
 mod saved;

@@ -49,6 +49,7 @@ class AhciController:
             Identity(VENDOR, DEVICE, CLASS, revision=2, subsystem_vendor=VENDOR, subsystem=DEVICE),
             [Bar(REGISTERS_BAR, REGISTERS_BYTES, [BarPart(0, REGISTERS_BYTES, self.ports)])],
             intx=line,
+            on_bus_master=self.ports.set_master,
         )
         self.function.add_msi(messages)
 

@@ -64,6 +64,7 @@ class IdeController:
                 )
             ],
             interrupt_pin=False,
+            on_bus_master=self.channels.set_master,
         )
         self._regions = []
         for number, (task, control, _) in enumerate(IDE_CHANNELS):

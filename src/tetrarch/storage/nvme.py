@@ -125,6 +125,7 @@ class NvmeController:
                 Bar(MSIX_BAR, PAGE, [BarPart(0, PAGE, self.msix)]),
             ],
             intx=line,
+            on_bus_master=self.queues.set_master,
         )
         self.function.add_msix(self.msix, MSIX_BAR)
 

@@ -13,6 +13,7 @@ use super::MAX_PORTS;
 use super::hba::{Hba, open};
 use super::port::{COMMAND_KEPT, Port, Registers, interrupt};
 use crate::ata::Drive;
+use crate::landed::Landed;
 use crate::requests::Requests;
 use crate::saved::{DamagedState, load_drive, save_drive};
 
@@ -33,6 +34,8 @@ pub struct Saved {
 pub struct Ahci {
     hba: Arc<Mutex<Hba>>,
     event: Event,
+    landed: Arc<Landed>,
+    name: String,
     attachment: Attachment,
 }
 
@@ -52,14 +55,16 @@ impl Ahci {
             None => Port::new(String::new(), None),
         };
         let ports = drives.into_iter().take(MAX_PORTS).map(port).collect();
-        let hba = Arc::new(Mutex::new(Hba::new(memory, ports, line, message)));
+        let landed = Arc::new(Landed::default());
+        let hba = Hba::new(memory, ports, line, message, Arc::clone(&landed));
+        let hba = Arc::new(Mutex::new(hba));
         let attachment = io.attach(name, Arc::clone(&hba) as _);
         let event = Event::new()?;
         attachment.add(&event, REGISTERS, Trigger::Edge)?;
         for (index, port) in hba.lock().ports.iter_mut().enumerate() {
             open(port, index, &attachment);
         }
-        Ok(Self { hba, event, attachment })
+        Ok(Self { hba, event, landed, name: name.into(), attachment })
     }
 
     pub fn reset(&self) {
@@ -69,6 +74,20 @@ impl Ahci {
             (port.registers.list, port.registers.received) = (0, 0);
         }
         hba.interrupt();
+    }
+
+    /// Whether the controller may access memory; at first it may. When it was taken from it,
+    /// nothing is read or written there any more, and it goes on when it is given back.
+    pub fn set_master(&self, master: bool) {
+        let mut hba = self.hba.lock();
+        for port in &mut hba.ports {
+            (port.master, port.away) = (master, false);
+        }
+        if master {
+            return self.event.signal();
+        }
+        self.landed.wait(&self.name, &mut hba, Hba::settled);
+        hba.ports.iter_mut().for_each(|port| port.away = true);
     }
 
     /// How many requests wait for the host to be mended: they are no part of a saved state.

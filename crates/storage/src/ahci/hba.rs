@@ -9,6 +9,7 @@ use tetrarch_io::{Attachment, Handler};
 use tetrarch_memory::GuestMemory;
 
 use super::port::Port;
+use crate::landed::Landed;
 use crate::requests::Requests;
 
 /// Where the registers of ports begin, and how many bytes each has.
@@ -34,6 +35,7 @@ pub struct Hba {
     line: Line,
     message: Arc<dyn Interrupt>,
     quiet: bool,
+    landed: Arc<Landed>,
 }
 
 impl Hba {
@@ -42,8 +44,10 @@ impl Hba {
         ports: Vec<Port>,
         line: Line,
         message: Arc<dyn Interrupt>,
+        landed: Arc<Landed>,
     ) -> Self {
-        Self { memory, ports, enabled: false, interrupts: 0, line, message, quiet: false }
+        let (enabled, interrupts, quiet) = (false, 0, false);
+        Self { memory, ports, enabled, interrupts, line, message, quiet, landed }
     }
 
     pub fn read(&self, offset: u64) -> u32 {
@@ -80,6 +84,12 @@ impl Hba {
         }
         self.interrupt();
         work
+    }
+
+    /// Whether nothing is in flight.
+    pub fn settled(&mut self) -> bool {
+        // Of each port: all are to hurry.
+        self.ports.iter_mut().fold(true, |settled, port| port.settled() && settled)
     }
 
     pub fn reset(&mut self, io: &Attachment) {
@@ -126,16 +136,12 @@ impl Handler for Hba {
             None => self.ports.iter_mut().for_each(|port| port.serve(&memory, quiet)),
         }
         self.interrupt();
+        self.landed.signal();
     }
 
     fn quiesce(&mut self) -> bool {
         self.quiet = true;
-        let mut idle = true;
-        for requests in self.ports.iter_mut().filter_map(|port| port.requests.as_mut()) {
-            requests.hurry();
-            idle &= requests.idle();
-        }
-        idle
+        self.settled()
     }
 
     fn resume(&mut self) {

@@ -97,6 +97,10 @@ pub struct Port {
     /// While there is a disk.
     pub requests: Option<Requests<Waiting>>,
     pub registers: Registers,
+    /// The controller has the bus: commands are taken.
+    pub master: bool,
+    /// It is without it: memory is left alone.
+    pub away: bool,
     ended: Vec<(Waiting, Result<(), BlockError>)>,
 }
 
@@ -107,6 +111,8 @@ impl Port {
             drive,
             requests: None,
             registers: Registers::default(),
+            master: true,
+            away: false,
             ended: Vec::new(),
         };
         port.link_reset();
@@ -272,7 +278,7 @@ impl Port {
     }
 
     fn received<'a>(&self, memory: &'a GuestMemory) -> Received<'a> {
-        let receives = self.registers.command & command::RECEIVE != 0;
+        let receives = self.registers.command & command::RECEIVE != 0 && !self.away;
         Received { memory, base: receives.then_some(self.registers.received) }
     }
 
@@ -290,7 +296,7 @@ impl Port {
     /// Takes up what was given and answers what the disk has done.
     pub fn serve(&mut self, memory: &GuestMemory, quiet: bool) {
         self.finish(memory);
-        while !quiet && self.running() && self.drive.is_some() {
+        while !quiet && self.master && self.running() && self.drive.is_some() {
             let waiting = self.registers.issued & !self.registers.taken;
             let index = waiting.trailing_zeros() as usize;
             // One command at a time, but for those of the device's queue.
@@ -524,11 +530,23 @@ impl Port {
         }
     }
 
+    /// Whether nothing is in flight.
+    pub fn settled(&mut self) -> bool {
+        self.requests.as_mut().is_none_or(|requests| {
+            requests.hurry();
+            requests.idle()
+        })
+    }
+
     /// Answers what the disk has done.
     fn finish(&mut self, memory: &GuestMemory) {
         let Some(requests) = &mut self.requests else { return };
         let mut ended = std::mem::take(&mut self.ended);
         requests.take(&mut ended);
+        if self.away {
+            self.ended = ended; // it is said when the bus is there again
+            return;
+        }
         for (waiting, result) in ended.drain(..) {
             if let Err(error) = result {
                 tell(&self.name, error);

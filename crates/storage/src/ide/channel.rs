@@ -93,6 +93,8 @@ pub struct Channel {
     /// Device control.
     pub control: u8,
     pub master: BusMaster,
+    /// The function has the bus.
+    pub has_bus: bool,
     pub work: Work,
     /// The device wants an interrupt.
     pub interrupt: bool,
@@ -122,6 +124,7 @@ impl Channel {
             registers: [Registers::default(); DRIVES],
             control: 0,
             master: BusMaster::default(),
+            has_bus: true,
             work: Work::default(),
             interrupt: false,
             line,
@@ -269,7 +272,7 @@ impl Channel {
 
     pub fn write_master(&mut self, offset: u64, value: u8, io: &Attachment) {
         match self.master.write(offset, value) {
-            Change::Start if self.work.wait == Wait::Master => self.start_master(),
+            Change::Start if self.work.wait == Wait::Master && self.has_bus => self.start_master(),
             Change::Stop if self.work.wait == Wait::Disk && self.work.dma => {
                 // In the middle of a transfer: the command fails.
                 self.forget(io);
@@ -277,6 +280,24 @@ impl Channel {
             }
             _ => {}
         }
+    }
+
+    /// The bus master waits while the function is without the bus.
+    pub fn set_bus(&mut self, has_bus: bool) {
+        self.has_bus = has_bus;
+        if has_bus && self.work.wait == Wait::Master && self.master.started() {
+            self.start_master();
+        }
+    }
+
+    /// Whether the disk accesses no guest memory.
+    pub fn settled(&mut self) -> bool {
+        let moves = self.work.dma && self.work.wait == Wait::Disk;
+        !moves
+            || self.requests().fold(true, |settled, requests| {
+                requests.hurry();
+                requests.idle() && settled
+            })
     }
 
     // The data register
@@ -535,7 +556,7 @@ impl Channel {
         if self.work.packet {
             self.current().count = TO_HOST.into();
         }
-        if self.master.started() {
+        if self.master.started() && self.has_bus {
             self.start_master();
         }
     }

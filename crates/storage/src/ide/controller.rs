@@ -14,15 +14,17 @@ use super::device::Registers;
 use super::{CHANNELS, DRIVES};
 use crate::ata::{Drive, status};
 use crate::atapi;
+use crate::landed::Landed;
 use crate::saved::{DamagedState, load_drive, save_drive};
 
-struct Channels(Vec<Channel>);
+struct Channels(Vec<Channel>, Arc<Landed>);
 
 impl Handler for Channels {
     fn ready(&mut self, source: u32) {
         if let Some(channel) = self.0.get_mut(source as usize / DRIVES) {
             channel.finish();
         }
+        self.1.signal();
     }
 
     fn quiesce(&mut self) -> bool {
@@ -50,6 +52,8 @@ pub struct Saved {
 /// lines are driven under it.
 pub struct Ide {
     channels: Arc<Mutex<Channels>>,
+    landed: Arc<Landed>,
+    name: String,
     attachment: Attachment,
 }
 
@@ -73,12 +77,13 @@ impl Ide {
             let channel = Channel::new(number, Arc::clone(memory), devices, line);
             channels.push(channel.map_err(io::Error::other)?);
         }
-        let channels = Arc::new(Mutex::new(Channels(channels)));
+        let landed = Arc::new(Landed::default());
+        let channels = Arc::new(Mutex::new(Channels(channels, Arc::clone(&landed))));
         let attachment = thread.attach(name, Arc::clone(&channels) as _);
         for channel in &mut channels.lock().0 {
             (0..DRIVES).for_each(|index| channel.open(index, &attachment));
         }
-        Ok(Self { channels, attachment })
+        Ok(Self { channels, landed, name: name.into(), attachment })
     }
 
     fn with<T>(&self, channel: usize, body: impl FnOnce(&mut Channel) -> T) -> Option<T> {
@@ -88,6 +93,18 @@ impl Ide {
     pub fn reset(&self) {
         for channel in &mut self.channels.lock().0 {
             channel.reset(&self.attachment);
+        }
+    }
+
+    /// Whether bus masters may access memory; at first they may. When it was taken from them,
+    /// nothing is read or written there any more, and they go on when it is given back.
+    pub fn set_master(&self, master: bool) {
+        let mut channels = self.channels.lock();
+        channels.0.iter_mut().for_each(|channel| channel.set_bus(master));
+        if !master {
+            self.landed.wait(&self.name, &mut channels, |channels| {
+                channels.0.iter_mut().fold(true, |settled, channel| channel.settled() && settled)
+            });
         }
     }
 

@@ -22,6 +22,7 @@ use super::queue::{Completions, Submissions};
 use super::saved::{DamagedState, Saved};
 use super::status::Status;
 use super::{MAX_ADMIN_ENTRIES, MAX_PAIRS, PAGE, nvm};
+use crate::landed::Landed;
 use crate::requests::{Requests, tell};
 
 /// Descriptors on the I/O thread.
@@ -81,8 +82,13 @@ pub struct Inner {
     pub(super) log: Log,
     /// Completion queues that have got something, as bits.
     answered: u64,
-    /// No command is taken: the machine is held.
+    /// The machine is held.
     quiet: bool,
+    /// The controller has the bus: it takes commands.
+    master: bool,
+    /// It is without it: memory is left alone.
+    away: bool,
+    landed: Arc<Landed>,
     shut_down: Arc<AtomicBool>,
     ended: Vec<(Owner, Result<(), BlockError>)>,
 }
@@ -139,6 +145,11 @@ impl Inner {
         Ok(())
     }
 
+    /// Whether commands are taken, and events told.
+    fn works(&self) -> bool {
+        self.master && !self.quiet
+    }
+
     fn event(&mut self, event: Event) {
         self.events.add(event);
     }
@@ -146,7 +157,7 @@ impl Inner {
     /// Takes what queues hold and the disk has done, and says so to the driver.
     fn serve(&mut self) {
         self.finish();
-        if !self.quiet && self.submissions[ADMIN].is_some() {
+        if self.works() && self.submissions[ADMIN].is_some() {
             if self.doorbells.take_stray() {
                 self.event(Event::InvalidDoorbell);
             }
@@ -287,12 +298,17 @@ impl Inner {
         }
     }
 
-    /// Answers what the disk has done.
+    /// Answers what the disk has done; without the bus, when it is there again.
     fn finish(&mut self) {
         let Some(requests) = &mut self.requests else { return };
         let mut ended = std::mem::take(&mut self.ended);
         requests.take(&mut ended);
+        let mut kept = Vec::new();
         for (owner, result) in ended.drain(..) {
+            if self.away && matches!(owner, Owner::Command { .. }) {
+                kept.push((owner, result));
+                continue;
+            }
             if let Err(error) = result {
                 tell(&self.name, error);
             }
@@ -307,12 +323,21 @@ impl Inner {
                 Owner::Shutdown => self.shut_down.store(true, Ordering::SeqCst),
             }
         }
+        ended.append(&mut kept);
         self.ended = ended;
+    }
+
+    /// Whether nothing is in flight.
+    fn settled(&mut self) -> bool {
+        self.requests.as_mut().is_none_or(|requests| {
+            requests.hurry();
+            requests.idle()
+        })
     }
 
     /// Answers requests for events while there is room for the answers.
     fn tell_events(&mut self) {
-        while !self.quiet && self.events.is_due() && self.has_room(ADMIN) {
+        while self.works() && self.events.is_due() && self.has_room(ADMIN) {
             let Some((id, result)) = self.events.answer() else { return };
             self.remember(ADMIN);
             self.complete(ADMIN, id, result, Status::SUCCESS);
@@ -341,17 +366,12 @@ impl Inner {
 impl Handler for Inner {
     fn ready(&mut self, _source: u32) {
         self.serve();
+        self.landed.signal();
     }
 
     fn quiesce(&mut self) -> bool {
         self.quiet = true;
-        match &mut self.requests {
-            Some(requests) => {
-                requests.hurry();
-                requests.idle()
-            }
-            None => true,
-        }
+        self.settled()
     }
 
     fn resume(&mut self) {
@@ -367,6 +387,7 @@ pub struct Nvme {
     inner: Arc<Mutex<Inner>>,
     doorbells: Arc<Doorbells>,
     shut_down: Arc<AtomicBool>,
+    landed: Arc<Landed>,
     attachment: Attachment,
 }
 
@@ -384,6 +405,7 @@ impl Nvme {
         let pairs = interrupts.len().clamp(2, MAX_PAIRS + 1);
         let doorbells = Arc::new(Doorbells::new(pairs, line)?);
         let shut_down = Arc::new(AtomicBool::new(false));
+        let landed = Arc::new(Landed::default());
         let inner = Arc::new(Mutex::new(Inner {
             memory,
             disk: Some(disk),
@@ -399,12 +421,15 @@ impl Nvme {
             log: Log::default(),
             answered: 0,
             quiet: false,
+            master: true,
+            away: false,
+            landed: Arc::clone(&landed),
             shut_down: Arc::clone(&shut_down),
             ended: Vec::new(),
         }));
         let attachment = io.attach(name, Arc::clone(&inner) as _);
         attachment.add(doorbells.event(), DOORBELLS, Trigger::Edge)?;
-        Ok(Self { inner, doorbells, shut_down, attachment })
+        Ok(Self { inner, doorbells, shut_down, landed, attachment })
     }
 
     /// CC.EN was set. On an error the controller is as it was after a reset.
@@ -416,11 +441,29 @@ impl Nvme {
     pub fn load(&self, saved: &Saved) -> Result<(), EnableError> {
         self.start(|inner| Ok(inner.load(saved)?))?;
         // It was in the middle of its work.
+        self.ring_all();
+        Ok(())
+    }
+
+    fn ring_all(&self) {
         let inner = self.inner.lock();
         for (queue, _) in inner.submissions.iter().enumerate().filter(|(_, slot)| slot.is_some()) {
             self.doorbells.ring(queue);
         }
-        Ok(())
+    }
+
+    /// Whether the controller may access memory; at first it may. When it was taken from it,
+    /// nothing is read or written there any more, and it goes on when it is given back.
+    pub fn set_master(&self, master: bool) {
+        let mut inner = self.inner.lock();
+        (inner.master, inner.away) = (master, false);
+        if master {
+            drop(inner);
+            return self.ring_all();
+        }
+        let name = inner.name.clone();
+        self.landed.wait(&name, &mut inner, Inner::settled);
+        inner.away = true;
     }
 
     fn start(

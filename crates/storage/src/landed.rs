@@ -1,0 +1,35 @@
+//! Waiting for what is in flight, where a driver takes the bus from its device (PCI Local Bus
+//! 3.0, 6.2.2).
+
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, MutexGuard};
+
+/// How long the register's write waits for the host.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Signalled when something in flight may have ended.
+#[derive(Default)]
+pub struct Landed(Condvar);
+
+impl Landed {
+    pub fn signal(&self) {
+        self.0.notify_all();
+    }
+
+    /// Until `settled` says that nothing in flight touches guest memory any more.
+    pub fn wait<T>(
+        &self,
+        name: &str,
+        device: &mut MutexGuard<'_, T>,
+        mut settled: impl FnMut(&mut T) -> bool,
+    ) {
+        let deadline = Instant::now() + PATIENCE;
+        while !settled(device) {
+            if self.0.wait_until(device, deadline).timed_out() {
+                log::warn!("{name}: what is in flight goes on without the bus");
+                return;
+            }
+        }
+    }
+}
