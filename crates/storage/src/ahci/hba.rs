@@ -88,8 +88,8 @@ impl Hba {
 
     /// Whether nothing is in flight.
     pub fn settled(&mut self) -> bool {
-        // Of each port: all are to hurry.
-        self.ports.iter_mut().fold(true, |settled, port| port.settled() && settled)
+        // Of each port, whatever the others say: all are to hurry.
+        self.ports.iter_mut().filter_map(|port| (!port.settled()).then_some(())).count() == 0
     }
 
     pub fn reset(&mut self, io: &Attachment) {

@@ -153,7 +153,7 @@ impl Drive {
         !self.state.write_cache
     }
 
-    /// What a command asks; queued ones are [`Drive::queued`].
+    /// What a command asks; queued ones are [`Drive::begin_queued`].
     pub fn begin(&mut self, task: &TaskFile) -> Result<Step, Refusal> {
         match task.command {
             // EXECUTE DEVICE DIAGNOSTIC: no error.

@@ -103,7 +103,7 @@ impl Ide {
         channels.0.iter_mut().for_each(|channel| channel.set_bus(master));
         if !master {
             self.landed.wait(&self.name, &mut channels, |channels| {
-                channels.0.iter_mut().fold(true, |settled, channel| channel.settled() && settled)
+                channels.0.iter_mut().filter_map(|one| (!one.settled()).then_some(())).count() == 0
             });
         }
     }
