@@ -7,15 +7,11 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-
 from tetrarch import Machine
 from tetrarch.cli.resume import resumed_by_signal
 from tetrarch.testing import ScriptedVm, pvh_kernel
 
 
-# One of the long tests until it is known why the machine's end sometimes hangs behind a resume.
-@pytest.mark.long
 def test_signal_resumes_whoever_else_has_a_handler(tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(pvh_kernel(b"\xf4"))

@@ -205,6 +205,14 @@ def test_held_machine_can_be_stopped(make: Make) -> None:
     assert vm.wait().reason is StopReason.STOPPED
 
 
+def test_machine_that_was_not_started_cannot_be_resumed(make: Make) -> None:
+    vm = make(power_off)
+    with pytest.raises(MachineStateError, match="not been started"):
+        vm.resume()
+    assert vm.phase is Phase.MADE
+    assert vm.run(30).reason is StopReason.POWERED_OFF
+
+
 def test_resume_that_meets_a_hold_is_not_lost(make: Make) -> None:
     begun, go_on = threading.Event(), threading.Event()
 

@@ -410,6 +410,8 @@ class Machine:
     def resume(self) -> None:
         """Lets a held machine run on. Waits for a hold() that another thread is in."""
         with self._resets.lock:
+            # Also from the first phase a machine can come to run, but by start() alone.
+            self._life.require("resume", Phase.HELD)
             self._life.move(Phase.RUNNING, "resume")
             self._vm.resume()
             self._resets.resumed()
