@@ -153,6 +153,11 @@ impl Chain {
                 let header = Qcow2Header::read(&file, path)?;
                 check_writable(&header, path, writes)?;
                 let backing = self.backing(&header, path)?;
+                if writes && !header.is_counted(&file).map_err(&failed)? {
+                    let cause = "damaged qcow2 image: its refcounts leave out its header";
+                    let mend = "repair it: qemu-img check -r all IMAGE";
+                    return Err(ImageError::new(path, cause, mend));
+                }
                 let again = writes.then(|| file.try_clone()).transpose().map_err(&failed)?;
                 let storage = storage(file, writes).map_err(&failed)?;
                 let mut image = Qcow2::<Storage>::open_image(storage, writes).map_err(&failed)?;

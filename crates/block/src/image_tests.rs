@@ -292,6 +292,32 @@ fn disk_that_was_guessed_to_be_raw_cannot_be_made_another_format() {
 }
 
 #[test]
+fn qcow2_whose_refcounts_leave_out_its_header_is_read_and_not_written() {
+    use std::os::unix::fs::FileExt;
+    let folder = folder();
+    let path = folder.path().join("disk.qcow2");
+    create(&path, Format::Qcow2, &new(MIB)).unwrap();
+    drive(&path, PLAIN).write(0, &[(0, 4096)], &pattern(1, 4096));
+    let whole = std::fs::read(&path).unwrap();
+    let number = |at: usize| u64::from_be_bytes(whole[at..at + 8].try_into().unwrap());
+    let table = number(48);
+    let block = number(table as usize);
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    // No block of refcounts, or one that says 0.
+    for (at, zeroes) in [(table, 8), (block, 2)] {
+        file.write_all_at(&whole, 0).unwrap();
+        file.write_all_at(&[0; 8][..zeroes], at).unwrap();
+        assert!(refusal(&path, PLAIN).contains("refcounts leave out its header; repair it"));
+        for options in [READONLY, SNAPSHOT] {
+            let mut driver = drive(&path, options);
+            assert!(driver.read(0, &[(0, 4096)]).unwrap() == pattern(1, 4096));
+        }
+    }
+    file.write_all_at(&whole, 0).unwrap();
+    drive(&path, PLAIN);
+}
+
+#[test]
 fn resized_qcow2_has_its_new_size_for_who_opens_it_next() {
     let folder = folder();
     let path = folder.path().join("disk.qcow2");

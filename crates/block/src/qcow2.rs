@@ -24,6 +24,9 @@ const LAZY_REFCOUNTS: u64 = 1 << 0;
 const BACKING_FORMAT: u32 = 0xE279_2ACA;
 const BITMAPS: u32 = 0x2385_2875;
 
+/// Where an entry of the refcount table has the offset of a block.
+const REFTABLE_OFFSET: u64 = !0x1FF;
+
 /// QCOW_MAX_L1_SIZE and QCOW_MAX_REFTABLE_SIZE, in bytes: a header can ask for no more
 /// memory than these.
 const MAX_L1_BYTES: u64 = 32 << 20;
@@ -180,6 +183,26 @@ impl Qcow2Header {
         let cleared = u64::from_be_bytes(features) & !DIRTY;
         file.write_all_at(&cleared.to_be_bytes(), 72)?;
         file.sync_data()
+    }
+
+    /// Whether the refcounts say that the first cluster, which is the header's, is in use. Else
+    /// it would be given out: to data, or to a block of refcounts, which nothing can refer to
+    /// at offset 0.
+    pub(crate) fn is_counted(&self, file: &File) -> io::Result<bool> {
+        let mut entry = [0; 8];
+        if self.reftable_clusters == 0
+            || read_at_most(file, &mut entry, self.reftable_offset)? < entry.len()
+        {
+            return Ok(false);
+        }
+        let block = u64::from_be_bytes(entry) & REFTABLE_OFFSET;
+        // Narrow counts begin with the low bits of a byte; the first of wide ones is the first
+        // of 1 to 8 bytes.
+        let (mut count, bits) = ([0; 8], 1 << self.refcount_order);
+        let bytes = &mut count[..(bits / 8_usize).max(1)];
+        read_at_most(file, bytes, block)?;
+        let mask = if bits < 8 { (1 << bits) - 1 } else { u8::MAX };
+        Ok(block != 0 && bytes.iter().any(|byte| byte & mask != 0))
     }
 
     fn check_tables(&self, file_len: u64) -> Result<(), Damage> {
