@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from os import PathLike
-from typing import Any, NotRequired, Protocol, Self, TypedDict, final, type_check_only
+from typing import Any, Literal, NotRequired, Protocol, Self, TypedDict, final, type_check_only
 
 from typing_extensions import disjoint_base
 
@@ -36,6 +36,8 @@ __all__ = [
     "RustDevice",
     "SerialPort",
     "Vcpu",
+    "VhostUserBackEnd",
+    "VhostUserDevice",
     "VirtioBalloon",
     "VirtioBlk",
     "VirtioChain",
@@ -445,7 +447,7 @@ class VirtioDevice:
         """Where the device is in each queue; exact while the machine is held."""
     @property
     def needs_reset(self) -> bool:
-        """The driver has broken the rules of a queue since ``start``."""
+        """The driver has broken the rules of a queue since ``start``, or the back end is gone."""
     def config_changed(self) -> None:
         """Tells the driver that the configuration has changed."""
     def doorbells(self, stride: int) -> RustDevice:
@@ -572,6 +574,40 @@ class VirtioChain:
     def done(self) -> None:
         """Gives the chain back with what was written; the driver is interrupted if it wants
         that. Of no effect a second time."""
+
+@final
+class VhostUserBackEnd:
+    """A process that serves a virtio device's queues by vhost-user, at the other end of a Unix
+    socket. ConnectionError where it does not keep to the protocol, or does not answer."""
+
+    def __new__(cls, socket: int) -> Self: ...
+    @property
+    def features(self) -> int:
+        """Virtio's feature bits that it offers."""
+    @property
+    def queues(self) -> int:
+        """How many it has."""
+    def config(self, length: int) -> bytes:
+        """The first bytes of its configuration space."""
+
+@final
+class VhostUserDevice(VirtioDevice):
+    """The data path to a back end, which it takes over. ``served`` says by which errors the
+    driver's requests are answered where it is gone."""
+
+    def __new__(
+        cls,
+        vm: Vm,
+        name: str,
+        served: Literal["blk", "fs", "net"],
+        back_end: VhostUserBackEnd,
+        queues: int,
+    ) -> Self: ...
+    @property
+    def alive(self) -> bool:
+        """Whether the back end is there."""
+    def close(self) -> None:
+        """Hangs up."""
 
 @final
 class VirtioVsock(VirtioDevice):

@@ -27,6 +27,7 @@ from tetrarch.errors import ValueProblem
                 werror="stop",
             ),
         ),
+        ("vhost-user=/run/a,,b", DiskSpec(Path("/run/a,b"), vhost_user=True)),
         ("k=v.img,format=raw", DiskSpec(Path("k=v.img"), format="raw")),
     ],
 )
@@ -51,6 +52,8 @@ def test_disk_is_what_is_written_and_written_as_it_is(text: str, spec: DiskSpec)
         ("d,bps=fast", "'fast' is no size", "write 8G"),
         ("d,bps", "bps is nothing", "give a number a second"),
         ("d,iops=1,iops=2", "iops is given twice", "give it once"),
+        ("vhost-user=", "names no image", "write PATH"),
+        ("vhost-user=d,readonly", "a disk by vhost-user has no options", "to its back end"),
         ("d,werror=ignore", "werror is 'ignore'", "there are report, stop"),
     ],
 )

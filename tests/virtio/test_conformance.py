@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 from tests.virtio.driver import Driver, Mmio, Pci, Transport
 from tests.virtio.test_served import Reverser, Wire
+from tests.virtio.test_vhost_user import disk
 
 from tetrarch import block
 from tetrarch._native import Vm
@@ -30,6 +31,7 @@ from tetrarch.virtio.registers import (
 )
 from tetrarch.virtio.rng import RngKind
 from tetrarch.virtio.served import ServedKind
+from tetrarch.virtio.vhost_user import VhostUserBlk
 from tetrarch.virtio.vsock import VsockKind
 
 RAM: Final = 16 << 20
@@ -89,6 +91,7 @@ def requests(vm: Vm, name: str) -> tuple[int, Callable[[int], Chain], int]:
         "blk": (0, blk, 21),
         "vsock": (1, vsock, 0),
         "balloon": (0, balloon, 0),
+        "vhost-user": (0, lambda page: [(page, 16, False), (page + 64, 17, True)], 17),
         "served": (0, lambda page: [(page, 4, False), (page + 64, 4, True)], 4),
     }
     return table[name]
@@ -99,7 +102,7 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["rng", "blk", "vsock", "balloon", "served"])
+@pytest.fixture(params=["rng", "blk", "vhost-user", "vsock", "balloon", "served"])
 def device(request: pytest.FixtureRequest, transport: str, tmp_path: Path) -> Iterator[Device]:
     vm = Vm("bt", RAM)
     name = request.param
@@ -112,6 +115,9 @@ def device(request: pytest.FixtureRequest, transport: str, tmp_path: Path) -> It
             case "blk":
                 block.create(tmp_path / "disk.img", 1 << 20)
                 kind = BlkKind(vm, block.open_disk(block.DiskSpec(tmp_path / "disk.img")), name, 1)
+            case "vhost-user":
+                stack.enter_context(disk(tmp_path / "blk"))
+                kind = VhostUserBlk(vm, tmp_path / "blk", name, 1)
             case "vsock":
                 kind = VsockKind(vm, tmp_path / "vsock")
             case "balloon":

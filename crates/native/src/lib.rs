@@ -24,6 +24,7 @@ mod region;
 mod rust_device;
 mod serial_port;
 mod vcpu;
+mod vhost_user;
 mod virtio;
 mod vm;
 mod vsock;
@@ -66,6 +67,8 @@ mod _native {
     use crate::serial_port::SerialPort;
     #[pymodule_export]
     use crate::vcpu::Vcpu;
+    #[pymodule_export]
+    use crate::vhost_user::{VhostUserBackEnd, VhostUserDevice};
     #[pymodule_export]
     use crate::virtio::{Interrupt, IsrStatus, VirtioBlk, VirtioDevice, VirtioRng};
     #[pymodule_export]

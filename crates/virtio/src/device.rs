@@ -48,9 +48,19 @@ pub trait DataPath: Send {
         self.idle()
     }
 
+    /// Memory, or the queue, is taken from the device: what another process has of it is taken
+    /// back, and touches memory no more when this returns.
+    fn withdraw(&mut self, _queues: &mut Queues, _index: usize) {}
+
     /// The driver has reset the device. When this returns, nothing in flight touches guest
     /// memory any more, and nothing of before is pushed.
     fn reset(&mut self) {}
+
+    /// Why the back end is of no use any more. The driver is told that the device needs a reset;
+    /// its queues are still served.
+    fn trouble(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// A queue as its driver has set it up.
@@ -63,7 +73,10 @@ pub struct QueueSetup {
 struct Inner<P> {
     path: P,
     queues: Queues,
+    /// The device needs a reset.
     broken: Arc<AtomicBool>,
+    /// Its driver breaks the rules.
+    faulty: bool,
     /// The machine is at rest, or comes to it.
     paused: bool,
     /// The device may access memory: the transport says so.
@@ -75,18 +88,39 @@ struct Inner<P> {
 
 impl<P: DataPath> Inner<P> {
     fn hush(&mut self) {
-        self.queues.quiet = self.paused || !self.master || self.broken.load(Ordering::SeqCst);
+        self.queues.quiet = self.paused || !self.master || self.faulty;
     }
 
     fn check(&mut self, result: Result<(), QueueError>) {
         let Err(error) = result else { return };
         self.queues.quiet = true;
-        if !self.broken.swap(true, Ordering::SeqCst) {
+        if !std::mem::replace(&mut self.faulty, true) {
             log::warn!(
                 "{}: its driver breaks the rules of virtio: {error}; it has to reset the \
                         device",
                 self.name
             );
+            self.need_reset();
+        }
+    }
+
+    fn withdraw(&mut self, index: usize) {
+        self.path.withdraw(&mut self.queues, index);
+        self.look_after();
+    }
+
+    /// To be called after the data path was.
+    fn look_after(&mut self) {
+        if let Some(cause) = self.path.trouble()
+            && !self.broken.load(Ordering::SeqCst)
+        {
+            log::warn!("{}: {cause}; the guest gets errors, its machine goes on", self.name);
+            self.need_reset();
+        }
+    }
+
+    fn need_reset(&self) {
+        if !self.broken.swap(true, Ordering::SeqCst) {
             // 2.1.1: DEVICE_NEEDS_RESET comes with a change of the configuration.
             self.queues.config_changed();
         }
@@ -99,6 +133,7 @@ impl<P: DataPath> Inner<P> {
                 self.check(result);
             }
         }
+        self.look_after();
     }
 }
 
@@ -110,6 +145,7 @@ impl<P: DataPath> Handler for Inner<P> {
             self.path.ready(&mut self.queues, source)
         };
         self.check(result);
+        self.look_after();
         self.landed.notify_all();
     }
 
@@ -146,7 +182,7 @@ pub trait Control: Send + Sync {
     fn stop_queue(&self, index: usize);
     /// Where the device is in its queues; exact while its machine is held.
     fn positions(&self) -> Vec<Option<QueuePosition>>;
-    /// The driver has broken the rules since the device was started.
+    /// The driver has broken the rules since the device was started, or its back end is gone.
     fn needs_reset(&self) -> bool;
     /// What a driver signals for each queue.
     fn doorbells(&self) -> &[Arc<Event>];
@@ -191,6 +227,7 @@ impl<P: DataPath + 'static> Device<P> {
             path,
             queues: Queues::default(),
             broken: Arc::clone(&broken),
+            faulty: false,
             paused: false,
             master: true,
             landed: Arc::clone(&landed),
@@ -261,9 +298,11 @@ impl<P: DataPath + 'static> Control for Device<P> {
         let inner = &mut *self.inner.lock();
         inner.path.start(features, &self.attachment)?;
         self.broken.store(false, Ordering::SeqCst);
+        inner.faulty = false;
         let kept = (!inner.master).then(Vec::new);
         inner.queues = Queues { list, kept, quiet: false, config: Some(config) };
         inner.hush();
+        inner.look_after();
         // A driver may have filled them before DRIVER_OK, and a saved device was in the
         // middle of its work.
         self.doorbells.iter().for_each(|doorbell| doorbell.signal());
@@ -275,6 +314,7 @@ impl<P: DataPath + 'static> Control for Device<P> {
         inner.path.reset();
         inner.queues = Queues::default();
         self.broken.store(false, Ordering::SeqCst);
+        inner.faulty = false;
     }
 
     fn set_master(&self, master: bool) {
@@ -287,14 +327,18 @@ impl<P: DataPath + 'static> Control for Device<P> {
             self.doorbells.iter().for_each(|doorbell| doorbell.signal());
             return;
         }
+        for index in 0..self.doorbells.len() {
+            inner.withdraw(index);
+        }
         self.settle(&mut inner);
         inner.queues.keep();
     }
 
     fn stop_queue(&self, index: usize) {
         let mut inner = self.inner.lock();
-        if let Some(queue) = inner.queues.list.get_mut(index) {
-            *queue = None;
+        if inner.queues.list.get(index).is_some() {
+            inner.withdraw(index);
+            inner.queues.list[index] = None;
             self.settle(&mut inner);
         }
     }

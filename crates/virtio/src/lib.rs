@@ -12,6 +12,7 @@ mod net;
 pub mod queue;
 mod queues;
 mod rng;
+pub mod vhost_user;
 mod vsock;
 
 pub use balloon::Balloon;

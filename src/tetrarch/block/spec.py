@@ -25,6 +25,7 @@ BUSES: tuple[Bus, ...] = get_args(Bus)
 _BYTES = re.compile(r"([0-9]{1,19})\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 _RATE_MAX = 1 << 50
+_VHOST_USER = "vhost-user="
 
 
 def parse_bytes(text: str) -> int:
@@ -54,22 +55,31 @@ class DiskSpec:
     """``none`` goes past the host's page cache."""
     werror: OnWriteError = "report"
     """A write that the host fails is an error to the guest, or pauses the machine."""
+    vhost_user: bool = False
+    """``path`` is the socket of who serves the disk by vhost-user, and says what it is like."""
+
+    def __post_init__(self) -> None:
+        if self.vhost_user and replace(self, vhost_user=False) != DiskSpec(self.path):
+            raise ValueProblem(
+                "a disk by vhost-user has no options here", mend="give them to its back end"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises ValueProblem. A comma in the path is written twice."""
-        path, values = _parse(text, _OPTIONS, "a disk")
-        return cls(path, **values)
+        served = text.startswith(_VHOST_USER)
+        path, values = _parse(text.removeprefix(_VHOST_USER), _OPTIONS, "a disk")
+        return cls(path, vhost_user=served, **values)
 
     def relative_to(self, directory: Path) -> Self:
         """With paths as they are written in a file of that directory."""
         return replace(self, path=directory / self.path)
 
     def __str__(self) -> str:
-        words = [str(self.path).replace(",", ",,")]
+        words = [(_VHOST_USER if self.vhost_user else "") + str(self.path).replace(",", ",,")]
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            if value != field.default:
+            if value != field.default and field.name != "vhost_user":
                 words.append(f"{field.name}={'on' if value is True else value}")
         return ",".join(words)
 

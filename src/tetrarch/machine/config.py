@@ -225,7 +225,7 @@ class MachineConfig(BaseModel):
     disk: Annotated[tuple[DiskSpec, ...], BeforeValidator(_disks)] = option(
         (),
         "A disk; docs/disks.md has its options. Can be repeated.",
-        "PATH[,OPTION=VALUE]...",
+        "PATH[,OPTION=VALUE]...|vhost-user=SOCKET",
     )
     cdrom: Annotated[tuple[CdromSpec, ...], BeforeValidator(_cdroms)] = option(
         (), "A CD-ROM drive with a disc. Can be repeated.", "PATH[,bus=BUS]"

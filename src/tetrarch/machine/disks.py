@@ -10,6 +10,7 @@ from tetrarch.block.spec import DiskSpec
 from tetrarch.machine.config import MachineConfig
 from tetrarch.storage import AhciController, AtaDrive, IdeController, NvmeController
 from tetrarch.virtio.blk import BlkKind
+from tetrarch.virtio.vhost_user import VhostUserBlk
 
 if TYPE_CHECKING:
     from tetrarch._native import Disk, Vm
@@ -32,7 +33,7 @@ class MachineDisk(Protocol):
 
 def machine_disks(
     vm: Vm, config: MachineConfig, stop: OnStop
-) -> Iterator[BlkKind | NvmeController | AhciController | IdeController]:
+) -> Iterator[BlkKind | VhostUserBlk | NvmeController | AhciController | IdeController]:
     """What the machine's disks are, in their order; then the controllers that have several.
 
     ``stop`` is called with what the machine is to be held for.
@@ -49,6 +50,9 @@ def machine_disks(
     ide: list[AtaDrive] = []
     for index, spec in enumerate(config.disk):
         name = f"disk{index}"
+        if spec.vhost_user:
+            yield VhostUserBlk(vm, spec.path, name, queues)
+            continue
         disk = opened(spec, name)
         match spec.bus:
             case "virtio":

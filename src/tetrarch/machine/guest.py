@@ -32,7 +32,8 @@ def check_files(config: MachineConfig) -> None:
             with Source.open(path, what):
                 pass
     with disk_errors():
-        for disk in (*config.disk, *(cd.disk for cd in config.cdrom)):
+        images = (disk for disk in config.disk if not disk.vhost_user)
+        for disk in (*images, *(cd.disk for cd in config.cdrom)):
             disk_info(disk.path, disk.format)
 
 

@@ -50,6 +50,7 @@ from tetrarch.virtio.console import ConsoleKind, ConsolePort
 from tetrarch.virtio.kind import VirtioKind
 from tetrarch.virtio.net import NetKind
 from tetrarch.virtio.rng import RngKind
+from tetrarch.virtio.vhost_user import VhostUserBlk
 from tetrarch.virtio.vsock import VsockKind
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
@@ -222,7 +223,7 @@ def assemble_pc(
                 undo.callback(vsock.close)
             for disk in machine_disks(vm, config, stop):
                 disks.append(disk)
-                if isinstance(disk, BlkKind):
+                if isinstance(disk, (BlkKind, VhostUserBlk)):
                     plug_virtio(disk)
                 else:
                     plugged.plug(disk.name, disk)

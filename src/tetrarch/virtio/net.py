@@ -51,7 +51,7 @@ _CONTROL_SIZE: Final = 64
 _ADDRESSES: Final = 256
 
 #: struct virtio_net_config (5.1.4): mac, status, max_virtqueue_pairs, mtu.
-_CONFIG: Final = struct.Struct("<6sHHH")
+CONFIG: Final = struct.Struct("<6sHHH")
 
 
 @dataclass
@@ -89,7 +89,7 @@ class NetKind:
     @property
     def config(self) -> bytes:
         path = self.data_path
-        return _CONFIG.pack(path.mac, path.status, self._pairs, self._mtu or 0)
+        return CONFIG.pack(path.mac, path.status, self._pairs, self._mtu or 0)
 
     def write_config(self, offset: int, data: bytes) -> None:
         pass  # the address alone could be written, by drivers of before virtio 1.0

@@ -21,6 +21,14 @@ pub struct Chain {
     pub used: Used,
 }
 
+#[cfg(test)]
+impl Chain {
+    /// A chain of no queue.
+    pub fn of(readable: ScatterList, writable: ScatterList) -> Self {
+        Self { readable, writable, used: Used { id: 0, slots: 1 } }
+    }
+}
+
 /// What gives a chain back to its queue: once.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Used {
