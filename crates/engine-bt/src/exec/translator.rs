@@ -23,7 +23,7 @@ use crate::state::{flag, reg};
 use crate::translate::block::{Built, Link, MapEntry, Site, Source, What};
 use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
 use crate::translate::cache::CodeCache;
-use crate::translate::liveness::ALL;
+use crate::translate::liveness::{ALL, FlagUse};
 use crate::translate::sources::{Origin, Sources};
 use crate::translate::stubs::exit_kind;
 use crate::translate::translations::{ExecPage, Key, Translations};
@@ -465,21 +465,25 @@ impl Translator {
                 }
                 _ => continue_at(cpu, site.rip, site.saved),
             }
-            if site.dead != 0
-                && let Some((&block, _)) = self.translations.block_at(site.block)
+            if let What::Link(link) = site.what
+                && cpu.st.exit_kind == exit_kind::LINK
             {
-                self.restore_flags(cpu, &block, site.run, site.dead.into());
-            }
-            return Ok(match site.what {
-                What::Nothing => Then::Continue,
-                What::Link(_) if cpu.st.exit_kind != exit_kind::LINK => Then::Continue,
-                What::Link(link) => match self.link(cpu, &site, &link) {
+                let before = Arc::clone(&self.translations);
+                match self.link(cpu, &site, &link) {
+                    // Flags that are not exact are the target's to make, as by the link.
                     Ok(next) => {
                         entry = next;
                         continue;
                     }
-                    Err(then) => then,
-                },
+                    Err(then) => {
+                        restore_at(&site, &before, cpu, &mut self.info);
+                        return Ok(then);
+                    }
+                }
+            }
+            restore_at(&site, &self.translations, cpu, &mut self.info);
+            return Ok(match site.what {
+                What::Nothing | What::Link(_) => Then::Continue,
                 What::Instruction(instruction) => Then::Execute(instruction),
                 What::Port(access) => access::port(cpu, &access),
                 What::Straddles => {
@@ -518,7 +522,7 @@ impl Translator {
         if self.slow_sites[slot].as_ref().is_none_or(|site| site.at != at) {
             self.slow_sites[slot] = None;
             let (block, place) = self.leave_at(cpu, at)?;
-            let sources = self.sources(cpu, &block, place.rip);
+            let sources = sources(&mut self.info, cpu, &self.translations, &block, place.rip);
             let dead = ALL & !u32::from(place.live);
             if let Some(sources) = &sources {
                 sources.restore(cpu, dead);
@@ -550,7 +554,8 @@ impl Translator {
     fn host_exception(&mut self, cpu: &mut Cpu, at: u64) -> Result<Then, EngineError> {
         cpu.counts.slow_accesses += 1;
         let (block, place) = self.leave_at(cpu, at)?;
-        self.restore_flags(cpu, &block, place.rip, ALL & !u32::from(place.live));
+        let (info, dead) = (&mut self.info, ALL & !u32::from(place.live));
+        restore_flags(info, cpu, &self.translations, &block, place.rip, dead);
         Ok(Then::Interpret)
     }
 
@@ -561,31 +566,6 @@ impl Translator {
         let (&block, _, place) = found.ok_or_else(|| broken("address", at))?;
         continue_at(cpu, block.rip.wrapping_add(u64::from(place.rip)), place.saved);
         Ok((block, place))
-    }
-
-    /// Makes arithmetic flags again that were not put aside, at a place so many bytes
-    /// behind the start of a block.
-    fn restore_flags(&mut self, cpu: &mut Cpu, block: &Key, run: u16, dead: u32) {
-        if dead != 0
-            && let Some(sources) = self.sources(cpu, block, run)
-        {
-            sources.restore(cpu, dead);
-        }
-    }
-
-    /// Where the flags are from at a place so many bytes behind the start of a block.
-    fn sources(&mut self, cpu: &Cpu, block: &Key, run: u16) -> Option<Sources> {
-        let mut sources = Sources::new(self.translations.origin(block.origin)?);
-        let page = self.translations.exec_page(block.id)?;
-        let mut bytes = [0; MAX_BLOCK_CODE];
-        let bytes = bytes.get_mut(..usize::from(run))?;
-        let start = GuestPhys(page.physical | block.rip & (PAGE_SIZE - 1));
-        cpu.vm.memory.read(start, bytes).ok()?;
-        let options = cpu.vm.cpuid.decoder_options();
-        for i in &mut Decoder::with_ip(64, bytes, block.rip, options) {
-            sources.pass(&i, &mut self.info);
-        }
-        Some(sources)
     }
 
     /// Links a branch. Returns where its target is entered, which finds the flags and
@@ -644,13 +624,71 @@ fn continue_at(cpu: &mut Cpu, rip: u64, saved: bool) {
     st.update_flags(flag::ARITH, flags);
 }
 
+/// Makes the arithmetic flags again that are exact in no place where a block has left.
+fn restore_at(
+    site: &Site,
+    translations: &Translations,
+    cpu: &mut Cpu,
+    info: &mut InstructionInfoFactory,
+) {
+    if site.dead != 0
+        && let Some((&block, _)) = translations.block_at(site.block)
+    {
+        restore_flags(info, cpu, translations, &block, site.run, site.dead.into());
+    }
+}
+
+/// Makes arithmetic flags again that were not put aside, at a place so many bytes
+/// behind the start of a block.
+fn restore_flags(
+    info: &mut InstructionInfoFactory,
+    cpu: &mut Cpu,
+    translations: &Translations,
+    block: &Key,
+    run: u16,
+    dead: u32,
+) {
+    if dead != 0
+        && let Some(sources) = sources(info, cpu, translations, block, run)
+    {
+        sources.restore(cpu, dead);
+    }
+}
+
+/// Where the flags are from at a place so many bytes behind the start of a block.
+fn sources(
+    info: &mut InstructionInfoFactory,
+    cpu: &Cpu,
+    translations: &Translations,
+    block: &Key,
+    run: u16,
+) -> Option<Sources> {
+    let mut sources = Sources::new(translations.origin(block.origin)?);
+    let page = translations.exec_page(block.id)?;
+    let mut bytes = [0; MAX_BLOCK_CODE];
+    let bytes = bytes.get_mut(..usize::from(run))?;
+    let start = GuestPhys(page.physical | block.rip & (PAGE_SIZE - 1));
+    cpu.vm.memory.read(start, bytes).ok()?;
+    let options = cpu.vm.cpuid.decoder_options();
+    for i in &mut Decoder::with_ip(64, bytes, block.rip, options) {
+        sources.pass(&i, &FlagUse::of(&i), info);
+    }
+    Some(sources)
+}
+
 /// Whether the marked lines of a page are still as they were read.
 fn is_unchanged(cpu: &Cpu, physical: GuestPhys, bytes: &[u8], lines: u64) -> bool {
     let mut now = [0; PAGE_SIZE as usize];
-    cpu.vm.memory.read(physical, &mut now).is_ok()
-        && bytes
-            .chunks(code_map::LINE)
-            .zip(now.chunks(code_map::LINE))
-            .enumerate()
-            .all(|(line, (read, now))| lines >> line & 1 == 0 || read == now)
+    let first = lines.trailing_zeros().min(u64::BITS - 1) as usize * code_map::LINE;
+    let end = PAGE_SIZE as usize - lines.leading_zeros() as usize * code_map::LINE;
+    let Some(marked) = now.get_mut(first..end) else { return true };
+    let read = cpu.vm.memory.read(GuestPhys(physical.0 + first as u64), marked);
+    let changed = |line: &usize| {
+        let line = line * code_map::LINE..(line + 1) * code_map::LINE;
+        now[line.clone()] != bytes[line]
+    };
+    read.is_ok()
+        && !(first / code_map::LINE..end / code_map::LINE)
+            .filter(|line| lines >> line & 1 != 0)
+            .any(|line| changed(&line))
 }

@@ -19,7 +19,7 @@ use super::block::{Built, Source};
 use super::classify::classify;
 use super::emit::Emitter;
 use super::job::{Flags, Job};
-use super::liveness::{self, ALL, Ahead};
+use super::liveness::{self, ALL, Ahead, Step};
 use super::sources;
 use super::stubs::Stubs;
 use crate::state::mode;
@@ -45,6 +45,7 @@ impl Builder {
     pub fn build(&mut self, source: &Source<'_>) -> Option<Built> {
         let mut instructions = Vec::with_capacity(MAX_INSTRUCTIONS);
         let mut kinds = Vec::with_capacity(MAX_INSTRUCTIONS);
+        let mut steps = Vec::with_capacity(MAX_INSTRUCTIONS);
         let options = source.cpuid.decoder_options();
         let mut decoder = Decoder::with_ip(64, source.bytes, source.rip, options);
         while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
@@ -55,6 +56,7 @@ impl Builder {
             let kind = classify(&instruction, source);
             instructions.push(instruction);
             kinds.push(kind);
+            steps.push(Step::of(&instruction, kind));
             if kind.ends_block() {
                 break;
             }
@@ -64,7 +66,7 @@ impl Builder {
         }
         let last = *instructions.last()?;
         let ends = kinds.last().is_some_and(|kind| kind.ends_block());
-        let followed = sources::follow(&instructions, &kinds, source.origin, &mut self.info);
+        let followed = sources::follow(&instructions, &steps, source.origin, &mut self.info);
         let mut ahead = Ahead { source, sources: &followed.end, info: &mut self.info };
         let ways = liveness::ways(&last, ends, &mut ahead);
         let mut needed = if ways.is_some() { 0 } else { ALL };
@@ -85,13 +87,13 @@ impl Builder {
                 needed |= way.shown & followed.end.saved();
             }
         }
-        let mut live = liveness::backwards(&instructions, &kinds, needed);
+        let mut live = liveness::backwards(&steps, needed);
         if source.second.is_some() {
             // Its page check leaves before anything else, and must lose no flag.
             live[0] = ALL;
         }
-        sources::keep_lost(&instructions, &followed, &mut live);
-        let keeps = followed.keeps(&instructions, &kinds, &live, shown);
+        sources::keep_lost(&steps, &followed, &mut live);
+        let keeps = followed.keeps(&steps, &live, shown);
 
         let flags_in = live[0];
         self.emitter.clear();

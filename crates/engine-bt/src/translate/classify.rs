@@ -7,6 +7,7 @@ use iced_x86::{
 use std::mem::offset_of;
 
 use super::block::Source;
+use crate::cpu::fpu;
 use crate::state::{CpuState, mode, seg};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -526,5 +527,37 @@ pub fn keeps_flags_sometimes(i: &Instruction) -> bool {
                 || i.op_kind(0) == OpKind::Memory && i.memory_size().size() == 8;
             i.immediate(last) & if wide { 63 } else { 31 } == 0
         }
+    }
+}
+
+/// Whether the instruction may leave translated code with nothing of it done.
+pub fn may_leave(i: &Instruction, kind: Kind) -> bool {
+    match kind {
+        Kind::Copy => {
+            let in_memory = |op: &u32| {
+                i.op_kind(*op) == OpKind::Register
+                    && matches!(
+                        i.op_register(*op).full_register(),
+                        Register::R13 | Register::R14 | Register::R15
+                    )
+            };
+            matches!(i.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
+                || !copied_integer(i) && fpu::touches_x87(i)
+                || (0..i.op_count()).any(|op| match i.op_kind(op) {
+                    OpKind::Memory => true,
+                    OpKind::Register => !i.op_register(op).is_gpr(),
+                    _ => false,
+                })
+                // More than there are scratch registers for: it has no copy.
+                || i.op_count() > 2 && (0..i.op_count()).filter(in_memory).count() > 2
+        }
+        Kind::Push
+        | Kind::Pop
+        | Kind::Leave
+        | Kind::Call
+        | Kind::String { .. }
+        | Kind::BitString
+        | Kind::StoreSelector(_) => true,
+        _ => false,
     }
 }

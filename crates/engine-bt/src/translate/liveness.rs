@@ -3,8 +3,8 @@
 use iced_x86::{Decoder, FlowControl, Instruction, InstructionInfoFactory, RflagsBits};
 
 use super::block::Source;
-use super::classify::{Kind, classify, keeps_flags_sometimes};
-use super::sources::{Sources, may_leave};
+use super::classify::{Kind, classify, keeps_flags_sometimes, may_leave};
+use super::sources::Sources;
 use crate::memory::code_map;
 
 /// The six arithmetic flags, as iced counts them.
@@ -18,16 +18,40 @@ pub const ALL: u32 = RflagsBits::OF
 /// How far to look for the flags that code after a block needs.
 const LOOK_AHEAD: usize = 32;
 
-/// Arithmetic flags that an instruction reads.
-pub fn read(i: &Instruction) -> u32 {
-    i.rflags_read() & ALL
+/// What an instruction does with the arithmetic flags.
+#[derive(Clone, Copy)]
+pub struct FlagUse {
+    pub read: u32,
+    /// Written, or made undefined, or left as they were.
+    pub modified: u32,
+    /// Always written or made undefined.
+    pub replaced: u32,
 }
 
-/// Arithmetic flags that an instruction always replaces.
-pub fn replaced(i: &Instruction) -> u32 {
-    // REP CMPS and SCAS with a count of zero leave the flags alone.
-    let repeated = i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix());
-    if repeated || keeps_flags_sometimes(i) { 0 } else { i.rflags_modified() & ALL }
+impl FlagUse {
+    pub fn of(i: &Instruction) -> Self {
+        let modified = i.rflags_modified() & ALL;
+        // REP CMPS and SCAS with a count of zero leave the flags alone.
+        let repeated = i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix());
+        let keeps = modified != 0 && (repeated || keeps_flags_sometimes(i));
+        Self { read: i.rflags_read() & ALL, modified, replaced: if keeps { 0 } else { modified } }
+    }
+}
+
+/// An instruction, as the flags see it.
+#[derive(Clone, Copy)]
+pub struct Step {
+    pub flags: FlagUse,
+    /// A fault at it may show all flags, as they were before it.
+    pub shows: bool,
+    /// The flags needed before it, where what follows it has no say.
+    fixed: Option<u32>,
+}
+
+impl Step {
+    pub fn of(i: &Instruction, kind: Kind) -> Self {
+        Self { flags: FlagUse::of(i), shows: may_leave(i, kind), fixed: fixed(kind) }
+    }
 }
 
 /// The flags needed before an instruction of this kind, where what follows it has no say.
@@ -43,10 +67,10 @@ fn fixed(kind: Kind) -> Option<u32> {
 }
 
 /// For each instruction the flags needed before it, and one more at the end.
-pub fn backwards(instructions: &[Instruction], kinds: &[Kind], end: u32) -> Vec<u32> {
-    let mut live = vec![end; instructions.len() + 1];
-    for (index, (i, kind)) in instructions.iter().zip(kinds).enumerate().rev() {
-        live[index] = fixed(*kind).unwrap_or(live[index + 1] & !replaced(i) | read(i));
+pub fn backwards(steps: &[Step], end: u32) -> Vec<u32> {
+    let mut live = vec![end; steps.len() + 1];
+    for (index, Step { flags, fixed, .. }) in steps.iter().enumerate().rev() {
+        live[index] = fixed.unwrap_or(live[index + 1] & !flags.replaced | flags.read);
     }
     live
 }
@@ -123,19 +147,20 @@ impl Ahead<'_> {
             let seen = code_map::lines(i.ip() & 0xFFF, i.len().max(1) as u64);
             source.looked.set(source.looked.get() | seen);
             let kind = if i.is_invalid() { Kind::Interpret } else { classify(&i, source) };
-            if let Some(needed) = fixed(kind) {
+            let Step { flags, shows, fixed } = Step::of(&i, kind);
+            if let Some(needed) = fixed {
                 found.read |= needed & open;
                 found.shown &= !(needed & open);
                 return found;
             }
-            if may_leave(&i, kind) {
+            if shows {
                 found.shown |= open;
                 found.lost |= sources.lost() & open;
             }
-            found.read |= read(&i) & open;
+            found.read |= flags.read & open;
             // Until they are read, the block there keeps them for itself.
-            found.shown &= !(read(&i) & open);
-            open &= !replaced(&i);
+            found.shown &= !(flags.read & open);
+            open &= !flags.replaced;
             if open == 0 {
                 return found;
             }
@@ -149,7 +174,7 @@ impl Ahead<'_> {
                 if targets[0].is_none() {
                     break;
                 }
-                sources.pass(&i, self.info);
+                sources.pass(&i, &flags, self.info);
                 let mut behind = Found::default();
                 for target in targets.into_iter().flatten() {
                     let other = self.look(target, sources.clone(), jumps - 1);
@@ -164,7 +189,7 @@ impl Ahead<'_> {
                 found.lost |= behind.lost;
                 return found;
             }
-            sources.pass(&i, self.info);
+            sources.pass(&i, &flags, self.info);
         }
         found.open |= open;
         found

@@ -11,12 +11,14 @@
 //! [`Origin`], and a link leads to the translation for what it brings.
 
 use iced_x86::{
-    Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, RflagsBits,
+    Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind,
+    Register, RflagsBits,
 };
+use smallvec::SmallVec;
 
-use super::classify::Kind;
-use super::liveness::{ALL, replaced};
-use crate::cpu::{Cpu, fpu};
+use super::liveness::{ALL, FlagUse, Step};
+use super::operands::{gpr_of, number};
+use crate::cpu::Cpu;
 use crate::interp::{alu, muldiv, operand, shift};
 use crate::state::{FLAG_OPERANDS, flag};
 
@@ -102,10 +104,13 @@ pub struct Keep {
     pub flags: u32,
 }
 
+/// What precedes one instruction.
+type Keeps = SmallVec<[Keep; 4]>;
+
 /// Slots, with those in use.
 struct Slots<'a> {
     used: u32,
-    keeps: &'a mut Vec<Keep>,
+    keeps: &'a mut Keeps,
 }
 
 impl Slots<'_> {
@@ -224,6 +229,14 @@ impl Recipe {
         self.first.is_in(full) || self.second.is_in(full)
     }
 
+    /// The whole registers that it needs, a bit for each.
+    fn registers(&self) -> u32 {
+        [self.first, self.second].iter().fold(0, |registers, operand| match operand {
+            Operand::Register(register) => registers | bit(register.full_register()),
+            _ => registers,
+        })
+    }
+
     fn slots(&self) -> u32 {
         [self.first, self.second].iter().fold(0, |slots, operand| match operand {
             Operand::Kept(slot, _) => slots | 1 << slot,
@@ -266,6 +279,49 @@ impl Recipe {
     }
 }
 
+/// One bit for a whole general register, none for others.
+fn bit(full: Register) -> u32 {
+    number(full).map_or(0, |number| 1 << number)
+}
+
+/// The general registers that an instruction writes, or may write, a bit for each.
+fn written_registers(i: &Instruction, info: &mut InstructionInfoFactory) -> u32 {
+    use Mnemonic as M;
+    match i.mnemonic() {
+        // Most instructions are these, and the factory is slow.
+        M::Mov
+        | M::Movzx
+        | M::Movsx
+        | M::Movsxd
+        | M::Lea
+        | M::Add
+        | M::Sub
+        | M::And
+        | M::Or
+        | M::Xor
+        | M::Inc
+        | M::Dec
+        | M::Neg
+        | M::Not
+        | M::Shl
+        | M::Sal
+        | M::Shr
+        | M::Sar
+        | M::Rol
+        | M::Ror => match i.op0_kind() {
+            OpKind::Register => bit(i.op0_register().full_register()),
+            _ => 0,
+        },
+        M::Cmp | M::Test => 0,
+        _ => info
+            .info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE)
+            .used_registers()
+            .iter()
+            .filter(|used| !matches!(used.access(), OpAccess::Read | OpAccess::CondRead))
+            .fold(0, |written, used| written | bit(used.register().full_register())),
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Producer {
     /// The flags that are its own still, as iced counts them.
@@ -288,50 +344,64 @@ pub enum Origin {
 /// Where the flags are from, at a place in a block.
 #[derive(Clone)]
 pub struct Sources {
-    producers: Vec<Producer>,
+    producers: SmallVec<[Producer; FLAGS]>,
     /// Flags that neither the block nor a producer before it has touched.
     entry: u32,
     /// Those are in `saved_flags`: the block has had none of its own to put there.
     saved: bool,
     /// What the last instruction passed had to be preceded by.
-    keeps: Vec<Keep>,
+    keeps: Keeps,
 }
+
+/// How many arithmetic flags there are: each has one producer at most.
+const FLAGS: usize = 6;
 
 impl Sources {
     /// At the start of a block.
     pub fn new(origin: &Origin) -> Self {
         match origin {
             Origin::Saved => {
-                Self { producers: Vec::new(), entry: ALL, saved: true, keeps: Vec::new() }
+                Self { producers: SmallVec::new(), entry: ALL, saved: true, keeps: Keeps::new() }
             }
             Origin::Before(producers) => {
                 let made = producers.iter().fold(0, |made, producer| made | producer.flags);
-                let producers = producers.to_vec();
-                Self { producers, entry: ALL & !made, saved: false, keeps: Vec::new() }
+                let producers = producers.iter().cloned().collect();
+                Self { producers, entry: ALL & !made, saved: false, keeps: Keeps::new() }
             }
         }
     }
 
     /// Goes past an instruction.
-    pub fn pass(&mut self, i: &Instruction, info: &mut InstructionInfoFactory) {
+    pub fn pass(&mut self, i: &Instruction, flags: &FlagUse, info: &mut InstructionInfoFactory) {
         self.keeps.clear();
-        let recipes = self.producers.iter().filter_map(|producer| producer.recipe);
         // What is in use at the instruction stays: it may fault.
-        let used = recipes.clone().fold(0, |used, recipe| used | recipe.slots());
-        let any = recipes.count() != 0;
-        let mut slots = Slots { used, keeps: &mut self.keeps };
-        if any {
-            for used in info.info(i).used_registers() {
-                if matches!(used.access(), OpAccess::Read | OpAccess::CondRead) {
-                    continue;
-                }
-                let full = used.register().full_register();
-                let mut slot = None;
+        let recipes = self.producers.iter().filter_map(|producer| producer.recipe);
+        let mut slots = Slots {
+            used: recipes.fold(0, |used, recipe| used | recipe.slots()),
+            keeps: &mut self.keeps,
+        };
+        let written = flags.modified;
+        if written != 0 {
+            for producer in &mut self.producers {
+                producer.flags &= !written;
+            }
+            self.producers.retain(|producer| producer.flags != 0);
+            self.entry &= !written;
+            self.saved = false;
+        }
+        let recipes = self.producers.iter().filter_map(|producer| producer.recipe);
+        let needed = recipes.fold(0, |needed, recipe| needed | recipe.registers());
+        if needed != 0 {
+            let mut lost = needed & written_registers(i, info);
+            while lost != 0 {
+                let number = lost.trailing_zeros();
+                lost &= lost - 1;
+                let full = gpr_of(8, number as u8);
+                let slot = slots.keep(Kept::Register(full));
                 for producer in &mut self.producers {
                     let Some(recipe) = producer.recipe.as_mut().filter(|r| r.needs(full)) else {
                         continue;
                     };
-                    slot = slot.or_else(|| slots.keep(Kept::Register(full)));
                     match slot {
                         Some(slot) => {
                             recipe.first.keep(full, slot);
@@ -342,16 +412,9 @@ impl Sources {
                 }
             }
         }
-        let written = i.rflags_modified() & ALL;
         if written != 0 {
-            for producer in &mut self.producers {
-                producer.flags &= !written;
-            }
-            self.producers.retain(|producer| producer.flags != 0);
-            self.entry &= !written;
-            self.saved = false;
             // One that keeps the flags sometimes has none of its own to tell.
-            let recipe = if replaced(i) == written { Recipe::of(i, &mut slots) } else { None };
+            let recipe = if flags.replaced == written { Recipe::of(i, &mut slots) } else { None };
             self.producers.push(Producer { flags: written, recipe });
         }
         for keep in &mut self.keeps {
@@ -431,18 +494,18 @@ pub struct Followed {
 
 pub fn follow(
     instructions: &[Instruction],
-    kinds: &[Kind],
+    steps: &[Step],
     origin: &Origin,
     info: &mut InstructionInfoFactory,
 ) -> Followed {
     let mut end = Sources::new(origin);
     let (mut lost, mut keeps) = (Vec::with_capacity(instructions.len()), Vec::new());
     let mut fresh = 0;
-    for (index, (i, kind)) in instructions.iter().zip(kinds).enumerate() {
-        let leaves = may_leave(i, *kind);
-        lost.push(if leaves { end.lost() } else { 0 });
-        end.pass(i, info);
-        fresh = if leaves { 0 } else { fresh & !i.rflags_modified() };
+    for (index, (i, step)) in instructions.iter().zip(steps).enumerate() {
+        let Step { flags, shows, .. } = step;
+        lost.push(if *shows { end.lost() } else { 0 });
+        end.pass(i, flags, info);
+        fresh = if *shows { 0 } else { fresh & !flags.modified };
         for &keep in &end.keeps {
             keeps.push((index, keep));
             fresh |= if keep.what == Kept::Memory { keep.flags } else { 0 };
@@ -453,20 +516,14 @@ pub fn follow(
 
 impl Followed {
     /// What must be kept of the operands, where `end` are the flags shown after the block.
-    pub fn keeps(
-        &self,
-        instructions: &[Instruction],
-        kinds: &[Kind],
-        live: &[u32],
-        end: u32,
-    ) -> Vec<(usize, Keep)> {
+    pub fn keeps(&self, steps: &[Step], live: &[u32], end: u32) -> Vec<(usize, Keep)> {
         if self.keeps.is_empty() {
             return Vec::new();
         }
-        let mut shown = vec![end; instructions.len() + 1];
-        for (index, (i, kind)) in instructions.iter().zip(kinds).enumerate().rev() {
-            let here = if may_leave(i, *kind) { ALL & !live[index] } else { 0 };
-            shown[index] = here | shown[index + 1] & !replaced(i);
+        let mut shown = vec![end; steps.len() + 1];
+        for (index, Step { flags, shows, .. }) in steps.iter().enumerate().rev() {
+            let here = if *shows { ALL & !live[index] } else { 0 };
+            shown[index] = here | shown[index + 1] & !flags.replaced;
         }
         let needed = |(index, keep): &&(usize, Keep)| keep.flags & shown[index + 1] != 0;
         self.keeps.iter().filter(needed).copied().collect()
@@ -474,7 +531,7 @@ impl Followed {
 }
 
 /// Adds to `live` what must be put aside because it cannot be made again.
-pub fn keep_lost(instructions: &[Instruction], followed: &Followed, live: &mut [u32]) {
+pub fn keep_lost(steps: &[Step], followed: &Followed, live: &mut [u32]) {
     for (index, lost) in followed.lost.iter().enumerate() {
         let mut lost = lost & !live[index];
         // Needed from its producer on, which is where it was lost to.
@@ -483,39 +540,7 @@ pub fn keep_lost(instructions: &[Instruction], followed: &Followed, live: &mut [
             live[at] |= lost;
             let Some(before) = at.checked_sub(1) else { break };
             at = before;
-            lost &= !replaced(&instructions[at]);
+            lost &= !steps[at].flags.replaced;
         }
-    }
-}
-
-/// Whether the instruction may leave translated code with nothing of it done.
-pub fn may_leave(i: &Instruction, kind: Kind) -> bool {
-    match kind {
-        Kind::Copy => {
-            let in_memory = |op: &u32| {
-                i.op_kind(*op) == OpKind::Register
-                    && matches!(
-                        i.op_register(*op).full_register(),
-                        Register::R13 | Register::R14 | Register::R15
-                    )
-            };
-            matches!(i.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
-                || fpu::touches_x87(i)
-                || (0..i.op_count()).any(|op| match i.op_kind(op) {
-                    OpKind::Memory => true,
-                    OpKind::Register => !i.op_register(op).is_gpr(),
-                    _ => false,
-                })
-                // More than there are scratch registers for: it has no copy.
-                || (0..i.op_count()).filter(in_memory).count() > 2
-        }
-        Kind::Push
-        | Kind::Pop
-        | Kind::Leave
-        | Kind::Call
-        | Kind::String { .. }
-        | Kind::BitString
-        | Kind::StoreSelector(_) => true,
-        _ => false,
     }
 }
