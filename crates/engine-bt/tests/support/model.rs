@@ -141,7 +141,11 @@ fn operand_raises(case: &Case, i: &Instruction, m: &UsedMemory, at: &State, faul
     let Some(start) = m.virtual_address(0, |register, _, _| Some(value(at, register))) else {
         return false;
     };
-    let size = m.memory_size().size().max(1) as u64;
+    // Of a repeated string instruction iced knows no size: it is judged element by element.
+    let size = match m.memory_size().size() {
+        0 => i.memory_size().size().max(1),
+        size => size,
+    } as u64;
     let last = start.wrapping_add(size - 1);
     match fault.vector {
         SS | GP | AC if fault.error != 0 => false,
