@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.docs.examples import ROOT, SEPARATOR, examples, program
+from tests.share.test_shares import needs_virtiofsd
 
 from tetrarch.images import CachedGuest
 
@@ -34,7 +35,9 @@ def run(document: Path, directory: Path) -> list[str]:
     return done.stdout.split(f"{SEPARATOR}\n")[:-1]
 
 
-@pytest.mark.parametrize("name", ["devices", "platforms", "virtio"])
+@pytest.mark.parametrize(
+    "name", ["devices", "platforms", "virtio", pytest.param("shares", marks=needs_virtiofsd)]
+)
 def test_examples_of_a_page_print_what_it_says(tmp_path: Path, name: str) -> None:
     document = ROOT / "docs" / f"{name}.md"
     wanted = examples(document)

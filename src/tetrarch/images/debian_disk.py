@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tetrarch.errors import ImageError, ValueProblem
-from tetrarch.images.default_guest import agent_program
+from tetrarch.images.default_guest import agent_program, shares_script
 from tetrarch.images.disk import require_space
 from tetrarch.images.names import disk_name, host_name, public_key, user_name
 from tetrarch.images.partition import make_disk
@@ -129,6 +129,20 @@ RestartSec=1
 WantedBy=multi-user.target
 """
 
+#: Directories of the host, as the kernel's command line names them.
+_SHARES = """\
+[Unit]
+Description=Directories of the host
+ConditionKernelCommandLine=tetrarch.share
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /usr/lib/tetrarch/shares
+
+[Install]
+WantedBy=multi-user.target
+"""
+
 # mmdebstrap runs it outside of the new root, $1, in its namespace.
 _CUSTOMIZE = """\
 set -e
@@ -136,7 +150,8 @@ root=$1
 # Of the host, as mmdebstrap leaves it; the resolver's own is what a guest needs.
 ln -sf ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
 chroot "$root" passwd --quiet --delete root
-chroot "$root" systemctl --quiet enable systemd-networkd ssh tetrarch-host-keys tetrarch-agent
+chroot "$root" systemctl --quiet enable systemd-networkd ssh
+chroot "$root" systemctl --quiet enable tetrarch-host-keys tetrarch-agent tetrarch-shares
 # Of no use on a disk without LVM, and slow to find that out.
 chroot "$root" systemctl --quiet mask e2scrub_reap.service e2scrub_all.timer
 if [ -n "@USER@" ]; then
@@ -219,6 +234,8 @@ def first_boot_files(recipe: DebianRecipe) -> dict[str, tuple[int, str | bytes]]
         "etc/fstab": (0o644, "LABEL=root / ext4 errors=remount-ro 0 1\n"),
         "etc/systemd/network/80-ethernet.network": (0o644, _NETWORK),
         "etc/systemd/system/tetrarch-agent.service": (0o644, AGENT_UNIT),
+        "etc/systemd/system/tetrarch-shares.service": (0o644, _SHARES),
+        "usr/lib/tetrarch/shares": (0o644, shares_script()),
         "etc/systemd/system/tetrarch-host-keys.service": (0o644, _HOST_KEYS),
     }
     if recipe.ssh_keys:

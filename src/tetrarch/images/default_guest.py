@@ -30,12 +30,13 @@ __all__ = [
     "agent_program",
     "build_guest",
     "build_initramfs",
+    "shares_script",
 ]
 
 DEFAULT_APPEND = "console=ttyS0 quiet"
 """The kernel's command line when the user gives none."""
 
-RECIPE_VERSION = 10
+RECIPE_VERSION = 11
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -126,6 +127,7 @@ def build_initramfs(busybox: bytes, module_dir: Path, overlay: Path | None = Non
     tree.symlink("bin/sh", "busybox")
     tree.file("init", _guest_file("init"), 0o755)
     tree.file("usr/lib/tetrarch/root", _guest_file("root"))
+    tree.file("usr/lib/tetrarch/shares", shares_script())
     tree.file("etc/inittab", _guest_file("inittab"))
     tree.file("etc/profile", _guest_file("profile"))
     tree.file("etc/udhcpc", _guest_file("udhcpc"), 0o755)
@@ -155,6 +157,11 @@ def _add_modules(tree: Initramfs, module_dir: Path) -> None:
 
 def _motd(release: str) -> str:
     return f"Linux {release} on Tetrarch. poweroff ends the machine, Ctrl-] leaves it.\n"
+
+
+def shares_script() -> bytes:
+    """What a guest's shell does to mount the directories that it is given."""
+    return _guest_file("shares")
 
 
 def agent_program() -> bytes:

@@ -22,6 +22,7 @@ from tetrarch.console.backend import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec, PortSpec, no_console
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.net.spec import NetSpec
+from tetrarch.share.spec import ShareSpec, share_tags
 
 __all__ = [
     "MEMORY_MAX",
@@ -36,6 +37,7 @@ __all__ = [
     "NetOption",
     "OnReset",
     "PortOption",
+    "ShareOption",
     "ValueProblem",
     "VirtioTransport",
     "check_options",
@@ -68,6 +70,7 @@ DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
 CdromOption: TypeAlias = str | os.PathLike[str] | CdromSpec
 NetOption: TypeAlias = str | NetSpec
 PortOption: TypeAlias = str | ConsoleBackend | PortSpec
+ShareOption: TypeAlias = str | os.PathLike[str] | ShareSpec
 
 
 def parse_size(value: object) -> int:
@@ -173,6 +176,23 @@ def _ports(value: object) -> tuple[PortSpec, ...]:
     return tuple(map(PortSpec.of, several))
 
 
+def _shares(value: object) -> tuple[ShareSpec, ...]:
+    """One directory, or several."""
+    several = value if isinstance(value, (list, tuple)) else [value]
+    shares = tuple(map(_share, several))
+    share_tags(shares)
+    return shares
+
+
+def _share(value: object) -> ShareSpec:
+    if isinstance(value, ShareSpec):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueProblem(f"{value!r} is no share", mend="write DIR[:TAG][,readonly]")
+    # The name of a directory may hold anything.
+    return ShareSpec.parse(value) if isinstance(value, str) else ShareSpec(Path(value))
+
+
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Text = Annotated[str, BeforeValidator(_text)]
 
@@ -234,6 +254,11 @@ class MachineConfig(BaseModel):
         (),
         "A network card; docs/networks.md has its options. Can be repeated [default: none].",
         "none|user|tap=NAME|socket=PATH[,OPTION=VALUE]...",
+    )
+    share: Annotated[tuple[ShareSpec, ...], BeforeValidator(_shares)] = option(
+        (),
+        "A directory that the guest mounts by its tag; docs/shares.md. Can be repeated.",
+        "DIR[:TAG][,readonly]",
     )
     vsock: FilePath | None = option(
         None, "A Unix socket for connections with the guest's vsock ports.", "PATH"
@@ -299,6 +324,7 @@ class MachineOptions(TypedDict, total=False):
     disk: DiskOption | Sequence[DiskOption]
     cdrom: CdromOption | Sequence[CdromOption]
     net: NetOption | Sequence[NetOption]
+    share: ShareOption | Sequence[ShareOption]
     vsock: str | os.PathLike[str] | None
     on_reset: OnReset
     virtio: VirtioTransport

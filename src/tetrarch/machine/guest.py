@@ -14,6 +14,7 @@ from tetrarch.images.default_guest import DEFAULT_APPEND
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.platforms.platform import Platform
+from tetrarch.share.spec import share_tags
 
 if TYPE_CHECKING:
     from tetrarch.console import ConsoleBackend
@@ -89,7 +90,9 @@ def load_guest(
         append = DEFAULT_APPEND
         if terminal := getattr(console, "guest_terminal", ""):
             append += f" tetrarch.tty={terminal}"  # for images/guest/profile
-    append = " ".join(filter(None, (append, config.append_extra)))
+    # For images/guest/shares; Linux leaves words with a dot in them alone.
+    shares = [f"tetrarch.share={tag}" for tag in share_tags(config.share)]
+    append = " ".join(filter(None, (append, *shares, config.append_extra)))
     rsdp, tables = build_acpi(config.cpus, vm.ram, dsdt)
     for address, data in tables:
         vm.write_memory(address, data)

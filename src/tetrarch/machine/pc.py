@@ -41,6 +41,7 @@ from tetrarch.machine.disks import MachineDisk, machine_disks
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.networks import machine_nets
 from tetrarch.machine.plugged import PluggedDevices
+from tetrarch.machine.shares import MachineShare, machine_shares
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.virtio import VirtioSlots
 from tetrarch.pci import PciBus, bus, hotplug
@@ -87,6 +88,7 @@ class Pc:
     """Devices that the DSDT names beside those of every PC."""
     disks: Sequence[MachineDisk]
     nets: Sequence[NetKind]
+    shares: Sequence[MachineShare]
     virtio: VirtioSlots | None
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
     vsock: VsockKind | None
@@ -121,6 +123,8 @@ class Pc:
             disk.close()
         for net in self.nets:
             net.close()
+        for share in self.shares:
+            share.close()
         if self.vsock is not None:
             self.vsock.close()
 
@@ -207,6 +211,7 @@ def assemble_pc(
     slots: VirtioSlots | None = None
     disks: list[MachineDisk] = []
     nets: list[NetKind] = []
+    shares: list[MachineShare] = []
     vsock: VsockKind | None = None
     balloon: BalloonKind | None = None
     console_ports: Sequence[ConsolePort] = ()
@@ -231,6 +236,10 @@ def assemble_pc(
                 undo.callback(net.close)
                 nets.append(net)
                 plug_virtio(net)
+            for share in machine_shares(vm, config):
+                undo.callback(share.close)
+                shares.append(share)
+                plug_virtio(share.kind)
             if vsock is not None:
                 plug_virtio(vsock)
             if config.rng:
@@ -251,6 +260,7 @@ def assemble_pc(
         dsdt,
         disks,
         nets,
+        shares,
         slots,
         vsock,
         balloon,
