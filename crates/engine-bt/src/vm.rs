@@ -78,7 +78,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
     Ok(Arc::new(build(memory, config, CACHE_BYTES)?))
 }
 
-fn build(
+pub(crate) fn build(
     memory: Arc<GuestMemory>,
     config: Config,
     cache_bytes: usize,
@@ -153,8 +153,8 @@ fn tsc_hz() -> u64 {
     })
 }
 
-struct BtVm {
-    shared: Arc<VmShared>,
+pub(crate) struct BtVm {
+    pub(crate) shared: Arc<VmShared>,
     cache: Option<Arc<Mutex<CodeCache>>>,
     bells: Arc<Bells>,
     lines: Arc<Lines>,

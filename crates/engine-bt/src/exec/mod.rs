@@ -311,6 +311,9 @@ impl BtVcpu {
     }
 
     fn deliver_interrupt(&mut self) -> Option<Exit> {
+        // What arrived a moment ago can be of a higher class than one that the guest has ended
+        // by memory, which nobody would end at the local APIC later.
+        self.cpu.settle_eoi();
         let vector = self.cpu.vm.irqchip.accept(self.cpu.id)?;
         self.cpu.counts.interrupts += 1;
         self.cpu.st.halted = 0;
@@ -685,3 +688,6 @@ impl BtVcpu {
         self.cpu.update_mode();
     }
 }
+
+#[cfg(test)]
+mod interrupt_tests;
