@@ -12,7 +12,7 @@ from tests.virtio.host_memory import with_resident
 
 from tetrarch._native import Vm
 from tetrarch.errors import ConfigError, StateError
-from tetrarch.virtio.balloon import DEFLATE_ON_OOM, STATS_VQ, BalloonKind
+from tetrarch.virtio.balloon import DEFLATE_ON_OOM, REPORTING, STATS_VQ, BalloonKind
 from tetrarch.virtio.mmio import VirtioMmio
 from tetrarch.virtio.pci import VirtioPci
 from tetrarch.virtio.registers import NEEDS_RESET
@@ -21,7 +21,7 @@ MIB = 1 << 20
 MEMORY = 16 * MIB
 PAGE = 4096
 
-INFLATE, DEFLATE, STATS = range(3)
+INFLATE, DEFLATE, STATS, HINTS, REPORTS = range(5)
 #: Where the driver has its buffers, and the pages that it gives away.
 BUFFER, PAGES = 0x40_0000, 0x80_0000
 
@@ -68,7 +68,7 @@ class BalloonDriver(Driver):
 @pytest.fixture(params=["mmio", "pci"])
 def driver(request: pytest.FixtureRequest) -> BalloonDriver:
     made = BalloonDriver(request.param)
-    made.start(5, STATS_VQ | DEFLATE_ON_OOM)
+    made.start(5, STATS_VQ | DEFLATE_ON_OOM | REPORTING)
     return made
 
 
@@ -87,6 +87,26 @@ def test_pages_of_the_balloon_are_the_hosts_until_they_are_used(driver: BalloonD
     vm.write_memory(PAGES, b"\x66" * (2 * MIB))
     assert driver.resident() >= full - PAGE
     assert vm.read_memory(PAGES, 2 * MIB) == b"\x66" * (2 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("features", "queue"),
+    [
+        (STATS_VQ | REPORTING, REPORTS),
+        (STATS_VQ | REPORTING, HINTS),  # Linux: where no hints are offered
+        (REPORTING, STATS),  # and where it takes no statistics
+    ],
+)
+def test_free_pages_that_are_reported_are_the_hosts(features: int, queue: int) -> None:
+    driver = BalloonDriver("pci")
+    driver.start(5, features)
+    driver.vm.write_memory(PAGES, b"\x55" * (4 * MIB))
+    full = driver.resident()
+    pieces = [(PAGES, MIB, True), (PAGES + 2 * MIB, MIB, True)]
+    driver.ask(queue, pieces)
+    assert driver.resident() <= full - 2 * MIB + PAGE
+    assert driver.vm.read_memory(PAGES, MIB) == bytes(MIB)
+    assert driver.vm.read_memory(PAGES + MIB, MIB) == b"\x55" * MIB
 
 
 def test_target_is_told_and_the_actual_size_heard(driver: BalloonDriver) -> None:
@@ -153,6 +173,8 @@ def test_hostile_pages_harm_nobody(driver: BalloonDriver) -> None:
     # Numbers that are none, buffers the wrong way round, the page of the list itself.
     assert driver.ask(INFLATE, [(BUFFER, 7, False)]) == 0
     assert driver.ask(INFLATE, [(BUFFER, 64, True)]) == 0
+    assert driver.ask(REPORTS, [(PAGES + PAGE, PAGE, False)]) == 0
+    assert driver.ask(REPORTS, [(PAGES + PAGE + 1, PAGE, True)]) == 0
     assert vm.read_memory(PAGES + PAGE, PAGE) == b"\x55" * PAGE
     driver.name_pages(INFLATE, [BUFFER // PAGE])
     # Its own rings: what it had there is gone, and no more than that.
@@ -181,7 +203,7 @@ def test_statistics_of_any_form_are_taken_as_far_as_they_go(driver: BalloonDrive
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
 def test_saved_balloon_goes_on_in_another_machine(transport: str) -> None:
     driver = BalloonDriver(transport)
-    driver.start(5, STATS_VQ)
+    driver.start(5, STATS_VQ | REPORTING)
     driver.kind.target = 2 * MIB
     driver.device.write_config(4, 4, 9)
     driver.name_pages(INFLATE, [PAGES // PAGE])

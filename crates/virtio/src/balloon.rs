@@ -21,8 +21,8 @@ const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 const STATISTICS: usize = 2;
 
-/// Those three; free page hints and reports are not offered.
-pub const QUEUES: usize = 3;
+/// Queues at most: beside those, of free page hints and of free page reports.
+pub const QUEUES: usize = 5;
 
 /// Of one chain no more page numbers are looked at, so that other devices' turn comes: what is
 /// behind them stays with the guest. Linux sends 256.
@@ -160,6 +160,8 @@ impl DataPath for Balloon {
         Ok(())
     }
 
+    /// A driver without the statistics queue may number the later ones without a gap, as Linux
+    /// does, or with one, as 5.5.2 does: of all those that are left it sends free pages only.
     fn serve(&mut self, queues: &mut Queues, index: usize) -> Result<(), QueueError> {
         match index {
             INFLATE => queues.serve(index, |chain| {
@@ -169,7 +171,11 @@ impl DataPath for Balloon {
             // A page that the guest takes back comes when it is touched.
             DEFLATE => queues.serve(index, |chain| Some((chain.used, 0))),
             STATISTICS if self.with_statistics => self.serve_statistics(queues),
-            _ => queues.serve(index, |chain| Some((chain.used, 0))),
+            // Free page reports (5.5.6.7): the buffers themselves are the pages.
+            _ => queues.serve(index, |chain| {
+                chain.writable.ranges().for_each(|(start, length)| self.discard(start, length));
+                Some((chain.used, 0))
+            }),
         }
     }
 

@@ -1,6 +1,7 @@
 """Memory balloon (virtio 1.2, 5.5): memory that the guest gives back while it runs.
 
-Pages are Rust's (``crates/virtio/src/balloon.rs``). The balloon takes as much as ``target`` says.
+Pages are Rust's (``crates/virtio/src/balloon.rs``). Free pages come back by themselves, where the
+driver reports them; the balloon takes more, as much as ``target`` says.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = ["BalloonKind", "BalloonState"]
 # Feature bits (5.5.3).
 STATS_VQ: Final = 1 << 1
 DEFLATE_ON_OOM: Final = 1 << 2
+REPORTING: Final = 1 << 5
 
 #: The unit of page numbers and sizes, whatever the guest's pages are (5.5.6).
 _PAGE: Final = 4096
@@ -59,8 +61,8 @@ class BalloonKind:
     """The balloon of a machine, as ``Machine.balloon`` gives it."""
 
     device_id: Final = 5
-    features: Final = STATS_VQ | DEFLATE_ON_OOM
-    queue_sizes: Final[Sequence[int]] = (64,) * 3
+    features: Final = STATS_VQ | DEFLATE_ON_OOM | REPORTING
+    queue_sizes: Final[Sequence[int]] = (64,) * 5
     name: Final = "balloon"
 
     def __init__(self, vm: Vm, memory: int) -> None:
