@@ -36,7 +36,7 @@ from tetrarch.testing import pvh_kernel
         (["--disk", "/"], 1, "/: is a directory; give the path of an image"),
         (["--disk", "d.img", "--disk", "e.img,sanpshot=on"], 2, "did you mean snapshot?"),
         (["--disk", "/etc/hostname,format=qcow2"], 1, "is not a qcow2 image; give"),
-        (["--net", "usr"], 2, "--net: 'usr' is no network; there are none, user, tap=NAME and"),
+        (["--net", "usr"], 2, "--net: 'usr' is no network; there are none, user, tap=NAME, socket"),
         (["--net", "user,forward=22"], 2, "--net: forward is '22'; write [HOST:]PORT:GUEST"),
         (["--net", "none", "--net", "user"], 2, "none is given beside others"),
         (["--image", "nope"], 2, "no image is called 'nope'"),

@@ -39,6 +39,7 @@ def test_what_is_written_is_what_is_meant() -> None:
         "tap=t0,bridge=br0,queues=4,mac=52:54:00:12:34:56,mtu=9000",
         "socket=/tmp/a,,b,pcap=f,,g.pcap,delay=20000us,loss=0.5%,rate=10000000",
         "socket=x,loss=100%",
+        "vhost-user=/run/a,,b,mac=52:54:00:12:34:56,mtu=9000",
     ],
 )
 def test_spec_is_written_as_it_is_read(text: str) -> None:
@@ -48,7 +49,7 @@ def test_spec_is_written_as_it_is_read(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is no network; there are none, user, tap=NAME and socket=PATH"),
+        ("", "'' is no network; there are none, user, tap=NAME, socket=PATH and"),
         ("usr", "'usr' is no network"),
         ("user=x", "'user=x' is no network"),
         ("tap", "tap names nothing; write tap=NAME"),
@@ -67,6 +68,9 @@ def test_spec_is_written_as_it_is_read(text: str) -> None:
         ("tap=t0,queues=0", "queues is '0'; give 1 to 16"),
         ("tap=t0,queues=17", "queues is '17'"),
         ("tap=t0,queues=2,loss=1%", "2 queues cannot be slowed down"),
+        ("vhost-user", "vhost-user names nothing; write vhost-user=PATH"),
+        ("vhost-user=x,pcap=f", "a card by vhost-user has neither pcap="),
+        ("vhost-user=x,queues=2", "vhost-user has neither bridge= nor queues="),
         ("user,mac=1", "mac is '1'; write it as"),
         ("user,mac=01:00:00:00:00:00", "01:00:00:00:00:00 is no address of one card"),
         ("user,mac=00:00:00:00:00:00", "00:00:00:00:00:00 is no address of one card"),

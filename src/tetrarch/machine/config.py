@@ -165,7 +165,8 @@ def _net(value: object) -> NetSpec:
         return value
     if not isinstance(value, str):
         raise ValueProblem(
-            f"{value!r} is no network", mend="write user, tap=NAME or socket=PATH[,OPTION=VALUE]..."
+            f"{value!r} is no network",
+            mend="write user, tap=NAME, socket=PATH or vhost-user=PATH[,OPTION=VALUE]...",
         )
     return NetSpec.parse(value)
 
@@ -253,7 +254,7 @@ class MachineConfig(BaseModel):
     net: Annotated[tuple[NetSpec, ...], BeforeValidator(_nets)] = option(
         (),
         "A network card; docs/networks.md has its options. Can be repeated [default: none].",
-        "none|user|tap=NAME|socket=PATH[,OPTION=VALUE]...",
+        "none|user|tap=NAME|socket=PATH|vhost-user=PATH[,OPTION=VALUE]...",
     )
     share: Annotated[tuple[ShareSpec, ...], BeforeValidator(_shares)] = option(
         (),

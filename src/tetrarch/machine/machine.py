@@ -343,7 +343,8 @@ class Machine:
     def stats(self) -> dict[str, dict[str, int]]:
         """Counters by group: exits by kind, the engine's, time, calls into Python, frames of each
         network card."""
-        return self._vm.stats() | {net.name: net.stats() for net in self._pc.nets}
+        frames = {net.name: net.stats() for net in self._pc.nets}
+        return self._vm.stats() | {name: counters for name, counters in frames.items() if counters}
 
     def load(self) -> None:
         """Puts the guest into memory. start() does it if you have not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetrarch.machine.config import MachineConfig
@@ -10,6 +11,7 @@ from tetrarch.machine.log import MachineLog
 from tetrarch.net.mac import random_mac, stable_mac
 from tetrarch.net.network import open_network
 from tetrarch.virtio.net import NetKind
+from tetrarch.virtio.vhost_user import VhostUserNet
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
@@ -19,7 +21,7 @@ __all__ = ["machine_nets"]
 
 def machine_nets(
     vm: Vm, config: MachineConfig, end: Callable[[BaseException], None]
-) -> Iterator[NetKind]:
+) -> Iterator[NetKind | VhostUserNet]:
     """Opens them one by one; ``end`` is called with what a filter raises."""
     log = MachineLog(config.name)
     # Machines of one network that nobody named are not to have the same addresses.
@@ -31,6 +33,9 @@ def machine_nets(
             log.warning("%s: %s; the link is down until the machine starts anew", name, cause)
 
         mac = spec.mac or (stable_mac(config.name, index) if named else random_mac())
+        if spec.kind == "vhost-user":
+            yield VhostUserNet(vm, Path(spec.target), name, mac, spec.mtu)
+            continue
         network = open_network(spec, cut_off, end)
         try:
             kind = NetKind(vm, network, name, mac)

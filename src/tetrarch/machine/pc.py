@@ -51,7 +51,7 @@ from tetrarch.virtio.console import ConsoleKind, ConsolePort
 from tetrarch.virtio.kind import VirtioKind
 from tetrarch.virtio.net import NetKind
 from tetrarch.virtio.rng import RngKind
-from tetrarch.virtio.vhost_user import VhostUserBlk
+from tetrarch.virtio.vhost_user import VhostUserBlk, VhostUserNet
 from tetrarch.virtio.vsock import VsockKind
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
@@ -87,7 +87,7 @@ class Pc:
     dsdt: Sequence[bytes]
     """Devices that the DSDT names beside those of every PC."""
     disks: Sequence[MachineDisk]
-    nets: Sequence[NetKind]
+    nets: Sequence[NetKind | VhostUserNet]
     shares: Sequence[MachineShare]
     virtio: VirtioSlots | None
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
@@ -210,7 +210,7 @@ def assemble_pc(
     dsdt: list[bytes] = []
     slots: VirtioSlots | None = None
     disks: list[MachineDisk] = []
-    nets: list[NetKind] = []
+    nets: list[NetKind | VhostUserNet] = []
     shares: list[MachineShare] = []
     vsock: VsockKind | None = None
     balloon: BalloonKind | None = None

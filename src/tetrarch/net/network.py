@@ -85,6 +85,11 @@ def _open(spec: NetSpec, ended: Callable[[str], object], undo: ExitStack) -> Net
                     f"cannot join the network at {spec.target}: {error.strerror or error}",
                     mend="name a path of less than 108 bytes in a directory that you can write to",
                 ) from error
+        case "vhost-user":
+            raise HostError(
+                f"the network at {spec.target} is another process's, with queues of its own",
+                mend="make a VhostUserNet of it (tetrarch.virtio.vhost_user)",
+            )
 
 
 def _judge(

@@ -16,7 +16,7 @@ from tetrarch.net.mac import format_mac, parse_mac
 
 __all__ = ["QUEUES_MAX", "Forward", "NetSpec"]
 
-NetKindName = Literal["user", "tap", "socket"]
+NetKindName = Literal["user", "tap", "socket", "vhost-user"]
 
 #: What the data path has at most (crates/virtio/src/net.rs).
 QUEUES_MAX = 16
@@ -49,7 +49,7 @@ class NetSpec:
 
     kind: NetKindName
     target: str = ""
-    """The tap device's name, or the socket's path."""
+    """The tap device's name, or a socket's path."""
     forward: tuple[Forward, ...] = ()
     bridge: str | None = None
     queues: int = 1
@@ -78,10 +78,20 @@ class NetSpec:
             raise ValueProblem(
                 f"{self.kind} has neither bridge= nor queues=", mend="give them to tap=NAME"
             )
+        if self.kind == "vhost-user":
+            self._only_the_card()
         if self.queues > 1 and (self.delay or self.loss or self.rate or self.filter):
             raise ValueProblem(
                 f"{self.queues} queues cannot be slowed down or filtered as one",
                 mend="give the card one",
+            )
+
+    def _only_the_card(self) -> None:
+        """Frames do not pass here."""
+        if self.pcap or self.delay or self.loss or self.rate or self.filter:
+            raise ValueProblem(
+                "a card by vhost-user has neither pcap=, delay=, loss=, rate= nor a filter",
+                mend="give it mac= and mtu= alone",
             )
 
     @classmethod
@@ -108,7 +118,8 @@ class NetSpec:
 
     def relative_to(self, directory: Path) -> Self:
         """With paths as they are written in a file of that directory."""
-        target = str(directory / self.target) if self.kind == "socket" else self.target
+        a_path = self.kind in ("socket", "vhost-user")
+        target = str(directory / self.target) if a_path else self.target
         pcap = None if self.pcap is None else directory / self.pcap
         return replace(self, target=target, pcap=pcap)
 
@@ -122,8 +133,8 @@ class NetSpec:
         return ",".join(word.replace(",", ",,") for word in words)
 
 
-_KINDS = "there are none, user, tap=NAME and socket=PATH"
-_TARGETS = {"user": "", "tap": "NAME", "socket": "PATH"}
+_KINDS = "there are none, user, tap=NAME, socket=PATH and vhost-user=PATH"
+_TARGETS = {"user": "", "tap": "NAME", "socket": "PATH", "vhost-user": "PATH"}
 
 
 def _interface(name: str, value: str | None) -> str:
