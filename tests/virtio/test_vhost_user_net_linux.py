@@ -19,7 +19,9 @@ MAC, IP = b"\x02\0\0\0\0\x42", bytes([10, 0, 0, 1])
 
 
 def checksum(data: bytes) -> bytes:
-    total: int = sum(struct.unpack(f">{len(data) // 2}H", data.ljust(len(data) + len(data) % 2, b"\0")))
+    total: int = sum(
+        struct.unpack(f">{len(data) // 2}H", data.ljust(len(data) + len(data) % 2, b"\0"))
+    )
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return (~total & 0xFFFF).to_bytes(2, "big")
