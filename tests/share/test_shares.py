@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.virtio.test_blk_linux import shell
+from tests.virtio.test_blk_linux import PROMPT, shell
 
 from tetrarch import Machine
 from tetrarch.errors import HostError, StateError
@@ -122,6 +122,29 @@ def test_share_whose_server_is_killed_gives_the_guest_errors(
         assert vm.wait(60).ok
 
 
+@needs_virtiofsd
+def test_machine_that_is_reset_has_its_share_again(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/file").write_bytes(bytes(1 << 20))
+    with Machine(
+        engine="bt",
+        kernel=debian_guest.kernel,
+        initrd=debian_guest.initrd,
+        share=tmp_path / "data",
+        on_reset="restart",
+    ) as vm:
+        ask = shell(vm)
+        # In the middle of requests.
+        ask("(while :; do cat /mnt/data/file > /dev/null; done) & true")
+        vm.console.send("reboot -f\n")
+        vm.console.expect(PROMPT, 120)
+        vm.console.send("cmp -n 1048576 /mnt/data/file /dev/zero && echo the $((1 + 1))nd time\n")
+        vm.console.expect("the 2nd time", 60)
+        assert vm.resets == 1
+
+
 def test_directories_mounted_in_a_read_only_one_are_too(tmp_path: Path) -> None:
     """The script that runs virtiofsd, with a shell in its place."""
     (tmp_path / "sub").mkdir()
@@ -142,6 +165,31 @@ def test_directories_mounted_in_a_read_only_one_are_too(tmp_path: Path) -> None:
     said = run("ro").stderr.splitlines()
     assert [line.endswith("Read-only file system") for line in said] == [True, True]
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("newgidmap") is None or not Path("/usr/bin/python3").exists(),
+    reason="not root, no newgidmap (apt-get install uidmap) or no /usr/bin/python3",
+)
+def test_user_in_several_groups_has_one_in_the_namespace(tmp_path: Path) -> None:
+    """QEMU's virtiofsd ends where it cannot drop the others."""
+    lent = tmp_path / "subgid"
+    lent.write_text("nobody:200000:65536\n")
+    lent.chmod(0o644)
+    # The host's own file is as it was: the mount is in a namespace.
+    script = f'mount --bind {lent} /etc/subgid && exec "$@"'
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--groups=1000,1001"]
+    done = subprocess.run(
+        [
+            *("unshare", "-m", "/bin/sh", "-c", script, "sh", *user),
+            *("/usr/bin/python3", "-I", "-", "/", "rw", "--", "/usr/bin/id", "-G"),
+        ],
+        input=virtiofsd._CONFINED.read_text(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 @pytest.fixture

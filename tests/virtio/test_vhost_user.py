@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from tests.conformance.conftest import require
 from tests.conformance.guest import DATA as CODE_PAGE
 from tests.conformance.guest import END, PORTS, Guest
 from tests.virtio import back_end
@@ -77,9 +78,16 @@ GOOD: Final = b"\7" * 512 + b"\0"
 IOERR: Final = bytes(512) + b"\1"
 
 
+@pytest.fixture(params=["bt", "kvm"])
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    require("translator" if name == "bt" else name)
+    return name
+
+
 @pytest.fixture(params=["pci", "mmio"])
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
-    vm, wire = Vm("bt", RAM), Wire()
+def rig(request: pytest.FixtureRequest, engine: str, tmp_path: Path) -> Iterator[Rig]:
+    vm, wire = Vm(engine, RAM), Wire()
     with disk(tmp_path / "blk") as end:
         kind = VhostUserBlk(vm, tmp_path / "blk", "disk0", 1)
         over: Transport
@@ -187,11 +195,11 @@ def test_requests_in_flight_when_the_bus_is_taken_are_over(tmp_path: Path) -> No
         kind.close()
 
 
-def test_code_that_a_back_end_writes_runs(tmp_path: Path) -> None:
-    """On engine bt, where it was translated before, and without an interrupt in between."""
+def test_code_that_a_back_end_writes_runs(engine: str, tmp_path: Path) -> None:
+    """Where it was translated before, and without an interrupt in between."""
     # mov al, N ; ret
     codes = [b"\xb0" + bytes([number]) + b"\xc3" for number in (1, 2)]
-    guest = Guest("bt")
+    guest = Guest(engine)
     with disk(tmp_path / "blk") as end:
         kind = VhostUserBlk(guest.vm, tmp_path / "blk", "disk0", 1)
         driver = Driver(guest.vm, Mmio(VirtioMmio(kind, Wire())), memory=0x4_0000)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pwd
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -35,10 +37,45 @@ def _check(result: int, what: str) -> None:
 def _become_root() -> None:
     """In a user namespace."""
     user, group = os.geteuid(), os.getegid()
-    _check(_libc.unshare(CLONE_NEWUSER), "make a user namespace")
-    Path("/proc/self/setgroups").write_text("deny")
+    lent = _lent_groups(user) if set(os.getgroups()) - {group} else None
+    if lent is None:
+        _check(_libc.unshare(CLONE_NEWUSER), "make a user namespace")
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    else:
+        # QEMU's virtiofsd gives up what further groups there are, which only a namespace with
+        # groups of newgidmap(1) lets it do.
+        _unshare_with_groups(["0", str(group), "1", "1", *lent])
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+
+
+def _lent_groups(user: int) -> list[str] | None:
+    """The first and the number of those that the host lends to the user (subgid(5))."""
+    if shutil.which("newgidmap") is None:
+        return None
+    try:
+        names = {str(user), pwd.getpwuid(user).pw_name}
+        lines = Path("/etc/subgid").read_text().splitlines()
+    except (KeyError, OSError):
+        return None
+    entries = (line.split(":") for line in lines)
+    return next((entry[1:] for entry in entries if len(entry) == 3 and entry[0] in names), None)
+
+
+def _unshare_with_groups(groups: list[str]) -> None:
+    unshared, tell = os.pipe()
+    command = ["newgidmap", str(os.getpid()), *groups]
+    child = os.fork()
+    if child == 0:
+        os.close(tell)
+        os.read(unshared, 1)
+        os.execvp(command[0], command)
+    _check(_libc.unshare(CLONE_NEWUSER), "make a user namespace")
+    os.close(tell)
+    os.close(unshared)
+    if os.waitpid(child, 0)[1] != 0:
+        sys.exit("cannot use the groups of /etc/subgid: newgidmap refuses them")
+    os.setgroups([])
 
 
 def _make_readonly(directory: bytes) -> None:

@@ -66,8 +66,8 @@ class Virtiofsd:
         return HostError(
             f"cannot share {self._directory}: virtiofsd did not start: "
             f"{self._words[-1] if self._words else cause.cause}",
-            mend="give it what it asks for: QEMU's wants root, or a user in one group alone; "
-            "both want user namespaces where the user is not root",
+            mend="give it what it asks for: where the user is not root, user namespaces, and for "
+            "QEMU's virtiofsd newgidmap (apt-get install uidmap) and an entry in /etc/subgid",
         )
 
     def close(self) -> None:
