@@ -6,17 +6,23 @@ which Debian's own kvm-amd gives a real /dev/kvm.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
 from tests.initrds import shell_tree
 from tests.userland.debian import DebianRoot
 
 from tetrarch.images import Initramfs
 from tetrarch.images.modules import ModuleTree, modules_dep
+from tetrarch.images.store import InstalledDisk
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD_LIMIT_S = 1200
 
 # python3 has the whole standard library; the kernel serves both levels.
 PACKAGES = ("busybox-static", "coreutils", "dash", "linux-image-cloud-amd64", "python3")
@@ -30,16 +36,39 @@ poweroff -f
 """
 INNER_APPEND = "console=ttyS0 quiet panic=-1"
 
+# Where the outer system's user, root, has the disks that he has built.
+_DISKS = "root/.local/share/tetrarch/disks"
+
 _OUTER_INIT = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 PYTHONPATH=/site
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sys /sys
 busybox mount -t devtmpfs dev /dev
 busybox mount -t tmpfs tmp /tmp
-busybox modprobe kvm_amd
+for driver in {drivers}; do busybox modprobe $driver; done
 {commands}
 busybox poweroff -f
 """
+
+
+def built_wheel(directory: Path) -> Path:
+    """The wheel named by TETRARCH_WHEEL, or one that is built now."""
+    if named := os.environ.get("TETRARCH_WHEEL"):
+        return Path(named)
+    build = (sys.executable, "-m", "maturin", "build", "--release", "--strip", "--locked")
+    subprocess.run([*build, "--out", directory], cwd=ROOT, check=True, timeout=BUILD_LIMIT_S)
+    (built,) = directory.glob("*.whl")
+    return built
+
+
+def nested_host(directory: Path) -> NestedHost:
+    """In an empty directory. Skips the test, or fails it with REQUIRE_KVM=1, without QEMU."""
+    if shutil.which("qemu-system-x86_64") is None:
+        missing = "no qemu-system-x86_64 for a host with SVM; install qemu-system-x86"
+        if os.environ.get("REQUIRE_KVM") == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return NestedHost(built_wheel(directory), directory)
 
 
 class NestedHost:
@@ -66,17 +95,33 @@ class NestedHost:
         return kernel
 
     def boot(
-        self, commands: str, timeout: float, programs: Mapping[str, Path] | None = None
+        self,
+        commands: str,
+        timeout: float,
+        programs: Mapping[str, Path] | None = None,
+        disk: InstalledDisk | None = None,
     ) -> str:
-        """``programs`` lie in /suite by name."""
+        """``programs`` lie in /suite by name; ``disk`` is one of the user's own there, with what
+        is written to it forgotten."""
         inner = shell_tree(INNER_SCRIPT).cpio()
-        self._initrd.write_bytes(self._outer(commands, inner, programs or {}).cpio())
+        tree = self._outer(
+            commands, inner, programs or {}, [] if disk is None else ["virtio_pci", "virtio_blk"]
+        )
+        drive: list[str] = []
+        if disk is not None:
+            drive = ["-drive", f"file={disk.disk},format=raw,if=virtio,snapshot=on"]
+            home = f"{_DISKS}/{disk.manifest.name}"
+            for file in (disk.kernel, disk.initrd, disk.disk.with_suffix(".json")):
+                tree.file(f"{home}/{file.name}", file.read_bytes())
+            tree.symlink(f"{home}/{disk.disk.name}", "/dev/vda")
+        self._initrd.write_bytes(tree.cpio())
         done = subprocess.run(
             [
                 *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max,+svm", "-smp", "2"),
                 *("-m", "2G", "-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio"),
                 *("-kernel", self.kernel, "-initrd", self._initrd),
                 *("-append", "console=ttyS0 quiet panic=-1"),
+                *drive,
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -86,14 +131,17 @@ class NestedHost:
         )
         return done.stdout.decode("utf-8", "replace").replace("\r", "")
 
-    def _outer(self, commands: str, inner: bytes, programs: Mapping[str, Path]) -> Initramfs:
+    def _outer(
+        self, commands: str, inner: bytes, programs: Mapping[str, Path], drivers: Sequence[str]
+    ) -> Initramfs:
         tree = Initramfs()
         slim = self._initrd.parent / "root"
         shutil.rmtree(slim, ignore_errors=True)
         shutil.copytree(self._debian.root, slim, symlinks=True, ignore=_left_out)
         tree.tree(slim)
         (release,) = (self._debian.root / "lib/modules").iterdir()
-        modules = ModuleTree(release).closure(["kvm_amd"])
+        loaded = ("kvm_amd", *drivers)
+        modules = ModuleTree(release).closure(loaded)
         for module in modules:
             tree.file(f"lib/modules/{release.name}/{module.path}", module.data)
         tree.file(f"lib/modules/{release.name}/modules.dep", modules_dep(modules).encode())
@@ -107,7 +155,9 @@ class NestedHost:
         tree.file("inner.cpio", inner)
         tree.file("vmlinuz", self.kernel.read_bytes())
         tree.character_device("dev/console", 5, 1)
-        tree.file("init", _OUTER_INIT.format(commands=commands).encode(), 0o755)
+        tree.file(
+            "init", _OUTER_INIT.format(commands=commands, drivers=" ".join(loaded)).encode(), 0o755
+        )
         return tree
 
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from tests.boot.nested import INNER_APPEND, NestedHost
+from tests.boot.nested import BUILD_LIMIT_S, INNER_APPEND, ROOT, NestedHost, nested_host
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD_LIMIT_S = 1200
 # A minute on an idle machine of two CPUs; a busy one takes its time.
 BOOT_LIMIT_S = 900
 # Each takes some seconds.
@@ -22,32 +17,6 @@ PROGRAM_LIMIT_S = 60
 PLAIN = "--color never --test-threads 1"
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S + 2 * BOOT_LIMIT_S)
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel named by TETRARCH_WHEEL, or one that is built now."""
-    if named := os.environ.get("TETRARCH_WHEEL"):
-        return Path(named)
-    out = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "maturin",
-            "build",
-            "--release",
-            "--strip",
-            "--locked",
-            "--out",
-            out,
-        ],
-        cwd=ROOT,
-        check=True,
-        timeout=BUILD_LIMIT_S,
-    )
-    (built,) = out.glob("*.whl")
-    return built
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +42,8 @@ def programs() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def host(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> NestedHost:
-    if shutil.which("qemu-system-x86_64") is None:
-        missing = "no qemu-system-x86_64 for a host with SVM; install qemu-system-x86"
-        if os.environ.get("REQUIRE_KVM") == "1":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    return NestedHost(wheel, tmp_path_factory.mktemp("nested"))
+def host(tmp_path_factory: pytest.TempPathFactory) -> NestedHost:
+    return nested_host(tmp_path_factory.mktemp("nested"))
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,8 @@ class DiskStore:
         except ImageError:
             return None
         found = InstalledDisk(manifest, directory)
-        whole = all(file.is_file() for file in (found.disk, found.kernel, found.initrd))
+        # A disk may be a link to a volume.
+        whole = all(file.exists() for file in (found.disk, found.kernel, found.initrd))
         return found if whole else None
 
     def list(self) -> list[InstalledDisk]:
