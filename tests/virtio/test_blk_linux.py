@@ -67,7 +67,9 @@ def test_disk_is_plugged_in_and_out_of_a_guest_that_is_busy(
         disk=tmp_path / "stays.img",
     ) as vm:
         ask = shell(vm)
-        ask("(while :; do dd if=/dev/vda of=/dev/null bs=64k iflag=direct 2>/dev/null; done) &")
+        ask(
+            "(while :; do dd if=/dev/vda of=/dev/null bs=64k iflag=direct 2>/dev/null; done) & true"
+        )
         assert isinstance(vm.engine_vm, Vm)
         for count in range(50):
             mark = f"round {count} "
@@ -78,8 +80,10 @@ def test_disk_is_plugged_in_and_out_of_a_guest_that_is_busy(
             ask("until [ -e /dev/vdb ]; do sleep 0.05; done")
             assert mark in ask("head -c 10 /dev/vdb")
             # It is taken away in the middle of reads, or of writes.
-            use = "dd if=/dev/vdb of=/dev/null" if count % 2 else "dd if=/dev/zero of=/dev/vdb"
-            ask(f"({use} bs=4k 2>/dev/null; true) & true")
+            # It is open before: a dd that came too late would make a file of that name. Behind
+            # a shell of its own, since without a terminal busybox's ends when a job does.
+            use = "<&3 >/dev/null" if count % 2 else "</dev/zero >&3"
+            ask(f"exec 3<>/dev/vdb; (dd bs=4k {use} 2>/dev/null &); exec 3>&-")
             vm.unplug(device, timeout=120)
             ask("until [ ! -e /dev/vdb ]; do sleep 0.05; done")
             # The image is nobody's now.
