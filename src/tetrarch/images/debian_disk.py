@@ -138,6 +138,7 @@ ConditionKernelCommandLine=tetrarch.share
 [Service]
 Type=oneshot
 ExecStart=/bin/sh /usr/lib/tetrarch/shares
+RemainAfterExit=yes
 
 [Install]
 WantedBy=multi-user.target
