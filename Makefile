@@ -27,10 +27,13 @@ run: setup ## Boot the default guest to a shell (ENGINE=auto|bt|kvm, ARGS= for m
 	@$(BIN)/tetrarch run --engine $(ENGINE) $(ARGS) || { code=$$?; \
 	echo "make run: tetrarch ended with exit code $$code, which make turns into 2" >&2; exit $$code; }
 
+# Most tests wait for a guest, which has one CPU.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist worksteal
+
 # Nothing may ask the terminal for input: in its background that would stop the tests.
 test: setup packages lint ## Check and test all but the long tests
 	cargo test --release --workspace --locked --no-fail-fast </dev/null
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not long" $(ARGS)
 
 test-long: setup packages ## Run all tests, the long ones too
 	@tools/test-packages long
