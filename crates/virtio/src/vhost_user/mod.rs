@@ -223,6 +223,12 @@ impl VhostUser {
                 Ok(None) => break Ok(()),
                 Err(error) => break Err(error),
             };
+            // RAM that came since the back end was told of all: the chain may be in it.
+            if self.told != Some(self.memory.generation()) {
+                queues.put_back(index, chain.used);
+                queues.serve_again(index);
+                break Ok(());
+            }
             if let Some(head) = lane.ring.add(&chain) {
                 lane.requests += usize::from(is_request(&chain));
                 lane.flight[usize::from(head)] = Some(chain);
