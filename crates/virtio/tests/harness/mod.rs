@@ -4,7 +4,7 @@
 //! A finding is a panic, a device that keeps its I/O thread from coming to rest, or one that
 //! answers no good request after a reset.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -16,14 +16,19 @@ use tetrarch_block::{BlockBackend, ImageOptions};
 use tetrarch_bus::Interrupt;
 use tetrarch_io::IoThread;
 use tetrarch_memory::{GuestMemory, GuestPhys};
+use tetrarch_net::{Counters, NetBackend, StreamPeer};
+use tetrarch_virtio::console::{self, PortKind};
 use tetrarch_virtio::queue::{QueueConfig, QueuePosition};
-use tetrarch_virtio::{Balloon, Blk, Control, DataPath, Device, QueueSetup, Rng, Vsock, balloon};
+use tetrarch_virtio::{
+    Balloon, Blk, Console, Control, DataPath, Device, Net, QueueSetup, Rng, Vsock, balloon,
+};
 
 const RAM: u64 = 1 << 20;
 /// A region that comes and goes.
 const EXTRA: u64 = 16 << 20;
 const EXTRA_BYTES: u64 = 64 << 10;
-const QUEUES: u64 = 3;
+/// The most of one device.
+const QUEUES: u64 = 6;
 /// Each queue's areas: descriptors, driver's and device's a page apart.
 const RINGS: u64 = 0x1_0000;
 const APART: u64 = 0x4000;
@@ -92,7 +97,7 @@ impl Input<'_> {
 struct Rig<P> {
     memory: Arc<GuestMemory>,
     io: IoThread,
-    device: Device<P>,
+    device: Arc<Device<P>>,
     queues: u64,
     size: u16,
     packed: bool,
@@ -116,7 +121,7 @@ impl<P: DataPath + 'static> Rig<P> {
         Self {
             memory,
             io,
-            device,
+            device: Arc::new(device),
             queues,
             size: 1 << (bits >> 4 & 3) << (bits >> 6 & 1),
             packed: bits & 1 != 0,
@@ -257,7 +262,7 @@ impl<P: DataPath + 'static> Rig<P> {
 /// Any rings for a data path, which the first byte chooses.
 pub fn rings(data: &[u8]) {
     let mut input = Input(data);
-    match input.byte() % 4 {
+    match input.byte() % 6 {
         0 => {
             let mut rig = Rig::new(&mut input, 1, |_| Rng);
             rig.drive(&mut input, |_, _| {});
@@ -271,9 +276,11 @@ pub fn rings(data: &[u8]) {
             rig.prove(1, &[(BUFFERS, 16, 0), (BUFFERS + 64, 21, WRITE)]);
         }
         2 => sockets(&mut input),
+        4 => network(&mut input),
+        5 => terminals(&mut input),
         _ => {
             let make = |memory: &Arc<GuestMemory>| Balloon::new(Arc::clone(memory));
-            let queues = QUEUES.min(balloon::QUEUES as u64);
+            let queues = balloon::QUEUES as u64;
             let mut rig = Rig::new(&mut input, queues, make);
             rig.drive(&mut input, |_, _| {});
             rig.prove(0, &[(BUFFERS, 4, 0)]);
@@ -308,7 +315,7 @@ fn sockets(input: &mut Input<'_>) {
     let program = UnixListener::bind(&beside).expect("a socket");
     program.set_nonblocking(true).expect("a socket");
     let vsock = Vsock::new(CID, path.clone(), listener).expect("a socket device");
-    let mut rig = Rig::new(input, QUEUES, |_| vsock);
+    let mut rig = Rig::new(input, 3, |_| vsock);
     let mut streams: Vec<UnixStream> = Vec::new();
     // A packet of the guest's that is right but for what the input says.
     let memory = Arc::clone(&rig.memory);
@@ -352,6 +359,76 @@ fn sockets(input: &mut Input<'_>) {
     });
     rig.put(BUFFERS, &[0; 44]);
     rig.prove(1, &[(BUFFERS, 44, 0)]);
+}
+
+/// A network card of two pairs, with a program at the other end of each.
+fn network(input: &mut Input<'_>) {
+    let mut programs = Vec::new();
+    let backends = (0..2).map(|_| {
+        let (ours, theirs) = UnixStream::pair().expect("a socket");
+        theirs.set_nonblocking(true).expect("a socket");
+        programs.push(theirs);
+        let peer = StreamPeer::new("fuzz", ours.into(), Arc::default()).expect("a back end");
+        Box::new(peer) as Box<dyn NetBackend>
+    });
+    let net = Net::new([2, 0, 0, 0, 0, 1], backends.collect(), Arc::new(Counters::default()));
+    let mut rig = Rig::new(input, 5, |_| net);
+    let memory = Arc::clone(&rig.memory);
+    rig.drive(input, |choice, input| match choice % 8 {
+        0 | 1 => {
+            let _ = programs[usize::from(choice % 2)].read(&mut [0; 1 << 16]);
+        }
+        2..=4 => {
+            // A frame, of a length that may be none.
+            let length = input.length() % 0x2_0000;
+            let mut frame = length.to_be_bytes().to_vec();
+            frame.resize(4 + length.min(0x1_1000) as usize, input.byte());
+            let _ = programs[usize::from(choice % 2)].write(&frame);
+        }
+        5 if input.byte() % 8 == 0 => {
+            let _ = programs[0].shutdown(Shutdown::Both);
+        }
+        _ => {
+            // What a driver sends, right but for what the input says: TCP by IPv4 or IPv6.
+            let six = choice & 8 != 0;
+            let mut bytes = vec![input.byte() % 8, if six { 4 } else { 1 }];
+            for _ in 0..4 {
+                bytes.extend((input.word() % 2048).to_le_bytes());
+            }
+            bytes.extend([0; 2 + 12]);
+            bytes.extend(if six { [0x86, 0xDD, 0x60] } else { [8, 0, 0x45] });
+            bytes.extend((0..40).map(|_| input.byte()));
+            let _ = memory.write(GuestPhys(BUFFERS + u64::from(input.word())), &bytes);
+        }
+    });
+    // Nobody takes what the card sends: it is dropped, and the driver has its buffer back.
+    drop(programs);
+    rig.put(BUFFERS, &[0; 100]);
+    rig.prove(1, &[(BUFFERS, 100, 0)]);
+}
+
+/// The console, with a terminal and a named port.
+fn terminals(input: &mut Input<'_>) {
+    let kinds = vec![PortKind::Console, PortKind::Named("fuzz".into())];
+    let queues = console::queues(kinds.len(), true) as u64;
+    let console = Console::new(kinds).expect("the host has events");
+    let outputs = [0, 1].map(|port| console.output(port).expect("it is a port"));
+    let mut rig = Rig::new(input, queues, |_| console);
+    let device = Arc::clone(&rig.device);
+    rig.drive(input, |choice, input| match choice % 4 {
+        0 | 1 => drop(outputs[usize::from(choice % 2)].take()),
+        2 => {
+            let data = vec![input.byte(); usize::from(input.word() % 512)];
+            device.apply(|console, queues| console.receive(queues, 1, &data));
+        }
+        _ => {
+            let size = (input.word(), input.word());
+            device.apply(|console, queues| console.resize(queues, 0, size));
+        }
+    });
+    rig.put(BUFFERS, b"bytes");
+    outputs[0].take();
+    rig.prove(1, &[(BUFFERS, 5, 0)]);
 }
 
 /// The inputs that once found something, by their names.
