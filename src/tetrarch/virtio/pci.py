@@ -261,7 +261,8 @@ class _Common:
         self._device = device
 
     def read(self, offset: int, size: int) -> int:
-        return self._device.read_common(offset, size)
+        # A register that is wider than the access gives its low bytes.
+        return self._device.read_common(offset, size) & all_ones(size)
 
     def write(self, offset: int, size: int, value: int) -> None:
         self._device.write_common(offset, size, value)
