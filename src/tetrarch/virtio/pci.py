@@ -156,9 +156,9 @@ class VirtioPci:
             state, queue = registers.state, registers.queue
             match offset:
                 case 0x00:
-                    state.device_feature_select = value
+                    state.device_feature_select = value & all_ones(4)
                 case 0x08:
-                    state.driver_feature_select = value
+                    state.driver_feature_select = value & all_ones(4)
                 case 0x0C:
                     registers.write_driver_features(value)
                 case 0x10:
