@@ -104,7 +104,7 @@ def rig(request: pytest.FixtureRequest, engine: str, tmp_path: Path) -> Iterator
 def test_requests_are_served_by_another_process(rig: Rig) -> None:
     rig.driver.start(1)
     assert rig.read() == GOOD
-    assert rig.wire.level, "the driver is interrupted"
+    wait_until(lambda: rig.wire.level, "the driver is interrupted")
     # What is of rings and transports is between the driver and us.
     assert rig.end.agreed & ~back_end.PROTOCOL_FEATURES == VERSION_1
     for _ in range(300):
