@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import choose
 from tetrarch.machine.status import ExitStatus, StopReason
+from tetrarch.sockets import socket_directory
 
 if TYPE_CHECKING:
     from tetrarch.cli.options import CommandOptions
@@ -43,7 +43,7 @@ def run_command(config: MachineConfig, options: CommandOptions) -> int:
     choose(config.engine, config.cpus)
     check_files(config)
     config = resolve_guest(config, TerminalReporter())
-    with tempfile.TemporaryDirectory(prefix="tetrarch-") as folder:
+    with socket_directory() as folder:
         path = config.vsock or Path(folder) / "vsock"
         # For a container image on a disk: its own command is not to run (crates/agent/src/init.rs).
         words = f"{config.append_extra} tetrarch.command".strip()

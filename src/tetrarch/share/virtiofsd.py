@@ -15,10 +15,10 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from tetrarch.errors import HostError
 from tetrarch.share.spec import ShareSpec
+from tetrarch.sockets import socket_directory
 
 __all__ = ["Virtiofsd"]
 
@@ -41,7 +41,7 @@ class Virtiofsd:
         self._directory = directory
         self._words: deque[str] = deque(maxlen=20)
         # In a directory of its own nobody else can connect; it is needed for a moment.
-        with TemporaryDirectory(prefix="tetrarch-") as private:
+        with socket_directory() as private:
             path = f"{private}/virtiofsd"
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(path)
