@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tetrarch.machine.panic import PanicWatch
+from tetrarch.machine.threads import busy_time
 
 PANIC = b"[    1.5] ---[ end Kernel panic - not syncing: VFS: no root ]---\r\n"
 LIMIT_S = 30
@@ -94,3 +99,32 @@ def test_more_output_ends_the_suspicion(guest: Callable[..., Guest]) -> None:
     one.watch.feed(PANIC + b"login: ")
     wait_for_checks()
     assert (one.looks, one.panics) == (0, [])
+
+
+def test_thread_that_waits_for_a_cpu_is_busy() -> None:
+    """On a host that is crowded, where it hardly has one."""
+    cpu = min(os.sched_getaffinity(0))
+    crowd = [subprocess.Popen(["taskset", "-c", str(cpu), "yes"], stdout=subprocess.DEVNULL)]
+    crowd += [subprocess.Popen(crowd[0].args, stdout=subprocess.DEVNULL) for _ in range(7)]
+    done, shares = threading.Event(), list[float]()
+
+    def work() -> None:
+        os.sched_setaffinity(threading.get_native_id(), {cpu})
+        while not done.is_set():
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000)  # without the interpreter's lock
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        before, start = busy_time(thread), time.monotonic()
+        time.sleep(1)
+        shares.append((busy_time(thread) - before) / (time.monotonic() - start))
+    finally:
+        done.set()
+        for process in crowd:
+            process.kill()
+            process.wait()
+        thread.join()
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this host does not tell how long a thread waited for a CPU")
+    assert shares[0] > 0.5

@@ -126,7 +126,7 @@ class Machine:
         end = self._conclusion.post
         self._threads = VcpuThreads(vm, vcpus, self._conclusion)
         panic = PanicWatch(
-            self._threads.cpu_time,
+            self._threads.busy_time,
             self._threads.in_kernel,
             lambda message: end(ExitStatus(StopReason.CRASHED, message)),
         )

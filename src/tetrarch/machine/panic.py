@@ -29,26 +29,25 @@ _LINE_BYTES_MAX = 1024
 # One check a quarter of a second; this many in a row make a panic of a suspicion.
 _INTERVAL_S = 0.25
 _CHECKS = 4
-# Far above an idle guest and far below a spinning one, whose thread may have to
-# share its host CPU.
-_BUSY_SHARE = 0.2
+# Far above an idle guest and below a spinning one, whose thread has a host CPU or waits for one.
+_BUSY_SHARE = 0.5
 
 
 class PanicWatch:
     """Follows the console's output; calls ``on_panic`` with the panic's message.
 
-    ``cpu_time`` is the processor time of the vCPU's thread in seconds;
+    ``busy_time`` says for how many seconds the vCPU's thread has had work;
     ``in_kernel`` looks where the vCPUs are, None if it cannot see.
     """
 
     def __init__(
         self,
-        cpu_time: Callable[[], float],
+        busy_time: Callable[[], float],
         in_kernel: Callable[[], bool | None],
         on_panic: Callable[[str], None],
         interval: float = _INTERVAL_S,
     ) -> None:
-        self._cpu_time = cpu_time
+        self._busy_time = busy_time
         self._in_kernel = in_kernel
         self._on_panic = on_panic
         self._interval = interval
@@ -96,11 +95,11 @@ class PanicWatch:
     def _check(self, suspicion: str) -> None:
         good = 0
         while good < _CHECKS:
-            cpu_before, wall_before = self._cpu_time(), time.monotonic()
+            busy_before, wall_before = self._busy_time(), time.monotonic()
             if self._closed.wait(self._interval) or self._suspicion is not suspicion:
                 return
-            busy = (self._cpu_time() - cpu_before) / (time.monotonic() - wall_before)
-            # Idle, crowded out by others, or not to be seen: look again.
+            busy = (self._busy_time() - busy_before) / (time.monotonic() - wall_before)
+            # Idle, or not to be seen: look again.
             in_kernel = self._in_kernel() if busy >= _BUSY_SHARE else None
             if in_kernel is False:
                 return  # a program runs: the line was only text

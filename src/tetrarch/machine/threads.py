@@ -19,7 +19,7 @@ from tetrarch.machine.status import ExitStatus, StopReason
 if TYPE_CHECKING:
     from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
 
-__all__ = ["VcpuThreads"]
+__all__ = ["VcpuThreads", "busy_time"]
 
 # A request to stop reaches a vCPU that runs; one that is about to run is asked again.
 _STOP_RETRY_S = 0.02
@@ -70,11 +70,9 @@ class VcpuThreads:
         """Whether the caller is one of them: a device."""
         return threading.current_thread() in self._threads
 
-    def cpu_time(self) -> float:
-        """Processor time in seconds of all together."""
-        idents = [thread.ident for thread in self._threads if thread.is_alive()]
-        clocks = [time.pthread_getcpuclockid(ident) for ident in idents if ident is not None]
-        return sum(map(time.clock_gettime, clocks))
+    def busy_time(self) -> float:
+        """Seconds in which they had a processor or waited for one, of all together."""
+        return sum(map(busy_time, self._threads))
 
     def in_kernel(self) -> bool | None:
         """Whether all vCPUs are at privilege level 0; None where that cannot be seen."""
@@ -116,3 +114,15 @@ def _status_of(vcpu: EngineVcpu, why: str) -> ExitStatus:
             )
         case _:
             return ExitStatus(StopReason.CRASHED, f"vCPU stopped: {why}", dump=vcpu.dump())
+
+
+def busy_time(thread: threading.Thread) -> float:
+    """Its time on a processor, and where the host tells it, that in a queue for one."""
+    if thread.ident is None or thread.native_id is None or not thread.is_alive():
+        return 0.0
+    try:
+        with open(f"/proc/self/task/{thread.native_id}/schedstat", "rb") as file:
+            running, waiting, _ = map(int, file.read().split())
+    except (OSError, ValueError):
+        return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    return (running + waiting) / 1e9
