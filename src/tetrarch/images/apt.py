@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tetrarch.errors import ImageError
 from tetrarch.images.disk import no_space, require_space
-from tetrarch.images.tool import end_group
+from tetrarch.images.tool import end_group, start_group
 
 __all__ = ["NETWORK_TIMEOUT_S", "ArchiveError", "failure", "network_is_down", "run"]
 
@@ -53,7 +53,7 @@ def run(
 
     ``progress`` hears how many bytes lie in the directory that it writes to.
     """
-    with subprocess.Popen(
+    with start_group(
         command,
         cwd=writes_to,
         env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
@@ -62,8 +62,6 @@ def run(
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        # apt's helpers end with it, and none of them finds the terminal.
-        start_new_session=True,
     ) as process:
         try:
             output, complaint = _follow(process, command[0], writes_to, progress)

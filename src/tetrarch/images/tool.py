@@ -8,12 +8,13 @@ import signal
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from tetrarch.errors import ImageError
 
-__all__ = ["end_group", "find_tool", "run_tool"]
+__all__ = ["end_group", "find_tool", "run_tool", "start_group"]
 
 # What ends on request does so at once, or has something to clear away.
 _END_S = 10
@@ -55,7 +56,7 @@ def run_tool(
     Raises ImageError with what it complains. It ends with us, and its helpers do.
     """
     try:
-        process = subprocess.Popen(
+        process = start_group(
             command,
             env={**os.environ, "LC_ALL": "C", **(environment or {})},
             stdin=subprocess.PIPE,
@@ -63,8 +64,6 @@ def run_tool(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # None of its helpers finds the terminal.
-            start_new_session=True,
         )
     except OSError as error:
         raise ImageError(f"{what}: {error.strerror}", f"look into {command[0]}") from error
@@ -116,6 +115,25 @@ def _mend(said: Sequence[str]) -> str:
     if any("Version '" in line and "was not found" in line for line in said):
         return "the mirror has a newer one: build without --packages-from"
     return ""
+
+
+def start_group(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """Starts a program that leads a session, so that none of its helpers finds the terminal.
+
+    On a thread of its own: what a signal raises comes up on the main one, and so not between a
+    program that runs already and us.
+    """
+    started = list[subprocess.Popen[str]]()
+    try:
+        with ThreadPoolExecutor(1) as starter:
+            starter.submit(
+                lambda: started.append(subprocess.Popen(command, start_new_session=True, **options))
+            ).result()
+    except BaseException:
+        for process in started:
+            end_group(process)
+        raise
+    return started[0]
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
