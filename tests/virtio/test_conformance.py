@@ -19,6 +19,7 @@ from tetrarch import block
 from tetrarch._native import Vm
 from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.blk import BlkKind
+from tetrarch.virtio.input import InputKind
 from tetrarch.virtio.mmio import VirtioMmio
 from tetrarch.virtio.pci import VirtioPci
 from tetrarch.virtio.registers import (
@@ -86,11 +87,16 @@ def requests(vm: Vm, name: str) -> tuple[int, Callable[[int], Chain], int]:
         vm.write_memory(page, (0xF0_0000 >> 12).to_bytes(4, "little"))
         return [(page, 4, False)]
 
+    def led(page: int) -> Chain:
+        vm.write_memory(page, struct.pack("<HHi", 0x11, 1, 1))
+        return [(page, 8, False)]
+
     table: dict[str, tuple[int, Callable[[int], Chain], int]] = {
         "rng": (0, lambda page: [(page + 64, 32, True)], 32),
         "blk": (0, blk, 21),
         "vsock": (1, vsock, 0),
         "balloon": (0, balloon, 0),
+        "input": (1, led, 0),
         "vhost-user": (0, lambda page: [(page, 16, False), (page + 64, 17, True)], 17),
         "served": (0, lambda page: [(page, 4, False), (page + 64, 4, True)], 4),
     }
@@ -102,7 +108,7 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["rng", "blk", "vhost-user", "vsock", "balloon", "served"])
+@pytest.fixture(params=["rng", "blk", "vhost-user", "vsock", "balloon", "input", "served"])
 def device(request: pytest.FixtureRequest, transport: str, tmp_path: Path) -> Iterator[Device]:
     vm = Vm("bt", RAM)
     name = request.param
@@ -122,6 +128,8 @@ def device(request: pytest.FixtureRequest, transport: str, tmp_path: Path) -> It
                 kind = VsockKind(vm, tmp_path / "vsock")
             case "balloon":
                 kind = BalloonKind(vm, RAM)
+            case "input":
+                kind = InputKind(vm, "keyboard", name, raised.append)
             case _:
                 kind = ServedKind(vm, Reverser(), name, raised.append)
         if hasattr(kind, "close"):

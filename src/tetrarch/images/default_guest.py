@@ -36,7 +36,7 @@ __all__ = [
 DEFAULT_APPEND = "console=ttyS0 quiet"
 """The kernel's command line when the user gives none."""
 
-RECIPE_VERSION = 11
+RECIPE_VERSION = 12
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -52,6 +52,8 @@ GUEST_MODULES = (
     "virtio_console",
     "virtio_balloon",
     "virtio_rng",
+    "virtio_input",
+    "evdev",
     "vmw_vsock_virtio_transport",
     "ahci",
     "ata_piix",

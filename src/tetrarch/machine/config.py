@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,6 +32,7 @@ __all__ = [
     "CdromOption",
     "DiskOption",
     "EngineName",
+    "InputOption",
     "MachineConfig",
     "MachineOptions",
     "NetOption",
@@ -70,6 +71,7 @@ DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
 CdromOption: TypeAlias = str | os.PathLike[str] | CdromSpec
 NetOption: TypeAlias = str | NetSpec
 PortOption: TypeAlias = str | ConsoleBackend | PortSpec
+InputOption = Literal["keyboard", "mouse", "tablet"]
 ShareOption: TypeAlias = str | os.PathLike[str] | ShareSpec
 
 
@@ -194,6 +196,17 @@ def _share(value: object) -> ShareSpec:
     return ShareSpec.parse(value) if isinstance(value, str) else ShareSpec(Path(value))
 
 
+def _inputs(value: object) -> tuple[object, ...]:
+    """One input device, or several."""
+    several = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    for one in several:
+        if one not in get_args(InputOption):
+            raise ValueProblem(
+                f"{one!r} is no input device", mend="there are keyboard, mouse and tablet"
+            )
+    return several
+
+
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Text = Annotated[str, BeforeValidator(_text)]
 
@@ -261,6 +274,9 @@ class MachineConfig(BaseModel):
         "A directory that the guest mounts by its tag; docs/shares.md. Can be repeated.",
         "DIR[:TAG][,readonly]",
     )
+    input: Annotated[tuple[InputOption, ...], BeforeValidator(_inputs)] = option(
+        (), "A virtio input device, which a program uses. Can be repeated.", "keyboard|mouse|tablet"
+    )
     vsock: FilePath | None = option(
         None, "A Unix socket for connections with the guest's vsock ports.", "PATH"
     )
@@ -326,6 +342,7 @@ class MachineOptions(TypedDict, total=False):
     cdrom: CdromOption | Sequence[CdromOption]
     net: NetOption | Sequence[NetOption]
     share: ShareOption | Sequence[ShareOption]
+    input: InputOption | Sequence[InputOption]
     vsock: str | os.PathLike[str] | None
     on_reset: OnReset
     virtio: VirtioTransport

@@ -57,6 +57,6 @@ def _relative(config: MachineConfig, directory: Path) -> MachineConfig:
                 changes[name] = directory / file
             case ConsoleSpec(path=Path() as file) as spec:
                 changes[name] = replace(spec, path=directory / file)
-            case tuple() as several:
+            case tuple() as several if name != "input":  # which names no files
                 changes[name] = tuple(one.relative_to(directory) for one in several)
     return config.model_copy(update=changes)

@@ -68,6 +68,7 @@ from tetrarch.machine.vcpu import VcpuView
 from tetrarch.platforms.pc import PC
 from tetrarch.platforms.platform import Platform
 from tetrarch.virtio.balloon import BalloonKind
+from tetrarch.virtio.input import InputDevice
 from tetrarch.virtio.served import ServedKind, VirtioUserDevice
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
@@ -208,6 +209,11 @@ class Machine:
         if self._pc.balloon is None:
             raise MachineStateError("this machine has no balloon", mend="make it with balloon=True")
         return self._pc.balloon
+
+    @property
+    def inputs(self) -> tuple[InputDevice, ...]:
+        """The keyboards, mice and tablets of ``input=``, in its order."""
+        return tuple(kind.device for kind in self._pc.inputs)
 
     @property
     def phase(self) -> Phase:

@@ -48,6 +48,7 @@ from tetrarch.pci import PciBus, bus, hotplug
 from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.console import ConsoleKind, ConsolePort
+from tetrarch.virtio.input import InputKind
 from tetrarch.virtio.kind import VirtioKind
 from tetrarch.virtio.net import NetKind
 from tetrarch.virtio.rng import RngKind
@@ -93,6 +94,7 @@ class Pc:
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
     vsock: VsockKind | None
     balloon: BalloonKind | None
+    inputs: Sequence[InputKind]
     console_ports: Sequence[ConsolePort]
     """Of the virtio console."""
     devices: Mapping[str, SavedDevice]
@@ -127,6 +129,8 @@ class Pc:
             share.close()
         if self.vsock is not None:
             self.vsock.close()
+        for device in self.inputs:
+            device.close()
 
     def resumed(self) -> None:
         """The machine goes on after a hold."""
@@ -214,6 +218,7 @@ def assemble_pc(
     shares: list[MachineShare] = []
     vsock: VsockKind | None = None
     balloon: BalloonKind | None = None
+    inputs: list[InputKind] = []
     console_ports: Sequence[ConsolePort] = ()
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
         slots = VirtioSlots(vm, plugged, config.virtio, dsdt)
@@ -247,6 +252,11 @@ def assemble_pc(
             if config.balloon:
                 balloon = BalloonKind(vm, config.memory)
                 plug_virtio(balloon)
+            for index, model in enumerate(config.input):
+                input_kind = InputKind(vm, model, f"input{index}", end)
+                undo.callback(input_kind.close)
+                inputs.append(input_kind)
+                plug_virtio(input_kind)
             if config.virtio_console:
                 console = ConsoleKind(vm, [port.name for port in config.virtio_console])
                 console_ports = console.ports
@@ -264,6 +274,7 @@ def assemble_pc(
         slots,
         vsock,
         balloon,
+        inputs,
         console_ports,
         devices,
         plugged,

@@ -26,7 +26,17 @@ __all__ = ["About", "MachineParts", "read_about", "restore_machine", "save_machi
 # Count up when a section means something else than before. The engine's sections have
 # versions of their own inside.
 _ABOUT_VERSION = 1
-_ABOUT_OPTIONS = {"name", "engine", "memory", "cpus", "debug_exit", "virtio", "rng", "balloon"}
+_ABOUT_OPTIONS = {
+    "name",
+    "engine",
+    "memory",
+    "cpus",
+    "debug_exit",
+    "virtio",
+    "rng",
+    "balloon",
+    "input",
+}
 _DEVICES_VERSION = 1
 
 
@@ -68,6 +78,7 @@ def save_machine(parts: MachineParts, path: Path) -> None:
             "virtio": parts.config.virtio,
             "rng": parts.config.rng,
             "balloon": parts.config.balloon,
+            "input": parts.config.input,
             "uptime": parts.uptime,
         }
         writer.json("machine", _ABOUT_VERSION, about)
