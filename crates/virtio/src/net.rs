@@ -543,7 +543,8 @@ impl DataPath for Net {
     }
 
     fn serve(&mut self, queues: &mut Queues, index: usize) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.changed) {
+        // A doorbell of before a reset may ring where there is no driver to be told.
+        if self.running && std::mem::take(&mut self.changed) {
             queues.config_changed();
         }
         let pairs = self.usable_pairs();
