@@ -272,6 +272,29 @@ def test_run_with_a_command_is_as_the_command_is(debian_guest: CachedGuest) -> N
     assert (done.stdout, done.stderr, done.returncode) == (b"through\n", b"no\n", 7)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(10 * LIMIT_S)
+def test_a_gibibyte_comes_back_as_it_went(debian_guest: CachedGuest, tmp_path: Path) -> None:
+    data, sent = tmp_path / "data", hashlib.sha256()
+    with data.open("wb") as file:
+        for _ in range(64):
+            piece = os.urandom(16 << 20)
+            sent.update(piece)
+            file.write(piece)
+    received = hashlib.sha256()
+    with (
+        data.open("rb") as source,
+        subprocess.Popen(
+            command(debian_guest, "--", "cat"), stdin=source, stdout=subprocess.PIPE
+        ) as process,
+    ):
+        assert process.stdout is not None
+        while piece := process.stdout.read(1 << 20):
+            received.update(piece)
+        assert process.wait(LIMIT_S) == 0
+    assert received.digest() == sent.digest()
+
+
 def test_run_with_a_command_that_reads_nothing_is_ended_by_a_signal(
     debian_guest: CachedGuest,
 ) -> None:

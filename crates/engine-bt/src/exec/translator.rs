@@ -483,9 +483,15 @@ impl Translator {
             }
             restore_at(&site, &self.translations, cpu, &mut self.info);
             return Ok(match site.what {
-                What::Nothing | What::Link(_) => Then::Continue,
-                What::Instruction(instruction) => Then::Execute(instruction),
-                What::Port(access) => access::port(cpu, &access),
+                What::Nothing | What::Branch | What::Link(_) => Then::Continue,
+                What::Instruction(number) => {
+                    let found = self.translations.interpreted.get(number);
+                    Then::Execute(*found.ok_or_else(|| broken("instruction", number.into()))?)
+                }
+                What::Port(number) => {
+                    let found = self.translations.ports.get(number);
+                    access::port(cpu, found.ok_or_else(|| broken("port", number.into()))?)
+                }
                 What::Straddles => {
                     self.refresh_straddling(cpu, site.rip);
                     Then::Interpret
@@ -605,7 +611,7 @@ impl Translator {
 /// CALL, JMP), but translated code has moved RSP already.
 fn branch_to_nowhere(cpu: &mut Cpu, site: &Site) -> Then {
     continue_at(cpu, site.rip, true);
-    let What::Instruction(i) = site.what else { return Then::Interpret };
+    let Ok(i) = interp::fetch(cpu) else { return Then::Interpret };
     let moved = match i.mnemonic() {
         Mnemonic::Ret if i.op_count() == 1 => 8 + u64::from(i.immediate16()),
         Mnemonic::Ret => 8,

@@ -2,6 +2,7 @@
 //! a finished block, and the places where it leaves.
 
 use std::cell::Cell;
+use std::num::NonZeroU32;
 
 use iced_x86::{Instruction, Register};
 
@@ -35,6 +36,9 @@ pub struct Built {
     /// Places of 32-bit site numbers, counted from the block's first site.
     pub site_numbers: Vec<u32>,
     pub sites: Vec<Site>,
+    /// What [`What::Instruction`] and [`What::Port`] of those count.
+    pub interpreted: Vec<Instruction>,
+    pub ports: Vec<PortAccess>,
     /// What [`Link::origin`] counts, but for [`Origin::Saved`], which is 0.
     pub origins: Vec<Origin>,
     pub map: Vec<MapEntry>,
@@ -59,33 +63,38 @@ pub struct MapEntry {
     pub live: u8,
 }
 
-/// A place where translated code leaves for Rust.
+/// A place where translated code leaves for Rust. There are several for each block, so it is
+/// small: what few of them have lies elsewhere.
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
     /// Where the guest is.
     pub rip: u64,
+    pub what: What,
+    /// Offset of the block in the cache.
+    pub block: u32,
     /// The arithmetic flags are in `saved_flags`, not in the host's flags.
     pub saved: bool,
     /// Those that are exact in neither, as iced counts them.
     pub dead: u8,
     /// Bytes of the block's instructions that have been run.
     pub run: u16,
-    /// Offset of the block in the cache.
-    pub block: u32,
-    pub what: What,
 }
+
+const _: () = assert!(size_of::<Site>() <= 40);
 
 /// What a [`Site`] leaves for.
 #[derive(Clone, Copy, Debug)]
 pub enum What {
-    /// The request flag, or an indirect branch that has no translation yet.
+    /// The request flag, or an indirect call that has no translation yet.
     Nothing,
+    /// An indirect branch that has no translation yet.
+    Branch,
     /// A direct branch that is not linked yet.
     Link(Link),
-    /// An instruction for the interpreter.
-    Instruction(Instruction),
-    /// IN or OUT.
-    Port(PortAccess),
+    /// An instruction for the interpreter, by its number among those.
+    Instruction(u32),
+    /// IN or OUT, by its number among those.
+    Port(u32),
     /// The second page of the block's instruction is not the one translated.
     Straddles,
 }
@@ -107,9 +116,9 @@ pub struct Link {
     /// Offset in the cache of the jump's rel32.
     pub jump: u32,
     /// Offset of the exec id's immediate, where the target is in another page.
-    pub guard: Option<u32>,
-    /// Arithmetic flags that the source did not keep.
-    pub dead: u32,
+    pub guard: Option<NonZeroU32>,
+    /// Arithmetic flags that the source did not keep, as iced counts them.
+    pub dead: u8,
     /// The number of the origin of the flags that the target does not need.
     pub origin: u32,
 }

@@ -2,6 +2,7 @@
 //! branches.
 
 use std::mem::offset_of;
+use std::num::NonZeroU32;
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
@@ -38,7 +39,8 @@ impl Job<'_> {
         }
         let jump = self.e.patched_jmp();
         places.push(jump);
-        self.leave_link(places, target, Link { jump, guard, dead: ALL & !live, origin: 0 });
+        let guard = guard.and_then(NonZeroU32::new);
+        self.leave_link(places, target, Link { jump, guard, dead: (ALL & !live) as u8, origin: 0 });
         if let Some(request) = request {
             let after = self.current + 1;
             let site = self.site(after, self.flags == Flags::Saved, What::Nothing);
@@ -57,7 +59,7 @@ impl Job<'_> {
     fn leave_link(&mut self, places: Vec<u32>, target: u64, mut link: Link) {
         let way = self.ways.iter().find(|way| way.target == target).copied().unwrap_or_default();
         let mut saved = self.flags == Flags::Saved;
-        if way.shown != 0 && !(saved && way.shown & link.dead == 0) {
+        if way.shown != 0 && !(saved && way.shown & u32::from(link.dead) == 0) {
             if way.needed == 0 && way.shown & !self.end.saved() == 0 {
                 // They are still where they were before this block.
                 saved = true;
@@ -88,7 +90,7 @@ impl Job<'_> {
         let live = self.live_after();
         if self.in_page(target) && (target > self.source.rip || polled) {
             let jump = self.e.patched_jcc(condition);
-            let link = Link { jump, guard: None, dead: ALL & !live, origin: 0 };
+            let link = Link { jump, guard: None, dead: (ALL & !live) as u8, origin: 0 };
             self.leave_link(vec![jump], target, link);
             self.direct(i.next_ip(), live, polled);
             return;
@@ -191,8 +193,7 @@ impl Job<'_> {
         let (miss, request) = self.e.indirect(table);
         // A target that is not canonical faults at the branch, so whoever leaves
         // tells where it came from.
-        let what = What::Instruction(self.instructions[self.current]);
-        let site = Site { dead: 0, ..self.site(self.current, true, what) };
+        let site = Site { dead: 0, ..self.site(self.current, true, What::Branch) };
         let (miss_stub, request_stub) = (self.stubs.leave_branch, self.stubs.leave_request_branch);
         for (place, stub) in [(miss, miss_stub), (request, request_stub)] {
             self.cold.push(Cold::Leave { places: vec![place], stub, site });

@@ -162,15 +162,28 @@ impl CodeCache {
         }
         let origins = built.origins.drain(..).map(|origin| self.origin_number(origin));
         let origins = origins.collect::<Option<Vec<u32>>>()?;
+        let Translations { interpreted, ports, .. } = &*translations;
+        let (first_interpreted, first_port) = (interpreted.len() as u32, ports.len() as u32);
+        for instruction in built.interpreted.drain(..) {
+            interpreted.push(instruction)?;
+        }
+        for access in built.ports.drain(..) {
+            ports.push(access)?;
+        }
         for site in &built.sites {
             let mut site = *site;
             site.block = start as u32;
-            if let What::Link(link) = &mut site.what {
-                if let Some(index) = link.origin.checked_sub(1) {
-                    link.origin = origins[index as usize];
+            match &mut site.what {
+                What::Link(link) => {
+                    if let Some(index) = link.origin.checked_sub(1) {
+                        link.origin = origins[index as usize];
+                    }
+                    link.jump += start as u32;
+                    link.guard = link.guard.and_then(|guard| guard.checked_add(start as u32));
                 }
-                link.jump += start as u32;
-                link.guard = link.guard.map(|guard| guard + start as u32);
+                What::Instruction(number) => *number += first_interpreted,
+                What::Port(number) => *number += first_port,
+                What::Nothing | What::Branch | What::Straddles => {}
             }
             translations.sites.push(site)?;
         }
@@ -198,7 +211,7 @@ impl CodeCache {
         let Some(Entry { key, value: block, .. }) = self.translations.blocks.get(target) else {
             return;
         };
-        if link.dead & block.flags_in != 0 {
+        if u32::from(link.dead) & block.flags_in != 0 {
             return;
         }
         let entry = if site.saved { block.indirect_entry } else { block.entry };
@@ -207,7 +220,7 @@ impl CodeCache {
         // The guard comes last: until it matches, the jump is not reached.
         self.memory.patch(link.jump as usize, to.wrapping_sub(link.jump + 4));
         if let Some(guard) = link.guard {
-            self.memory.patch(guard as usize, id);
+            self.memory.patch(guard.get() as usize, id);
         }
     }
 

@@ -265,7 +265,8 @@ impl Job<'_> {
 
     /// The jump at `place` leaves for the interpreter at the current instruction.
     pub(super) fn interpret_from(&mut self, place: u32) {
-        let what = What::Instruction(self.instructions[self.current]);
+        let what = What::Instruction(self.built.interpreted.len() as u32);
+        self.built.interpreted.push(self.instructions[self.current]);
         self.leave(place, self.stubs.leave_interpret, what);
     }
 

@@ -175,7 +175,9 @@ impl Job<'_> {
         let port = (i.op_kind(port) != OpKind::Register).then(|| i.immediate8());
         let access = PortAccess { instruction: *i, port, register: i.op_register(register), out };
         let place = self.e.jmp();
-        self.leave(place, self.stubs.leave_port, What::Port(access));
+        let what = What::Port(self.built.ports.len() as u32);
+        self.built.ports.push(access);
+        self.leave(place, self.stubs.leave_port, what);
     }
 
     /// Stores what `load` brings into a register of the guest.

@@ -8,7 +8,9 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::block::{MapEntry, Site};
+use iced_x86::Instruction;
+
+use super::block::{MapEntry, PortAccess, Site};
 use super::directory::{Directory, Entry};
 use super::growing::Growing;
 use super::sources::Origin;
@@ -66,6 +68,9 @@ pub struct Translations {
     /// exec id of a page is its number here, and 1.
     pub(super) pages: Directory<ExecPage, AtomicBool>,
     pub sites: Growing<Site>,
+    /// What sites leave for by its number.
+    pub interpreted: Growing<Instruction>,
+    pub ports: Growing<PortAccess>,
     /// All but [`Origin::Saved`], which is number 0.
     pub(super) origins: Growing<Origin>,
 }
@@ -79,6 +84,8 @@ impl Translations {
             blocks: Directory::new(MAX_RECORDS, BLOCK_CHAINS),
             pages: Directory::new(MAX_RECORDS, PAGE_CHAINS),
             sites: Growing::new(MAX_SITES),
+            interpreted: Growing::new(MAX_SITES),
+            ports: Growing::new(MAX_SITES),
             origins: Growing::new(MAX_ORIGINS),
         }
     }
