@@ -14,8 +14,8 @@ from typing import Any
 import pexpect
 import pytest
 from tests.net.namespace import in_namespace, ip, need_root
-from tests.net.programs import initrd_with
 from tests.net.test_linux import PROMPT, made, shell
+from tests.programs import initrd_with
 
 from tetrarch import Machine
 from tetrarch.images import CachedGuest
