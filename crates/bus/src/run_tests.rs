@@ -85,11 +85,11 @@ impl Vcpu for Scripted {
     fn set_xsave(&mut self, _: &[u8]) -> Result<(), EngineError> {
         Ok(())
     }
-    fn msr(&mut self, _: u32) -> Option<u64> {
-        None
+    fn msr(&mut self, _: u32) -> Result<Option<u64>, EngineError> {
+        Ok(None)
     }
-    fn set_msr(&mut self, _: u32, _: u64) -> bool {
-        false
+    fn set_msr(&mut self, _: u32, _: u64) -> Result<bool, EngineError> {
+        Ok(false)
     }
     fn peek(&mut self, _: u64, _: &mut [u8]) -> usize {
         0
@@ -392,7 +392,7 @@ fn held_vcpus_are_free_to_look_at_and_make_no_exits_until_all_holds_end() {
         machine.control.hold(LONG).unwrap();
         for vcpu in &vcpus {
             let mut locked = vcpu.vcpu.lock();
-            assert_eq!(locked.msr(0), None);
+            assert_eq!(locked.msr(0).unwrap(), None);
             vcpu.log.script.lock().push_back(Ok(GOOD_IN));
         }
         let stands = machine.clock.now_ns();

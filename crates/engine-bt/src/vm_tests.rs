@@ -95,7 +95,7 @@ fn init_of_the_bootstrap_processor_keeps_what_the_manual_says() {
     let registers = Registers { rip: 0x1000, rflags: 0x202, gpr: [7; 16] };
     vcpu.set_registers(&registers).expect("registers");
     const STAR: u32 = 0xC000_0081;
-    assert!(vcpu.set_msr(STAR, 0x1234));
+    assert!(vcpu.set_msr(STAR, 0x1234).unwrap());
     let mut xsave = vcpu.xsave().expect("state");
     xsave[160..176].fill(0x5A); // XMM0
     xsave[512] |= 3;
@@ -111,7 +111,7 @@ fn init_of_the_bootstrap_processor_keeps_what_the_manual_says() {
     assert_eq!((system.cs.selector, system.cs.base), (0xF000, 0xFFFF_0000));
     assert_eq!((system.cr0, system.cr3, system.cr4), (0x10, 0, 0));
     assert_eq!(system.idt.limit, 0xFFFF);
-    assert_eq!(vcpu.msr(STAR), Some(0x1234));
+    assert_eq!(vcpu.msr(STAR).unwrap(), Some(0x1234));
     assert_eq!(vcpu.xsave().expect("state")[160..176], [0x5A; 16]);
     // It starts instead of waiting, though a SIPI comes.
     send(&vm, 0, SIPI | 0x10);

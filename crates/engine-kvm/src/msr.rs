@@ -11,6 +11,8 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use parking_lot::Mutex;
 use tetrarch_engine::EngineError;
 
+use crate::error::refused;
+
 pub mod index {
     pub const TSC: u32 = 0x10;
     pub const OLD_WALL_CLOCK: u32 = 0x11;
@@ -98,15 +100,26 @@ fn one(index: u32, data: u64) -> Result<Msrs, EngineError> {
 }
 
 /// `None` where the vCPU has no such register.
-pub fn get(vcpu: &VcpuFd, index: u32) -> Option<u64> {
-    let mut msrs = one(index, 0).ok()?;
-    let read = vcpu.get_msrs(&mut msrs).ok()?;
-    (read == 1).then(|| msrs.as_slice()[0].data)
+pub fn read(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, EngineError> {
+    let mut msrs = one(index, 0)?;
+    let read = vcpu.get_msrs(&mut msrs).map_err(|error| refused("read an MSR", error))?;
+    Ok((read == 1).then(|| msrs.as_slice()[0].data))
 }
 
 /// False where the vCPU refuses the register or the value.
+pub fn write(vcpu: &VcpuFd, index: u32, value: u64) -> Result<bool, EngineError> {
+    let written = vcpu.set_msrs(&one(index, value)?);
+    Ok(written.map_err(|error| refused("write an MSR", error))? == 1)
+}
+
+/// The same where it does not matter why there is none.
+pub fn get(vcpu: &VcpuFd, index: u32) -> Option<u64> {
+    read(vcpu, index).ok().flatten()
+}
+
+/// The same where nothing else can be done about it.
 pub fn set(vcpu: &VcpuFd, index: u32, value: u64) -> bool {
-    one(index, value).is_ok_and(|msrs| vcpu.set_msrs(&msrs) == Ok(1))
+    write(vcpu, index, value).unwrap_or(false)
 }
 
 #[cfg(test)]

@@ -634,13 +634,14 @@ impl Vcpu for KvmVcpu {
         saved::set_xsave(&self.fd, image)
     }
 
-    fn msr(&mut self, index: u32) -> Option<u64> {
-        self.settle().ok()?;
-        msr::get(&self.fd, index)
+    fn msr(&mut self, index: u32) -> Result<Option<u64>, EngineError> {
+        self.settle()?;
+        msr::read(&self.fd, index)
     }
 
-    fn set_msr(&mut self, index: u32, value: u64) -> bool {
-        self.settle().is_ok() && msr::set(&self.fd, index, value)
+    fn set_msr(&mut self, index: u32, value: u64) -> Result<bool, EngineError> {
+        self.settle()?;
+        msr::write(&self.fd, index, value)
     }
 
     fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize {

@@ -179,9 +179,9 @@ pub trait Vcpu: Send {
     fn xsave(&mut self) -> Result<Vec<u8>, EngineError>;
     fn set_xsave(&mut self, image: &[u8]) -> Result<(), EngineError>;
     /// `None` where the CPU has no such register.
-    fn msr(&mut self, index: u32) -> Option<u64>;
+    fn msr(&mut self, index: u32) -> Result<Option<u64>, EngineError>;
     /// False where the CPU refuses the register or the value.
-    fn set_msr(&mut self, index: u32, value: u64) -> bool;
+    fn set_msr(&mut self, index: u32, value: u64) -> Result<bool, EngineError>;
     /// Reads guest memory at a linear address as the debugger sees it: no
     /// access checks, no accessed bits. Returns how many bytes could be read.
     fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize;

@@ -619,12 +619,12 @@ impl Vcpu for BtVcpu {
             .map_err(|error| EngineError::Refused(error.to_string()))
     }
 
-    fn msr(&mut self, index: u32) -> Option<u64> {
-        msr::read(&mut self.cpu, index).ok()
+    fn msr(&mut self, index: u32) -> Result<Option<u64>, EngineError> {
+        Ok(msr::read(&mut self.cpu, index).ok())
     }
 
-    fn set_msr(&mut self, index: u32, value: u64) -> bool {
-        msr::write(&mut self.cpu, index, value).is_ok()
+    fn set_msr(&mut self, index: u32, value: u64) -> Result<bool, EngineError> {
+        Ok(msr::write(&mut self.cpu, index, value).is_ok())
     }
 
     fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize {

@@ -294,7 +294,7 @@ impl Guest {
             memory.write(GuestPhys(at), &value.to_le_bytes()).expect("chosen in RAM");
         }
         for &(index, value) in &self.msrs {
-            vcpu.set_msr(index, value);
+            let _ = vcpu.set_msr(index, value);
         }
         if let Some(random) = &self.xsave {
             let image = vector_state(vcpu.xsave().expect("state"), random.clone());

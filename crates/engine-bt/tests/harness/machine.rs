@@ -281,8 +281,8 @@ impl Machine {
                 let bases = [0, 0x170, 0x200, 0x250, 0x6E0, 0x800, 0xC000_0080, 0x4B56_4D00];
                 let index = bases[usize::from(input.u8()) % 8] + u32::from(input.u8());
                 let value = input.u64();
-                self.vcpu.set_msr(index, value);
-                self.vcpu.msr(index);
+                let _ = self.vcpu.set_msr(index, value);
+                let _ = self.vcpu.msr(index);
             }
             10 => {
                 let image = self.vcpu.xsave().expect("state");

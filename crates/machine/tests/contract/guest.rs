@@ -181,8 +181,8 @@ pub fn tsc_can_be_set(engine: Engine) -> bool {
     const TSC: u32 = 0x10;
     let mut guest = Guest::new(engine, &[]);
     let wanted = 1 << 50;
-    let read = |guest: &mut Guest| guest.vcpu.msr(TSC).unwrap_or(0);
-    let set = guest.vcpu.set_msr(TSC, wanted);
+    let read = |guest: &mut Guest| guest.vcpu.msr(TSC).unwrap().unwrap_or(0);
+    let set = guest.vcpu.set_msr(TSC, wanted).unwrap();
     let (first, start) = (read(&mut guest), tetrarch_engine::host_tsc());
     std::thread::sleep(std::time::Duration::from_millis(20));
     let ticks = tetrarch_engine::host_tsc() - start;
