@@ -114,13 +114,18 @@ def _package(index: Path, name: str, files: dict[str, bytes]) -> None:
 
 
 @pytest.fixture(scope="session")
-def debian_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An XDG_DATA_HOME with the disk ``web``, which the user ``me`` may enter with ``key``."""
+def disk_programs() -> None:
+    """What makes a Debian on a disk, and keys for it."""
     for program in ("mmdebstrap", "mke2fs", "debugfs", "sfdisk", "ssh-keygen"):
         try:
             find_tool(program, program)
         except ImageError:
             pytest.skip(f"needs {program} (Debian: mmdebstrap, e2fsprogs, fdisk, openssh-client)")
+
+
+@pytest.fixture(scope="session")
+def debian_disk(tmp_path_factory: pytest.TempPathFactory, disk_programs: None) -> Path:
+    """An XDG_DATA_HOME with the disk ``web``, which the user ``me`` may enter with ``key``."""
     data = tmp_path_factory.mktemp("data")
     key = data / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)

@@ -12,7 +12,6 @@ from tetrarch import block
 from tetrarch.images.debian_disk import DebianRecipe, build_debian_disk
 from tetrarch.images.progress import Reporter
 from tetrarch.images.store import DiskStore
-from tetrarch.images.tool import find_tool
 
 # Without a network cloud-init waits for one for two minutes.
 LIMIT_S = 900
@@ -20,9 +19,8 @@ LIMIT_S = 900
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * LIMIT_S)]
 
 
+@pytest.mark.usefixtures("disk_programs")
 def test_first_boot_makes_the_user_and_runs_the_commands(tmp_path: Path) -> None:
-    for program in ("mmdebstrap", "mke2fs", "debugfs", "sfdisk", "ssh-keygen"):
-        find_tool(program, program)
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     recipe = DebianRecipe("cloud", 3 << 30, "image", packages=["cloud-init"])

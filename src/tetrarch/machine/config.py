@@ -126,6 +126,11 @@ def _console(value: object) -> ConsoleSpec | None:
     return spec
 
 
+def _several(value: object) -> tuple[object, ...]:
+    """What an option that can be repeated was given: one value, or several."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
 def _disks(value: object) -> tuple[DiskSpec, ...]:
     return _images(DiskSpec, value, "disk")
 
@@ -139,8 +144,7 @@ ImageSpec = TypeVar("ImageSpec", DiskSpec, CdromSpec)
 
 def _images(kind: type[ImageSpec], value: object, what: str) -> tuple[ImageSpec, ...]:
     """One disk, or several."""
-    several = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(_image(kind, one, what) for one in several)
+    return tuple(_image(kind, one, what) for one in _several(value))
 
 
 def _image(kind: type[ImageSpec], value: object, what: str) -> ImageSpec:
@@ -154,7 +158,7 @@ def _image(kind: type[ImageSpec], value: object, what: str) -> ImageSpec:
 
 def _nets(value: object) -> tuple[NetSpec, ...]:
     """One network, or several; "none" is that there are none."""
-    several = value if isinstance(value, (list, tuple)) else [value]
+    several = _several(value)
     if "none" not in several:
         return tuple(_net(one) for one in several)
     if len(several) > 1:
@@ -175,14 +179,12 @@ def _net(value: object) -> NetSpec:
 
 def _ports(value: object) -> tuple[PortSpec, ...]:
     """One port of the virtio console, or several."""
-    several = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(map(PortSpec.of, several))
+    return tuple(map(PortSpec.of, _several(value)))
 
 
 def _shares(value: object) -> tuple[ShareSpec, ...]:
     """One directory, or several."""
-    several = value if isinstance(value, (list, tuple)) else [value]
-    shares = tuple(map(_share, several))
+    shares = tuple(map(_share, _several(value)))
     share_tags(shares)
     return shares
 
@@ -198,7 +200,7 @@ def _share(value: object) -> ShareSpec:
 
 def _inputs(value: object) -> tuple[object, ...]:
     """One input device, or several."""
-    several = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    several = _several(value)
     for one in several:
         if one not in get_args(InputOption):
             raise ValueProblem(
