@@ -689,12 +689,11 @@ fn is_unchanged(cpu: &Cpu, physical: GuestPhys, bytes: &[u8], lines: u64) -> boo
     let end = PAGE_SIZE as usize - lines.leading_zeros() as usize * code_map::LINE;
     let Some(marked) = now.get_mut(first..end) else { return true };
     let read = cpu.vm.memory.read(GuestPhys(physical.0 + first as u64), marked);
-    let changed = |line: &usize| {
+    let same = |line: usize| {
         let line = line * code_map::LINE..(line + 1) * code_map::LINE;
-        now[line.clone()] != bytes[line]
+        now[line.clone()] == bytes[line]
     };
     read.is_ok()
-        && !(first / code_map::LINE..end / code_map::LINE)
-            .filter(|line| lines >> line & 1 != 0)
-            .any(|line| changed(&line))
+        && (first / code_map::LINE..end / code_map::LINE)
+            .all(|line| lines >> line & 1 == 0 || same(line))
 }

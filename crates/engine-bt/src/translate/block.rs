@@ -85,15 +85,16 @@ const _: () = assert!(size_of::<Site>() <= 40);
 /// What a [`Site`] leaves for.
 #[derive(Clone, Copy, Debug)]
 pub enum What {
-    /// The request flag, or an indirect call that has no translation yet.
+    /// The request flag.
     Nothing,
-    /// An indirect branch that has no translation yet.
+    /// An indirect branch whose target has no translation yet, or the request flag there.
     Branch,
     /// A direct branch that is not linked yet.
     Link(Link),
-    /// An instruction for the interpreter, by its number among those.
+    /// An instruction for the interpreter, by its number among those of the block, and later of
+    /// the cache.
     Instruction(u32),
-    /// IN or OUT, by its number among those.
+    /// IN or OUT, likewise.
     Port(u32),
     /// The second page of the block's instruction is not the one translated.
     Straddles,
