@@ -58,3 +58,5 @@ class ValueProblem(ValueError):
         super().__init__(f"{cause}; {mend}")
         self.cause = cause
         self.mend = mend
+        self.item: int | None = None
+        """Of an option with several values: which it is."""

@@ -109,7 +109,7 @@ def test_file_gives_options_with_paths_relative_to_it(tmp_path: Path) -> None:
         ("memroy = 3", "memroy: there is no such option; did you mean memory?"),
         ("memory = ", "is no TOML file"),
         ("name = " + "[" * 3000, "is no TOML file"),
-        ("run = 3", "run is no table"),
+        ("run = 3", "run: it is no table"),
         ('image = "debian"\nkernel = "x"', "image and kernel both name a kernel"),
         (None, "No such file"),
     ],
@@ -130,7 +130,7 @@ def test_changed_options_are_checked_alone_and_together() -> None:
     with pytest.raises(ConfigError, match="image and kernel both"):
         config.updated({"kernel": "x"})
     with pytest.raises(ConfigError, match="--cpus: 'two' is no number"):
-        config.updated({"cpus": "two"}, lambda name: f"--{name}")
+        config.updated({"cpus": "two"}, lambda name, item: f"--{name}: ")
 
 
 def test_ports_of_the_virtio_console_as_they_are_written() -> None:

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tetrarch.cli.options import take_options, with_options
+from tetrarch.cli.options import effective, take_options, with_options
 
 __all__ = [
     "app",
+    "config",
     "disk_check",
     "disk_convert",
     "disk_create",
@@ -86,6 +87,18 @@ def run(**typed: Any) -> int:
     from tetrarch.cli.run import run_guest
 
     return run_guest(*take_options(typed))
+
+
+@app.command()
+@with_options
+def config(**typed: Any) -> int:
+    """Show the configuration that tetrarch run would take, with where each value came from.
+
+    Options are those of run. What is printed is a file for --config that means the same.
+    """
+    from tetrarch.cli.config import show_config
+
+    return show_config(effective(typed))
 
 
 @app.command()

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 import typer
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from tetrarch.errors import ConfigError
-from tetrarch.machine.config import MachineConfig, ValueProblem, check_options, option
+from tetrarch.machine.config import MachineConfig, ValueProblem, check_options, option, several
 
-__all__ = ["COMMAND_WORD", "CommandOptions", "split_command", "take_options", "with_options"]
+__all__ = [
+    "COMMAND_WORD",
+    "CommandOptions",
+    "Effective",
+    "effective",
+    "split_command",
+    "take_options",
+    "with_options",
+]
 
 #: How the words behind ``--`` get through the parser, which would take the first for a NAME.
 COMMAND_WORD = "--command-word"
@@ -51,6 +60,10 @@ def _host(value: object) -> str:
     return host_name(value)
 
 
+Value = TypeVar("Value")
+Several: TypeAlias = Annotated[tuple[Value, ...], BeforeValidator(several)]
+
+
 class CommandOptions(BaseModel):
     """What ``tetrarch run`` takes beside the machine."""
 
@@ -60,18 +73,18 @@ class CommandOptions(BaseModel):
         None, "Stop the guest then; exit code 124.", "SECONDS"
     )
     stats: bool = option(False, "Show counters on standard error at the end.")
-    command: tuple[str, ...] = ()
+    command: Several[str] = ()
     """What stands behind ``--``: words of a command for the guest."""
     user: Annotated[str, BeforeValidator(_user)] = option(
         "", "For cloud-init in the guest: a user, who may use sudo.", "NAME"
     )
-    ssh_key: tuple[Path, ...] = option(
+    ssh_key: Several[Path] = option(
         (), "For cloud-init: who may log in [default: ~/.ssh/id_*.pub]; repeatable.", "FILE.pub"
     )
     hostname: Annotated[str, BeforeValidator(_host)] = option(
         "", "For cloud-init: the guest's name.", "NAME"
     )
-    run: tuple[str, ...] = option(
+    run: Several[str] = option(
         (), "For cloud-init: a shell's command at the first boot; repeatable.", "COMMAND"
     )
     report: bool = option(
@@ -122,34 +135,88 @@ def _annotations() -> Iterator[tuple[str, Any]]:
 
 
 def split_command(arguments: Sequence[str]) -> list[str]:
-    """``run NAME -- COMMAND...`` with each word of the command as an option's value."""
+    """``run NAME -- COMMAND...`` (or ``config``) with each word of COMMAND as an option's value."""
     words = list(arguments)
-    if words[:1] != ["run"] or "--" not in words:
+    if words[:1] not in (["run"], ["config"]) or "--" not in words:
         return words
     at = words.index("--")
     return words[:at] + [f"{COMMAND_WORD}={word}" for word in words[at + 1 :]]
 
 
-def take_options(typed: dict[str, Any]) -> tuple[MachineConfig, CommandOptions]:
-    """The options of a file, if one was named, with those of the command line on top."""
-    from tetrarch.machine.config_file import RUN_TABLE, read_options
+class Effective(NamedTuple):
+    """The options that count, and where they came from."""
 
+    config: MachineConfig
+    command: CommandOptions
+    origins: dict[str, str]
+    """Of those that are not the default; of the command's with ``run.`` before the name."""
+
+
+def take_options(typed: dict[str, Any]) -> tuple[MachineConfig, CommandOptions]:
+    """The options that count: see ``effective``."""
+    return effective(typed)[:2]
+
+
+def effective(typed: dict[str, Any]) -> Effective:
+    """What was typed counts most, then TETRARCH_NAME of the environment, then the file."""
     given = {name: value for name, value in typed.items() if value is not None}
+    origins = {name: f"option {_spelling(name)}" for name in given}
     if (guest := given.pop("guest", None)) is not None:
         if "image" in given or "kernel" in given:
             raise ConfigError(
                 f"{guest}, --image and --kernel name a guest each", mend="give one of them"
             )
-        given["image"] = guest
-    config, run = MachineConfig(), dict[str, Any]()
-    if (path := given.pop("config", None)) is not None:
-        config, run = read_options(Path(path))
-        if isinstance(keys := run.get("ssh_key"), list):
-            run["ssh_key"] = [Path(path).parent / str(key) for key in keys]
-        check_options(CommandOptions, run, lambda name: f"{path}: {RUN_TABLE}.{name}")
+        given["image"], origins["image"] = guest, "argument"
     machine = {name: given.pop(name) for name in list(given) if name in MachineConfig.model_fields}
-    config = config.updated(machine, _spelled)
-    return config, check_options(CommandOptions, run | given, _spelled)
+    variables = _environment(given, machine)
+    config, run, sources = _of_file(given.pop("config", None) or variables.pop("config", None))
+    sources |= {name: f"environment {_variable(name)}" for name in variables}
+    sources |= {name: origins[name] for name in machine}
+    sources |= {f"run.{name}": origins[name] for name in given}
+    config = config.updated(variables, lambda name, item: f"{_variable(name)}: " if name else "")
+    config = config.updated(machine, _spelled_error)
+    return Effective(config, check_options(CommandOptions, run | given, _spelled_error), sources)
+
+
+def _of_file(path: str | None) -> tuple[MachineConfig, dict[str, Any], dict[str, str]]:
+    """Machine, command and where each option of them is, of a file if there is one."""
+    if path is None:
+        return MachineConfig(), {}, {}
+    from tetrarch.machine.config_file import RUN_TABLE, ConfigFile
+
+    file = ConfigFile.read(Path(path))
+    run = dict(file.run)
+    check_options(CommandOptions, run, file.spelled_run)
+    if "ssh_key" in run:
+        run["ssh_key"] = [file.path.parent / str(key) for key in several(run["ssh_key"])]
+    sources = {name: file.place(name) for name in file.config.model_fields_set}
+    return file.config, run, sources | {f"run.{name}": file.place(RUN_TABLE, name) for name in run}
+
+
+def _environment(given: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, str]:
+    """The options that the environment gives and nobody has typed."""
+    names = {"config"} | {
+        name for name, field in MachineConfig.model_fields.items() if field.default != ()
+    }
+    if "image" in machine or "kernel" in machine:
+        names -= {"image", "kernel"}
+    return {
+        name: os.environ[_variable(name)]
+        for name in sorted(names - given.keys() - machine.keys())
+        if os.environ.get(_variable(name))
+    }
+
+
+def _variable(name: str) -> str:
+    return f"TETRARCH_{name.upper()}"
+
+
+def _spelled_error(name: str, item: int | None) -> str:
+    return f"{_spelling(name)}: " if name else ""
+
+
+def _spelling(name: str) -> str:
+    return "--" if name == "command" else _spelled(name)
 
 
 def _spelled(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -34,6 +34,10 @@ class ConsoleSpec:
             case "file" | "socket" if path:
                 return cls(kind, Path(path))
         return None
+
+    def relative_to(self, directory: Path) -> Self:
+        """With its path as it is written in a file of that directory."""
+        return self if self.path is None else replace(self, path=directory / self.path)
 
     def __str__(self) -> str:
         return self.kind if self.path is None else f"{self.kind}={self.path}"
@@ -92,6 +96,15 @@ class PortSpec:
         if spec is None or (named and not name):
             raise no_console(value)
         return cls(spec, name)
+
+    def relative_to(self, directory: Path) -> Self:
+        """With paths as they are written in a file of that directory."""
+        if not isinstance(self.console, ConsoleSpec):
+            return self
+        return replace(self, console=self.console.relative_to(directory))
+
+    def __str__(self) -> str:
+        return f"{self.console},name={self.name}" if self.name else str(self.console)
 
     def open(self) -> ConsoleBackend:
         """Raises ConsoleError where it cannot be had."""

@@ -39,12 +39,17 @@ __all__ = [
     "OnReset",
     "PortOption",
     "ShareOption",
+    "Spelling",
     "ValueProblem",
     "VirtioTransport",
     "check_options",
     "make_config",
     "option",
+    "option_names",
     "parse_size",
+    "plainly",
+    "several",
+    "size_text",
 ]
 
 MIB = 1 << 20
@@ -94,6 +99,11 @@ def parse_size(value: object) -> int:
     return size
 
 
+def size_text(size: int) -> str:
+    """As parse_size reads it."""
+    return f"{size // MIB}M" if size % MIB == 0 else f"{size >> 10}K"
+
+
 def _cpu_count(value: object) -> int:
     if isinstance(value, bool) or not _COUNT.match(str(value)) or int(str(value)) < 1:
         raise ValueProblem(f"{value!r} is no number of CPUs", mend="give 1 or more")
@@ -126,9 +136,24 @@ def _console(value: object) -> ConsoleSpec | None:
     return spec
 
 
-def _several(value: object) -> tuple[object, ...]:
+def several(value: object) -> tuple[object, ...]:
     """What an option that can be repeated was given: one value, or several."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+Made = TypeVar("Made")
+
+
+def _each(make: Callable[[Any], Made], value: object) -> tuple[Made, ...]:
+    """What ``make`` makes of each; a problem says which it is about."""
+    made = []
+    for index, one in enumerate(several(value)):
+        try:
+            made.append(make(one))
+        except ValueProblem as problem:
+            problem.item = index
+            raise
+    return tuple(made)
 
 
 def _disks(value: object) -> tuple[DiskSpec, ...]:
@@ -144,7 +169,7 @@ ImageSpec = TypeVar("ImageSpec", DiskSpec, CdromSpec)
 
 def _images(kind: type[ImageSpec], value: object, what: str) -> tuple[ImageSpec, ...]:
     """One disk, or several."""
-    return tuple(_image(kind, one, what) for one in _several(value))
+    return _each(lambda one: _image(kind, one, what), value)
 
 
 def _image(kind: type[ImageSpec], value: object, what: str) -> ImageSpec:
@@ -158,10 +183,10 @@ def _image(kind: type[ImageSpec], value: object, what: str) -> ImageSpec:
 
 def _nets(value: object) -> tuple[NetSpec, ...]:
     """One network, or several; "none" is that there are none."""
-    several = _several(value)
-    if "none" not in several:
-        return tuple(_net(one) for one in several)
-    if len(several) > 1:
+    nets = several(value)
+    if "none" not in nets:
+        return _each(_net, nets)
+    if len(nets) > 1:
         raise ValueProblem("none is given beside others", mend="give it alone")
     return ()
 
@@ -179,12 +204,12 @@ def _net(value: object) -> NetSpec:
 
 def _ports(value: object) -> tuple[PortSpec, ...]:
     """One port of the virtio console, or several."""
-    return tuple(map(PortSpec.of, _several(value)))
+    return _each(PortSpec.of, value)
 
 
 def _shares(value: object) -> tuple[ShareSpec, ...]:
     """One directory, or several."""
-    shares = tuple(map(_share, _several(value)))
+    shares = _each(_share, value)
     share_tags(shares)
     return shares
 
@@ -200,13 +225,15 @@ def _share(value: object) -> ShareSpec:
 
 def _inputs(value: object) -> tuple[object, ...]:
     """One input device, or several."""
-    several = _several(value)
-    for one in several:
-        if one not in get_args(InputOption):
-            raise ValueProblem(
-                f"{one!r} is no input device", mend="there are keyboard, mouse and tablet"
-            )
-    return several
+    return _each(_input, value)
+
+
+def _input(value: object) -> object:
+    if value not in get_args(InputOption):
+        raise ValueProblem(
+            f"{value!r} is no input device", mend="there are keyboard, mouse and tablet"
+        )
+    return value
 
 
 FilePath = Annotated[Path, BeforeValidator(_path)]
@@ -223,6 +250,15 @@ def option(
     """
     extra: dict[str, Any] = {"metavar": metavar}
     return Field(default=default, description=description, alias=name, json_schema_extra=extra)
+
+
+Spelling: TypeAlias = Callable[[str, int | None], str]
+"""How an error begins, about an option or about one of its several values: with what the user
+wrote, and where. No name is several options together."""
+
+
+def plainly(name: str, item: int | None = None) -> str:
+    return f"{name}: " if name else ""
 
 
 class MachineConfig(BaseModel):
@@ -312,7 +348,7 @@ class MachineConfig(BaseModel):
                 "two consoles cannot share stdio", mend="give one of them file=PATH or socket=PATH"
             )
 
-    def updated(self, values: dict[str, Any], spelling: Callable[[str], str] = str) -> Self:
+    def updated(self, values: dict[str, Any], spelling: Spelling = plainly) -> Self:
         """With some options changed, as they are typed. Raises ConfigError."""
         checked = check_options(type(self), values, spelling)
         changes = {name: getattr(checked, name) for name in values}
@@ -368,18 +404,20 @@ _PROBLEMS = {
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def make_config(values: dict[str, Any]) -> MachineConfig:
+def make_config(values: dict[str, Any], spelling: Spelling = plainly) -> MachineConfig:
     """The checked configuration. Raises ConfigError for the first option that is wrong."""
-    return check_options(MachineConfig, values)
+    return check_options(MachineConfig, values, spelling)
+
+
+def option_names(model: type[BaseModel]) -> list[str]:
+    """What the options of a model are called where they are written down."""
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def check_options(
-    model: type[Model], values: dict[str, Any], spelling: Callable[[str], str] = str
+    model: type[Model], values: dict[str, Any], spelling: Spelling = plainly
 ) -> Model:
-    """A model of options made of ``values``, with its errors in our words.
-
-    ``spelling`` is how the user wrote an option's name.
-    """
+    """A model of options made of ``values``, with its errors in our words."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -387,17 +425,18 @@ def check_options(
 
 
 def _config_error(
-    error: ValidationError, model: type[BaseModel], spelling: Callable[[str], str]
+    error: ValidationError, model: type[BaseModel], spelling: Spelling
 ) -> ConfigError:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
-    of = f"{spelling(name)}: " if name else ""
     problem = first.get("ctx", {}).get("error")
     if isinstance(problem, ValueProblem):
-        return ConfigError(f"{of}{problem.cause}", mend=problem.mend)
+        return ConfigError(f"{spelling(name, problem.item)}{problem.cause}", mend=problem.mend)
+    of = spelling(name, None)
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, model.model_fields, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(model.model_fields)}"
+        names = option_names(model)
+        near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
         return ConfigError(f"{of}there is no such option", mend=mend)
     if name in _PROBLEMS:
         cause, mend = _PROBLEMS[name]

@@ -6,57 +6,135 @@
     [run]                       # what only the command ``tetrarch run`` takes
     timeout = 60
 
-Paths in it are relative to the file.
+Paths in it are relative to the file. Disks, networks and the like can be tables too
+(config_tables.py). What is wrong is said with the file and the line.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from tetrarch.console.spec import ConsoleSpec
-from tetrarch.errors import ConfigError
-from tetrarch.machine.config import MachineConfig, make_config
+from tetrarch.errors import ConfigError, ValueProblem
+from tetrarch.machine.config import MachineConfig, make_config, several
+from tetrarch.machine.config_lines import Place, lines_of
+from tetrarch.machine.config_tables import TABLES, as_text
 
-__all__ = ["RUN_TABLE", "load_config", "read_options"]
+__all__ = ["RUN_TABLE", "ConfigFile", "absolute", "load_config"]
 
 RUN_TABLE = "run"
+#: Far above any machine's; what is larger is no configuration.
+_BYTES_MAX = 1 << 20
+_TOML_PLACE = re.compile(r"(.*) \(at line (\d+), column \d+\)", re.DOTALL)
 
 
 def load_config(path: str | Path) -> MachineConfig:
     """The machine that a file describes. Raises ConfigError."""
-    options, _ = read_options(Path(path))
-    return options
+    return ConfigFile.read(Path(path)).config
 
 
-def read_options(path: Path) -> tuple[MachineConfig, dict[str, Any]]:
-    """The machine, and the table for ``tetrarch run``, not checked yet."""
+@dataclass(frozen=True)
+class ConfigFile:
+    """What a file says."""
+
+    path: Path
+    config: MachineConfig
+    run: dict[str, Any]
+    """The table for ``tetrarch run``, not checked yet."""
+    lines: dict[Place, int]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises ConfigError."""
+        text = _read(path)
+        try:
+            values = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:  # no TOML, or absurdly nested
+            raise _no_toml(path, error) from error
+        run = values.pop(RUN_TABLE, {})
+        file = cls(path, MachineConfig(), run, lines_of(text))
+        if not isinstance(run, dict):
+            raise ConfigError(
+                f"{file.spelled(RUN_TABLE)}it is no table", mend=f"write [{RUN_TABLE}]"
+            )
+        config = make_config(file._texts(values), file.spelled)
+        return cls(path, _relative(config, path.parent), run, file.lines)
+
+    def place(self, *names: str | int) -> str:
+        """File and line of what stands there; of what is around it, where that has none."""
+        for end in range(len(names), 0, -1):
+            # A table of several is none without its number.
+            for place in (names[:end], (*names[:end], 0)):
+                if place in self.lines:
+                    return f"{self.path}:{self.lines[place]}"
+        return str(self.path)
+
+    def spelled(self, name: str, item: int | None = None) -> str:
+        """How an error about an option of the machine begins."""
+        if not name:
+            return f"{self.path}: "
+        return f"{self.place(name, *(() if item is None else (item,)))}: {name}: "
+
+    def spelled_run(self, name: str, item: int | None = None) -> str:
+        """How one about an option of the command begins."""
+        return f"{self.place(RUN_TABLE, name)}: {RUN_TABLE}.{name}: "
+
+    def _texts(self, values: dict[str, Any]) -> dict[str, Any]:
+        """With tables as the texts that they stand for."""
+        texts = dict(values)
+        for name in TABLES.keys() & values.keys():
+            made = list(several(values[name]))
+            for item, one in enumerate(made):
+                if isinstance(one, dict):
+                    try:
+                        made[item] = as_text(name, one)
+                    except ValueProblem as problem:
+                        spelled = self.spelled(name, item)
+                        raise ConfigError(f"{spelled}{problem.cause}", mend=problem.mend) from None
+            texts[name] = made
+        return texts
+
+
+def absolute(config: MachineConfig) -> MachineConfig:
+    """With paths that mean the same in any directory."""
+    return _relative(config, Path.cwd())
+
+
+def _read(path: Path) -> str:
     try:
-        values = tomllib.loads(path.read_bytes().decode())
+        with path.open("rb") as file:
+            data = file.read(_BYTES_MAX + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", mend="name a readable file") from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, or no TOML, or absurdly nested
-        raise ConfigError(f"{path} is no TOML file: {error}", mend="correct it") from error
-    run = values.pop(RUN_TABLE, {})
-    if not isinstance(run, dict):
-        raise ConfigError(f"{path}: {RUN_TABLE} is no table", mend=f"write [{RUN_TABLE}]")
+    except ValueError as error:  # a zero byte
+        raise ConfigError(f"{str(path)!r} is no file name", mend="name a file") from error
+    if len(data) > _BYTES_MAX:
+        raise ConfigError(f"{path} is no TOML file: it has more than 1 MiB", mend="name another")
     try:
-        config = make_config(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error.cause}", mend=error.mend) from None
-    return _relative(config, path.parent), run
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise _no_toml(path, error) from error
+
+
+def _no_toml(path: Path, error: Exception) -> ConfigError:
+    if match := _TOML_PLACE.fullmatch(str(error)):
+        return ConfigError(f"{path}:{match[2]}: this is no TOML: {match[1]}", mend="correct it")
+    return ConfigError(f"{path} is no TOML file: {error}", mend="correct it")
 
 
 def _relative(config: MachineConfig, directory: Path) -> MachineConfig:
     changes: dict[str, Any] = {}
     for name in config.model_fields_set:
-        match getattr(config, name):
-            case Path() as file:
-                changes[name] = directory / file
-            case ConsoleSpec(path=Path() as file) as spec:
-                changes[name] = replace(spec, path=directory / file)
-            case tuple() as several if name != "input":  # which names no files
-                changes[name] = tuple(one.relative_to(directory) for one in several)
+        value = getattr(config, name)
+        if isinstance(value, Path):
+            changes[name] = directory / value
+        elif hasattr(value, "relative_to"):
+            changes[name] = value.relative_to(directory)
+        elif isinstance(value, tuple):
+            changes[name] = tuple(
+                one.relative_to(directory) if hasattr(one, "relative_to") else one for one in value
+            )
     return config.model_copy(update=changes)

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -23,10 +24,11 @@ QUEUES_MAX = 16
 # Linux' IFNAMSIZ, with the zero at the end.
 _INTERFACE = re.compile(r"[^\s/:\0]{1,15}")
 _FORWARD = re.compile(r"(?:(\[[^\]]*\]|[^:]*):)?([0-9]{1,5}):([0-9]{1,5})")
-_TIME = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)(us|ms|s)")
-_PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%")
-_RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([KMG]?)(?:bit)?", re.IGNORECASE)
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+# As many digits as what was read needs to be written again.
+_TIME = re.compile(r"([0-9]{1,8}(?:\.[0-9]{1,18})?)(us|ms|s)")
+_PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,18})?)%")
+_RATE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)([KMG]?)(?:bit)?", re.IGNORECASE)
+_EXPONENTS = {"us": -6, "ms": -3, "s": 0}
 _BITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _DELAY_MAX_S = 60.0
 
@@ -172,7 +174,7 @@ def _number(least: int, most: int) -> Callable[[str, str | None], int]:
 
 def _delay(name: str, value: str | None) -> float:
     match = _TIME.fullmatch(value or "")
-    seconds = float(match[1]) * _SECONDS[match[2]] if match else -1
+    seconds = float(Decimal(match[1]).scaleb(_EXPONENTS[match[2]])) if match else -1
     if not 0 <= seconds <= _DELAY_MAX_S:
         raise ValueProblem(f"{name} is {shown(value)}", mend="write 20ms, 500us or 1s, up to 60s")
     return seconds
@@ -180,15 +182,15 @@ def _delay(name: str, value: str | None) -> float:
 
 def _loss(name: str, value: str | None) -> float:
     match = _PERCENT.fullmatch(value or "")
-    percent = float(match[1]) if match else 101
+    percent = Decimal(match[1]) if match else 101
     if percent > 100:
         raise ValueProblem(f"{name} is {shown(value)}", mend="write 1% or 0.1%, up to 100%")
-    return percent / 100
+    return float(Decimal(percent).scaleb(-2))
 
 
 def _rate(name: str, value: str | None) -> int:
     match = _RATE.fullmatch(value or "")
-    rate = int(float(match[1]) * _BITS[match[2].upper()]) if match else 0
+    rate = int(Decimal(match[1]) * _BITS[match[2].upper()]) if match else 0
     if rate <= 0:
         raise ValueProblem(f"{name} is {shown(value)}", mend="write bits a second: 10M, 64K")
     return rate
@@ -213,8 +215,15 @@ _OPTIONS: dict[str, Callable[[str, str | None], Any]] = {
     "rate": _rate,
 }
 
+
+def _scaled(value: float, exponent: int) -> str:
+    """All digits of a value times a power of ten, none of them an exponent's."""
+    text = f"{Decimal(repr(value)).scaleb(exponent):f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 _WRITTEN: dict[str, Callable[[Any], str]] = {
     "mac": format_mac,
-    "delay": lambda seconds: f"{seconds * 1e6:.0f}us",
-    "loss": lambda part: f"{part * 100:.9f}".rstrip("0").rstrip(".") + "%",
+    "delay": lambda seconds: f"{_scaled(seconds, 6)}us",
+    "loss": lambda part: f"{_scaled(part, 2)}%",
 }
