@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 120
@@ -55,7 +56,9 @@ def test_what_the_package_asks_for_is_locked(name: str) -> None:
     pins = locked(name)
     for text in project()[name]:
         requirement = Requirement(text)
-        assert pins.get(requirement.name, "") in requirement.specifier, f"{text}: run make lock"
+        assert pins.get(canonicalize_name(requirement.name), "") in requirement.specifier, (
+            f"{text}: run make lock"
+        )
 
 
 def test_run_time_versions_are_those_of_development() -> None:

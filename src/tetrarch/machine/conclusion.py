@@ -21,10 +21,17 @@ from tetrarch._patience import patience
 from tetrarch.errors import MachineStateError
 from tetrarch.machine.status import ExitStatus, StopReason
 
-__all__ = ["Conclusion", "Event"]
+__all__ = ["Conclusion", "Event", "HostReset", "Posted"]
 
 Event = ExitStatus | BaseException
 """What ended the machine: by its own or our will, or by an exception."""
+
+
+class HostReset:
+    """The host resets the machine, which runs on."""
+
+
+Posted = Event | HostReset
 
 # Ends that come from outside of the guest.
 _FROM_OUTSIDE = {StopReason.STOPPED, StopReason.TIMEOUT}
@@ -36,7 +43,7 @@ class Conclusion:
     def __init__(self, request_stop: Callable[[], None]) -> None:
         """``request_stop`` makes the vCPUs return; from any thread."""
         self._request_stop = request_stop
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Posted] = queue.SimpleQueue()
         self._done = threading.Event()
         self._keeper: threading.Thread | None = None
         self.decided = False
@@ -45,8 +52,8 @@ class Conclusion:
         self.failure: BaseException | None = None
         """One of the two is set once the machine has ended."""
 
-    def post(self, event: Event) -> None:
-        """Ends the machine; returns at once. From any thread or signal handler."""
+    def post(self, event: Posted) -> None:
+        """Ends or resets the machine; returns at once. From any thread or signal handler."""
         self.decided = True
         self._events.put(event)
         # Devices call this in the middle of a guest's instruction: it is the last.
@@ -55,7 +62,7 @@ class Conclusion:
     def keep(
         self,
         name: str,
-        survive: Callable[[Event], Event | None],
+        survive: Callable[[Posted], Event | None],
         stop: Callable[[Event], Event],
         close: Callable[[Event], None],
     ) -> None:
@@ -82,10 +89,12 @@ class Conclusion:
                 event = self._events.get_nowait()
             except queue.Empty:
                 return None
+            if isinstance(event, HostReset):
+                continue
             if not isinstance(event, ExitStatus) or event.reason in _FROM_OUTSIDE:
                 return event
 
-    def _next_end(self, survive: Callable[[Event], Event | None]) -> Event:
+    def _next_end(self, survive: Callable[[Posted], Event | None]) -> Event:
         while True:
             event = self._events.get()
             # Again: reopen() may have come between the event and its flag.
@@ -99,7 +108,7 @@ class Conclusion:
 
     def _keep(
         self,
-        survive: Callable[[Event], Event | None],
+        survive: Callable[[Posted], Event | None],
         stop: Callable[[Event], Event],
         close: Callable[[Event], None],
     ) -> None:

@@ -318,6 +318,9 @@ class MachineConfig(BaseModel):
     vsock: FilePath | None = option(
         None, "A Unix socket for connections with the guest's vsock ports.", "PATH"
     )
+    control: FilePath | None = option(
+        None, "A Unix socket where QMP steers the machine; docs/control.md.", "PATH"
+    )
     on_reset: OnReset = option(
         "end", "What a reset by the guest does [default: end].", "end|restart"
     )
@@ -382,6 +385,7 @@ class MachineOptions(TypedDict, total=False):
     share: ShareOption | Sequence[ShareOption]
     input: InputOption | Sequence[InputOption]
     vsock: str | os.PathLike[str] | None
+    control: str | os.PathLike[str] | None
     on_reset: OnReset
     virtio: VirtioTransport
     rng: bool

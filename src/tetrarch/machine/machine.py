@@ -47,6 +47,7 @@ from tetrarch.machine.engine_vm import (
     engine_cause,
     engine_mend,
 )
+from tetrarch.machine.events import EventName, Events, MachineEvent, shutdown_data
 from tetrarch.machine.guest import (
     check_files,
     load_guest,
@@ -73,6 +74,7 @@ from tetrarch.virtio.served import ServedKind, VirtioUserDevice
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
+    from tetrarch.control.server import ControlServer
 
 __all__ = ["Machine"]
 
@@ -125,11 +127,12 @@ class Machine:
 
         self._conclusion = Conclusion(vm.request_stop)
         end = self._conclusion.post
+        self._events = Events(end)
         self._threads = VcpuThreads(vm, vcpus, self._conclusion)
         panic = PanicWatch(
             self._threads.busy_time,
             self._threads.in_kernel,
-            lambda message: end(ExitStatus(StopReason.CRASHED, message)),
+            partial(_panicked, self._events, end),
         )
         try:
             self._pc = assemble_pc(vm, self.config, end, _holder(self))
@@ -149,6 +152,7 @@ class Machine:
             ]
         )
         self._attached = AttachedDevices()
+        self._controls: list[ControlServer] = []
         self._descent = _Descent(
             self._life,
             panic,
@@ -158,6 +162,8 @@ class Machine:
             self._lines,
             [self._backend, *ports],
             vcpus[0],
+            self._events,
+            self._controls,
         )
         self._loaded = False
         self._restored = False
@@ -171,7 +177,10 @@ class Machine:
             vm,
             self._pc,
             self._attached,
+            self._events,
         )
+        if self.config.control is not None:
+            self.serve_control(self.config.control)
 
     def __repr__(self) -> str:
         return f"<Machine {self.config.name!r} on {self.engine}, {self.phase.value}>"
@@ -236,8 +245,35 @@ class Machine:
 
     @property
     def resets(self) -> int:
-        """How often the guest has reset the machine and it has started anew."""
+        """How often the machine was reset and has started anew."""
         return self._resets.count
+
+    def on(self, event: EventName, listener: Callable[[MachineEvent], object]) -> None:
+        """Calls ``listener`` with each such event from now on, one at a time, on a thread of
+        their own. What it raises ends the machine and comes out of ``wait()``.
+
+        The events are shutdown, reset, stop, resume, powerdown and guest-panicked; docs/control.md
+        has their data. Raises ConfigError for another name.
+        """
+        self._events.on(event, listener)
+
+    def serve_control(self, path: str | os.PathLike[str]) -> None:
+        """Lets programs steer the machine by QMP on a Unix socket, until it has ended.
+
+        Raises HostError where it cannot listen there, MachineStateError where it does already.
+        """
+        from tetrarch.control.server import ControlServer
+
+        self._life.require("serve_control", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        if self._controls:
+            raise MachineStateError(
+                f"the machine has a control socket, {self._controls[0].path}", mend="use that"
+            )
+        server = ControlServer(self, Path(path))
+        self._controls.append(server)
+        self._events.watch(server.tell)
+        if self.phase is Phase.ENDED:  # meanwhile
+            server.close()
 
     def attach_ports(
         self,
@@ -413,6 +449,7 @@ class Machine:
             except MachineStateError:  # it has ended meanwhile
                 self._vm.resume()
                 raise
+            self._events.tell("stop")
 
     def resume(self) -> None:
         """Lets a held machine run on. Waits for a hold() that another thread is in."""
@@ -423,6 +460,7 @@ class Machine:
             self._vm.resume()
             self._resets.resumed()
             self._pc.resumed()
+            self._events.tell("resume")
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -434,9 +472,27 @@ class Machine:
             if self.phase is Phase.HELD:  # it may have been stopped
                 self.resume()
 
-    def request_stop(self) -> None:
-        """Asks the machine to end; returns at once. From any thread or signal handler."""
-        self._conclusion.post(ExitStatus(StopReason.STOPPED))
+    def press_power_button(self) -> None:
+        """Asks the guest to switch itself off; what comes of it is the guest's."""
+        self._life.require("press_power_button", Phase.RUNNING, Phase.HELD)
+        self._pc.acpi.press_power_button()
+        self._events.tell("powerdown")
+
+    def reset(self) -> None:
+        """Resets the machine, whatever ``on_reset`` says of its guest; returns at once.
+
+        One that is held is reset when it is resumed. Raises MachineStateError for one that was
+        restored: it has no kernel to load again.
+        """
+        self._life.require("reset", Phase.RUNNING, Phase.HELD)
+        self._resets.request()
+
+    def request_stop(self, detail: str = "") -> None:
+        """Asks the machine to end; returns at once. From any thread or signal handler.
+
+        ``detail`` is what the status says of it.
+        """
+        self._conclusion.post(ExitStatus(StopReason.STOPPED, detail))
 
     def stop(self) -> None:
         """Ends the machine, as pulling its plug would. Without effect if it has ended."""
@@ -493,6 +549,7 @@ class Machine:
         net: NetOption | Sequence[NetOption] = (),
         vsock: str | os.PathLike[str] | None = None,
         virtio_console: PortOption | Sequence[PortOption] = (),
+        control: str | os.PathLike[str] | None = None,
         vm: EngineVm | None = None,
     ) -> Self:
         """A machine as it was saved; start() lets it go on from there.
@@ -514,6 +571,7 @@ class Machine:
                 "net": net,
                 "vsock": vsock,
                 "virtio_console": virtio_console,
+                "control": control,
             }
             config = about.config.updated({key: value for key, value in given.items() if value})
             machine = cls(config, console=console, platform=platform, vm=vm)
@@ -590,8 +648,11 @@ class _Descent:
     lines: ConsoleLines
     consoles: Sequence[ConsoleBackend]
     boot_vcpu: EngineVcpu
+    events: Events
+    controls: Sequence[ControlServer]
 
     def stop(self, event: Event) -> Event:
+        self.events.tell("shutdown", **shutdown_data(event))
         self.panic.close()
         try:
             self.threads.stop()
@@ -614,6 +675,14 @@ class _Descent:
             if isinstance(console, MemoryConsole):
                 console.end(event)
             console.close()
+        self.events.end()
+        for control in self.controls:
+            control.close()
+
+
+def _panicked(events: Events, end: Callable[[Event], None], message: str) -> None:
+    events.tell("guest-panicked", action="poweroff")
+    end(ExitStatus(StopReason.CRASHED, message))
 
 
 def _holder(machine: Machine) -> OnStop:

@@ -1,4 +1,4 @@
-"""The machine that starts anew where its guest resets it.
+"""The machine that starts anew where its guest or the host resets it.
 
 As a warm reset of a PC: devices, interrupt controllers, timers and vCPUs are as after
 power-on, RAM keeps what is in it, and what firmware and boot loader would do is done again:
@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable
 
 from tetrarch._native import EngineError
-from tetrarch.errors import HostError
+from tetrarch.errors import HostError, MachineStateError
 from tetrarch.machine.attached import AttachedDevices
-from tetrarch.machine.conclusion import Conclusion, Event
+from tetrarch.machine.conclusion import Conclusion, Event, HostReset, Posted
 from tetrarch.machine.console_line import ConsoleLines
 from tetrarch.machine.engine_vm import EngineVm, engine_cause, engine_mend
+from tetrarch.machine.events import Events
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc
@@ -39,7 +40,9 @@ class Resets:
         vm: EngineVm,
         pc: Pc,
         attached: AttachedDevices,
+        events: Events,
     ) -> None:
+        """``restart``: also where the guest does it; else that ends the machine."""
         self._restart = restart
         self._life = life
         self._conclusion = conclusion
@@ -49,20 +52,28 @@ class Resets:
         self._vm = vm
         self._pc = pc
         self._attached = attached
-        self._waiting: Event | None = None
+        self._events = events
+        self._waiting: Posted | None = None
         self.count = 0
         self.lock = threading.Lock()
         """Held for a whole reset, and where somebody holds or resumes the machine."""
         self.load: Callable[[], None] | None = None
         """Loads the guest again; None: there is none to load, a reset is the end."""
-        if restart:
-            vm.keep_reset_state()
+        vm.keep_reset_state()
 
-    def survive(self, event: Event) -> Event | None:
+    def request(self) -> None:
+        """Resets the machine; returns at once."""
+        if self.load is None:
+            raise MachineStateError(
+                "a restored machine cannot be reset: it has no kernel to load",
+                mend="restore it again",
+            )
+        self._conclusion.post(HostReset())
+
+    def survive(self, event: Posted) -> Event | None:
         """None where the machine runs on after ``event``, else what ends it."""
-        if not self._restart or self.load is None:
-            return event
-        if not isinstance(event, ExitStatus) or event.reason is not StopReason.RESET:
+        by_guest = not isinstance(event, HostReset)
+        if not isinstance(event, HostReset) and not self._restarts(event):
             return event
         with self.lock:
             if self._life.phase is Phase.HELD:
@@ -76,10 +87,20 @@ class Resets:
             # wants still holds.
             if (ended := self._conclusion.reopen()) is not None:
                 return ended
-            self._reset(self.load)
+            self._reset()
             self.count += 1
             self._threads.start()
+            reason = "guest-reset" if by_guest else "host-qmp-system-reset"
+            self._events.tell("reset", guest=by_guest, reason=reason)
         return None
+
+    def _restarts(self, event: Event) -> bool:
+        return (
+            self._restart
+            and self.load is not None
+            and isinstance(event, ExitStatus)
+            and event.reason is StopReason.RESET
+        )
 
     def resumed(self) -> None:
         """The machine runs again, and with it a reset that waited. ``lock`` is held."""
@@ -87,7 +108,7 @@ class Resets:
         if waiting is not None:
             self._conclusion.post(waiting)
 
-    def _reset(self, load: Callable[[], None]) -> None:
+    def _reset(self) -> None:
         try:
             self._vm.hold()
             try:
@@ -95,7 +116,8 @@ class Resets:
                 self._pc.reset()
                 self._attached.reset()
                 self._vm.reset()
-                load()
+                if self.load is not None:  # nothing asks for a reset without
+                    self.load()
             finally:
                 self._vm.resume()
         except EngineError as error:

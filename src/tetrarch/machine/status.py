@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["ExitStatus", "StopReason"]
+__all__ = ["BY_QUIT", "ExitStatus", "StopReason"]
+
+#: The detail of a stop that the control socket asked for.
+BY_QUIT = "by quit at the control socket"
 
 
 class StopReason(StrEnum):

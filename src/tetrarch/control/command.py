@@ -1,0 +1,62 @@
+"""A command of QMP as a function: its keywords are the command's arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from tetrarch.control.protocol import QmpError, wrong_argument
+from tetrarch.errors import TetrarchError
+from tetrarch.machine.machine import Machine
+
+__all__ = ["COMMANDS", "Command", "command"]
+
+_STRICT = ConfigDict(strict=True, extra="forbid")
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    function: Callable[..., object]
+    arguments: type[BaseModel]
+
+    def execute(self, machine: Machine, arguments: Mapping[str, Any]) -> object:
+        """What the command returns. Raises QmpError."""
+        try:
+            checked = self.arguments.model_validate(arguments)
+        except ValidationError as error:
+            raise wrong_argument(error) from None
+        given = {name: getattr(checked, name) for name in self.arguments.model_fields}
+        try:
+            return self.function(machine, **given)
+        except (TetrarchError, OSError, ValueError) as error:
+            raise QmpError(str(error)) from error
+
+
+#: All of them, once tetrarch.control.commands is imported.
+COMMANDS: dict[str, Command] = {}
+
+
+def command(name: str) -> Callable[[Function], Function]:
+    """Makes a command of a function of the machine.
+
+    Its other parameters are keywords: arguments as they are typed, optional where they have
+    defaults. ``node_name`` is the argument ``node-name``, ``id_`` is ``id``.
+    """
+
+    def add(function: Function) -> Function:
+        fields: dict[str, Any] = {}
+        for parameter in list(inspect.signature(function, eval_str=True).parameters.values())[1:]:
+            alias = parameter.name.rstrip("_").replace("_", "-")
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[parameter.name] = parameter.annotation, Field(default, alias=alias)
+        model = create_model(name, __config__=_STRICT, **fields)
+        COMMANDS[name] = Command(name, function, model)
+        return function
+
+    return add
