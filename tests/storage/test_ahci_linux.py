@@ -10,17 +10,10 @@ import pytest
 from tests.storage.iso import make_iso
 from tests.storage.linux import Linux, check, ext4, needs_ext4, sha256_in
 
-from tetrarch import Machine, block, images
+from tetrarch import Machine, block
 from tetrarch.images import CachedGuest
 
-# Debian's kernel for machines is not that which other tests have.
 pytestmark = [needs_ext4, pytest.mark.long]
-
-
-@pytest.fixture(scope="session")
-def standard_guest() -> CachedGuest:
-    """Debian's kernel for machines: that for clouds has no driver of AHCI."""
-    return images.ensure(images.Cache(), "debian-amd64", images.TerminalReporter())
 
 
 def test_file_system_is_mounted_written_trimmed_and_clean(

@@ -9,7 +9,7 @@ import pytest
 from tests.programs import initrd_with
 from tests.storage.linux import Linux
 
-from tetrarch import Machine, block, images
+from tetrarch import Machine, block
 from tetrarch.images import CachedGuest
 
 SIZE = 64 << 20
@@ -20,12 +20,6 @@ FIO = (
 )
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def ahci_guest() -> CachedGuest:
-    """Debian's cloud kernel has no driver of AHCI."""
-    return images.ensure(images.Cache(), "debian-amd64", images.TerminalReporter())
 
 
 @pytest.mark.parametrize(
@@ -47,7 +41,7 @@ def test_what_fio_writes_is_there(
     form: Literal["raw", "qcow2"],
     device: str,
 ) -> None:
-    guest = request.getfixturevalue("ahci_guest") if bus == "ahci" else debian_guest
+    guest = request.getfixturevalue("standard_guest") if bus == "ahci" else debian_guest
     path = tmp_path / "disk"
     block.create(path, SIZE, image_format=form)
     machine = Machine(

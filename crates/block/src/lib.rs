@@ -10,6 +10,7 @@ mod backend;
 mod check;
 mod create;
 mod error;
+mod failures;
 mod format;
 mod image;
 mod lock;
@@ -29,6 +30,7 @@ pub use backend::{BlockBackend, BlockInfo, BlockQueue, Completion, Request, SECT
 pub use check::{CheckReport, check};
 pub use create::{Description, NewImage, Source, create, describe, guess_format};
 pub use error::{BlockError, ImageError};
+pub use failures::Failures;
 pub use image::{Format, ImageOptions, UnknownFormat, open};
 pub use qcow2::Qcow2Header;
 pub use raw::{Cache, RawDisk, RawOptions};

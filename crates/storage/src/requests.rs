@@ -111,11 +111,3 @@ impl<T> Requests<T> {
         self.queue.stopped()
     }
 }
-
-/// A failure of the host's is worth a line; a driver's nonsense is not.
-pub fn tell(name: &str, error: BlockError) {
-    match error {
-        BlockError::Beyond { .. } | BlockError::ReadOnly => log::debug!("{name}: {error}"),
-        error => log::warn!("{name}: a request failed: {error}"),
-    }
-}

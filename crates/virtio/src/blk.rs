@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use tetrarch_block::{BlockBackend, BlockError, BlockQueue, Completion, Request, SECTOR};
+use tetrarch_block::{BlockBackend, BlockQueue, Completion, Failures, Request, SECTOR};
 use tetrarch_io::{Attachment, Trigger};
 use tetrarch_memory::ScatterList;
 
@@ -65,6 +65,7 @@ struct Pending {
 pub struct Blk {
     /// `None` once the machine has ended.
     disk: Option<Arc<dyn BlockBackend>>,
+    name: String,
     serial: [u8; ID],
     /// While the driver is ready.
     queue: Option<Box<dyn BlockQueue>>,
@@ -76,16 +77,18 @@ pub struct Blk {
     /// A driver that does not flush takes a write that is done for durable (5.2.5.1).
     write_through: bool,
     done: Vec<Completion>,
+    failures: Failures,
 }
 
 impl Blk {
-    /// The serial number is cut to 20 bytes.
+    /// The host's log calls it by its serial number, of which the guest sees 20 bytes.
     pub fn new(disk: Arc<dyn BlockBackend>, serial: &str) -> Self {
         let mut id = [0; ID];
         let len = serial.len().min(ID);
         id[..len].copy_from_slice(&serial.as_bytes()[..len]);
         Self {
             disk: Some(disk),
+            name: serial.into(),
             serial: id,
             queue: None,
             pending: Vec::new(),
@@ -93,6 +96,7 @@ impl Blk {
             submitted: 0,
             write_through: false,
             done: Vec::new(),
+            failures: Failures::default(),
         }
     }
 
@@ -195,7 +199,7 @@ impl Blk {
                 let Some(pending) = slot else { continue };
                 if let Err(error) = result {
                     pending.end = IOERR;
-                    tell(error);
+                    self.failures.tell(&self.name, error);
                 }
                 pending.parts -= 1;
                 if pending.parts > 0 {
@@ -234,16 +238,6 @@ impl Blk {
     pub fn close(&mut self) {
         self.reset();
         self.disk = None;
-    }
-}
-
-/// A failure of the host's is worth a line; a driver's nonsense is not.
-fn tell(error: BlockError) {
-    match error {
-        BlockError::Beyond { .. } | BlockError::ReadOnly => {
-            log::debug!("a disk's request: {error}")
-        }
-        error => log::warn!("a disk's request failed: {error}"),
     }
 }
 

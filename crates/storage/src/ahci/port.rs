@@ -1,6 +1,6 @@
 //! A port and the device at it (3.3, 5.3).
 
-use tetrarch_block::{BlockError, Request};
+use tetrarch_block::{BlockError, Failures, Request};
 use tetrarch_memory::GuestMemory;
 
 use super::SLOTS;
@@ -8,7 +8,7 @@ use super::fis::{Received, Result as Ended, TYPE_COMMAND};
 use super::table::Slot;
 use crate::ata::{self, By, Drive, Medium, Refusal, SECTOR, Step, TaskFile, status};
 use crate::atapi::{Answer, PACKET, Sense};
-use crate::requests::{Requests, tell};
+use crate::requests::Requests;
 
 /// Bits of PxIS (3.3.5), of which software clears all but the change of the port.
 pub mod interrupt {
@@ -102,6 +102,7 @@ pub struct Port {
     /// It is without it: memory is left alone.
     pub away: bool,
     ended: Vec<(Waiting, Result<(), BlockError>)>,
+    failures: Failures,
 }
 
 impl Port {
@@ -114,6 +115,7 @@ impl Port {
             master: true,
             away: false,
             ended: Vec::new(),
+            failures: Failures::default(),
         };
         port.link_reset();
         port
@@ -549,7 +551,7 @@ impl Port {
         }
         for (waiting, result) in ended.drain(..) {
             if let Err(error) = result {
-                tell(&self.name, error);
+                self.failures.tell(&self.name, error);
             }
             // A device that has failed says no more of others in its queue.
             if self.registers.halted {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tetrarch_block::{BlockBackend, BlockError, Request};
+use tetrarch_block::{BlockBackend, BlockError, Failures, Request};
 use tetrarch_devices::Drive as Line;
 use tetrarch_io::Attachment;
 use tetrarch_memory::{GuestMemory, GuestPhys, ScatterList};
@@ -12,7 +12,7 @@ use super::bus_master::{BusMaster, Change};
 use super::device::{PACKET, Registers, SELECT, TO_HOST};
 use crate::ata::{self, By, Drive, Medium, Refusal, SECTOR, Step, TaskFile, error, status};
 use crate::atapi::{self, Answer, Sense};
-use crate::requests::{Requests, tell};
+use crate::requests::Requests;
 
 /// Device control: no interrupts, reset, what was written before the last (ATA8-APT 7.4).
 const NO_INTERRUPTS: u8 = 1 << 1;
@@ -83,6 +83,7 @@ pub struct Device {
     pub name: String,
     pub drive: Drive,
     requests: Option<Requests<Waiting>>,
+    failures: Failures,
 }
 
 pub struct Channel {
@@ -106,7 +107,7 @@ pub struct Channel {
 
 impl Device {
     pub fn new(name: String, drive: Drive) -> Self {
-        Self { name, drive, requests: None }
+        Self { name, drive, requests: None, failures: Failures::default() }
     }
 }
 
@@ -655,9 +656,8 @@ impl Channel {
             let Some(requests) = &mut device.requests else { continue };
             requests.take(&mut ended);
             for (waiting, result) in ended.drain(..) {
-                if let Err(error) = result {
-                    let name = self.devices[index].as_ref().map_or("", |device| &device.name);
-                    tell(name, error);
+                if let (Err(error), Some(device)) = (result, &mut self.devices[index]) {
+                    device.failures.tell(&device.name, error);
                 }
                 // Only the device that was selected has a command: others are not while it is busy.
                 if index == selected && self.work.wait == Wait::Disk {

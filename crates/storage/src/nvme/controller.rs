@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use tetrarch_block::{BlockBackend, BlockError, BlockInfo, Request};
+use tetrarch_block::{BlockBackend, BlockError, BlockInfo, Failures, Request};
 use tetrarch_bus::Interrupt;
 use tetrarch_devices::Drive;
 use tetrarch_io::{Attachment, Handler, IoThread, Trigger};
@@ -23,7 +23,7 @@ use super::saved::{DamagedState, Saved};
 use super::status::Status;
 use super::{MAX_ADMIN_ENTRIES, MAX_PAIRS, PAGE, nvm};
 use crate::landed::Landed;
-use crate::requests::{Requests, tell};
+use crate::requests::Requests;
 
 /// Descriptors on the I/O thread.
 const DOORBELLS: u32 = 0;
@@ -91,6 +91,7 @@ pub struct Inner {
     landed: Arc<Landed>,
     shut_down: Arc<AtomicBool>,
     ended: Vec<(Owner, Result<(), BlockError>)>,
+    failures: Failures,
 }
 
 impl Inner {
@@ -310,7 +311,7 @@ impl Inner {
                 continue;
             }
             if let Err(error) = result {
-                tell(&self.name, error);
+                self.failures.tell(&self.name, error);
             }
             match owner {
                 Owner::Command { queue, id, writes, address } => {
@@ -426,6 +427,7 @@ impl Nvme {
             landed: Arc::clone(&landed),
             shut_down: Arc::clone(&shut_down),
             ended: Vec::new(),
+            failures: Failures::default(),
         }));
         let attachment = io.attach(name, Arc::clone(&inner) as _);
         attachment.add(doorbells.event(), DOORBELLS, Trigger::Edge)?;
