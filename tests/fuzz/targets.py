@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import devices
+from tests.fuzz import configs, devices
 from tests.fuzz.input import Input
 
 from tetrarch import Machine
@@ -416,4 +416,8 @@ TARGETS: dict[str, Target] = {
     "saved": saved,
     "ports": devices.ports,
     "functions": devices.functions,
+    "config_file": configs.config_file,
+    "qemu": configs.qemu,
+    "firecracker": configs.firecracker,
+    "libvirt": configs.libvirt,
 }

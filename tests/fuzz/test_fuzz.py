@@ -16,6 +16,10 @@ COUNTS = {
     "saved": 300,
     "ports": 300,
     "functions": 200,
+    "config_file": 600,
+    "qemu": 600,
+    "firecracker": 600,
+    "libvirt": 1200,
 }
 
 

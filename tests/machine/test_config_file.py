@@ -14,7 +14,7 @@ from tetrarch.console import MemoryConsole
 from tetrarch.console.spec import ConsoleSpec, PortSpec
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.machine.config import MachineConfig, check_options, make_config
-from tetrarch.machine.config_file import ConfigFile, absolute, load_config
+from tetrarch.machine.config_file import ConfigFile, load_config, relative_to
 from tetrarch.machine.config_lines import lines_of
 from tetrarch.machine.config_tables import TABLES, as_text
 from tetrarch.machine.config_text import lines_for, toml_text
@@ -215,7 +215,7 @@ TABLES_OF_WORDS = st.dictionaries(
 def test_what_is_written_is_read_again(
     tmp_path: Path, values: dict[str, Any], run: dict[str, Any]
 ) -> None:
-    config = absolute(make_config(values))
+    config = relative_to(make_config(values), Path("/"))
     command = check_options(CommandOptions, run)
     text = toml_text(lines_for(config, {}), lines_for(command, {}), "a remark")
     file = tmp_path / "m.toml"

@@ -25,6 +25,9 @@ __all__ = [
     "image_ls",
     "image_pull",
     "image_rm",
+    "import_firecracker",
+    "import_libvirt",
+    "import_qemu",
     "root",
     "run",
 ]
@@ -87,6 +90,57 @@ def run(**typed: Any) -> int:
     from tetrarch.cli.run import run_guest
 
     return run_guest(*take_options(typed))
+
+
+import_app = typer.Typer(
+    help="Make a file for --config of what another monitor runs.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(import_app, name="import")
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE.toml", help="[default: standard output]"),
+]
+
+
+@import_app.command("qemu")
+def import_qemu(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE | -- qemu-system-x86_64 OPTION...",
+            help="A command line of QEMU, or a file or shell script that has one.",
+        ),
+    ],
+    output: Output = None,
+) -> None:
+    """Import a command line of QEMU. What cannot be carried over is named, a line each."""
+    from tetrarch.cli.imports import qemu
+
+    qemu(words, output)
+
+
+@import_app.command("firecracker")
+def import_firecracker(
+    path: Annotated[Path, typer.Argument(metavar="FILE.json", help="As for its --config-file.")],
+    output: Output = None,
+) -> None:
+    """Import a Firecracker configuration. What cannot be carried over is named, a line each."""
+    from tetrarch.cli.imports import firecracker
+
+    firecracker(path, output)
+
+
+@import_app.command("libvirt")
+def import_libvirt(
+    path: Annotated[Path, typer.Argument(metavar="DOMAIN.xml", help="From virsh dumpxml.")],
+    output: Output = None,
+) -> None:
+    """Import a libvirt domain. What cannot be carried over is named, a line each."""
+    from tetrarch.cli.imports import libvirt
+
+    libvirt(path, output)
 
 
 @app.command()

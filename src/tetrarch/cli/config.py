@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tetrarch.machine.config_file import RUN_TABLE, absolute
+from tetrarch.machine.config_file import RUN_TABLE, relative_to
 from tetrarch.machine.config_text import lines_for, toml_text
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def show_config(options: Effective) -> int:
         for name, origin in options.origins.items()
         if name.startswith(prefix)
     }
-    machine = lines_for(absolute(options.config), options.origins)
+    machine = lines_for(relative_to(options.config, Path.cwd()), options.origins)
     command = options.command.model_copy(
         update={"ssh_key": tuple(key.absolute() for key in options.command.ssh_key)}
     )

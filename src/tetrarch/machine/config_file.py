@@ -18,16 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from tetrarch._text_file import read_text
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.machine.config import MachineConfig, make_config, several
 from tetrarch.machine.config_lines import Place, lines_of
 from tetrarch.machine.config_tables import TABLES, as_text
 
-__all__ = ["RUN_TABLE", "ConfigFile", "absolute", "load_config"]
+__all__ = ["RUN_TABLE", "ConfigFile", "load_config", "relative_to"]
 
 RUN_TABLE = "run"
-#: Far above any machine's; what is larger is no configuration.
-_BYTES_MAX = 1 << 20
 _TOML_PLACE = re.compile(r"(.*) \(at line (\d+), column \d+\)", re.DOTALL)
 
 
@@ -49,7 +48,7 @@ class ConfigFile:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises ConfigError."""
-        text = _read(path)
+        text = read_text(path, "TOML file")
         try:
             values = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # no TOML, or absurdly nested
@@ -61,7 +60,7 @@ class ConfigFile:
                 f"{file.spelled(RUN_TABLE)}it is no table", mend=f"write [{RUN_TABLE}]"
             )
         config = make_config(file._texts(values), file.spelled)
-        return cls(path, _relative(config, path.parent), run, file.lines)
+        return cls(path, relative_to(config, path.parent), run, file.lines)
 
     def place(self, *names: str | int) -> str:
         """File and line of what stands there; of what is around it, where that has none."""
@@ -98,34 +97,14 @@ class ConfigFile:
         return texts
 
 
-def absolute(config: MachineConfig) -> MachineConfig:
-    """With paths that mean the same in any directory."""
-    return _relative(config, Path.cwd())
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", mend="name a readable file") from error
-    except ValueError as error:  # a zero byte
-        raise ConfigError(f"{str(path)!r} is no file name", mend="name a file") from error
-    if len(data) > _BYTES_MAX:
-        raise ConfigError(f"{path} is no TOML file: it has more than 1 MiB", mend="name another")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise _no_toml(path, error) from error
-
-
 def _no_toml(path: Path, error: Exception) -> ConfigError:
     if match := _TOML_PLACE.fullmatch(str(error)):
         return ConfigError(f"{path}:{match[2]}: this is no TOML: {match[1]}", mend="correct it")
     return ConfigError(f"{path} is no TOML file: {error}", mend="correct it")
 
 
-def _relative(config: MachineConfig, directory: Path) -> MachineConfig:
+def relative_to(config: MachineConfig, directory: Path) -> MachineConfig:
+    """With paths as they are written in a file of that directory."""
     changes: dict[str, Any] = {}
     for name in config.model_fields_set:
         value = getattr(config, name)

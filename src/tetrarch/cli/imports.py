@@ -1,0 +1,63 @@
+"""``tetrarch import``: a file for --config of a machine that another monitor runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tetrarch._text_file import read_text
+from tetrarch.errors import ConfigError
+from tetrarch.foreign import (
+    Carried,
+    import_firecracker,
+    import_libvirt,
+    import_qemu,
+    is_qemu,
+    words_of_script,
+)
+
+__all__ = ["firecracker", "libvirt", "qemu"]
+
+
+def qemu(words: Sequence[str], output: Path | None) -> None:
+    """A command line, or the only word is a file that has it."""
+    if len(words) == 1 and not words[0].startswith("-") and not is_qemu(words[0]):
+        _file(Path(words[0]), _script, "command line of QEMU", output)
+    else:
+        _write(import_qemu(words), Path(), "From a command line of QEMU.", output)
+
+
+def firecracker(path: Path, output: Path | None) -> None:
+    _file(path, import_firecracker, "Firecracker configuration", output)
+
+
+def libvirt(path: Path, output: Path | None) -> None:
+    _file(path, import_libvirt, "libvirt domain", output)
+
+
+def _script(text: str) -> Carried:
+    return import_qemu(words_of_script(text))
+
+
+def _file(path: Path, take: Callable[[str], Carried], what: str, output: Path | None) -> None:
+    text = read_text(path, what)
+    try:
+        heading = " ".join(f"From {path.name}, a {what}.".split())
+        _write(take(text), path.parent, heading, output)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.cause}", mend=error.mend) from None
+
+
+def _write(carried: Carried, directory: Path, heading: str, output: Path | None) -> None:
+    """The file on standard output, and what is not in it on standard error, also where nothing
+    is left to run."""
+    try:
+        text = carried.toml(carried.finish(directory.absolute()), heading)
+    finally:
+        for lost in carried.lost:
+            print(f"tetrarch: not carried over: {lost}", file=sys.stderr)
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text)

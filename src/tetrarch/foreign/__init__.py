@@ -1,0 +1,17 @@
+"""Machines as other monitors write them down, made into configurations of this one."""
+
+from tetrarch.foreign.carried import Carried, NotCarried
+from tetrarch.foreign.firecracker import import_firecracker
+from tetrarch.foreign.libvirt import import_libvirt
+from tetrarch.foreign.qemu import import_qemu
+from tetrarch.foreign.qemu_words import is_qemu, words_of_script
+
+__all__ = [
+    "Carried",
+    "NotCarried",
+    "import_firecracker",
+    "import_libvirt",
+    "import_qemu",
+    "is_qemu",
+    "words_of_script",
+]

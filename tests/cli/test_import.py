@@ -1,0 +1,65 @@
+"""``tetrarch import``: files for --config, and what is not in them."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Cli
+from tests.machine import guests
+
+from tetrarch.testing import pvh_kernel
+
+
+def test_qemus_command_line_runs_here(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(pvh_kernel(guests.say(b"up") + guests.POWER_OFF))
+    script = tmp_path / "run.sh"
+    script.write_text("#!/bin/sh\nexec qemu-system-x86_64 -nographic -m 64 \\\n  -kernel kernel\n")
+    done = cli("import", "qemu", script, "-o", tmp_path / "sub.toml")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    ran = cli("run", "--engine", "bt", "--config", tmp_path / "sub.toml")
+    assert (ran.returncode, ran.stdout) == (0, "up")
+
+
+def test_words_behind_two_dashes(cli: Cli) -> None:
+    done = cli(
+        "import", "qemu", "--", "qemu-system-x86_64", "-kernel", "/k", "-m", "1G", "-vga", "x"
+    )
+    assert done.returncode == 0
+    assert tomllib.loads(done.stdout)["memory"] == "1024M"
+    assert '"/k" # -kernel' in done.stdout
+    assert done.stderr == "tetrarch: not carried over: -vga x: there is nothing like it\n"
+
+
+def test_hundred_unknown_things_are_a_line_each(cli: Cli, tmp_path: Path) -> None:
+    odd = {f"thing\x1b[{index}m\n": {"x": "y" * 300} for index in range(100)}
+    file = tmp_path / "vm.json"
+    file.write_text(json.dumps({"boot-source": {"kernel_image_path": "k"}} | odd))
+    done = cli("import", "firecracker", file)
+    lines = done.stderr.splitlines()
+    assert (done.returncode, len(lines)) == (0, 100)
+    assert all(line.startswith("tetrarch: not carried over: thing") for line in lines)
+    assert all(len(line) < 200 and line.isprintable() for line in lines)
+    assert tomllib.loads(done.stdout)["kernel"] == str(tmp_path / "k")
+
+
+def test_what_was_lost_is_said_also_where_nothing_is_left(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "d.xml"
+    file.write_text("<domain>\n<devices>\n<video/></devices></domain>")
+    done = cli("import", "libvirt", file)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "tetrarch: not carried over: line 3: <video>: there is nothing like it",
+        f"tetrarch: {file}: nothing is left to run: neither a kernel nor a disk was carried over; "
+        "name one there",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["qemu", "firecracker", "libvirt"])
+def test_what_is_no_such_file_is_one_line(cli: Cli, tmp_path: Path, kind: str) -> None:
+    for path in ("/nonexistent", "/", "/dev/zero", tmp_path / "empty"):
+        (tmp_path / "empty").write_bytes(b"")
+        done = cli("import", kind, path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert len(done.stderr.splitlines()) == 1
+        assert str(path) in done.stderr

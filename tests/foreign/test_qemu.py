@@ -1,0 +1,183 @@
+"""A command line of QEMU as a configuration: what is carried over, and what is named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tetrarch.errors import ConfigError
+from tetrarch.foreign import import_qemu, words_of_script
+from tetrarch.machine.config import MachineConfig
+
+CWD = Path("/cwd")
+
+
+def machine(*words: str) -> tuple[MachineConfig, list[str]]:
+    carried = import_qemu(["qemu-system-x86_64", "-kernel", "k", *words])
+    return carried.finish(CWD), list(map(str, carried.lost))
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "value"),
+    [
+        ([], "memory", 128 << 20),
+        ([], "on_reset", "restart"),
+        (["-m", "2G,slots=2"], "memory", 2 << 30),
+        (["-m", "size=96"], "memory", 96 << 20),
+        (["-smp", "4"], "cpus", 4),
+        (["-smp", "sockets=2,cores=3,threads=2"], "cpus", 12),
+        (["-smp", "2,maxcpus=2"], "cpus", 2),
+        (["-enable-kvm"], "engine", "kvm"),
+        (["-accel", "tcg"], "engine", "bt"),
+        (["-accel", "kvm", "-accel", "tcg"], "engine", "auto"),
+        (["-machine", "q35,accel=kvm:tcg"], "engine", "auto"),
+        (["-M", "microvm"], "virtio", "mmio"),
+        (["--name", "web,process=x"], "name", "web"),
+        (["-no-reboot"], "on_reset", "end"),
+        (["-action", "reboot=shutdown"], "on_reset", "end"),
+        (["-append", "console=ttyS0 quiet"], "append", "console=ttyS0 quiet"),
+        (["-initrd", "i"], "initrd", CWD / "i"),
+        (["-device", "isa-debug-exit,iobase=0xf4,iosize=4"], "debug_exit", True),
+        (["-serial", "mon:stdio"], "console", "stdio"),
+        (["-serial", "file:log"], "console", "file=/cwd/log"),
+        (["-serial", "unix:/s,server=on,wait=off"], "console", "socket=/s"),
+        (["-serial", "chardev:c", "-chardev", "file,id=c,path=/l"], "console", "file=/l"),
+        (["-drive", "file=a,,b.img,if=virtio"], "disk", "/cwd/a,,b.img"),
+        (["-drive", "file=/a,format=raw,readonly=on"], "disk", "/a,format=raw,bus=ide,readonly=on"),
+        (["-hda", "/a", "-machine", "q35"], "disk", "/a,bus=ahci"),
+        (["/a", "-snapshot"], "disk", "/a,bus=ide,snapshot=on"),
+        (
+            ["-device", "nvme,drive=d", "-drive", "id=d,if=none,file=/a,iops=9,cache=none"],
+            "disk",
+            "/a,bus=nvme,iops=9,cache=none",
+        ),
+        (
+            [
+                *("-blockdev", '{"driver": "qcow2", "node-name": "q", "file": "f"}'),
+                *("-blockdev", "driver=file,node-name=f,filename=/a,cache.direct=on"),
+                *("-device", '{"driver": "virtio-blk-pci", "drive": "q"}'),
+            ],
+            "disk",
+            "/a,format=qcow2,cache=none",
+        ),
+        (
+            ["-chardev", "socket,id=c,path=/s", "-device", "vhost-user-blk-pci,chardev=c"],
+            "disk",
+            "vhost-user=/s",
+        ),
+        (["-cdrom", "/c"], "cdrom", "/c,bus=ide"),
+        (["-drive", "file=/c,media=cdrom,if=ide", "-M", "q35"], "cdrom", "/c"),
+        (
+            [
+                *("-netdev", "user,id=n,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=:80-:80"),
+                *("-device", "virtio-net-pci,netdev=n,mac=52:54:00:00:00:01"),
+            ],
+            "net",
+            "user,forward=127.0.0.1:2222:22,forward=0.0.0.0:80:80,mac=52:54:00:00:00:01",
+        ),
+        (["-nic", "tap,ifname=tap0,script=no,downscript=no"], "net", "tap=tap0"),
+        (["-net", "nic,macaddr=52:54:00:00:00:01", "-net", "user"], "net", "user,mac=52:54:00:00:"),
+        (
+            ["-nic", "stream,server=off,addr.type=unix,addr.path=/s"],
+            "net",
+            "socket=/s",
+        ),
+        (["-virtfs", "local,path=/d,mount_tag=t,security_model=none"], "share", "/d:t"),
+        (["-device", "virtio-tablet-pci"], "input", "tablet"),
+        (
+            [
+                *("-chardev", "socket,id=c,path=/s,server=on", "-device", "virtio-serial"),
+                *("-device", "virtserialport,chardev=c,name=org.a"),
+            ],
+            "virtio_console",
+            "socket=/s,name=org.a",
+        ),
+    ],
+)
+def test_what_is_carried_over(words: list[str], option: str, value: Any) -> None:
+    config, _ = machine(*words)
+    found = getattr(config, option)
+    found = found[0] if isinstance(found, tuple) else found
+    if isinstance(value, str):
+        assert str(found).startswith(value)
+    else:
+        assert found == value
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        (["-nographic", "-nodefaults", "-display", "none", "-device", "virtio-rng-pci"], []),
+        (["-vga", "std"], ["-vga std: there is nothing like it"]),
+        (
+            ["-foo", "bar", "-S"],
+            ["-foo bar: there is nothing like it", "-S: there is nothing like"],
+        ),
+        (["-bios", "x"], ["-bios x: there is no firmware"]),
+        (["-drive", "if=pflash,file=x"], ["-drive if=pflash,file=x: there is no firmware"]),
+        (
+            ["-drive", "file=nbd://h/x,if=virtio"],
+            ["-drive file=nbd://h/x,if=virtio: an image is a"],
+        ),
+        (["-drive", "file=x,if=virtio,format=qed"], ["-drive file=x,if=virtio,format=qed: format"]),
+        (["-drive", "file=x,if=none,id=d"], ["-drive file=x,if=none,id=d: no device has it"]),
+        (["-device", "virtio-blk-pci,drive=d"], ["-device virtio-blk-pci,drive=d: its drive is"]),
+        (["-device", "e1000,netdev=n"], ["-device e1000,netdev=n: its netdev is missing"]),
+        (["-nic", "user,model=e1000"], ["-nic user,model=e1000: e1000: it is a virtio card"]),
+        (["-nic", "bridge,br=br0"], ["-nic bridge,br=br0: its tap has no name"]),
+        (["-nic", "user,restrict=on"], ["-nic user,restrict=on: restrict=on"]),
+        (["-nic", "user,hostfwd=udp::1-:2"], ["-nic user,hostfwd=udp::1-:2: hostfwd=udp::1-:2: o"]),
+        (["-m", "1G,slots=2"], ["-m: slots=2: memory is not plugged in"]),
+        (["-m", "lots"], ["-m lots: 'lots' is no size"]),
+        (["-kernel", "$KERNEL"], ["-kernel $KERNEL: a variable of the shell is not known"]),
+        (["-serial", "stdio", "-serial", "pty"], ["-serial pty: there is one serial line"]),
+        (["-device", "usb-tablet"] * 3, ["-device usb-tablet (3 times): there is no such device"]),
+        (["-m"], ["-m: '' is no size"]),
+    ],
+)
+def test_what_is_lost_is_named(words: list[str], lost: list[str]) -> None:
+    _, named = machine(*words)
+    assert len(named) == len(lost)
+    assert all(map(str.startswith, named, lost)), named
+
+
+def test_disk_without_a_kernel_is_booted_by_the_default_guests() -> None:
+    carried = import_qemu(["kvm", "-hda", "x", "-append", "quiet"])
+    config = carried.finish(CWD)
+    assert (config.kernel, config.append, config.append_extra) == (None, None, "root=auto")
+    assert [lost.what for lost in carried.lost] == ["firmware", "-append"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["qemu-system-x86_64", "-m", "1G"], "nothing is left to run"),
+        (["ls", "-l"], "no word is a program of QEMU's"),
+        ([], "no word is a program of QEMU's"),
+    ],
+)
+def test_what_cannot_run_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        import_qemu(words).finish(CWD)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "qemu-system-x86_64 -m 1G -kernel 'a b'",
+        "#!/bin/sh\n# qemu-system-x86_64 -m 2G\ncd /tmp; exec sudo /usr/bin/qemu-system-x86_64 \\\n"
+        "  -m 1G \\\n  -kernel 'a b' >log 2>&1 &\necho -m 3G\n",
+        "qemu-system-x86_64\n  -m 1G\n  -kernel 'a b'\necho done\n",
+        "-m 1G\n-kernel 'a b' # -m 2G\n",
+    ],
+)
+def test_command_line_in_a_file(script: str) -> None:
+    words = words_of_script(script)
+
+    config = import_qemu(words).finish(CWD)
+    assert (config.memory, config.kernel) == (1 << 30, CWD / "a b")
+
+
+def test_file_with_quotes_that_do_not_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is no command line: No closing quotation"):
+        words_of_script("qemu-system-x86_64 -append 'x")

@@ -1,0 +1,172 @@
+"""Fuzz targets of what describes a machine: our files, and those of other monitors.
+
+An input is taken for changes to a whole description: words of it, or of others, put in anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.fuzz.input import Input
+
+from tetrarch.errors import ConfigError
+from tetrarch.foreign import (
+    Carried,
+    import_firecracker,
+    import_libvirt,
+    import_qemu,
+    words_of_script,
+)
+from tetrarch.machine.config_file import ConfigFile
+from tetrarch.machine.config_text import lines_for, toml_text
+
+CWD = Path("/cwd")
+WORDS = [
+    *("", "0", "1", "-1", "on", "off", "none", "x", "/x", "4096", "1G", "true", "9" * 25, "\0"),
+    *("\udcff", "\x1b[2J", "\n", "é", "=", ",", ",,", ":", "{", "}", "[", "]", '"', "'", "#"),
+    *("$X", "\\", "&amp;", "<", ">", "</", "/>", "<!DOCTYPE d>", "<a b='c'>", "]]>"),
+]
+TOML = """
+kernel = "k"  # [
+memory = "1G"
+disk = ["a.img,bus=nvme", '''b.img,readonly''']
+append = \"\"\"
+x\"\"\"
+virtio_console = ["file=log,name=x"]
+[[net]]
+user = true
+forward = ["2222:22"]
+[[net]]
+tap = "tap0"
+mtu = 1400
+[run]
+timeout = 3.5
+command = ["ls"]
+"""
+QEMU = """qemu-system-x86_64 -machine q35,accel=kvm -m 2G -smp cores=2 -kernel k -append 'a b'
+-drive file=a,if=virtio,format=qcow2 -drive file=b,if=none,id=d -device nvme,drive=d
+-blockdev driver=qcow2,node-name=q,file=f -blockdev driver=file,node-name=f,filename=/z
+-device virtio-blk-pci,drive=q -netdev user,id=n,hostfwd=tcp::1-:2
+-device virtio-net-pci,netdev=n,mac=52:54:00:12:34:56 -nic tap,ifname=t -net nic -net user
+-chardev socket,id=c,path=/s,server=on -device virtserialport,chardev=c,name=p
+-serial unix:/l,server -virtfs local,path=/d,mount_tag=t -device virtio-tablet-pci
+-device '{"driver":"e1000","netdev":"n"}' -vga std -usb -S -no-reboot -cdrom c -name n"""
+FIRECRACKER: dict[str, Any] = {
+    "boot-source": {"kernel_image_path": "k", "boot_args": "a", "initrd_path": "i"},
+    "drives": [
+        {"drive_id": "r", "path_on_host": "/r", "is_root_device": True, "partuuid": "1-2"},
+        {"drive_id": "s", "socket": "/s", "rate_limiter": {"ops": {"size": 9, "refill_time": 3}}},
+    ],
+    "machine-config": {"vcpu_count": 2, "mem_size_mib": 512, "smt": False},
+    "network-interfaces": [
+        {"iface_id": "n", "host_dev_name": "t", "guest_mac": "06:00:00:00:00:01"}
+    ],
+    "vsock": {"guest_cid": 3, "uds_path": "v"},
+    "balloon": {"amount_mib": 0},
+    "logger": None,
+}
+LIBVIRT = """<domain type='kvm'><name>n</name><memory unit='MiB'>64</memory><vcpu>2</vcpu>
+<os><kernel>/k</kernel><cmdline>a</cmdline><type arch='x86_64'>hvm</type></os>
+<on_reboot>restart</on_reboot>
+<devices><disk type='file' device='disk'><driver type='qcow2' cache='none'/><source file='/d'/>
+<target dev='vda' bus='virtio'/><iotune><total_iops_sec>5</total_iops_sec></iotune>
+<readonly/></disk>
+<disk type='block' device='cdrom'><source dev='/c'/></disk>
+<interface type='bridge'><mac address='52:54:00:aa:bb:cc'/><source bridge='b'/>
+<target dev='t'/></interface>
+<interface type='user'><portForward proto='tcp'><range start='1' to='2'/></portForward></interface>
+<serial type='unix'><source mode='bind' path='/s'/></serial>
+<channel type='file'><source path='/p'/><target type='virtio' name='c'/></channel>
+<filesystem><driver type='virtiofs'/><source dir='/s'/><target dir='t'/></filesystem>
+<input type='tablet' bus='virtio'/><memballoon model='none'/></devices></domain>"""
+
+
+def _changed(source: Input, text: str) -> str:
+    """With words put in, cut out and doubled."""
+    for _ in range(source.number(1) % 8):
+        at = source.number(2) % (len(text) + 1)
+        match source.number(1) % 4:
+            case 0:
+                text = text[:at] + WORDS[source.number(1) % len(WORDS)] + text[at:]
+            case 1:
+                text = text[:at] + text[at + source.number(1) :]
+            case 2:
+                text = text[: at + source.number(1)] + text[at:]
+            case _:
+                text = text[:at] + source.text() + text[at:]
+    return text
+
+
+def _values(source: Input, value: Any) -> Any:
+    """With other values at some places of a tree, and some places gone."""
+    match source.number(1) % 32:
+        case 0:
+            return [None, True, 7, -1.5, "", [], {}, [{}], {"x": {}}][source.number(1) % 9]
+        case 1:
+            return WORDS[source.number(1) % len(WORDS)]
+        case 2:
+            return source.number(9) ** 60
+    if isinstance(value, dict):
+        kept = {key: _values(source, one) for key, one in value.items() if source.number(1) != 7}
+        return kept | ({source.text(): 1} if source.number(1) == 9 else {})
+    return [_values(source, one) for one in value] if isinstance(value, list) else value
+
+
+def _check(take: Callable[[], Carried]) -> None:
+    with contextlib.suppress(ConfigError):
+        carried = take()
+        lost = list(map(str, carried.lost))
+        assert all(len(line) < 400 and "\n" not in line and "\x1b" not in line for line in lost)
+        config = carried.finish(CWD)
+        text = carried.toml(config, "a heading")
+        with tempfile.NamedTemporaryFile("w", suffix=".toml", newline="") as file:
+            file.write(text)
+            file.flush()
+            assert ConfigFile.read(Path(file.name)).config == config
+
+
+def qemu(data: bytes) -> None:
+    source = Input(data)
+    words = [
+        _changed(source, word) if source.number(1) % 16 == 0 else word
+        for word in QEMU.split()
+        if source.number(1) % 16 != 1
+    ]
+    if source.number(1) % 2:
+        _check(lambda: import_qemu(words_of_script(_changed(source, " ".join(words)))))
+    else:
+        _check(lambda: import_qemu(words))
+
+
+def firecracker(data: bytes) -> None:
+    source = Input(data)
+    text = json.dumps(_values(source, FIRECRACKER))
+    _check(lambda: import_firecracker(_changed(source, text)))
+
+
+def libvirt(data: bytes) -> None:
+    source = Input(data)
+    _check(lambda: import_libvirt(_changed(source, LIBVIRT)))
+
+
+def config_file(data: bytes) -> None:
+    """A file for --config; one that is taken says the same when it is written again."""
+    source = Input(data)
+    text = _changed(source, TOML)
+    with tempfile.NamedTemporaryFile("wb", suffix=".toml") as file:
+        file.write(text.encode(errors="surrogateescape"))
+        file.flush()
+        path = Path(file.name)
+        try:
+            read = ConfigFile.read(path)
+            written = toml_text(lines_for(read.config, {}), [], "")
+        except ConfigError as error:
+            assert str(path) in str(error) or "is no text" in str(error)  # noqa: PT017
+            return
+        path.write_text(written, newline="")
+        assert ConfigFile.read(path).config == read.config
