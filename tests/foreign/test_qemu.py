@@ -66,6 +66,7 @@ def machine(*words: str) -> tuple[MachineConfig, list[str]]:
             "vhost-user=/s",
         ),
         (["-cdrom", "/c"], "cdrom", "/c,bus=ide"),
+        (["-qmp", "unix:/q,server,wait=off"], "control", Path("/q")),
         (["-drive", "file=/c,media=cdrom,if=ide", "-M", "q35"], "cdrom", "/c"),
         (
             [
@@ -113,6 +114,7 @@ def test_what_is_carried_over(words: list[str], option: str, value: Any) -> None
             ["-foo", "bar", "-S"],
             ["-foo bar: there is nothing like it", "-S: there is nothing like"],
         ),
+        (["-qmp", "tcp:h:1,server"], ["-qmp tcp:h:1,server: the control socket is a Unix socket"]),
         (["-bios", "x"], ["-bios x: there is no firmware"]),
         (["-drive", "if=pflash,file=x"], ["-drive if=pflash,file=x: there is no firmware"]),
         (

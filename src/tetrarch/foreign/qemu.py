@@ -156,6 +156,15 @@ class _Reader:
             self.carried.set("on_reset", "end" if reboot == "shutdown" else "restart", str(option))
         self.carried.lose_keys("-action", keys)
 
+    def _control(self, option: Option) -> None:
+        """-qmp unix:PATH,server=on"""
+        kind, _, rest = (option.value or "").partition(":")
+        path, *words = rest.split(",")
+        if kind == "unix" and any(word in ("server", "server=on") for word in words):
+            self.carried.set("control", path, str(option))
+        else:
+            self.carried.lose(str(option), "the control socket is a Unix socket that listens")
+
     def _as(self, name: str, option: Option) -> None:
         self.carried.set(name, option.value or "", f"-{option.name}")
 
@@ -169,6 +178,8 @@ class _Reader:
         "cpu": _cpu,
         "name": _name,
         "action": _action,
+        "qmp": _control,
+        "qmp-pretty": _control,
         "no-reboot": lambda self, option: self.carried.set("on_reset", "end", "-no-reboot"),
         "kernel": lambda self, option: self._as("kernel", option),
         "initrd": lambda self, option: self._as("initrd", option),
