@@ -778,6 +778,14 @@ class Vm:
         afterwards. EngineError without ``keep_reset_state``, or where the host refuses:
         the machine cannot run on then.
         """
+    def set_debug_alert(self, descriptor: int | None) -> None:
+        """An eventfd(2) to be signalled when a vCPU has stopped for the debugger."""
+    def take_debug_stops(self) -> list[tuple[int, str, int]]:
+        """Which vCPUs have since this was asked last, to be asked while the machine is held:
+        the number, and "step" and 0, "software" and the linear address, or "hardware" and a bit
+        for each breakpoint of ``Vcpu.set_debug``."""
+    def set_planted(self, addresses: Sequence[int]) -> None:
+        """Physical addresses of the INT3s that are the debugger's. All others are the guest's."""
     def request_stop(self) -> None:
         """Makes every running ``Vcpu.run`` return "stopped" soon. From any thread.
 
@@ -834,6 +842,34 @@ class Vcpu:
         engine. EngineError where it cannot; the vCPU must not run then."""
     def dump(self) -> str:
         """Registers and the bytes at RIP as text, for a crash report."""
+    def translate(self, linear: int) -> int | None:
+        """The physical address of a linear one; None where it is not mapped. As a debugger
+        sees it: without rights, and no accessed bit is set."""
+    def xsave(self) -> bytes:
+        """The XSAVE image (Intel SDM 1, 13.4) in the standard format."""
+    def set_xsave(self, image: bytes) -> None: ...
+    def msr(self, index: int) -> int | None:
+        """None where the CPU has no such register."""
+    def set_msr(self, index: int, value: int) -> bool:
+        """False where the CPU refuses the register or the value."""
+    def set_debug(
+        self,
+        *,
+        step: bool = False,
+        block_interrupts: bool = True,
+        software: bool = False,
+        hardware: Sequence[tuple[str, int, int]] | None = None,
+    ) -> None:
+        """Where the vCPU stops for a debugger from now on; the guest does not see it.
+
+        After one instruction, without interrupts if they are to be blocked and the engine can do
+        that; at each INT3 of ``Vm.set_planted``; at up to four hardware breakpoints, each of
+        "execute", "write" or "access", a linear address, and 1, 2, 4 or 8 bytes. To be set anew
+        for each step, after the registers. EngineError for a breakpoint that no CPU has.
+        """
+    def set_frozen(self, frozen: bool) -> None:
+        """Whether the vCPU stays where it is when the machine runs. One that has stopped for the
+        debugger is frozen."""
 
 def engine_available(name: str) -> tuple[str, str] | None:
     """None if the engine can run here, else why not and what mends it."""

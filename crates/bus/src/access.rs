@@ -32,7 +32,7 @@ impl Access {
             | Exit::MsrWrite { .. }
             | Exit::PortWithRegisters { .. }
             | Exit::Trap(_) => PLATFORM,
-            Exit::Halt | Exit::Shutdown | Exit::Kicked => 0,
+            Exit::Halt | Exit::Shutdown | Exit::Kicked | Exit::Debug(_) => 0,
         }
     }
 

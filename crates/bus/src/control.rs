@@ -6,9 +6,9 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
-use tetrarch_engine::{Clock, EngineError, Exit, Kick, Vcpu};
+use tetrarch_engine::{Clock, DebugStop, EngineError, Exit, Kick, Reply, Vcpu};
 
-use crate::{LoopCounters, access::Access};
+use crate::{Debugger, LoopCounters, access::Access};
 
 /// Why the machine could not be held.
 #[derive(Debug, thiserror::Error)]
@@ -54,11 +54,14 @@ struct Parking {
     holds: AtomicU32,
 }
 
+#[derive(Default)]
 struct Hold {
     /// By vCPU.
     places: Vec<Place>,
     /// By vCPU: its thread is wanted for something else.
     nudged: Vec<bool>,
+    /// By vCPU: the debugger does not let it run.
+    frozen: Vec<bool>,
 }
 
 /// The place of one vCPU in its machine's [`RunControl`].
@@ -132,14 +135,20 @@ pub struct RunControl {
     clock: Arc<Clock>,
     vcpus: RwLock<Vec<Arc<VcpuControl>>>,
     parking: Arc<Parking>,
+    pub debugger: Debugger,
 }
 
 impl RunControl {
     /// The clock is the machine's: it stops and starts with the vCPUs.
     pub fn new(clock: Arc<Clock>) -> Self {
-        let hold = Mutex::new(Hold { places: Vec::new(), nudged: Vec::new() });
+        let hold = Mutex::new(Hold::default());
         let parking = Parking { hold, changed: Condvar::new(), holds: AtomicU32::new(0) };
-        Self { clock, vcpus: RwLock::default(), parking: Arc::new(parking) }
+        Self {
+            clock,
+            vcpus: RwLock::default(),
+            parking: Arc::new(parking),
+            debugger: Debugger::default(),
+        }
     }
 
     /// Adds a vCPU, which [`crate::run_vcpu`] gets with what this returns.
@@ -148,6 +157,7 @@ impl RunControl {
         let mut hold = self.parking.hold.lock();
         hold.places.push(Place::Outside);
         hold.nudged.push(false);
+        hold.frozen.push(false);
         let control = Arc::new(VcpuControl {
             index: vcpus.len(),
             stop: AtomicBool::new(false),
@@ -234,6 +244,28 @@ impl RunControl {
         self.parking.holds.load(Ordering::SeqCst) != 0
     }
 
+    /// Keeps a vCPU where it is when the machine runs, or lets it run again; to be
+    /// called while the machine is held.
+    pub fn set_frozen(&self, vcpu: &VcpuControl, frozen: bool) {
+        self.parking.hold.lock().frozen[vcpu.index] = frozen;
+    }
+
+    /// Freezes a vCPU that has stopped for the debugger, and tells that. Returns the
+    /// answer to its exit; on the vCPU's thread, which parks next.
+    pub(crate) fn debug_stop(
+        &self,
+        own: &VcpuControl,
+        stop: DebugStop,
+        vcpu: &mut dyn Vcpu,
+    ) -> Reply {
+        let foreign = self.debugger.is_foreign(stop, vcpu);
+        if !foreign {
+            self.set_frozen(own, true);
+            self.debugger.tell(own.index, stop);
+        }
+        Debugger::answer(foreign)
+    }
+
     /// The vCPU's thread comes into the run loop, where it parks at once if
     /// the machine is held: to be called before the guest runs.
     pub(crate) fn enter<'a>(&self, own: &'a VcpuControl) -> Inside<'a> {
@@ -241,13 +273,13 @@ impl RunControl {
         Inside(own)
     }
 
-    /// Parks a vCPU for as long as the machine is held. Returns early, with
-    /// true, where its thread is wanted for something else.
+    /// Parks a vCPU for as long as the machine is held or the debugger keeps it.
+    /// Returns early, with true, where its thread is wanted for something else.
     pub(crate) fn park(&self, own: &VcpuControl, vcpu: &mut MutexGuard<'_, Box<dyn Vcpu>>) -> bool {
         let thread = std::thread::current().id();
         MutexGuard::unlocked(vcpu, || {
             let mut hold = self.parking.hold.lock();
-            while self.is_held() {
+            while self.is_held() || hold.frozen[own.index] {
                 if hold.places[own.index] != Place::Parked(thread) {
                     hold.places[own.index] = Place::Parked(thread);
                     self.parking.changed.notify_all();

@@ -40,6 +40,7 @@ pub struct LoopCounters {
     msr_write: Counter,
     port_with_registers: Counter,
     trap: Counter,
+    debug: Counter,
     nobody: Counter,
     native: Counter,
     python: Counter,
@@ -67,6 +68,7 @@ pub struct LoopStats {
     pub msr_write: u64,
     pub port_with_registers: u64,
     pub trap: u64,
+    pub debug: u64,
     /// Accesses that no device claimed.
     pub nobody: u64,
     /// Accesses answered by devices in Rust, and by devices in Python.
@@ -98,6 +100,7 @@ impl LoopCounters {
             Exit::MsrWrite { .. } => &self.msr_write,
             Exit::PortWithRegisters { .. } => &self.port_with_registers,
             Exit::Trap(_) => &self.trap,
+            Exit::Debug(_) => &self.debug,
         };
         counter.add(1);
     }
@@ -115,7 +118,8 @@ impl LoopCounters {
             | Exit::MsrRead { .. }
             | Exit::MsrWrite { .. }
             | Exit::PortWithRegisters { .. }
-            | Exit::Trap(_) => None,
+            | Exit::Trap(_)
+            | Exit::Debug(_) => None,
         };
         if let Some(spent) = spent {
             spent.add(ticks);
@@ -147,6 +151,7 @@ impl LoopCounters {
             msr_write: self.msr_write.get(),
             port_with_registers: self.port_with_registers.get(),
             trap: self.trap.get(),
+            debug: self.debug.get(),
             nobody: self.nobody.get(),
             native: self.native.get(),
             python: self.python.get(),

@@ -1,6 +1,6 @@
 //! What each exit means. The whole map between CPU and devices is one match.
 
-use tetrarch_engine::{Exit, Reply, Vcpu};
+use tetrarch_engine::{DebugStop, Exit, Reply, Vcpu};
 
 use crate::{Bus, DeviceError, Handler, PlatformHandlers, PortAccess};
 
@@ -25,6 +25,8 @@ pub enum Step {
     End(RunEnd),
     /// Look whether somebody wants something of this vCPU, then go on.
     Attend,
+    /// Stop for the debugger, where it is not the guest's own matter.
+    Debug(DebugStop),
 }
 
 pub fn dispatch(
@@ -58,6 +60,7 @@ pub fn dispatch(
             Step::answer(platform.port(vcpu, PortAccess { port, size, input, string })?)
         }
         Exit::Trap(trap) => Step::answer(platform.trap(vcpu, trap)?),
+        Exit::Debug(stop) => Step::Debug(stop),
     })
 }
 

@@ -89,6 +89,11 @@ pub fn run_vcpu(
                 }
                 attend = true;
             }
+            Ok(Step::Debug(stop)) => {
+                let reply = control.debug_stop(own, stop, &mut **vcpu);
+                vcpu.reply(reply);
+                attend = true;
+            }
             Err(error) => {
                 vcpu.reply(match exit {
                     Exit::PortIn { .. } | Exit::MmioRead { .. } => Reply::Value(u64::MAX),

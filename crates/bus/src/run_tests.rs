@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use tetrarch_engine::{
-    Clock, Counters, GuestFault, Kick, Registers, SystemRegisters, Trap, VcpuState,
+    Clock, Counters, DebugStop, GuestDebug, GuestFault, Kick, Registers, SystemRegisters, Trap,
+    VcpuState,
 };
+use tetrarch_memory::GuestPhys;
 
 use super::*;
 use crate::{
@@ -93,6 +95,12 @@ impl Vcpu for Scripted {
     }
     fn peek(&mut self, _: u64, _: &mut [u8]) -> usize {
         0
+    }
+    fn translate(&mut self, linear: u64) -> Option<GuestPhys> {
+        Some(GuestPhys(linear & 0xFFFF))
+    }
+    fn set_guest_debug(&mut self, _: &GuestDebug) -> Result<(), EngineError> {
+        Ok(())
     }
     fn counters(&self) -> Counters {
         Vec::new()
@@ -534,4 +542,34 @@ fn holds_from_many_threads_end_and_leave_nothing_held() {
         });
     });
     assert!(!machine.control.is_held() && !machine.clock.stands());
+}
+
+#[test]
+fn vcpu_that_stopped_for_the_debugger_stays_until_it_is_thawed() {
+    let machine = Fixture::new();
+    let planted = DebugStop::Software { linear: 0x7000_1000 };
+    let own = DebugStop::Software { linear: 0x1001 };
+    let vcpu = machine.vcpu([Exit::Debug(own), Exit::Debug(planted), GOOD_IN, Exit::Halt]);
+    let debugger = &machine.control.debugger;
+    debugger.set_planted([GuestPhys(0x1000)].into());
+    let (told, stopped) = std::sync::mpsc::channel();
+    debugger.set_alert(Some(Arc::new(move || told.send(()).unwrap())));
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| machine.run(&vcpu).unwrap());
+        stopped.recv_timeout(Duration::from_secs(30)).unwrap();
+        machine.control.hold(Duration::from_secs(30)).unwrap();
+        assert_eq!(debugger.take_stops(), [(0, planted)]);
+        assert_eq!(debugger.take_stops(), []);
+        machine.control.resume().unwrap();
+        // It may be locked, so it is parked, and has made no further exit.
+        drop(vcpu.vcpu.lock());
+        assert_eq!(vcpu.log.script.lock().len(), 2);
+        machine.control.hold(Duration::from_secs(30)).unwrap();
+        machine.control.set_frozen(&vcpu.control, false);
+        machine.control.resume().unwrap();
+        assert_eq!(run.join().unwrap(), RunEnd::Halted);
+    });
+    let breakpoint = Reply::Fault(GuestFault { vector: 3, error: None, address: 0 });
+    assert_eq!(*vcpu.log.replies.lock(), [breakpoint, Reply::Done, Reply::Value(90)]);
+    assert_eq!(vcpu.control.counters.stats().debug, 2);
 }

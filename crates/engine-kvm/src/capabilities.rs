@@ -20,7 +20,7 @@ impl Capability {
     }
 }
 
-const OPTIONAL: [(Cap, &str, &str); 15] = [
+const OPTIONAL: [(Cap, &str, &str); 16] = [
     (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI", "message-signalled interrupts are not delivered"),
     (Cap::Irqfd, "KVM_CAP_IRQFD", "other processes cannot raise interrupts by a file descriptor"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD", "each notification of a device costs a full exit"),
@@ -28,6 +28,7 @@ const OPTIONAL: [(Cap, &str, &str); 15] = [
     (Cap::Xcrs, "KVM_CAP_XCRS", "XCR0 cannot be saved"),
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS", "pending exceptions cannot be saved"),
     (Cap::Debugregs, "KVM_CAP_DEBUGREGS", "debug registers cannot be saved"),
+    (Cap::SetGuestDebug, "KVM_CAP_SET_GUEST_DEBUG", "no debugger can stop the guest"),
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK", "the guest's kvm-clock cannot be saved"),
     (Cap::KvmclockCtrl, "KVM_CAP_KVMCLOCK_CTRL", "a pause may look like a lockup to the guest"),
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER", "the guest's timer costs more exits"),

@@ -11,6 +11,7 @@
 mod capabilities;
 mod chipset;
 mod cpuid;
+mod debug;
 mod dirty;
 mod error;
 mod eventfd;

@@ -28,6 +28,8 @@ pub struct VmShared {
     pub xcrs: bool,
     pub debugregs: bool,
     pub events: bool,
+    /// Interrupts can be held back while a debugger steps.
+    pub debug_block_irq: bool,
     /// Ticks of a vCPU's TSC in a second; the first vCPU tells.
     pub tsc_hz: OnceLock<u64>,
 }

@@ -10,12 +10,13 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use tetrarch_engine::{
-    Counters, EngineError, Exit, GuestFault, Hypercalls, Kick, Registers, Reply, RunState,
-    SystemRegisters, Vcpu, VcpuState, host_tsc,
+    Counters, EngineError, Exit, GuestDebug, GuestFault, Hypercalls, Kick, Registers, Reply,
+    RunState, SystemRegisters, Vcpu, VcpuState, host_tsc,
 };
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::cpuid;
+use crate::debug;
 use crate::error::refused;
 use crate::exit::{Failure, PortBlock, Raw, decode};
 use crate::halt::Progress;
@@ -54,6 +55,8 @@ enum Exchange {
     MmioWrite,
     /// A value, registers or a fault; the instruction stands at its start.
     Platform(PlatformExit),
+    /// A stop for the debugger: the answer may be an exception.
+    Debug,
     /// The answer is in `kvm_run`: the kernel finishes the access at its next entry.
     Answered,
     /// This came while the exit before was finished.
@@ -98,6 +101,7 @@ pub struct KvmVcpu {
     shut_down: bool,
     /// Ticks of the machine's pauses that the TSC has been put back by.
     tsc_lag: u64,
+    debug: GuestDebug,
     /// Since when the vCPU does not run, where a kick ended its run.
     paused: Option<Instant>,
     /// A reply could not be carried out; told by the next run.
@@ -136,6 +140,7 @@ impl KvmVcpu {
             exchange: Exchange::Idle,
             shut_down: false,
             tsc_lag: 0,
+            debug: GuestDebug::default(),
             paused: None,
             broken: None,
             counts: Counts::default(),
@@ -204,7 +209,8 @@ impl KvmVcpu {
             Exchange::Item(_)
             | Exchange::MmioRead { .. }
             | Exchange::MmioWrite
-            | Exchange::Platform(_) => {
+            | Exchange::Platform(_)
+            | Exchange::Debug => {
                 return Err(EngineError::Refused("the last exit was not answered".into()));
             }
             Exchange::Items(block) => return Ok(self.hand_out(block)),
@@ -311,6 +317,16 @@ impl KvmVcpu {
                 self.vm.harvest_dirty()?;
                 None
             }
+            Raw::Debug(exit) => match debug::stop(&self.debug, &exit) {
+                Some(stop) => {
+                    self.exchange = Exchange::Debug;
+                    Some(Exit::Debug(stop))
+                }
+                None => {
+                    debug::give_back_debug(&self.fd, &exit)?;
+                    None
+                }
+            },
             Raw::Failed(failure) if failure.is_emulation() && self.runs_outside_memory() => {
                 // Nothing is wrong with KVM: the guest jumped to where no code is.
                 self.shut_down = true;
@@ -438,6 +454,16 @@ impl KvmVcpu {
         }
     }
 
+    /// Answers a stop for the debugger. The exception is an INT3's, which KVM steps over itself.
+    fn answer_debug(&mut self, reply: Reply) {
+        self.exchange = Exchange::Idle;
+        if let Reply::Fault(fault) = reply
+            && let Err(error) = debug::give_back(&self.fd, fault)
+        {
+            self.broken = Some(error);
+        }
+    }
+
     fn finish_with(&mut self, before: &kvm_regs, registers: &Registers) -> Result<(), EngineError> {
         let failed = |error| refused("go on as the platform says", error);
         self.settle()?;
@@ -474,7 +500,7 @@ impl KvmVcpu {
     /// registers are those between two instructions (api.rst, 4.10: completed by
     /// the next KVM_RUN, which `immediate_exit` keeps from running the guest).
     fn settle(&mut self) -> Result<(), EngineError> {
-        if matches!(self.exchange, Exchange::Idle | Exchange::Ready(_)) {
+        if matches!(self.exchange, Exchange::Idle | Exchange::Ready(_) | Exchange::Debug) {
             return Ok(());
         }
         self.exchange = Exchange::Idle;
@@ -579,6 +605,9 @@ impl Vcpu for KvmVcpu {
         if let Exchange::Platform(_) = self.exchange {
             return self.answer_platform(reply);
         }
+        if let Exchange::Debug = self.exchange {
+            return self.answer_debug(reply);
+        }
         let value = match reply {
             Reply::Value(value) => value,
             Reply::Done | Reply::Registers(_) | Reply::Fault(_) => 0,
@@ -646,6 +675,18 @@ impl Vcpu for KvmVcpu {
 
     fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize {
         self.read_linear(linear, data)
+    }
+
+    fn translate(&mut self, linear: u64) -> Option<GuestPhys> {
+        let found = self.fd.translate_gva(linear).ok()?;
+        (found.valid != 0).then_some(GuestPhys(found.physical_address))
+    }
+
+    fn set_guest_debug(&mut self, debug: &GuestDebug) -> Result<(), EngineError> {
+        self.settle()?;
+        debug::set(&self.fd, debug, self.vm.debug_block_irq)?;
+        self.debug = *debug;
+        Ok(())
     }
 
     fn counters(&self) -> Counters {

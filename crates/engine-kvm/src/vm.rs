@@ -15,6 +15,7 @@ use tetrarch_memory::GuestMemory;
 
 use crate::chipset;
 use crate::cpuid::{self, Policy};
+use crate::debug;
 use crate::dirty::DirtyTracking;
 use crate::error::refused;
 use crate::eventfd;
@@ -96,6 +97,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         xcrs: kvm.check_extension(Cap::Xcrs),
         debugregs: kvm.check_extension(Cap::Debugregs),
         events: kvm.check_extension(Cap::VcpuEvents),
+        debug_block_irq: debug::may_block_interrupts(&kvm),
         tsc_hz: OnceLock::new(),
     });
     let kvmclock = Arc::new(KvmClock::new(Arc::downgrade(&shared)));

@@ -1,10 +1,10 @@
 //! Why a vCPU stopped, and what it is told before it goes on.
 
-use crate::Registers;
+use crate::{DebugStop, Registers};
 
 /// What the guest did that only the machine can answer.
 ///
-/// Those from `Hypercall` on come only where the [`crate::Platform`] asks for
+/// Those from `Hypercall` to `Trap` come only where the [`crate::Platform`] asks for
 /// them. [`crate::Vcpu::registers`] are then those before the instruction, with
 /// RIP at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +59,10 @@ pub enum Exit {
     },
     /// An event of a deprivileged guest, which has not been delivered.
     Trap(Trap),
+    /// What [`crate::GuestDebug`] asked for. Registers are those between two instructions.
+    /// After [`Reply::Done`] the guest goes on at RIP; [`Reply::Fault`] says that an INT3
+    /// is the guest's own.
+    Debug(DebugStop),
 }
 
 /// What happened at CPL 3 (see [`crate::Traps`]).

@@ -8,6 +8,7 @@
 mod chipset;
 mod clock;
 pub mod cpuid;
+mod debug;
 mod dirty;
 mod doorbell;
 mod exit;
@@ -21,6 +22,7 @@ mod state;
 
 pub use chipset::{ENGINE_MMIO, ENGINE_PORTS, GSI_COUNT};
 pub use clock::{Clock, ClockFollower, host_tsc};
+pub use debug::{DebugStop, GuestDebug, HardwareBreakpoint, Watched};
 pub use dirty::DirtyPages;
 pub use doorbell::{Doorbell, DoorbellAddress, Doorbells, MAX_DOORBELLS};
 pub use exit::{Exit, GuestFault, Reply, Trap};
@@ -38,6 +40,8 @@ pub use state::{
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+
+use tetrarch_memory::GuestPhys;
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -185,6 +189,11 @@ pub trait Vcpu: Send {
     /// Reads guest memory at a linear address as the debugger sees it: no
     /// access checks, no accessed bits. Returns how many bytes could be read.
     fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize;
+    /// Where a linear address leads to, in the same way; `None` where it is not mapped.
+    fn translate(&mut self, linear: u64) -> Option<GuestPhys>;
+    /// What [`Exit::Debug`] comes for from now on; to be set anew for each step, after the
+    /// registers have been set.
+    fn set_guest_debug(&mut self, debug: &GuestDebug) -> Result<(), EngineError>;
     fn counters(&self) -> Counters;
 
     /// All of the vCPU, between two instructions; times are exact while the

@@ -38,6 +38,7 @@ pub fn collect(machine: &Machine) -> Stats {
             ("exits", "msr_write", counted.msr_write),
             ("exits", "port_with_registers", counted.port_with_registers),
             ("exits", "trap", counted.trap),
+            ("exits", "debug", counted.debug),
             ("accesses", "unclaimed", counted.nobody),
             ("accesses", "rust", counted.native),
             ("accesses", "python", counted.python),

@@ -7,6 +7,7 @@ mod ahci;
 mod ata;
 mod balloon;
 mod console;
+mod debug;
 mod descriptor;
 mod disk;
 mod error;

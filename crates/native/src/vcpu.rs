@@ -12,6 +12,7 @@ use tetrarch_bus::{DeviceError, PlatformHandlers, RunEnd, RunError};
 use tetrarch_engine::{EngineError, Saved, VcpuState};
 use tetrarch_machine::{Machine, State, VcpuSlot, dump};
 
+use crate::debug::guest_debug;
 use crate::error::Failure;
 use crate::vm::Vm;
 
@@ -75,6 +76,45 @@ impl Vcpu {
 
     fn dump(&self, py: Python<'_>) -> Result<String, Failure> {
         Ok(self.with(py, dump)??)
+    }
+
+    fn translate(&self, py: Python<'_>, linear: u64) -> Result<Option<u64>, Failure> {
+        Ok(self.with(py, |vcpu| vcpu.translate(linear))?.map(|physical| physical.0))
+    }
+
+    fn xsave<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Failure> {
+        let image = self.with(py, |vcpu| vcpu.xsave())??;
+        Ok(PyBytes::new(py, &image))
+    }
+
+    fn set_xsave(&self, py: Python<'_>, image: &[u8]) -> Result<(), Failure> {
+        Ok(self.with(py, |vcpu| vcpu.set_xsave(image))??)
+    }
+
+    fn msr(&self, py: Python<'_>, index: u32) -> Result<Option<u64>, Failure> {
+        Ok(self.with(py, |vcpu| vcpu.msr(index))??)
+    }
+
+    fn set_msr(&self, py: Python<'_>, index: u32, value: u64) -> Result<bool, Failure> {
+        Ok(self.with(py, |vcpu| vcpu.set_msr(index, value))??)
+    }
+
+    #[pyo3(signature = (*, step = false, block_interrupts = true, software = false, hardware = None))]
+    fn set_debug(
+        &self,
+        py: Python<'_>,
+        step: bool,
+        block_interrupts: bool,
+        software: bool,
+        hardware: Option<Vec<(String, u64, u8)>>,
+    ) -> Result<(), Failure> {
+        let debug = guest_debug(step, block_interrupts, software, &hardware.unwrap_or_default())?;
+        Ok(self.with(py, |vcpu| vcpu.set_guest_debug(&debug))??)
+    }
+
+    fn set_frozen(&self, py: Python<'_>, frozen: bool) -> Result<(), Failure> {
+        let (control, slot) = (&self.vm.get().machine.control, &self.slot);
+        self.with(py, |_| control.set_frozen(&slot.control, frozen))
     }
 
     fn save_state<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Failure> {

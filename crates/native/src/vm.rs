@@ -13,6 +13,7 @@ use tetrarch_engine::{EngineError, GSI_COUNT, Saved, VmState};
 use tetrarch_machine::{Machine, ResetState, Stats, collect};
 use tetrarch_memory::{GuestPhys, MemoryError};
 
+use crate::debug::{alert, told};
 use crate::error::Failure;
 use crate::irq::IrqSource;
 use crate::python_device::{Crossings, PythonDevice};
@@ -274,6 +275,20 @@ impl Vm {
             Failure::refused("there is nothing to reset to: call keep_reset_state() before run()")
         })?;
         Ok(py.detach(|| self.machine.reset(state))?)
+    }
+
+    fn set_debug_alert(&self, descriptor: Option<i32>) -> Result<(), Failure> {
+        self.machine.control.debugger.set_alert(descriptor.map(alert).transpose()?);
+        Ok(())
+    }
+
+    fn take_debug_stops(&self) -> Vec<(usize, &'static str, u64)> {
+        self.machine.control.debugger.take_stops().into_iter().map(told).collect()
+    }
+
+    fn set_planted(&self, addresses: Vec<u64>) {
+        let planted = addresses.into_iter().map(GuestPhys).collect();
+        self.machine.control.debugger.set_planted(planted);
     }
 
     fn request_stop(&self) {

@@ -119,6 +119,16 @@ class ScriptedVm:
     def reset(self) -> None:
         self.registers = dict(self._reset_registers)
 
+    def set_debug_alert(self, descriptor: int | None) -> None:
+        pass
+
+    def take_debug_stops(self) -> list[tuple[int, str, int]]:
+        """A script has no instructions to stop at."""
+        return []
+
+    def set_planted(self, addresses: Sequence[int]) -> None:
+        pass
+
     def request_stop(self) -> None:
         with self._changed:
             self._stop = True
@@ -259,6 +269,34 @@ class ScriptedVcpu:
 
     def set_regs(self, values: dict[str, int]) -> None:
         self._vm.registers.update(values)
+
+    def translate(self, linear: int) -> int | None:
+        return linear
+
+    def xsave(self) -> bytes:
+        return bytes(832)
+
+    def set_xsave(self, image: bytes) -> None:
+        pass
+
+    def msr(self, index: int) -> int | None:
+        return None
+
+    def set_msr(self, index: int, value: int) -> bool:
+        return False
+
+    def set_debug(
+        self,
+        *,
+        step: bool = False,
+        block_interrupts: bool = True,
+        software: bool = False,
+        hardware: Sequence[tuple[str, int, int]] | None = None,
+    ) -> None:
+        pass
+
+    def set_frozen(self, frozen: bool) -> None:
+        pass
 
     def dump(self) -> str:
         return "RIP=0000000000000000"

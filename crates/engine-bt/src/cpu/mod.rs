@@ -21,7 +21,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use tetrarch_engine::{Clock, Halts, Platform};
+use tetrarch_engine::{Clock, GuestDebug, Halts, Platform};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use crate::cpu::cpuid::CpuidTable;
@@ -168,6 +168,8 @@ pub struct Cpu {
     /// Where translated code belongs, if this machine translates.
     pub places: Option<Arc<dyn CodePlaces>>,
     pub counts: Counts,
+    /// What the host's debugger wants; no part of the guest's state.
+    pub debugger: GuestDebug,
     /// The guest's TSC less that of the machine's clock.
     tsc_base: u64,
 }
@@ -187,6 +189,7 @@ impl Cpu {
             missed: Missed::Nothing,
             places: None,
             counts: Counts::default(),
+            debugger: GuestDebug::default(),
             tsc_base: 0,
         };
         cpu.reset();
@@ -279,8 +282,8 @@ impl Cpu {
         }
         let alignment_checks = user && st.cr0 & cr::CR0_AM != 0 && st.flags & flag::AC != 0;
         let backward = st.flags & flag::DF != 0;
-        // A hardware breakpoint in DR7 needs the interpreter's checks, as TF does.
-        let debug = st.flags & flag::TF != 0 || st.dr[7] & 0xFF != 0;
+        // A hardware breakpoint needs the interpreter's checks, as a single step does.
+        let debug = st.flags & flag::TF != 0 || st.dr[7] & 0xFF != 0 || self.debugger.watches();
         if st.code64()
             && st.cr0 & cr::CR0_PG != 0
             && (user || st.cpl == 0)

@@ -7,9 +7,10 @@ use std::time::Duration;
 use iced_x86::Instruction;
 use parking_lot::Mutex;
 use tetrarch_engine::{
-    Counters, EngineError, Exit, GuestFault, Halted, Kick, Registers, Reply, SystemRegisters, Trap,
-    Unusable, Vcpu, VcpuState, host_tsc,
+    Counters, DebugStop, EngineError, Exit, GuestDebug, GuestFault, Halted, Kick, Registers, Reply,
+    SystemRegisters, Trap, Unusable, Vcpu, VcpuState, host_tsc,
 };
+use tetrarch_memory::GuestPhys;
 
 use crate::cpu::fpu;
 use crate::cpu::msr;
@@ -67,6 +68,8 @@ enum Unfinished {
     /// The same, with an answer that may be registers or a fault.
     Platform,
     Trap(Trap),
+    /// Nothing, or an INT3 that is the guest's own.
+    Debug,
     Access(Access),
     /// The answer is there: the next run begins with the end of the instruction.
     Answered(Access, u64),
@@ -204,10 +207,13 @@ impl BtVcpu {
             let halts = &self.cpu.vm.halts;
             halts.report(self.number, halts.round(), false);
         }
-        if nmi_waits && self.cpu.st.shadow == 0 {
+        let GuestDebug { step, block_interrupts, .. } = self.cpu.debugger;
+        // One that ends HLT is needed.
+        let blocked = step && block_interrupts && self.cpu.st.halted == 0;
+        if nmi_waits && self.cpu.st.shadow == 0 && !blocked {
             return Ok(self.deliver_nmi());
         }
-        if self.interrupt_ready() {
+        if self.interrupt_ready() && !blocked {
             return Ok(self.deliver_interrupt());
         }
         self.run_code()
@@ -332,7 +338,7 @@ impl BtVcpu {
             Interruption::Nmi => exception::nmi(&mut self.cpu),
         };
         match result {
-            Ok(()) => None,
+            Ok(()) => self.stepped(),
             Err(Stop::Exit(exit)) => {
                 self.delivering = Some(event);
                 self.unfinished = Unfinished::Replay;
@@ -413,7 +419,7 @@ impl BtVcpu {
     /// Interprets one instruction.
     fn step(&mut self) -> Option<Exit> {
         match interp::step(&mut self.cpu) {
-            Ok(()) => None,
+            Ok(()) => self.stepped(),
             Err(stop) => self.stopped(stop),
         }
     }
@@ -421,9 +427,18 @@ impl BtVcpu {
     /// Interprets the instruction at RIP, which is known.
     fn execute(&mut self, instruction: &Instruction) -> Option<Exit> {
         match interp::step_decoded(&mut self.cpu, instruction) {
-            Ok(()) => None,
+            Ok(()) => self.stepped(),
             Err(stop) => self.stopped(stop),
         }
+    }
+
+    /// The end of what the debugger calls a step.
+    #[inline]
+    fn stepped(&mut self) -> Option<Exit> {
+        self.cpu.debugger.step.then(|| {
+            self.unfinished = Unfinished::Debug;
+            Exit::Debug(DebugStop::Step)
+        })
     }
 
     fn stopped(&mut self, stop: Stop) -> Option<Exit> {
@@ -432,6 +447,7 @@ impl BtVcpu {
             Stop::Exit(exit) => {
                 self.unfinished = match exit {
                     Exit::Trap(trap) => Unfinished::Trap(trap),
+                    Exit::Debug(_) => Unfinished::Debug,
                     Exit::Hypercall { .. }
                     | Exit::MsrRead { .. }
                     | Exit::MsrWrite { .. }
@@ -525,6 +541,11 @@ impl Vcpu for BtVcpu {
             Unfinished::Nothing => {}
             Unfinished::Replay => self.cpu.replay.answer(value),
             Unfinished::Platform => self.cpu.replay.answer_platform(reply),
+            Unfinished::Debug => {
+                if let Reply::Fault(_) = reply {
+                    self.cpu.replay.answer_platform(reply);
+                }
+            }
             Unfinished::Trap(trap) => self.trap_answered(trap, reply),
             Unfinished::Access(access) | Unfinished::Answered(access, _) => {
                 self.unfinished = Unfinished::Answered(access, value);
@@ -629,6 +650,16 @@ impl Vcpu for BtVcpu {
 
     fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize {
         self.cpu.peek(linear, data)
+    }
+
+    fn translate(&mut self, linear: u64) -> Option<GuestPhys> {
+        self.cpu.peek_walk(linear)
+    }
+
+    fn set_guest_debug(&mut self, debug: &GuestDebug) -> Result<(), EngineError> {
+        self.cpu.debugger = *debug;
+        self.cpu.update_mode();
+        Ok(())
     }
 
     fn counters(&self) -> Counters {

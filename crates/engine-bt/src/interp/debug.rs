@@ -1,12 +1,16 @@
 //! Hardware breakpoints (SDM 3B, 17.2): instruction breakpoints are faults before
 //! the instruction, data and port breakpoints traps behind it.
 //!
-//! Only reached while DR7 enables one; translated code never runs then.
+//! There are two sets of them, the guest's and that of the host's debugger. Only
+//! reached while one of them is enabled; translated code never runs then.
 
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
+use tetrarch_engine::{DebugStop, Exit};
+
 use super::operand::{op_size, read_reg, segment_index, string_address_size};
 use crate::cpu::Cpu;
+use crate::state::fault::{R, Stop};
 use crate::state::mask;
 use crate::state::{cr, reg, seg};
 
@@ -35,26 +39,105 @@ struct DataAccess {
 /// The accesses of one instruction or iteration, taken before it runs.
 pub struct Accesses(Vec<DataAccess>);
 
-/// (number, R/W, first byte, bytes) of each enabled breakpoint.
-fn enabled(cpu: &Cpu) -> impl Iterator<Item = (usize, u64, u64, u64)> + '_ {
-    let dr7 = cpu.st.dr[7];
-    (0..4).filter(move |n| dr7 >> (n * 2) & 3 != 0).map(move |n| {
-        let field = dr7 >> (16 + n * 4);
-        let len = [1, 2, 8, 4][(field >> 2 & 3) as usize];
-        // The low bits of the address do not count (SDM 3A, 17.2.5).
-        (n, field & 3, cpu.st.dr[n] & !(len - 1), len)
-    })
+/// Breakpoints as DR0 to DR3 and DR7 have them.
+#[derive(Clone, Copy)]
+pub struct Breakpoints {
+    addresses: [u64; 4],
+    dr7: u64,
 }
 
-/// DR6 bits of the instruction breakpoints at CS:RIP.
-pub fn instruction_hits(cpu: &Cpu) -> u64 {
-    let mut linear = cpu.st.rip;
-    if !cpu.st.code64() {
-        linear = linear.wrapping_add(cpu.st.seg[seg::CS].base) & 0xFFFF_FFFF;
+impl Breakpoints {
+    pub fn of_guest(cpu: &Cpu) -> Self {
+        let dr = &cpu.st.dr;
+        Self { addresses: [dr[0], dr[1], dr[2], dr[3]], dr7: dr[7] }
     }
-    enabled(cpu)
-        .filter(|&(n, kind, _, _)| kind == EXECUTE && cpu.st.dr[n] == linear)
-        .fold(0, |hits, (n, ..)| hits | 1 << n)
+
+    pub fn of_debugger(cpu: &Cpu) -> Self {
+        let (addresses, dr7) = cpu.debugger.registers();
+        Self { addresses, dr7 }
+    }
+
+    /// (number, R/W, first byte, bytes) of each enabled breakpoint.
+    fn enabled(&self) -> impl Iterator<Item = (usize, u64, u64, u64)> + '_ {
+        (0..4).filter(move |n| self.dr7 >> (n * 2) & 3 != 0).map(move |n| {
+            let field = self.dr7 >> (16 + n * 4);
+            let len = [1, 2, 8, 4][(field >> 2 & 3) as usize];
+            // The low bits of the address do not count (SDM 3A, 17.2.5).
+            (n, field & 3, self.addresses[n] & !(len - 1), len)
+        })
+    }
+
+    /// DR6 bits of the instruction breakpoints at CS:RIP.
+    pub fn instruction_hits(&self, cpu: &Cpu) -> u64 {
+        let linear = linear_rip(cpu);
+        self.enabled()
+            .filter(|&(n, kind, _, _)| kind == EXECUTE && self.addresses[n] == linear)
+            .fold(0, |hits, (n, ..)| hits | 1 << n)
+    }
+
+    /// DR6 bits of the data breakpoints that the accesses met.
+    pub fn data_hits(&self, accesses: &Accesses) -> u64 {
+        let meets = |watched, first: u64, len: u64| {
+            accesses.0.iter().any(|a| {
+                let kinds = match a.kind {
+                    Kind::Read => watched == READ_WRITE,
+                    Kind::Write => watched == READ_WRITE || watched == WRITE,
+                    Kind::Port => watched == PORT,
+                };
+                kinds && a.first < first.wrapping_add(len) && first < a.first.wrapping_add(a.size)
+            })
+        };
+        self.enabled()
+            .filter(|&(_, watched, first, len)| meets(watched, first, len))
+            .fold(0, |hits, (n, ..)| hits | 1 << n)
+    }
+}
+
+/// Whether instructions are to be looked at for breakpoints of either set.
+#[inline]
+pub fn watching(cpu: &Cpu) -> bool {
+    cpu.st.dr[7] & DR7_ENABLE != 0 || cpu.debugger.watches()
+}
+
+fn linear_rip(cpu: &Cpu) -> u64 {
+    if cpu.st.code64() {
+        return cpu.st.rip;
+    }
+    cpu.st.rip.wrapping_add(cpu.st.seg[seg::CS].base) & 0xFFFF_FFFF
+}
+
+/// Leaves the guest where a breakpoint of the debugger's is at CS:RIP.
+pub fn stop_before(cpu: &Cpu) -> R<()> {
+    match Breakpoints::of_debugger(cpu).instruction_hits(cpu) {
+        0 => Ok(()),
+        hits => stop(DebugStop::Hardware { hits: hits as u8 }),
+    }
+}
+
+/// Leaves the guest behind an instruction that has met data breakpoints of the
+/// debugger's. The guest's own trap then waits until it runs on.
+pub fn stop_behind(cpu: &mut Cpu, accesses: &Accesses, trap: R<()>) -> R<()> {
+    let hits = Breakpoints::of_debugger(cpu).data_hits(accesses);
+    if hits == 0 {
+        return trap;
+    }
+    if let Err(Stop::Fault(fault)) = trap {
+        cpu.st.pending_debug |= fault.address;
+    }
+    stop(DebugStop::Hardware { hits: hits as u8 })
+}
+
+fn stop(why: DebugStop) -> R<()> {
+    Err(Stop::Exit(Exit::Debug(why)))
+}
+
+/// An INT3 may be the debugger's; the answer to the exit tells.
+pub fn ask_whose_int3(cpu: &mut Cpu) -> R<()> {
+    if cpu.debugger.software {
+        let linear = linear_rip(cpu);
+        cpu.replay.ask_platform(Exit::Debug(DebugStop::Software { linear }))?;
+    }
+    Ok(())
 }
 
 /// What the instruction is going to access, the stack included.
@@ -114,21 +197,4 @@ fn port_access(cpu: &Cpu, i: &Instruction) -> Option<DataAccess> {
         _ => u64::from(i.immediate8()),
     };
     Some(DataAccess { first, size: op_size(i, data) as u64, kind: Kind::Port })
-}
-
-/// DR6 bits of the data breakpoints that the accesses met.
-pub fn data_hits(cpu: &Cpu, accesses: &Accesses) -> u64 {
-    let meets = |watched, first: u64, len: u64| {
-        accesses.0.iter().any(|a| {
-            let kinds = match a.kind {
-                Kind::Read => watched == READ_WRITE,
-                Kind::Write => watched == READ_WRITE || watched == WRITE,
-                Kind::Port => watched == PORT,
-            };
-            kinds && a.first < first.wrapping_add(len) && first < a.first.wrapping_add(a.size)
-        })
-    };
-    enabled(cpu)
-        .filter(|&(_, watched, first, len)| meets(watched, first, len))
-        .fold(0, |hits, (n, ..)| hits | 1 << n)
 }

@@ -13,7 +13,7 @@ use super::segment::{
     mark_accessed, null_segment, read_descriptor, read_far_pointer, real_segment, usable_code,
 };
 use super::task::{self, From, Reason};
-use super::{Flow, frame, operand};
+use super::{Flow, debug, frame, operand};
 use crate::cpu::Cpu;
 use crate::interp::exception::{SoftwareInterrupt, software_interrupt};
 use crate::state::fault::{R, gp, vector};
@@ -50,7 +50,8 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
             Code::Iretq => iret(cpu, i, 8),
             _ => match i.mnemonic() {
                 Mnemonic::Int => software(cpu, i, i.immediate8(), SoftwareInterrupt::IntN),
-                Mnemonic::Int3 => software(cpu, i, vector::BP, SoftwareInterrupt::Int3),
+                Mnemonic::Int3 => debug::ask_whose_int3(cpu)
+                    .and_then(|()| software(cpu, i, vector::BP, SoftwareInterrupt::Int3)),
                 Mnemonic::Int1 => software(cpu, i, vector::DB, SoftwareInterrupt::Int1),
                 Mnemonic::Into if cpu.st.flags & flag::OF == 0 => Ok(Flow::Next),
                 Mnemonic::Into => software(cpu, i, vector::OF, SoftwareInterrupt::Into),

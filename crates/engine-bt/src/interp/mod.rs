@@ -76,10 +76,13 @@ pub enum Flow {
 /// behind the instruction, and a fault of a new task finds the task switched.
 pub fn step(cpu: &mut Cpu) -> R<()> {
     cpu.replay.rewind();
-    let watching = cpu.st.dr[7] & debug::DR7_ENABLE != 0;
+    let watching = debug::watching(cpu);
+    if watching {
+        debug::stop_before(cpu)?;
+    }
     // MOV SS and POP SS act on the next instruction like RF (SDM 3B, 17.3.1.1).
     if watching && cpu.st.flags & flag::RF == 0 && cpu.st.shadow & shadow::MOV_SS == 0 {
-        let hits = debug::instruction_hits(cpu);
+        let hits = debug::Breakpoints::of_guest(cpu).instruction_hits(cpu);
         if hits != 0 {
             // Goes into the saved flags, so that IRET gets past the breakpoint.
             cpu.st.flags |= flag::RF;
@@ -119,8 +122,10 @@ fn run(cpu: &mut Cpu, i: &Instruction, watching: bool) -> R<()> {
     cpu.counts.interpreted += 1;
     let traced = (flags | cpu.st.flags) & (flag::TF | flag::RF) != 0;
     if traced || watching || cpu.st.pending_debug != 0 {
-        let hits = accesses.map_or(0, |accesses| debug::data_hits(cpu, &accesses));
-        return after(cpu, i, flags, hits);
+        let Some(accesses) = accesses else { return after(cpu, i, flags, 0) };
+        let hits = debug::Breakpoints::of_guest(cpu).data_hits(&accesses);
+        let trap = after(cpu, i, flags, hits);
+        return debug::stop_behind(cpu, &accesses, trap);
     }
     Ok(())
 }

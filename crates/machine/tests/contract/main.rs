@@ -4,6 +4,7 @@
 //! with the reason; with REQUIRE_KVM=1 they fail. (The harness is not the
 //! standard one because that cannot skip at run time.)
 
+mod debug;
 mod dirty;
 mod doorbells;
 mod exits;
@@ -21,6 +22,7 @@ type Body = fn(Engine);
 fn main() {
     let arguments = Arguments::from_args();
     let bodies: Vec<(&str, Body)> = [
+        debug::BODIES,
         dirty::BODIES,
         doorbells::BODIES,
         exits::BODIES,
