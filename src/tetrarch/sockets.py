@@ -51,6 +51,10 @@ class ListeningSocket:
                 mend="name another path",
             ) from error
 
+    def fileno(self) -> int:
+        """For who waits for clients among other things."""
+        return self._socket.fileno()
+
     def accept(self) -> socket.socket | None:
         """The next client; None once it is closed."""
         try:

@@ -37,7 +37,14 @@ def run(document: Path, directory: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["control", "devices", "platforms", "virtio", pytest.param("shares", marks=needs_virtiofsd)],
+    [
+        "control",
+        "devices",
+        "gdb",
+        "platforms",
+        "virtio",
+        pytest.param("shares", marks=needs_virtiofsd),
+    ],
 )
 def test_examples_of_a_page_print_what_it_says(tmp_path: Path, name: str) -> None:
     document = ROOT / "docs" / f"{name}.md"

@@ -90,6 +90,8 @@ def _reporter() -> Reporter:
 def _say_start(machine: Machine, interactive: bool) -> None:
     leave = "; Ctrl-] leaves" if interactive else ""
     _say(f"tetrarch: engine {machine.engine} ({machine.engine_reason}){leave}")
+    if machine.gdb is not None:
+        _say(f"tetrarch: gdb: target remote {machine.gdb.address}")
 
 
 def _say_end(status: ExitStatus, interactive: bool) -> None:

@@ -21,6 +21,7 @@ from tetrarch.block.spec import CdromSpec, DiskSpec
 from tetrarch.console.backend import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec, PortSpec, no_console
 from tetrarch.errors import ConfigError, ValueProblem
+from tetrarch.gdb.spec import GdbSpec
 from tetrarch.net.spec import NetSpec
 from tetrarch.share.spec import ShareSpec, share_tags
 
@@ -32,6 +33,7 @@ __all__ = [
     "CdromOption",
     "DiskOption",
     "EngineName",
+    "GdbOption",
     "InputOption",
     "MachineConfig",
     "MachineOptions",
@@ -77,6 +79,7 @@ CdromOption: TypeAlias = str | os.PathLike[str] | CdromSpec
 NetOption: TypeAlias = str | NetSpec
 PortOption: TypeAlias = str | ConsoleBackend | PortSpec
 InputOption = Literal["keyboard", "mouse", "tablet"]
+GdbOption: TypeAlias = int | str | os.PathLike[str] | GdbSpec
 ShareOption: TypeAlias = str | os.PathLike[str] | ShareSpec
 
 
@@ -236,6 +239,10 @@ def _input(value: object) -> object:
     return value
 
 
+def _gdb(value: object) -> GdbSpec | None:
+    return None if value is None else GdbSpec.parse(value)
+
+
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Text = Annotated[str, BeforeValidator(_text)]
 
@@ -321,6 +328,10 @@ class MachineConfig(BaseModel):
     control: FilePath | None = option(
         None, "A Unix socket where QMP steers the machine; docs/control.md.", "PATH"
     )
+    gdb: Annotated[GdbSpec | None, BeforeValidator(_gdb)] = option(
+        None, "Where gdb can debug the guest; docs/gdb.md.", "PORT|PATH"
+    )
+    gdb_wait: bool = option(False, "Hold the guest before its first instruction, for gdb.")
     on_reset: OnReset = option(
         "end", "What a reset by the guest does [default: end].", "end|restart"
     )
@@ -338,6 +349,7 @@ class MachineConfig(BaseModel):
     def _check_together(self) -> Self:
         self._one_kernel()
         self._one_on_stdio()
+        self._wait_with_gdb()
         return self
 
     def _one_kernel(self) -> None:
@@ -351,6 +363,10 @@ class MachineConfig(BaseModel):
                 "two consoles cannot share stdio", mend="give one of them file=PATH or socket=PATH"
             )
 
+    def _wait_with_gdb(self) -> None:
+        if self.gdb_wait and self.gdb is None:
+            raise ValueProblem("nothing is there that gdb_wait could wait for", mend="give gdb")
+
     def updated(self, values: dict[str, Any], spelling: Spelling = plainly) -> Self:
         """With some options changed, as they are typed. Raises ConfigError."""
         checked = check_options(type(self), values, spelling)
@@ -359,6 +375,7 @@ class MachineConfig(BaseModel):
         try:
             changed._one_kernel()
             changed._one_on_stdio()
+            changed._wait_with_gdb()
         except ValueProblem as problem:
             raise ConfigError(problem.cause, mend=problem.mend) from None
         return changed
@@ -386,6 +403,8 @@ class MachineOptions(TypedDict, total=False):
     input: InputOption | Sequence[InputOption]
     vsock: str | os.PathLike[str] | None
     control: str | os.PathLike[str] | None
+    gdb: GdbOption | None
+    gdb_wait: bool
     on_reset: OnReset
     virtio: VirtioTransport
     rng: bool
@@ -400,6 +419,7 @@ _PROBLEMS = {
     "on_reset": ("is nothing that a reset can do", "there are end and restart"),
     "name": ("is no name", "use up to 64 letters, digits, '.', '_' and '-'"),
     "debug_exit": ("is neither true nor false", "give one of them"),
+    "gdb_wait": ("is neither true nor false", "give one of them"),
     "rng": ("is neither true nor false", "give one of them"),
     "balloon": ("is neither true nor false", "give one of them"),
     "virtio": ("is no transport of virtio", "there are pci and mmio"),

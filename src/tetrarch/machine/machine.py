@@ -25,12 +25,14 @@ from tetrarch.errors import (
     MachineStateError,
     ValueProblem,
 )
+from tetrarch.gdb.spec import GdbSpec
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.conclusion import Conclusion, Event
 from tetrarch.machine.config import (
     CdromOption,
     DiskOption,
     EngineName,
+    GdbOption,
     MachineConfig,
     MachineOptions,
     NetOption,
@@ -75,6 +77,7 @@ from tetrarch.virtio.served import ServedKind, VirtioUserDevice
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
     from tetrarch.control.server import ControlServer
+    from tetrarch.gdb.server import GdbServer
 
 __all__ = ["Machine"]
 
@@ -153,6 +156,7 @@ class Machine:
         )
         self._attached = AttachedDevices()
         self._controls: list[ControlServer] = []
+        self._gdb: list[GdbServer] = []
         self._descent = _Descent(
             self._life,
             panic,
@@ -164,6 +168,7 @@ class Machine:
             vcpus[0],
             self._events,
             self._controls,
+            self._gdb,
         )
         self._loaded = False
         self._restored = False
@@ -181,6 +186,8 @@ class Machine:
         )
         if self.config.control is not None:
             self.serve_control(self.config.control)
+        if self.config.gdb is not None:
+            self.serve_gdb(self.config.gdb, wait=self.config.gdb_wait)
 
     def __repr__(self) -> str:
         return f"<Machine {self.config.name!r} on {self.engine}, {self.phase.value}>"
@@ -274,6 +281,36 @@ class Machine:
         self._events.watch(server.tell)
         if self.phase is Phase.ENDED:  # meanwhile
             server.close()
+
+    @property
+    def gdb(self) -> GdbServer | None:
+        """Where gdb finds it, if it does."""
+        return self._gdb[0] if self._gdb else None
+
+    def serve_gdb(self, where: GdbOption = 0, *, wait: bool = False) -> GdbServer:
+        """Lets gdb debug the guest, until the machine has ended; ``address`` of what it gives is
+        for gdb's ``target remote``. See docs/gdb.md.
+
+        ``where`` is a TCP port of this host, 0 for a free one, "HOST:PORT", or the path of a Unix
+        socket. With ``wait`` the machine is held until gdb lets it run. Raises HostError where it
+        cannot listen there, MachineStateError where it does already.
+        """
+        from tetrarch.gdb.server import GdbServer
+
+        self._life.require("serve_gdb", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        if self._gdb:
+            raise MachineStateError(
+                f"the machine has a place for gdb, {self._gdb[0].address}", mend="use that"
+            )
+        try:
+            spec = GdbSpec.parse(where)
+        except ValueProblem as problem:
+            raise ConfigError(f"gdb: {problem.cause}", mend=problem.mend) from None
+        server = GdbServer(self, spec, wait=wait)
+        self._gdb.append(server)
+        if self.phase is Phase.ENDED:  # meanwhile
+            server.close()
+        return server
 
     def attach_ports(
         self,
@@ -550,6 +587,8 @@ class Machine:
         vsock: str | os.PathLike[str] | None = None,
         virtio_console: PortOption | Sequence[PortOption] = (),
         control: str | os.PathLike[str] | None = None,
+        gdb: GdbOption | None = None,
+        gdb_wait: bool = False,
         vm: EngineVm | None = None,
     ) -> Self:
         """A machine as it was saved; start() lets it go on from there.
@@ -572,6 +611,8 @@ class Machine:
                 "vsock": vsock,
                 "virtio_console": virtio_console,
                 "control": control,
+                "gdb": gdb,
+                "gdb_wait": gdb_wait,
             }
             config = about.config.updated({key: value for key, value in given.items() if value})
             machine = cls(config, console=console, platform=platform, vm=vm)
@@ -650,6 +691,7 @@ class _Descent:
     boot_vcpu: EngineVcpu
     events: Events
     controls: Sequence[ControlServer]
+    gdb: Sequence[GdbServer]
 
     def stop(self, event: Event) -> Event:
         self.events.tell("shutdown", **shutdown_data(event))
@@ -678,6 +720,8 @@ class _Descent:
         self.events.end()
         for control in self.controls:
             control.close()
+        for gdb in self.gdb:
+            gdb.close(event.code if isinstance(event, ExitStatus) else 1)
 
 
 def _panicked(events: Events, end: Callable[[Event], None], message: str) -> None:

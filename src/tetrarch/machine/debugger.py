@@ -1,0 +1,216 @@
+"""A machine as a debugger has it: stopped, looked at, let run on.
+
+Breakpoints of two kinds, as KVM has them. One that is planted is an INT3 in guest memory, of
+which there can be any number; who reads memory here does not see it, but the guest does. A
+hardware breakpoint changes nothing, and a CPU has four. The guest sees neither in its own debug
+registers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from tetrarch._native import GuestMemoryError
+from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
+
+__all__ = ["Debugger", "Hardware", "NoMemory", "Stop", "Watched"]
+
+_PAGE = 4096
+_INT3 = b"\xcc"
+_HARDWARE_MAX = 4
+
+Watched = Literal["execute", "write", "access"]
+Hardware = tuple[Watched, int, int]
+"""What is watched, its linear address, and its length of 1, 2, 4 or 8 bytes."""
+
+
+class NoMemory(Exception):
+    """An address where no RAM of the guest's is."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a vCPU stopped: a step, a planted breakpoint or one of hardware."""
+
+    vcpu: int
+    hardware: Hardware | None = None
+    planted: bool = False
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it comes again where it is not told: the vCPU stands before a breakpoint."""
+        return self.planted or (self.hardware is not None and self.hardware[0] == "execute")
+
+
+class Debugger:
+    """One machine's debugger; for one thread.
+
+    ``alert`` is an eventfd(2), which becomes readable when a vCPU has stopped by itself.
+    """
+
+    def __init__(self, vm: EngineVm, vcpus: Sequence[EngineVcpu]) -> None:
+        self._vm = vm
+        self.vcpus = vcpus
+        self.alert = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.stopped = False
+        self.block_interrupts = True
+        """A step passes over interrupts, where the engine can hold them back."""
+        self._hardware: list[Hardware] = []
+        # Planted ones by linear address; what was there by physical address.
+        self._planted: dict[int, int] = {}
+        self._original: dict[int, bytes] = {}
+        vm.set_debug_alert(self.alert)
+
+    def close(self) -> None:
+        """Lets go of the machine."""
+        self._vm.set_debug_alert(None)
+        os.close(self.alert)
+
+    # Stopping and running.
+
+    def stop(self) -> None:
+        """Brings the machine to rest. Raises EngineError where a device does not return."""
+        if not self.stopped:
+            self._vm.hold()
+            self.stopped = True
+
+    def take_stops(self) -> list[Stop]:
+        """Which vCPUs have stopped by themselves since this was asked last. They are let run
+        by ``resume``; the machine is to be stopped."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.alert)
+        return [self._stop_of(*told) for told in self._vm.take_debug_stops()]
+
+    def resume(self, steps: Collection[int] = (), frozen: Collection[int] = ()) -> None:
+        """Lets the machine run: vCPUs of ``steps`` for an instruction, those ``frozen`` not."""
+        for number, vcpu in enumerate(self.vcpus):
+            vcpu.set_debug(
+                step=number in steps,
+                block_interrupts=self.block_interrupts,
+                software=bool(self._planted),
+                hardware=self._hardware,
+            )
+            vcpu.set_frozen(number in frozen)
+        self.stopped = False
+        self._vm.resume()
+
+    def detach(self) -> None:
+        """Takes all breakpoints away, and lets the machine run if it is stopped."""
+        self.stop()
+        self.take_stops()
+        for linear in list(self._planted):
+            self.unplant(linear)
+        self._hardware.clear()
+        self.resume()
+
+    def _stop_of(self, vcpu: int, kind: str, value: int) -> Stop:
+        if kind == "hardware":
+            hits = [one for bit, one in enumerate(self._hardware) if value >> bit & 1]
+            return Stop(vcpu, hardware=hits[0] if hits else None)
+        return Stop(vcpu, planted=kind == "software")
+
+    # Breakpoints.
+
+    def plant(self, vcpu: int, linear: int) -> None:
+        """Puts an INT3 at an address, as the vCPU has it mapped."""
+        physical = self._translate(vcpu, linear)
+        if linear in self._planted:
+            return
+        if physical not in self._original:
+            self._original[physical] = self._vm.read_memory(physical, 1)
+        self._planted[linear] = physical
+        self._tell_planted()
+        self._vm.write_memory(physical, _INT3)
+
+    def unplant(self, linear: int) -> None:
+        """Without effect where there is none."""
+        physical = self._planted.pop(linear, None)
+        if physical is None or physical in self._planted.values():
+            return
+        original = self._original.pop(physical)
+        # What the guest has written over it stays.
+        if self._vm.read_memory(physical, 1) == _INT3:
+            self._vm.write_memory(physical, original)
+        self._tell_planted()
+
+    def watch(self, wanted: Hardware) -> bool:
+        """Sets a hardware breakpoint; false where the CPU has none left.
+
+        Raises EngineError where no CPU has such a one.
+        """
+        if wanted in self._hardware:
+            return True
+        if len(self._hardware) == _HARDWARE_MAX:
+            return False
+        # The engine is the one who knows.
+        self.vcpus[0].set_debug(hardware=[wanted])
+        self._hardware.append(wanted)
+        return True
+
+    def unwatch(self, wanted: Hardware) -> None:
+        """Without effect where there is none."""
+        if wanted in self._hardware:
+            self._hardware.remove(wanted)
+
+    def _tell_planted(self) -> None:
+        self._vm.set_planted(list(self._original))
+
+    # Memory, without what is planted in it.
+
+    def read(self, vcpu: int | None, address: int, length: int) -> bytes:
+        """What can be read of ``length`` bytes, as a vCPU has them mapped; without one at
+        physical addresses. Raises NoMemory where nothing can be."""
+        data = bytearray()
+        for at, size in _pages(address, length):
+            try:
+                physical = at if vcpu is None else self._translate(vcpu, at)
+                part = bytearray(self._vm.read_memory(physical, size))
+            except (NoMemory, GuestMemoryError):
+                if data:
+                    break
+                raise NoMemory from None
+            for place in self._planted_in(physical, size):
+                part[place - physical : place - physical + 1] = self._original[place]
+            data += part
+        return bytes(data)
+
+    def write(self, vcpu: int | None, address: int, data: bytes) -> None:
+        """Raises NoMemory where not all of it is RAM; then nothing is written."""
+        parts = [
+            (at if vcpu is None else self._translate(vcpu, at), at - address, size)
+            for at, size in _pages(address, len(data))
+        ]
+        try:
+            for physical, _, size in parts:
+                self._vm.read_memory(physical, size)
+        except GuestMemoryError:
+            raise NoMemory from None
+        for physical, start, size in parts:
+            part = bytearray(data[start : start + size])
+            for place in self._planted_in(physical, size):
+                at = place - physical
+                self._original[place] = bytes(part[at : at + 1])
+                part[at : at + 1] = _INT3
+            self._vm.write_memory(physical, bytes(part))
+
+    def _translate(self, vcpu: int, linear: int) -> int:
+        physical = self.vcpus[vcpu].translate(linear)
+        if physical is None:
+            raise NoMemory
+        return physical
+
+    def _planted_in(self, physical: int, size: int) -> list[int]:
+        return [place for place in self._original if physical <= place < physical + size]
+
+
+def _pages(address: int, length: int) -> Iterator[tuple[int, int]]:
+    """(first byte, bytes) by page."""
+    end = min(address + length, 1 << 64)
+    while address < end:
+        size = min(end - address, _PAGE - address % _PAGE)
+        yield address, size
+        address += size
