@@ -171,7 +171,21 @@ def test_version_that_did_not_come_is_an_error(debian: FakeDebian, tmp_path: Pat
     assert list((tmp_path / "disks").iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"name": 1}', "x"])
+LIST = '{"name": "a", "append": "", "release": "", "suite": "", "asked": %s}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"name": 1}',
+        "x",
+        "[" * 100_000,
+        LIST % '"abc", "time": 1',
+        LIST % '[], "time": -1',
+    ],
+)
 def test_list_of_packages_that_is_none_is_told(
     debian: FakeDebian, tmp_path: Path, text: str
 ) -> None:

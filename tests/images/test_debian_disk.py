@@ -29,6 +29,7 @@ from tetrarch.images.tree import Tree
 
 MIB = 1 << 20
 TIME = 1_700_000_000
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIO/669A/XmITP94PWUgO2E9EobfsryxatoqRrE65XIxs me"
 
 
 def tools(*programs: str) -> None:
@@ -296,7 +297,7 @@ def test_missing_mmdebstrap_is_told_with_its_package(
 
 
 def test_keys_are_for_their_owner_alone() -> None:
-    files = first_boot_files(DebianRecipe(ssh_keys=["ssh-ed25519 AAAA me"], user="me"))
-    assert files["root/.ssh/authorized_keys"] == (0o600, "ssh-ed25519 AAAA me\n")
+    files = first_boot_files(DebianRecipe(ssh_keys=[KEY], user="me"))
+    assert files["root/.ssh/authorized_keys"] == (0o600, f"{KEY}\n")
     assert files["etc/sudoers.d/tetrarch"][0] == 0o440
     assert "root/.ssh/authorized_keys" not in first_boot_files(DebianRecipe())

@@ -75,6 +75,15 @@ class Layout:
         (self.directory / "index.json").write_text(json.dumps({"manifests": entries}))
 
 
+def device_layer(major: int) -> bytes:
+    entry = tarfile.TarInfo("sda")
+    entry.type, entry.devmajor = tarfile.BLKTYPE, major
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        tar.addfile(entry)
+    return data.getvalue()
+
+
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
     return Layout(tmp_path / "layout")
@@ -132,6 +141,10 @@ def test_links_are_followed_in_the_tree_alone(tmp_path: Path) -> None:
         (layer(("x", "=>nothing")), "is a link to nothing"),
         (layer(("a", "->b"), ("b", "->a"), ("a/x", b"")), "links that lead in a circle"),
         (layer(("x", b"1" * 4096))[:2048], "cannot be read"),
+        (layer(("x" * 256, b"")), "xxx... has too long a name"),
+        (layer(("x/" * 2049, None)), "has too long a name"),
+        (layer(("x", "->" + "y" * 4096)), "x has too long a link"),
+        (device_layer(major=1 << 12), "sda has no device number"),
         (b"no archive at all" * 100, "cannot be read"),
     ],
 )
@@ -171,6 +184,8 @@ def test_image_is_that_of_our_machine(layout: Layout) -> None:
     with pytest.raises(ImageError, match="has several images: ours, second; write oci:DIR:TAG"):
         read_image(layout.directory)
     assert read_image(layout.directory, "second").environment == ["N=second"]
+    with pytest.raises(ImageError, match=r"has no image 'third' for .*; it has ours, second"):
+        read_image(layout.directory, "third")
     layout.index(other)
     with pytest.raises(ImageError, match="no image for Linux on amd64"):
         read_image(layout.directory)
@@ -185,6 +200,14 @@ def test_blob_is_checked_before_it_is_read(layout: Layout) -> None:
     path.unlink()
     with pytest.raises(ImageError, match="No such file"):
         read_image(layout.directory)
+    os.mkfifo(path)
+    with pytest.raises(ImageError, match="No such file"):
+        read_image(layout.directory)
+    (layout.directory / "index.json").unlink()
+    os.mkfifo(layout.directory / "index.json")
+    with pytest.raises(ImageError, match=r"index\.json is no JSON"):
+        read_image(layout.directory)
+    (layout.directory / "index.json").unlink()
     layout.index({"digest": "sha256:../../../../etc/passwd"})
     with pytest.raises(ImageError, match="is no digest"):
         read_image(layout.directory)
@@ -196,6 +219,13 @@ def test_blob_is_checked_before_it_is_read(layout: Layout) -> None:
 def test_layout_that_is_none_is_told(layout: Layout, text: str) -> None:
     (layout.directory / "index.json").write_text(text)
     with pytest.raises(ImageError, match=r"OCI image layout|no image for Linux"):
+        read_image(layout.directory)
+
+
+@pytest.mark.parametrize("config", [{"Cmd": "sh"}, {"Env": [1]}, {"Entrypoint": ["a\0b"]}])
+def test_command_that_is_none_is_told(layout: Layout, config: dict[str, Any]) -> None:
+    layout.index(layout.image([layer(("x", b"1"))], **config))
+    with pytest.raises(ImageError, match="its configuration has"):
         read_image(layout.directory)
 
 

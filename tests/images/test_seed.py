@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tetrarch.errors import ImageError
 from tetrarch.images import CachedGuest
 from tetrarch.images.iso9660 import iso_image
+from tetrarch.images.names import public_keys
 from tetrarch.images.seed import Seed
 
 LIMIT_S = 120
-KEY = "ssh-ed25519 AAAA me"
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIO/669A/XmITP94PWUgO2E9EobfsryxatoqRrE65XIxs me"
 
 
 def user_data(seed: Seed) -> dict[str, object]:
@@ -41,6 +43,31 @@ def test_seed_says_what_was_asked_for_and_nothing_else() -> None:
     # Without a user it is the image's own who may log in.
     assert user_data(Seed(ssh_keys=[KEY])) == {"ssh_authorized_keys": [KEY]}
     assert user_data(Seed()) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{KEY}\n", None),
+        (f'command="a b",no-pty {KEY}', None),
+        (KEY.rsplit(" ", 1)[0], None),
+        (KEY[:-12], "is no public SSH key"),  # cut
+        ("<html> <body>", "is no public SSH key"),
+        ("ssh-ed25519 AAAA me", "is no public SSH key"),
+        (KEY.replace("ssh-ed25519", "ssh-rsa"), "is no public SSH key"),
+        (f"{KEY}\n{KEY}\n", "is no public SSH key"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\nx", "but a private one; give its .pub file"),
+    ],
+)
+def test_file_is_a_key_or_is_named_as_none(tmp_path: Path, text: str, said: str | None) -> None:
+    path = tmp_path / "key.pub"
+    path.write_text(text)
+    if said is None:
+        assert public_keys([path]) == [text.strip()]
+    else:
+        with pytest.raises(ImageError, match=said) as refused:
+            public_keys([path])
+        assert str(path) in str(refused.value)
 
 
 def test_other_data_are_another_instance() -> None:

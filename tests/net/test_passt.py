@@ -95,7 +95,7 @@ def test_port_in_use_is_one_line(port: int) -> None:
     ("script", "message"),
     [
         ("echo no route >&2; exit 3", "passt did not start: no route; give what"),
-        ("exit 1", "passt did not start; give what"),
+        ("exit 1", "passt did not start: it ended with code 1; give what"),
     ],
 )
 def test_passt_that_does_not_start_is_one_line(

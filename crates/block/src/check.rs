@@ -72,6 +72,14 @@ pub fn check(path: &Path, repair: bool) -> Result<CheckReport, ImageError> {
     Ok(report)
 }
 
+/// Whether the file ends before what its tables refer to, as that of a copy that was cut short.
+/// They are looked through only where the refcounts speak of clusters beyond the file: those may
+/// also be lost space, which a program that was killed has left.
+pub(crate) fn is_cut(file: &File, header: &Qcow2Header) -> io::Result<bool> {
+    let end = file.metadata()?.len().next_multiple_of(header.cluster_size());
+    Ok(header.counted_end(file)? > end && Image::read(file, header)?.lost > 0)
+}
+
 struct Image<'a> {
     file: &'a File,
     header: &'a Qcow2Header,
@@ -121,7 +129,7 @@ impl<'a> Image<'a> {
             }
         }
         let mut tables = vec![(header.l1_offset, u64::from(header.l1_entries))];
-        tables.extend(self.snapshots()?);
+        tables.extend(self.snapshots());
         for (offset, entries) in tables {
             self.refer(offset, entries * 8, 1, "an L1 table");
             let table = self.table(offset, entries)?;
@@ -156,12 +164,16 @@ impl<'a> Image<'a> {
     }
 
     /// The L1 tables of internal snapshots.
-    fn snapshots(&self) -> io::Result<Vec<(u64, u64)>> {
+    fn snapshots(&mut self) -> Vec<(u64, u64)> {
         let (mut at, mut tables) = (self.header.snapshots_offset, Vec::new());
         // QCOW_MAX_SNAPSHOTS.
         for _ in 0..self.header.snapshots.min(65536) {
             let mut head = [0; 40];
-            self.file.read_exact_at(&mut head, at)?;
+            if self.file.read_exact_at(&mut head, at).is_err() {
+                self.lost += 1;
+                self.tell(format!("the table of snapshots at {at:#x} ends beyond the file"));
+                break;
+            }
             let number = |at: usize, len: usize| {
                 head[at..at + len].iter().fold(0, |sum, &byte| sum << 8 | u64::from(byte))
             };
@@ -170,7 +182,7 @@ impl<'a> Image<'a> {
             let len = 40 + number(36, 4) + number(12, 2) + number(14, 2);
             at = at.saturating_add(len.next_multiple_of(8));
         }
-        Ok(tables)
+        tables
     }
 
     /// A table of big-endian entries; what the file has not is 0.

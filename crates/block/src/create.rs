@@ -12,7 +12,7 @@ use imago::{FormatAccess, Mapping};
 
 use crate::backend::SECTOR;
 use crate::format::{Access, contained, storage};
-use crate::image::{Chain, backing_path, first_bytes, open_file};
+use crate::image::{Chain, backing_path, guess_format, open_file};
 use crate::qcow2::Qcow2Header;
 use crate::raw::{size_of, take_lock};
 use crate::{Format, ImageError};
@@ -36,7 +36,7 @@ pub fn create(path: &Path, format: Format, new: &NewImage) -> Result<u64, ImageE
             let base = backing_path(path, name)?;
             Chain::default().layer(&base, *format, false)?.access.size()
         }
-        (None, None) => return Err(ImageError::new(path, "has no size", "give one: --size 8G")),
+        (None, None) => return Err(ImageError::new(path, "has no size", "give one, such as 8G")),
     };
     if let Some((name, format)) = &new.backing {
         // It has to be there, and to be what it is said to be.
@@ -46,14 +46,17 @@ pub fn create(path: &Path, format: Format, new: &NewImage) -> Result<u64, ImageE
 }
 
 fn make(path: &Path, format: Format, size: u64, new: &NewImage) -> Result<Access, ImageError> {
-    if !size.is_multiple_of(SECTOR) || size > i64::MAX as u64 {
+    if size == 0 || !size.is_multiple_of(SECTOR) || size > i64::MAX as u64 {
         let cause = format!("a disk of {size} bytes");
-        return Err(ImageError::new(path, cause, "give a multiple of 512 below 2^63"));
+        return Err(ImageError::new(path, cause, "give a multiple of 512, from 512 to 2^63"));
     }
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
     let file = file.map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => {
             ImageError::new(path, "is there already", "give another path, or remove it first")
+        }
+        io::ErrorKind::NotFound => {
+            ImageError::new(path, "its folder is not there", "make that, or give another path")
         }
         _ => ImageError::host(path, "cannot make the image", error),
     })?;
@@ -102,7 +105,7 @@ fn format_file(
                     use imago::FormatDriverBuilder;
                     Ok(Qcow2::<_, Access>::builder(file).backing(None).write(true))
                 })
-                .map_err(failed)?;
+                .map_err(|error| too_large(path, failed(error)))?;
             let access = FormatAccess::new(image);
             access.flush().and_then(|()| access.sync()).map_err(failed)?;
             Ok(access)
@@ -112,6 +115,15 @@ fn format_file(
             Err(ImageError::new(path, "vmdk images are not written", mend))
         }
     }
+}
+
+/// What is no error of the host's is a table that would be too large.
+pub(crate) fn too_large(path: &Path, error: ImageError) -> ImageError {
+    if error.source.as_ref().is_some_and(|source| source.raw_os_error().is_some()) {
+        return error;
+    }
+    let mend = "give a smaller size, or larger clusters: --cluster-size 2M";
+    ImageError::new(path, error.cause, mend)
 }
 
 /// An image that is copied.
@@ -124,7 +136,7 @@ impl Source {
     pub fn open(path: &Path, format: Option<Format>) -> Result<Self, ImageError> {
         let format = match format {
             Some(format) => format,
-            None => Format::of(&first_bytes(&open_file(path, false)?, path)?),
+            None => guess_format(path)?,
         };
         let access = Chain::default().layer(path, format, false)?.access;
         Ok(Self { access, path: path.to_owned() })
@@ -161,6 +173,10 @@ impl Source {
         let writing = |error| ImageError::host(path, "cannot write the image", error);
         let mut buffer = vec![0; STEP as usize];
         let (mut at, mut told) = (0, 0);
+        // Source and target can be used.
+        if !progress(0) {
+            return Ok(false);
+        }
         while at < self.size() {
             let (mapping, length) =
                 self.access.get_mapping(at, self.size() - at).map_err(reading)?;
@@ -222,7 +238,7 @@ pub fn describe(path: &Path, format: Option<Format>) -> Result<Description, Imag
     let file = open_file(path, false)?;
     let format = match format {
         Some(format) => format,
-        None => Format::of(&first_bytes(&file, path)?),
+        None => guess_format(path)?,
     };
     let metadata = file.metadata().map_err(|e| ImageError::host(path, "cannot be looked at", e))?;
     let allocated = metadata.blocks() * SECTOR;
@@ -235,9 +251,4 @@ pub fn describe(path: &Path, format: Option<Format>) -> Result<Description, Imag
         Format::Vmdk => (Chain::default().layer(path, format, false)?.access.size(), None),
     };
     Ok(Description { format, size, allocated, qcow2 })
-}
-
-/// The format that an image's first bytes speak of.
-pub fn guess_format(path: &Path) -> Result<Format, ImageError> {
-    Ok(Format::of(&first_bytes(&open_file(path, false)?, path)?))
 }

@@ -66,6 +66,8 @@ impl ImageError {
             }
             Some(Errno::ACCESS | Errno::PERM) => "give the user who runs this access to the file",
             Some(Errno::ROFS) => "add readonly, or copy the image to where it can be written",
+            Some(Errno::NOTDIR | Errno::NAMETOOLONG) => "give the path of an image",
+            Some(Errno::FBIG) => "give a smaller size: the file system has no files so large",
             Some(Errno::ISDIR) => "give the path of an image, not of a directory",
             Some(Errno::NOSPC | Errno::DQUOT) => "make room on the host's file system",
             Some(Errno::MFILE | Errno::NFILE) => "raise the limit of open files: ulimit -n",

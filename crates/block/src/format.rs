@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use tetrarch_memory::ScatterList;
 
 use crate::backend::SECTOR;
+use crate::create::too_large;
 use crate::image::Layer;
 use crate::workers::{Blocking, WorkerQueue};
 use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, ImageError, Request};
@@ -61,7 +62,10 @@ impl BlockBackend for FormatDisk {
         contained(&self.0.path, || {
             let mut access = self.0.access.write();
             let resized = access.resize(size.next_multiple_of(SECTOR), PreallocateMode::None);
-            resized.and_then(|()| access.flush()).and_then(|()| access.sync()).map_err(failed)
+            resized
+                .and_then(|()| access.flush())
+                .and_then(|()| access.sync())
+                .map_err(|error| too_large(&self.0.path, failed(error)))
         })
     }
 }

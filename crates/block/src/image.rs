@@ -3,7 +3,6 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -12,14 +11,15 @@ use imago::file::File as Storage;
 use imago::format::builder::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
-use imago::vmdk::Vmdk;
-use imago::{FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use imago::{FormatAccess, FormatDriverBuilder};
 use rustix::fs::OFlags;
 
+use crate::foreign;
 use crate::format::{Access, FormatDisk, contained, storage};
 use crate::qcow2::{self, Qcow2Header};
 use crate::raw::take_lock;
 use crate::{BlockBackend, Cache, ImageError, RawDisk, RawOptions};
+use crate::{check, vmdk};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
@@ -43,7 +43,7 @@ impl Format {
     pub fn of(first: &[u8]) -> Self {
         if first.starts_with(&qcow2::MAGIC) {
             Self::Qcow2
-        } else if first.starts_with(b"KDMV") || first.starts_with(b"# Disk DescriptorFile") {
+        } else if first.starts_with(vmdk::SPARSE) || first.starts_with(vmdk::DESCRIPTOR) {
             Self::Vmdk
         } else {
             Self::Raw
@@ -85,7 +85,7 @@ pub struct ImageOptions {
 pub fn open(path: &Path, options: ImageOptions) -> Result<Box<dyn BlockBackend>, ImageError> {
     let format = match options.format {
         Some(format) => format,
-        None => Format::of(&first_bytes(&open_file(path, false)?, path)?),
+        None => guess_format(path)?,
     };
     if format == Format::Raw && !options.snapshot {
         let guessed = options.format.is_none();
@@ -153,6 +153,11 @@ impl Chain {
                 let header = Qcow2Header::read(&file, path)?;
                 check_writable(&header, path, writes)?;
                 let backing = self.backing(&header, path)?;
+                if check::is_cut(&file, &header).map_err(&failed)? {
+                    let mend = "get the file again, or save what is left: qemu-img convert";
+                    let cause = "damaged qcow2 image: its file ends before its data do";
+                    return Err(ImageError::new(path, cause, mend));
+                }
                 if writes && !header.is_counted(&file).map_err(&failed)? {
                     let cause = "damaged qcow2 image: its refcounts leave out its header";
                     let mend = "repair it: qemu-img check -r all IMAGE";
@@ -167,12 +172,8 @@ impl Chain {
                 Ok(Layer { access: FormatAccess::new(image), cluster, file: again })
             }
             Format::Vmdk => {
-                vmdk_is_served(&first_bytes(&file, path)?, path, writes)?;
-                let named = StorageOpenOptions::new().filename(path);
-                let storage = Storage::from_open_file(file, named).map_err(&failed)?;
-                let mut image = Vmdk::<Storage>::open_image(storage, false).map_err(&failed)?;
-                image.open_implicit_dependencies_gated(Extents).map_err(failed)?;
-                Ok(Layer { access: FormatAccess::new(image), cluster: 0, file: None })
+                let access = vmdk::open(file, path, writes)?;
+                Ok(Layer { access, cluster: 0, file: None })
             }
         }
     }
@@ -192,7 +193,7 @@ impl Chain {
             })?,
             // A guest that had the backing file as a raw disk can have made it look
             // like an image over any file of the host.
-            None => match Format::of(&first_bytes(&open_file(&path, false)?, &path)?) {
+            None => match guess_format(&path)? {
                 Format::Raw => Format::Raw,
                 other => {
                     let cause = format!("it does not say that its backing file is {other}");
@@ -241,36 +242,6 @@ fn check_writable(header: &Qcow2Header, path: &Path, writes: bool) -> Result<(),
     Ok(())
 }
 
-fn vmdk_is_served(first: &[u8], path: &Path, writes: bool) -> Result<(), ImageError> {
-    if first.starts_with(b"KDMV") {
-        let mend = "convert it: qemu-img convert -f vmdk -O qcow2 OLD NEW";
-        return Err(ImageError::new(path, "sparse vmdk images are not supported", mend));
-    }
-    if writes {
-        let mend = "add readonly or snapshot=on, or convert it: tetrarch disk convert";
-        return Err(ImageError::new(path, "vmdk images are not written to", mend));
-    }
-    Ok(())
-}
-
-/// The extents that a VMDK descriptor names: flat files beside it.
-struct Extents;
-
-impl imago::format::gate::ImplicitOpenGate<Storage> for Extents {
-    fn open_format<F: FormatDriverBuilder<Storage>>(&mut self, _: F) -> io::Result<Access> {
-        Err(io::Error::new(io::ErrorKind::Unsupported, "a VMDK over another image"))
-    }
-
-    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<Storage> {
-        let path = options.get_filename().unwrap_or(Path::new(""));
-        let file = open_file(path, false).and_then(|file| {
-            take_lock(&file, path, false)?;
-            Ok(file)
-        });
-        storage(file.map_err(io::Error::other)?, false)
-    }
-}
-
 /// Clusters of an overlay that is thrown away: small, since most writes are.
 const OVERLAY_CLUSTER: u64 = 64 << 10;
 
@@ -299,23 +270,41 @@ pub(crate) fn open_file(path: &Path, writes: bool) -> Result<File, ImageError> {
     let failed = |error| ImageError::host(path, "cannot open the image", error);
     let mut open = OpenOptions::new();
     let open = open.read(true).write(writes).custom_flags(libc::O_NONBLOCK);
-    let file = open.open(path).map_err(failed)?;
+    let file = open.open(path).map_err(|error| match error.raw_os_error() {
+        // What open(2) says of a socket, or of a device that is not there.
+        Some(libc::ENXIO) => not_an_image(path),
+        _ => failed(error),
+    })?;
     let kind = file.metadata().map_err(failed)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        let (cause, mend) = if kind.is_dir() {
-            ("is a directory", "give the path of an image")
-        } else {
-            ("is neither a file nor a block device", "give the path of an image")
-        };
-        return Err(ImageError::new(path, cause, mend));
+        if kind.is_dir() {
+            return Err(ImageError::new(path, "is a directory", "give the path of an image"));
+        }
+        return Err(not_an_image(path));
     }
     // io_uring would take the flag for the wish not to wait for the disk either.
     rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(|errno| failed(errno.into()))?;
     Ok(file)
 }
 
+fn not_an_image(path: &Path) -> ImageError {
+    ImageError::new(path, "is neither a file nor a block device", "give the path of an image")
+}
+
+/// The format that an image's first bytes speak of. One that is of no use here is refused: its
+/// bytes are no disk, and would be damaged by a guest that takes them for one.
+pub fn guess_format(path: &Path) -> Result<Format, ImageError> {
+    let file = open_file(path, false)?;
+    let first = first_bytes(&file, path)?;
+    let format = Format::of(&first);
+    if format == Format::Raw {
+        foreign::refuse(&file, &first, path)?;
+    }
+    Ok(format)
+}
+
 pub(crate) fn first_bytes(file: &File, path: &Path) -> Result<Vec<u8>, ImageError> {
-    let mut bytes = vec![0; 64];
+    let mut bytes = vec![0; 512];
     let read = file.read_at(&mut bytes, 0);
     bytes.truncate(read.map_err(|e| ImageError::host(path, "cannot read the image", e))?);
     Ok(bytes)

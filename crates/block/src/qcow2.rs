@@ -32,6 +32,9 @@ const REFTABLE_OFFSET: u64 = !0x1FF;
 const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 
+/// Blocks without a count are rare; a table may name any number of them.
+const BLOCKS_LOOKED_AT: usize = 16;
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Qcow2Header {
     pub version: u32,
@@ -203,6 +206,30 @@ impl Qcow2Header {
         read_at_most(file, bytes, block)?;
         let mask = if bits < 8 { (1 << bits) - 1 } else { u8::MAX };
         Ok(block != 0 && bytes.iter().any(|byte| byte & mask != 0))
+    }
+
+    /// Where the last cluster ends that has a refcount, as far as the last blocks of them say.
+    pub(crate) fn counted_end(&self, file: &File) -> io::Result<u64> {
+        let cluster = self.cluster_size();
+        let mut table = vec![0; (u64::from(self.reftable_clusters) * cluster) as usize];
+        let there = read_at_most(file, &mut table, self.reftable_offset)?;
+        let entries = table[..there].chunks_exact(8).enumerate().rev();
+        let blocks = entries.filter_map(|(index, entry)| {
+            let entry = u64::from_be_bytes(entry.try_into().expect("8 bytes"));
+            let block = entry & REFTABLE_OFFSET;
+            (block != 0).then_some((index as u64, block))
+        });
+        let mut bytes = vec![0; cluster as usize];
+        for (index, block) in blocks.take(BLOCKS_LOOKED_AT) {
+            let there = read_at_most(file, &mut bytes, block)?;
+            if let Some(last) = bytes[..there].iter().rposition(|&byte| byte != 0) {
+                // Of narrow counts all that share a byte.
+                let in_block = ((last as u64 + 1) * 8).div_ceil(1 << self.refcount_order);
+                let per_block = (cluster * 8) >> self.refcount_order;
+                return Ok((index * per_block + in_block).saturating_mul(cluster));
+            }
+        }
+        Ok(0)
     }
 
     fn check_tables(&self, file_len: u64) -> Result<(), Damage> {

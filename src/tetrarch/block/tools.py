@@ -9,17 +9,36 @@ from typing import TYPE_CHECKING
 from tetrarch._native import Disk, DiskSource, disk_check, disk_create, disk_info
 from tetrarch.block.disk import disk_errors
 from tetrarch.block.spec import DiskFormat
-from tetrarch.errors import ConfigError
+from tetrarch.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
     from tetrarch._native import CheckReport, DiskInfo
 
 __all__ = ["check", "convert", "create", "format_by_name", "info", "resize"]
 
+_SECTOR = 512
+
+
+#: What names of images say that are not made here.
+_NOT_MADE = (".qcow", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk")
+
 
 def format_by_name(path: Path) -> DiskFormat:
-    """What a new image is by its name: qcow2 or raw."""
-    return "qcow2" if path.suffix == ".qcow2" else "raw"
+    """What a new image is by its name: qcow2 or raw. Raises ConfigError for others' formats."""
+    suffix = path.suffix.lower()
+    if suffix in _NOT_MADE:
+        raise ConfigError(
+            f"{path}: {suffix[1:]} images are not written",
+            mend="name it *.qcow2 or *.img, or say what it is to be: --format raw|qcow2",
+        )
+    return "qcow2" if suffix == ".qcow2" else "raw"
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not 0 < size < 1 << 63 or size % _SECTOR:
+        raise ConfigError(
+            f"{path}: a disk of {size} bytes", mend="give a multiple of 512, from 512 to 2^63"
+        )
 
 
 def create(
@@ -36,6 +55,12 @@ def create(
     ``backing`` is kept as it is written: relative to the folder of the image.
     """
     kind = image_format or ("qcow2" if backing is not None else format_by_name(path))
+    if size is not None:
+        _check_size(path, size)
+    if cluster_size is not None and kind != "qcow2":
+        raise ConfigError(f"{path}: a {kind} image has no clusters", mend="leave their size out")
+    if backing_format is not None and backing is None:
+        raise ConfigError(f"{path}: its backing file has no name", mend="give it, or no format")
     with disk_errors():
         return disk_create(path, kind, size, backing, backing_format, cluster_size)
 
@@ -61,9 +86,11 @@ def convert(
 ) -> None:
     """Copies a disk into a new image, with all of its backing files and without its zeroes."""
     with disk_errors():
+        chosen = image_format or format_by_name(target)
         opened = DiskSource(source, source_format)
         size = opened.size
-        chosen = image_format or format_by_name(target)
+        if size == 0:
+            raise ImageError(f"{source}: is empty", mend="get the file again")
         opened.copy(target, chosen, lambda done: progress(done, size))
 
 
@@ -74,6 +101,7 @@ def resize(
     with disk_errors():
         disk = Disk(path, image_format=image_format)
         before = disk.size
+        _check_size(path, size)
         if size < before and not shrink:
             raise ConfigError(
                 f"{path}: {size} bytes are less than its {before}; what lies beyond would be lost",

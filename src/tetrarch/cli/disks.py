@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,8 +86,16 @@ def check(path: Path, repair: bool, as_json: bool) -> int:
 def convert(
     source: Path, target: Path, image_format: str | None, source_format: str | None
 ) -> None:
-    size = tools.info(source, _format("--source-format", source_format))["size"]
-    with TerminalReporter().transfer(target.name, size, verb="Writing") as advance:
+    # What cannot be done is said before there is progress to show.
+    with ExitStack() as shown:
+        bar: list[Callable[[int, int], None]] = []
+
+        def advance(done: int, total: int) -> None:
+            if not bar:
+                transfer = TerminalReporter().transfer(target.name, total, verb="Writing")
+                bar.append(shown.enter_context(transfer))
+            bar[0](done, total)
+
         tools.convert(
             source,
             target,

@@ -71,25 +71,33 @@ def _open_standard_files() -> None:
 
 def run_cli(arguments: Sequence[str]) -> int:
     """Runs one command; the exit code."""
+    # Imports take a while, in which a signal may come too.
+    try:
+        _log_to_standard_error()
+        return _run_command(arguments)
+    except BaseException as error:
+        return report_error(error)
+
+
+def _run_command(arguments: Sequence[str]) -> int:
     from typer.exceptions import Exit
     from typer.main import get_command
 
     from tetrarch.cli.app import app
     from tetrarch.cli.options import split_command
 
-    _log_to_standard_error()
+    command = get_command(app)
     try:
-        command = get_command(app)
         result = command.main(split_command(arguments), prog_name="tetrarch", standalone_mode=False)
-        return result if isinstance(result, int) else 0
     except Exit as request:
         return request.exit_code
-    except BaseException as error:
-        return report_error(error)
+    return result if isinstance(result, int) else 0
 
 
 def report_error(error: BaseException) -> int:
     """Says in one line what ended a command; the exit code."""
+    if isinstance(error, Terminated):  # in an import, perhaps: no other before this is said
+        return fail(f"ended by {signal.Signals(error.signum).name}", 128 + error.signum)
     from typer.exceptions import Abort, TyperException
 
     from tetrarch.errors import ConfigError, TetrarchError
@@ -103,8 +111,6 @@ def report_error(error: BaseException) -> int:
             return fail(str(error))
         case KeyboardInterrupt() | Abort():
             return fail("ended by SIGINT", 128 + signal.SIGINT)
-        case Terminated(signum=signum):
-            return fail(f"ended by {signal.Signals(signum).name}", 128 + signum)
         case BrokenPipeError():
             return 128 + signal.SIGPIPE
         case MemoryError():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from tetrarch import images
+from tetrarch._files import replaced_when_whole
 from tetrarch.errors import ConfigError, ImageError, ValueProblem
 from tetrarch.images.names import public_keys
 from tetrarch.images.store import DiskStore, InstalledDisk, read_manifest
@@ -51,7 +53,7 @@ def info(name: str, as_json: bool) -> None:
     elif guest is not None:
         row = _row(guest)
     else:
-        raise ImageError(f"there is no disk and no cached guest {name}", "see tetrarch image ls")
+        raise _unknown(name)
     if as_json:
         print(json.dumps(row, indent=2))
         return
@@ -70,11 +72,21 @@ def remove(name: str, as_json: bool) -> None:
         disk = disks.remove(name)
         print(json.dumps(_disk_row(disk), indent=2) if as_json else f"removed the disk {name}")
         return
+    if images.Cache().find(name) is None:
+        raise _unknown(name)
     guest = images.remove(images.Cache(), name)
     if as_json:
         print(json.dumps(_row(guest), indent=2))
     else:
         print(f"removed {guest.manifest.name}: {guest.manifest.package} {guest.manifest.version}")
+
+
+def _unknown(name: str) -> ImageError:
+    names = [disk.manifest.name for disk in DiskStore().list()]
+    names += [guest.manifest.name for guest in images.Cache().list()]
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    mend = f"did you mean {near[0]}?" if near else "see tetrarch image ls"
+    return ImageError(f"there is no disk and no cached guest {name}", mend)
 
 
 def build(name: str, output: Path | None, overlay: Path | None, as_json: bool) -> None:
@@ -87,10 +99,11 @@ def build(name: str, output: Path | None, overlay: Path | None, as_json: bool) -
             guest = images.rebuild(cache, name)
         _show_one(guest, as_json)
         return
-    with reporter.step(f"Building {name} from the cached packages"):
-        built = images.build(cache, name, overlay)
     try:
-        output.write_bytes(built.initrd)
+        with replaced_when_whole(output) as file:
+            with reporter.step(f"Building {name} from the cached packages"):
+                built = images.build(cache, name, overlay)
+            file.write(built.initrd)
     except OSError as error:
         raise ImageError(f"cannot write {output}: {error.strerror}", "name another file") from error
     if as_json:
@@ -154,7 +167,10 @@ def import_disk(source: str, size: str, called: str | None, as_json: bool) -> No
 
     kind, colon, rest = source.partition(":")
     if kind != "oci" or not colon or not rest:
-        raise ConfigError(f"{source!r} is nothing that can be imported", "write oci:DIR[:TAG]")
+        raise ConfigError(
+            f"{source!r} is nothing that can be imported",
+            "write oci:DIR[:TAG]; skopeo copy docker://NAME oci:DIR makes one",
+        )
     directory, tag = Path(rest), ""
     if not directory.is_dir() and ":" in rest:
         path, _, tag = rest.rpartition(":")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tetrarch._text_file import read_text
+from tetrarch._files import read_text
 from tetrarch.errors import ConfigError
 from tetrarch.foreign import (
     Carried,

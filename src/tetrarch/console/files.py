@@ -9,6 +9,7 @@ import stat
 import threading
 from pathlib import Path
 
+from tetrarch._files import open_to_write
 from tetrarch.console.backend import ConsoleError, Leave, Receive
 
 __all__ = ["FileConsole", "SocketConsole"]
@@ -28,7 +29,7 @@ class FileConsole:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = path.open("wb", buffering=0)
+            self._file = open_to_write(path)
         except OSError as error:
             raise ConsoleError(
                 f"cannot write the console to {path}: {error.strerror}", mend="name another file"

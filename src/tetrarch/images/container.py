@@ -17,7 +17,7 @@ from tetrarch.agent import encode_run
 from tetrarch.errors import ImageError
 from tetrarch.images.debian_disk import AGENT_UNIT
 from tetrarch.images.default_guest import agent_program
-from tetrarch.images.disk import require_space
+from tetrarch.images.disk import require_size, require_space
 from tetrarch.images.oci import OciImage, open_layer, read_image
 from tetrarch.images.partition import make_disk, partition_uuid
 from tetrarch.images.progress import Reporter
@@ -55,6 +55,7 @@ def import_container(
     with store.making(recipe.name) as directory:
         packed = sum(layer.stat().st_size for layer in image.layers)
         require_space({directory: 3 * packed}, "a container image on a disk")
+        require_size(directory / DISK, recipe.size)
         guest = images.ensure(cache, images.DEFAULT_IMAGE, reporter)
         for file, source in ((KERNEL, guest.kernel), (INITRD, guest.initrd)):
             shutil.copyfile(source, directory / file)
@@ -67,6 +68,8 @@ def import_container(
                 detail(f"{number} of {len(image.layers)}")
                 with open_layer(layer) as archive:
                     tree.add_layer(archive)
+            if not tree.nodes:
+                raise ImageError(f"the image in {recipe.directory} has no files", "choose another")
             init = _prepare(tree, image, recipe.name)
             detail("writing the disk")
             make_disk(tree, directory / DISK, recipe.size, recipe.name, image.time)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tetrarch.errors import ImageError, ValueProblem
 from tetrarch.images.default_guest import agent_program, shares_script
-from tetrarch.images.disk import require_space
+from tetrarch.images.disk import require_size, require_space
 from tetrarch.images.names import disk_name, host_name, public_key, user_name
 from tetrarch.images.partition import make_disk
 from tetrarch.images.progress import Reporter
@@ -212,7 +212,7 @@ class DebianRecipe:
             )
         if self.size > DISK_MAX:
             raise ImageError(
-                f"{self.size >> 40} TiB are too much for one file system",
+                f"{self.size >> 30} GiB are too much for one file system",
                 f"give --size {DISK_MAX >> 40}T or less",
             )
 
@@ -258,7 +258,7 @@ def build_debian_disk(recipe: DebianRecipe, store: DiskStore, reporter: Reporter
     made = recipe.time if recipe.time is not None else _now()
     with store.making(recipe.name) as directory:
         require_space({directory: _SCRATCH_BYTES}, "a Debian disk while it is made")
-        _require_size(directory / DISK, recipe.size)
+        require_size(directory / DISK, recipe.size)
         archive = directory / "root.tar"
         with reporter.step("Installing Debian's packages, some minutes") as detail:
             _bootstrap(mmdebstrap, recipe, archive, made, detail)
@@ -288,18 +288,6 @@ def build_debian_disk(recipe: DebianRecipe, store: DiskStore, reporter: Reporter
 def _now() -> int:
     given = os.environ.get("SOURCE_DATE_EPOCH", "")
     return int(given) if given.isdecimal() else int(time.time())
-
-
-def _require_size(disk: Path, size: int) -> None:
-    """Says now whether the host's file system takes so large a file."""
-    try:
-        with disk.open("wb") as file:
-            file.truncate(size)
-    except OSError as error:
-        raise ImageError(
-            f"no file of {size >> 30} GiB can be made in {disk.parent}: {error.strerror}",
-            "give a smaller --size, or set XDG_DATA_HOME to a directory on another file system",
-        ) from error
 
 
 def _bootstrap(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tetrarch.errors import ImageError
 
-__all__ = ["NoSpaceError", "no_space", "require_space"]
+__all__ = ["NoSpaceError", "no_space", "require_size", "require_space"]
 
 
 class NoSpaceError(ImageError):
@@ -31,8 +31,25 @@ def require_space(needs: Mapping[Path, int], what: str) -> None:
             )
 
 
+def require_size(disk: Path, size: int) -> None:
+    """Says now whether the host's file system takes so large a file; it is there then."""
+    try:
+        with disk.open("wb") as file:
+            file.truncate(size)
+    except OSError as error:
+        raise ImageError(
+            f"no file of {_shown(size)} can be made in {disk.parent}: {error.strerror}",
+            "give a smaller --size, or set XDG_DATA_HOME to a directory on another file system",
+        ) from error
+
+
+def _shown(size: int) -> str:
+    return f"{size >> 30} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
+
+
 def no_space(what: str, directory: Path) -> NoSpaceError:
     return NoSpaceError(
         f"the disk of {directory} has no room for {what}",
-        "free some, or name another disk: XDG_CACHE_HOME for the cache, TMPDIR to unpack on",
+        "free some, or name another disk: XDG_CACHE_HOME for the cache, XDG_DATA_HOME for what is "
+        "built, TMPDIR to unpack on",
     )

@@ -89,10 +89,16 @@ def _debug(command: list[str], folder: Path, what: str, environment: Mapping[str
     # The first line is its version.
     wrong = [line for line in done.stderr.splitlines() if not line.startswith("debugfs ")]
     if done.returncode != 0 or wrong:
-        cause = wrong[0] if wrong else f"exit code {done.returncode}"
-        full = any("Could not allocate" in line or "No free space" in line for line in wrong)
-        mend = "ask for a larger disk: --size" if full else "see whether the host's disk is full"
-        raise ImageError(f"{what}: {cause}", mend)
+        cause = wrong[0].strip() if wrong else f"exit code {done.returncode}"
+        raise ImageError(f"{what}: {cause}", _mend(wrong))
+
+
+def _mend(said: list[str]) -> str:
+    if any("Could not allocate" in line or "No free space" in line for line in said):
+        return "ask for a larger disk: --size"
+    if any("No space left on device" in line for line in said):
+        return "free some space on the host's disk, or set XDG_DATA_HOME to another"
+    return "look whether the host's disk is full, or take the file out of the system"
 
 
 def _script(tree: Tree, folder: Path, time: int) -> Iterator[bytes]:

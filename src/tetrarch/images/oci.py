@@ -6,8 +6,10 @@ manifest.md, config.md). Every blob is checked against its digest before it is r
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from tetrarch._files import read_bounded
 from tetrarch.errors import ImageError
 from tetrarch.images.tool import find_tool
 
@@ -31,6 +34,8 @@ _REFERENCE = "org.opencontainers.image.ref.name"
 _ZSTD = bytes.fromhex("28b52ffd")
 #: An index in an index in an index is nothing that a tool writes.
 _DEPTH_MAX = 3
+#: As containerd and skopeo take it.
+_JSON_MAX = 4 << 20
 _MEND = "make the layout anew, as with: skopeo copy docker://NAME oci:DIR"
 
 
@@ -56,14 +61,16 @@ def read_image(directory: Path, tag: str = "") -> OciImage:
         config = layout.json(manifest["config"])
         layers = [layout.blob(layer) for layer in manifest["layers"]]
         run = config.get("config") or {}
-        words = [*(run.get("Entrypoint") or []), *(run.get("Cmd") or [])]
-        environment = list(run.get("Env") or [])
+        lists = [run.get(name) or [] for name in ("Entrypoint", "Cmd", "Env")]
         directory_there = run.get("WorkingDir") or ""
-        texts = [*words, *environment, directory_there]
     except (KeyError, TypeError, AttributeError) as error:
         raise layout.damaged("its manifest or configuration lacks a part") from error
-    if not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(texts, list) for texts in lists):
+        raise layout.damaged("its configuration has no list where one is to be")
+    if not all(map(_is_text, [directory_there, *(text for texts in lists for text in texts)])):
         raise layout.damaged("its configuration has what is no text")
+    entrypoint, command, environment = lists
+    words = [*entrypoint, *command]
     return OciImage(layers, words, environment, directory_there, _time(config.get("created")))
 
 
@@ -104,20 +111,24 @@ class _Layout:
         found = []
         for entry in self._list(index, "manifests"):
             platform = entry.get("platform") or {}
-            named = (entry.get("annotations") or {}).get(_REFERENCE)
+            if not isinstance(platform, dict):
+                raise self.damaged("an index has a platform that is none")
+            named = _annotations(entry).get(_REFERENCE)
             fits = platform.get("os", "linux") == "linux"
             fits = fits and platform.get("architecture", "amd64") == "amd64"
             if fits and (not tag or named == tag):
                 found.append(entry)
         if not found:
             what = f"no image {tag!r}" if tag else "no image"
-            raise ImageError(f"{self._directory} has {what} for Linux on amd64", _MEND)
-        if len(found) > 1:
-            tags = sorted(
-                str((entry.get("annotations") or {}).get(_REFERENCE, "?")) for entry in found
-            )
+            tags = _tags(self._list(index, "manifests"))
             raise ImageError(
-                f"{self._directory} has several images: {', '.join(tags)}", "write oci:DIR:TAG"
+                f"{self._directory} has {what} for Linux on amd64",
+                f"it has {', '.join(tags)}" if tag and tags else _MEND,
+            )
+        if len(found) > 1:
+            several = ", ".join(_tags(found)) or "without tags"
+            raise ImageError(
+                f"{self._directory} has several images: {several}", "write oci:DIR:TAG"
             )
         return found[0]
 
@@ -138,6 +149,8 @@ class _Layout:
             raise self.damaged(f"{digest[:80]!r} is no digest")
         path = self._directory / "blobs" / match[1] / match[2]
         try:
+            if not path.is_file():  # a FIFO would be waited for
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, match[1]).hexdigest()
         except OSError as error:
@@ -148,7 +161,7 @@ class _Layout:
 
     def _load(self, path: Path) -> dict[str, Any]:
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(read_bounded(path, _JSON_MAX))
         except OSError as error:
             raise self.damaged(f"{path.name}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -159,6 +172,21 @@ class _Layout:
 
     def damaged(self, how: str) -> ImageError:
         return ImageError(f"{self._directory} is no OCI image layout: {how}", _MEND)
+
+
+def _tags(entries: list[dict[str, Any]]) -> list[str]:
+    found = (_annotations(entry).get(_REFERENCE) for entry in entries)
+    return sorted({str(tag) for tag in found if tag is not None})
+
+
+def _annotations(entry: dict[str, Any]) -> dict[str, Any]:
+    found = entry.get("annotations")
+    return found if isinstance(found, dict) else {}
+
+
+def _is_text(value: object) -> bool:
+    """As a command and its environment can have it."""
+    return isinstance(value, str) and "\0" not in value
 
 
 def _time(created: object) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tetrarch.errors import ConfigError, ImageError
@@ -47,15 +48,17 @@ class UnknownImageError(ConfigError):
     """A name that is no image of ours and no Debian kernel package."""
 
 
-def package_of(name: str) -> str:
-    """The Debian package that an image name stands for."""
+def package_of(name: str, beside: Callable[[], Iterable[str]] = tuple) -> str:
+    """The Debian package that an image name stands for. ``beside`` gives the other names that
+    could have been meant."""
     if name in IMAGES:
         return IMAGES[name]
     if _PACKAGE_NAME.match(name):
         return name
+    near = difflib.get_close_matches(name.lower(), {*IMAGES, *beside()}, n=1)
+    known = f"there are {', '.join(IMAGES)}, and any linux-image package of Debian"
     raise UnknownImageError(
-        f"no image is called {name!r}",
-        f"there are {', '.join(IMAGES)}, and any linux-image package of Debian",
+        f"no image is called {name!r}", f"did you mean {near[0]}?" if near else known
     )
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from tetrarch._files import read_bounded
 from tetrarch.block.disk import open_disk
 from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ImageError
@@ -169,15 +170,20 @@ class DiskStore:
 def read_manifest(path: Path) -> DiskManifest:
     """What a later version has added is left out. Raises ImageError for what is none."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_bounded(path))
         known = {field.name for field in fields(DiskManifest)}
         manifest = DiskManifest(**{name: values[name] for name in values if name in known})
         texts = [*manifest.packages, *manifest.packages.values(), *manifest.asked]
+        sound = isinstance(manifest.asked, list) and all(isinstance(text, str) for text in texts)
+        words = (manifest.name, manifest.append, manifest.release, manifest.suite)
+        sound = sound and all(isinstance(word, str) for word in words)
+        # What ext4 can write down.
+        sound = sound and type(manifest.time) is int and 0 <= manifest.time < 1 << 34
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror}", "name a disk.json") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ImageError(f"{path} describes no disk", "name the disk.json of one") from error
-    if not all(isinstance(text, str) for text in texts) or not isinstance(manifest.time, int):
+    if not sound:
         raise ImageError(f"{path} describes no disk", "name the disk.json of one")
     return manifest
 

@@ -8,6 +8,7 @@ the tree alone.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ __all__ = ["Node", "Tree"]
 
 #: As many links as Linux follows on one path (path_resolution(7)).
 _LINKS_MAX = 40
+#: Of bytes, as linux/limits.h has them.
+_NAME_MAX, _PATH_MAX = 255, 4095
 #: How GNU tar and libarchive keep extended attributes in pax headers.
 _XATTR = "SCHILY.xattr."
 _WHITEOUT = ".wh."
@@ -146,6 +149,7 @@ class Tree:
         if not parts:  # the root itself
             return ""
         path = self._place(parts)
+        _check(entry, path)
         if entry.islnk():
             node = self.nodes.get(self._place(_parts(entry.linkname)))
             if node is None or node.is_directory:
@@ -220,6 +224,22 @@ class Tree:
     def _new_file(self) -> Path:
         self._files += 1
         return self._scratch / str(self._files)
+
+
+def _check(entry: tarfile.TarInfo, path: str) -> None:
+    """Raises ImageError for what Linux has not."""
+    longest = max(len(os.fsencode(part)) for part in path.split("/"))
+    major, minor = entry.devmajor, entry.devminor
+    for wrong, what in (
+        (longest > _NAME_MAX or len(os.fsencode(path)) > _PATH_MAX, "too long a name"),
+        (len(os.fsencode(entry.linkname)) > _PATH_MAX, "too long a link"),
+        (entry.isdev() and not (0 <= major < 1 << 12 and 0 <= minor < 1 << 20), "no device number"),
+    ):
+        if wrong:
+            name = path if len(path) <= 80 else f"{path[:80]}..."
+            raise ImageError(
+                f"an archive cannot be read: {name} has {what}", "make or fetch it anew"
+            )
 
 
 def _above(path: str) -> list[str]:

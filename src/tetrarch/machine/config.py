@@ -22,7 +22,7 @@ from tetrarch.console.backend import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec, PortSpec, no_console
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.gdb.spec import GdbSpec
-from tetrarch.net.spec import NetSpec
+from tetrarch.net.spec import NetSpec, each_its_own
 from tetrarch.share.spec import ShareSpec, share_tags
 
 __all__ = [
@@ -188,7 +188,9 @@ def _nets(value: object) -> tuple[NetSpec, ...]:
     """One network, or several; "none" is that there are none."""
     nets = several(value)
     if "none" not in nets:
-        return _each(_net, nets)
+        specs = _each(_net, nets)
+        each_its_own(specs)
+        return specs
     if len(nets) > 1:
         raise ValueProblem("none is given beside others", mend="give it alone")
     return ()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tetrarch._text_file import read_text
+from tetrarch._files import read_text
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.machine.config import MachineConfig, make_config, several
 from tetrarch.machine.config_lines import Place, lines_of

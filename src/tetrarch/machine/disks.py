@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import combinations
 from typing import TYPE_CHECKING, Protocol
 
 from tetrarch.block.disk import OnStop, open_disk
 from tetrarch.block.spec import DiskSpec
+from tetrarch.errors import ConfigError, ImageError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.storage import AhciController, AtaDrive, IdeController, NvmeController
 from tetrarch.virtio.blk import BlkKind
@@ -15,7 +19,7 @@ from tetrarch.virtio.vhost_user import VhostUserBlk
 if TYPE_CHECKING:
     from tetrarch._native import Disk, Vm
 
-__all__ = ["MachineDisk", "machine_disks"]
+__all__ = ["MachineDisk", "check_images", "machine_disks"]
 
 #: Queues of a disk beyond which more of them gain nothing: they have one I/O thread.
 _QUEUES_MAX = 4
@@ -31,6 +35,23 @@ class MachineDisk(Protocol):
         """Lets go of the images."""
 
 
+def check_images(config: MachineConfig) -> None:
+    """Raises ConfigError where two disks would write to one image: each is refused by the lock of
+    the other, which does not tell whose it is."""
+    images = [disk for disk in config.disk if not disk.vhost_user]
+    images += [cd.disk for cd in config.cdrom]
+    for one, other in combinations(images, 2):
+        writes = any(not (disk.readonly or disk.snapshot) for disk in (one, other))
+        same = False
+        with suppress(OSError, ValueError):  # one that is not there is refused when it is opened
+            same = writes and os.path.samefile(one.path, other.path)
+        if same:
+            raise ConfigError(
+                f"{other.path}: two disks of the machine have this image",
+                mend="give one of them a copy, or both readonly",
+            )
+
+
 def machine_disks(
     vm: Vm, config: MachineConfig, stop: OnStop
 ) -> Iterator[BlkKind | VhostUserBlk | NvmeController | AhciController | IdeController]:
@@ -43,8 +64,15 @@ def machine_disks(
         def stopped(cause: str, waits: Callable[[], bool]) -> None:
             stop(f"{name} ({spec.path}): {cause}", waits)
 
-        return open_disk(spec, stopped)
+        disk = open_disk(spec, stopped)
+        if disk.size == 0:
+            disk.close()
+            raise ImageError(
+                f"{spec.path}: is empty", mend="get the file again, or: tetrarch disk resize"
+            )
+        return disk
 
+    check_images(config)
     queues = min(config.cpus, _QUEUES_MAX)
     ahci: list[AtaDrive] = []
     ide: list[AtaDrive] = []

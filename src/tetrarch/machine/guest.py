@@ -12,6 +12,7 @@ from tetrarch.boot import build_acpi, load_kernel
 from tetrarch.boot.source import Source
 from tetrarch.images.default_guest import DEFAULT_APPEND
 from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.disks import check_images
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.platforms.platform import Platform
 from tetrarch.share.spec import share_tags
@@ -32,6 +33,7 @@ def check_files(config: MachineConfig) -> None:
         if path is not None:
             with Source.open(path, what):
                 pass
+    check_images(config)
     with disk_errors():
         images = (disk for disk in config.disk if not disk.vhost_user)
         for disk in (*images, *(cd.disk for cd in config.cdrom)):
@@ -65,8 +67,10 @@ def resolve_guest(config: MachineConfig, reporter: Reporter | None = None) -> Ma
     if config.kernel is not None:
         return config
     from tetrarch import images
+    from tetrarch.images.store import DiskStore
 
-    name = config.image or images.DEFAULT_IMAGE
+    name = images.DEFAULT_IMAGE if config.image is None else config.image
+    images.package_of(name, lambda: [disk.manifest.name for disk in DiskStore().list()])
     guest = images.ensure(images.Cache(), name, reporter or images.Reporter())
     files = {"image": None, "kernel": guest.kernel, "initrd": config.initrd or guest.initrd}
     return config.model_copy(update=files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
+from tetrarch._files import open_to_write
 from tetrarch._native import Network
 from tetrarch.errors import HostError
 from tetrarch.net.flow import Address, Flow, FlowFilter
@@ -53,7 +54,7 @@ def wrap(
         native.filter(_judge(spec.filter, failed))
     if spec.pcap is not None:
         try:
-            with spec.pcap.open("wb") as file:
+            with open_to_write(spec.pcap) as file:
                 native.capture(file.fileno())
         except OSError as error:
             raise HostError(

@@ -10,11 +10,13 @@ import errno
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -71,8 +73,7 @@ class Passt:
             _listen(process, self._words)
             code = process.wait()
         if not self._closing:
-            how = f"by signal {-code}" if code < 0 else f"with code {code}"
-            self._ended(f"passt has ended {how}{_saying(self._words)}")
+            self._ended(f"passt has ended {_how(code)}{_saying(self._words)}")
 
 
 def _start(
@@ -105,11 +106,12 @@ def _start(
             try:
                 if _is_ready(process, reader):
                     return process
-                process.kill()
+                code = process.poll()
+                _kill(process)
                 _listen(process, words)
                 process.wait()
             except BaseException:
-                process.kill()
+                _kill(process)
                 process.wait()
                 raise
         except OSError as error:
@@ -118,10 +120,17 @@ def _start(
             ) from error
         finally:
             os.close(reader)
+    why = f" within {_START_S:g} s" if code is None else f": it ended {_how(code)}"
     raise HostError(
-        f"passt did not start{_saying(words)}",
+        f"passt did not start{_saying(words) or why}",
         mend="give what it asks for, or use tap=NAME; passt(1) describes it",
     )
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With what it has started, where it is a script around the program."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _is_ready(process: subprocess.Popen[str], reader: int) -> bool:
@@ -145,6 +154,10 @@ def _listen(process: subprocess.Popen[str], words: deque[str]) -> None:
         if (text := line.strip()) and not text.startswith(_NOISE):
             words.append(text)
     process.stderr.close()
+
+
+def _how(code: int) -> str:
+    return f"by signal {-code}" if code < 0 else f"with code {code}"
 
 
 def _saying(words: deque[str]) -> str:

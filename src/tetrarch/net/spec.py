@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -15,14 +15,14 @@ from tetrarch.errors import ValueProblem
 from tetrarch.net.flow import FlowFilter
 from tetrarch.net.mac import format_mac, parse_mac
 
-__all__ = ["QUEUES_MAX", "Forward", "NetSpec"]
+__all__ = ["QUEUES_MAX", "Forward", "NetSpec", "each_its_own"]
 
 NetKindName = Literal["user", "tap", "socket", "vhost-user"]
 
 #: What the data path has at most (crates/virtio/src/net.rs).
 QUEUES_MAX = 16
-# Linux' IFNAMSIZ, with the zero at the end.
-_INTERFACE = re.compile(r"[^\s/:\0]{1,15}")
+# Linux' IFNAMSIZ, with the zero at the end. A % would be a pattern for the kernel.
+_INTERFACE = re.compile(r"[^\s/:%\0]{1,15}")
 _FORWARD = re.compile(r"(?:(\[[^\]]*\]|[^:]*):)?([0-9]{1,5}):([0-9]{1,5})")
 # As many digits as what was read needs to be written again.
 _TIME = re.compile(r"([0-9]{1,8}(?:\.[0-9]{1,18})?)(us|ms|s)")
@@ -31,6 +31,8 @@ _RATE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)([KMG]?)(?:bit)?", re.IGNOREC
 _EXPONENTS = {"us": -6, "ms": -3, "s": 0}
 _BITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _DELAY_MAX_S = 60.0
+#: All addresses of the host.
+_ANY = {"0.0.0.0", "::"}
 
 
 class Forward(NamedTuple):
@@ -82,11 +84,21 @@ class NetSpec:
             )
         if self.kind == "vhost-user":
             self._only_the_card()
+        self._each_port_once()
         if self.queues > 1 and (self.delay or self.loss or self.rate or self.filter):
             raise ValueProblem(
                 f"{self.queues} queues cannot be slowed down or filtered as one",
                 mend="give the card one",
             )
+
+    def _each_port_once(self) -> None:
+        for number, one in enumerate(self.forward):
+            for other in self.forward[:number]:
+                all_of_them = _ANY.intersection((one.host, other.host))
+                if one.port == other.port and (one.host == other.host or all_of_them):
+                    raise ValueProblem(
+                        f"port {one.port} is forwarded twice", mend="forward another, or to one"
+                    )
 
     def _only_the_card(self) -> None:
         """Frames do not pass here."""
@@ -135,6 +147,20 @@ class NetSpec:
         return ",".join(word.replace(",", ",,") for word in words)
 
 
+def each_its_own(cards: Sequence[NetSpec]) -> None:
+    """Raises ValueProblem where two cards of a machine have the same address or tap device."""
+    macs = [card.mac for card in cards if card.mac is not None]
+    taps = [card.target for card in cards if card.kind == "tap"]
+    for mac in macs:
+        if macs.count(mac) > 1:
+            raise ValueProblem(
+                f"two cards have mac={format_mac(mac)}", mend="give one of them another"
+            )
+    for tap in taps:
+        if taps.count(tap) > 1:
+            raise ValueProblem(f"two cards are at tap={tap}", mend="give each its own")
+
+
 _KINDS = "there are none, user, tap=NAME, socket=PATH and vhost-user=PATH"
 _TARGETS = {"user": "", "tap": "NAME", "socket": "PATH", "vhost-user": "PATH"}
 
@@ -143,7 +169,7 @@ def _interface(name: str, value: str | None) -> str:
     if not value or not _INTERFACE.fullmatch(value) or value in (".", ".."):
         raise ValueProblem(
             f"{name} is {shown(value)}, which names no network device",
-            mend="give up to 15 characters, none of them a space, '/' or ':'",
+            mend="give up to 15 characters, none of them a space, '/', ':' or '%'",
         )
     return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -71,7 +72,8 @@ def share_tags(shares: Sequence[ShareSpec]) -> list[str]:
         if share.tag is not None:
             tags.append(share.tag)
             continue
-        name = share.directory.resolve().name
+        # As resolve() does, but for links in a circle: those are refused when they are opened.
+        name = os.path.basename(os.path.realpath(share.directory))
         free = _TAG.fullmatch(name) is not None and name not in taken
         tags.append(name if free else f"share{index}")
         if tags[-1] in taken:

@@ -6,6 +6,7 @@ given a socket to listen at, and ends when the device hangs up.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -34,9 +35,7 @@ class Virtiofsd:
 
     def __init__(self, share: ShareSpec) -> None:
         """Raises HostError where there is none, or no such directory."""
-        directory = share.directory.resolve()
-        if not directory.is_dir():
-            raise HostError(f"cannot share {directory}: no such directory", mend="name one")
+        directory = _directory(share.directory)
         program = _find()
         self._directory = directory
         self._words: deque[str] = deque(maxlen=20)
@@ -63,12 +62,18 @@ class Virtiofsd:
     def refused(self, cause: HostError) -> HostError:
         """The error of one that did not come to serve, in its own words if it had any."""
         self.close()
+        said = self._words[-1] if self._words else f"{cause.cause} ({self._end()})"
         return HostError(
-            f"cannot share {self._directory}: virtiofsd did not start: "
-            f"{self._words[-1] if self._words else cause.cause}",
+            f"cannot share {self._directory}: virtiofsd did not start: {said}",
             mend="give it what it asks for: where the user is not root, user namespaces, and for "
             "QEMU's virtiofsd newgidmap (apt-get install uidmap) and an entry in /etc/subgid",
         )
+
+    def _end(self) -> str:
+        code = self._process.returncode
+        if code is None:
+            return "it does not end either"
+        return f"it ended by signal {-code}" if code < 0 else f"it ended with code {code}"
 
     def close(self) -> None:
         """Ends it. The device has hung up before."""
@@ -94,6 +99,23 @@ class Virtiofsd:
             for line in said:
                 if text := line.strip():
                     self._words.append(text)
+
+
+def _directory(path: Path) -> Path:
+    try:
+        directory = path.resolve(strict=True)
+        if not directory.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(directory, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except FileNotFoundError as error:
+        raise HostError(f"cannot share {path}: no such directory", mend="name one") from error
+    except (OSError, RuntimeError) as error:  # the latter for links in a circle, before 3.13
+        reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.ELOOP)
+        raise HostError(
+            f"cannot share {path}: {reason}", mend="name a directory that you can read"
+        ) from error
+    return directory
 
 
 def _find() -> str:
@@ -151,7 +173,8 @@ def _is_rust(program: str) -> bool:
             [program, "--help"], capture_output=True, text=True, errors="replace", timeout=_END_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise HostError(f"{program} does not run: {error}", mend="install it anew") from error
+        reason = error.strerror if isinstance(error, OSError) else f"no answer in {_END_S:g} s"
+        raise HostError(f"{program} does not run: {reason}", mend="install it anew") from error
     return "--shared-dir" in said.stdout + said.stderr
 
 
