@@ -74,6 +74,15 @@ def wait_until(path: Path, script: str) -> None:
         assert time.monotonic() < deadline, script
 
 
+def test_guest_that_ends_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It has taken the connection, and never says a word.
+    monkeypatch.setattr("tetrarch.agent.client._ANSWER_S", 3600)
+    with listen(tmp_path / "vsock"):
+        alive = iter([True, True, True])
+        with pytest.raises(AgentError, match="the guest ended before its agent answered"):
+            connect(tmp_path / "vsock", 3600, lambda: next(alive, False))
+
+
 def test_output_error_output_and_exit_code_are_the_commands(path: Path) -> None:
     done = run(path, "sh", "-c", "echo one; echo two >&2; exit 7")
     assert (bytes(done.output), bytes(done.errors), done.code) == (b"one\n", b"two\n", 7)

@@ -149,3 +149,32 @@ def test_machine_gets_no_empty_disk_and_no_image_twice(tmp_path: Path) -> None:
     machine(tmp_path, f"{image},readonly", f"{link},readonly").stop()
     # Nothing holds it.
     opened(image)
+
+
+def test_user_of_an_image_is_told_apart_by_what_it_does(tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    block.create(path, MIB)
+    for readonly, said in ((True, "reads it, or add snapshot=on"), (False, "writes to it")):
+        other = block.open_disk(block.DiskSpec(path, readonly=readonly))
+        with pytest.raises(ImageError, match=f"the image is in use; stop .* that {said}$"):
+            opened(path)
+        other.close()
+    opened(path)
+
+
+def test_backing_file_with_a_colon_in_its_name(tmp_path: Path) -> None:
+    block.create(tmp_path / "a:b.img", MIB)
+    overlay = tmp_path / "disk.qcow2"
+    with pytest.raises(ImageError, match=r"is not a file; write it as \./a:b\.img: what stands"):
+        block.create(overlay, backing="a:b.img", backing_format="raw")
+    assert block.create(str(overlay), backing="./a:b.img", backing_format="raw") == MIB
+
+
+def test_folder_that_takes_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # sysfs takes no files, whoever asks.
+    with pytest.raises(ImageError, match="permission denied; give a path in a folder that you"):
+        block.create(Path("/sys/tetrarch.img"), MIB)
+    block.create(tmp_path / "disk.img", MIB)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    with pytest.raises(ImageError, match="no such file or directory; set TMPDIR to a folder"):
+        block.open_disk(block.DiskSpec(tmp_path / "disk.img", snapshot=True))

@@ -153,3 +153,31 @@ def test_initramfs_that_cannot_be_written_takes_nothing_away(cli: Cli, tmp_path:
     assert missing.stderr.splitlines() == [
         f"tetrarch: cannot write {tmp_path}/no/initrd: No such file or directory; name another file"
     ]
+
+
+def test_no_name_of_a_file_is_no_file_of_options(cli: Cli) -> None:
+    done = cli("run", "--config", "")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "tetrarch: .: Is a directory; name a readable file\n",
+    )
+
+
+def test_place_that_cannot_be_written_to_is_named_by_its_variable(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for words, variable in (
+        (("image", "pull"), "XDG_CACHE_HOME"),
+        (("image", "build", "debian", "--size", "4G"), "XDG_DATA_HOME"),
+    ):
+        done = cli(*words, **{variable: str(tmp_path / "file")})
+        (line,) = done.stderr.splitlines()
+        if "is missing; install it" in line:
+            pytest.skip(line)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"Not a directory; give yourself the right to write there, or set {variable}" in line
+
+
+def test_socket_that_cannot_be_is_said_in_the_hosts_words(run: Cli) -> None:
+    done = run("--net", "socket={here}/none/net")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "/none/net: No such file or directory; name a path" in done.stderr

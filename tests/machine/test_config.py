@@ -47,6 +47,7 @@ def test_what_is_no_size_is_refused_with_a_mend(text: object) -> None:
         ("engine", "tcg", "engine: 'tcg' is no engine; there are auto, bt and kvm"),
         ("name", "a/b", "name: 'a/b' is no name"),
         ("kernel", "", "kernel: '' is no file name"),
+        ("kernel", 3, "kernel: 3 is no path; name a file, in quotes"),
         ("kernel", "a\0b", "kernel: "),
         ("append", "a\0b", "append: it holds a zero byte"),
         ("debug_exit", "perhaps", "debug_exit: 'perhaps' is neither"),

@@ -58,6 +58,10 @@ fn make(path: &Path, format: Format, size: u64, new: &NewImage) -> Result<Access
         io::ErrorKind::NotFound => {
             ImageError::new(path, "its folder is not there", "make that, or give another path")
         }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ImageError {
+            mend: "give a path in a folder that you can write to".into(),
+            ..ImageError::host(path, "cannot make the image", error)
+        },
         _ => ImageError::host(path, "cannot make the image", error),
     })?;
     take_lock(&file, path, true)?;

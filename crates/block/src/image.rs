@@ -222,7 +222,12 @@ pub(crate) fn backing_path(image: &Path, name: &str) -> Result<PathBuf, ImageErr
             return Ok(image.parent().unwrap_or(Path::new("")).join(rest));
         }
         let cause = format!("its backing file {name} is not a file");
-        let mend = "copy that into a file: qemu-img convert -O qcow2 OLD NEW";
+        let there = image.parent().unwrap_or(Path::new("")).join(name).exists();
+        let mend = if there {
+            format!("write it as ./{name}: what stands before a colon is a protocol")
+        } else {
+            "copy that into a file: qemu-img convert -O qcow2 OLD NEW".into()
+        };
         return Err(ImageError::new(image, cause, mend));
     }
     Ok(image.parent().unwrap_or(Path::new("")).join(name))
@@ -249,7 +254,10 @@ const OVERLAY_CLUSTER: u64 = 64 << 10;
 fn overlay(base: Access, path: &Path) -> Result<Layer, ImageError> {
     // As QEMU does: /tmp may be memory.
     let folder = std::env::var_os("TMPDIR").map_or("/var/tmp".into(), PathBuf::from);
-    let failed = |error| ImageError::host(&folder, "cannot make the overlay of snapshot=on", error);
+    let failed = |error| ImageError {
+        mend: "set TMPDIR to a folder with room that you can write to".into(),
+        ..ImageError::host(&folder, "cannot make the overlay of snapshot=on", error)
+    };
     let file = tempfile::tempfile_in(&folder).map_err(failed)?;
     let again = file.try_clone().map_err(failed)?;
     let size = base.size();

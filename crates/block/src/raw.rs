@@ -247,8 +247,9 @@ pub(crate) fn take_lock(file: &File, path: &Path, writes: bool) -> Result<(), Im
             Ok(())
         }
         Err(Errno::AGAIN | Errno::ACCESS) => {
-            let mend = if writes {
-                "stop the machine or program that has it, or add snapshot=on"
+            // A reader is kept off by a writer alone.
+            let mend = if writes && lock::lock(file, false).is_ok() {
+                "stop the machine or program that reads it, or add snapshot=on"
             } else {
                 "stop the machine or program that writes to it"
             };

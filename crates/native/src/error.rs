@@ -1,6 +1,6 @@
 //! The one place where Rust errors become Python exceptions.
 
-use pyo3::exceptions::{PyException, PyValueError};
+use pyo3::exceptions::{PyException, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use tetrarch_bus::{AttachError, DeviceError, RunError};
 use tetrarch_machine::{MachineError, NotHeld};
@@ -74,7 +74,15 @@ impl Failure {
 
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
-        Self::Python(error.into())
+        // With its number, so that Python has its words apart (OSError.strerror).
+        Self::Python(match error.raw_os_error() {
+            Some(number) => {
+                let text = error.to_string();
+                let words = text.split(" (os error").next().unwrap_or_default().to_owned();
+                PyOSError::new_err((number, words))
+            }
+            None => error.into(),
+        })
     }
 }
 

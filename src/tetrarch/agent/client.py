@@ -6,6 +6,7 @@ length (little-endian), and the rest. Input is sent as far as the agent has room
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import threading
@@ -179,7 +180,7 @@ def connect(path: Path, timeout: float, alive: Callable[[], bool] = lambda: True
     """
     deadline = time.monotonic() + timeout
     while alive():
-        if (stream := _try(path)) is not None:
+        if (stream := _try(path, alive)) is not None:
             return stream
         if time.monotonic() >= deadline:
             raise AgentError(
@@ -190,14 +191,15 @@ def connect(path: Path, timeout: float, alive: Callable[[], bool] = lambda: True
     raise AgentError("the guest ended before its agent answered", "see what it says on its console")
 
 
-def _try(path: Path) -> AgentStream | None:
-    """None where nobody listens yet."""
+def _try(path: Path, alive: Callable[[], bool]) -> AgentStream | None:
+    """None where nobody listens yet, or ever will."""
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         stream.settimeout(_ANSWER_S)
         stream.connect(str(path))
         stream.sendall(b"CONNECT %d\n" % PORT)
         answer = b""
+        _await_word(stream, alive)
         while not answer.endswith(b"\n"):
             byte = stream.recv(1)
             if not byte:
@@ -205,6 +207,7 @@ def _try(path: Path) -> AgentStream | None:
             answer += byte
         if not answer.startswith(b"OK "):
             raise ConnectionError
+        _await_word(stream, alive)
     except OSError:
         stream.close()
         return None
@@ -219,6 +222,14 @@ def _try(path: Path) -> AgentStream | None:
         raise
     stream.settimeout(None)
     return agent
+
+
+def _await_word(stream: socket.socket, alive: Callable[[], bool]) -> None:
+    """Waits until there is something to read. Raises ConnectionError where nothing comes."""
+    deadline = time.monotonic() + _ANSWER_S
+    while not select.select([stream], [], [], _RETRY_S)[0]:
+        if not alive() or time.monotonic() >= deadline:
+            raise ConnectionError
 
 
 def encode_window(rows: int, columns: int) -> bytes:

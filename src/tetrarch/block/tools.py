@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tetrarch._native import Disk, DiskSource, disk_check, disk_create, disk_info
 from tetrarch.block.disk import disk_errors
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "convert", "create", "format_by_name", "info", "resize"]
 
+ImagePath: TypeAlias = str | os.PathLike[str]
+
 _SECTOR = 512
 
 
@@ -23,9 +26,9 @@ _SECTOR = 512
 _NOT_MADE = (".qcow", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk")
 
 
-def format_by_name(path: Path) -> DiskFormat:
+def format_by_name(path: ImagePath) -> DiskFormat:
     """What a new image is by its name: qcow2 or raw. Raises ConfigError for others' formats."""
-    suffix = path.suffix.lower()
+    suffix = Path(path).suffix.lower()
     if suffix in _NOT_MADE:
         raise ConfigError(
             f"{path}: {suffix[1:]} images are not written",
@@ -34,7 +37,7 @@ def format_by_name(path: Path) -> DiskFormat:
     return "qcow2" if suffix == ".qcow2" else "raw"
 
 
-def _check_size(path: Path, size: int) -> None:
+def _check_size(path: ImagePath, size: int) -> None:
     if not 0 < size < 1 << 63 or size % _SECTOR:
         raise ConfigError(
             f"{path}: a disk of {size} bytes", mend="give a multiple of 512, from 512 to 2^63"
@@ -42,7 +45,7 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def create(
-    path: Path,
+    path: ImagePath,
     size: int | None = None,
     *,
     image_format: DiskFormat | None = None,
@@ -65,20 +68,20 @@ def create(
         return disk_create(path, kind, size, backing, backing_format, cluster_size)
 
 
-def info(path: Path, image_format: DiskFormat | None = None) -> DiskInfo:
+def info(path: ImagePath, image_format: DiskFormat | None = None) -> DiskInfo:
     with disk_errors():
         return disk_info(path, image_format)
 
 
-def check(path: Path, *, repair: bool = False) -> CheckReport:
+def check(path: ImagePath, *, repair: bool = False) -> CheckReport:
     """Compares the refcounts of a qcow2 image with what it refers to."""
     with disk_errors():
         return disk_check(path, repair)
 
 
 def convert(
-    source: Path,
-    target: Path,
+    source: ImagePath,
+    target: ImagePath,
     *,
     image_format: DiskFormat | None = None,
     source_format: DiskFormat | None = None,
@@ -95,7 +98,7 @@ def convert(
 
 
 def resize(
-    path: Path, size: int, *, shrink: bool = False, image_format: DiskFormat | None = None
+    path: ImagePath, size: int, *, shrink: bool = False, image_format: DiskFormat | None = None
 ) -> int:
     """Gives an image's disk another size; what it had before."""
     with disk_errors():

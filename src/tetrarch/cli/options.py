@@ -169,7 +169,8 @@ def effective(typed: dict[str, Any]) -> Effective:
         given["image"], origins["image"] = guest, "argument"
     machine = {name: given.pop(name) for name in list(given) if name in MachineConfig.model_fields}
     variables = _environment(given, machine)
-    config, run, sources = _of_file(given.pop("config", None) or variables.pop("config", None))
+    file = variables.pop("config", None)
+    config, run, sources = _of_file(given.pop("config", file))
     sources |= {name: f"environment {_variable(name)}" for name in variables}
     sources |= {name: origins[name] for name in machine}
     sources |= {f"run.{name}": origins[name] for name in given}

@@ -28,6 +28,7 @@ from pathlib import Path
 from tetrarch.errors import ImageError
 from tetrarch.images.archive import SCRATCH, sha256_of
 from tetrarch.images.default_guest import RECIPE_VERSION, BuiltGuest
+from tetrarch.images.disk import unusable_mend
 
 __all__ = ["Cache", "CacheError", "CachedGuest", "Manifest", "default_root"]
 
@@ -183,7 +184,7 @@ class Cache:
     def _unusable(self, error: OSError) -> CacheError:
         return CacheError(
             f"cannot write the cache {self.root}: {error.strerror or error}",
-            "free the space or set XDG_CACHE_HOME to another directory",
+            unusable_mend(error, "XDG_CACHE_HOME"),
         )
 
     def _manifest(self, path: Path) -> Manifest | None:

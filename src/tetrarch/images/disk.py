@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from tetrarch.errors import ImageError
 
-__all__ = ["NoSpaceError", "no_space", "require_size", "require_space"]
+__all__ = ["NoSpaceError", "no_space", "require_size", "require_space", "unusable_mend"]
 
 
 class NoSpaceError(ImageError):
@@ -45,6 +46,13 @@ def require_size(disk: Path, size: int) -> None:
 
 def _shown(size: int) -> str:
     return f"{size >> 30} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
+
+
+def unusable_mend(error: OSError, variable: str) -> str:
+    """What to do about a directory that cannot be written to, which ``variable`` sets."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    first = "free some space" if full else "give yourself the right to write there"
+    return f"{first}, or set {variable} to another directory"
 
 
 def no_space(what: str, directory: Path) -> NoSpaceError:

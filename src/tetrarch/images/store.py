@@ -25,6 +25,7 @@ from tetrarch._files import read_bounded
 from tetrarch.block.disk import open_disk
 from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ImageError
+from tetrarch.images.disk import unusable_mend
 
 __all__ = [
     "DISK",
@@ -163,7 +164,7 @@ class DiskStore:
     def _unusable(self, error: OSError) -> ImageError:
         return ImageError(
             f"cannot write disks to {self.root}: {error.strerror or error}",
-            "free the space or set XDG_DATA_HOME to another directory",
+            unusable_mend(error, "XDG_DATA_HOME"),
         )
 
 

@@ -464,6 +464,8 @@ def _config_error(
         near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
         mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
         return ConfigError(f"{of}there is no such option", mend=mend)
+    if first["type"] == "path_type":
+        return ConfigError(f"{of}{first['input']!r} is no path", mend="name a file, in quotes")
     if name in _PROBLEMS:
         cause, mend = _PROBLEMS[name]
         return ConfigError(f"{of}{first['input']!r} {cause}", mend=mend)

@@ -65,7 +65,9 @@ class Virtiofsd:
         said = self._words[-1] if self._words else f"{cause.cause} ({self._end()})"
         return HostError(
             f"cannot share {self._directory}: virtiofsd did not start: {said}",
-            mend="give it what it asks for: where the user is not root, user namespaces, and for "
+            mend="name a directory below it"
+            if self._directory == Path("/")
+            else "give it what it asks for: where the user is not root, user namespaces, and for "
             "QEMU's virtiofsd newgidmap (apt-get install uidmap) and an entry in /etc/subgid",
         )
 
