@@ -281,6 +281,28 @@ def test_run_with_a_command_is_as_the_command_is(debian_guest: CachedGuest) -> N
     assert (done.stdout, done.stderr, done.returncode) == (b"through\n", b"no\n", 7)
 
 
+def test_output_that_nobody_takes_costs_the_guest_nothing(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    script = "echo kept >/dev/vda; echo a line; sleep 1000"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command(debian_guest, "--disk", str(disk), "--", "sh", "-c", script),
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+    said = "the command's output cannot be written: No space left on device; open it to a file"
+    assert (done.returncode, done.stderr.startswith(f"tetrarch: {said}")) == (1, True), done.stderr
+    # It was in the guest's memory, and the guest was switched off.
+    assert disk.read_bytes().startswith(b"kept\n")
+
+
 @pytest.mark.long
 @pytest.mark.timeout(10 * LIMIT_S)
 def test_a_gibibyte_comes_back_as_it_went(debian_guest: CachedGuest, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 //! New images, and copies of images in another format.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -13,8 +13,9 @@ use imago::{FormatAccess, Mapping};
 use crate::backend::SECTOR;
 use crate::format::{Access, contained, storage};
 use crate::image::{Chain, backing_path, guess_format, open_file};
+use crate::new_file::NewFile;
 use crate::qcow2::Qcow2Header;
-use crate::raw::{size_of, take_lock};
+use crate::raw::size_of;
 use crate::{Format, ImageError};
 
 /// What a new image is to be.
@@ -42,33 +43,26 @@ pub fn create(path: &Path, format: Format, new: &NewImage) -> Result<u64, ImageE
         // It has to be there, and to be what it is said to be.
         Chain::default().layer(&backing_path(path, name)?, *format, false)?;
     }
-    make(path, format, size, new).map(|_| size)
+    let (_, file) = make(path, format, size, new)?;
+    file.finish()?;
+    Ok(size)
 }
 
-fn make(path: &Path, format: Format, size: u64, new: &NewImage) -> Result<Access, ImageError> {
+/// The image, and the file that it is in, which has no name yet.
+fn make(
+    path: &Path,
+    format: Format,
+    size: u64,
+    new: &NewImage,
+) -> Result<(Access, NewFile), ImageError> {
     if size == 0 || !size.is_multiple_of(SECTOR) || size > i64::MAX as u64 {
         let cause = format!("a disk of {size} bytes");
         return Err(ImageError::new(path, cause, "give a multiple of 512, from 512 to 2^63"));
     }
-    let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
-    let file = file.map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => {
-            ImageError::new(path, "is there already", "give another path, or remove it first")
-        }
-        io::ErrorKind::NotFound => {
-            ImageError::new(path, "its folder is not there", "make that, or give another path")
-        }
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ImageError {
-            mend: "give a path in a folder that you can write to".into(),
-            ..ImageError::host(path, "cannot make the image", error)
-        },
-        _ => ImageError::host(path, "cannot make the image", error),
-    })?;
-    take_lock(&file, path, true)?;
-    format_file(file, path, format, size, new).inspect_err(|_| {
-        // Half an image is none. It was made here, a moment ago.
-        let _ = std::fs::remove_file(path);
-    })
+    let file = NewFile::open(path)?;
+    let shared = file.share();
+    let shared = shared.map_err(|error| ImageError::host(path, "cannot make the image", error))?;
+    Ok((format_file(shared, path, format, size, new)?, file))
 }
 
 fn format_file(
@@ -151,7 +145,7 @@ impl Source {
     }
 
     /// Copies the disk into a new image, without its zeroes. `progress` hears how many
-    /// bytes are done and ends the copy by `false`; what was made is removed then.
+    /// bytes are done and ends the copy by `false`; what was made is gone then.
     pub fn copy(
         &self,
         path: &Path,
@@ -159,12 +153,12 @@ impl Source {
         mut progress: impl FnMut(u64) -> bool,
     ) -> Result<bool, ImageError> {
         let size = self.size().next_multiple_of(SECTOR);
-        let target = make(path, format, size, &NewImage::default())?;
-        let copied = contained(&self.path, || self.copy_to(&target, path, &mut progress));
-        if !matches!(copied, Ok(true)) {
-            let _ = std::fs::remove_file(path);
+        let (target, file) = make(path, format, size, &NewImage::default())?;
+        let whole = contained(&self.path, || self.copy_to(&target, path, &mut progress))?;
+        if whole {
+            file.finish()?;
         }
-        copied
+        Ok(whole)
     }
 
     fn copy_to(

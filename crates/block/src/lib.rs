@@ -15,6 +15,7 @@ mod foreign;
 mod format;
 mod image;
 mod lock;
+mod new_file;
 mod pread;
 mod qcow2;
 mod raw;

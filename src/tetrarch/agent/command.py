@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Self
+from typing import BinaryIO, Self
 
 from tetrarch.agent.client import (
     ERROR,
@@ -29,6 +29,7 @@ from tetrarch.agent.client import (
     encode_run,
     encode_window,
 )
+from tetrarch.errors import HostError
 
 __all__ = ["run_here", "run_quietly", "window"]
 
@@ -78,8 +79,20 @@ def _follow(stream: AgentStream) -> int:
             return int.from_bytes(data[:4], "little")
         output = outputs.get(kind)
         if output is not None:
-            output.write(data)
-            output.flush()
+            _pass_on(output, data)
+
+
+def _pass_on(output: BinaryIO, data: bytes) -> None:
+    try:
+        output.write(data)
+        output.flush()
+    except BrokenPipeError:  # who read it has gone
+        raise
+    except OSError as error:
+        raise HostError(
+            f"the command's output cannot be written: {error.strerror}",
+            "open it to a file with room",
+        ) from error
 
 
 class _Feeder:

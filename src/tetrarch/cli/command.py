@@ -12,7 +12,7 @@ from tetrarch.agent.command import run_here, run_quietly
 from tetrarch.cli.reports import report_end
 from tetrarch.cli.resume import resumed_by_signal
 from tetrarch.console import MemoryConsole
-from tetrarch.errors import ConfigError
+from tetrarch.errors import ConfigError, HostError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.guest import check_files, resolve_guest
 from tetrarch.machine.lifecycle import Phase
@@ -82,6 +82,10 @@ def _run(machine: Machine, path: Path, options: CommandOptions) -> tuple[ExitSta
         status = ExitStatus(StopReason.TIMEOUT, f"{options.timeout:g} s passed")
         print(f"tetrarch: {status} (--timeout)", file=sys.stderr)
         return status, status.code
+    except (OSError, HostError):
+        # Nobody takes the output any more: no reason to lose what the guest has in memory.
+        _power_off(machine, path)
+        raise
     finally:
         timer.cancel()
     _power_off(machine, path)
