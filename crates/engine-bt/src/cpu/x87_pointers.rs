@@ -16,9 +16,10 @@ use std::mem::offset_of;
 
 use crate::state::{CpuState, FX_POINTERS, FxImage, LastThunk};
 
-/// Finds guest instructions by the low half of a host address in their translation.
+/// Finds guest instructions by the low half of a host address in their translation, and
+/// by their page where that is relative.
 pub trait CodePlaces: Send + Sync {
-    fn rip_of(&self, host: u32) -> Option<u64>;
+    fn rip_of(&self, host: u32, page: u64) -> Option<u64>;
 }
 
 /// The guest's pointers.

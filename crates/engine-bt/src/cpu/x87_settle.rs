@@ -16,7 +16,7 @@ impl Cpu {
         let places = self.places.clone();
         let found = resolve(
             &self.st,
-            |host| places.as_ref().and_then(|places| places.rip_of(host)),
+            |host| places.as_ref().and_then(|places| places.rip_of(host, self.st.x87_page)),
             |host| self.tlb.linear_of(host),
         );
         let Found::New(mut new, environment) = found else { return };

@@ -20,7 +20,7 @@ use crate::state::block::branch_index;
 use crate::state::fault::{Fault, vector};
 use crate::state::mode;
 use crate::state::{flag, reg};
-use crate::translate::block::{Built, Link, MapEntry, Site, Source, What};
+use crate::translate::block::{Built, Link, MapEntry, PortAccess, Site, Source, What, rebased};
 use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
 use crate::translate::cache::CodeCache;
 use crate::translate::liveness::{ALL, FlagUse};
@@ -54,6 +54,8 @@ pub extern "sysv64" fn fill(cpu: u64, linear: u64, write: u64) -> u64 {
 struct SlowSite {
     /// The host address by which it leaves.
     at: u64,
+    /// Where it is mapped, if it is relative code.
+    page: Option<u64>,
     rip: u64,
     saved: bool,
     /// The arithmetic flags that were not put aside, and where they are from.
@@ -179,11 +181,11 @@ impl Translator {
             return Ok(None);
         }
         let Some(id) = self.exec_id(cpu, rip)? else { return Ok(None) };
-        let key = Key { rip, id, mode: cpu.st.mode, origin };
+        let key = block_key(cpu, rip, id, origin);
         if let Some(index) = self.translations.find(&key) {
             return Ok(Some(index));
         }
-        Ok(self.translate(cpu, key))
+        Ok(self.translate(cpu, rip, key))
     }
 
     /// Goes over to the translations that are made now. The vCPU's tables hold none of
@@ -202,8 +204,12 @@ impl Translator {
         let linear = rip & !0xFFF;
         let id = cpu.tlb.exec_id(rip, user);
         if id != 0 {
+            let here = |page: ExecPage| match page.linear {
+                ExecPage::ANYWHERE => cpu.tlb.relative_page(rip) == linear,
+                known => known == linear,
+            };
             let known = self.translations.exec_page(id);
-            if known.is_some_and(|page| page.linear == linear && page.user == user) {
+            if known.is_some_and(|page| here(page) && page.user == user) {
                 return Ok(Some(id));
             }
         }
@@ -218,15 +224,23 @@ impl Translator {
         if walk.size > PAGE_SIZE {
             cpu.tlb.note_large(rip, walk.size);
         }
+        let relative = is_relative(rip, user);
+        let linear = if relative { ExecPage::ANYWHERE } else { linear };
         let page = ExecPage { linear, physical, user };
-        let id = match self.translations.exec_id(&page, walk.global) {
+        // It may be global in one address space and not in another.
+        let global = walk.global && !relative;
+        let id = match self.translations.exec_id(&page, global) {
             Some(id) => id,
-            None => match self.new_exec_id(cpu, page, walk.global) {
+            None => match self.new_exec_id(cpu, page, global) {
                 Some(id) => id,
                 None => return Ok(None),
             },
         };
-        cpu.tlb.fill_exec(rip, id, user, walk.global);
+        if relative {
+            cpu.tlb.fill_relative(rip, id);
+        } else {
+            cpu.tlb.fill_exec(rip, id, user, global);
+        }
         Ok(Some(id))
     }
 
@@ -243,12 +257,12 @@ impl Translator {
         id
     }
 
-    fn translate(&mut self, cpu: &mut Cpu, key: Key) -> Option<u32> {
+    fn translate(&mut self, cpu: &mut Cpu, rip: u64, key: Key) -> Option<u32> {
         let start = host_tsc();
         let physical = GuestPhys(self.translations.exec_page(key.id)?.physical);
         let mut page = [0u8; PAGE_SIZE as usize];
         cpu.vm.memory.read(physical, &mut page).ok()?;
-        let draft = self.draft(cpu, &key, physical, &page)?;
+        let draft = self.draft(cpu, rip, &key, physical, &page)?;
         let index = self.keep(cpu, key, draft);
         cpu.counts.translate_tsc += host_tsc().wrapping_sub(start);
         index
@@ -258,16 +272,16 @@ impl Translator {
     fn draft<'a>(
         &mut self,
         cpu: &mut Cpu,
+        rip: u64,
         key: &Key,
         physical: GuestPhys,
         page: &'a [u8; PAGE_SIZE as usize],
     ) -> Option<Draft<'a>> {
-        let rip = key.rip;
         let translations = Arc::clone(&self.translations);
         let offset = (rip & 0xFFF) as usize;
         let vm = Arc::clone(&cpu.vm);
         let source = Source {
-            rip,
+            rip: key.rip,
             bytes: &page[offset..],
             mode: key.mode,
             second: None,
@@ -279,7 +293,7 @@ impl Translator {
         let (built, second) = match self.builder.build(&source) {
             Some(built) => (built, None),
             None => {
-                let (built, second) = self.build_straddling(cpu, rip, &page[offset..])?;
+                let (built, second) = self.build_straddling(cpu, rip, key, &page[offset..])?;
                 (built, Some(second))
             }
         };
@@ -352,6 +366,7 @@ impl Translator {
         &mut self,
         cpu: &mut Cpu,
         rip: u64,
+        key: &Key,
         tail: &[u8],
     ) -> Option<(Built, (u64, [u8; MAX_HEAD]))> {
         if tail.len() >= MAX_HEAD {
@@ -362,15 +377,18 @@ impl Translator {
         // interpreter finds out.
         let second = self.exec_id(cpu, next).ok()??;
         let page = self.translations.exec_page(second)?;
+        if key.relative() != (page.linear == ExecPage::ANYWHERE) {
+            return None;
+        }
         let mut bytes = [0u8; 2 * MAX_HEAD];
         let mut head = [0; MAX_HEAD];
         cpu.vm.memory.read(GuestPhys(page.physical), &mut head).ok()?;
         bytes[..tail.len()].copy_from_slice(tail);
         bytes[tail.len()..tail.len() + MAX_HEAD].copy_from_slice(&head);
         let source = Source {
-            rip,
+            rip: key.rip,
             bytes: &bytes[..tail.len() + MAX_HEAD],
-            mode: cpu.st.mode,
+            mode: key.mode,
             second: Some(second),
             page: &[],
             looked: Cell::new(0),
@@ -429,10 +447,18 @@ impl Translator {
             }
             let tlb = &mut cpu.tlb;
             let retired = cache.drop_page(page, |block| {
-                tlb.drop_block(block.rip, block.mode & mode::USER != 0);
+                if block.relative() {
+                    tlb.drop_relative_block(block.id, block.rip);
+                } else {
+                    tlb.drop_block(block.rip, block.mode & mode::USER != 0);
+                }
             });
-            for gone in retired {
-                tlb.drop_exec(gone.linear, gone.user);
+            for (id, gone) in retired {
+                if gone.linear == ExecPage::ANYWHERE {
+                    tlb.drop_relative(id);
+                } else {
+                    tlb.drop_exec(gone.linear, gone.user);
+                }
             }
             let epoch = cpu.vm.code.clear(page);
             cache.note_dropped(page, epoch);
@@ -448,16 +474,11 @@ impl Translator {
                 exit_kind::SIGNAL => return self.host_exception(cpu, cpu.st.scratch[2]),
                 _ => {}
             }
-            let number = cpu.st.site;
-            let site = *self
-                .translations
-                .sites
-                .get(number)
-                .ok_or_else(|| broken("site", number.into()))?;
+            let site = self.site(cpu)?;
             match cpu.st.exit_kind {
                 exit_kind::BRANCH | exit_kind::REQUEST_BRANCH => {
                     let target = cpu.st.address;
-                    if !canonical(target) {
+                    if !canonical(target) && matches!(site.what, What::Branch) {
                         return Ok(branch_to_nowhere(cpu, &site));
                     }
                     continue_at(cpu, target, true);
@@ -486,21 +507,33 @@ impl Translator {
                 What::Nothing | What::Branch | What::Link(_) => Then::Continue,
                 What::Instruction(number) => {
                     let found = self.translations.interpreted.get(number);
-                    Then::Execute(*found.ok_or_else(|| broken("instruction", number.into()))?)
+                    let found = found.ok_or_else(|| broken("instruction", number.into()))?;
+                    Then::Execute(placed(cpu, &site, found))
                 }
                 What::Port(number) => {
                     let found = self.translations.ports.get(number);
-                    access::port(cpu, found.ok_or_else(|| broken("port", number.into()))?)
+                    let found = found.ok_or_else(|| broken("port", number.into()))?;
+                    let instruction = placed(cpu, &site, &found.instruction);
+                    access::port(cpu, &PortAccess { instruction, ..*found })
                 }
-                What::Straddles => {
-                    self.refresh_straddling(cpu, site.rip);
-                    Then::Interpret
-                }
+                What::Straddles(id) if self.goes_on_at(cpu, site.rip, id) => Then::Continue,
+                What::Straddles(_) => Then::Interpret,
             });
         }
     }
 
-    /// Runs translated code from `entry` until it leaves.
+    /// Where translated code has left.
+    fn site(&self, cpu: &Cpu) -> Result<Site, EngineError> {
+        let number = cpu.st.site;
+        let site = self.translations.sites.get(number);
+        let mut site = *site.ok_or_else(|| broken("site", number.into()))?;
+        if site.relative {
+            site.rip = site.rip.wrapping_add(cpu.st.code_page);
+        }
+        Ok(site)
+    }
+
+    /// Runs translated code from `entry`, which is for the guest's RIP, until it leaves.
     fn enter(&mut self, cpu: &mut Cpu, entry: u64) {
         let start = host_tsc();
         cpu.st.note_upper_halves();
@@ -525,7 +558,10 @@ impl Translator {
         // Not every leave of this kind comes from a miss.
         let missed = std::mem::replace(&mut cpu.missed, Missed::Nothing);
         let slot = (at >> 2) as usize % SLOW_SITES;
-        if self.slow_sites[slot].as_ref().is_none_or(|site| site.at != at) {
+        let here = |site: &SlowSite| {
+            site.at == at && site.page.is_none_or(|page| page == cpu.st.code_page)
+        };
+        if !self.slow_sites[slot].as_ref().is_some_and(here) {
             self.slow_sites[slot] = None;
             let (block, place) = self.leave_at(cpu, at)?;
             let sources = sources(&mut self.info, cpu, &self.translations, &block, place.rip);
@@ -537,7 +573,8 @@ impl Translator {
             let Some(sources) = sources else { return Ok(Then::Execute(instruction)) };
             let (rip, saved) = (cpu.st.rip, place.saved);
             let plain = PlainMove::of(&instruction);
-            let site = SlowSite { at, rip, saved, dead, sources, instruction, plain };
+            let page = block.relative().then_some(cpu.st.code_page);
+            let site = SlowSite { at, page, rip, saved, dead, sources, instruction, plain };
             self.slow_sites[slot] = Some(site);
         }
         let Some(site) = &self.slow_sites[slot] else { return Ok(Then::Interpret) };
@@ -570,7 +607,7 @@ impl Translator {
     fn leave_at(&self, cpu: &mut Cpu, at: u64) -> Result<(Key, MapEntry), EngineError> {
         let found = self.translations.instruction_at(at);
         let (&block, _, place) = found.ok_or_else(|| broken("address", at))?;
-        continue_at(cpu, block.rip.wrapping_add(u64::from(place.rip)), place.saved);
+        continue_at(cpu, block.place(place.rip, cpu.st.code_page), place.saved);
         Ok((block, place))
     }
 
@@ -597,14 +634,37 @@ impl Translator {
         Ok(entry)
     }
 
-    /// The second page of a crossing instruction is not the one translated: the
-    /// block goes if another page is mapped there now.
-    fn refresh_straddling(&mut self, cpu: &mut Cpu, rip: u64) {
+    /// Whether the instruction at `rip`, which crosses pages, goes on in the page of an exec
+    /// id: the table did not have it yet. Where another page is mapped, the block goes.
+    fn goes_on_at(&mut self, cpu: &mut Cpu, rip: u64, second: u32) -> bool {
         let next = (rip | 0xFFF).wrapping_add(1);
-        let Ok(Some(_)) = self.exec_id(cpu, next) else { return };
-        let Ok(Some(id)) = self.exec_id(cpu, rip) else { return };
-        self.cache.lock().forget(&Key { rip, id, mode: cpu.st.mode, origin: 0 });
+        let Ok(Some(now)) = self.exec_id(cpu, next) else { return false };
+        if now != second
+            && let Ok(Some(id)) = self.exec_id(cpu, rip)
+        {
+            self.cache.lock().forget(&block_key(cpu, rip, id, 0));
+        }
+        now == second
     }
+}
+
+/// Whether user code at `rip` is translated without its address: programs and libraries that
+/// Linux maps somewhere else each time, and not those that are linked for one place.
+fn is_relative(rip: u64, user: bool) -> bool {
+    user && rip > u32::MAX.into()
+}
+
+fn block_key(cpu: &Cpu, rip: u64, id: u32, origin: u32) -> Key {
+    let mode = cpu.st.mode;
+    if is_relative(rip, cpu.user()) {
+        return Key { rip: rip & (PAGE_SIZE - 1), id, mode: mode | mode::RELATIVE, origin };
+    }
+    Key { rip, id, mode, origin }
+}
+
+/// An instruction that a site leaves for, as it stands where it is mapped.
+fn placed(cpu: &Cpu, site: &Site, instruction: &Instruction) -> Instruction {
+    if site.relative { rebased(*instruction, cpu.st.code_page) } else { *instruction }
 }
 
 /// A near branch to an address that is not canonical faults itself (SDM 2, RET,

@@ -9,6 +9,7 @@
 
 use std::collections::HashSet;
 
+use rustc_hash::FxHashMap;
 use tetrarch_memory::GuestPhys;
 
 use crate::state::block::{
@@ -167,6 +168,13 @@ fn invalidate_branch(block: &mut StateBlock, target: u64, user: bool) {
     }
 }
 
+/// Where the tables have a page of relative code.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum RelativePage {
+    At(u64),
+    Several,
+}
+
 /// A page of code as the interpreter reads it.
 #[derive(Clone, Copy)]
 pub struct FetchedPage {
@@ -197,6 +205,8 @@ pub struct Tlb {
     /// Large pages that may have entries, as (base, size): INVLPG must drop all
     /// of such a page.
     large: HashSet<(u64, u64)>,
+    /// Where pages of relative code are, by their exec ids.
+    relative: FxHashMap<u32, RelativePage>,
     /// The page that the interpreter last fetched from.
     pub fetched: Option<FetchedPage>,
     /// Device memory never has an entry that translated code could hit; this
@@ -215,6 +225,7 @@ impl Tlb {
             block,
             logs,
             large: HashSet::new(),
+            relative: FxHashMap::default(),
             fetched: None,
             devices: [None; DEVICE_PAGES],
             flushes: 0,
@@ -297,6 +308,22 @@ impl Tlb {
         self.block.exec(user)[exec_index(linear)]
     }
 
+    /// The linear page of the entry for the page of `linear`, where that is relative code.
+    pub fn relative_page(&self, linear: u64) -> u64 {
+        self.block.exec_pages()[exec_index(linear)]
+    }
+
+    /// Enters the exec id of a page of relative code.
+    pub fn fill_relative(&mut self, linear: u64, id: u32) {
+        let page = linear & PAGE_MASK;
+        self.block.exec_pages_mut()[exec_index(page)] = page;
+        let place = self.relative.entry(id).or_insert(RelativePage::At(page));
+        if *place != RelativePage::At(page) {
+            *place = RelativePage::Several;
+        }
+        self.fill_exec(linear, id, true, false);
+    }
+
     pub fn fill_exec(&mut self, linear: u64, id: u32, user: bool, global: bool) {
         self.block.exec_mut(user)[exec_index(linear)] = id;
         self.logs[usize::from(global)].exec[usize::from(user)].push(linear & PAGE_MASK);
@@ -315,6 +342,7 @@ impl Tlb {
         self.forget_copies();
         let [local, global] = &mut self.logs;
         local.drain(&mut self.block);
+        self.relative.clear();
         if global_too {
             global.drain(&mut self.block);
             self.large.clear();
@@ -382,6 +410,26 @@ impl Tlb {
         invalidate_branch(&mut self.block, target, user);
     }
 
+    /// The same of a block of relative code, which is `offset` behind the start of its page.
+    pub fn drop_relative_block(&mut self, id: u32, offset: u64) {
+        match self.relative.get(&id) {
+            Some(RelativePage::At(page)) => {
+                invalidate_branch(&mut self.block, page | offset, true);
+            }
+            Some(RelativePage::Several) => self.flush_branches(),
+            None => {}
+        }
+    }
+
+    /// Drops the mappings of a page of relative code that is no more.
+    pub fn drop_relative(&mut self, id: u32) {
+        match self.relative.remove(&id) {
+            Some(RelativePage::At(page)) => self.drop_exec(page, true),
+            Some(RelativePage::Several) => self.flush_exec(),
+            None => {}
+        }
+    }
+
     /// Drops the mapping of an executable page that is no more.
     pub fn drop_exec(&mut self, linear: u64, user: bool) {
         self.block.exec_mut(user)[exec_index(linear)] = 0;
@@ -393,5 +441,6 @@ impl Tlb {
             logs.drain_branches(&mut self.block);
             logs.drain_exec(&mut self.block);
         }
+        self.relative.clear();
     }
 }

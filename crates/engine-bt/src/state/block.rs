@@ -31,12 +31,15 @@ const BRANCH_BYTES: usize = BRANCH_ENTRIES * size_of::<BranchEntry>();
 pub const EXEC_BITS: u32 = 16;
 pub const EXEC_ENTRIES: usize = 1 << EXEC_BITS;
 const EXEC_BYTES: usize = EXEC_ENTRIES * size_of::<u32>();
+const EXEC_PAGE_BYTES: usize = EXEC_ENTRIES * size_of::<u64>();
 
 /// Offsets from GS. Tables come in pairs: for kernel mode, then for user mode.
 pub const STATE_BYTES: usize = 16 * 1024;
 pub const BRANCH_OFFSET: usize = STATE_BYTES;
 pub const EXEC_OFFSET: usize = BRANCH_OFFSET + 2 * BRANCH_BYTES;
-pub const TLB_OFFSET: usize = EXEC_OFFSET + 2 * EXEC_BYTES;
+/// For user mode alone: the linear page of an entry whose exec id does not tell it.
+pub const EXEC_PAGE_OFFSET: usize = EXEC_OFFSET + 2 * EXEC_BYTES;
+pub const TLB_OFFSET: usize = EXEC_PAGE_OFFSET + EXEC_PAGE_BYTES;
 pub const BLOCK_BYTES: usize = TLB_OFFSET + 4 * TLB_BYTES;
 
 /// The part of the block that other threads write.
@@ -220,6 +223,16 @@ impl StateBlock {
     #[inline]
     pub fn exec_mut(&mut self, user: bool) -> &mut [u32] {
         self.table_mut(exec_offset(user), EXEC_ENTRIES)
+    }
+
+    #[inline]
+    pub fn exec_pages(&self) -> &[u64] {
+        self.table(EXEC_PAGE_OFFSET, EXEC_ENTRIES)
+    }
+
+    #[inline]
+    pub fn exec_pages_mut(&mut self) -> &mut [u64] {
+        self.table_mut(EXEC_PAGE_OFFSET, EXEC_ENTRIES)
     }
 }
 

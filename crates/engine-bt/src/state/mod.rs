@@ -184,6 +184,12 @@ pub struct CpuState {
     /// Host RFLAGS when translated code was left.
     pub exit_flags: u64,
     pub scratch: [u64; 4],
+    /// Where the relative code that runs is mapped; see [`mode::RELATIVE`].
+    pub code_page: u64,
+    /// The same of the last such code with an x87 instruction.
+    pub x87_page: u64,
+    /// Where an indirect call goes while its return address is pushed.
+    pub call_target: u64,
     /// 4096 less the size of an access through rsp that missed.
     pub stack_limit: u64,
     pub host_rsp: u64,
@@ -315,6 +321,10 @@ pub mod mode {
     pub const FSGSBASE: u32 = 1 << 7;
     /// SYSCALL and SYSRET run in translated code (EFER.SCE, and no trap of them).
     pub const SYSCALL: u32 = 1 << 8;
+    /// Of translations alone: user code translated without its linear address, which
+    /// [`CpuState::code_page`](super::CpuState::code_page) has instead. So one translation of a
+    /// library serves all processes, wherever they have it.
+    pub const RELATIVE: u32 = 1 << 9;
 }
 
 /// Bits of [`Segment::attributes`].

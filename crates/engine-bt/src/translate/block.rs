@@ -4,13 +4,16 @@
 use std::cell::Cell;
 use std::num::NonZeroU32;
 
-use iced_x86::{Instruction, Register};
+use iced_x86::{Instruction, OpKind, Register};
+use tetrarch_memory::PAGE_SIZE;
 
 use super::sources::Origin;
 use crate::cpu::cpuid::CpuidTable;
+use crate::state::mode;
 
 /// What the guest's code bytes are, and where.
 pub struct Source<'a> {
+    /// In relative code the offset in its page, as all addresses near it count from there.
     pub rip: u64,
     /// From `rip` to the end of its page (or of the one instruction that crosses
     /// into the next page).
@@ -28,6 +31,42 @@ pub struct Source<'a> {
     pub origin: &'a Origin,
 }
 
+/// An instruction that begins before this offset does not cross into the next page.
+const LAST_WHOLE: u64 = PAGE_SIZE - 15;
+
+impl Source<'_> {
+    pub fn relative(&self) -> bool {
+        self.mode & mode::RELATIVE != 0
+    }
+
+    /// Whether `target` is in the page of the code, so that a branch there needs no look at
+    /// what is mapped. In relative code that must hold wherever the page is mapped, so what
+    /// may cross into another counts as outside.
+    pub fn in_page(&self, target: u64) -> bool {
+        target & !(PAGE_SIZE - 1) == self.rip & !(PAGE_SIZE - 1)
+            && self.second.is_none()
+            && !(self.relative() && target & (PAGE_SIZE - 1) > LAST_WHOLE)
+    }
+}
+
+/// An instruction of relative code as it stands where its page is mapped.
+pub fn rebased(mut i: Instruction, page: u64) -> Instruction {
+    i.set_next_ip(i.next_ip().wrapping_add(page));
+    if i.is_ip_rel_memory_operand() {
+        i.set_memory_displacement64(i.memory_displacement64().wrapping_add(page));
+    }
+    match i.op0_kind() {
+        OpKind::NearBranch64 => {
+            i.set_near_branch64(i.near_branch64().wrapping_add(page));
+        }
+        OpKind::NearBranch16 => {
+            i.set_near_branch16(i.near_branch16().wrapping_add(page as u16));
+        }
+        _ => {}
+    }
+    i
+}
+
 /// A finished translation, not yet at an address.
 #[derive(Default)]
 pub struct Built {
@@ -43,7 +82,7 @@ pub struct Built {
     pub origins: Vec<Origin>,
     pub map: Vec<MapEntry>,
     pub entry: u32,
-    pub indirect_entry: u32,
+    pub saved_entry: u32,
     pub flags_in: u32,
     /// Guest bytes translated.
     pub len: u32,
@@ -67,8 +106,9 @@ pub struct MapEntry {
 /// small: what few of them have lies elsewhere.
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
-    /// Where the guest is.
+    /// Where the guest is; in relative code counted from its page.
     pub rip: u64,
+    pub relative: bool,
     pub what: What,
     /// Offset of the block in the cache.
     pub block: u32,
@@ -96,8 +136,9 @@ pub enum What {
     Instruction(u32),
     /// IN or OUT, likewise.
     Port(u32),
-    /// The second page of the block's instruction is not the one translated.
-    Straddles,
+    /// The page behind the block's instruction, which crosses into it, is not known to be the
+    /// one translated, which has this exec id.
+    Straddles(u32),
 }
 
 /// IN or OUT as decoded; its bytes need not be looked at again.

@@ -18,7 +18,11 @@ use crate::state::block::{branch_offset, exec_index, exec_offset};
 impl Job<'_> {
     /// Goes to a known address. `live` are the flags that it may need.
     pub(super) fn direct(&mut self, target: u64, live: u32, polled: bool) {
-        let same_page = self.in_page(target);
+        let same_page = self.source.in_page(target);
+        if !same_page && self.source.relative() {
+            self.direct_by_table(target, live);
+            return;
+        }
         let backward = target <= self.source.rip;
         let mut guard = None;
         let mut places = Vec::new();
@@ -72,15 +76,24 @@ impl Job<'_> {
         self.cold.push(Cold::Leave { places, stub: self.stubs.leave_link, site });
     }
 
-    fn in_page(&self, target: u64) -> bool {
-        target & !0xFFF == self.source.rip & !0xFFF && self.source.second.is_none()
+    /// The same from relative code to another page: which, depends on where this one is
+    /// mapped, so the target is looked up as an indirect branch does.
+    fn direct_by_table(&mut self, target: u64, live: u32) {
+        if self.flags == Flags::Host && live != 0 {
+            self.e.save_flags(R13);
+        }
+        self.flags = Flags::Saved;
+        self.relative_address(R13, target);
+        let site = self.site(self.current + 1, true, What::Nothing);
+        let site = Site { rip: target, dead: 0, ..site };
+        self.indirect_from(branch_offset(self.user), site);
     }
 
     /// Whether the next instruction is a conditional branch that can be patched.
     pub(super) fn before_patched_branch(&self) -> bool {
         let next = self.current + 1;
         self.kinds.get(next) == Some(&Kind::Jcc)
-            && self.in_page(self.instructions[next].near_branch_target())
+            && self.source.in_page(self.instructions[next].near_branch_target())
     }
 
     pub(super) fn jcc(&mut self, i: &Instruction, polled: bool) {
@@ -88,7 +101,7 @@ impl Job<'_> {
         let condition = jcc_opcode(i);
         let target = i.near_branch_target();
         let live = self.live_after();
-        if self.in_page(target) && (target > self.source.rip || polled) {
+        if self.source.in_page(target) && (target > self.source.rip || polled) {
             let jump = self.e.patched_jcc(condition);
             let link = Link { jump, guard: None, dead: (ALL & !live) as u8, origin: 0 };
             self.leave_link(vec![jump], target, link);
@@ -131,7 +144,10 @@ impl Job<'_> {
     pub(super) fn push_return(&mut self, i: &Instruction) {
         self.stack(-8, 8, true);
         let next = i.next_ip();
-        if next as i64 == i64::from(next as i32) {
+        if self.source.relative() {
+            self.relative_address(R13, next);
+            self.e.store_at(R14, 0, R13);
+        } else if next as i64 == i64::from(next as i32) {
             self.e.store_imm_at(R14, 0, next as i32);
         } else {
             self.e.mov_imm(R13, next);
@@ -165,10 +181,13 @@ impl Job<'_> {
     /// wild address leaves no trace, and one that is not known yet is interpreted.
     pub(super) fn call_indirect(&mut self, i: &Instruction) {
         let scratch = offset_of!(CpuState, scratch) + 16;
+        let target = offset_of!(CpuState, call_target);
         self.target_to_r13(i);
+        self.e.store(target, R13);
         let (miss, request) = self.e.find_target(branch_offset(self.user));
         self.e.store(scratch, R13);
         self.push_return(i);
+        self.e.load(R13, target);
         self.e.jmp_state(scratch);
         self.interpret_from(miss);
         self.leave(request, self.stubs.leave_request, What::Nothing);
@@ -190,10 +209,14 @@ impl Job<'_> {
 
     /// The same with the table of the mode that execution goes on in.
     pub(super) fn indirect_to(&mut self, table: usize) {
-        let (miss, request) = self.e.indirect(table);
         // A target that is not canonical faults at the branch, so whoever leaves
         // tells where it came from.
         let site = Site { dead: 0, ..self.site(self.current, true, What::Branch) };
+        self.indirect_from(table, site);
+    }
+
+    fn indirect_from(&mut self, table: usize, site: Site) {
+        let (miss, request) = self.e.indirect(table);
         let (miss_stub, request_stub) = (self.stubs.leave_branch, self.stubs.leave_request_branch);
         for (place, stub) in [(miss, miss_stub), (request, request_stub)] {
             self.cold.push(Cold::Leave { places: vec![place], stub, site });

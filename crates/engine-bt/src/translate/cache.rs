@@ -7,6 +7,8 @@
 //! and guarded by one compare of the exec table with the id it was linked for,
 //! so links survive address-space switches and die with a change of mapping.
 //! Dropping a page retires its ids: every link into it then misses by itself.
+//! Relative code (see [`mode::RELATIVE`](crate::state::mode::RELATIVE)) has one id wherever its
+//! page is mapped, and is entered from elsewhere by indirect branches alone.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -183,7 +185,7 @@ impl CodeCache {
                 }
                 What::Instruction(number) => *number += first_interpreted,
                 What::Port(number) => *number += first_port,
-                What::Nothing | What::Branch | What::Straddles => {}
+                What::Nothing | What::Branch | What::Straddles(_) => {}
             }
             translations.sites.push(site)?;
         }
@@ -192,7 +194,7 @@ impl CodeCache {
 
         let block = Block {
             start: start as u32,
-            indirect_entry: built.indirect_entry,
+            saved_entry: built.saved_entry,
             entry: built.entry,
             flags_in: built.flags_in,
             map: built.map.as_slice().into(),
@@ -214,7 +216,14 @@ impl CodeCache {
         if u32::from(link.dead) & block.flags_in != 0 {
             return;
         }
-        let entry = if site.saved { block.indirect_entry } else { block.entry };
+        if site.relative || key.relative() {
+            // The target knows where it is mapped from what came before it in its page.
+            let from = self.translations.block_at(site.block);
+            if from.is_none_or(|(from, _)| from.id != key.id) {
+                return;
+            }
+        }
+        let entry = if site.saved { block.saved_entry } else { block.entry };
         let to = block.start + entry;
         let id = key.id;
         // The guard comes last: until it matches, the jump is not reached.
@@ -225,9 +234,9 @@ impl CodeCache {
     }
 
     /// Drops the translations of a physical page. `gone` sees the key of each; the
-    /// result is the mappings that were retired. What a vCPU's tables hold of
-    /// either must go.
-    pub fn drop_page(&mut self, page: u64, mut gone: impl FnMut(&Key)) -> Vec<ExecPage> {
+    /// result is the mappings that were retired, with their exec ids. What a vCPU's tables
+    /// hold of either must go.
+    pub fn drop_page(&mut self, page: u64, mut gone: impl FnMut(&Key)) -> Vec<(u32, ExecPage)> {
         let Some(code) = self.pages.remove(&page) else { return Vec::new() };
         let Translations { blocks, pages, .. } = &*self.translations;
         for index in code.blocks {
@@ -239,7 +248,7 @@ impl CodeCache {
         for &number in &code.ids {
             pages.remove(number);
         }
-        code.ids.iter().filter_map(|&number| Some(pages.get(number)?.key)).collect()
+        code.ids.iter().filter_map(|&number| Some((number + 1, pages.get(number)?.key))).collect()
     }
 
     /// Whether all writes to these pages are seen.
@@ -279,8 +288,8 @@ impl CodeCache {
 }
 
 impl CodePlaces for Mutex<CodeCache> {
-    fn rip_of(&self, host: u32) -> Option<u64> {
-        self.lock().translations.rip_of(host)
+    fn rip_of(&self, host: u32, page: u64) -> Option<u64> {
+        self.lock().translations.rip_of(host, page)
     }
 }
 

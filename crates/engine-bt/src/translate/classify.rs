@@ -82,6 +82,10 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
     if !source.cpuid.runs(i) {
         return Kind::Interpret;
     }
+    if source.relative() && i.memory_base() == Register::EIP {
+        // The sum is cut to 32 bits, where the page is not known.
+        return Kind::Interpret;
+    }
     if i.flow_control() != FlowControl::Next {
         return transfer(i, mode);
     }

@@ -8,7 +8,9 @@ use std::mem::offset_of;
 
 use iced_x86::{Encoder, Instruction};
 
-use crate::state::block::{SHARED_OFFSET, TLB_ENTRIES, stack_offset, tlb_index, tlb_offset};
+use crate::state::block::{
+    EXEC_PAGE_OFFSET, SHARED_OFFSET, TLB_ENTRIES, exec_offset, stack_offset, tlb_index, tlb_offset,
+};
 use crate::state::{CpuState, Shared, StackPage};
 
 /// Host register numbers by their encoding.
@@ -546,6 +548,24 @@ impl Emitter {
         self.bytes(&[0x65, 0x4D, 0x8B, 0xAE]); // mov r13, gs:[r14 + host]
         self.imm32(table as u32 + 8);
         (miss, request)
+    }
+
+    /// Checks that the page `disp` behind the running relative code is the one of an exec
+    /// id. Clobbers r13, r14 and the flags. Returns the rel32s of the misses.
+    pub fn check_exec(&mut self, disp: i32, id: u32) -> (u32, u32) {
+        self.load(R13, offset_of!(CpuState, code_page));
+        self.lea(true, R13, Address { base: Some(R13), index: None, scale: 1, disp });
+        self.mov(R14, R13);
+        self.shr_imm(R14, 12);
+        self.bytes(&[0x45, 0x0F, 0xB7, 0xF6]); // movzx r14d, r14w
+        self.bytes(&[0x65, 0x4E, 0x39, 0x2C, 0xF5]); // cmp gs:[r14 * 8 + pages], r13
+        self.imm32(EXEC_PAGE_OFFSET as u32);
+        let page = self.jcc(cc::NE);
+        self.bytes(&[0x65, 0x42, 0x81, 0x3C, 0xB5]); // cmp dword gs:[r14 * 4 + ids], id
+        self.imm32(exec_offset(true) as u32);
+        self.imm32(id);
+        let other = self.jcc(cc::NE);
+        (page, other)
     }
 
     /// `jmp gs:[offset]`

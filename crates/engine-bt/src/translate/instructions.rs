@@ -54,6 +54,16 @@ impl Job<'_> {
         };
         if i.is_ip_rel_memory_operand() {
             let value = i.ip_rel_memory_address();
+            if self.source.relative() {
+                self.relative_address(host, value);
+                if to.size() == 4 {
+                    self.e.mov32(host, host);
+                }
+                if host == R14 {
+                    self.e.store(gpr_offset(guest), R14);
+                }
+                return;
+            }
             let value = if to.size() == 4 { value & 0xFFFF_FFFF } else { value };
             self.e.mov_imm(host, value);
         } else {

@@ -7,7 +7,7 @@ use iced_x86::{FlowControl, Instruction, InstructionInfoFactory};
 
 use super::block::{Built, MapEntry, Site, Source, What};
 use super::classify::{Kind, stack_run};
-use super::emit::{Emitter, R13, R14, REQUEST, cc};
+use super::emit::{Address, Emitter, R13, R14, REQUEST, cc};
 use super::liveness::{ALL, Way};
 use super::operands::{flag_operand, number};
 use super::sources::{Keep, Kept, Sources};
@@ -84,11 +84,17 @@ pub(super) struct Job<'a> {
 impl Job<'_> {
     pub(super) fn run(&mut self, ends: bool) {
         let (instructions, kinds) = (self.instructions, self.kinds);
-        // The indirect entry finds the flags in `saved_flags`.
+        if self.source.relative() {
+            // r13 is the guest's address.
+            let disp = -(self.source.rip as i32);
+            let page = Address { base: Some(R13), index: None, scale: 1, disp };
+            self.e.lea(true, R13, page);
+            self.e.store(offset_of!(CpuState, code_page), R13);
+        }
+        self.built.saved_entry = self.e.pos();
         if self.live[0] != 0 {
             self.e.restore_flags(R13);
         }
-        self.built.indirect_entry = 0;
         self.built.entry = self.e.pos();
         self.mark(0);
         if let Some(id) = self.source.second {
@@ -205,9 +211,16 @@ impl Job<'_> {
             self.flags = Flags::Saved;
             self.mark(0);
         }
+        let stub = self.stubs.leave_interpret;
+        if self.source.relative() {
+            let (index, others) = self.e.check_exec(page as i32, id);
+            self.leave(index, stub, What::Straddles(id));
+            self.leave(others, stub, What::Straddles(id));
+            return;
+        }
         self.e.cmp32_imm(exec_offset(self.user) + exec_index(page) * 4, id);
         let place = self.e.jcc(cc::NE);
-        self.leave(place, self.stubs.leave_interpret, What::Straddles);
+        self.leave(place, stub, What::Straddles(id));
     }
 
     pub(super) fn emit(&mut self, i: &Instruction, kind: Kind, polled: bool) {
@@ -300,7 +313,7 @@ impl Job<'_> {
         };
         let run = (rip - self.source.rip) as u16;
         let dead = (ALL & !self.live[index]) as u8;
-        Site { rip, saved, dead, run, block: 0, what }
+        Site { rip, relative: self.source.relative(), saved, dead, run, block: 0, what }
     }
 
     pub(super) fn finish(&mut self) {

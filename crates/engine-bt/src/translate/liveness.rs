@@ -136,7 +136,7 @@ impl Ahead<'_> {
         let source = self.source;
         let mut found = Found::default();
         let mut open = ALL;
-        if rip & !0xFFF != source.rip & !0xFFF || source.page.is_empty() {
+        if !source.in_page(rip) {
             found.read = ALL;
             return found;
         }

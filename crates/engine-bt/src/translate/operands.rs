@@ -80,19 +80,36 @@ impl Job<'_> {
     }
 
     /// The linear address, where it is a constant.
-    pub(super) fn constant_address(i: &Instruction) -> Option<u64> {
+    fn constant_address(&self, i: &Instruction) -> Option<u64> {
         let plain = !matches!(i.memory_segment(), Register::FS | Register::GS);
-        if i.is_ip_rel_memory_operand() && plain {
-            return Some(i.ip_rel_memory_address());
+        if i.is_ip_rel_memory_operand() {
+            let known = plain && !self.source.relative();
+            return known.then(|| i.ip_rel_memory_address());
         }
         let absolute = i.memory_base() == Register::None && i.memory_index() == Register::None;
         (absolute && plain).then(|| i.memory_displacement64())
     }
 
+    /// `to` := a linear address that is `offset` from the page of this relative code.
+    /// Leaves the flags.
+    pub(super) fn relative_address(&mut self, to: u8, offset: u64) {
+        self.e.load(to, offset_of!(CpuState, code_page));
+        let mut rest = offset as i64;
+        while rest != 0 {
+            let disp = rest.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32;
+            self.e.lea(true, to, Address { base: Some(to), index: None, scale: 1, disp });
+            rest -= i64::from(disp);
+        }
+    }
+
     /// r14 := the linear address of the memory operand. Flags must be free.
     pub(super) fn linear(&mut self, i: &Instruction) {
         if i.is_ip_rel_memory_operand() {
-            self.e.mov_imm(R14, i.ip_rel_memory_address());
+            if self.source.relative() {
+                self.relative_address(R14, i.ip_rel_memory_address());
+            } else {
+                self.e.mov_imm(R14, i.ip_rel_memory_address());
+            }
         } else {
             let wide = i.memory_base().size() != 4 && i.memory_index().size() != 4;
             let address = self.address(i);
@@ -109,7 +126,7 @@ impl Job<'_> {
     /// Checks the memory operand and leaves a host pointer to it: returns the
     /// displacement from r14. Clobbers r13 and the host's flags.
     pub(super) fn operand(&mut self, i: &Instruction, size: u32, write: bool) -> i32 {
-        if let Some(linear) = Self::constant_address(i) {
+        if let Some(linear) = self.constant_address(i) {
             if (linear & 0xFFF) + u64::from(size) <= 4096 {
                 return self.constant(linear, write);
             }
@@ -160,6 +177,10 @@ impl Job<'_> {
             self.free_flags();
             self.e.cmp32_imm(offset_of!(CpuState, fpu_loaded), 0);
             self.slow_if(cc::E);
+            if self.source.relative() {
+                self.e.load(R13, offset_of!(CpuState, code_page));
+                self.e.store(offset_of!(CpuState, x87_page), R13);
+            }
             self.x87_loaded = true;
         }
     }

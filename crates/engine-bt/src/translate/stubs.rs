@@ -36,8 +36,8 @@ pub mod exit_kind {
 /// Addresses of the stubs.
 #[derive(Clone, Copy, Default)]
 pub struct Stubs {
-    /// `extern "sysv64" fn(code)`: runs translated code, from an entry that
-    /// takes the flags from `saved_flags`, until it leaves.
+    /// `extern "sysv64" fn(code)`: runs translated code for the guest's RIP, from an
+    /// entry for indirect branches, until it leaves.
     pub enter: u64,
     pub leave_link: u64,
     pub leave_branch: u64,
@@ -265,6 +265,8 @@ fn enter(a: &mut CodeAssembler, avx: bool) -> Result<CodeLabel, IcedError> {
     for (host, guest) in LIVE {
         a.mov(host, at(gpr(guest)))?;
     }
+    // As behind an indirect branch.
+    a.mov(r13, at(offset_of!(CpuState, rip)))?;
     a.jmp(at(offset_of!(CpuState, scratch)))?;
     Ok(label)
 }

@@ -78,7 +78,7 @@ impl Job<'_> {
         self.e.lea(false, R14, other);
         self.e.store16(segment_field(seg::SS, selector), R14);
         self.e.store8_imm(offset_of!(CpuState, cpl), cpl);
-        let word = self.source.mode & !mode::USER;
+        let word = self.source.mode & !(mode::USER | mode::RELATIVE);
         let word = if cpl == 3 { word | mode::USER } else { word };
         self.e.store32_imm(offset_of!(CpuState, mode), word);
     }
@@ -86,7 +86,11 @@ impl Job<'_> {
     /// SYSCALL from 64-bit code (SDM 2B; AMD APM 3).
     pub(super) fn syscall(&mut self, i: &Instruction) {
         self.free_flags();
-        self.e.mov_imm(RCX, i.next_ip());
+        if self.source.relative() {
+            self.relative_address(RCX, i.next_ip());
+        } else {
+            self.e.mov_imm(RCX, i.next_ip());
+        }
         self.compose_rflags(R11);
         self.e.load(R13, offset_of!(CpuState, sfmask));
         self.e.raw(&[0x49, 0xF7, 0xD5]); // not r13

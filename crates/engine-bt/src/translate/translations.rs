@@ -14,6 +14,7 @@ use super::block::{MapEntry, PortAccess, Site};
 use super::directory::{Directory, Entry};
 use super::growing::Growing;
 use super::sources::Origin;
+use crate::state::mode;
 
 /// The most blocks, and the most mappings of pages with code, that are kept: a
 /// guest of one-instruction blocks shall not fill the host's memory.
@@ -27,6 +28,7 @@ const PAGE_CHAINS: u32 = 14;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
+    /// In relative code the offset in its page.
     pub rip: u64,
     /// The exec id of its page.
     pub id: u32,
@@ -35,11 +37,26 @@ pub struct Key {
     pub origin: u32,
 }
 
+impl Key {
+    pub fn relative(&self) -> bool {
+        self.mode & mode::RELATIVE != 0
+    }
+
+    /// The linear address of a place so many bytes behind the start of the block, which is
+    /// mapped at `page` if it is relative.
+    pub fn place(&self, run: u16, page: u64) -> u64 {
+        let rip = self.rip.wrapping_add(u64::from(run));
+        if self.relative() { rip.wrapping_add(page) } else { rip }
+    }
+}
+
 pub struct Block {
-    /// Offsets in the cache.
+    /// Offset in the cache. It is the entry of indirect branches and of Rust: the flags are put
+    /// aside, and r13 is the guest's address.
     pub start: u32,
-    /// Entry with the flags put aside; the plain entry is `start + entry`.
-    pub indirect_entry: u32,
+    /// Entries for branches in the page: with the flags put aside, and with them in the CPU.
+    /// They count from `start`.
+    pub saved_entry: u32,
     pub entry: u32,
     /// Arithmetic flags that the block needs on entry.
     pub flags_in: u32,
@@ -49,9 +66,14 @@ pub struct Block {
 /// A page of guest code as mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ExecPage {
+    /// [`ANYWHERE`](Self::ANYWHERE) for relative code.
     pub linear: u64,
     pub physical: u64,
     pub user: bool,
+}
+
+impl ExecPage {
+    pub const ANYWHERE: u64 = 1;
 }
 
 /// How many origins of flags are kept.
@@ -130,7 +152,7 @@ impl Translations {
     pub fn indirect_entry(&self, block: u32) -> Option<(u64, bool)> {
         let Entry { key, value, .. } = self.blocks.get(block)?;
         let page = self.pages.get(key.id.checked_sub(1)?)?;
-        let entry = self.run.start + u64::from(value.start + value.indirect_entry);
+        let entry = self.run.start + u64::from(value.start);
         Some((entry, page.value.load(Ordering::Relaxed)))
     }
 
@@ -162,11 +184,12 @@ impl Translations {
         Some((key, value))
     }
 
-    /// The instruction by the low half of its address.
-    pub fn rip_of(&self, host: u32) -> Option<u64> {
+    /// The instruction by the low half of its address. `page` is where it is mapped if it is
+    /// relative.
+    pub fn rip_of(&self, host: u32, page: u64) -> Option<u64> {
         let base = self.run.start;
         let address = base + u64::from(host.wrapping_sub(base as u32));
         let (key, _, entry) = self.instruction_at(address)?;
-        Some(key.rip.wrapping_add(u64::from(entry.rip)))
+        Some(key.place(entry.rip, page))
     }
 }

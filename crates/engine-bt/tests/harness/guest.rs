@@ -228,6 +228,8 @@ impl Guest {
         let user = mode != Mode::Real && options & 1 != 0;
         // The code often runs over the end of a page.
         let code_at = CODE + if options & 2 != 0 { 0xF00 | u64::from(input.u8()) } else { 0 };
+        let far = mode == Mode::Long && user && seed & 1 != 0;
+        let code_at = if far { tables::PROGRAMS + code_at } else { code_at };
         let system = system(input, mode, user);
         let mut pokes = Vec::new();
         if options & 4 != 0 && !repeatable {
@@ -289,7 +291,8 @@ impl Guest {
             let bytes = random.bytes(256);
             memory.write(GuestPhys(DATA + page * 0x1000), &bytes).expect("data lies in RAM");
         }
-        memory.write(GuestPhys(self.code_at), &self.code.bytes).expect("code lies in RAM");
+        let at = GuestPhys(self.code_at % tables::PROGRAMS);
+        memory.write(at, &self.code.bytes).expect("code lies in RAM");
         for &(at, value) in &self.pokes {
             memory.write(GuestPhys(at), &value.to_le_bytes()).expect("chosen in RAM");
         }

@@ -255,7 +255,7 @@ impl Machine {
             0 | 1 => self.vm.irq_line(u32::from(input.u8()), input.bool()),
             2 => self.vm.msi(0xFEE0_0000 | u64::from(input.u32()), input.u32()),
             3 | 4 => {
-                let at = guest.code_at + u64::from(input.u8());
+                let at = guest.code_at % tables::PROGRAMS + u64::from(input.u8());
                 let length = usize::from(input.u8() % 16);
                 let _ = self.memory.write(GuestPhys(at), input.bytes(length));
             }

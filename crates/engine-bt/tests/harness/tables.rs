@@ -21,6 +21,8 @@ pub const XSETBV: u64 = 0x4400;
 const HANDLERS32: u64 = 0x5000;
 const HANDLERS16: u64 = 0x5800;
 pub const PML4: u64 = 0x6000;
+/// Where all memory is once more, far from address 0.
+pub const PROGRAMS: u64 = 1 << 40;
 const PDPT: u64 = 0x7000;
 const PD: u64 = 0x8000;
 const PT: u64 = 0x9000;
@@ -209,8 +211,9 @@ fn flags(layout: &Layout, page: u64) -> u64 {
 fn page_tables(w: &Writer, layout: &Layout) {
     let table = PRESENT | WRITE | USER | ACCESSED;
     let page = table | DIRTY;
-    // The same tables once more at 1 GiB and in both parts of the upper half.
-    for top in [0, 256, 511] {
+    // The same tables once more at 1 GiB, where programs of processes are, and in both
+    // parts of the upper half.
+    for top in [0, PROGRAMS >> 39, 256, 511] {
         w.u64(PML4 + top * 8, PDPT | table);
     }
     for directory in [0, 1] {
