@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         engines,
         load_config,
     )
+    from tetrarch.remote import connect
 
 __all__ = [
     "BootError",
@@ -58,6 +59,7 @@ __all__ = [
     "StopReason",
     "TetrarchError",
     "__version__",
+    "connect",
     "engines",
     "load_config",
 ]
@@ -80,6 +82,7 @@ _HOMES = {
     "StateError": "tetrarch.errors",
     "StopReason": "tetrarch.machine.status",
     "TetrarchError": "tetrarch.errors",
+    "connect": "tetrarch.remote",
     "engines": "tetrarch.machine.selection",
     "load_config": "tetrarch.machine.config_file",
 }

@@ -12,7 +12,7 @@ from typing import Final
 
 from tetrarch.errors import HostError
 
-__all__ = ["ListeningSocket", "socket_directory"]
+__all__ = ["ListeningSocket", "remove_dead_socket", "socket_directory"]
 
 #: What a path has, of the 107 bytes that an address holds (unix(7)), before our names.
 _PLACE_MAX: Final = 64
@@ -38,7 +38,7 @@ class ListeningSocket:
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            _remove_stale(path)
+            remove_dead_socket(path)
             # Before it has a name: at no time can anybody else connect.
             os.fchmod(self._socket.fileno(), 0o600)
             self._socket.bind(os.fspath(path))
@@ -74,15 +74,14 @@ class ListeningSocket:
         self._socket.close()
 
 
-def _remove_stale(path: Path) -> None:
-    """Removes the socket of a run that was killed."""
-    try:
+def remove_dead_socket(path: Path) -> None:
+    """Removes the socket of a process that was killed; any other file stays, and one that lives."""
+    with contextlib.suppress(OSError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             return
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)  # one that is too busy to accept lives
+            try:
+                probe.connect(os.fspath(path))
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)

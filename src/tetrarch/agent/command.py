@@ -46,7 +46,13 @@ _PATIENCE = 2
 _END_S = 5
 
 
-def run_here(stream: AgentStream, arguments: Sequence[str]) -> int:
+def run_here(
+    stream: AgentStream,
+    arguments: Sequence[str],
+    *,
+    environment: Sequence[str] = (),
+    directory: str = "",
+) -> int:
     """Runs a command with our input, output, error output, terminal and signals; its exit code.
 
     A terminal is given to it where ours has both input and output on one. To be called on the
@@ -54,7 +60,12 @@ def run_here(stream: AgentStream, arguments: Sequence[str]) -> int:
     """
     terminal = window() if sys.stdin.isatty() and sys.stdout.isatty() else None
     kept = [f"{name}={os.environ[name]}" for name in _ENVIRONMENT if name in os.environ]
-    body = encode_run(arguments, environment=kept if terminal else (), terminal=terminal)
+    body = encode_run(
+        arguments,
+        environment=[*(kept if terminal else ()), *environment],
+        directory=directory,
+        terminal=terminal,
+    )
     on_terminal = terminal is not None
     with _Feeder(stream) as feeder, _terminal(on_terminal), _signals(feeder, on_terminal):
         stream.send(RUN, body)

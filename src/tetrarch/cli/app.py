@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tetrarch.cli.machines import add_machine_commands
 from tetrarch.cli.options import effective, take_options, with_options
 
 __all__ = [
@@ -172,6 +173,9 @@ def doctor(json: Json = False) -> int:
     from tetrarch.cli.doctor import show_doctor
 
     return show_doctor(json)
+
+
+add_machine_commands(app)
 
 
 @image_app.command("pull")

@@ -19,8 +19,12 @@ __all__ = ["with_seed"]
 
 
 @contextmanager
-def with_seed(config: MachineConfig, options: CommandOptions) -> Iterator[MachineConfig]:
+def with_seed(
+    config: MachineConfig, options: CommandOptions, place: Path | None = None
+) -> Iterator[MachineConfig]:
     """``config`` with one more disk, if any of the options asks for it, until the block ends.
+
+    It lies in ``place``, which others see to if this process is killed.
 
     Where nothing else names a kernel, the default guest's boots the system on the first disk.
     """
@@ -37,7 +41,7 @@ def with_seed(config: MachineConfig, options: CommandOptions) -> Iterator[Machin
         )
     keys = public_keys(list(options.ssh_key) or None)
     seed = Seed(options.user, keys, options.hostname, options.run)
-    with tempfile.TemporaryDirectory(prefix="tetrarch-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tetrarch-", dir=place) as folder:
         path = Path(folder) / "cidata.iso"
         path.write_bytes(seed.image())
         disks = (*config.disk, DiskSpec(path, format="raw", readonly=True))

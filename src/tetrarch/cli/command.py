@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tetrarch.agent import AgentError, connect
 from tetrarch.agent.command import run_here, run_quietly
+from tetrarch.cli.registered import describe
 from tetrarch.cli.reports import report_end
 from tetrarch.cli.resume import resumed_by_signal
 from tetrarch.console import MemoryConsole
@@ -19,6 +20,7 @@ from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import choose
 from tetrarch.machine.status import ExitStatus, StopReason
+from tetrarch.registry import Claim
 from tetrarch.sockets import socket_directory
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _POWER_OFF_S = 90.0
 _LAST_LINES = 12
 
 
-def run_command(config: MachineConfig, options: CommandOptions) -> int:
+def run_command(config: MachineConfig, options: CommandOptions, claim: Claim | None) -> int:
     """The exit code of the command; ours where the guest does not come so far."""
     from tetrarch.images.progress import TerminalReporter
 
@@ -51,6 +53,8 @@ def run_command(config: MachineConfig, options: CommandOptions) -> int:
         console = MemoryConsole()
         with Machine(config, console=console) as machine, resumed_by_signal(machine):
             machine.start()
+            if claim is not None:
+                describe(claim, machine, console)
             try:
                 status, code = _run(machine, path, options)
             except AgentError as error:

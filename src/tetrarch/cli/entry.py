@@ -84,8 +84,10 @@ def _run_command(arguments: Sequence[str]) -> int:
     from typer.main import get_command
 
     from tetrarch.cli.app import app
+    from tetrarch.cli.completion import answer_shells
     from tetrarch.cli.options import split_command
 
+    answer_shells()
     command = get_command(app)
     try:
         result = command.main(split_command(arguments), prog_name="tetrarch", standalone_mode=False)

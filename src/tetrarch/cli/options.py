@@ -72,6 +72,7 @@ class CommandOptions(BaseModel):
     timeout: Annotated[float | None, BeforeValidator(_timeout)] = option(
         None, "Stop the guest then; exit code 124.", "SECONDS"
     )
+    detach: bool = option(False, "Run it in the background, and print its name.")
     stats: bool = option(False, "Show counters on standard error at the end.")
     command: Several[str] = ()
     """What stands behind ``--``: words of a command for the guest."""
@@ -135,9 +136,10 @@ def _annotations() -> Iterator[tuple[str, Any]]:
 
 
 def split_command(arguments: Sequence[str]) -> list[str]:
-    """``run NAME -- COMMAND...`` (or ``config``) with each word of COMMAND as an option's value."""
+    """``run NAME -- COMMAND...`` (or ``config``, ``exec``) with each word of COMMAND as an option's
+    value."""
     words = list(arguments)
-    if words[:1] not in (["run"], ["config"]) or "--" not in words:
+    if words[:1] not in (["run"], ["config"], ["exec"]) or "--" not in words:
         return words
     at = words.index("--")
     return words[:at] + [f"{COMMAND_WORD}={word}" for word in words[at + 1 :]]

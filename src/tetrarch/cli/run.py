@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING
 from tetrarch._native import EngineError
 from tetrarch.cli.cloud import with_seed
 from tetrarch.cli.command import run_command
+from tetrarch.cli.detach import Shell, in_background
 from tetrarch.cli.entry import FAILURE, report_error
+from tetrarch.cli.registered import describe, registered
 from tetrarch.cli.reports import report_end
 from tetrarch.cli.resume import resumed_by_signal
-from tetrarch.console import ConsoleBackend
+from tetrarch.console import ConsoleBackend, NullConsole
+from tetrarch.console.shared import SharedConsole
 from tetrarch.console.spec import ConsoleSpec
-from tetrarch.errors import HostError
+from tetrarch.errors import ConfigError, HostError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.engine_vm import engine_cause, engine_mend
 from tetrarch.machine.guest import check_files, resolve_guest, with_installed_disk
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import choose
 from tetrarch.machine.status import ExitStatus, StopReason
+from tetrarch.registry import Claim
 
 if TYPE_CHECKING:
     from tetrarch.cli.options import CommandOptions
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["run_guest"]
 
 _STDIO = ConsoleSpec("stdio")
+_LAST_LINES = 20
 
 
 # With --debug-exit the odd codes are the guest's. Each of ours that is odd has an even one there.
@@ -36,16 +41,42 @@ _CODES_BESIDE_DEBUG_EXIT = {FAILURE: 4, ExitStatus(StopReason.CRASHED).code: 6}
 
 
 def run_guest(config: MachineConfig, options: CommandOptions) -> int:
-    """Runs the guest to its end; the exit code."""
-    with with_seed(with_installed_disk(config), options) as config:
-        return run_command(config, options) if options.command else _run_to_end(config, options)
+    """Runs the guest to its end, or in the background; the exit code."""
+    if not options.detach:
+        return _run_registered(config, options, None)
+    _check_background(config, options)
+    return in_background(lambda shell: _run_registered(config, options, shell))
 
 
-def _run_to_end(config: MachineConfig, options: CommandOptions) -> int:
+def _check_background(config: MachineConfig, options: CommandOptions) -> None:
+    if options.command:
+        raise ConfigError(
+            "--detach and a command do not go together",
+            mend="start the machine, then run the command in it with tetrarch exec",
+        )
+    if _STDIO in (config.console, *(port.console for port in config.virtio_console)):
+        raise ConfigError(
+            "a machine in the background has no stdio",
+            mend="leave the console out: tetrarch console shows it",
+        )
+
+
+def _run_registered(config: MachineConfig, options: CommandOptions, shell: Shell | None) -> int:
+    with registered(config, options.detach) as (config, claim):
+        folder = None if claim is None else claim.directory
+        with with_seed(with_installed_disk(config), options, folder) as config:
+            if options.command:
+                return run_command(config, options, claim)
+            return _run_to_end(config, options, claim, shell)
+
+
+def _run_to_end(
+    config: MachineConfig, options: CommandOptions, claim: Claim | None, shell: Shell | None
+) -> int:
     if not config.debug_exit:
-        return _run(config, options).code
+        return _run(config, options, claim, shell).code
     try:
-        status = _run(config, options)
+        status = _run(config, options, claim, shell)
     except Exception as error:
         code = report_error(error)
     else:
@@ -55,20 +86,26 @@ def _run_to_end(config: MachineConfig, options: CommandOptions) -> int:
     return _CODES_BESIDE_DEBUG_EXIT.get(code, code)
 
 
-def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
+def _run(
+    config: MachineConfig, options: CommandOptions, claim: Claim | None, shell: Shell | None
+) -> ExitStatus:
     # What is wrong with the options is said before anything is fetched or opened.
     choose(config.engine, config.cpus)
     check_files(config)
     config = resolve_guest(config, _reporter())
-    on_stdio = any(port.console == _STDIO for port in config.virtio_console)
-    console = (config.console or (ConsoleSpec("none") if on_stdio else _STDIO)).open()
-    interactive = (on_stdio and os.isatty(0)) or _is_interactive(console)
+    console = _open_console(config, claim, shell is not None)
+    interactive = _is_interactive(console) or (_has_port_on_stdio(config) and os.isatty(0))
     try:
         machine = Machine(config, console=console)
         machine.load()
         _say_start(machine, interactive)
-        with resumed_by_signal(machine):
-            status = machine.run(options.timeout)
+        with resumed_by_signal(machine), machine:
+            machine.start()
+            if claim is not None:
+                describe(claim, machine, console)
+            if shell is not None and claim is not None:
+                shell.release(claim)
+            status = machine.finish(options.timeout)
     except EngineError as error:
         raise HostError(
             f"the engine failed: {engine_cause(error)}",
@@ -76,9 +113,27 @@ def _run(config: MachineConfig, options: CommandOptions) -> ExitStatus:
         ) from error
     finally:
         console.close()
-    _say_end(status, interactive)
+    if shell is None:
+        _say_end(status, interactive)
+    else:
+        _log_end(status, console)
     report_end(machine, status, options)
     return status
+
+
+def _has_port_on_stdio(config: MachineConfig) -> bool:
+    return any(port.console == _STDIO for port in config.virtio_console)
+
+
+def _open_console(config: MachineConfig, claim: Claim | None, background: bool) -> ConsoleBackend:
+    """What a machine with a name has on this terminal, or on none, is for others to join."""
+    if config.console is not None and config.console != _STDIO:
+        return config.console.open()
+    own = not background and (config.console is not None or not _has_port_on_stdio(config))
+    inner = _STDIO.open() if own else None
+    if claim is not None:
+        return SharedConsole(claim.socket("console"), inner)
+    return inner or NullConsole()
 
 
 def _reporter() -> Reporter:
@@ -102,6 +157,16 @@ def _say_end(status: ExitStatus, interactive: bool) -> None:
         _say(f"{start}tetrarch: {status}{option}")
     if status.dump:
         _say(status.dump.rstrip())
+
+
+def _log_end(status: ExitStatus, console: ConsoleBackend) -> None:
+    """A machine in the background leaves nothing else behind."""
+    _say(f"tetrarch: {status}")
+    if status.dump:
+        _say(status.dump.rstrip())
+    if not status.ok and isinstance(console, SharedConsole):
+        for line in console.text.splitlines()[-_LAST_LINES:]:
+            _say(f"console: {line}")
 
 
 def _is_interactive(console: ConsoleBackend) -> bool:

@@ -40,17 +40,18 @@ class Client:
     hung up.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, timeout: float = _CONNECT_S) -> None:
+        """``timeout``: seconds until it is to be ready."""
         self._path = os.fspath(path)
         self._buffer = bytearray()
         self._events: deque[dict[str, Any]] = deque()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.settimeout(_CONNECT_S)
+            self._socket.settimeout(timeout)
             self._socket.connect(self._path)
-            self.greeting: dict[str, Any] = self._message(_CONNECT_S).get("QMP", {})
+            self.greeting: dict[str, Any] = self._message(timeout).get("QMP", {})
             """Version and capabilities of the machine's side."""
-            self.execute("qmp_capabilities")
+            self.execute("qmp_capabilities", timeout=timeout)
         except ControlError:
             self._socket.close()
             raise

@@ -447,8 +447,14 @@ class Machine:
         return self._conclusion.wait(timeout)
 
     def run(self, timeout: float | None = None) -> ExitStatus:
-        """start() and wait(). After ``timeout`` seconds the machine is stopped."""
+        """start() and finish()."""
         self._start("run")
+        return self.finish(timeout)
+
+    def finish(self, timeout: float | None = None) -> ExitStatus:
+        """wait(), but after ``timeout`` seconds the machine is stopped; so it is where the wait is
+        cut short, as by Ctrl-C."""
+        self._life.require("finish", Phase.RUNNING, Phase.HELD, Phase.ENDED)
         try:
             if not self._conclusion.wait_done(timeout):
                 self._conclusion.post(ExitStatus(StopReason.TIMEOUT, f"{timeout:g} s passed"))

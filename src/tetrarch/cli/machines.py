@@ -1,0 +1,229 @@
+"""The commands for machines that run, and their options; what they do is in ``life.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tetrarch.cli.options import COMMAND_WORD
+
+__all__ = [
+    "add_machine_commands",
+    "completion",
+    "console",
+    "cp",
+    "exec_",
+    "kill",
+    "logs",
+    "man",
+    "pause",
+    "ps",
+    "reset",
+    "resume",
+    "stat",
+    "stop",
+]
+
+
+def _names(incomplete: str) -> list[str]:
+    from tetrarch.registry import machines
+
+    return [about.name for about in machines() if about.name.startswith(incomplete)]
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As ps names it.", autocompletion=_names)]
+Names = Annotated[
+    list[str], typer.Argument(metavar="NAME...", help="As ps names them.", autocompletion=_names)
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Wait = Annotated[
+    float,
+    typer.Option(metavar="SECONDS", min=0, help="How long the guest may take to boot."),
+]
+
+
+def ps(
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Names alone.")] = False,
+) -> None:
+    """List the machines of this user that run: those in the background, and those with a --name."""
+    from tetrarch.cli.life import show_machines
+
+    show_machines(json, quiet)
+
+
+def stop(
+    names: Names,
+    grace: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="What the guest has to switch itself off."),
+    ] = 90,
+) -> int:
+    """Press the power button; end the machine if its guest has not switched itself off in time."""
+    from tetrarch.cli.life import each, stop
+
+    return each(names, lambda vm: stop(vm, grace))
+
+
+def kill(names: Names) -> int:
+    """End machines at once, as pulling their plugs would."""
+    from tetrarch.cli.life import each
+
+    return each(names, lambda vm: vm.kill())
+
+
+def pause(names: Names) -> int:
+    """Bring machines to rest between two instructions; their clocks stand."""
+    from tetrarch.cli.life import each
+
+    return each(names, lambda vm: vm.pause())
+
+
+def resume(names: Names) -> int:
+    """Let machines run on that were paused."""
+    from tetrarch.cli.life import each
+
+    return each(names, lambda vm: vm.resume())
+
+
+def reset(names: Names) -> int:
+    """Reset machines, as their reset buttons would: their guests start anew."""
+    from tetrarch.cli.life import each
+
+    return each(names, lambda vm: vm.reset())
+
+
+def console(
+    name: Name,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Watch: what is typed stays here.")
+    ] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="Show what the guest has said so far, and end.")
+    ] = False,
+) -> None:
+    """Attach to the serial console, with what the guest has said so far. Ctrl-] detaches.
+
+    Any number of terminals may be attached; all of them but those with --read-only type.
+    """
+    from tetrarch.cli.attach import attach, show_history
+
+    if history:
+        show_history(name)
+    else:
+        attach(name, read_only)
+
+
+def exec_(
+    name: Name,
+    command: Annotated[list[str] | None, typer.Option(COMMAND_WORD, hidden=True)] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the command; repeatable.")
+    ] = None,
+    directory: Annotated[
+        str, typer.Option(metavar="DIR", help="Where it runs [default: root's home].")
+    ] = "",
+    wait: Wait = 60,
+) -> int:
+    """Run a command in a guest, as if it ran here; the exit code is the command's.
+
+    The guest needs the agent: Debian's guests and disks of tetrarch image have it.
+    """
+    from tetrarch.cli.life import execute
+
+    return execute(name, command or [], env or [], directory, wait)
+
+
+def cp(
+    source: Annotated[str, typer.Argument(metavar="[NAME:]SOURCE", help="What is copied.")],
+    target: Annotated[
+        str, typer.Argument(metavar="[NAME:]TARGET", help="A directory, or the copy.")
+    ],
+    wait: Wait = 60,
+) -> None:
+    """Copy a file or a directory into a guest or out of one.
+
+    A TARGET that is a directory gets it under its name. A path of the host that holds a colon
+    is written ./PATH.
+    """
+    from tetrarch.cli.life import copy
+
+    copy(source, target, wait)
+
+
+def stat(
+    name: Name,
+    json: Json = False,
+    every: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0.1, help="Again and again, with rates."),
+    ] = None,
+) -> None:
+    """Show what a machine does: exits, translations, faults, I/O, by kind."""
+    from tetrarch.cli.stat import show_stat
+
+    show_stat(name, json, every)
+
+
+def logs(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="One that runs, or ran.", autocompletion=_names),
+    ],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the machine ends.")
+    ] = False,
+) -> None:
+    """Show what a machine in the background has reported, also after its end.
+
+    For a guest that crashed the console's last lines are there too.
+    """
+    from tetrarch.cli.life import show_log
+
+    show_log(name, follow)
+
+
+def man(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Is made if need be.")],
+) -> None:
+    """Write the man pages of all commands: man -M DIR tetrarch shows them."""
+    from tetrarch.cli.man import write_pages
+
+    write_pages(directory)
+
+
+def completion(
+    shell: Annotated[str, typer.Argument(metavar="bash|zsh|fish", help="Which shell.")],
+) -> None:
+    """Print what makes a shell complete commands, options and names of machines.
+
+    For bash: source <(tetrarch completion bash)
+    """
+    from tetrarch.cli.completion import show_script
+
+    show_script(shell)
+
+
+_COMMANDS: list[Callable[..., int | None]] = [
+    ps,
+    stop,
+    kill,
+    pause,
+    resume,
+    reset,
+    console,
+    exec_,
+    cp,
+    stat,
+    logs,
+    man,
+    completion,
+]
+
+
+def add_machine_commands(app: typer.Typer) -> None:
+    for command in _COMMANDS:
+        app.command(command.__name__.rstrip("_"))(command)

@@ -1,0 +1,86 @@
+"""Machines of ``tetrarch run`` that others find by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tetrarch.console.backend import ConsoleBackend
+from tetrarch.console.shared import SharedConsole
+from tetrarch.console.spec import ConsoleSpec
+from tetrarch.errors import HostError
+from tetrarch.images import DEFAULT_IMAGE
+from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.machine import Machine
+from tetrarch.registry import Claim
+
+__all__ = ["describe", "registered"]
+
+#: Names that are tried for a machine that was given none.
+_NAMES_MAX = 1000
+
+
+@contextmanager
+def registered(
+    config: MachineConfig, detached: bool
+) -> Iterator[tuple[MachineConfig, Claim | None]]:
+    """Claims the name of a machine that has one, or runs in the background; ``config`` with it,
+    and with its control socket and the vsock socket by which commands get into the guest.
+
+    Raises HostError where a machine of that name runs.
+    """
+    if "name" in config.model_fields_set:
+        claim = Claim(config.name, detached=detached)
+    elif detached:
+        claim = _claim_any(config.name)
+    else:
+        yield config, None
+        return
+    with claim:
+        # Before any is there: a process that is killed has no time to remove them.
+        guest = config.image or str(config.kernel or DEFAULT_IMAGE)
+        claim.describe(guest=guest, sockets=_sockets(config))
+        changes = {
+            "name": claim.name,
+            "control": config.control or claim.socket("control"),
+            "vsock": config.vsock or claim.socket("vsock"),
+        }
+        yield config.model_copy(update=changes), claim
+
+
+def describe(claim: Claim, machine: Machine, console: ConsoleBackend) -> None:
+    """Tells others that the machine runs, and how to get to it."""
+    config = machine.config
+    shared = isinstance(console, SharedConsole)
+    claim.describe(
+        ready=True,
+        engine=machine.engine,
+        cpus=config.cpus,
+        memory=config.memory,
+        control=_absolute(config.control),
+        vsock=_absolute(config.vsock),
+        console=claim.socket("console") if shared else None,
+        console_goes=str(config.console or "none"),
+    )
+
+
+def _sockets(config: MachineConfig) -> tuple[Path, ...]:
+    """Those that the machine makes where its user says."""
+    ends = (config.console, *(port.console for port in config.virtio_console))
+    consoles = (end.path for end in ends if isinstance(end, ConsoleSpec) and end.kind == "socket")
+    paths = (*consoles, config.control, config.vsock)
+    return tuple(path.absolute() for path in paths if path is not None)
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
+
+
+def _claim_any(name: str) -> Claim:
+    for number in range(1, _NAMES_MAX):
+        try:
+            return Claim(name if number == 1 else f"{name}-{number}", detached=True)
+        except HostError:
+            continue
+    raise HostError("too many machines run without a name", mend="give this one a --name")

@@ -1,0 +1,185 @@
+"""A machine that another process runs, with the methods of one of this."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from tetrarch.agent import AgentError, AgentStream
+from tetrarch.agent import connect as connect_agent
+from tetrarch.agent.capture import Completed, run_captured
+from tetrarch.control.client import Client
+from tetrarch.errors import MachineStateError, TetrarchError
+from tetrarch.registry import About, find
+from tetrarch.registry.claim import remove_if_dead
+from tetrarch.registry.listing import alive
+from tetrarch.remote.console import RemoteConsole
+from tetrarch.remote.copy import copy_in, copy_out
+from tetrarch.remote.process import MachineProcess
+
+__all__ = ["STOP_GRACE_S", "Completed", "RemoteMachine", "connect"]
+
+#: As long as systemd waits for a service (DefaultTimeoutStopSec): a system may have some to end.
+STOP_GRACE_S: Final = 90.0
+#: What a process takes to end its machine, however busy its host.
+_END_S: Final = 10.0
+#: A guest that still boots does not see the button.
+_PRESS_AGAIN_S: Final = 10.0
+#: Until a guest that has just been started runs commands.
+_AGENT_S: Final = 60.0
+
+
+def connect(name: str) -> RemoteMachine:
+    """The machine of this user that runs under a name.
+
+    Raises HostError where there is none, ConfigError for what is no name.
+    """
+    return RemoteMachine(find(name))
+
+
+class RemoteMachine:
+    """A machine that another process runs; ``tetrarch.connect`` gives one.
+
+        vm = tetrarch.connect("web")
+        vm.console.expect("login:")
+        print(vm.exec(["uname", "-r"]).stdout)
+        vm.stop()
+
+    It goes on when this object is forgotten. Each method raises HostError once the machine's
+    process has ended or does not answer, and ControlError for what the machine refuses.
+    """
+
+    def __init__(self, about: About) -> None:
+        self.about = about
+        """What the registry says of it."""
+        self._console: RemoteConsole | None = None
+
+    def __repr__(self) -> str:
+        return f"<RemoteMachine {self.name!r}, process {self.about.pid}>"
+
+    @property
+    def name(self) -> str:
+        return self.about.name
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return alive(self.name)
+
+    @property
+    def console(self) -> RemoteConsole:
+        """The serial line. Raises MachineStateError where it goes to no shared console."""
+        if self._console is None:
+            if self.about.console is None:
+                raise MachineStateError(
+                    f"the console of {self.name} is {self.about.console_goes}", mend="use that"
+                )
+            self._console = RemoteConsole(self.about.console)
+        return self._console
+
+    def execute(
+        self, command: str, arguments: dict[str, Any] | None = None, *, timeout: float | None = 60
+    ) -> Any:
+        """One command of QMP, on a connection of its own; what it returns."""
+        if self.about.control is None:
+            raise MachineStateError(f"{self.name} does not run yet", mend="wait until it does")
+        within = {} if timeout is None else {"timeout": min(timeout, _END_S)}
+        with Client(self.about.control, **within) as client:
+            return client.execute(command, arguments, timeout=timeout)
+
+    def status(self, *, timeout: float = _END_S) -> str:
+        """As QMP names it: running, paused and so on."""
+        return str(self.execute("query-status", timeout=timeout)["status"])
+
+    def pause(self) -> None:
+        """Brings it to rest between two instructions, until resume()."""
+        self.execute("stop")
+
+    def resume(self) -> None:
+        self.execute("cont")
+
+    def reset(self) -> None:
+        self.execute("system_reset")
+
+    def press_power_button(self) -> None:
+        """Asks the guest to switch itself off; what comes of it is the guest's."""
+        self.execute("system_powerdown")
+
+    def stats(self) -> dict[str, Any]:
+        """Counters by group, as ``Machine.stats()`` gives them."""
+        return dict(self.execute("x-stats")["stats"])
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until it has ended. Raises TimeoutError if it still runs after ``timeout`` seconds."""
+        with MachineProcess(self.about) as process:
+            if not process.wait(timeout):
+                raise TimeoutError(f"{self.name} still runs after {timeout:g} s")
+        remove_if_dead(self.name)
+
+    def stop(self, grace: float = STOP_GRACE_S) -> bool:
+        """Presses the power button, and ends the machine where its guest has not switched itself
+        off after ``grace`` seconds. False: it was ended so."""
+        deadline = time.monotonic() + grace
+        with MachineProcess(self.about) as process:
+            with suppress(TetrarchError, TimeoutError):
+                self.resume()  # one that stands would not see it
+            while (left := deadline - time.monotonic()) > 0:
+                # It does not answer, or is on its way.
+                with suppress(TetrarchError, TimeoutError):
+                    self.press_power_button()
+                if process.wait(min(left, _PRESS_AGAIN_S)):
+                    remove_if_dead(self.name)
+                    return True
+        self.kill()
+        return False
+
+    def kill(self) -> None:
+        """Ends the machine at once, as pulling its plug would; its process is killed where it does
+        not see to that."""
+        with MachineProcess(self.about) as process:
+            try:
+                self.execute("quit", timeout=_END_S)
+            except (TetrarchError, TimeoutError):  # it starts, is about to end, or does not answer
+                process.signal(signal.SIGTERM)
+            if not process.wait(_END_S):
+                process.signal(signal.SIGKILL)
+                process.wait()
+        remove_if_dead(self.name)
+
+    # The guest's agent.
+
+    def exec(
+        self, arguments: Sequence[str], data: bytes = b"", *, timeout: float = _AGENT_S
+    ) -> Completed:
+        """Runs a command in the guest, with ``data`` as its input. ``timeout`` is for how long the
+        guest may still be booting.
+
+        Raises AgentError where none does.
+        """
+        with self.agent(timeout) as stream:
+            return run_captured(stream, arguments, data)
+
+    def copy_in(
+        self, source: str | os.PathLike[str], target: str, *, timeout: float = _AGENT_S
+    ) -> None:
+        """Copies a file or directory into the guest: into ``target`` where that is a directory,
+        else as it."""
+        copy_in(lambda: self.agent(timeout), Path(source), target)
+
+    def copy_out(
+        self, source: str, target: str | os.PathLike[str], *, timeout: float = _AGENT_S
+    ) -> list[str]:
+        """Copies a file or directory out of the guest. Gives links that were left out, as they
+        lead out of it."""
+        return copy_out(lambda: self.agent(timeout), source, Path(target))
+
+    def agent(self, timeout: float = _AGENT_S) -> AgentStream:
+        """A connection with the guest's agent, for one command."""
+        if self.about.vsock is None:
+            raise AgentError(f"{self.name} has no vsock socket", "start it again")
+        return connect_agent(self.about.vsock, timeout, lambda: self.alive)
