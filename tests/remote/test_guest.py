@@ -37,7 +37,8 @@ def guest(debian_guest: CachedGuest) -> Iterator[RemoteMachine]:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("XDG_RUNTIME_DIR", place)
-            files: list[str | Path] = ["--kernel", debian_guest.kernel, "--initrd", debian_guest.initrd]
+        files: list[str | Path] = ["--kernel", debian_guest.kernel]
+        files += ["--initrd", debian_guest.initrd]
         started = tetrarch_cli("run", "--detach", "--name", "web", "--engine", "bt", *files)
         assert started.returncode == 0, started.stderr
         vm = tetrarch.connect("web")
