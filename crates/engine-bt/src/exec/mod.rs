@@ -28,6 +28,7 @@ use crate::state::{reg, seg, shadow};
 use crate::translate::cache::CodeCache;
 
 mod access;
+mod rest;
 mod saved;
 mod translator;
 
@@ -374,6 +375,9 @@ impl BtVcpu {
         let start = self.cpu.now_ns();
         let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
         let timeout = deadline.map(|deadline| Duration::from_nanos(deadline.saturating_sub(start)));
+        if let Some(translator) = &mut self.translator {
+            translator.rest(&mut self.cpu, start, timeout);
+        }
         self.rest(timeout);
         let now = self.cpu.now_ns();
         self.cpu.counts.halted_ns += now - start;

@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
+use std::time::Duration;
 
 use iced_x86::{Decoder, Instruction, InstructionInfoFactory, Mnemonic};
 use parking_lot::Mutex;
@@ -10,6 +11,7 @@ use tetrarch_engine::{EngineError, host_tsc};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use super::access::{self, PlainMove, Then};
+use super::rest::Rest;
 use crate::cpu::mmu::Place;
 use crate::cpu::{Cpu, Missed};
 use crate::interp;
@@ -80,6 +82,7 @@ pub struct Translator {
     enter: u64,
     slow_sites: Box<[Option<SlowSite>; SLOW_SITES]>,
     info: InstructionInfoFactory,
+    rest: Rest,
     /// The vCPU's number in the code map.
     listener: usize,
 }
@@ -142,6 +145,7 @@ impl Translator {
             enter: stubs.enter,
             slow_sites: Box::new([const { None }; SLOW_SITES]),
             info: InstructionInfoFactory::new(),
+            rest: Rest::default(),
             listener,
         }
     }
@@ -429,6 +433,17 @@ impl Translator {
             vm.code.clear(page);
         }
         self.translations = Arc::clone(&cache.translations);
+    }
+
+    /// The vCPU is about to rest, for as long as `timeout` if it is known. Times are the
+    /// machine's, in nanoseconds.
+    pub fn rest(&mut self, cpu: &mut Cpu, now: u64, timeout: Option<Duration>) {
+        let (now, halted) = (Duration::from_nanos(now), Duration::from_nanos(cpu.counts.halted_ns));
+        let cache = Arc::clone(&self.cache);
+        if self.rest.is_long_enough(now, timeout, halted, || cache.lock().used_bytes() as u64) {
+            self.clear_cache(cpu);
+            crate::host::heap::give_back();
+        }
     }
 
     pub fn drop_written_code(&mut self, cpu: &mut Cpu) {

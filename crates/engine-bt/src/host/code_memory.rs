@@ -6,7 +6,9 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+
+const HOST_PAGE: usize = 4096;
 
 pub struct CodeMemory {
     write: *mut u8,
@@ -66,6 +68,19 @@ impl CodeMemory {
         }
     }
 
+    /// Gives the pages that lie in a range wholly back to the host; they are zeros then.
+    pub fn give_back(&mut self, start: usize, end: usize) {
+        let (start, end) =
+            (start.next_multiple_of(HOST_PAGE), end.min(self.len) / HOST_PAGE * HOST_PAGE);
+        if start < end {
+            // SAFETY: in the mapping, and `&mut self`: nobody runs or writes what is there.
+            let removed =
+                unsafe { madvise(self.write.add(start).cast(), end - start, Advice::LinuxRemove) };
+            // Then they stay, and are written over.
+            let _ = removed.inspect_err(|error| log::debug!("code memory stays: {error}"));
+        }
+    }
+
     /// Replaces four bytes of code that another vCPU may be running: it sees the
     /// old or the new value, never a mix. They lie in one aligned quadword (Intel
     /// SDM 3A, 8.1.1; AMD APM 2, 7.3.2).
@@ -93,6 +108,18 @@ impl Drop for CodeMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_given_back_is_zeros_and_the_rest_stays() {
+        let mut memory = CodeMemory::new("test", 5 * HOST_PAGE).unwrap();
+        memory.write(0, &[7; 5 * HOST_PAGE]);
+        memory.give_back(100, 3 * HOST_PAGE + 100);
+        // SAFETY: the executable mapping, which is readable.
+        let seen = unsafe { std::slice::from_raw_parts(memory.run, 5 * HOST_PAGE) };
+        let (kept, gone) = (HOST_PAGE..3 * HOST_PAGE, [0; 2 * HOST_PAGE]);
+        assert_eq!(seen[kept.clone()], gone);
+        assert!(seen[..kept.start].iter().chain(&seen[kept.end..]).all(|&byte| byte == 7));
+    }
 
     #[test]
     fn patch_changes_its_four_bytes_alone() {

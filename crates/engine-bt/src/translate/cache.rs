@@ -114,6 +114,7 @@ impl CodeCache {
     /// Returns the physical pages that held code. Nobody runs any, and no vCPU's
     /// tables lead there.
     pub fn clear(&mut self) -> Vec<u64> {
+        self.memory.give_back(self.first, self.next);
         self.next = self.first;
         self.origins.clear();
         let generation = self.translations.generation + 1;
