@@ -49,7 +49,18 @@ fuzz: ## Fuzz a TARGET of fuzz/ for ten minutes (see docs/fuzzing.md)
 	cargo fetch --locked --manifest-path fuzz/Cargo.toml
 	cd fuzz && RUSTC_BOOTSTRAP=1 cargo fuzz run $(TARGET) -- -max_total_time=600 -max_len=768 -len_control=0
 
-wheel: $(AGENT) $(VENV)/.stamp-tools ## Build the wheel into dist/
+# Where maturin looks for what lies beside the package: man pages, and what makes shells complete.
+WHEEL_DATA := tetrarch._native.data
+SHARE := $(WHEEL_DATA)/data/share
+
+wheel: setup ## Build the wheel into dist/
+	rm -rf $(WHEEL_DATA)
+	$(BIN)/tetrarch man $(SHARE)/man
+	install -d $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions \
+		$(SHARE)/fish/vendor_completions.d
+	$(BIN)/tetrarch completion bash >$(SHARE)/bash-completion/completions/tetrarch
+	$(BIN)/tetrarch completion zsh >$(SHARE)/zsh/site-functions/_tetrarch
+	$(BIN)/tetrarch completion fish >$(SHARE)/fish/vendor_completions.d/tetrarch.fish
 	$(BIN)/maturin build --release --strip --locked --out dist
 
 lint: setup ## Check format, types and style of Rust and Python
@@ -80,7 +91,7 @@ lock: ## Lock the Python dependencies of pyproject.toml in requirements/ (ARGS=-
 	$(COMPILE) --constraints requirements/dev.txt --no-annotate --output-file requirements/run.txt
 
 clean: ## Remove everything that was built
-	rm -rf $(VENV) dist build target .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist build target $(WHEEL_DATA) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f src/tetrarch/_native*.so $(AGENT)
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -85,6 +85,17 @@ def test_wheel_serves_every_python_from_3_11_on_and_has_its_data(wheel: Path) ->
     assert not [name for name in names if name.startswith(("tests/", "tools/", "crates/"))]
 
 
+def test_installed_program_has_its_man_pages_and_completes(installed: Path) -> None:
+    share = installed.parent / "share"
+    assert (share / "man" / "man1" / "tetrarch-run.1").read_text().startswith(".TH TETRARCH-RUN 1")
+    for path in (
+        "bash-completion/completions/tetrarch",
+        "zsh/site-functions/_tetrarch",
+        "fish/vendor_completions.d/tetrarch.fish",
+    ):
+        assert "_TETRARCH_COMPLETE" in (share / path).read_text()
+
+
 def test_installed_program_says_its_version(installed: Path) -> None:
     done = run(installed, "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"tetrarch {__version__}\n", "")

@@ -9,12 +9,7 @@ from tetrarch.errors import ConfigError
 
 __all__ = ["SHELLS", "answer_shells", "completion_script", "show_script"]
 
-#: For each shell, where a distribution puts what is loaded for a program.
-SHELLS: Final = {
-    "bash": "bash-completion/completions/tetrarch",
-    "zsh": "zsh/site-functions/_tetrarch",
-    "fish": "fish/vendor_completions.d/tetrarch.fish",
-}
+SHELLS: Final = ("bash", "zsh", "fish")
 #: By which the shell's function asks; typer's parser looks for it.
 VARIABLE: Final = "_TETRARCH_COMPLETE"
 
