@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import re
 import shutil
 import socket
 import threading
@@ -173,6 +174,38 @@ def test_guest_reaches_the_host_by_a_tap(debian_guest: CachedGuest) -> None:
         stats = vm.stats()["net0"]
         assert stats["sent_bytes"] > len(got)
         assert not [name for name in stats if "malformed" in name]
+
+
+@need_root
+@pytest.mark.skipif(shutil.which("ip") is None, reason="no ip: apt-get install iproute2")
+@in_namespace
+def test_guest_sees_what_its_network_loses_and_how_slow_it_is(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    path = tmp_path / "frames.pcap"
+    with made(debian_guest, net=f"tap=t0,delay=20ms,loss=25%,pcap={path}") as vm:
+        ip("addr add 10.8.0.1/24 dev t0")
+        vm.start()
+        ask = shell(vm)
+        ask("ip addr add 10.8.0.2/24 dev eth0")
+        # Until an answer to ARP has come through.
+        ask("until ping -c 1 -W 1 10.8.0.1; do :; done")
+        said = ask("ping -c 200 -i 0.01 -W 1 -s 1000 10.8.0.1")
+        found = re.search(r"200 packets transmitted, (\d+) packets received", said)
+        assert found is not None, said
+        received = int(found[1])
+        # A quarter is lost each way, so that 112 come back; by chance never so few or many.
+        assert 60 < received < 160
+        # There and back. No host is too slow for that.
+        fastest = re.search(r"min/avg/max = ([0-9.]+)/", said)
+        assert fastest is not None, said
+        assert float(fastest[1]) >= 40
+        stats = vm.stats()["net0"]
+        assert stats["sent_dropped_lost"] + stats["received_dropped_lost"] >= 200 - received
+        ask("ip link set eth0 down")
+    # The capture has what the guest sent, and what came to it. ICMP: 8 asks, 0 answers (RFC 792).
+    types = [frame[34] for frame in frames_of(path) if len(frame) == 14 + 20 + 8 + 1000]
+    assert (types.count(8), types.count(0)) == (200, received)
 
 
 @pytest.mark.usefixtures("need_passt")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socketserver
 import subprocess
-from collections.abc import Callable
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,17 @@ import pexpect
 import pytest
 from tests.net.namespace import in_namespace, ip, need_root
 from tests.net.test_linux import PROMPT, made, shell
+from tests.net.test_tap import link
 from tests.programs import initrd_with
+from tests.virtio.driver import wait_until
 
 from tetrarch import Machine
+from tetrarch._native import Vm
 from tetrarch.images import CachedGuest
+from tetrarch.net import NetSpec, open_network
+from tetrarch.net.mac import stable_mac
+from tetrarch.virtio import VirtioPci
+from tetrarch.virtio.net import NetKind
 
 pytestmark = pytest.mark.long
 
@@ -103,6 +112,52 @@ def test_two_guests_and_the_host_carry_iperf_over_a_bridge(
         assert [drops(machine) for machine in machines] == [{}, {}]
 
 
+@need_root
+@pytest.mark.skipif(shutil.which("ip") is None, reason="no ip: apt-get install iproute2")
+@in_namespace
+def test_every_pair_of_queues_that_ethtool_turns_on_is_used(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    initrd = initrd_with(debian_guest, ["iperf3", "ethtool"], tmp_path)
+    with made(debian_guest, initrd=initrd, net="tap=t0,queues=3", memory="512M") as vm:
+        ip("addr add 10.8.0.1/24 dev t0")
+        vm.start()
+        ask = shell(vm)
+        ask("ip addr add 10.8.0.2/24 dev eth0")
+
+        def packets() -> dict[str, int]:
+            said = ask("ethtool -S eth0")
+            return {
+                name: int(count)
+                for name, count in re.findall(r"([rt]x_queue_\d)_packets: (\d+)", said)
+            }
+
+        server = subprocess.Popen(["iperf3", "-s", "-B", "10.8.0.1"], stdout=subprocess.DEVNULL)
+        try:
+            # A driver takes as many as there are CPUs, and others when it is told to.
+            for pairs in (3, 1, 2):
+                ask(f"ethtool -L eth0 combined {pairs}")
+                before = packets()
+                # Connections are spread over the queues by their ports.
+                end = measure(ask, "-c 10.8.0.1 --bidir --parallel 16")
+                assert end["sum_received"]["bytes"] > 1 << 20
+                after = packets()
+                used = {name for name in after if after[name] > before.get(name, 0)}
+                assert used == {
+                    f"{way}_queue_{pair}" for way in ("rx", "tx") for pair in range(pairs)
+                }, (pairs, before, after)
+            # In the middle of frames, too.
+            ask("(iperf3 -c 10.8.0.1 --bidir --parallel 4 --time 60 >/dev/null 2>&1 &)")
+            turns = " ".join(f"{turn % 3 + 1}" for turn in range(30))
+            ask(f"for pairs in {turns}; do ethtool -L eth0 combined $pairs && sleep 0.1; done")
+            ask("killall iperf3; ping -c 3 10.8.0.1")
+        finally:
+            server.kill()
+            server.wait()
+        said = ask("dmesg")
+        assert not re.search(r"BUG|Oops|WARNING|Call Trace|timed out", said), said
+
+
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="no QEMU on this host")
 def test_guest_of_qemu_joins_a_socket(debian_guest: CachedGuest, tmp_path: Path) -> None:
     path = tmp_path / "net"
@@ -178,3 +233,72 @@ def test_shaped_network_is_what_linux_sees_and_tcpdump_reads(
     assert read.returncode == 0, read.stderr
     assert read.stdout.count("ICMP echo request") == 5
     assert read.stdout.count("ICMP echo reply") == 5
+
+
+@contextmanager
+def echo(address: str) -> Iterator[int]:
+    """The port of a server that gives back what it is sent."""
+
+    class Echo(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            # Of a card that is unplugged nothing is heard any more, not even an end.
+            self.request.settimeout(60)
+            with suppress(OSError):
+                while data := self.request.recv(1 << 16):
+                    self.request.sendall(data)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+
+    with Server((address, 0), Echo) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@need_root
+@pytest.mark.skipif(shutil.which("ip") is None, reason="no ip: apt-get install iproute2")
+@pytest.mark.timeout(900)
+@in_namespace
+def test_card_is_plugged_in_and_out_of_a_guest_that_is_busy(debian_guest: CachedGuest) -> None:
+    with made(debian_guest, net="tap=t0") as vm:
+        ip("addr add 10.8.0.1/24 dev t0")
+        assert isinstance(vm.engine_vm, Vm)
+        vm.start()
+        ask = shell(vm)
+        ask("ip addr add 10.8.0.2/24 dev eth0")
+        ask("ping -A -q -s 1400 10.8.0.1 >/tmp/answers & true")
+        for turn in range(50):
+            before = vm.stats()["net0"]
+            network = open_network(NetSpec.parse("tap=t1"))
+            card = NetKind(vm.engine_vm, network, "net7", stable_mac("plugged", turn))
+            vm.plug(VirtioPci(vm.engine_vm, card), name="net7")
+            ip("addr add 10.9.0.1/24 dev t1")
+            ask("until [ -e /sys/class/net/eth1 ]; do sleep 0.05; done")
+            ask("ip addr add 10.9.0.2/24 dev eth1 && ip link set eth1 up")
+            with echo("10.9.0.1") as port:
+                ask(f"(nc 10.9.0.1 {port} </dev/zero >/dev/null &)")
+                # It goes in the middle of frames both ways.
+                wait_until(
+                    lambda card=card: (
+                        min(card.stats()["sent_bytes"], card.stats()["received_bytes"]) > 1 << 20
+                    ),
+                    "the card carries nothing",
+                    120,
+                )
+                vm.unplug("net7", timeout=120)
+            ask("[ ! -e /sys/class/net/eth1 ] && killall nc")
+            assert link("t1") is None
+            after = vm.stats()["net0"]
+            # The card that stays goes on meanwhile.
+            assert min(after[way] - before[way] for way in ("sent", "received")) > 10
+        ask("killall -INT ping; wait; grep ' 0% packet loss' /tmp/answers")
+        said = ask("dmesg")
+        assert not re.search(r"BUG|Oops|WARNING|Call Trace|blocked for more", said), said
+        vm.console.send("poweroff -f\n")
+        assert vm.wait(120).ok

@@ -264,7 +264,7 @@ impl Net {
         for (pair, index) in self.pairs.iter_mut().zip(0..) {
             pair.active = self.running && index < count;
             pair.enabled = index < count;
-            (pair.held, pair.blocked) = (pair.held && pair.active, pair.blocked && pair.active);
+            (pair.held, pair.blocked) = (pair.held && pair.active, pair.blocked && self.running);
             if !pair.enabled {
                 // Before: one that is not enabled may be nothing but an error to wait for.
                 pair.settle();
@@ -278,12 +278,31 @@ impl Net {
 
     fn transmit(&mut self, queues: &mut Queues, at: usize) -> Result<(), QueueError> {
         let left = offloads(self.features, [CSUM, HOST_TSO4, HOST_TSO6, HOST_ECN]);
-        let Some(pair) = self.pairs.get_mut(at).filter(|pair| pair.active) else { return Ok(()) };
         let counters = &self.counters;
-        let stopped = queues.serve_until(2 * at + 1, |chain| pair.send(chain, left, counters));
-        pair.backend.flush();
-        pair.blocked = stopped?;
-        Ok(())
+        let Some(pair) = self.pairs.get_mut(at) else { return Ok(()) };
+        if pair.active {
+            let stopped = queues.serve_until(2 * at + 1, |chain| pair.send(chain, left, counters));
+            pair.backend.flush();
+            pair.blocked = stopped?;
+            return Ok(());
+        }
+        // A driver that gives a pair up may have put packets there before, and rings no more
+        // for them: they go by the first.
+        pair.blocked = false;
+        let Some(first) = self.pairs.first_mut().filter(|pair| pair.active) else { return Ok(()) };
+        let sent = queues.serve(2 * at + 1, |chain| {
+            let length = chain.readable.len();
+            match first.send(chain, left, counters) {
+                ControlFlow::Continue(answer) => answer,
+                ControlFlow::Break(used) => {
+                    counters.frame(Direction::Sent, length.saturating_sub(HEADER as u64));
+                    counters.dropped(Direction::Sent, DropReason::QueueFull);
+                    Some((used, 0))
+                }
+            }
+        });
+        first.backend.flush();
+        sent
     }
 
     // To the guest
@@ -344,11 +363,18 @@ impl Net {
     // Commands
 
     fn control(&mut self, queues: &mut Queues, index: usize) -> Result<(), QueueError> {
-        queues.serve(index, |chain| {
+        let result = queues.serve(index, |chain| {
             let done = Command::read(&chain.readable).is_some_and(|command| self.obey(command));
             let written = chain.writable.write_at(0, &[if done { OK } else { ERR }]);
             Some((chain.used, written as u32))
-        })
+        });
+        for (pair, at) in self.pairs.iter().zip(0..) {
+            // What waits for a back end that is not used any more waits no longer.
+            if pair.blocked && !pair.active {
+                queues.serve_again(2 * at + 1);
+            }
+        }
+        result
     }
 
     /// Whether it was done.
@@ -496,7 +522,9 @@ impl Pair {
 
     /// Says what is waited for.
     fn settle(&mut self) {
-        self.backend.watch(Interest { receive: self.enabled && !self.held, send: self.blocked });
+        let (receive, send) = (!self.held, self.blocked);
+        self.backend
+            .watch(Interest { receive: self.enabled && receive, send: self.enabled && send });
     }
 
     /// Discards what has come for nobody.

@@ -621,10 +621,70 @@ fn pairs_of_queues_are_used_as_the_driver_says() {
     }
     assert_eq!(guest.ask(&[4, 0, 1, 0]), OK);
     assert_eq!(enabled(&guest), [true, false, false]);
-    // Not used: neither way.
-    guest.send(5, &[0; HEADER], &frame(1, 60));
+}
+
+/// Linux goes on to fill a queue until it has heard that the command is done.
+#[test]
+fn packets_of_a_pair_that_is_given_up_go_by_the_first() {
+    let mut guest = Guest::with(MQ, 3);
+    assert_eq!(guest.ask(&[4, 0, 3, 0]), OK);
+    // One waits for its back end, and others behind it.
+    guest.wires[2].change(|wire| wire.room = 0);
+    for number in 0..3 {
+        guest.send(5, &[0; HEADER], &frame(number, 60));
+    }
+    until("the back end is not waited for", || {
+        guest.wires[2].0.lock().interest.is_some_and(|interest| interest.send)
+    });
     assert_eq!(guest.ask(&[4, 0, 1, 0]), OK);
+    assert!(!guest.wires[2].0.lock().interest.unwrap().send);
+    guest.send(5, &[0; HEADER], &frame(3, 60));
+    for _ in 0..4 {
+        guest.wait(5);
+    }
+    assert_eq!(guest.wires[2].sent(), 0);
+    let numbers: Vec<u8> =
+        guest.wires[0].0.lock().sent.iter().map(|(_, bytes)| bytes[14]).collect();
+    assert_eq!(numbers, [0, 1, 2, 3]);
+    // Where that one is busy they are lost, and counted.
+    guest.wires[0].change(|wire| wire.room = 0);
+    guest.send(5, &[0; HEADER], &frame(4, 60));
+    guest.wait(5);
+    assert_eq!(guest.drops(Direction::Sent, DropReason::QueueFull), 1);
+    assert_eq!(guest.counters.stats()[0], ("sent".into(), 5));
+    // The queue is served again as before.
+    guest.wires[2].change(|wire| wire.room = usize::MAX);
+    assert_eq!(guest.ask(&[4, 0, 3, 0]), OK);
+    guest.send(5, &[0; HEADER], &frame(5, 60));
+    guest.wait(5);
     assert_eq!(guest.wires[2].sent(), 1);
+}
+
+#[test]
+fn packets_that_wait_go_on_where_a_pair_is_given_up_and_used_again() {
+    let mut guest = Guest::with(MQ, 2);
+    assert_eq!(guest.ask(&[4, 0, 2, 0]), OK);
+    guest.wires[1].change(|wire| wire.room = 0);
+    guest.send(3, &[0; HEADER], &frame(0, 60));
+    until("the back end is not waited for", || {
+        guest.wires[1].0.lock().interest.is_some_and(|interest| interest.send)
+    });
+    // Both commands are there when the device looks: it has no bus before.
+    let control = guest.next.len() - 1;
+    guest.device.set_master(false);
+    let at = BUFFERS - 0x8000;
+    for (index, pairs) in [1, 2].into_iter().enumerate() {
+        let at = at + 16 * index as u64;
+        guest.put(at, &[4, 0, pairs, 0]);
+        guest.offer(control, &[(at, 4, 0), (at + 8, 1, WRITE)]);
+    }
+    guest.device.set_master(true);
+    for _ in 0..2 {
+        guest.wait(control);
+    }
+    guest.wires[1].change(|wire| wire.room = usize::MAX);
+    guest.wait(3);
+    assert_eq!((guest.wires[0].sent(), guest.wires[1].sent()), (0, 1));
 }
 
 #[test]
