@@ -239,6 +239,23 @@ def test_what_a_killed_build_left_is_in_nobodys_way(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "web"]
 
 
+def test_what_killed_programs_left_goes_with_the_next_disk(tmp_path: Path) -> None:
+    def leave() -> None:
+        for name in (".build-old", ".removed-x"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / DISK).write_bytes(b"large")
+
+    store = DiskStore(tmp_path)
+    leave()
+    with store.making("one"):
+        # One that is being made stays.
+        make(store, "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    leave()
+    store.remove("two")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
 def test_disk_of_a_later_version_is_read_and_one_that_cannot_be_read_stays(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     make(store, "web")

@@ -6,7 +6,8 @@
     NAME/disk.json      what it is: append line, packages, when and of what it was made
 
 A disk is made in a directory beside them, .build-NAME, which its maker has locked (flock(2)), and
-which is renamed when it is whole. One that nobody has locked was left by a maker that was killed.
+which is renamed when it is whole. One that nobody has locked was left by a maker that was killed,
+and goes when the next disk is made or removed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -109,14 +110,24 @@ class DiskStore:
         disk = open_disk(DiskSpec(found.disk, format="raw"))
         try:
             # Out of sight at once, whatever a removal that is cut short leaves.
-            scratch = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=self.root))
-            found.directory.rename(scratch / name)
+            found.directory.rename(self.root / f"{_REMOVED}{uuid.uuid4()}")
         except OSError as error:
             raise self._unusable(error) from error
         finally:
             disk.close()
-        shutil.rmtree(scratch, ignore_errors=True)
+        self._sweep()
         return found
+
+    def _sweep(self) -> None:
+        """Takes away what those have left who were killed while they made or removed a disk."""
+        for path in self.root.glob(f"{_REMOVED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.root.glob(f"{_SCRATCH}*"):
+            with suppress(OSError):
+                lock = _lock(path)
+                if lock is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(lock)
 
     @contextmanager
     def making(self, name: str) -> Iterator[Path]:
@@ -149,6 +160,7 @@ class DiskStore:
                     "give another --name, or move it away",
                 )
             _empty(scratch)
+            self._sweep()
             yield scratch
             scratch.rename(target)
         except OSError as error:
