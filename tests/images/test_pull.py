@@ -1,5 +1,6 @@
 """From a name to a cached guest, with and without what it needs."""
 
+import json
 import shutil
 import threading
 import time
@@ -267,6 +268,22 @@ def test_manifest_of_another_version_keeps_everything(archive: FakeArchive) -> N
     (cache.packages / "later.deb").touch()
     remove(cache, "debian")
     assert (cache.packages / "later.deb").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"sizes": None}, {"directory": 5}, {"directory": "../.."}, {"packages": ["x"]}, None]
+)
+def test_manifest_that_is_damaged_is_no_guest(
+    archive: FakeArchive, change: dict[str, object] | None
+) -> None:
+    cache = Cache()
+    pull(cache, "debian", Reporter())
+    path = cache.images / "debian.json"
+    text = "[" * 100_000 if change is None else json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(text)
+    assert (cache.find("debian"), cache.list()) == (None, [])
+    # It is built anew.
+    assert ensure(cache, "debian", Reporter()).kernel.read_bytes() == b"kernel"
 
 
 def test_each_step_is_said_and_only_what_is_fetched_is_called_fetched(

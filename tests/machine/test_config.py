@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tetrarch.block import DiskSpec
 from tetrarch.console import MemoryConsole
 from tetrarch.errors import ConfigError
 from tetrarch.machine.config import MachineConfig, MachineOptions, make_config, parse_size
 from tetrarch.machine.config_file import load_config
+from tetrarch.net import Forward, NetSpec
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,13 @@ def test_what_is_no_size_is_refused_with_a_mend(text: object) -> None:
         ("name", "a/b", "name: 'a/b' is no name"),
         ("kernel", "", "kernel: '' is no file name"),
         ("kernel", 3, "kernel: 3 is no path; name a file, in quotes"),
+        ("disk", DiskSpec(Path("x"), iops=-1), "disk: '-1' is no size"),
+        ("disk", DiskSpec(Path("a\0b")), "disk: "),
+        ("net", NetSpec("user", mtu=-1), "net: mtu is '-1'; give 68 to 65535"),
+        ("net", NetSpec("user", mac=b"\1" * 6), "net: 01:01:01:01:01:01 is no address"),
+        ("net", NetSpec("user", delay=float("nan")), "net: delay is "),
+        ("net", NetSpec("user", forward=(Forward("::", 1 << 16, 22),)), "net: forward is "),
+        ("net", NetSpec("tap", "a" * 16), "net: tap is 'aaaaaaaaaaaaaaaa', which names no"),
         ("kernel", "a\0b", "kernel: "),
         ("append", "a\0b", "append: it holds a zero byte"),
         ("debug_exit", "perhaps", "debug_exit: 'perhaps' is neither"),

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tetrarch._files import read_bounded
 from tetrarch.errors import ImageError
 from tetrarch.images.archive import SCRATCH, sha256_of
 from tetrarch.images.default_guest import RECIPE_VERSION, BuiltGuest
@@ -189,9 +190,10 @@ class Cache:
 
     def _manifest(self, path: Path) -> Manifest | None:
         try:
-            return Manifest(**json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):  # missing, or of another version
+            manifest = Manifest(**json.loads(read_bounded(path)))
+        except (OSError, ValueError, TypeError, RecursionError):  # missing, or of another version
             return None
+        return manifest if _is_sound(manifest) else None
 
     def _write_directory(self, directory: Path, files: dict[str, bytes]) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=self.images))
@@ -210,6 +212,26 @@ def default_root() -> Path:
     configured = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(configured) if configured.startswith("/") else Path.home() / ".cache"
     return base / "tetrarch"
+
+
+def _is_sound(manifest: Manifest) -> bool:
+    """Whether its values are what they are to be: the directory is removed with the guest."""
+    texts = [manifest.name, manifest.release, manifest.package, manifest.version]
+    tables: list[tuple[object, type]] = [
+        (manifest.packages, str),
+        (manifest.sha256, str),
+        (manifest.sizes, int),
+    ]
+    return (
+        all(isinstance(text, str) for text in [*texts, manifest.directory])
+        and manifest.directory not in ("", ".", "..")
+        and "/" not in manifest.directory
+        and isinstance(manifest.recipe, int)
+        and all(
+            isinstance(table, dict) and all(isinstance(value, kind) for value in table.values())
+            for table, kind in tables
+        )
+    )
 
 
 def _digest(path: Path) -> str | None:

@@ -177,6 +177,7 @@ def _images(kind: type[ImageSpec], value: object, what: str) -> tuple[ImageSpec,
 
 def _image(kind: type[ImageSpec], value: object, what: str) -> ImageSpec:
     if isinstance(value, kind):
+        kind.parse(str(value))  # its values are checked as those that are written down
         return value
     if not isinstance(value, (str, os.PathLike)):
         raise ValueProblem(f"{value!r} is no {what}", mend="write PATH[,OPTION=VALUE]...")
@@ -198,6 +199,7 @@ def _nets(value: object) -> tuple[NetSpec, ...]:
 
 def _net(value: object) -> NetSpec:
     if isinstance(value, NetSpec):
+        NetSpec.parse(str(value))
         return value
     if not isinstance(value, str):
         raise ValueProblem(
@@ -221,6 +223,7 @@ def _shares(value: object) -> tuple[ShareSpec, ...]:
 
 def _share(value: object) -> ShareSpec:
     if isinstance(value, ShareSpec):
+        ShareSpec.parse(str(value))
         return value
     if not isinstance(value, (str, os.PathLike)):
         raise ValueProblem(f"{value!r} is no share", mend="write DIR[:TAG][,readonly]")
