@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,14 @@ from typing import BinaryIO, cast
 
 from tetrarch.errors import ConfigError
 
-__all__ = ["open_to_write", "read_bounded", "read_text", "replaced_when_whole"]
+__all__ = [
+    "ScratchDirectory",
+    "open_to_write",
+    "read_bounded",
+    "read_text",
+    "remove_tree",
+    "replaced_when_whole",
+]
 
 #: Far above any description of a machine, and any list of packages or keys.
 _BYTES_MAX = 1 << 20
@@ -43,6 +51,26 @@ def open_to_write(path: Path) -> BinaryIO:
         raise
     os.set_blocking(descriptor, True)
     return os.fdopen(descriptor, "wb", buffering=0)
+
+
+def remove_tree(path: str | Path) -> None:
+    """A directory and what is in it, as far as the host lets it. Where a signal interrupts it, it
+    goes on before what the signal raised does."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+class ScratchDirectory(tempfile.TemporaryDirectory[str]):
+    """A temporary directory that is gone at the end, also where a signal comes just then."""
+
+    def cleanup(self) -> None:
+        try:
+            super().cleanup()
+        finally:
+            remove_tree(self.name)
 
 
 @contextmanager

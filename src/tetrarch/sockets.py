@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from tetrarch._files import ScratchDirectory
 from tetrarch.errors import HostError
 
 __all__ = ["ListeningSocket", "remove_dead_socket", "socket_directory"]
@@ -19,12 +20,12 @@ _PLACE_MAX: Final = 64
 _BACKLOG: Final = 16
 
 
-def socket_directory() -> tempfile.TemporaryDirectory[str]:
+def socket_directory() -> ScratchDirectory:
     """A private directory for sockets, under TMPDIR where paths are not too long there."""
     place = tempfile.gettempdir()
     if len(os.fsencode(place)) > _PLACE_MAX:
         place = "/tmp"
-    return tempfile.TemporaryDirectory(prefix="tetrarch-", dir=place)
+    return ScratchDirectory(prefix="tetrarch-", dir=place)
 
 
 class ListeningSocket:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetrarch._files import ScratchDirectory
 from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ConfigError
 from tetrarch.machine.config import MachineConfig
@@ -41,7 +41,7 @@ def with_seed(
         )
     keys = public_keys(list(options.ssh_key) or None)
     seed = Seed(options.user, keys, options.hostname, options.run)
-    with tempfile.TemporaryDirectory(prefix="tetrarch-", dir=place) as folder:
+    with ScratchDirectory(prefix="tetrarch-", dir=place) as folder:
         path = Path(folder) / "cidata.iso"
         path.write_bytes(seed.image())
         disks = (*config.disk, DiskSpec(path, format="raw", readonly=True))

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tetrarch._files import remove_tree
 from tetrarch.images import apt
 from tetrarch.images.apt import ArchiveError
 from tetrarch.images.disk import require_space
@@ -99,7 +100,7 @@ class Archive:
         self._require_apt()
         directory.mkdir(parents=True, exist_ok=True)
         scratch = directory / f"{SCRATCH}{os.getpid()}"
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_tree(scratch)
         scratch.mkdir()
         try:
             done = apt.run(
@@ -123,7 +124,7 @@ class Archive:
             progress(package.size, package.size)
             os.replace(fetched, target)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_tree(scratch)
         return target
 
     def _resolve(self, name: str) -> Package:

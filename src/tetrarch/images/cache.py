@@ -18,14 +18,13 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tetrarch._files import read_bounded
+from tetrarch._files import read_bounded, remove_tree
 from tetrarch.errors import ImageError
 from tetrarch.images.archive import SCRATCH, sha256_of
 from tetrarch.images.default_guest import RECIPE_VERSION, BuiltGuest
@@ -155,15 +154,15 @@ class Cache:
         directories = {manifest.directory for manifest in known}
         for path in self.images.iterdir():
             if path.is_dir() and path.name not in directories:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)
         packages = {name for manifest in known for name in manifest.packages}
         for path in self.packages.iterdir():
             if path.name.startswith(SCRATCH):
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)
             elif path.name not in packages:
                 path.unlink(missing_ok=True)
         if not known:  # the package lists of our own serve the next pull only
-            shutil.rmtree(self.apt, ignore_errors=True)
+            remove_tree(self.apt)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -201,10 +200,10 @@ class Cache:
             for file, data in files.items():
                 _write_atomically(scratch / file, data)
             scratch.chmod(0o755)
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_tree(directory)
             os.rename(scratch, directory)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_tree(scratch)
 
 
 def default_root() -> Path:

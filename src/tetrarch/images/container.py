@@ -8,11 +8,11 @@ the machine off after it (``crates/agent/src/init.rs``).
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from tetrarch import images
+from tetrarch._files import ScratchDirectory
 from tetrarch.agent import encode_run
 from tetrarch.errors import ImageError
 from tetrarch.images.debian_disk import AGENT_UNIT
@@ -61,7 +61,7 @@ def import_container(
             shutil.copyfile(source, directory / file)
         with (
             reporter.step(f"Unpacking {len(image.layers)} layers") as detail,
-            tempfile.TemporaryDirectory(prefix="tetrarch-", dir=directory) as scratch,
+            ScratchDirectory(prefix="tetrarch-", dir=directory) as scratch,
         ):
             tree = Tree(Path(scratch), recipe.size)
             for number, layer in enumerate(image.layers, start=1):

@@ -11,12 +11,12 @@ import io
 import os
 import re
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tetrarch._files import ScratchDirectory
 from tetrarch.errors import ImageError, ValueProblem
 from tetrarch.images.default_guest import agent_program, shares_script
 from tetrarch.images.disk import require_size, require_space
@@ -264,7 +264,7 @@ def build_debian_disk(recipe: DebianRecipe, store: DiskStore, reporter: Reporter
             _bootstrap(mmdebstrap, recipe, archive, made, detail)
         with (
             reporter.step(f"Writing a disk of {recipe.size >> 30} GiB"),
-            tempfile.TemporaryDirectory(prefix="tetrarch-", dir=directory) as scratch,
+            ScratchDirectory(prefix="tetrarch-", dir=directory) as scratch,
         ):
             tree = Tree(Path(scratch))
             with archive.open("rb") as file:
@@ -293,7 +293,7 @@ def _now() -> int:
 def _bootstrap(
     mmdebstrap: str, recipe: DebianRecipe, archive: Path, made: int, detail: Callable[[str], object]
 ) -> None:
-    with tempfile.TemporaryDirectory(prefix="tetrarch-") as temporary:
+    with ScratchDirectory(prefix="tetrarch-") as temporary:
         # Read by another user inside of mmdebstrap's namespace.
         folder = Path(temporary)
         folder.chmod(0o755)

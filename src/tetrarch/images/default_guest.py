@@ -7,11 +7,11 @@ in view: the files in guest/.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from tetrarch._files import ScratchDirectory
 from tetrarch.errors import ImageError
 from tetrarch.images.archive import ArchiveError, unpack
 from tetrarch.images.initramfs import Initramfs
@@ -94,7 +94,7 @@ class BuiltGuest:
 
 def build_guest(kernel_deb: Path, busybox_deb: Path, overlay: Path | None = None) -> BuiltGuest:
     """Builds a guest from the two packages; ``overlay`` is a directory laid over it."""
-    with tempfile.TemporaryDirectory(prefix="tetrarch-build-") as name:
+    with ScratchDirectory(prefix="tetrarch-build-") as name:
         root = Path(name)
         unpack(kernel_deb, root)
         unpack(busybox_deb, root)

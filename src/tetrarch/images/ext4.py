@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tetrarch._files import ScratchDirectory
 from tetrarch.errors import ImageError
 from tetrarch.images.tool import find_tool, run_tool
 from tetrarch.images.tree import Node, Tree
@@ -57,7 +57,7 @@ def write_ext4(
         *(str(image), f"{length >> 10}k"),
     ]
     run_tool(command, what, environment=environment)
-    with tempfile.TemporaryDirectory(prefix="tetrarch-", dir=image.parent) as folder:
+    with ScratchDirectory(prefix="tetrarch-", dir=image.parent) as folder:
         script = Path(folder) / "script"
         with script.open("wb") as file:
             for line in _script(tree, Path(folder), time):

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from tetrarch._files import read_bounded
+from tetrarch._files import read_bounded, remove_tree
 from tetrarch.block.disk import open_disk
 from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ImageError
@@ -121,12 +121,12 @@ class DiskStore:
     def _sweep(self) -> None:
         """Takes away what those have left who were killed while they made or removed a disk."""
         for path in self.root.glob(f"{_REMOVED}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
         for path in self.root.glob(f"{_SCRATCH}*"):
             with suppress(OSError):
                 lock = _lock(path)
                 if lock is not None:
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove_tree(path)
                     os.close(lock)
 
     @contextmanager
@@ -166,7 +166,7 @@ class DiskStore:
         except OSError as error:
             raise self._unusable(error) from error
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_tree(scratch)
             os.close(lock)
 
     def write_manifest(self, directory: Path, manifest: DiskManifest) -> None:

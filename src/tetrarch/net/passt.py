@@ -18,8 +18,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from tetrarch._files import ScratchDirectory
 from tetrarch.errors import HostError
 from tetrarch.net.spec import Forward
 
@@ -80,7 +80,7 @@ def _start(
     program: str, theirs: socket.socket, forwards: Iterable[Forward], words: deque[str]
 ) -> subprocess.Popen[str]:
     """It is ready when it has written its number to a file (passt(1), --pid): to a pipe."""
-    with TemporaryDirectory(prefix="tetrarch-") as name:
+    with ScratchDirectory(prefix="tetrarch-") as name:
         # As root it changes to nobody before.
         os.chmod(name, 0o711)
         ready = Path(name) / "ready"
