@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,9 +32,11 @@ sys.stdin.read()
 
 
 @pytest.fixture(autouse=True)
-def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return tmp_path / "tetrarch"
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # Paths of sockets fit there, as in a user's.
+    with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as place:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", place)
+        yield Path(place) / "tetrarch"
 
 
 def hold(name: str) -> subprocess.Popen[str]:
@@ -127,16 +130,16 @@ def test_half_made_entry_is_removed(registry: Path, cut: str) -> None:
 
 
 def test_sockets_elsewhere_go_with_what_is_left(
-    holder: subprocess.Popen[str], tmp_path: Path
+    holder: subprocess.Popen[str], registry: Path
 ) -> None:
-    dead, alive, file = tmp_path / "dead", tmp_path / "alive", tmp_path / "file"
+    dead, alive, file = registry / "dead", registry / "alive", registry / "file"
     file.touch()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(dead))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(alive))
         listener.listen()
-        entry = tmp_path / "tetrarch" / "machines" / "web" / "machine.json"
+        entry = registry / "machines" / "web" / "machine.json"
         paths = ", ".join(f'"{path}"' for path in (dead, alive, file))
         entry.write_text(f'{{"name": "web", "pid": {holder.pid}, "sockets": [{paths}]}}')
         holder.kill()
@@ -170,7 +173,10 @@ def test_name_that_nobody_has_is_told_with_the_nearest() -> None:
         find("wbe")
 
 
-def test_directory_of_somebody_else_is_not_used(tmp_path: Path) -> None:
+def test_directory_of_somebody_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     (tmp_path / "tetrarch").mkdir(mode=0o777)
     (tmp_path / "tetrarch").chmod(0o777)
     with pytest.raises(HostError, match="not a directory of yours alone"):
