@@ -103,4 +103,11 @@ def test_memory_of_the_host_follows_the_balloon(debian_guest: CachedGuest, tmp_p
 def test_balloon_goes_down_and_up_twenty_times(debian_guest: CachedGuest) -> None:
     guest = started(debian_guest)
     with guest.vm:
+        # Meanwhile the guest uses memory, and has in it what it has put there.
+        guest.ask("head -c 20000000 /dev/urandom >/tmp/kept; touch /tmp/turns")
+        guest.ask(
+            "(while cp /tmp/kept /tmp/copy && cmp /tmp/kept /tmp/copy; do echo >>/tmp/turns; "
+            "rm /tmp/copy; done; touch /tmp/over) & true"
+        )
         down_and_up(guest, 20)
+        guest.ask("[ ! -e /tmp/over ] && [ $(wc -l </tmp/turns) -ge 20 ]")

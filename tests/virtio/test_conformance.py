@@ -17,10 +17,13 @@ from tests.virtio.test_vhost_user import disk
 
 from tetrarch import block
 from tetrarch._native import Vm
+from tetrarch.net import NetSpec, open_network
 from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.blk import BlkKind
+from tetrarch.virtio.console import ConsoleKind
 from tetrarch.virtio.input import InputKind
 from tetrarch.virtio.mmio import VirtioMmio
+from tetrarch.virtio.net import NetKind
 from tetrarch.virtio.pci import VirtioPci
 from tetrarch.virtio.registers import (
     ACKNOWLEDGE,
@@ -97,6 +100,9 @@ def requests(vm: Vm, name: str) -> tuple[int, Callable[[int], Chain], int]:
         "vsock": (1, vsock, 0),
         "balloon": (0, balloon, 0),
         "input": (1, led, 0),
+        # A header of zeroes, and a frame of its own making for nobody.
+        "net": (1, lambda page: [(page, 12 + 60, False)], 0),
+        "console": (1, lambda page: [(page, 4, False)], 0),
         "vhost-user": (0, lambda page: [(page, 16, False), (page + 64, 17, True)], 17),
         "served": (0, lambda page: [(page, 4, False), (page + 64, 4, True)], 4),
     }
@@ -108,7 +114,10 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["rng", "blk", "vhost-user", "vsock", "balloon", "input", "served"])
+KINDS = "rng blk vhost-user vsock balloon input net console served"
+
+
+@pytest.fixture(params=KINDS.split())
 def device(request: pytest.FixtureRequest, transport: str, tmp_path: Path) -> Iterator[Device]:
     vm = Vm("bt", RAM)
     name = request.param
@@ -130,6 +139,11 @@ def device(request: pytest.FixtureRequest, transport: str, tmp_path: Path) -> It
                 kind = BalloonKind(vm, RAM)
             case "input":
                 kind = InputKind(vm, "keyboard", name, raised.append)
+            case "net":
+                network = open_network(NetSpec.parse(f"socket={tmp_path / 'net'}"))
+                kind = NetKind(vm, network, name, b"\2\0\0\0\0\1")
+            case "console":
+                kind = ConsoleKind(vm, [""])
             case _:
                 kind = ServedKind(vm, Reverser(), name, raised.append)
         if hasattr(kind, "close"):
