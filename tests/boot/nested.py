@@ -100,13 +100,14 @@ class NestedHost:
         timeout: float,
         programs: Mapping[str, Path] | None = None,
         disk: InstalledDisk | None = None,
+        drivers: Sequence[str] = (),
     ) -> str:
         """``programs`` lie in /suite by name; ``disk`` is one of the user's own there, with what
-        is written to it forgotten."""
+        is written to it forgotten; ``drivers`` are modules of the kernel that are used."""
         inner = shell_tree(INNER_SCRIPT).cpio()
-        tree = self._outer(
-            commands, inner, programs or {}, [] if disk is None else ["virtio_pci", "virtio_blk"]
-        )
+        if disk is not None:
+            drivers = [*drivers, "virtio_pci", "virtio_blk"]
+        tree = self._outer(commands, inner, programs or {}, drivers)
         drive: list[str] = []
         if disk is not None:
             drive = ["-drive", f"file={disk.disk},format=raw,if=virtio,snapshot=on"]
