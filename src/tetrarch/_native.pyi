@@ -49,12 +49,16 @@ __all__ = [
     "VirtioVsock",
     "Vm",
     "__version__",
+    "confine_control",
+    "confine_prepare",
     "disk_check",
     "disk_create",
     "disk_info",
     "engine_available",
     "kvm_capabilities",
     "kvm_probe",
+    "landlock_version",
+    "own_user_namespace",
 ]
 
 __version__: str
@@ -1029,3 +1033,29 @@ class CheckReport(TypedDict):
 
 def disk_check(path: str | PathLike[str], repair: bool) -> CheckReport:
     """Compares a qcow2 image's refcounts with what it refers to."""
+
+def confine_prepare(unix_sockets: bool, socket_directories: Sequence[str | PathLike[str]]) -> bool:
+    """From here on threads of this process are confined as they start, by their kind.
+
+    ``unix_sockets``: whether data paths connect to Unix sockets, or make them in these
+    directories, while the guest runs. True where threads go into a network with nothing in it.
+    OSError: the kernel refuses, or the process was prepared before.
+    """
+
+def confine_control(
+    grants: Sequence[
+        tuple[
+            str | PathLike[str],
+            Literal["read", "write", "remove", "remove directories", "sockets"],
+        ]
+    ],
+    children: Sequence[int],
+) -> None:
+    """Confines the calling thread and those that it makes: files by the grants, signals to itself
+    and the children."""
+
+def own_user_namespace() -> None:
+    """A user namespace, where the process has no rights over the host's. Needs a single thread."""
+
+def landlock_version() -> int:
+    """The kernel's; 0 without Landlock."""

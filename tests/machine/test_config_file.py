@@ -110,7 +110,7 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "m.toml"
     for data in (b'name = "\xff"', b"#" * (1 << 20) + b"\n", b"a = " + b"[" * 5000):
         file.write_bytes(data)
-        with pytest.raises(ConfigError, match="is no TOML file"):
+        with pytest.raises(ConfigError, match=r"is no TOML file|more than 1 MiB"):
             load_config(file)
     with pytest.raises(ConfigError, match="no file name"):
         load_config("a\0b")

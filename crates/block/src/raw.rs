@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use io_uring::IoUring;
+use parking_lot::Mutex;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use crate::backend::SECTOR;
 use crate::image::open_file;
-use crate::uring::UringQueue;
+use crate::uring::{self, UringQueue};
 use crate::workers::WorkerQueue;
 use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, ImageError, lock};
 
@@ -26,6 +28,9 @@ pub enum Cache {
     /// It is left alone (O_DIRECT), where the file system allows.
     None,
 }
+
+/// As many queues as a controller asks for: NVMe's.
+const RINGS_AHEAD: usize = 4;
 
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RawOptions {
@@ -66,6 +71,8 @@ pub(crate) struct RawFile {
     /// After a flush that failed Linux takes the pages for clean, and the next one
     /// succeeds (fsync(2) tells an error once): so none may succeed any more.
     lost_writes: AtomicBool,
+    /// Made ahead, in a process that may make none while the guest runs.
+    pub rings: Mutex<Vec<IoUring>>,
 }
 
 /// A raw disk.
@@ -115,8 +122,13 @@ impl RawDisk {
             no_punch: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
             lost_writes: AtomicBool::new(false),
+            rings: Mutex::default(),
             file,
         };
+        if tetrarch_confine::prepared() {
+            let made = (0..RINGS_AHEAD).map_while(|_| uring::new_ring(&file).ok()).collect();
+            *file.rings.lock() = made;
+        }
         Ok(Self { file: Arc::new(file) })
     }
 

@@ -3,15 +3,17 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use io_uring::register::Restriction;
 use io_uring::squeue::Entry;
-use io_uring::{IoUring, opcode, types};
+use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
 use crate::raw::RawFile;
 use crate::transfer::{By, Operation, Transfer};
+use crate::wakers::either;
 use crate::{BlockQueue, Completion, Request};
 
 /// Operations that the ring has at a time. More requests wait in this process: a queue
@@ -22,7 +24,10 @@ const ENTRIES: u32 = 256;
 type Slot = Option<(u64, Transfer)>;
 
 pub(crate) struct UringQueue {
-    ring: IoUring,
+    /// Some until it is dropped.
+    ring: Option<IoUring>,
+    /// Of a ring that was made ahead: what is told in its place, as its descriptor stays open.
+    watch: Option<OwnedFd>,
     file: Arc<RawFile>,
     #[expect(clippy::vec_box, reason = "the kernel has addresses in them while the vector grows")]
     slots: Vec<Box<Slot>>,
@@ -35,22 +40,21 @@ pub(crate) struct UringQueue {
 }
 
 impl UringQueue {
+    /// With a ring that was made ahead, where there is one.
     pub fn new(file: Arc<RawFile>) -> io::Result<Self> {
-        // No interrupt of this thread for each completion; from Linux 5.19 on.
-        let ring = IoUring::builder().setup_coop_taskrun().build(ENTRIES);
-        let ring = match ring {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::new(ENTRIES)?,
-            ring => ring?,
+        let spare = file.rings.lock().pop();
+        let (ring, watch) = match spare {
+            Some(ring) => {
+                // SAFETY: the ring keeps its descriptor open for longer than this block.
+                let own = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) };
+                let watch = either([own])?;
+                (ring, Some(watch))
+            }
+            None => (new_ring(&file)?, None),
         };
-        if !ring.params().is_feature_submit_stable() {
-            // Linux before 5.5.
-            return Err(Errno::NOSYS.into());
-        }
-        let mut files = vec![file.file.as_raw_fd()];
-        files.extend(file.direct.as_ref().map(|(direct, _)| direct.as_raw_fd()));
-        ring.submitter().register_files(&files)?;
         Ok(Self {
-            ring,
+            ring: Some(ring),
+            watch,
             file,
             slots: Vec::new(),
             free: Vec::new(),
@@ -58,6 +62,10 @@ impl UringQueue {
             in_flight: 0,
             finished: Vec::new(),
         })
+    }
+
+    fn ring(&mut self) -> &mut IoUring {
+        self.ring.as_mut().expect("it goes when the queue does")
     }
 
     /// Gives waiting operations to the ring, as many as it takes, and starts them.
@@ -70,7 +78,7 @@ impl UringQueue {
             // scatter list keeps, and iovecs, which lie in the slot's box. The slot stays as
             // it is until the completion is taken; `drop` waits for that. The files are
             // registered, so the ring keeps them.
-            if unsafe { self.ring.submission().push(&entry) }.is_err() {
+            if unsafe { self.ring().submission().push(&entry) }.is_err() {
                 self.waiting.push_front(index);
                 break;
             }
@@ -79,7 +87,7 @@ impl UringQueue {
         // The kernel may be short of memory for a moment. What it has not taken then
         // stays in the ring, and the next call gives it again.
         for _ in 0..100 {
-            match self.ring.submit() {
+            match self.ring().submit() {
                 Ok(_) => return,
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
                 Err(_) => std::thread::yield_now(),
@@ -89,7 +97,8 @@ impl UringQueue {
 
     /// Takes what the ring has completed. Requests that go on are left in `waiting`.
     fn reap(&mut self) {
-        while let Some(entry) = self.ring.completion().next() {
+        loop {
+            let Some(entry) = self.ring().completion().next() else { return };
             self.in_flight -= 1;
             let index = entry.user_data() as usize;
             let Some((tag, transfer)) = self.slots[index].as_mut() else { continue };
@@ -108,6 +117,40 @@ impl UringQueue {
         }
     }
 }
+
+/// A ring for this file alone: whoever gets hold of it cannot have it open another, or a socket.
+pub(crate) fn new_ring(file: &RawFile) -> io::Result<IoUring> {
+    // No interrupt of this thread for each completion; from Linux 5.19 on.
+    let ring = IoUring::builder().setup_coop_taskrun().setup_r_disabled().build(ENTRIES);
+    let (ring, disabled) = match ring {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => (IoUring::new(ENTRIES)?, false),
+        ring => (ring?, true),
+    };
+    if !ring.params().is_feature_submit_stable() {
+        // Linux before 5.5.
+        return Err(Errno::NOSYS.into());
+    }
+    let mut files = vec![file.file.as_raw_fd()];
+    files.extend(file.direct.as_ref().map(|(direct, _)| direct.as_raw_fd()));
+    ring.submitter().register_files(&files)?;
+    if disabled {
+        let mut only: Vec<_> = OPERATIONS.into_iter().map(Restriction::sqe_op).collect();
+        only.push(Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits()));
+        ring.submitter().register_restrictions(&mut only)?;
+        ring.submitter().register_enable_rings()?;
+    }
+    Ok(ring)
+}
+
+/// Those of `entry`.
+const OPERATIONS: [u8; 6] = [
+    opcode::Read::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::Fallocate::CODE,
+    opcode::Fsync::CODE,
+];
 
 fn entry(operation: &Operation) -> Entry {
     let fixed = |by: &By| types::Fixed((*by == By::Direct) as u32);
@@ -157,15 +200,19 @@ impl BlockQueue for UringQueue {
     }
 
     fn kick(&mut self) {
-        if !self.waiting.is_empty() || !self.ring.submission().is_empty() {
+        if !self.waiting.is_empty() || !self.ring().submission().is_empty() {
             self.start();
         }
     }
 
     /// The ring itself, which can be read when it has completions (io_uring(7)).
     fn event(&self) -> BorrowedFd<'_> {
+        if let Some(watch) = &self.watch {
+            return watch.as_fd();
+        }
+        let ring = self.ring.as_ref().expect("it goes when the queue does");
         // SAFETY: the ring keeps its descriptor open as long as the borrow of self.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+        unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) }
     }
 
     fn completions(&mut self, done: &mut Vec<Completion>) {
@@ -183,13 +230,16 @@ impl Drop for UringQueue {
     fn drop(&mut self) {
         while self.in_flight > 0 {
             // An operation on a file ends, well or not: nothing else can be waited for.
-            if let Err(error) = self.ring.submit_and_wait(1)
+            if let Err(error) = self.ring().submit_and_wait(1)
                 && !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
             {
                 // The kernel may go on using the memory: it is never given back.
                 return std::mem::forget(std::mem::take(&mut self.slots));
             }
             self.reap();
+        }
+        if let (Some(ring), Some(_)) = (self.ring.take(), &self.watch) {
+            self.file.rings.lock().push(ring);
         }
     }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use tetrarch_confine::{ThreadKind, enter};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{EventfdFlags, eventfd};
@@ -85,7 +86,10 @@ impl WorkerQueue {
         for _ in 0..THREADS {
             let shared = Arc::clone(&queue.shared);
             let thread = std::thread::Builder::new().name("tetrarch-disk".into());
-            queue.threads.push(thread.spawn(move || shared.run())?);
+            queue.threads.push(thread.spawn(move || {
+                enter(ThreadKind::Worker);
+                shared.run();
+            })?);
         }
         Ok(queue)
     }

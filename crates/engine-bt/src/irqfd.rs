@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use tetrarch_confine::{ThreadKind, enter};
 
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -135,9 +136,10 @@ impl Watch {
         let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         epoll::add(&epoll, end.as_fd(), epoll::EventData::new_u64(END), epoll::EventFlags::IN)?;
         let (shared, watched) = (Arc::clone(shared), Arc::clone(&epoll));
-        let thread = std::thread::Builder::new()
-            .name("bt-irqfd".into())
-            .spawn(move || watch(&shared, &watched))?;
+        let thread = std::thread::Builder::new().name("bt-irqfd".into()).spawn(move || {
+            enter(ThreadKind::Worker);
+            watch(&shared, &watched);
+        })?;
         Ok(Self { epoll, end, thread: Some(thread), process: std::process::id() })
     }
 }

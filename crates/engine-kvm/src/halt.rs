@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tetrarch_confine::{ThreadKind, enter};
 
 use parking_lot::{Condvar, Mutex};
 use tetrarch_engine::{EngineError, Halted, Halts};
@@ -55,7 +56,10 @@ impl HaltWatch {
             let shared = Arc::clone(&self.shared);
             std::thread::Builder::new()
                 .name("kvm-halt-watch".into())
-                .spawn(move || shared.watch())
+                .spawn(move || {
+                    enter(ThreadKind::Worker);
+                    shared.watch();
+                })
                 .map_err(|error| {
                     EngineError::Unavailable(format!("no thread to be had: {error}"))
                 })?;

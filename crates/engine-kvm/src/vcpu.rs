@@ -9,6 +9,7 @@ use kvm_bindings::{
     KVM_MP_STATE_UNINITIALIZED, kvm_mp_state, kvm_regs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use tetrarch_confine::{ThreadKind, enter_once};
 use tetrarch_engine::{
     Counters, EngineError, Exit, GuestDebug, GuestFault, Hypercalls, Kick, Registers, Reply,
     RunState, SystemRegisters, Vcpu, VcpuState, host_tsc,
@@ -595,6 +596,7 @@ impl KvmVcpu {
 
 impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
+        enter_once(ThreadKind::VcpuKvm);
         self.progress.set_inside(true);
         let result = self.next_exit();
         self.progress.set_inside(false);

@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
+use tetrarch_confine::{ThreadKind, enter};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::event::epoll;
@@ -110,7 +111,10 @@ impl IoThread {
         let data = epoll::EventData::new_u64(WAKE);
         epoll::add(&shared.epoll, &shared.wake, data, Trigger::Readable.flags())?;
         let own = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name(name.into()).spawn(move || own.run())?;
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+            enter(ThreadKind::Io);
+            own.run();
+        })?;
         let id = thread.thread().id();
         Ok(Self { shared, thread: Mutex::new(Some(thread)), id, process: std::process::id() })
     }

@@ -6,6 +6,7 @@
 mod ahci;
 mod ata;
 mod balloon;
+mod confine;
 mod console;
 mod debug;
 mod descriptor;
@@ -94,6 +95,35 @@ mod _native {
         }
         module.add("LOW_RAM_END", tetrarch_memory::LOW_RAM_END)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+
+    /// From here on threads of this process are confined as they start; whether they go into a
+    /// network with nothing in it.
+    #[pyfunction]
+    fn confine_prepare(
+        unix_sockets: bool,
+        socket_directories: Vec<std::path::PathBuf>,
+    ) -> PyResult<bool> {
+        crate::confine::prepare(unix_sockets, socket_directories)
+    }
+
+    /// Confines the calling thread and those that it makes.
+    #[pyfunction]
+    fn confine_control(
+        grants: Vec<(std::path::PathBuf, String)>,
+        children: Vec<u32>,
+    ) -> PyResult<()> {
+        crate::confine::enter(grants, children)
+    }
+
+    #[pyfunction]
+    fn own_user_namespace() -> std::io::Result<()> {
+        tetrarch_confine::own_user_namespace()
+    }
+
+    #[pyfunction]
+    fn landlock_version() -> i32 {
+        tetrarch_confine::landlock_version()
     }
 
     /// None if the engine can run here, else why not and what mends it.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
+use tetrarch_confine::{ThreadKind, enter};
 
 use rustc_hash::FxHashMap;
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -92,8 +93,10 @@ impl Switch {
         listener.set_nonblocking(true)?;
         let stop = Arc::new(Event::new()?);
         let mut hub = Hub::new(listener, Arc::clone(&stop), counters)?;
-        let thread =
-            std::thread::Builder::new().name("net-switch".into()).spawn(move || hub.run())?;
+        let thread = std::thread::Builder::new().name("net-switch".into()).spawn(move || {
+            enter(ThreadKind::Worker);
+            hub.run();
+        })?;
         Ok(Some(Self { stop, thread: Some(thread), path: path.into(), _lock: lock }))
     }
 }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tetrarch.agent import AgentError, connect
 from tetrarch.agent.command import run_here, run_quietly
+from tetrarch.cli import jail
 from tetrarch.cli.registered import describe
 from tetrarch.cli.reports import report_end
 from tetrarch.cli.resume import resumed_by_signal
@@ -51,7 +52,10 @@ def run_command(config: MachineConfig, options: CommandOptions, claim: Claim | N
         words = f"{config.append_extra} tetrarch.command".strip()
         config = config.model_copy(update={"vsock": path, "append_extra": words})
         console = MemoryConsole()
+        jailed = jail.prepare(config, options)
         with Machine(config, console=console) as machine, resumed_by_signal(machine):
+            if jailed:
+                jail.seal(machine, options, claim)
             machine.start()
             if claim is not None:
                 describe(claim, machine, console)

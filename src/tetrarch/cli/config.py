@@ -25,8 +25,10 @@ def show_config(options: Effective) -> int:
         if name.startswith(prefix)
     }
     machine = lines_for(relative_to(options.config, Path.cwd()), options.origins)
-    command = options.command.model_copy(
-        update={"ssh_key": tuple(key.absolute() for key in options.command.ssh_key)}
-    )
+    paths = {
+        name: tuple(path.absolute() for path in getattr(options.command, name))
+        for name in ("ssh_key", "allow")
+    }
+    command = options.command.model_copy(update=paths)
     print(toml_text(machine, lines_for(command, of_run), _HEADING), end="")
     return 0

@@ -57,6 +57,7 @@ def examine() -> Iterator[Finding]:
     yield from _engine()
     yield _huge_pages()
     yield _user_namespaces()
+    yield from _jail()
     yield _program("apt", "apt-get", "guests cannot be fetched with tetrarch image pull")
     yield _program("passt", "passt", "there is no rootless network", "apt-get install passt")
     yield _tap()
@@ -181,6 +182,29 @@ def _user_namespaces() -> Finding:
     return Finding("user namespaces", "good", "allowed")
 
 
+def _jail() -> Iterator[Finding]:
+    """What ``--jail auto`` is made of, beside the namespaces."""
+    if "errno" in _words(Path("/proc/sys/kernel/seccomp/actions_avail")):
+        yield Finding("seccomp", "good", "system calls can be filtered")
+    else:
+        yield Finding(
+            "seccomp",
+            "note",
+            "not there: machines are not jailed",
+            "a kernel with CONFIG_SECCOMP_FILTER has it",
+        )
+    version = _native.landlock_version()
+    if version == 0:
+        yield Finding(
+            "landlock",
+            "note",
+            "not there: a jailed machine's process may open its user's files",
+            "Linux has it from 5.13 on, where landlock is among lsm= of its command line",
+        )
+    else:
+        yield Finding("landlock", "good", f"version {version}: files are granted by name")
+
+
 def _program(name: str, program: str, lost: str, mend: str = "") -> Finding:
     path = shutil.which(program)
     if path is None:
@@ -213,6 +237,13 @@ def _first_word(path: Path) -> str:
         return (path.read_text().split() or ["unknown"])[0]
     except OSError:
         return "unknown"
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
 
 
 def _name(lookup: Callable[[int], Sequence[object]], number: int) -> str:

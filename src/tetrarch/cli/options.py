@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import typer
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -60,6 +60,15 @@ def _host(value: object) -> str:
     return host_name(value)
 
 
+Jail = Literal["auto", "off"]
+
+
+def _jail(value: object) -> object:
+    if value not in get_args(Jail):
+        raise ValueProblem(f"{value!r} is no jail", mend="there are auto and off")
+    return value
+
+
 Value = TypeVar("Value")
 Several: TypeAlias = Annotated[tuple[Value, ...], BeforeValidator(several)]
 
@@ -87,6 +96,14 @@ class CommandOptions(BaseModel):
     )
     run: Several[str] = option(
         (), "For cloud-init: a shell's command at the first boot; repeatable.", "COMMAND"
+    )
+    jail: Annotated[Jail, BeforeValidator(_jail)] = option(
+        "auto",
+        "What the process gives up before the guest runs; docs/confinement.md [default: auto].",
+        "auto|off",
+    )
+    allow: Several[Path] = option(
+        (), "A path that a jailed machine may open later; repeatable.", "PATH"
     )
     report: bool = option(
         False, "A last line on standard error with status and counters.", name="json"
@@ -190,8 +207,9 @@ def _of_file(path: str | None) -> tuple[MachineConfig, dict[str, Any], dict[str,
     file = ConfigFile.read(Path(path))
     run = dict(file.run)
     check_options(CommandOptions, run, file.spelled_run)
-    if "ssh_key" in run:
-        run["ssh_key"] = [file.path.parent / str(key) for key in several(run["ssh_key"])]
+    for name in ("ssh_key", "allow"):
+        if name in run:
+            run[name] = [file.path.parent / str(path) for path in several(run[name])]
     sources = {name: file.place(name) for name in file.config.model_fields_set}
     return file.config, run, sources | {f"run.{name}": file.place(RUN_TABLE, name) for name in run}
 

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
+from tetrarch.cli import jail
 from tetrarch.cli.cloud import with_seed
 from tetrarch.cli.command import run_command
 from tetrarch.cli.detach import Shell, in_background
@@ -93,11 +94,14 @@ def _run(
     choose(config.engine, config.cpus)
     check_files(config)
     config = resolve_guest(config, _reporter())
+    jailed = jail.prepare(config, options)
     console = _open_console(config, claim, shell is not None)
     interactive = _is_interactive(console) or (_has_port_on_stdio(config) and os.isatty(0))
     try:
         machine = Machine(config, console=console)
         machine.load()
+        if jailed:
+            jail.seal(machine, options, claim)
         _say_start(machine, interactive)
         with resumed_by_signal(machine), machine:
             machine.start()

@@ -172,6 +172,7 @@ class Machine:
         )
         self._loaded = False
         self._restored = False
+        self._seal: Callable[[], None] = lambda: None
         self._resets = Resets(
             self.config.on_reset == "restart",
             self._life,
@@ -425,6 +426,10 @@ class Machine:
         frames = {net.name: net.stats() for net in self._pc.nets}
         return self._vm.stats() | {name: counters for name, counters in frames.items() if counters}
 
+    def seal_with(self, action: Callable[[], None]) -> None:
+        """Has ``action`` called in start(): all is opened, and the guest has yet to run."""
+        self._seal = action
+
     def load(self) -> None:
         """Puts the guest into memory. start() does it if you have not.
 
@@ -672,6 +677,10 @@ class Machine:
         self._conclusion.keep(
             self.config.name, self._resets.survive, self._descent.stop, self._descent.close
         )
+        try:
+            self._seal()
+        except BaseException as error:
+            self._conclusion.post(error)
         self._threads.start()
         if self._restored:
             self._vm.resume()

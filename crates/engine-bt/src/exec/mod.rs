@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use iced_x86::Instruction;
 use parking_lot::Mutex;
+use tetrarch_confine::{ThreadKind, enter_once};
 use tetrarch_engine::{
     Counters, DebugStop, EngineError, Exit, GuestDebug, GuestFault, Halted, Kick, Registers, Reply,
     SystemRegisters, Trap, Unusable, Vcpu, VcpuState, host_tsc,
@@ -528,6 +529,7 @@ impl Vcpu for BtVcpu {
                 Unusable::refused("the host gives no timer", &error, raise)
             })?);
             signals::thread_init();
+            enter_once(ThreadKind::VcpuBt);
         }
         self.cpu.update_tsc_offset();
         let start = host_tsc();

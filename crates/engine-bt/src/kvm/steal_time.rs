@@ -51,9 +51,10 @@ fn waited_ns(file: &File) -> Option<u64> {
 #[derive(Default)]
 pub struct StealTime {
     msr: u64,
-    /// The statistics of the vCPU's thread, once they are wanted, and what they
-    /// said last.
-    waited: Option<(File, u64)>,
+    /// The statistics of the vCPU's thread, which may open no files later,
+    statistics: Option<File>,
+    /// and what they said last.
+    waited: Option<u64>,
     next_ns: u64,
     /// `preempted` says that the vCPU does not run.
     away: bool,
@@ -66,6 +67,7 @@ impl StealTime {
 
     /// The vCPU runs on another thread of the host than before.
     pub fn thread_changed(&mut self) {
+        self.statistics = File::open(SCHEDSTAT).ok();
         self.waited = None;
     }
 
@@ -75,20 +77,16 @@ impl StealTime {
 
     /// How long the thread has waited since it was asked last.
     fn stolen_ns(&mut self) -> u64 {
-        let Some((file, last)) = &mut self.waited else {
-            self.waited =
-                File::open(SCHEDSTAT).ok().and_then(|file| waited_ns(&file).map(|now| (file, now)));
-            return 0;
-        };
-        let Some(now) = waited_ns(file) else { return 0 };
-        now.saturating_sub(std::mem::replace(last, now))
+        let Some(now) = self.statistics.as_ref().and_then(waited_ns) else { return 0 };
+        self.waited.replace(now).map_or(0, |last| now.saturating_sub(last))
     }
 
     pub fn set_msr(&mut self, guest: &Guest, value: u64) -> R<()> {
         if value & RESERVED != 0 {
             return gp(0);
         }
-        *self = Self { msr: value, ..Self::default() };
+        let statistics = self.statistics.take();
+        *self = Self { msr: value, statistics, ..Self::default() };
         self.update(guest);
         Ok(())
     }
