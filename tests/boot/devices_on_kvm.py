@@ -75,7 +75,7 @@ def main() -> None:
         print("outer: the network has carried both ways", flush=True)
         queues = ask("ls -d /sys/class/net/eth0/queues/tx-*")
         assert "tx-1" in queues, queues
-        # Linux warns of the size that CPUID gives for XSAVE in QEMU's emulated SVM: no device's affair.
+        # Linux may warn of the emulated CPU, whose CPUID and XSAVE differ: no device's affair.
         ask("! dmesg | grep -E 'I/O error|exception Emask|nvme.*timeout|NETDEV WATCHDOG|BUG:'")
         machine.console.send("poweroff -f\n")
         assert machine.wait(LIMIT_S).ok
