@@ -739,6 +739,10 @@ class Vm:
         mapped: bool = True,
     ) -> Region:
         """As ``attach_ports``, in guest physical memory that is not RAM."""
+    def port_regions(self) -> list[tuple[int, int, str]]:
+        """Which ports are answered now: first, last, by whom."""
+    def mmio_regions(self) -> list[tuple[int, int, str]]:
+        """The same of addresses that are not RAM."""
     def irq_source(self, gsi: int) -> IrqSource:
         """A wire of its own to an interrupt line (GSI 0-23: IOAPIC pins; 0-15 also the PICs)."""
     def irq_line(self, gsi: int, level: bool) -> None:
@@ -912,6 +916,8 @@ class Disk:
 
     With ``on_stop`` a write that the host fails waits for ``retry``. It is called for the first
     of them, on a thread of its own, with the cause and what says whether it still waits.
+    ``on_error`` is called for requests that the host failed, on a thread too: with "read", "write",
+    "flush" or "unmap", whether the host is full, and the cause; not for all, where there are many.
     """
 
     def __new__(
@@ -925,6 +931,7 @@ class Disk:
         iops: int | None = None,
         bps: int | None = None,
         on_stop: Callable[[str, Callable[[], bool]], object] | None = None,
+        on_error: Callable[[str, bool, str], object] | None = None,
     ) -> Self: ...
     @property
     def size(self) -> int:
@@ -936,6 +943,12 @@ class Disk:
     @property
     def discard_granularity(self) -> int: ...
     def resize(self, size: int) -> None: ...
+    def share(self) -> Disk:
+        """The same disk once more, to be closed on its own."""
+    def stats(self) -> dict[str, int]:
+        """What was done so far, by the names of QEMU's BlockDeviceStats: rd_operations, rd_bytes,
+        rd_total_time_ns, failed_rd_operations, invalid_rd_operations, the same of wr, flush and
+        unmap, and wr_highest_offset. Empty once it is closed."""
     def retry(self) -> None:
         """Tries writes anew that wait for the host to be mended; none do in a closed disk."""
     def close(self) -> None:

@@ -1,5 +1,6 @@
 //! The contract between a disk's front end and its back end.
 
+use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 
 use tetrarch_memory::ScatterList;
@@ -94,6 +95,11 @@ pub trait BlockBackend: Send + Sync {
 
     /// Tries anew what waits for the host to be mended, where anything does.
     fn retry(&self) {}
+
+    /// What was done so far, by the names of QEMU's BlockDeviceStats; empty where nobody counts.
+    fn counters(&self) -> BTreeMap<String, u64> {
+        BTreeMap::new()
+    }
 }
 
 /// Requests to a disk, in the hands of one thread. Dropping it waits for what is in

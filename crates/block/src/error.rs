@@ -23,6 +23,16 @@ pub enum BlockError {
     Host(Errno),
 }
 
+impl BlockError {
+    /// Whether the host failed what a disk could do; else it was no request for this disk.
+    pub fn is_of_the_host(self) -> bool {
+        match self {
+            Self::NoSpace | Self::Truncated | Self::LostWrites | Self::Host(_) => true,
+            Self::Beyond { .. } | Self::ReadOnly | Self::LooksLikeAnImage => false,
+        }
+    }
+}
+
 impl From<Errno> for BlockError {
     fn from(errno: Errno) -> Self {
         match errno {

@@ -8,6 +8,7 @@
 
 mod backend;
 mod check;
+mod counted;
 mod create;
 mod error;
 mod failures;
@@ -31,6 +32,7 @@ mod workers;
 
 pub use backend::{BlockBackend, BlockInfo, BlockQueue, Completion, Request, SECTOR};
 pub use check::{CheckReport, check};
+pub use counted::{Counted, OnError, Operation};
 pub use create::{Description, NewImage, Source, create, describe};
 pub use error::{BlockError, ImageError};
 pub use failures::Failures;

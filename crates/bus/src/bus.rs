@@ -7,7 +7,7 @@ use tetrarch_engine::{DoorbellAddress, Vm};
 use crate::doorbell::Placement;
 use crate::space::Space;
 use crate::table::Hit;
-use crate::{Access, AttachError, Device, DeviceError, Handler, Region, Sizes};
+use crate::{Access, AttachError, Device, DeviceError, Handler, Region, Sizes, Span};
 
 /// The result of a read: the value, cut to the size of the access, and by whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +133,15 @@ impl Bus {
         let mut devices = self.ports.take_devices();
         devices.append(&mut self.mmio.take_devices());
         devices
+    }
+
+    /// Where devices and the engine answer now, each with its name, by address.
+    pub fn port_regions(&self) -> Vec<(Span, String)> {
+        self.ports.regions()
+    }
+
+    pub fn mmio_regions(&self) -> Vec<(Span, String)> {
+        self.mmio.regions()
     }
 
     /// The name under which the owner of an address was attached.

@@ -211,6 +211,15 @@ impl Space {
         old
     }
 
+    /// Where who answers now, by address.
+    pub fn regions(&self) -> Vec<(Span, String)> {
+        let records = self.records.lock();
+        let mapped = records.records.iter().filter(|record| record.mapped);
+        let mut found: Vec<_> = mapped.map(|r| (r.span(), r.owner.clone())).collect();
+        found.sort_by_key(|(span, _)| span.first);
+        found
+    }
+
     /// Changes the record of a region, whose place in the order is then the
     /// last if `change` says that it was placed anew.
     fn change(

@@ -1,5 +1,6 @@
 //! `tetrarch._native.Disk` and what the tools do with images.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,8 +8,8 @@ use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::types::{PyCFunction, PyDict};
 use tetrarch_block::{
-    BlockBackend, BlockError, Cache, Format, ImageError, ImageOptions, Limits, NewImage,
-    Qcow2Header, Source, StopOnError, Throttled, Waits,
+    BlockBackend, BlockError, Cache, Counted, Format, ImageError, ImageOptions, Limits, NewImage,
+    OnError, Operation, Qcow2Header, Source, StopOnError, Throttled, Waits,
 };
 
 use crate::error::Failure;
@@ -54,7 +55,7 @@ impl Disk {
     #[new]
     #[pyo3(signature = (
         path, *, image_format = None, readonly = false, direct = false, snapshot = false, iops = None,
-        bps = None, on_stop = None
+        bps = None, on_stop = None, on_error = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "options, by their names")]
     fn new(
@@ -67,6 +68,7 @@ impl Disk {
         iops: Option<u64>,
         bps: Option<u64>,
         on_stop: Option<Py<PyAny>>,
+        on_error: Option<Py<PyAny>>,
     ) -> Result<Self, Failure> {
         let cache = if direct { Cache::None } else { Cache::Writeback };
         let format = kind(image_format)?;
@@ -78,7 +80,8 @@ impl Disk {
         if let Some(call) = on_stop {
             disk = Box::new(StopOnError::new(disk, Arc::new(stop_hook(call))));
         }
-        Ok(Self(Mutex::new(Some(Arc::from(disk)))))
+        let disk = Counted::new(disk, on_error.map(error_hook));
+        Ok(Self(Mutex::new(Some(Arc::new(disk)))))
     }
 
     /// In bytes.
@@ -109,6 +112,17 @@ impl Disk {
     fn resize(&self, py: Python<'_>, size: u64) -> Result<(), Failure> {
         let disk = self.backend()?;
         Ok(py.detach(|| disk.resize(size))?)
+    }
+
+    /// The same disk once more, to be closed on its own.
+    fn share(&self) -> Result<Self, Failure> {
+        Ok(Self(Mutex::new(Some(self.backend()?))))
+    }
+
+    /// Empty once it is closed.
+    fn stats(&self) -> BTreeMap<String, u64> {
+        let disk = self.0.lock().clone();
+        disk.map(|disk| disk.counters()).unwrap_or_default()
     }
 
     /// Tries writes anew that wait for the host to be mended; none do in a closed disk.
@@ -142,6 +156,63 @@ fn stop_hook(call: Py<PyAny>) -> impl Fn(BlockError, Waits) + Send + Sync {
         if let Err(error) = std::thread::Builder::new().name("tetrarch-stop".into()).spawn(tell) {
             log::error!("the host gives no thread to pause the machine: {error}");
         }
+    }
+}
+
+/// Failures that Python has not heard of yet; who asks for more of them is not told of all.
+const FAILURES_MAX: usize = 64;
+
+#[derive(Default)]
+struct Failures {
+    waiting: VecDeque<(Operation, BlockError)>,
+    /// A thread tells them.
+    telling: bool,
+}
+
+/// Calls Python with each failed request: the operation, whether the host is full, and the
+/// error's words. On a thread that is there while there are any.
+fn error_hook(call: Py<PyAny>) -> Arc<OnError> {
+    let call = Arc::new(call);
+    let failures = Arc::<Mutex<Failures>>::default();
+    Arc::new(move |operation, error| {
+        let mut queue = failures.lock();
+        if queue.waiting.len() < FAILURES_MAX {
+            queue.waiting.push_back((operation, error));
+        }
+        if queue.telling {
+            return;
+        }
+        let (call, failures) = (Arc::clone(&call), Arc::clone(&failures));
+        let thread = std::thread::Builder::new().name("disk-errors".into());
+        match thread.spawn(move || tell_failures(&call, &failures)) {
+            Ok(_) => queue.telling = true,
+            Err(error) => log::error!("the host gives no thread to tell of disk errors: {error}"),
+        }
+    })
+}
+
+fn tell_failures(call: &Py<PyAny>, failures: &Mutex<Failures>) {
+    loop {
+        let (operation, error) = {
+            let mut queue = failures.lock();
+            let Some(next) = queue.waiting.pop_front() else {
+                queue.telling = false;
+                return;
+            };
+            next
+        };
+        let name = match operation {
+            Operation::Read => "read",
+            Operation::Write => "write",
+            Operation::Flush => "flush",
+            Operation::Unmap => "unmap",
+        };
+        let full = error == BlockError::NoSpace;
+        Python::attach(|py| {
+            if let Err(raised) = call.call1(py, (name, full, error.to_string())) {
+                raised.write_unraisable(py, None);
+            }
+        });
     }
 }
 

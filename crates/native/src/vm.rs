@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use tetrarch_bus::{AttachError, Bus, Device, Sizes};
+use tetrarch_bus::{AttachError, Bus, Device, Sizes, Span};
 use tetrarch_engine::{EngineError, GSI_COUNT, Saved, VmState};
 use tetrarch_machine::{Machine, ResetState, Stats, collect};
 use tetrarch_memory::{GuestPhys, MemoryError};
@@ -113,6 +113,11 @@ fn no_line(gsi: u32) -> Failure {
     Failure::refused(format!("there is no interrupt line {gsi}: 0-{}", GSI_COUNT - 1))
 }
 
+/// First and last address, and who answers there.
+fn listed(regions: Vec<(Span, String)>) -> Vec<(u64, u64, String)> {
+    regions.into_iter().map(|(span, owner)| (span.first, span.last, owner)).collect()
+}
+
 #[pymethods]
 impl Vm {
     #[new]
@@ -207,6 +212,14 @@ impl Vm {
     ) -> Result<Region, Failure> {
         let attach = if mapped { Bus::attach_mmio } else { Bus::attach_mmio_unmapped };
         Self::attach(slf, attach, base, length, device, sizes)
+    }
+
+    fn port_regions(&self) -> Vec<(u64, u64, String)> {
+        listed(self.machine.bus.port_regions())
+    }
+
+    fn mmio_regions(&self) -> Vec<(u64, u64, String)> {
+        listed(self.machine.bus.mmio_regions())
     }
 
     fn irq_source(&self, gsi: u32) -> Result<IrqSource, Failure> {

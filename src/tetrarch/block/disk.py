@@ -9,14 +9,18 @@ from tetrarch._native import Disk, DiskError
 from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ImageError
 
-__all__ = ["OnStop", "disk_errors", "open_disk"]
+__all__ = ["OnError", "OnStop", "disk_errors", "open_disk"]
 
 
 OnStop = Callable[[str, Callable[[], bool]], object]
 """Called with why a write waits, and what says whether it still does."""
+OnError = Callable[[str, bool, str], object]
+"""Called with what the host failed: the operation, whether the host is full, and why."""
 
 
-def open_disk(spec: DiskSpec, on_stop: OnStop | None = None) -> Disk:
+def open_disk(
+    spec: DiskSpec, on_stop: OnStop | None = None, on_error: OnError | None = None
+) -> Disk:
     """Raises ImageError where the image cannot be used.
 
     With ``werror=stop`` a write that the host fails waits, ``on_stop`` hears of it on a thread
@@ -32,6 +36,7 @@ def open_disk(spec: DiskSpec, on_stop: OnStop | None = None) -> Disk:
             iops=spec.iops,
             bps=spec.bps,
             on_stop=on_stop if spec.werror == "stop" else None,
+            on_error=on_error,
         )
 
 

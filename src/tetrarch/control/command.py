@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError, wrong_argument
 from tetrarch.errors import TetrarchError
-from tetrarch.machine.machine import Machine
 
 __all__ = ["COMMANDS", "Command", "command"]
 
 _STRICT = ConfigDict(strict=True, extra="forbid")
+_OPEN = ConfigDict(strict=True, extra="allow")
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -25,7 +26,7 @@ class Command:
     function: Callable[..., object]
     arguments: type[BaseModel]
 
-    def execute(self, machine: Machine, arguments: Mapping[str, Any]) -> object:
+    def execute(self, monitor: Monitor, arguments: Mapping[str, Any]) -> object:
         """What the command returns. Raises QmpError."""
         try:
             checked = self.arguments.model_validate(arguments)
@@ -33,7 +34,7 @@ class Command:
             raise wrong_argument(error) from None
         given = {name: getattr(checked, name) for name in self.arguments.model_fields}
         try:
-            return self.function(machine, **given)
+            return self.function(monitor, **given, **(checked.model_extra or {}))
         except (TetrarchError, OSError, ValueError) as error:
             raise QmpError(str(error)) from error
 
@@ -42,20 +43,24 @@ class Command:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(name: str) -> Callable[[Function], Function]:
-    """Makes a command of a function of the machine.
+def command(name: str, *, open_ended: bool = False) -> Callable[[Function], Function]:
+    """Makes a command of a function of a ``Monitor``.
 
     Its other parameters are keywords: arguments as they are typed, optional where they have
-    defaults. ``node_name`` is the argument ``node-name``, ``id_`` is ``id``.
+    defaults. ``node_name`` is the argument ``node-name``, ``id_`` is ``id``. An ``open_ended``
+    one gets what else it is given as it is.
     """
 
     def add(function: Function) -> Function:
         fields: dict[str, Any] = {}
         for parameter in list(inspect.signature(function, eval_str=True).parameters.values())[1:]:
+            if parameter.kind is parameter.VAR_KEYWORD:
+                continue
             alias = parameter.name.rstrip("_").replace("_", "-")
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[parameter.name] = parameter.annotation, Field(default, alias=alias)
-        model = create_model(name, __config__=_STRICT, **fields)
+        config = _OPEN if open_ended else _STRICT
+        model = create_model(name, __config__=config, **fields)
         COMMANDS[name] = Command(name, function, model)
         return function
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from tetrarch.control.commands import COMMANDS
 from tetrarch.control.json_stream import JsonStream, NotJson, TooLarge
+from tetrarch.control.monitor import Descriptors, Monitor
 from tetrarch.control.outgoing import Outgoing
 from tetrarch.control.protocol import (
     QmpError,
@@ -27,6 +28,8 @@ from tetrarch.machine.machine import Machine
 __all__ = ["Session"]
 
 _READ_BYTES = 64 << 10
+# With one message; the kernel drops what is more.
+_DESCRIPTORS_MAX = 16
 # How long a client may take for the last that it was sent.
 _LAST_S = 2.0
 _NEGOTIATION = "qmp_capabilities"
@@ -38,6 +41,7 @@ class Session:
         self._connection = connection
         self._machine = machine
         self._outgoing = Outgoing(connection)
+        self._descriptors = Descriptors()
         self._negotiated = False
         # Held for a command and until its answer is on its way.
         self._turn = threading.Lock()
@@ -55,6 +59,7 @@ class Session:
         except TooLarge as error:
             self._outgoing.reply(encode(error_reply(QmpError(f"JSON parse error, {error}"))))
         finally:
+            self._descriptors.close()
             self._outgoing.end(time.monotonic() + _LAST_S)
 
     def tell(self, event: MachineEvent) -> None:
@@ -71,9 +76,11 @@ class Session:
 
     def _read(self) -> bytes:
         try:
-            return self._connection.recv(_READ_BYTES)
+            data, sent, _, _ = socket.recv_fds(self._connection, _READ_BYTES, _DESCRIPTORS_MAX)
         except OSError:  # hung up on
             return b""
+        self._descriptors.take(sent)
+        return data
 
     def _answer(self, text: bytes | NotJson) -> bool:
         """False: nobody waits for further answers."""
@@ -99,7 +106,7 @@ class Session:
         if machine is None:
             raise QmpError("the machine has ended")
         try:
-            return command.execute(machine, request.arguments)
+            return command.execute(Monitor(machine, self._descriptors), request.arguments)
         except QmpError:
             raise
         except Exception as error:

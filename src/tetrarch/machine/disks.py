@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import combinations
 from typing import TYPE_CHECKING, Protocol
 
-from tetrarch.block.disk import OnStop, open_disk
-from tetrarch.block.spec import DiskSpec
-from tetrarch.errors import ConfigError, ImageError
+from tetrarch.errors import ConfigError
+from tetrarch.machine.blocks import BlockNodes
 from tetrarch.machine.config import MachineConfig
 from tetrarch.storage import AhciController, AtaDrive, IdeController, NvmeController
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.vhost_user import VhostUserBlk
 
 if TYPE_CHECKING:
-    from tetrarch._native import Disk, Vm
+    from tetrarch._native import Vm
 
 __all__ = ["MachineDisk", "check_images", "machine_disks"]
 
@@ -53,25 +52,9 @@ def check_images(config: MachineConfig) -> None:
 
 
 def machine_disks(
-    vm: Vm, config: MachineConfig, stop: OnStop
+    vm: Vm, config: MachineConfig, blocks: BlockNodes
 ) -> Iterator[BlkKind | VhostUserBlk | NvmeController | AhciController | IdeController]:
-    """What the machine's disks are, in their order; then the controllers that have several.
-
-    ``stop`` is called with what the machine is to be held for.
-    """
-
-    def opened(spec: DiskSpec, name: str) -> Disk:
-        def stopped(cause: str, waits: Callable[[], bool]) -> None:
-            stop(f"{name} ({spec.path}): {cause}", waits)
-
-        disk = open_disk(spec, stopped)
-        if disk.size == 0:
-            disk.close()
-            raise ImageError(
-                f"{spec.path}: is empty", mend="get the file again, or: tetrarch disk resize"
-            )
-        return disk
-
+    """What the machine's disks are, in their order; then the controllers that have several."""
     check_images(config)
     queues = min(config.cpus, _QUEUES_MAX)
     ahci: list[AtaDrive] = []
@@ -81,19 +64,28 @@ def machine_disks(
         if spec.vhost_user:
             yield VhostUserBlk(vm, spec.path, name, queues)
             continue
-        disk = opened(spec, name)
+        node = blocks.open(name, spec)
+        disk = node.disk.share()
         match spec.bus:
             case "virtio":
-                yield BlkKind(vm, disk, name, queues)
+                kind = BlkKind(vm, disk, name, queues)
+                node.device, node.tell_size = name, kind.data_path.config_changed
+                yield kind
             case "nvme":
-                yield NvmeController(vm, disk, name=name, queues=queues)
+                controller = NvmeController(vm, disk, name=name, queues=queues)
+                node.device, node.tell_size = name, controller.queues.resized
+                yield controller
             case "ahci":
+                node.device = "ahci"
                 ahci.append(AtaDrive(name, disk))
             case "ide":
+                node.device = "ide"
                 ide.append(AtaDrive(name, disk))
     for index, cd in enumerate(config.cdrom):
         name = f"cdrom{index}"
-        drive = AtaDrive(name, opened(cd.disk, name), cd=True)
+        node = blocks.open(name, cd.disk, removable=True)
+        node.device = cd.bus
+        drive = AtaDrive(name, node.disk.share(), cd=True)
         match cd.bus:
             case "ahci":
                 ahci.append(drive)

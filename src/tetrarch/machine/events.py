@@ -18,7 +18,19 @@ from tetrarch.machine.status import BY_QUIT, ExitStatus, StopReason
 
 __all__ = ["EVENTS", "EventName", "Events", "MachineEvent", "shutdown_data"]
 
-EventName = Literal["shutdown", "reset", "stop", "resume", "powerdown", "guest-panicked"]
+EventName = Literal[
+    "shutdown",
+    "reset",
+    "stop",
+    "resume",
+    "powerdown",
+    "guest-panicked",
+    "balloon-change",
+    "block-io-error",
+    "device-deleted",
+]
+_LIMITED: frozenset[EventName] = frozenset({"balloon-change", "block-io-error"})
+_INTERVAL_S = 1.0
 EVENTS: tuple[EventName, ...] = get_args(EventName)
 
 
@@ -46,10 +58,35 @@ class Events:
         self._listeners: tuple[tuple[EventName, Listener], ...] = ()
         self._queue: queue.SimpleQueue[MachineEvent | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        # Of those that were told within the last second: what has come since.
+        self._late: dict[tuple[EventName, object], MachineEvent | None] = {}
 
     def tell(self, name: EventName, **data: Any) -> None:
-        """It has happened; from any thread."""
+        """It has happened; from any thread.
+
+        What a guest can bring about as often as it likes is told once a second at most, and
+        then the last of it.
+        """
         event = MachineEvent(name, data)
+        if name in _LIMITED:
+            key = name, data.get("node-name")
+            with self._lock:
+                waiting = key in self._late
+                self._late[key] = event if waiting else None
+            if waiting:
+                return
+            timer = threading.Timer(_INTERVAL_S, self._tell_late, (key,))
+            timer.daemon = True
+            timer.start()
+        self._tell(event)
+
+    def _tell_late(self, key: tuple[EventName, object]) -> None:
+        with self._lock:
+            event = self._late.pop(key)
+        if event is not None:
+            self.tell(event.name, **event.data)
+
+    def _tell(self, event: MachineEvent) -> None:
         for watcher in self._watchers:
             watcher(event)
         if self._listeners:

@@ -8,12 +8,12 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, Unpack
 
 from tetrarch._native import EngineError, Vm
 from tetrarch.block.disk import OnStop
@@ -40,6 +40,7 @@ from tetrarch.machine.config import (
     make_config,
 )
 from tetrarch.machine.console_line import ConsoleLine, ConsoleLines
+from tetrarch.machine.core_dump import core_ranges, write_core
 from tetrarch.machine.engine_vm import (
     BusRegion,
     EngineVcpu,
@@ -58,6 +59,7 @@ from tetrarch.machine.guest import (
 )
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.log import MachineLog
+from tetrarch.machine.new_file import new_file
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc, assemble_pc
 from tetrarch.machine.plugged import PciDevice
@@ -138,7 +140,7 @@ class Machine:
             partial(_panicked, self._events, end),
         )
         try:
-            self._pc = assemble_pc(vm, self.config, end, _holder(self))
+            self._pc = assemble_pc(vm, self.config, end, _holder(self), self._events)
         except EngineError as error:
             raise HostError(
                 f"cannot make the machine's devices: {engine_cause(error)}",
@@ -231,6 +233,16 @@ class Machine:
     def inputs(self) -> tuple[InputDevice, ...]:
         """The keyboards, mice and tablets of ``input=``, in its order."""
         return tuple(kind.device for kind in self._pc.inputs)
+
+    @property
+    def pc(self) -> Pc:
+        """Its devices."""
+        return self._pc
+
+    @property
+    def vcpu_threads(self) -> list[int]:
+        """The host's numbers of the threads that run the vCPUs, while they do."""
+        return self._threads.native_ids
 
     @property
     def phase(self) -> Phase:
@@ -422,9 +434,31 @@ class Machine:
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Counters by group: exits by kind, the engine's, time, calls into Python, frames of each
-        network card."""
-        frames = {net.name: net.stats() for net in self._pc.nets}
-        return self._vm.stats() | {name: counters for name, counters in frames.items() if counters}
+        network card, requests of each disk."""
+        counted = {net.name: net.stats() for net in self._pc.nets}
+        counted |= {node.name: node.disk.stats() for node in self._pc.blocks.all()}
+        return self._vm.stats() | {name: counters for name, counters in counted.items() if counters}
+
+    def dump_core(
+        self,
+        path: str | os.PathLike[str] | BinaryIO,
+        *,
+        begin: int | None = None,
+        length: int | None = None,
+    ) -> None:
+        """Writes registers and guest memory to an ELF core file for crash and drgn.
+
+        ``begin`` and ``length`` pick a range of physical addresses. The machine is held
+        meanwhile, and runs on if it ran. Raises HostError where the file cannot be written.
+        """
+        self._life.require("dump_core", Phase.RUNNING, Phase.HELD)
+        ranges = core_ranges(self._vm.ram, begin, length)
+        with ExitStack() as stack:
+            if isinstance(path, (str, os.PathLike)):
+                path = stack.enter_context(new_file(Path(path), "dump guest memory"))
+            if self.phase is not Phase.HELD:
+                stack.enter_context(self.held())
+            write_core(path, self._vm, [vcpu.regs for vcpu in self.vcpus], ranges)
 
     def seal_with(self, action: Callable[[], None]) -> None:
         """Has ``action`` called in start(): all is opened, and the guest has yet to run."""

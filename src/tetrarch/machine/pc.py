@@ -36,9 +36,13 @@ from tetrarch.devices import (
 from tetrarch.devices._state import State
 from tetrarch.errors import StateError
 from tetrarch.machine import map as machine_map
+from tetrarch.machine.blocks import BlockNodes
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.disks import MachineDisk, machine_disks
 from tetrarch.machine.engine_vm import EngineVm
+from tetrarch.machine.events import Events
+from tetrarch.machine.hotplug import HotPlug
+from tetrarch.machine.netdevs import Netdevs
 from tetrarch.machine.networks import machine_nets
 from tetrarch.machine.plugged import PluggedDevices
 from tetrarch.machine.shares import MachineShare, machine_shares
@@ -101,6 +105,10 @@ class Pc:
     """Those that stay, by the name that their state is saved under."""
     plugged: PluggedDevices
     """Those on the PCI bus."""
+    blocks: BlockNodes
+    netdevs: Netdevs
+    hotplug: HotPlug | None
+    """A stand-in for the engine has none."""
 
     def save(self) -> dict[str, State]:
         return {name: device.save() for name, device in self.devices.items()}
@@ -123,6 +131,10 @@ class Pc:
         self.rtc.close()
         for disk in self.disks:
             disk.close()
+        if self.hotplug is not None:
+            self.hotplug.close()
+        self.blocks.close()
+        self.netdevs.close()
         for net in self.nets:
             net.close()
         for share in self.shares:
@@ -134,8 +146,7 @@ class Pc:
 
     def resumed(self) -> None:
         """The machine goes on after a hold."""
-        for disk in self.disks:
-            disk.retry()
+        self.blocks.retry()
 
 
 def check_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
@@ -152,12 +163,13 @@ def assemble_pc(
     config: MachineConfig,
     end: Callable[[ExitStatus | BaseException], None],
     stop: OnStop,
+    events: Events,
 ) -> Pc:
     """Makes the devices and attaches them to ``vm``.
 
     ``end`` is called, on a vCPU's thread, when the guest switches the machine off or resets it,
     and with what a filter of a network raises; ``stop`` where the machine is to be held for a
-    disk.
+    disk. ``events`` hears of disks, of the balloon and of devices that are out.
     """
 
     def line(gsi: int) -> Callable[[bool], None]:
@@ -179,7 +191,19 @@ def assemble_pc(
     control_a = Port92(reset("port 0x92"))
     reset_control = ResetCf9(reset("port 0xCF9"))
     pci = PciBus(vm)
-    plugged = PluggedDevices(pci, acpi)
+    blocks = BlockNodes(stop, events)
+    netdevs = Netdevs(config.name, end)
+    hot_plug: HotPlug | None = None
+
+    def out(name: str) -> None:
+        if hot_plug is not None:
+            hot_plug.released(name)
+        events.tell("device-deleted", device=name, path=f"/machine/peripheral/{name}")
+
+    def balloon_changed(actual: int) -> None:
+        events.tell("balloon-change", actual=config.memory - actual)
+
+    plugged = PluggedDevices(pci, acpi, out)
     devices: dict[str, SavedDevice] = {
         "i8042": keyboard,
         "rtc": rtc,
@@ -222,6 +246,7 @@ def assemble_pc(
     console_ports: Sequence[ConsolePort] = ()
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
         slots = VirtioSlots(vm, plugged, config.virtio, dsdt)
+        hot_plug = HotPlug(vm, plugged, blocks, netdevs)
 
         def plug_virtio(kind: VirtioKind, slots: VirtioSlots = slots) -> None:
             if (on_page := slots.plug(kind)) is not None:
@@ -231,7 +256,8 @@ def assemble_pc(
             if config.vsock is not None:
                 vsock = VsockKind(vm, config.vsock)
                 undo.callback(vsock.close)
-            for disk in machine_disks(vm, config, stop):
+            undo.callback(blocks.close)
+            for disk in machine_disks(vm, config, blocks):
                 disks.append(disk)
                 if isinstance(disk, (BlkKind, VhostUserBlk)):
                     plug_virtio(disk)
@@ -250,7 +276,7 @@ def assemble_pc(
             if config.rng:
                 plug_virtio(RngKind(vm))
             if config.balloon:
-                balloon = BalloonKind(vm, config.memory)
+                balloon = BalloonKind(vm, config.memory, balloon_changed)
                 plug_virtio(balloon)
             for index, model in enumerate(config.input):
                 input_kind = InputKind(vm, model, f"input{index}", end)
@@ -278,4 +304,7 @@ def assemble_pc(
         console_ports,
         devices,
         plugged,
+        blocks,
+        netdevs,
+        hot_plug,
     )

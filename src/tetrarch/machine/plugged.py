@@ -46,7 +46,11 @@ class PluggedDevices:
     """Lock: ``_lock``, held for a change of who is there; then the bus's. Devices are called
     without it."""
 
-    def __init__(self, bus: PciBus, acpi: AcpiPm) -> None:
+    def __init__(
+        self, bus: PciBus, acpi: AcpiPm, out: Callable[[str], object] = lambda name: None
+    ) -> None:
+        """``out`` is called with the name of a device that was taken out."""
+        self._out = out
         self.hotplug = PciHotplug(lambda level: acpi.set_gpe(PCI_HOTPLUG_EVENT, level), self._eject)
         self._bus = bus
         self._lock = threading.Lock()
@@ -109,7 +113,8 @@ class PluggedDevices:
             found = [name for name, plugged in self._devices.items() if plugged.slot == slot]
             if not found:
                 return
-            plugged = self._devices.pop(found[0])
+            (name,) = found
+            plugged = self._devices.pop(name)
             self._bus.unplug(slot)
         self.hotplug.forget(slot)
         try:
@@ -120,6 +125,7 @@ class PluggedDevices:
         finally:
             plugged.out = True
             plugged.gone.set()
+            self._out(name)
 
     def close(self) -> None:
         """The machine has ended: nobody waits for its guest any longer."""
@@ -127,6 +133,20 @@ class PluggedDevices:
             self._ended = True
             for plugged in self._devices.values():
                 plugged.gone.set()
+
+    @property
+    def slots(self) -> dict[int, str]:
+        """Which device is in which slot."""
+        return {plugged.slot: name for name, plugged in self._all().items()}
+
+    def request_unplug(self, name: str) -> None:
+        """Asks the guest to give a device up; returns at once. Raises LookupError."""
+        with self._lock:
+            plugged = self._devices.get(name)
+            if plugged is None:
+                raise LookupError(f"Device '{name}' not found")
+            plugged.leaving = True
+        self.hotplug.request(plugged.slot)
 
     def _all(self) -> dict[str, _Plugged]:
         with self._lock:

@@ -14,19 +14,19 @@ nothing in it is more than data.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkstemp
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tetrarch._native import GuestMemoryError
 from tetrarch.errors import HostError, StateError
+from tetrarch.machine.new_file import new_file
+from tetrarch.machine.ram import runs
 
 if TYPE_CHECKING:
     from tetrarch.machine.engine_vm import EngineVm
@@ -49,8 +49,6 @@ _RUN = struct.Struct("<QQ")
 # The state of a device or a vCPU is a few KiB; a RAM section is read in pieces.
 _BODY_BYTES_MAX = 16 << 20
 _CHUNK = 1 << 20
-_PAGE = 4096
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SavedWriter:
@@ -172,30 +170,8 @@ class SectionReader:
 @contextmanager
 def writing_saved(path: Path) -> Iterator[SavedWriter]:
     """A saved machine that is at ``path`` when it is whole, and not before."""
-    try:
-        # A device or a socket would be replaced by the file.
-        if "\0" in str(path) or (path.exists() and not path.is_file()):
-            raise HostError(
-                f"cannot save the machine to {path}: it is no regular file",
-                mend="name another file",
-            )
-        # What a guest had in memory is for nobody but its owner, as mkstemp makes it.
-        descriptor, scratch = mkstemp(".part", ".tetrarch-", path.parent)
-        try:
-            with os.fdopen(descriptor, "wb", buffering=_CHUNK) as file:
-                yield SavedWriter(file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(scratch).replace(path)
-        except BaseException:
-            with suppress(OSError):
-                Path(scratch).unlink()
-            raise
-    except OSError as error:
-        raise HostError(
-            f"cannot save the machine to {path}: {error.strerror or error}",
-            mend="free the space" if error.errno in _FULL else "name another file",
-        ) from error
+    with new_file(path, "save the machine") as file:
+        yield SavedWriter(file)
 
 
 @contextmanager
@@ -210,31 +186,12 @@ def open_saved(path: Path) -> Iterator[SavedReader]:
 
 
 def write_ram(vm: EngineVm, writer: SavedWriter) -> None:
-    zeros = memoryview(bytes(_CHUNK))
     with writer.stream("ram", 1) as stream:
         for base, length in vm.ram:
-            for address in range(base, base + length, _CHUNK):
-                data = memoryview(vm.read_memory(address, min(_CHUNK, base + length - address)))
-                if data == zeros[: len(data)]:
-                    continue
-                for start, end in _runs(data, zeros[:_PAGE]):
-                    stream.write(_RUN.pack(address + start, end - start))
-                    stream.write(data[start:end])
+            for address, data in runs(vm, base, length):
+                stream.write(_RUN.pack(address, len(data)))
+                stream.write(data)
         stream.write(_RUN.pack(0, 0))
-
-
-def _runs(data: memoryview, zeros: memoryview) -> Iterator[tuple[int, int]]:
-    """Where pages that are not zero follow each other."""
-    start: int | None = None
-    for page in range(0, len(data), _PAGE):
-        empty = data[page : page + _PAGE] == zeros
-        if empty and start is not None:
-            yield start, page
-            start = None
-        elif not empty and start is None:
-            start = page
-    if start is not None:
-        yield start, len(data)
 
 
 def read_ram(vm: EngineVm, reader: SavedReader) -> None:

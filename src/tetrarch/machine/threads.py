@@ -66,6 +66,10 @@ class VcpuThreads:
         self._threads.clear()
 
     @property
+    def native_ids(self) -> list[int]:
+        return [thread.native_id or 0 for thread in self._threads]
+
+    @property
     def current(self) -> bool:
         """Whether the caller is one of them: a device."""
         return threading.current_thread() in self._threads

@@ -7,7 +7,7 @@ driver reports them; the balloon takes more, as much as ``target`` says.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -65,8 +65,12 @@ class BalloonKind:
     queue_sizes: Final[Sequence[int]] = (64,) * 5
     name: Final = "balloon"
 
-    def __init__(self, vm: Vm, memory: int) -> None:
-        """``memory``: bytes of RAM that the machine has."""
+    def __init__(
+        self, vm: Vm, memory: int, changed: Callable[[int], object] = lambda actual: None
+    ) -> None:
+        """``memory``: bytes of RAM that the machine has. ``changed`` is called, on a vCPU's
+        thread, with the bytes that are in the balloon now."""
+        self._changed = changed
         self.data_path = VirtioBalloon(vm, self.name)
         self._memory = min(memory, _PAGES_MAX * _PAGE)
         self._state = BalloonState()
@@ -121,6 +125,7 @@ class BalloonKind:
             config = bytearray(self.config)
             config[start:end] = data[start - offset : end - offset]
             self._state.actual = _CONFIG.unpack(config)[1]
+            self._changed(self.actual)
 
     def negotiated(self, features: int) -> None:
         if not features:  # reset: the pages are the guest's again

@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from tetrarch.control.command import command
+from tetrarch.control.monitor import Monitor
+from tetrarch.control.protocol import QmpError
 from tetrarch.machine.lifecycle import Phase
-from tetrarch.machine.machine import Machine
 
-__all__ = ["cont", "query_status", "stop", "system_powerdown", "system_reset"]
+__all__ = [
+    "cont",
+    "query_status",
+    "stop",
+    "system_powerdown",
+    "system_reset",
+    "system_wakeup",
+]
 
 _RUN_STATES = {
     Phase.MADE: "prelaunch",
@@ -19,32 +27,38 @@ _RUN_STATES = {
 
 
 @command("query-status")
-def query_status(vm: Machine) -> dict[str, Any]:
-    phase = vm.phase
+def query_status(monitor: Monitor) -> dict[str, Any]:
+    phase = monitor.machine.phase
     return {"status": _RUN_STATES[phase], "running": phase is Phase.RUNNING}
 
 
 @command("stop")
-def stop(vm: Machine) -> None:
+def stop(monitor: Monitor) -> None:
     """Nothing where it is stopped already."""
-    if vm.phase is not Phase.HELD:
-        vm.hold()
+    if monitor.machine.phase is not Phase.HELD:
+        monitor.machine.hold()
 
 
 @command("cont")
-def cont(vm: Machine) -> None:
+def cont(monitor: Monitor) -> None:
     """Nothing where it runs."""
-    if vm.phase is not Phase.RUNNING:
-        vm.resume()
+    if monitor.machine.phase is not Phase.RUNNING:
+        monitor.machine.resume()
 
 
 @command("system_powerdown")
-def system_powerdown(vm: Machine) -> None:
+def system_powerdown(monitor: Monitor) -> None:
     """Presses the power button: what comes of it is the guest's."""
-    vm.press_power_button()
+    monitor.machine.press_power_button()
 
 
 @command("system_reset")
-def system_reset(vm: Machine) -> None:
+def system_reset(monitor: Monitor) -> None:
     """Returns before the machine has started anew: that is the event RESET."""
-    vm.reset()
+    monitor.machine.reset()
+
+
+@command("system_wakeup")
+def system_wakeup(monitor: Monitor) -> None:
+    """The machine has no state of sleep that it could be woken from."""
+    raise QmpError("Unable to wake up: guest is not in suspended state")

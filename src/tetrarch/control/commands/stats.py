@@ -6,17 +6,17 @@ from typing import Any
 
 from tetrarch.control.command import command
 from tetrarch.control.commands.run_state import query_status
-from tetrarch.machine.machine import Machine
+from tetrarch.control.monitor import Monitor
 
 __all__ = ["stats"]
 
 
 @command("x-stats")
-def stats(vm: Machine) -> dict[str, Any]:
+def stats(monitor: Monitor) -> dict[str, Any]:
     return {
-        "status": query_status(vm)["status"],
-        "engine": vm.engine,
-        "uptime_s": round(vm.uptime, 6),
-        "resets": vm.resets,
-        "stats": vm.stats(),
+        "status": query_status(monitor)["status"],
+        "engine": monitor.machine.engine,
+        "uptime_s": round(monitor.machine.uptime, 6),
+        "resets": monitor.machine.resets,
+        "stats": monitor.machine.stats(),
     }

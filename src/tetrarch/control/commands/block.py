@@ -1,0 +1,165 @@
+"""Disks (QEMU, qapi/block-core.json and qapi/block.json)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tetrarch import _native
+from tetrarch.block.disk import disk_errors
+from tetrarch.block.spec import DiskSpec
+from tetrarch.control.command import command
+from tetrarch.control.monitor import Monitor
+from tetrarch.control.protocol import QmpError
+from tetrarch.machine.blocks import BlockNode, BlockNodes
+
+__all__ = [
+    "CacheOptions",
+    "FileNode",
+    "block_resize",
+    "blockdev_add",
+    "blockdev_del",
+    "query_block",
+    "query_blockstats",
+]
+
+_NO_LIMITS = {"bps_rd": 0, "bps_wr": 0, "iops_rd": 0, "iops_wr": 0}
+
+
+class FileNode(BaseModel):
+    """BlockdevOptionsFile, as far as it goes here."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    driver: Literal["file"]
+    filename: str
+
+
+class CacheOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    direct: bool = False
+
+
+@command("query-block")
+def query_block(monitor: Monitor) -> list[dict[str, Any]]:
+    """BlockInfo of each image."""
+    return [_block_info(node) for node in monitor.machine.pc.blocks.all()]
+
+
+@command("query-blockstats")
+def query_blockstats(monitor: Monitor) -> list[dict[str, Any]]:
+    return [
+        {
+            **_device(node),
+            "node-name": node.name,
+            "stats": {
+                **node.disk.stats(),
+                "rd_merged": 0,
+                "wr_merged": 0,
+                "unmap_merged": 0,
+                "account_invalid": True,
+                "account_failed": True,
+                "timed_stats": [],
+            },
+        }
+        for node in monitor.machine.pc.blocks.all()
+    ]
+
+
+@command("block_resize")
+def block_resize(
+    monitor: Monitor, size: int, device: str | None = None, node_name: str | None = None
+) -> None:
+    """The driver of the disk hears of it."""
+    blocks = monitor.machine.pc.blocks
+    node = _find(blocks, device, node_name)
+    if size <= 0 or size % 512:
+        raise QmpError("Parameter 'size' expects a multiple of 512 above 0")
+    blocks.resize(node, size)
+
+
+@command("blockdev-add")
+def blockdev_add(
+    monitor: Monitor,
+    driver: Literal["file", "raw", "qcow2", "vmdk"],
+    node_name: str,
+    filename: str | None = None,
+    file: FileNode | None = None,
+    read_only: bool = False,
+    cache: CacheOptions | None = None,
+) -> None:
+    """Opens an image, for a device. ``file`` is raw; the others have theirs in ``file``."""
+    if driver == "file":
+        if file is not None:
+            raise QmpError("Parameter 'file' is unexpected")
+        path = filename
+    else:
+        if filename is not None:
+            raise QmpError("Parameter 'filename' is unexpected")
+        path = None if file is None else file.filename
+    if not path:
+        raise QmpError(f"Parameter '{'filename' if driver == 'file' else 'file'}' is missing")
+    spec = DiskSpec(
+        Path(path),
+        format="raw" if driver == "file" else driver,
+        readonly=read_only,
+        cache="none" if cache is not None and cache.direct else "writeback",
+    )
+    monitor.machine.pc.blocks.open(node_name, spec, kept=True)
+
+
+@command("blockdev-del")
+def blockdev_del(monitor: Monitor, node_name: str) -> None:
+    monitor.machine.pc.blocks.remove(node_name)
+
+
+def _find(blocks: BlockNodes, device: str | None, node_name: str | None) -> BlockNode:
+    for node in blocks.all():
+        if node_name == node.name or (node_name is None and device in (node.name, node.device)):
+            return node
+    raise QmpError(
+        f"Cannot find device='{device or ''}' nor node-name='{node_name or ''}'", "DeviceNotFound"
+    )
+
+
+def _device(node: BlockNode) -> dict[str, str]:
+    """A drive of the configuration has the name of its image, one that was added none."""
+    named = {"device": "" if node.kept else node.name}
+    return named if node.device is None else {**named, "qdev": f"/machine/peripheral/{node.device}"}
+
+
+def _block_info(node: BlockNode) -> dict[str, Any]:
+    spec = node.spec
+    with disk_errors():
+        about = _native.disk_info(spec.path, spec.format)
+    return {
+        **_device(node),
+        "type": "unknown",
+        "removable": node.removable,
+        "locked": False,
+        **({"tray_open": False} if node.removable else {}),
+        "io-status": "ok",
+        "inserted": {
+            "file": str(spec.path),
+            "node-name": node.name,
+            "ro": spec.readonly,
+            "drv": about["format"],
+            "backing_file_depth": int(about.get("backing") is not None),
+            "encrypted": False,
+            "detect_zeroes": "off",
+            "bps": spec.bps or 0,
+            "iops": spec.iops or 0,
+            **_NO_LIMITS,
+            "cache": {"writeback": True, "direct": spec.cache == "none", "no-flush": False},
+            "write_threshold": 0,
+            "image": {
+                "filename": str(spec.path),
+                "format": about["format"],
+                "virtual-size": node.disk.size,
+                "actual-size": about["allocated"],
+            },
+        },
+    }

@@ -1,0 +1,179 @@
+"""Commands of QEMU's monitor for people (hmp-commands-info.hx), as text like its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from tetrarch._native import GuestMemoryError, Vm
+from tetrarch.control.page_map import mappings
+from tetrarch.machine.machine import Machine
+from tetrarch.net.mac import format_mac
+from tetrarch.pci.bus import SLOTS
+
+__all__ = ["human_command"]
+
+_PAGING, _LONG, _FIVE_LEVELS = 1 << 31, 1 << 10, 1 << 12
+_USER, _WRITE = 1 << 2, 1 << 1
+_PAGE: Final = 4096
+_EXAMINE = re.compile(r"xp\s*/\s*([0-9]{1,6})?x?([bhwg])?\s+(0x[0-9a-fA-F]{1,16}|[0-9]{1,20})")
+_SIZES = {"b": 1, "h": 2, "w": 4, "g": 8}
+_CLASSES = {
+    0x0101: "IDE controller",
+    0x0106: "SATA controller",
+    0x0108: "NVMe controller",
+    0x0180: "SCSI controller",
+    0x0200: "Ethernet controller",
+    0x0600: "Host bridge",
+    0x0780: "Communication controller",
+}
+
+
+def human_command(machine: Machine, line: str, vcpu: int) -> str:
+    """What a person would read; also that there is no such command."""
+    words = line.split()
+    if match := _EXAMINE.fullmatch(line.strip()):
+        count, unit, address = match.groups()
+        return _examine(machine, int(count or 1), _SIZES[unit or "w"], int(address, 0))
+    command = _COMMANDS.get(" ".join(words))
+    if command is None:
+        return f"unknown command: '{line}'\r\n"
+    return command(machine, vcpu).replace("\n", "\r\n")
+
+
+def _registers(machine: Machine, vcpu: int) -> str:
+    return f"\nCPU#{vcpu}\n{machine.vcpus[vcpu].dump()}"
+
+
+def _all_registers(machine: Machine, vcpu: int) -> str:
+    return "".join(_registers(machine, index) for index in range(len(machine.vcpus)))
+
+
+def _mem(machine: Machine, vcpu: int) -> str:
+    """Ranges of linear addresses that are mapped: first, behind the last, bytes, rights."""
+    regs = machine.vcpus[vcpu].regs
+    if not regs["cr0"] & _PAGING:
+        return "PG disabled\n"
+    if not regs["efer"] & _LONG:
+        return "the tables of 64-bit mode alone are shown\n"
+
+    def read(address: int) -> bytes:
+        try:
+            return machine.read_memory(address, _PAGE)
+        except GuestMemoryError:
+            return bytes(_PAGE)
+
+    levels = 5 if regs["cr4"] & _FIVE_LEVELS else 4
+    lines = []
+    try:
+        for start, end, rights in mappings(read, regs["cr3"], levels):
+            shown = f"{'u' if rights & _USER else '-'}r{'w' if rights & _WRITE else '-'}"
+            lines.append(
+                f"{_linear(start, levels)}-{_linear(end, levels)} {end - start:016x} {shown}"
+            )
+    except OverflowError:
+        lines.append("and more: the guest has too many tables")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _linear(address: int, levels: int) -> str:
+    """As it is written: the upper bits follow the highest that is translated."""
+    bits = 12 + 9 * levels
+    if address >> (bits - 1) & 1:
+        address |= (1 << 64) - (1 << bits)
+    return f"{address & (1 << 64) - 1:016x}"
+
+
+def _mtree(machine: Machine, vcpu: int) -> str:
+    """Who answers where, as QEMU's flat views have it."""
+    vm = machine.engine_vm
+    ports, mmio = (vm.port_regions(), vm.mmio_regions()) if isinstance(vm, Vm) else ([], [])
+    memory = [(first, last, "i/o", who) for first, last, who in mmio]
+    memory += [(base, base + size - 1, "ram", "pc.ram") for base, size in vm.ram]
+    views = [
+        ("I/O", "io", [(first, last, "i/o", who) for first, last, who in ports]),
+        ("memory", "system", sorted(memory)),
+    ]
+    text = ""
+    for number, (space, root, regions) in enumerate(views):
+        text += f'FlatView #{number}\n AS "{space}", root: {root}\n Root memory region: {root}\n'
+        for first, last, kind, who in regions:
+            text += f"  {first:016x}-{last:016x} (prio 0, {kind}): {who}\n"
+        text += "\n"
+    return text
+
+
+def _pci(machine: Machine, vcpu: int) -> str:
+    text, names = "", machine.pc.plugged.slots
+    for slot in range(SLOTS):
+        function = machine.pc.pci.function(slot)
+        if function is None:
+            continue
+        get = function.config.get
+        kind = get(0x0A, 2)
+        what = _CLASSES.get(kind, f"Class {kind:04d}")
+        text += f"  Bus  0, device {slot:3}, function 0:\n"
+        text += f"    {what}: PCI device {get(0, 2):04x}:{get(2, 2):04x}\n"
+        text += f"      PCI subsystem {get(0x2C, 2):04x}:{get(0x2E, 2):04x}\n"
+        for bar in function.bars:
+            at = function.address(bar)
+            width = "I/O" if bar.io else f"{64 if bar.wide else 32} bit memory"
+            text += f"      BAR{bar.index}: {width} at {at:#x} [{at + bar.size - 1:#x}].\n"
+        text += f'      id "{names.get(slot, "")}"\n'
+    return text
+
+
+def _block(machine: Machine, vcpu: int) -> str:
+    text = ""
+    for node in machine.pc.blocks.all():
+        readonly = ", read-only" if node.spec.readonly else ""
+        text += f"{node.name}: {node.spec.path} ({node.spec.format or 'auto'}{readonly})\n"
+        text += f"    Attached to:      {node.device or '(nothing)'}\n"
+        direct = ", direct" if node.spec.cache == "none" else ""
+        text += f"    Cache mode:       writeback{direct}\n\n"
+    return text
+
+
+def _network(machine: Machine, vcpu: int) -> str:
+    text = ""
+    for net, spec in zip(machine.pc.nets, machine.config.net, strict=True):
+        mac = format_mac(net.config[:6])
+        text += f"{net.name}: index=0,type=nic,model=virtio-net-pci,macaddr={mac}\n"
+        text += f" \\ {net.name}: index=0,type={spec.kind},{spec}\n"
+    for netdev in machine.pc.netdevs.all():
+        if netdev.device is not None:
+            text += f"{netdev.device}: index=0,type=nic,model=virtio-net-pci\n \\ "
+        text += f"{netdev.name}: index=0,type={netdev.spec.kind},{netdev.spec}\n"
+    return text
+
+
+def _examine(machine: Machine, count: int, size: int, address: int) -> str:
+    """Physical memory, 16 bytes a line, or 8 of single bytes."""
+    each = 8 if size == 1 else 16 // size
+    text = ""
+    for at in range(0, count, each):
+        start = address + at * size
+        wanted = min(each, count - at)
+        try:
+            data = machine.read_memory(start, wanted * size)
+        except (GuestMemoryError, OverflowError):
+            return f"{text}{start:016x}: Cannot access memory\r\n"
+        values = (
+            int.from_bytes(data[i : i + size], "little") for i in range(0, wanted * size, size)
+        )
+        shown = " ".join(f"0x{value:0{2 * size}x}" for value in values)
+        text += f"{start:016x}: {shown}\r\n"
+    return text
+
+
+_COMMANDS: dict[str, Callable[[Machine, int], str]] = {
+    "info registers": _registers,
+    "info registers -a": _all_registers,
+    "info mem": _mem,
+    "info mtree": _mtree,
+    "info mtree -f": _mtree,
+    "info pci": _pci,
+    "info block": _block,
+    "info network": _network,
+}

@@ -1,0 +1,132 @@
+"""The images that a machine has open, by name: at a device, or to be put at one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tetrarch.block.disk import OnStop, disk_errors, open_disk
+from tetrarch.block.spec import DiskSpec
+from tetrarch.errors import ConfigError, ImageError, MachineStateError
+from tetrarch.machine.events import Events
+
+if TYPE_CHECKING:
+    from tetrarch._native import Disk
+
+__all__ = ["BlockNode", "BlockNodes"]
+
+
+@dataclass
+class BlockNode:
+    """One image: QEMU calls it a node of the block graph."""
+
+    name: str
+    spec: DiskSpec
+    disk: Disk
+    """A handle of its own beside the controller's."""
+    kept: bool
+    """It stays when its device goes."""
+    removable: bool = False
+    device: str | None = None
+    """Which device has it."""
+    tell_size: Callable[[], object] | None = None
+    """Gives the driver word of another size; None: the device cannot."""
+
+
+class BlockNodes:
+    """Lock: ``_lock``, held for a change of the list alone."""
+
+    def __init__(self, stop: OnStop, events: Events) -> None:
+        """``stop`` is called with what the machine is to be held for."""
+        self._stop = stop
+        self._events = events
+        self._lock = threading.Lock()
+        self._nodes: dict[str, BlockNode] = {}
+
+    def open(
+        self, name: str, spec: DiskSpec, *, kept: bool = False, removable: bool = False
+    ) -> BlockNode:
+        """Raises ImageError where the image cannot be used, ConfigError for a name in use."""
+        if name in self._nodes:
+            raise ConfigError(f"Duplicate nodes with node-name='{name}'")
+
+        def stopped(cause: str, waits: Callable[[], bool]) -> None:
+            self._tell_error(name, "write", "stop", True, cause)
+            self._stop(f"{name} ({spec.path}): {cause}", waits)
+
+        def failed(operation: str, full: bool, cause: str) -> None:
+            # QEMU's event knows reads and writes.
+            kind = "read" if operation == "read" else "write"
+            self._tell_error(name, kind, "report", full, cause)
+
+        disk = open_disk(spec, stopped, failed)
+        if disk.size == 0:
+            disk.close()
+            raise ImageError(
+                f"{spec.path}: is empty", mend="get the file again, or: tetrarch disk resize"
+            )
+        node = BlockNode(name, spec, disk, kept, removable)
+        with self._lock:
+            self._nodes[name] = node
+        return node
+
+    def _tell_error(self, name: str, operation: str, action: str, full: bool, why: str) -> None:
+        node = self._nodes.get(name)
+        device = node.device if node is not None else None
+        self._events.tell(
+            "block-io-error",
+            device=device or "",
+            **{"node-name": name},
+            operation=operation,
+            action=action,
+            nospace=full,
+            reason=why,
+        )
+
+    def all(self) -> list[BlockNode]:
+        with self._lock:
+            return list(self._nodes.values())
+
+    def get(self, name: str) -> BlockNode | None:
+        return self._nodes.get(name)
+
+    def remove(self, name: str) -> None:
+        """Closes an image that no device has. Raises MachineStateError."""
+        with self._lock:
+            node = self._nodes.get(name)
+            if node is None:
+                raise MachineStateError(f"Failed to find node with node-name='{name}'")
+            if node.device is not None:
+                raise MachineStateError(f"Node {name} is in use", mend=f"remove {node.device}")
+            del self._nodes[name]
+        node.disk.close()
+
+    def resize(self, node: BlockNode, size: int) -> None:
+        """Also the driver hears of it. Raises ImageError, or MachineStateError where it cannot."""
+        if node.device is not None and node.tell_size is None:
+            raise MachineStateError(
+                f"the device {node.device} has a disk of one size", mend="use virtio or nvme"
+            )
+        with disk_errors():
+            node.disk.resize(size)
+        if node.tell_size is not None:
+            node.tell_size()
+
+    def released(self, device: str) -> None:
+        """The device is out."""
+        for node in self.all():
+            if node.device == device:
+                node.device = node.tell_size = None
+                if not node.kept:
+                    self.remove(node.name)
+
+    def retry(self) -> None:
+        """The machine goes on: what the host failed is tried anew."""
+        for node in self.all():
+            node.disk.retry()
+
+    def close(self) -> None:
+        for node in self.all():
+            node.disk.close()

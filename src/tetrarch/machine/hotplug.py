@@ -1,0 +1,151 @@
+"""Devices of the machine's own kinds that come and go while it runs.
+
+A device is named as QEMU's ``-device`` names it. What is behind it, an image or a network, was
+opened before and has a name too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tetrarch.errors import ConfigError, ValueProblem
+from tetrarch.machine.blocks import BlockNodes
+from tetrarch.machine.netdevs import Netdevs
+from tetrarch.machine.plugged import PciDevice, PluggedDevices
+from tetrarch.net.mac import parse_mac, random_mac
+from tetrarch.storage import NvmeController
+from tetrarch.virtio.blk import BlkKind
+from tetrarch.virtio.net import NetKind
+from tetrarch.virtio.pci import VirtioPci
+from tetrarch.virtio.rng import RngKind
+
+if TYPE_CHECKING:
+    from tetrarch._native import Vm
+
+__all__ = ["HotPlug"]
+
+Properties = dict[str, Any]
+_ALIASES = {"virtio-blk": "virtio-blk-pci", "virtio-net": "virtio-net-pci"}
+
+
+class _Closing(Protocol):
+    def close(self) -> None: ...
+
+
+class HotPlug:
+    def __init__(
+        self, vm: Vm, plugged: PluggedDevices, blocks: BlockNodes, netdevs: Netdevs
+    ) -> None:
+        self._vm = vm
+        self._plugged = plugged
+        self._blocks = blocks
+        self._netdevs = netdevs
+        self._closing: dict[str, _Closing] = {}
+        self._count = 0
+        self._drivers: Mapping[str, Callable[[str, Properties], PciDevice]] = {
+            "virtio-blk-pci": self._virtio_blk,
+            "nvme": self._nvme,
+            "virtio-net-pci": self._virtio_net,
+            "virtio-rng-pci": self._virtio_rng,
+        }
+
+    def add(
+        self, driver: str, properties: Mapping[str, Any], name: str | None, *, announce: bool
+    ) -> None:
+        """Plugs one in. Raises ConfigError for what there is not; ``addr`` is its slot."""
+        driver = _ALIASES.get(driver, driver)
+        if driver not in self._drivers:
+            known = ", ".join(self._drivers)
+            raise ConfigError(
+                f"'{driver}' is not a valid device model name", mend=f"there are {known}"
+            )
+        if name is None:
+            self._count += 1
+            name = f"{driver}.{self._count}"
+        if name in self._plugged.slots.values():
+            raise ConfigError(f"Duplicate device ID '{name}'")
+        given = dict(properties)
+        slot = _slot(given.pop("addr", None))
+        device = self._drivers[driver](name, given)
+        try:
+            for left in given:
+                raise ConfigError(f"Property '{driver}.{left}' not found")
+            self._plugged.plug(name, device, slot, announce=announce)
+        except BaseException:
+            self._closing.pop(name).close()
+            self.released(name)
+            raise
+
+    def released(self, name: str) -> None:
+        """The device is out."""
+        self._closing.pop(name, None)
+        self._blocks.released(name)
+        self._netdevs.released(name)
+
+    def close(self) -> None:
+        """The machine has ended."""
+        for kind in self._closing.values():
+            kind.close()
+
+    def _virtio_blk(self, name: str, given: Properties) -> PciDevice:
+        node = self._node("virtio-blk-device", given)
+        kind = BlkKind(self._vm, node.disk.share(), name, 1)
+        node.device, node.tell_size = name, kind.data_path.config_changed
+        self._closing[name] = kind
+        return VirtioPci(self._vm, kind)
+
+    def _nvme(self, name: str, given: Properties) -> PciDevice:
+        node = self._node("nvme", given)
+        serial = given.pop("serial", None)
+        controller = NvmeController(self._vm, node.disk.share(), name=name, serial=serial)
+        node.device, node.tell_size = name, controller.queues.resized
+        self._closing[name] = controller
+        return controller
+
+    def _virtio_net(self, name: str, given: Properties) -> PciDevice:
+        netdev, text = given.pop("netdev", None), given.pop("mac", None)
+        if not isinstance(netdev, str):
+            raise ConfigError("netdev property not set")
+        try:
+            mac = random_mac() if text is None else parse_mac(str(text))
+        except ValueProblem as problem:
+            raise ConfigError(f"Property 'virtio-net-pci.mac': {problem.cause}") from None
+        network = self._netdevs.take(netdev, name)
+        kind = NetKind(self._vm, network, name, mac)
+        self._closing[name] = kind
+        return VirtioPci(self._vm, kind)
+
+    def _virtio_rng(self, name: str, given: Properties) -> PciDevice:
+        kind = RngKind(self._vm, name)
+        self._closing[name] = _Nothing()
+        return VirtioPci(self._vm, kind)
+
+    def _node(self, driver: str, given: Properties) -> Any:
+        drive = given.pop("drive", None)
+        if drive is None:
+            raise ConfigError("drive property not set")
+        node = self._blocks.get(drive) if isinstance(drive, str) else None
+        if node is None:
+            raise ConfigError(f"Property '{driver}.drive' can't find value '{drive}'")
+        if node.device is not None:
+            raise ConfigError(f"Drive '{drive}' is already in use by {node.device}")
+        return node
+
+
+class _Nothing:
+    def close(self) -> None:
+        pass
+
+
+def _slot(address: object) -> int | None:
+    """As QEMU's ``addr``: a slot, in hex as text."""
+    if address is None:
+        return None
+    try:
+        slot = int(str(address).removesuffix(".0"), 16) if isinstance(address, str) else address
+    except ValueError:
+        slot = None
+    if type(slot) is not int or not 0 < slot < 32:
+        raise ConfigError(f"Property 'addr' doesn't take value '{address}'")
+    return slot
