@@ -809,8 +809,8 @@ class Vm:
         python (reads, writes, calls: of Python devices and platform handlers), time_ns (run: all of
         ``Vcpu.run``; devices, python: in devices of either kind; port_in and so
         on: answering exits of that kind) and what the
-        engine counts, as bt (blocks, tlb misses, ...). The engine's counters
-        of a running vCPU are those of its last stop; all others are live.
+        engine counts, as bt (blocks, tlb misses, ...). All are live, but for the
+        engine's of a vCPU whose device does not return.
         """
 
 @final

@@ -151,6 +151,22 @@ def test_stats_count_exits(make: Make) -> None:
     assert vm.stats()["exits"]["port_out"] >= 1
 
 
+def test_stats_tell_of_a_guest_while_it_runs(make: Make, engine: str) -> None:
+    if engine == "kvm":
+        pytest.skip("engine kvm has no counters of its own")
+    vm = make(guests.ENDLESS_LOOP)
+    vm.start()
+    end = time.monotonic() + LIMIT_S
+    while vm.stats()["bt"]["interpreted"] == 0 and time.monotonic() < end:
+        time.sleep(0.01)
+    first = vm.stats()["bt"]["interpreted"]
+    assert first > 0
+    while vm.stats()["bt"]["interpreted"] == first and time.monotonic() < end:
+        time.sleep(0.01)
+    assert vm.stats()["bt"]["interpreted"] > first
+    vm.stop()
+
+
 def test_pci_scan_finds_a_host_bridge_and_resets_nothing(make: Make) -> None:
     # Function 4 of device 4: the second byte of its address is what a reset looks like.
     device = Recorder()

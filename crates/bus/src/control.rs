@@ -6,9 +6,9 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
-use tetrarch_engine::{Clock, DebugStop, EngineError, Exit, Kick, Reply, Vcpu};
+use tetrarch_engine::{Clock, Counters, DebugStop, EngineError, Exit, Kick, Reply, Vcpu};
 
-use crate::{Debugger, LoopCounters, access::Access};
+use crate::{Debugger, EngineCounters, LoopCounters, access::Access};
 
 /// Why the machine could not be held.
 #[derive(Debug, thiserror::Error)]
@@ -73,9 +73,22 @@ pub struct VcpuControl {
     /// The access that a device answers, see [`Access`]; 0: none.
     serving: AtomicU64,
     pub counters: LoopCounters,
+    pub engine_counters: EngineCounters,
 }
 
 impl VcpuControl {
+    /// The engine's counters of a vCPU that runs: those of now, or the last that it told where
+    /// it does not look up in time, as on the caller's own thread.
+    pub fn ask_engine_counters(&self, timeout: Duration) -> Counters {
+        let place = self.parking.hold.lock().places[self.index];
+        match place {
+            Place::Inside(thread) if thread != std::thread::current().id() => {
+                self.engine_counters.ask(|| self.kick(), timeout)
+            }
+            _ => self.engine_counters.last(),
+        }
+    }
+
     /// Makes this vCPU's run loop look up from the guest, or from its place
     /// where the machine is held.
     pub fn kick(&self) {
@@ -164,6 +177,7 @@ impl RunControl {
             kicker,
             parking: Arc::clone(&self.parking),
             serving: AtomicU64::new(0),
+            engine_counters: EngineCounters::default(),
             counters: LoopCounters::default(),
         });
         vcpus.push(Arc::clone(&control));

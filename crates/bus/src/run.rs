@@ -82,6 +82,7 @@ pub fn run_vcpu(
             }
             Ok(Step::End(reason)) => return Ok(reason),
             Ok(Step::Attend) => {
+                own.engine_counters.tell_if_wanted(|| vcpu.counters());
                 on_kick()?;
                 if own.take_stop() {
                     others.armed = false;

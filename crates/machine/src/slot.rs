@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tetrarch_bus::{DeviceError, PlatformHandlers, RunEnd, RunError, VcpuControl, run_vcpu};
 use tetrarch_engine::{Counters, EngineError, Vcpu};
 
 use crate::Machine;
+
+/// How long a vCPU that runs has to tell its counters.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// One vCPU and whoever uses it at the time.
 ///
@@ -18,8 +22,6 @@ pub struct VcpuSlot {
     pub control: Arc<VcpuControl>,
     vcpu: Mutex<Box<dyn Vcpu>>,
     running: AtomicBool,
-    /// The engine's counters when the vCPU last stopped.
-    counters: Mutex<Counters>,
 }
 
 /// Marks a vCPU as running while it lives.
@@ -33,8 +35,8 @@ impl Drop for Running<'_> {
 
 impl VcpuSlot {
     pub(crate) fn new(id: u32, vcpu: Box<dyn Vcpu>, control: Arc<VcpuControl>) -> Self {
-        let counters = Mutex::new(vcpu.counters());
-        Self { id, control, vcpu: Mutex::new(vcpu), running: AtomicBool::new(false), counters }
+        control.engine_counters.tell(vcpu.counters());
+        Self { id, control, vcpu: Mutex::new(vcpu), running: AtomicBool::new(false) }
     }
 
     fn busy(&self) -> EngineError {
@@ -59,15 +61,16 @@ impl VcpuSlot {
         let _running = Running(self);
         let result =
             run_vcpu(&self.vcpu, &machine.bus, platform, &machine.control, &self.control, on_kick);
-        *self.counters.lock() = self.vcpu.lock().counters();
+        self.control.engine_counters.tell(self.vcpu.lock().counters());
         result
     }
 
-    /// The engine's counters: now, or of the last stop where the vCPU runs.
+    /// The engine's counters: now, or the last that were told where the vCPU does not come out
+    /// of a device in time.
     pub fn counters(&self) -> Counters {
         match self.vcpu.try_lock() {
             Some(vcpu) => vcpu.counters(),
-            None => self.counters.lock().clone(),
+            None => self.control.ask_engine_counters(PATIENCE),
         }
     }
 }

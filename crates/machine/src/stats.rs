@@ -7,8 +7,8 @@ use crate::Machine;
 pub type Stats = BTreeMap<String, BTreeMap<String, u64>>;
 
 /// Sums over all vCPUs and, of a machine with several, each vCPU for itself.
-/// Those of the run loop are live, those of a running vCPU's engine as of its
-/// last stop.
+/// All are live, but for the engine's of a vCPU whose device does not return: they are those
+/// that it last told.
 pub fn collect(machine: &Machine) -> Stats {
     let mut stats = Stats::new();
     let mut add = |group: &str, name: &str, value: u64| {

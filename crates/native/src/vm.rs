@@ -308,8 +308,8 @@ impl Vm {
         self.machine.control.request_stop();
     }
 
-    fn stats(&self) -> Stats {
-        let mut stats = collect(&self.machine);
+    fn stats(&self, py: Python<'_>) -> Stats {
+        let mut stats = py.detach(|| collect(&self.machine));
         let Crossings { reads, writes, calls } = &*self.crossings;
         let calls = [("reads", reads), ("writes", writes), ("calls", calls)];
         let calls = calls.map(|(name, count)| (name.to_owned(), count.load(Ordering::Relaxed)));
