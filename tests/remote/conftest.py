@@ -29,14 +29,20 @@ def tetrarch_cli(*words: str | Path, data: bytes = b"") -> subprocess.CompletedP
 
 
 @pytest.fixture(scope="package")
-def guest(debian_guest: CachedGuest) -> Iterator[RemoteMachine]:
+def images_allowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a disk for the guest may be."""
+    return tmp_path_factory.mktemp("images")
+
+
+@pytest.fixture(scope="package")
+def guest(debian_guest: CachedGuest, images_allowed: Path) -> Iterator[RemoteMachine]:
     with (
         tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as place,
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("XDG_RUNTIME_DIR", place)
         files: list[str | Path] = ["--kernel", debian_guest.kernel]
-        files += ["--initrd", debian_guest.initrd]
+        files += ["--initrd", debian_guest.initrd, "--allow", images_allowed]
         started = tetrarch_cli("run", "--detach", "--name", "web", "--engine", "bt", *files)
         assert started.returncode == 0, started.stderr
         vm = tetrarch.connect("web")

@@ -12,9 +12,11 @@ from tetrarch.cli.options import COMMAND_WORD
 
 __all__ = [
     "add_machine_commands",
+    "attach_disk",
     "completion",
     "console",
     "cp",
+    "detach",
     "exec_",
     "kill",
     "logs",
@@ -186,6 +188,38 @@ def logs(
     show_log(name, follow)
 
 
+def attach_disk(
+    name: Name,
+    disk: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH[,OPTION=VALUE]...",
+            help="As --disk of run: format=, bus=virtio|nvme, readonly, cache=.",
+        ),
+    ],
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="What it is called [default: made up].")
+    ] = None,
+) -> None:
+    """Put a disk into a machine that runs, and print the name of its device."""
+    from tetrarch.remote import connect
+
+    print(connect(name).attach_disk(disk, name=device))
+
+
+def detach(
+    name: Name,
+    device: Annotated[str, typer.Argument(metavar="DEVICE", help="As attach-disk printed it.")],
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="What the guest has to give it up.")
+    ] = 30,
+) -> None:
+    """Take a device out of a machine when its guest has given it up."""
+    from tetrarch.remote import connect
+
+    connect(name).detach(device, timeout=timeout)
+
+
 def man(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Is made if need be.")],
 ) -> None:
@@ -219,6 +253,8 @@ _COMMANDS: list[Callable[..., int | None]] = [
     cp,
     stat,
     logs,
+    attach_disk,
+    detach,
     man,
     completion,
 ]
@@ -226,4 +262,4 @@ _COMMANDS: list[Callable[..., int | None]] = [
 
 def add_machine_commands(app: typer.Typer) -> None:
     for command in _COMMANDS:
-        app.command(command.__name__.rstrip("_"))(command)
+        app.command(command.__name__.rstrip("_").replace("_", "-"))(command)

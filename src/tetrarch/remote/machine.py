@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import time
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ from tetrarch.agent import connect as connect_agent
 from tetrarch.agent.capture import Completed, run_captured
 from tetrarch.control.client import Client
 from tetrarch.errors import MachineStateError, TetrarchError
+from tetrarch.machine.config import DiskOption, make_config
 from tetrarch.registry import About, find
 from tetrarch.registry.claim import remove_if_dead
 from tetrarch.registry.listing import alive
 from tetrarch.remote.console import RemoteConsole
 from tetrarch.remote.copy import copy_in, copy_out
+from tetrarch.remote.disks import attach_disk, detach
 from tetrarch.remote.process import MachineProcess
 
 __all__ = ["STOP_GRACE_S", "Completed", "RemoteMachine", "connect"]
@@ -30,6 +33,8 @@ STOP_GRACE_S: Final = 90.0
 _END_S: Final = 10.0
 #: A guest that still boots does not see the button.
 _PRESS_AGAIN_S: Final = 10.0
+#: Until a guest has given a device up.
+_DETACH_S: Final = 30.0
 #: Until a guest that has just been started runs commands.
 _AGENT_S: Final = 60.0
 
@@ -86,11 +91,13 @@ class RemoteMachine:
         self, command: str, arguments: dict[str, Any] | None = None, *, timeout: float | None = 60
     ) -> Any:
         """One command of QMP, on a connection of its own; what it returns."""
+        with self._client(_END_S if timeout is None else min(timeout, _END_S)) as client:
+            return client.execute(command, arguments, timeout=timeout)
+
+    def _client(self, timeout: float = _END_S) -> Client:
         if self.about.control is None:
             raise MachineStateError(f"{self.name} does not run yet", mend="wait until it does")
-        within = {} if timeout is None else {"timeout": min(timeout, _END_S)}
-        with Client(self.about.control, **within) as client:
-            return client.execute(command, arguments, timeout=timeout)
+        return Client(self.about.control, timeout=timeout)
 
     def status(self, *, timeout: float = _END_S) -> str:
         """As QMP names it: running, paused and so on."""
@@ -150,6 +157,25 @@ class RemoteMachine:
                 process.signal(signal.SIGKILL)
                 process.wait()
         remove_if_dead(self.name)
+
+    # Devices that come and go.
+
+    def attach_disk(self, disk: DiskOption, *, name: str | None = None) -> str:
+        """Puts a disk in, as ``--disk`` is written, and gives the device's name.
+
+        Raises ConfigError for what a disk that comes later cannot be.
+        """
+        spec = make_config({"disk": disk}).disk[0]
+        name = name or f"disk-{secrets.token_hex(4)}"
+        with self._client() as client:
+            attach_disk(client, spec, name)
+        return name
+
+    def detach(self, name: str, *, timeout: float = _DETACH_S) -> None:
+        """Takes a device out when the guest has given it up. Raises HostError where it has not
+        after ``timeout`` seconds; it may still do it."""
+        with self._client() as client:
+            detach(client, name, timeout)
 
     # The guest's agent.
 
