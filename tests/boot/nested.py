@@ -61,21 +61,22 @@ def built_wheel(directory: Path) -> Path:
     return built
 
 
-def nested_host(directory: Path) -> NestedHost:
-    """In an empty directory. Skips the test, or fails it with REQUIRE_KVM=1, without QEMU."""
+def nested_host(directory: Path, *packages: str) -> NestedHost:
+    """In an empty directory, with further Debian packages. Skips the test, or fails it with
+    REQUIRE_KVM=1, without QEMU."""
     if shutil.which("qemu-system-x86_64") is None:
         missing = "no qemu-system-x86_64 for a host with SVM; install qemu-system-x86"
         if os.environ.get("REQUIRE_KVM") == "1":
             pytest.fail(missing)
         pytest.skip(missing)
-    return NestedHost(built_wheel(directory), directory)
+    return NestedHost(built_wheel(directory), directory, packages)
 
 
 class NestedHost:
     """The outer system; ``boot`` runs commands in it and returns its console."""
 
-    def __init__(self, wheel: Path, scratch: Path) -> None:
-        self._debian = DebianRoot(PACKAGES)
+    def __init__(self, wheel: Path, scratch: Path, packages: Sequence[str] = ()) -> None:
+        self._debian = DebianRoot((*PACKAGES, *packages))
         self._debian.build()
         self._site = scratch / "site"
         self._initrd = scratch / "outer.cpio"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from tests.boot.vmlinux import extract_vmlinux
 from tests.cli.conftest import Cli
 from tests.initrds import shell_tree
 
 from tetrarch import Machine, StopReason, images
+from tetrarch.boot.vmlinux import extract_vmlinux
 from tetrarch.images import CachedGuest
 
 APPEND = "console=ttyS0 quiet reboot=t panic=-1"

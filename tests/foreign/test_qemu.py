@@ -67,6 +67,9 @@ def machine(*words: str) -> tuple[MachineConfig, list[str]]:
         ),
         (["-cdrom", "/c"], "cdrom", "/c,bus=ide"),
         (["-qmp", "unix:/q,server,wait=off"], "control", Path("/q")),
+        (["-s"], "gdb", "127.0.0.1:1234"),
+        (["-gdb", "tcp::9000"], "gdb", "127.0.0.1:9000"),
+        (["-gdb", "unix:/g,server=on"], "gdb", "/g"),
         (["-drive", "file=/c,media=cdrom,if=ide", "-M", "q35"], "cdrom", "/c"),
         (
             [
@@ -112,7 +115,7 @@ def test_what_is_carried_over(words: list[str], option: str, value: Any) -> None
         (["-vga", "std"], ["-vga std: there is nothing like it"]),
         (
             ["-foo", "bar", "-S"],
-            ["-foo bar: there is nothing like it", "-S: there is nothing like"],
+            ["-foo bar: there is nothing like it", "-S: add gdb_wait, which needs gdb"],
         ),
         (["-qmp", "tcp:h:1,server"], ["-qmp tcp:h:1,server: the control socket is a Unix socket"]),
         (["-bios", "x"], ["-bios x: there is no firmware"]),

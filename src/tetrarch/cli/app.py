@@ -31,6 +31,7 @@ __all__ = [
     "import_qemu",
     "root",
     "run",
+    "symbols",
 ]
 
 app = typer.Typer(
@@ -173,6 +174,26 @@ def doctor(json: Json = False) -> int:
     from tetrarch.cli.doctor import show_doctor
 
     return show_doctor(json)
+
+
+@app.command()
+def symbols(
+    names: Annotated[
+        Path,
+        typer.Argument(metavar="KALLSYMS", help="/proc/kallsyms of the guest, or a System.map."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The file for gdb.")
+    ],
+    kernel: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The guest's vmlinuz: lets gdb unwind its stack."),
+    ] = None,
+) -> None:
+    """Make a symbol file for gdb of a guest's Linux kernel; docs/gdb.md."""
+    from tetrarch.cli.symbols import make_symbols
+
+    make_symbols(names, output, kernel)
 
 
 add_machine_commands(app)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tetrarch.foreign.carried import Carried
 from tetrarch.foreign.qemu_disks import QemuDisks
@@ -165,6 +166,17 @@ class _Reader:
         else:
             self.carried.lose(str(option), "the control socket is a Unix socket that listens")
 
+    def _gdb(self, option: Option) -> None:
+        """-gdb tcp:[HOST]:PORT, unix:PATH,server=on"""
+        kind, _, rest = (option.value or "").partition(":")
+        place, *words = rest.split(",")
+        if kind == "tcp":
+            self.carried.set("gdb", place.removeprefix(":"), str(option))
+        elif kind == "unix" and any(word in ("server", "server=on") for word in words):
+            self.carried.set("gdb", Path(place), str(option))
+        else:
+            self.carried.lose(str(option), "gdb is served at a TCP port or a Unix socket")
+
     def _as(self, name: str, option: Option) -> None:
         self.carried.set(name, option.value or "", f"-{option.name}")
 
@@ -180,6 +192,9 @@ class _Reader:
         "action": _action,
         "qmp": _control,
         "qmp-pretty": _control,
+        "gdb": _gdb,
+        "s": lambda self, option: self.carried.set("gdb", "1234", "-s"),
+        "S": lambda self, option: self.carried.lose("-S", "add gdb_wait, which needs gdb"),
         "no-reboot": lambda self, option: self.carried.set("on_reset", "end", "-no-reboot"),
         "kernel": lambda self, option: self._as("kernel", option),
         "initrd": lambda self, option: self._as("initrd", option),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -42,8 +42,14 @@ class GdbSpec:
             raise ValueProblem(f"{port} is no TCP port", mend="give one up to 65535")
         return cls(host=(match[1] or _LOCALHOST).strip("[]"), port=port)
 
+    def relative_to(self, directory: Path) -> Self:
+        """With its path as it is written in a file of that directory."""
+        return self if self.path is None else replace(self, path=directory / self.path)
+
     def __str__(self) -> str:
+        """As ``parse`` takes it."""
         if self.path is not None:
-            return str(self.path)
+            text = str(self.path)
+            return f"./{text}" if _TCP.fullmatch(text) else text
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"

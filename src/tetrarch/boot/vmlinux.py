@@ -1,4 +1,4 @@
-"""The ELF vmlinux inside a bzImage, as a boot loader for PVH needs it.
+"""The ELF vmlinux inside a bzImage.
 
 Documentation/arch/x86/boot.rst: payload_offset and payload_length say where the
 compressed kernel is. Decompressed it is the ELF file, followed by relocations.
@@ -7,15 +7,29 @@ compressed kernel is. Decompressed it is the ELF file, followed by relocations.
 import gzip
 import lzma
 import struct
+import zlib
+
+__all__ = ["extract_vmlinux"]
 
 _LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
 
 
 def extract_vmlinux(bzimage: bytes) -> bytes:
+    """Raises ValueError for what is no bzImage, or is packed in a way that is not known here."""
+    try:
+        return _unpack(_payload(bzimage))
+    except (LookupError, struct.error, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"no bzImage, or a damaged one: {error}") from error
+
+
+def _payload(bzimage: bytes) -> bytes:
     setup_sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = (setup_sectors + 1) * 512 + offset
-    payload = bzimage[start : start + length]
+    return bzimage[start : start + length]
+
+
+def _unpack(payload: bytes) -> bytes:
     if payload.startswith(b"\xfd7zXZ\0"):
         return lzma.LZMADecompressor().decompress(payload)
     if payload.startswith(_LZ4_LEGACY_MAGIC):
