@@ -61,8 +61,9 @@ def test_drgn_lists_the_tasks_of_a_dump_and_reads_a_running_machine(
     with Machine(engine="bt", memory="256M", control=socket_path) as vm:
         vm.start()
         vm.console.expect("# ", LIMIT_S)
-        vm.console.send("sleep 1000 & echo started\n")
-        vm.console.expect("started\r\n", LIMIT_S)
+        # It is a shell until it has become another program.
+        vm.console.send("sleep 1000 & until grep -q sleep /proc/$!/comm; do :; done; echo up''on\n")
+        vm.console.expect("upon\r\n", LIMIT_S)
         vm.dump_core(tmp_path / "core")
         vm.write_memory(0x9_0000, b"to be read by drgn")  # in no use after the boot
         # In a process of its own: it keeps the interpreter while it waits for an answer.
