@@ -26,9 +26,10 @@ def in_guest(guest: RemoteMachine, script: str) -> bytes:
 
 @pytest.mark.parametrize(("bus", "device"), [("virtio", "vda"), ("nvme", "nvme0n1")])
 def test_disk_comes_and_goes(guest: RemoteMachine, image: Path, bus: str, device: str) -> None:
+    in_guest(guest, "true")  # it has booted, and looked for devices
     done = tetrarch_cli("attach-disk", "--device", "data", "web", f"{image},bus={bus}")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"data\n", b"")
-    wait = f"until [ -b /dev/{device} ]; do sleep 0.05; done"
+    wait = f"n=0; until [ -b /dev/{device} ] || [ $((n += 1)) = 600 ]; do sleep 0.05; done"
     assert in_guest(guest, f"{wait}; head -c 11 /dev/{device}") == b"on the disk"
     in_guest(guest, f"printf written | dd of=/dev/{device} conv=notrunc,fsync")
     done = tetrarch_cli("detach", "web", "data")

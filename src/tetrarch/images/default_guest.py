@@ -36,7 +36,7 @@ __all__ = [
 DEFAULT_APPEND = "console=ttyS0 quiet"
 """The kernel's command line when the user gives none."""
 
-RECIPE_VERSION = 13
+RECIPE_VERSION = 14
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -134,6 +134,7 @@ def build_initramfs(busybox: bytes, module_dir: Path, overlay: Path | None = Non
     tree.file("etc/profile", _guest_file("profile"))
     tree.file("etc/udhcpc", _guest_file("udhcpc"), 0o755)
     tree.file("etc/acpi/PWRF/00000080", _guest_file("power-button"), 0o755)
+    tree.file("usr/lib/tetrarch/hotplug", _guest_file("hotplug"), 0o755)
     tree.file("usr/sbin/tetrarch-agent", agent_program(), 0o755)
     for path, text in _ETC.items():
         tree.file(path, text.encode())
