@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Cli
 
+from tetrarch.cli.app import app
 from tetrarch.cli.man import man_pages
 
-PAGES = dict(man_pages())
+PAGES = dict(man_pages(app))
 
 
 def test_each_command_has_a_page_which_names_the_others() -> None:

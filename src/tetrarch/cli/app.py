@@ -12,6 +12,7 @@ from tetrarch.cli.options import effective, take_options, with_options
 
 __all__ = [
     "app",
+    "completion",
     "config",
     "disk_check",
     "disk_convert",
@@ -29,6 +30,7 @@ __all__ = [
     "import_firecracker",
     "import_libvirt",
     "import_qemu",
+    "man",
     "root",
     "run",
     "symbols",
@@ -197,6 +199,29 @@ def symbols(
 
 
 add_machine_commands(app)
+
+
+@app.command()
+def man(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Is made if need be.")],
+) -> None:
+    """Write the man pages of all commands: man -M DIR tetrarch shows them."""
+    from tetrarch.cli.man import write_pages
+
+    write_pages(app, directory)
+
+
+@app.command()
+def completion(
+    shell: Annotated[str, typer.Argument(metavar="bash|zsh|fish", help="Which shell.")],
+) -> None:
+    """Print what makes a shell complete commands, options and names of machines.
+
+    For bash: source <(tetrarch completion bash)
+    """
+    from tetrarch.cli.completion import show_script
+
+    show_script(shell)
 
 
 @image_app.command("pull")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TextIO
 
-from tetrarch.cli.entry import fail
+from tetrarch.cli.failure import fail
 from tetrarch.registry import Claim
 
 __all__ = ["Shell", "in_background"]

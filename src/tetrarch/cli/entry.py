@@ -1,14 +1,7 @@
-"""From the shell to a command and back: arguments, errors, exit codes.
-
-Whatever goes wrong reaches the user as one line on standard error and as the
-exit code: 1 for an error of ours or of the host, 2 for bad usage, 128 + N for
-signal N. What a guest's end gives is in machine/status.py. With
-TETRARCH_DEBUG=1 in the environment a traceback comes before the line.
-"""
+"""From the shell to a command and back: arguments, signals, exit codes."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -17,19 +10,11 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["FAILURE", "Terminated", "fail", "main", "report_error", "run_cli"]
+from tetrarch.cli.failure import Terminated, fail, report_error
 
-FAILURE = 1
-BAD_USAGE = 2
+__all__ = ["main", "run_cli"]
+
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Terminated(BaseException):
-    """A signal asked us to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 def main() -> NoReturn:
@@ -96,46 +81,6 @@ def _run_command(arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def report_error(error: BaseException) -> int:
-    """Says in one line what ended a command; the exit code."""
-    if isinstance(error, Terminated):  # in an import, perhaps: no other before this is said
-        return fail(f"ended by {signal.Signals(error.signum).name}", 128 + error.signum)
-    from typer.exceptions import Abort, TyperException
-
-    from tetrarch.errors import ConfigError, TetrarchError
-
-    match error:
-        case TyperException():
-            return _usage_error(error)
-        case ConfigError():
-            return fail(str(error), BAD_USAGE)
-        case TetrarchError():
-            return fail(str(error))
-        case KeyboardInterrupt() | Abort():
-            return fail("ended by SIGINT", 128 + signal.SIGINT)
-        case BrokenPipeError():
-            return 128 + signal.SIGPIPE
-        case MemoryError():
-            return fail(
-                "the host gives no more memory; free some, or raise the limit: ulimit -v, -d"
-            )
-        case RuntimeError(args=("can't start new thread",)):  # Python's own, of no kind
-            return fail(f"{error}; raise the limits of processes and memory: ulimit -u, -v, -d")
-        case OSError(errno=errno.EMFILE | errno.ENFILE):
-            return fail(f"{error.strerror}; raise the limit: ulimit -n")
-        case OSError(errno=errno.ENOMEM | errno.EAGAIN):
-            return fail(f"{error.strerror}; free memory, or raise the limits: ulimit -a shows them")
-        case OSError():
-            named = f"{error.filename}: " if error.filename else ""
-            return fail(f"{named}{error.strerror or error}; check the file system and its rights")
-        case Exception():
-            return fail(
-                f"internal error: {type(error).__name__}: {error}; "
-                "please report it with what TETRARCH_DEBUG=1 shows"
-            )
-    raise error  # SystemExit and the like
-
-
 class _Line(logging.Formatter):
     """One line, as ours are; that of a machine has the machine's name."""
 
@@ -148,28 +93,6 @@ def _log_to_standard_error() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Line("%(message)s"))
     logging.getLogger("tetrarch").addHandler(handler)
-
-
-def fail(message: str, code: int = FAILURE) -> int:
-    """Says what went wrong, in one line."""
-    if os.environ.get("TETRARCH_DEBUG") == "1":
-        import traceback
-
-        traceback.print_exc()
-    print(f"tetrarch: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return code
-
-
-def _usage_error(error: Exception) -> int:
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "tetrarch"
-    message = getattr(error, "format_message", lambda: str(error))()
-    if not message.strip():  # a bare "tetrarch": typer has printed the help
-        return BAD_USAGE
-    if type(error).__name__ == "NoArgsIsHelpError":
-        print(message, file=sys.stderr)
-        return BAD_USAGE
-    return fail(f"{message.rstrip('.')}; see {command} --help", BAD_USAGE)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tetrarch.agent.command import run_here
-from tetrarch.cli.entry import FAILURE, report_error
+from tetrarch.cli.failure import FAILURE, report_error
 from tetrarch.errors import ConfigError, HostError, TetrarchError
 from tetrarch.registry import About, machines
 from tetrarch.registry.claim import check_name, log_path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,14 +12,12 @@ from tetrarch.cli.options import COMMAND_WORD
 __all__ = [
     "add_machine_commands",
     "attach_disk",
-    "completion",
     "console",
     "cp",
     "detach",
     "exec_",
     "kill",
     "logs",
-    "man",
     "pause",
     "ps",
     "reset",
@@ -220,27 +217,6 @@ def detach(
     connect(name).detach(device, timeout=timeout)
 
 
-def man(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Is made if need be.")],
-) -> None:
-    """Write the man pages of all commands: man -M DIR tetrarch shows them."""
-    from tetrarch.cli.man import write_pages
-
-    write_pages(directory)
-
-
-def completion(
-    shell: Annotated[str, typer.Argument(metavar="bash|zsh|fish", help="Which shell.")],
-) -> None:
-    """Print what makes a shell complete commands, options and names of machines.
-
-    For bash: source <(tetrarch completion bash)
-    """
-    from tetrarch.cli.completion import show_script
-
-    show_script(shell)
-
-
 _COMMANDS: list[Callable[..., int | None]] = [
     ps,
     stop,
@@ -255,8 +231,6 @@ _COMMANDS: list[Callable[..., int | None]] = [
     logs,
     attach_disk,
     detach,
-    man,
-    completion,
 ]
 
 

@@ -7,25 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import typer
 from typer.main import get_command
 
 from tetrarch import __version__
-from tetrarch.cli.app import app
 
 __all__ = ["man_pages", "write_pages"]
 
 _SECTION: Final = 1
 
 
-def write_pages(directory: Path) -> None:
+def write_pages(app: typer.Typer, directory: Path) -> None:
     """One file for each command, in DIR/man1."""
     folder = directory / f"man{_SECTION}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in man_pages():
+    for name, text in man_pages(app):
         (folder / f"{name}.{_SECTION}").write_text(text)
 
 
-def man_pages() -> Iterator[tuple[str, str]]:
+def man_pages(app: typer.Typer) -> Iterator[tuple[str, str]]:
     """Name and text of each page; that of the program itself first."""
     command = get_command(app)
     yield from _pages(command, command.context_class(command, info_name="tetrarch"))

@@ -11,7 +11,7 @@ from tetrarch.cli import jail
 from tetrarch.cli.cloud import with_seed
 from tetrarch.cli.command import run_command
 from tetrarch.cli.detach import Shell, in_background
-from tetrarch.cli.entry import FAILURE, report_error
+from tetrarch.cli.failure import FAILURE, report_error
 from tetrarch.cli.registered import describe, registered
 from tetrarch.cli.reports import report_end
 from tetrarch.cli.resume import resumed_by_signal
