@@ -55,34 +55,29 @@ def _unpack_lz4_legacy(payload: bytes) -> bytes:
     return bytes(out)
 
 
+def _lz4_length(block: bytes, at: int, length: int) -> tuple[int, int]:
+    """A length whose first four bits are known, and where what follows it begins."""
+    more = 255 if length == 15 else 0
+    while more == 255:
+        more = block[at]
+        at += 1
+        length += more
+    return length, at
+
+
 def _unpack_lz4_block(block: bytes, out: bytearray) -> None:
     """doc/lz4_Block_format.md: literals, then a copy of what came before, again and again."""
     at = 0
     while True:
         token = block[at]
         at += 1
-        literals = token >> 4
-        if literals == 15:
-            while True:
-                more = block[at]
-                at += 1
-                literals += more
-                if more != 255:
-                    break
+        literals, at = _lz4_length(block, at, token >> 4)
         out += block[at : at + literals]
         at += literals
         if at >= len(block):
             return  # the last sequence has no copy
         distance = block[at] | block[at + 1] << 8
-        at += 2
-        length = token & 15
-        if length == 15:
-            while True:
-                more = block[at]
-                at += 1
-                length += more
-                if more != 255:
-                    break
+        length, at = _lz4_length(block, at + 2, token & 15)
         length += 4
         source = len(out) - distance
         if distance >= length:

@@ -12,7 +12,6 @@ import os
 import socket
 import time
 from collections import deque
-from types import TracebackType
 from typing import Any, Self
 
 from tetrarch._patience import patience
@@ -106,12 +105,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _message(self, timeout: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Guest memory and registers as an ELF core file, which crash and drgn read.
+"""Guest memory and registers as an ELF core file, which drgn reads.
 
 As QEMU's dump-guest-memory writes it (dump/dump.c): a note of the registers of each vCPU
 (NT_PRSTATUS, whose process is the vCPU's number from 1), one with what that has no room for

@@ -6,7 +6,6 @@ import os
 import select
 import signal
 from contextlib import suppress
-from types import TracebackType
 from typing import Self
 
 from tetrarch._patience import patience
@@ -53,10 +52,5 @@ class MachineProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
