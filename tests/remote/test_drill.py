@@ -78,12 +78,13 @@ def kill_all(place: Path) -> None:
 
 
 def lives(pid: int) -> bool:
-    """A process that ends loses its memory, with it its environment, before its files."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
+    """A process that ends loses its memory, with it its environment, before its files, which its
+    last thread has: the first may be a zombie by then."""
+    states = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            states.append(thread.read_text().rpartition(")")[2].split()[0])
+    return any(state not in "ZX" for state in states)
 
 
 @pytest.mark.timeout(1800)
