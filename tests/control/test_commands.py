@@ -216,8 +216,15 @@ async def memory(session: Session, core: Path) -> None:
         ({"protocol": "tape:x"}, "'protocol'"),
         ({"protocol": "fd:nope"}, "'nope' not found"),
         ({"protocol": "file:/nonexistent/x"}, "/nonexistent/x"),
-        ({"protocol": f"file:{core}", "paging": True}, "'paging'"),
+        ({"protocol": f"file:{core}", "paging": 1}, "'paging', expected: boolean"),
+        ({"protocol": f"file:{core}", "begin": 0}, "'length' is missing"),
         ({"protocol": f"file:{core}", "begin": 1 << 50, "length": 1}, "no RAM"),
     ]
     for arguments, words in refusals:
-        assert words in (await session.refused("dump-guest-memory", **arguments))[1]
+        given = {"paging": False, **arguments}
+        assert words in (await session.refused("dump-guest-memory", **given))[1]
+    part = {"protocol": f"file:{core}", "begin": 1 << 20, "length": 1 << 20}
+    await session.run("dump-guest-memory", paging=True, **part)
+    assert 1 << 20 < core.stat().st_size < 3 << 20
+    assert (await session.run("query-dump"))["completed"] == 1 << 20
+    assert (await session.run("query-dump-guest-memory-capability")) == {"formats": ["elf"]}

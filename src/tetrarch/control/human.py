@@ -7,16 +7,14 @@ from collections.abc import Callable
 from typing import Final
 
 from tetrarch._native import GuestMemoryError, Vm
-from tetrarch.control.page_map import mappings
 from tetrarch.machine.machine import Machine
+from tetrarch.machine.page_map import USER, WRITE, TooManyTables, mapped_ranges, table_levels
 from tetrarch.net.mac import format_mac
 from tetrarch.pci.bus import SLOTS
 
 __all__ = ["human_command"]
 
-_PAGING, _LONG, _FIVE_LEVELS = 1 << 31, 1 << 10, 1 << 12
-_USER, _WRITE = 1 << 2, 1 << 1
-_PAGE: Final = 4096
+_LINEAR_MAX: Final = (1 << 64) - 1
 _EXAMINE = re.compile(r"xp\s*/\s*([0-9]{1,6})?x?([bhwg])?\s+(0x[0-9a-fA-F]{1,16}|[0-9]{1,20})")
 _SIZES = {"b": 1, "h": 2, "w": 4, "g": 8}
 _CLASSES = {
@@ -53,36 +51,28 @@ def _all_registers(machine: Machine, vcpu: int) -> str:
 def _mem(machine: Machine, vcpu: int) -> str:
     """Ranges of linear addresses that are mapped: first, behind the last, bytes, rights."""
     regs = machine.vcpus[vcpu].regs
-    if not regs["cr0"] & _PAGING:
+    levels = table_levels(regs)
+    if levels == 0:
         return "PG disabled\n"
-    if not regs["efer"] & _LONG:
-        return "the tables of 64-bit mode alone are shown\n"
-
-    def read(address: int) -> bytes:
-        try:
-            return machine.read_memory(address, _PAGE)
-        except GuestMemoryError:
-            return bytes(_PAGE)
-
-    levels = 5 if regs["cr4"] & _FIVE_LEVELS else 4
-    lines = []
+    text, last = "", None
     try:
-        for start, end, rights in mappings(read, regs["cr3"], levels):
-            shown = f"{'u' if rights & _USER else '-'}r{'w' if rights & _WRITE else '-'}"
-            lines.append(
-                f"{_linear(start, levels)}-{_linear(end, levels)} {end - start:016x} {shown}"
-            )
-    except OverflowError:
-        lines.append("and more: the guest has too many tables")
-    return "".join(f"{line}\n" for line in lines)
+        for mapped in mapped_ranges(machine.read_memory, regs["cr3"], levels):
+            if last is not None and (last[1], last[2]) == (mapped.linear, mapped.rights):
+                last = last[0], mapped.end, mapped.rights
+                continue
+            text += _mem_line(last)
+            last = mapped.linear, mapped.end, mapped.rights
+        return text + _mem_line(last)
+    except TooManyTables:
+        return f"{text}{_mem_line(last)}and more: the guest has too many tables\n"
 
 
-def _linear(address: int, levels: int) -> str:
-    """As it is written: the upper bits follow the highest that is translated."""
-    bits = 12 + 9 * levels
-    if address >> (bits - 1) & 1:
-        address |= (1 << 64) - (1 << bits)
-    return f"{address & (1 << 64) - 1:016x}"
+def _mem_line(mapped: tuple[int, int, int] | None) -> str:
+    if mapped is None:
+        return ""
+    start, end, rights = mapped
+    shown = f"{'u' if rights & USER else '-'}r{'w' if rights & WRITE else '-'}"
+    return f"{start:016x}-{end & _LINEAR_MAX:016x} {end - start:016x} {shown}\n"
 
 
 def _mtree(machine: Machine, vcpu: int) -> str:

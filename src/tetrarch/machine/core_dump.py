@@ -3,25 +3,32 @@
 As QEMU's dump-guest-memory writes it (dump/dump.c): a note of the registers of each vCPU
 (NT_PRSTATUS, whose process is the vCPU's number from 1), one with what that has no room for
 ("QEMU"), the kernel's own note about itself (VMCOREINFO), and a segment for each region of RAM
-at its physical address.
+at its physical address, or for each range that the guest's page tables map; those of the same
+memory are the same bytes of the file.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from tetrarch.errors import ConfigError
-from tetrarch.machine.ram import chunks, runs
+from tetrarch.machine.page_map import MappedRange, TooManyTables, mapped_ranges, table_levels
+from tetrarch.machine.ram import CHUNK_BYTES, chunks, runs
 
 if TYPE_CHECKING:
     from tetrarch.machine.engine_vm import EngineVm
 
-__all__ = ["core_ranges", "find_vmcoreinfo", "write_core"]
+__all__ = ["core_ranges", "find_vmcoreinfo", "linear_ranges", "write_core"]
 
 _ELF_HEADER: Final = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
+_SECTION_HEADER: Final = struct.Struct("<IIQQQQIIQQ")
+#: More program headers than e_phnum counts: the first section header's sh_info does (elf(5)).
+_PN_XNUM: Final = 0xFFFF
+#: A guest may map a page everywhere; 14 MiB of headers.
+_LINEAR_MAX: Final = 1 << 18
 _NOTE_HEADER: Final = struct.Struct("<III")
 _IDENTITY: Final = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
 _ET_CORE, _EM_X86_64 = 4, 62
@@ -73,30 +80,65 @@ def core_ranges(ram: Ranges, begin: int | None = None, length: int | None = None
     return kept
 
 
+def linear_ranges(vm: EngineVm, vcpus: Iterable[Registers]) -> list[MappedRange]:
+    """What the page tables of the vCPUs map, each root once.
+
+    Raises ConfigError for tables of 32-bit modes, and for more than a file should have.
+    """
+    roots = {regs["cr3"]: table_levels(regs) for regs in vcpus}
+    found: dict[MappedRange, None] = {}
+    try:
+        for root, levels in roots.items():
+            if levels:
+                for mapped in mapped_ranges(vm.read_memory, root, levels):
+                    found[mapped] = None
+                    if len(found) > _LINEAR_MAX:
+                        raise TooManyTables
+    except TooManyTables:
+        raise ConfigError(
+            "the guest has too many page tables", mend="dump without paging"
+        ) from None
+    return list(found)
+
+
 def write_core(
-    file: BinaryIO, vm: EngineVm, vcpus: Iterable[Registers], ranges: Ranges | None = None
+    file: BinaryIO,
+    vm: EngineVm,
+    vcpus: Iterable[Registers],
+    ranges: Ranges,
+    linear: Iterable[MappedRange] = (),
+    wrote: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Of a machine that is held. ``file`` is written from its begin to its end, zeros left out
-    where it can be sought."""
-    ranges = vm.ram if ranges is None else ranges
+    where it can be sought; ``wrote`` is called with how many bytes of memory are done."""
     notes = _notes(list(vcpus), find_vmcoreinfo(vm))
-    headers = _ELF_HEADER.size + _PROGRAM_HEADER.size * (1 + len(ranges))
+    views = [view for mapped in linear for view in _views(mapped, ranges)]
+    if not views:
+        views = [(0, base, length) for base, length in ranges]
+    segments = 1 + len(views)
+    sections = int(segments >= _PN_XNUM)
+    headers = _ELF_HEADER.size + _PROGRAM_HEADER.size * segments + _SECTION_HEADER.size * sections
     start = -(-(headers + len(notes)) // _PAGE) * _PAGE
-    file.write(_elf_header(1 + len(ranges)))
+    file.write(_elf_header(segments, sections))
     file.write(_PROGRAM_HEADER.pack(_PT_NOTE, 0, headers, 0, 0, len(notes), len(notes), 0))
-    offset = start
-    for base, length in ranges:
-        file.write(_PROGRAM_HEADER.pack(_PT_LOAD, _PF_R, offset, 0, base, length, length, 0))
-        offset += length
+    for address, physical, size in views:
+        at = start + _offset(ranges, physical)
+        header = _PROGRAM_HEADER.pack(_PT_LOAD, _PF_R, at, address, physical, size, size, 0)
+        file.write(header)
+    if sections:
+        file.write(_SECTION_HEADER.pack(0, 0, 0, 0, 0, 0, 0, segments, 0, 0))
     file.write(notes)
     _fill(file, start - headers - len(notes))
     for base, length in ranges:
-        at = base
-        for address, data in runs(vm, base, length):
-            _fill(file, address - at)
-            file.write(data)
-            at = address + len(data)
-        _fill(file, base + length - at)
+        for address in range(base, base + length, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, base + length - address)
+            at = address
+            for found, data in runs(vm, address, size):
+                _fill(file, found - at)
+                file.write(data)
+                at = found + len(data)
+            _fill(file, address + size - at)
+            wrote(size)
     if file.seekable():
         file.truncate()
 
@@ -121,12 +163,32 @@ def find_vmcoreinfo(vm: EngineVm) -> bytes:
     return b""
 
 
-def _elf_header(segments: int) -> bytes:
+def _views(mapped: MappedRange, ranges: Ranges) -> Iterator[tuple[int, int, int]]:
+    """What of it lies in ranges of RAM: (linear, physical, bytes)."""
+    for base, length in ranges:
+        first, end = max(mapped.physical, base), min(mapped.physical_end, base + length)
+        if first < end:
+            yield mapped.linear + first - mapped.physical, first, end - first
+
+
+def _offset(ranges: Ranges, address: int) -> int:
+    """Of an address in the memory that is written."""
+    offset = 0
+    for base, length in ranges:
+        if base <= address < base + length:
+            return offset + address - base
+        offset += length
+    raise AssertionError("no range has the address")
+
+
+def _elf_header(segments: int, sections: int) -> bytes:
+    table = _ELF_HEADER.size + _PROGRAM_HEADER.size * segments if sections else 0
     return _ELF_HEADER.pack(
         _IDENTITY,
         *(_ET_CORE, _EM_X86_64, 1),
-        *(0, _ELF_HEADER.size, 0),
-        *(0, _ELF_HEADER.size, _PROGRAM_HEADER.size, segments, 0, 0, 0),
+        *(0, _ELF_HEADER.size, table),
+        *(0, _ELF_HEADER.size, _PROGRAM_HEADER.size, min(segments, _PN_XNUM)),
+        *(_SECTION_HEADER.size * sections, sections, 0),
     )
 
 

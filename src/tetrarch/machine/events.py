@@ -28,6 +28,7 @@ EventName = Literal[
     "balloon-change",
     "block-io-error",
     "device-deleted",
+    "dump-completed",
 ]
 _LIMITED: frozenset[EventName] = frozenset({"balloon-change", "block-io-error"})
 _INTERVAL_S = 1.0

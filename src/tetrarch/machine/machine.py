@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from tetrarch.machine.config import (
     make_config,
 )
 from tetrarch.machine.console_line import ConsoleLine, ConsoleLines
-from tetrarch.machine.core_dump import core_ranges, write_core
+from tetrarch.machine.dumps import Dumps
 from tetrarch.machine.engine_vm import (
     BusRegion,
     EngineVcpu,
@@ -59,7 +59,6 @@ from tetrarch.machine.guest import (
 )
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.log import MachineLog
-from tetrarch.machine.new_file import new_file
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc, assemble_pc
 from tetrarch.machine.plugged import PciDevice
@@ -134,6 +133,8 @@ class Machine:
         end = self._conclusion.post
         self._events = Events(end)
         self._threads = VcpuThreads(vm, vcpus, self._conclusion)
+        self.dumps = Dumps(vm, self.vcpus, self._life, self._events)
+        """The core dump that is written, or was the last."""
         panic = PanicWatch(
             self._threads.busy_time,
             self._threads.in_kernel,
@@ -445,20 +446,16 @@ class Machine:
         *,
         begin: int | None = None,
         length: int | None = None,
+        paging: bool = False,
     ) -> None:
         """Writes registers and guest memory to an ELF core file for crash and drgn.
 
-        ``begin`` and ``length`` pick a range of physical addresses. The machine is held
-        meanwhile, and runs on if it ran. Raises HostError where the file cannot be written.
+        ``begin`` and ``length`` pick a range of physical addresses. With ``paging`` the file has
+        what the vCPUs' page tables map, at its linear addresses, as gdb wants it. The machine is
+        held meanwhile, and runs on if it ran. Raises HostError where the file cannot be written,
+        MachineStateError while another dump is.
         """
-        self._life.require("dump_core", Phase.RUNNING, Phase.HELD)
-        ranges = core_ranges(self._vm.ram, begin, length)
-        with ExitStack() as stack:
-            if isinstance(path, (str, os.PathLike)):
-                path = stack.enter_context(new_file(Path(path), "dump guest memory"))
-            if self.phase is not Phase.HELD:
-                stack.enter_context(self.held())
-            write_core(path, self._vm, [vcpu.regs for vcpu in self.vcpus], ranges)
+        self.dumps.begin(path, self.held, begin, length, paging)()
 
     def seal_with(self, action: Callable[[], None]) -> None:
         """Has ``action`` called in start(): all is opened, and the guest has yet to run."""

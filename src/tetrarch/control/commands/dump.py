@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import BinaryIO, Literal
 
 from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError
+from tetrarch.errors import TetrarchError
 
-__all__ = ["closefd", "dump_guest_memory", "getfd"]
+__all__ = [
+    "closefd",
+    "dump_guest_memory",
+    "getfd",
+    "query_dump",
+    "query_dump_guest_memory_capability",
+]
 
 
 @command("getfd")
@@ -33,20 +43,46 @@ def dump_guest_memory(
     length: int | None = None,
     format: Literal["elf"] = "elf",  # noqa: A002
 ) -> None:
-    """An ELF core file, at ``file:PATH`` or in the descriptor ``fd:NAME``."""
-    if paging or detach:
-        name = "paging" if paging else "detach"
-        raise QmpError(f"Parameter '{name}' can only be false")
+    """An ELF core file, at ``file:PATH`` or in the descriptor ``fd:NAME``; the machine is held
+    until it is written."""
     if (begin is None) != (length is None):
         name = "begin" if begin is None else "length"
         raise QmpError(f"Parameter '{name}' is missing")
     if begin is not None and length is not None and (begin < 0 or length <= 0):
         raise QmpError("Parameter 'length' expects an address and a number of bytes")
     kind, _, name = protocol.partition(":")
-    if kind == "file" and name:
-        monitor.machine.dump_core(name, begin=begin, length=length)
-    elif kind == "fd" and name:
-        with os.fdopen(monitor.descriptors.pop(name), "wb") as file:
-            monitor.machine.dump_core(file, begin=begin, length=length)
-    else:
+    if kind not in ("file", "fd") or not name:
         raise QmpError("Parameter 'protocol' expects 'file:PATH' or 'fd:NAME'")
+    machine = monitor.machine
+    with ExitStack() as stack:
+        target: str | BinaryIO = name
+        if kind == "fd":
+            target = stack.enter_context(os.fdopen(monitor.descriptors.pop(name), "wb"))
+        write = machine.dumps.begin(target, machine.held, begin, length, paging)
+        rest = stack.pop_all()
+
+    def finish() -> None:
+        with rest:
+            write()
+
+    if not detach:
+        finish()
+        return
+    # Not a daemon: a process that ends waits until its half of a file is gone.
+    threading.Thread(target=_in_background, args=(finish,), name="dump").start()
+
+
+def _in_background(write: Callable[[], None]) -> None:
+    # Who wants to know has DUMP_COMPLETED and query-dump.
+    with suppress(TetrarchError, OSError):
+        write()
+
+
+@command("query-dump")
+def query_dump(monitor: Monitor) -> dict[str, str | int]:
+    return monitor.machine.dumps.progress()
+
+
+@command("query-dump-guest-memory-capability")
+def query_dump_guest_memory_capability(monitor: Monitor) -> dict[str, list[str]]:
+    return {"formats": ["elf"]}

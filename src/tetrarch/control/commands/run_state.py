@@ -42,6 +42,8 @@ def stop(monitor: Monitor) -> None:
 @command("cont")
 def cont(monitor: Monitor) -> None:
     """Nothing where it runs."""
+    if monitor.machine.dumps.active:
+        raise QmpError("There is a dump in process, please wait.")
     if monitor.machine.phase is not Phase.RUNNING:
         monitor.machine.resume()
 
