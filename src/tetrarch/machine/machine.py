@@ -65,7 +65,8 @@ from tetrarch.machine.plugged import PciDevice
 from tetrarch.machine.resets import Resets
 from tetrarch.machine.saved import open_saved
 from tetrarch.machine.selection import choose
-from tetrarch.machine.snapshot import MachineParts, read_about, restore_machine, save_machine
+from tetrarch.machine.snapshot import read_about, restore_machine, save_machine
+from tetrarch.machine.state import MachineParts
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.threads import VcpuThreads
 from tetrarch.machine.vcpu import VcpuView
@@ -598,11 +599,12 @@ class Machine:
 
     # Saved machines.
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str] | BinaryIO) -> None:
         """Writes all of the machine to a file, from which ``restore`` makes one that goes on.
 
         It is held meanwhile, and runs on if it ran. Devices of yours need ``save`` and ``load``.
-        Raises HostError where the file cannot be written: then there is none.
+        Raises HostError where the file cannot be written: then there is none. One that is open
+        already has to be empty.
         """
         self._life.require("save", Phase.RUNNING, Phase.HELD)
         with nullcontext() if self.phase is Phase.HELD else self.held():
@@ -612,7 +614,9 @@ class Machine:
                     "the machine cannot be saved: its guest is switching it off or resetting it",
                     mend="resume it; after a reset save it again",
                 )
-            save_machine(self._parts(), Path(path))
+            save_machine(
+                self._parts(), Path(path) if isinstance(path, (str, os.PathLike)) else path
+            )
 
     @classmethod
     def restore(
@@ -661,7 +665,7 @@ class Machine:
             try:
                 # Its clock stands until start().
                 machine._vm.hold()
-                machine._attached.awaited = restore_machine(machine._parts(), reader)
+                restore_machine(machine._parts(), reader)
             except BaseException:
                 machine._discard()
                 raise
