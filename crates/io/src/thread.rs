@@ -73,7 +73,7 @@ struct State {
     next: u32,
     /// How many have asked for a pause.
     pauses: u32,
-    /// The thread is at rest.
+    /// The thread is at rest, and stays so until the last pause ends.
     resting: bool,
     /// Who was not idle when the thread last asked.
     busy: Option<String>,
@@ -156,6 +156,10 @@ impl IoThread {
     pub fn resume(&self) {
         let mut state = self.shared.state.lock();
         state.pauses = state.pauses.saturating_sub(1);
+        if state.pauses == 0 {
+            // A pause that comes before the thread has woken asks the handlers anew.
+            state.resting = false;
+        }
         self.shared.changed.notify_all();
     }
 }
@@ -289,12 +293,12 @@ impl Shared {
         let mut state = self.state.lock();
         let name = busy.and_then(|id| state.handlers.get(&id)).map(|busy| busy.name.clone());
         state.busy = name;
-        if state.busy.is_some() {
+        if state.busy.is_some() || state.pauses == 0 {
             return;
         }
         state.resting = true;
         self.changed.notify_all();
-        while state.pauses > 0 && !state.ended {
+        while state.resting && !state.ended {
             self.changed.wait(&mut state);
         }
         state.resting = false;

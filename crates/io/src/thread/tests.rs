@@ -4,6 +4,18 @@ use super::*;
 
 const LONG: Duration = Duration::from_secs(20);
 
+/// Counts how often it was asked to rest.
+struct Asked(u32);
+
+impl Handler for Asked {
+    fn ready(&mut self, _source: u32) {}
+
+    fn quiesce(&mut self) -> bool {
+        self.0 += 1;
+        true
+    }
+}
+
 #[derive(Default)]
 struct Log {
     seen: Mutex<Vec<u32>>,
@@ -99,6 +111,19 @@ fn pause_waits_for_what_is_in_flight_and_resume_goes_on() {
     thread.resume();
     let after = log.wait(before + 2);
     assert!(after[before..].contains(&1000) && after[before..].contains(&7), "{after:?}");
+}
+
+/// A vCPU that ran between two pauses may have begun something, however short it ran.
+#[test]
+fn each_pause_asks_the_handlers() {
+    let thread = IoThread::new("test").unwrap();
+    let handler = Arc::new(Mutex::new(Asked(0)));
+    let _attachment = thread.attach("one", Arc::clone(&handler) as _);
+    for pauses in 1..200 {
+        thread.pause(LONG).unwrap();
+        assert!(handler.lock().0 >= pauses, "pause {pauses} has asked nobody");
+        thread.resume();
+    }
 }
 
 #[test]
