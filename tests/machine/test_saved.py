@@ -189,7 +189,7 @@ def section(name: bytes, version: int, body: bytes) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head, zlib.crc32(body))) + body
 
 
-ABOUT = {
+ABOUT: dict[str, Any] = {
     "name": "x",
     "engine": "bt",
     "platform": "pc",
@@ -197,6 +197,10 @@ ABOUT = {
     "cpus": 1,
     "debug_exit": False,
     "uptime": 1.0,
+    "outside": {
+        "options": {"disk": [], "cdrom": [], "net": [], "virtio_console": [], "vsock": []},
+        "later": [],
+    },
 }
 
 
@@ -207,6 +211,8 @@ ABOUT = {
         ({"platform": "acrn"}, "has the platform 'acrn'"),
         ({"uptime": -1}, "how long"),
         ({"uptime": "x"}, "how long"),
+        ({"outside": {}}, "had of its host"),
+        ({"outside": {"options": ABOUT["outside"]["options"], "later": [1]}}, "had of its host"),
         ({"kernel": "/etc/shadow"}, "describes no machine"),
         ({"console": "file=/etc/passwd"}, "describes no machine"),
     ],
@@ -216,7 +222,7 @@ def test_description_of_no_machine_is_refused(
 ) -> None:
     path = tmp_path / "made"
     body = json.dumps(ABOUT | change).encode()
-    path.write_bytes(MAGIC + section(b"machine", 1, body))
+    path.write_bytes(MAGIC + section(b"machine", 2, body))
     with pytest.raises(StateError, match=message):
         Machine.restore(path, vm=scripted())
 
@@ -233,7 +239,7 @@ def test_ram_that_the_machine_has_not_is_refused(
     tmp_path: Path, run: Callable[[], bytes], message: str
 ) -> None:
     path = tmp_path / "made"
-    about = section(b"machine", 1, json.dumps(ABOUT).encode())
+    about = section(b"machine", 2, json.dumps(ABOUT).encode())
     path.write_bytes(MAGIC + about + section(b"ram", 1, run()))
     with pytest.raises(StateError, match=message):
         Machine.restore(path, engine="bt")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 from tetrarch._words import one_of, options, shown, split
 from tetrarch.errors import ValueProblem
 
-__all__ = ["BUSES", "FORMATS", "CdromSpec", "DiskFormat", "DiskSpec", "parse_bytes"]
+__all__ = ["BUSES", "FORMATS", "Bus", "CdromSpec", "DiskFormat", "DiskSpec", "parse_bytes"]
 
 DiskFormat = Literal["raw", "qcow2", "vmdk"]
 Bus = Literal["virtio", "nvme", "ahci", "ide"]

@@ -25,10 +25,12 @@ def show_config(options: Effective) -> int:
         if name.startswith(prefix)
     }
     machine = lines_for(relative_to(options.config, Path.cwd()), options.origins)
-    paths = {
+    paths: dict[str, object] = {
         name: tuple(path.absolute() for path in getattr(options.command, name))
         for name in ("ssh_key", "allow")
     }
+    if options.command.restore is not None:
+        paths["restore"] = options.command.restore.absolute()
     command = options.command.model_copy(update=paths)
     print(toml_text(machine, lines_for(command, of_run), _HEADING), end="")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ __all__ = [
     "ps",
     "reset",
     "resume",
+    "snapshot",
     "stat",
     "stop",
 ]
@@ -153,6 +155,18 @@ def cp(
     copy(source, target, wait)
 
 
+def snapshot(
+    name: Name,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Is replaced when the new one is whole.")
+    ],
+) -> None:
+    """Save a machine to a file, from which tetrarch run --restore goes on. It runs on itself."""
+    from tetrarch.remote import connect
+
+    connect(name).save(file)
+
+
 def stat(
     name: Name,
     json: Json = False,
@@ -227,6 +241,7 @@ _COMMANDS: list[Callable[..., int | None]] = [
     console,
     exec_,
     cp,
+    snapshot,
     stat,
     logs,
     attach_disk,

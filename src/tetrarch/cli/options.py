@@ -82,6 +82,9 @@ class CommandOptions(BaseModel):
         None, "Stop the guest then; exit code 124.", "SECONDS"
     )
     detach: bool = option(False, "Run it in the background, and print its name.")
+    restore: Path | None = option(
+        None, "A machine that was saved, to go on from there; docs/snapshots.md.", "FILE"
+    )
     stats: bool = option(False, "Show counters on standard error at the end.")
     command: Several[str] = ()
     """What stands behind ``--``: words of a command for the guest."""
@@ -210,6 +213,8 @@ def _of_file(path: str | None) -> tuple[MachineConfig, dict[str, Any], dict[str,
     for name in ("ssh_key", "allow"):
         if name in run:
             run[name] = [file.path.parent / str(path) for path in several(run[name])]
+    if "restore" in run:
+        run["restore"] = file.path.parent / str(run["restore"])
     sources = {name: file.place(name) for name in file.config.model_fields_set}
     return file.config, run, sources | {f"run.{name}": file.place(RUN_TABLE, name) for name in run}
 

@@ -23,7 +23,7 @@ _NAMES_MAX = 1000
 
 @contextmanager
 def registered(
-    config: MachineConfig, detached: bool
+    config: MachineConfig, detached: bool, restored: Path | None = None
 ) -> Iterator[tuple[MachineConfig, Claim | None]]:
     """Claims the name of a machine that has one, or runs in the background; ``config`` with it,
     and with its control socket and the vsock socket by which commands get into the guest.
@@ -39,7 +39,7 @@ def registered(
         return
     with claim:
         # Before any is there: a process that is killed has no time to remove them.
-        guest = config.image or str(config.kernel or DEFAULT_IMAGE)
+        guest = config.image or str(restored or config.kernel or DEFAULT_IMAGE)
         claim.describe(guest=guest, sockets=_sockets(config))
         changes = {
             "name": claim.name,

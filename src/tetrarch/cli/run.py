@@ -14,6 +14,7 @@ from tetrarch.cli.detach import Shell, in_background
 from tetrarch.cli.failure import FAILURE, report_error
 from tetrarch.cli.registered import describe, registered
 from tetrarch.cli.reports import report_end
+from tetrarch.cli.restore import check_restore, restored, with_own_vsock
 from tetrarch.cli.resume import resumed_by_signal
 from tetrarch.console import ConsoleBackend, NullConsole
 from tetrarch.console.shared import SharedConsole
@@ -43,6 +44,8 @@ _CODES_BESIDE_DEBUG_EXIT = {FAILURE: 4, ExitStatus(StopReason.CRASHED).code: 6}
 
 def run_guest(config: MachineConfig, options: CommandOptions) -> int:
     """Runs the guest to its end, or in the background; the exit code."""
+    if options.restore is not None:
+        check_restore(config, options)
     if not options.detach:
         return _run_registered(config, options, None)
     _check_background(config, options)
@@ -63,7 +66,10 @@ def _check_background(config: MachineConfig, options: CommandOptions) -> None:
 
 
 def _run_registered(config: MachineConfig, options: CommandOptions, shell: Shell | None) -> int:
-    with registered(config, options.detach) as (config, claim):
+    with registered(config, options.detach, options.restore) as (config, claim):
+        if options.restore is not None:
+            with with_own_vsock(options.restore, config) as config:
+                return _run_to_end(config, options, claim, shell)
         folder = None if claim is None else claim.directory
         with with_seed(with_installed_disk(config), options, folder) as config:
             if options.command:
@@ -93,13 +99,17 @@ def _run(
     # What is wrong with the options is said before anything is fetched or opened.
     choose(config.engine, config.cpus)
     check_files(config)
-    config = resolve_guest(config, _reporter())
+    if options.restore is None:
+        config = resolve_guest(config, _reporter())
     jailed = jail.prepare(config, options)
     console = _open_console(config, claim, shell is not None)
     interactive = _is_interactive(console) or (_has_port_on_stdio(config) and os.isatty(0))
     try:
-        machine = Machine(config, console=console)
-        machine.load()
+        if options.restore is not None:
+            machine = restored(options.restore, config, console)
+        else:
+            machine = Machine(config, console=console)
+            machine.load()
         if jailed:
             jail.seal(machine, options, claim)
         _say_start(machine, interactive)

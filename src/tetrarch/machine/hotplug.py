@@ -7,6 +7,7 @@ opened before and has a name too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tetrarch.errors import ConfigError, ValueProblem
@@ -33,6 +34,16 @@ class _Closing(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class Added:
+    """A device as it was added."""
+
+    driver: str
+    behind: str
+    """The name of its image or network, where it has one."""
+    properties: Mapping[str, Any]
+
+
 class HotPlug:
     def __init__(
         self, vm: Vm, plugged: PluggedDevices, blocks: BlockNodes, netdevs: Netdevs
@@ -42,6 +53,8 @@ class HotPlug:
         self._blocks = blocks
         self._netdevs = netdevs
         self._closing: dict[str, _Closing] = {}
+        self.added: dict[str, Added] = {}
+        """Those that are in, by name."""
         self._count = 0
         self._drivers: Mapping[str, Callable[[str, Properties], PciDevice]] = {
             "virtio-blk-pci": self._virtio_blk,
@@ -76,10 +89,14 @@ class HotPlug:
             self._closing.pop(name).close()
             self.released(name)
             raise
+        own = {key: properties[key] for key in ("serial", "mac") if key in properties}
+        behind = properties.get("drive", properties.get("netdev", ""))
+        self.added[name] = Added(driver, behind, own)
 
     def released(self, name: str) -> None:
         """The device is out."""
         self._closing.pop(name, None)
+        self.added.pop(name, None)
         self._blocks.released(name)
         self._netdevs.released(name)
 

@@ -661,8 +661,11 @@ class Machine:
                 "gdb_wait": gdb_wait,
             }
             config = about.config.updated({key: value for key, value in given.items() if value})
-            machine = cls(config, console=console, platform=platform, vm=vm)
+            about.outside.require(config)
+            start = about.outside.from_the_start(config)
+            machine = cls(start, console=console, platform=platform, vm=vm)
             try:
+                about.outside.plug_later(machine._pc, config)
                 # Its clock stands until start().
                 machine._vm.hold()
                 restore_machine(machine._parts(), reader)

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from tetrarch.errors import ConfigError, StateError
 from tetrarch.machine.config import MachineConfig, make_config
+from tetrarch.machine.outside import Outside
 from tetrarch.machine.saved import SavedReader, SavedWriter, read_ram, write_ram, writing_saved
 from tetrarch.machine.state import MachineParts, MachineState, load_state, save_state
 
@@ -16,7 +17,7 @@ __all__ = ["About", "read_about", "restore_machine", "save_machine"]
 
 # Count up when a section means something else than before. The engine's sections have
 # versions of their own inside.
-_ABOUT_VERSION = 1
+_ABOUT_VERSION = 2
 _ABOUT_OPTIONS = {
     "name",
     "engine",
@@ -37,6 +38,7 @@ class About:
 
     config: MachineConfig
     uptime: float
+    outside: Outside
 
 
 def save_machine(parts: MachineParts, target: Path | BinaryIO) -> None:
@@ -63,6 +65,7 @@ def _write(parts: MachineParts, state: MachineState, writer: SavedWriter) -> Non
         "balloon": parts.config.balloon,
         "input": parts.config.input,
         "uptime": parts.uptime,
+        "outside": Outside.of(parts.config, parts.pc).to_json(),
     }
     writer.json("machine", _ABOUT_VERSION, about)
     write_ram(parts.vm, writer)
@@ -77,6 +80,7 @@ def _write(parts: MachineParts, state: MachineState, writer: SavedWriter) -> Non
 def read_about(reader: SavedReader, platform: str) -> About:
     about = _mapping(reader, "machine", _ABOUT_VERSION)
     uptime = about.pop("uptime", None)
+    had = about.pop("outside", None)
     found = about.pop("platform", None)
     if found != platform:
         raise StateError(
@@ -93,7 +97,11 @@ def read_about(reader: SavedReader, platform: str) -> About:
         raise reader.damaged(f"describes no machine: {error.cause}") from error
     if not isinstance(uptime, (int, float)) or not 0 <= uptime < 1e10:
         raise reader.damaged("does not say how long the machine ran")
-    return About(config, float(uptime))
+    try:
+        outside = Outside.from_json(had)
+    except ValueError as error:
+        raise reader.damaged("does not say what the machine had of its host") from error
+    return About(config, float(uptime), outside)
 
 
 def restore_machine(parts: MachineParts, reader: SavedReader) -> None:

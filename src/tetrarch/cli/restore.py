@@ -1,0 +1,73 @@
+"""``tetrarch run --restore FILE``: a machine that goes on as it was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tetrarch.errors import ConfigError
+from tetrarch.machine.machine import Machine
+from tetrarch.machine.saved import open_saved
+from tetrarch.machine.snapshot import read_about
+from tetrarch.platforms.pc import PC
+from tetrarch.sockets import socket_directory
+
+if TYPE_CHECKING:
+    from tetrarch.cli.options import CommandOptions
+    from tetrarch.console import ConsoleBackend
+    from tetrarch.machine.config import MachineConfig
+
+__all__ = ["check_restore", "restored", "with_own_vsock"]
+
+#: What is the host's, and so is given anew; all else is the saved machine's.
+_HOSTS: Final = (
+    "engine",
+    "name",
+    "disk",
+    "cdrom",
+    "net",
+    "vsock",
+    "virtio_console",
+    "control",
+    "gdb",
+    "gdb_wait",
+)
+_CLOUD: Final = ("user", "ssh_key", "hostname", "run")
+
+
+def check_restore(config: MachineConfig, options: CommandOptions) -> None:
+    """Raises ConfigError for options that only a machine which boots can have."""
+    of_machine = sorted(config.model_fields_set.difference(_HOSTS, ("console",)))
+    of_command = [name for name in _CLOUD if getattr(options, name)]
+    for name in (*of_machine, *of_command):
+        raise ConfigError(
+            f"--{name.replace('_', '-')} and --restore do not go together:"
+            " the saved machine is what it was",
+            mend="leave one of them out",
+        )
+    if options.command:
+        raise ConfigError(
+            "--restore and a command do not go together",
+            mend="give the machine a --name, then run the command in it with tetrarch exec",
+        )
+
+
+@contextmanager
+def with_own_vsock(path: Path, config: MachineConfig) -> Iterator[MachineConfig]:
+    """``config`` with a socket for the vsock that the saved machine had, where nobody has named
+    one: its guest's agent goes on, and nobody calls it."""
+    with open_saved(path) as reader:
+        had = read_about(reader, PC.name).outside.options["vsock"]
+    if not had or config.vsock is not None:
+        yield config
+        return
+    with socket_directory() as folder:
+        yield config.model_copy(update={"vsock": Path(folder) / "vsock"})
+
+
+def restored(path: Path, config: MachineConfig, console: ConsoleBackend) -> Machine:
+    """The machine that was saved, with what ``config`` gives it of this host."""
+    given = {name: getattr(config, name) for name in _HOSTS if name in config.model_fields_set}
+    return Machine.restore(path, console=console, **given)
