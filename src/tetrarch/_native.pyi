@@ -702,6 +702,10 @@ class Vm:
     @property
     def ram(self) -> list[tuple[int, int]]:
         """(guest physical address, length) of each RAM range."""
+    def ram_file(self, address: int) -> tuple[int, int]:
+        """The file with the RAM that begins there, as ``ram`` has it: a descriptor that is the
+        caller's, and where the RAM begins in the file. For mmap(2), to read: what is written
+        there, the engine does not hear of."""
     def read_memory(self, address: int, length: int) -> bytes: ...
     def write_memory(self, address: int, data: bytes) -> None: ...
     def add_memory(self, address: int, length: int) -> None:

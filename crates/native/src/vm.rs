@@ -1,5 +1,6 @@
 //! `tetrarch._native.Vm`.
 
+use std::os::fd::{IntoRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
@@ -148,6 +149,15 @@ impl Vm {
     #[getter]
     fn ram(&self) -> Vec<(u64, u64)> {
         self.machine.memory.regions().iter().map(|region| (region.start.0, region.len)).collect()
+    }
+
+    fn ram_file(&self, address: u64) -> Result<(RawFd, u64), Failure> {
+        let (regions, start) = (self.machine.memory.regions(), GuestPhys(address));
+        let region = regions.iter().find(|region| region.start == start);
+        let file = region.and_then(|region| region.file());
+        let file = file.ok_or(MemoryError::OutOfRange { address: start, length: 1 })?;
+        let own = file.file().try_clone().map_err(|error| Failure::refused(error.to_string()))?;
+        Ok((own.into_raw_fd(), file.start()))
     }
 
     fn read_memory<'py>(

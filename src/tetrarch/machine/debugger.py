@@ -9,17 +9,17 @@ registers.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from tetrarch._native import GuestMemoryError
 from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
+from tetrarch.machine.memory import pages
 
 __all__ = ["Debugger", "Hardware", "NoMemory", "Stop", "Watched"]
 
-_PAGE = 4096
 _INT3 = b"\xcc"
 _HARDWARE_MAX = 4
 
@@ -165,7 +165,7 @@ class Debugger:
         """What can be read of ``length`` bytes, as a vCPU has them mapped; without one at
         physical addresses. Raises NoMemory where nothing can be."""
         data = bytearray()
-        for at, size in _pages(address, length):
+        for at, size in pages(address, length):
             try:
                 physical = at if vcpu is None else self._translate(vcpu, at)
                 part = bytearray(self._vm.read_memory(physical, size))
@@ -182,7 +182,7 @@ class Debugger:
         """Raises NoMemory where not all of it is RAM; then nothing is written."""
         parts = [
             (at if vcpu is None else self._translate(vcpu, at), at - address, size)
-            for at, size in _pages(address, len(data))
+            for at, size in pages(address, len(data))
         ]
         try:
             for physical, _, size in parts:
@@ -205,12 +205,3 @@ class Debugger:
 
     def _planted_in(self, physical: int, size: int) -> list[int]:
         return [place for place in self._original if physical <= place < physical + size]
-
-
-def _pages(address: int, length: int) -> Iterator[tuple[int, int]]:
-    """(first byte, bytes) by page."""
-    end = min(address + length, 1 << 64)
-    while address < end:
-        size = min(end - address, _PAGE - address % _PAGE)
-        yield address, size
-        address += size

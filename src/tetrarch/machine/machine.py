@@ -59,6 +59,7 @@ from tetrarch.machine.guest import (
 )
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.log import MachineLog
+from tetrarch.machine.memory import PhysicalMemory
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc, assemble_pc
 from tetrarch.machine.plugged import PciDevice
@@ -127,8 +128,12 @@ class Machine:
         self._backend = _open_console(console, self.config.console)
         ports = _open_ports(self.config.virtio_console)
         vcpus = [vm.vcpu(index) for index in range(self.config.cpus)]
-        self.vcpus: tuple[VcpuView, ...] = tuple(map(VcpuView, vcpus))
-        """The virtual CPUs: their registers, at any time."""
+        self.vcpus: tuple[VcpuView, ...] = tuple(
+            VcpuView(vm, vcpu, number) for number, vcpu in enumerate(vcpus)
+        )
+        """The virtual CPUs: their registers and memory as they have it mapped, at any time."""
+        self.memory = PhysicalMemory(vm)
+        """RAM by guest physical address: ``vm.memory[0x1000:0x2000]``."""
 
         self._conclusion = Conclusion(vm.request_stop)
         end = self._conclusion.post

@@ -4,26 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tetrarch.machine.memory import LinearMemory
+from tetrarch.machine.registers import FpuRegisters, ModelRegisters, Registers
+
 if TYPE_CHECKING:
-    from tetrarch.machine.engine_vm import EngineVcpu
+    from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
 
 __all__ = ["VcpuView"]
 
 
 class VcpuView:
-    """Registers, of a machine that runs too: it is held for the moment of a look."""
+    """Registers and memory, of a machine that runs too: it is held for the moment of a look."""
 
-    def __init__(self, vcpu: EngineVcpu) -> None:
+    def __init__(self, vm: EngineVm, vcpu: EngineVcpu, number: int = 0) -> None:
         self._vcpu = vcpu
+        self.number = number
+        self.linear = LinearMemory(vm, vcpu)
+        """Memory as it has it mapped: ``linear[address : address + 16]``."""
+        self.msr = ModelRegisters(vcpu)
+        """Model-specific registers by number."""
+
+    def __repr__(self) -> str:
+        return f"<vCPU {self.number}>"
 
     @property
-    def regs(self) -> dict[str, int]:
-        """By name: rax to r15, rip, rflags, cr0 to cr8, efer, cs_selector and so on."""
-        return self._vcpu.regs()
+    def regs(self) -> Registers:
+        """General, segment and control registers at this moment: ``regs.rip``, ``regs["cr3"]``.
+        Assigning sets them."""
+        return Registers(self._vcpu)
 
     def set_regs(self, **values: int) -> None:
         """Sets the given ones and leaves the others, or sets none where one cannot be."""
         self._vcpu.set_regs(values)
+
+    @property
+    def fpu(self) -> FpuRegisters:
+        """x87, SSE and AVX registers at this moment: ``fpu.xmm0``. Assigning sets them."""
+        return FpuRegisters(self._vcpu)
 
     def dump(self) -> str:
         """Registers and the bytes at RIP as text."""
