@@ -922,6 +922,8 @@ class Disk:
     of them, on a thread of its own, with the cause and what says whether it still waits.
     ``on_error`` is called for requests that the host failed, on a thread too: with "read", "write",
     "flush" or "unmap", whether the host is full, and the cause; not for all, where there are many.
+    ``files`` are descriptors of the image and of its backing files, from the top down; without
+    them the path is opened. They stay the caller's.
     """
 
     def __new__(
@@ -936,6 +938,7 @@ class Disk:
         bps: int | None = None,
         on_stop: Callable[[str, Callable[[], bool]], object] | None = None,
         on_error: Callable[[str, bool, str], object] | None = None,
+        files: list[int] | None = None,
     ) -> Self: ...
     @property
     def size(self) -> int:
@@ -1032,6 +1035,9 @@ class DiskInfo(TypedDict):
     version: NotRequired[int]
     cluster_size: NotRequired[int]
     backing: NotRequired[str | None]
+    """As the image has it."""
+    backing_path: NotRequired[str]
+    """Where that file is, if it is one."""
     backing_format: NotRequired[str | None]
     dirty: NotRequired[bool]
     lazy_refcounts: NotRequired[bool]

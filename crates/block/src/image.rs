@@ -1,6 +1,7 @@
 //! From a path to a disk: which format, which files behind it, whose lock, and what is
 //! thrown away at the end.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -81,6 +82,38 @@ pub struct ImageOptions {
     pub snapshot: bool,
 }
 
+/// Opens the disk that an image is, by descriptors of its files: `files` are that of the image, then
+/// of its backing files from the top down. `path` is what it is called.
+pub fn open_handed(
+    path: &Path,
+    files: Vec<File>,
+    options: ImageOptions,
+) -> Result<Box<dyn BlockBackend>, ImageError> {
+    let mut chain = Chain { handed: Some(files.into()), ..Chain::default() };
+    let format = match options.format {
+        Some(format) => format,
+        None => chain.guess(path)?,
+    };
+    if options.snapshot || options.cache == Cache::None || format == Format::Vmdk {
+        let cause = "vmdk images, snapshot=on and cache=none need more than descriptors";
+        return Err(ImageError::new(path, cause, "let the machine open the path: --allow"));
+    }
+    let writes = !options.readonly;
+    let disk: Box<dyn BlockBackend> = if format == Format::Raw {
+        let guessed = options.format.is_none();
+        let raw = RawOptions { readonly: options.readonly, cache: Cache::Writeback, guessed };
+        Box::new(RawDisk::of_file(chain.file(path, writes)?, path, raw)?)
+    } else {
+        let layer = chain.layer(path, format, writes)?;
+        Box::new(FormatDisk::new(layer, path.to_owned(), options.readonly))
+    };
+    if chain.handed.is_some_and(|left| !left.is_empty()) {
+        let cause = "has fewer backing files than there are descriptors";
+        return Err(ImageError::new(path, cause, "give one for each file of the image"));
+    }
+    Ok(disk)
+}
+
 /// Opens the disk that an image is.
 pub fn open(path: &Path, options: ImageOptions) -> Result<Box<dyn BlockBackend>, ImageError> {
     let format = match options.format {
@@ -114,6 +147,8 @@ pub(crate) struct Layer {
 pub(crate) struct Chain {
     /// Device and inode of each.
     seen: Vec<(u64, u64)>,
+    /// Their files, where they are not opened by their paths.
+    handed: Option<VecDeque<File>>,
 }
 
 /// QEMU has no limit; each layer is an open file, and looked through by every read.
@@ -127,7 +162,7 @@ impl Chain {
         writes: bool,
     ) -> Result<Layer, ImageError> {
         let host = |what| move |error| ImageError::host(path, what, error);
-        let file = open_file(path, writes)?;
+        let file = self.file(path, writes)?;
         let metadata = file.metadata().map_err(host("cannot open the image"))?;
         let identity = (metadata.dev(), metadata.ino());
         if self.seen.contains(&identity) {
@@ -178,6 +213,30 @@ impl Chain {
         }
     }
 
+    fn file(&mut self, path: &Path, writes: bool) -> Result<File, ImageError> {
+        let Some(handed) = &mut self.handed else { return open_file(path, writes) };
+        let file = handed.pop_front().ok_or_else(|| no_descriptor(path))?;
+        let failed = |errno: rustix::io::Errno| {
+            ImageError::host(path, "cannot use the descriptor", errno.into())
+        };
+        let mode = rustix::fs::fcntl_getfl(&file).map_err(failed)? & OFlags::ACCMODE;
+        if mode != OFlags::RDWR && (writes || mode != OFlags::RDONLY) {
+            let cause =
+                format!("its descriptor is not for {}", if writes { "both" } else { "reading" });
+            return Err(ImageError::new(path, cause, "open it for reading, or for both to write"));
+        }
+        plain_file(file, path)
+    }
+
+    /// Of the next file.
+    fn guess(&self, path: &Path) -> Result<Format, ImageError> {
+        match self.handed.as_ref().map(VecDeque::front) {
+            None => guess_format(path),
+            Some(Some(file)) => guess_format_of(file, path),
+            Some(None) => Err(no_descriptor(path)),
+        }
+    }
+
     fn backing(
         &mut self,
         header: &Qcow2Header,
@@ -193,7 +252,7 @@ impl Chain {
             })?,
             // A guest that had the backing file as a raw disk can have made it look
             // like an image over any file of the host.
-            None => match guess_format(&path)? {
+            None => match self.guess(&path)? {
                 Format::Raw => Format::Raw,
                 other => {
                     let cause = format!("it does not say that its backing file is {other}");
@@ -214,7 +273,7 @@ impl Chain {
 }
 
 /// The path of a backing file, which may be relative to the folder of its image.
-pub(crate) fn backing_path(image: &Path, name: &str) -> Result<PathBuf, ImageError> {
+pub fn backing_path(image: &Path, name: &str) -> Result<PathBuf, ImageError> {
     // QEMU's block/qapi.c, path_has_protocol: nbd://, ssh://, json:{…}, fat:, …
     let protocol = name.split_once(':').map(|(protocol, _)| protocol);
     if let Some(protocol) = protocol.filter(|name| !name.contains('/')) {
@@ -273,6 +332,11 @@ fn overlay(base: Access, path: &Path) -> Result<Layer, ImageError> {
     Ok(Layer { access, cluster: OVERLAY_CLUSTER, file: Some(again) })
 }
 
+fn no_descriptor(path: &Path) -> ImageError {
+    let mend = "give one for each file of the image";
+    ImageError::new(path, "there is no descriptor of it", mend)
+}
+
 /// Opens a file or block device, and nothing that would wait or wind.
 pub(crate) fn open_file(path: &Path, writes: bool) -> Result<File, ImageError> {
     let failed = |error| ImageError::host(path, "cannot open the image", error);
@@ -283,6 +347,12 @@ pub(crate) fn open_file(path: &Path, writes: bool) -> Result<File, ImageError> {
         Some(libc::ENXIO) => not_an_image(path),
         _ => failed(error),
     })?;
+    plain_file(file, path)
+}
+
+/// Refuses what is neither a file nor a block device.
+fn plain_file(file: File, path: &Path) -> Result<File, ImageError> {
+    let failed = |error| ImageError::host(path, "cannot open the image", error);
     let kind = file.metadata().map_err(failed)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         if kind.is_dir() {
@@ -302,11 +372,14 @@ fn not_an_image(path: &Path) -> ImageError {
 /// The format that an image's first bytes speak of. One that is of no use here is refused: its
 /// bytes are no disk, and would be damaged by a guest that takes them for one.
 pub fn guess_format(path: &Path) -> Result<Format, ImageError> {
-    let file = open_file(path, false)?;
-    let first = first_bytes(&file, path)?;
+    guess_format_of(&open_file(path, false)?, path)
+}
+
+fn guess_format_of(file: &File, path: &Path) -> Result<Format, ImageError> {
+    let first = first_bytes(file, path)?;
     let format = Format::of(&first);
     if format == Format::Raw {
-        foreign::refuse(&file, &first, path)?;
+        foreign::refuse(file, &first, path)?;
     }
     Ok(format)
 }

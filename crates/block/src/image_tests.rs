@@ -182,6 +182,56 @@ fn backing_files_that_cannot_be_used_are_named_with_cause_and_mend() {
     assert!(error.contains("does not say that its backing file is qcow2; write it"), "{error}");
 }
 
+fn handed(paths: &[&Path], options: ImageOptions) -> Result<Box<dyn BlockBackend>, ImageError> {
+    let top = !options.readonly;
+    let files = paths.iter().enumerate().map(|(index, path)| {
+        OpenOptions::new().read(true).write(top && index == 0).open(path).unwrap()
+    });
+    let files = files.collect();
+    // Nothing has that name: no path is opened.
+    open_handed(Path::new("/nowhere/image"), files, options)
+}
+
+#[test]
+fn image_is_opened_by_descriptors_of_its_files_alone() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join(name);
+    let (base, top) = (at("base.img"), at("top.qcow2"));
+    std::fs::write(&base, pattern(0, 1 << 20)).unwrap();
+    create(&top, Format::Qcow2, &over("base.img", Format::Raw)).unwrap();
+
+    let disk = handed(&[&top, &base], PLAIN).unwrap();
+    assert!(handed(&[&base], PLAIN).is_err(), "the chain has its locks");
+    let mut driver = Driver::new(disk.open_queue().unwrap());
+    driver.write(4096, &[(0, 4096)], &pattern(1, 4096));
+    assert_eq!(driver.run(Request::Flush), Ok(()));
+    drop((driver, disk));
+    let mut driver = drive(&top, READONLY);
+    assert!(driver.read(0, &[(0, 4096)]).unwrap() == pattern(0, 1 << 20)[..4096]);
+    assert!(driver.read(4096, &[(0, 4096)]).unwrap() == pattern(1, 4096));
+    drop(driver);
+
+    let disk = handed(&[&base], ImageOptions { format: Some(Format::Raw), ..PLAIN }).unwrap();
+    let mut driver = Driver::new(disk.open_queue().unwrap());
+    driver.write(0, &[(0, 512)], &pattern(2, 512));
+    disk.resize(2 * MIB).unwrap();
+    drop((driver, disk));
+    assert!(std::fs::read(&base).unwrap()[..512] == pattern(2, 512));
+
+    let refused = |paths: &[&Path], options, words: &str| {
+        let error = handed(paths, options).err().expect("it is refused").to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    refused(&[&top], PLAIN, "there is no descriptor of it");
+    refused(&[], PLAIN, "there is no descriptor of it");
+    refused(&[&base, &top], PLAIN, "fewer backing files");
+    refused(&[folder.path()], READONLY, "is a directory");
+    refused(&[&top, &base], SNAPSHOT, "need more than descriptors");
+    let reader = File::open(&top).unwrap();
+    let error = open_handed(&top, vec![reader], PLAIN).err().expect("it is refused");
+    assert!(error.to_string().contains("its descriptor is not for both"), "{error}");
+}
+
 /// An image of 1 MiB with nothing in it but a backing file.
 fn header_over(name: &str, format: &str) -> Vec<u8> {
     let mut image = vec![0; 4 << 16];

@@ -36,7 +36,9 @@ pub use counted::{Counted, OnError, Operation};
 pub use create::{Description, NewImage, Source, create, describe};
 pub use error::{BlockError, ImageError};
 pub use failures::Failures;
-pub use image::{Format, ImageOptions, UnknownFormat, guess_format, open};
+pub use image::{
+    Format, ImageOptions, UnknownFormat, backing_path, guess_format, open, open_handed,
+};
 pub use qcow2::Qcow2Header;
 pub use raw::{Cache, RawDisk, RawOptions};
 pub use stop::{OnStop, StopOnError, Waits};

@@ -85,14 +85,8 @@ impl RawDisk {
         let path = path.as_ref();
         let lock = open_file(path, !options.readonly)?;
         let failed = |source| ImageError::host(path, "cannot open the image", source);
-        let device = lock.metadata().map_err(failed)?.file_type().is_block_device();
         take_lock(&lock, path, !options.readonly)?;
-        // The same file, whatever has the path by now.
-        let again = |flags| {
-            let path = format!("/proc/self/fd/{}", lock.as_raw_fd());
-            let mut open = OpenOptions::new();
-            open.read(true).write(!options.readonly).custom_flags(flags).open(path)
-        };
+        let again = |flags| reopen(&lock, !options.readonly, flags);
         let file = again(0).map_err(failed)?;
         let direct = (options.cache == Cache::None).then(|| again(libc::O_DIRECT));
         let direct = match direct {
@@ -108,6 +102,28 @@ impl RawDisk {
             }
             Some(Err(error)) => return Err(failed(error)),
         };
+        Self::of_files(lock, file, direct, path, options)
+    }
+
+    /// Of a file that somebody else has opened.
+    pub fn of_file(lock: File, path: &Path, options: RawOptions) -> Result<Self, ImageError> {
+        take_lock(&lock, path, !options.readonly)?;
+        // A confined process opens nothing, and the lock then ends with what uses it last.
+        let file = reopen(&lock, !options.readonly, 0).or_else(|_| lock.try_clone());
+        let file = file.map_err(|e| ImageError::host(path, "cannot open the image", e))?;
+        Self::of_files(lock, file, None, path, options)
+    }
+
+    fn of_files(
+        lock: File,
+        file: File,
+        direct: Option<(File, Alignment)>,
+        path: &Path,
+        options: RawOptions,
+    ) -> Result<Self, ImageError> {
+        let metadata = file.metadata();
+        let metadata = metadata.map_err(|e| ImageError::host(path, "cannot open the image", e))?;
+        let device = metadata.file_type().is_block_device();
         let file = RawFile {
             _lock: lock,
             direct,
@@ -138,6 +154,12 @@ impl RawDisk {
         let failed = |e| ImageError::host(&self.file.path, "cannot start an I/O thread", e);
         Ok(Box::new(queue.map_err(failed)?))
     }
+}
+
+/// The same file, whatever has its path by now.
+fn reopen(file: &File, writes: bool, flags: i32) -> std::io::Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    OpenOptions::new().read(true).write(writes).custom_flags(flags).open(path)
 }
 
 impl BlockBackend for RawDisk {

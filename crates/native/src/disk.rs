@@ -1,6 +1,7 @@
 //! `tetrarch._native.Disk` and what the tools do with images.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,9 +10,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyCFunction, PyDict};
 use tetrarch_block::{
     BlockBackend, BlockError, Cache, Counted, Format, ImageError, ImageOptions, Limits, NewImage,
-    OnError, Operation, Qcow2Header, Source, StopOnError, Throttled, Waits,
+    OnError, Operation, Qcow2Header, Source, StopOnError, Throttled, Waits, backing_path,
 };
 
+use crate::descriptor::own_descriptor;
 use crate::error::Failure;
 
 pyo3::create_exception!(
@@ -55,7 +57,7 @@ impl Disk {
     #[new]
     #[pyo3(signature = (
         path, *, image_format = None, readonly = false, direct = false, snapshot = false, iops = None,
-        bps = None, on_stop = None, on_error = None
+        bps = None, on_stop = None, on_error = None, files = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "options, by their names")]
     fn new(
@@ -69,11 +71,19 @@ impl Disk {
         bps: Option<u64>,
         on_stop: Option<Py<PyAny>>,
         on_error: Option<Py<PyAny>>,
+        files: Option<Vec<i32>>,
     ) -> Result<Self, Failure> {
         let cache = if direct { Cache::None } else { Cache::Writeback };
         let format = kind(image_format)?;
         let options = ImageOptions { format, readonly, cache, snapshot };
-        let mut disk = py.detach(|| tetrarch_block::open(&path, options))?;
+        let mut disk = match files {
+            None => py.detach(|| tetrarch_block::open(&path, options))?,
+            Some(numbers) => {
+                let own = |number| own_descriptor(number).map(File::from);
+                let files = numbers.into_iter().map(own).collect::<Result<_, _>>()?;
+                py.detach(|| tetrarch_block::open_handed(&path, files, options))?
+            }
+        };
         if iops.is_some() || bps.is_some() {
             disk = Box::new(Throttled::new(disk, Limits { iops, bps }));
         }
@@ -263,6 +273,9 @@ pub fn disk_info<'py>(
     info.set_item("allocated", about.allocated)?;
     if let Some(header) = about.qcow2 {
         qcow2_info(&info, &header)?;
+        if let Some(Ok(below)) = header.backing.map(|name| backing_path(&path, &name)) {
+            info.set_item("backing_path", below)?;
+        }
     }
     Ok(info)
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tetrarch._native import Disk, DiskError
@@ -19,10 +19,15 @@ OnError = Callable[[str, bool, str], object]
 
 
 def open_disk(
-    spec: DiskSpec, on_stop: OnStop | None = None, on_error: OnError | None = None
+    spec: DiskSpec,
+    on_stop: OnStop | None = None,
+    on_error: OnError | None = None,
+    files: Sequence[int] | None = None,
 ) -> Disk:
     """Raises ImageError where the image cannot be used.
 
+    ``files`` are descriptors of the image and of its backing files, from the top down, where the
+    path is not to be opened.
     With ``werror=stop`` a write that the host fails waits, ``on_stop`` hears of it on a thread
     of its own, and ``Disk.retry`` tries it again.
     """
@@ -37,6 +42,7 @@ def open_disk(
             bps=spec.bps,
             on_stop=on_stop if spec.werror == "stop" else None,
             on_error=on_error,
+            files=None if files is None else list(files),
         )
 
 

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Self
 
 from tetrarch._patience import patience
@@ -62,25 +63,31 @@ class Client:
             ) from error
 
     def execute(
-        self, command: str, arguments: dict[str, Any] | None = None, *, timeout: float | None = None
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        descriptors: Sequence[int] = (),
     ) -> Any:
-        """What the command returns. Raises ControlError where the machine refuses it,
-        TimeoutError after ``timeout`` seconds: then the connection is of no more use."""
+        """What the command returns. ``descriptors`` go with it, for getfd and add-fd.
+
+        Raises ControlError where the machine refuses it, TimeoutError after ``timeout`` seconds:
+        then the connection is of no more use.
+        """
         message: dict[str, Any] = {"execute": command}
         if arguments is not None:
             message["arguments"] = arguments
         deadline = _deadline(timeout)
         try:
             self._socket.settimeout(patience(timeout))
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
+            text = json.dumps(message).encode() + b"\n"
+            sent = socket.send_fds(self._socket, [text], descriptors) if descriptors else 0
+            self._socket.sendall(text[sent:])
         except TimeoutError:
             raise
         except OSError:  # what it said before it hung up is still to be read
             pass
-        return self._answer(deadline)
-
-    def _answer(self, deadline: float) -> Any:
-        """Of the command that was sent last."""
         while True:
             answer = self._message(deadline - time.monotonic())
             if "return" in answer:
@@ -88,15 +95,6 @@ class Client:
             if (error := answer.get("error")) is not None:
                 raise ControlError(error["desc"], error["class"])
             self._events.append(answer)
-
-    def send_file(self, descriptor: int, name: str) -> None:
-        """Gives the machine an open file, which commands know by ``name``."""
-        # The command's first byte has it; what follows needs no rights.
-        text = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode() + b"\n"
-        self._socket.settimeout(None)
-        sent = socket.send_fds(self._socket, [text], [descriptor])
-        self._socket.sendall(text[sent:])
-        self._answer(math.inf)
 
     def next_event(self, *names: str, timeout: float | None = None) -> dict[str, Any]:
         """The next event, of those ``names`` if any are given: others are dropped.

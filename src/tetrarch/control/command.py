@@ -15,6 +15,10 @@ from tetrarch.errors import TetrarchError
 
 __all__ = ["COMMANDS", "Command", "command"]
 
+_CONFINED = (
+    "this machine is confined to what it was started with: start it with --allow PATH, or hand a"
+    " descriptor over (tetrarch attach-disk, add-fd, getfd)"
+)
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _OPEN = ConfigDict(strict=True, extra="allow")
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -36,6 +40,9 @@ class Command:
         try:
             return self.function(monitor, **given, **(checked.model_extra or {}))
         except (TetrarchError, OSError, ValueError) as error:
+            if monitor.machine.confined and "permission denied" in str(error).lower():
+                cause = error.cause if isinstance(error, TetrarchError) else error
+                raise QmpError(f"{cause}; {_CONFINED}") from error
             raise QmpError(str(error)) from error
 
 

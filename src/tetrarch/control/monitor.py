@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from itertools import count
+from typing import Final, NotRequired, TypedDict
 
 from tetrarch.control.protocol import QmpError
 from tetrarch.machine.machine import Machine
 
-__all__ = ["Descriptors", "Monitor"]
+__all__ = ["Descriptors", "FdInfo", "Monitor"]
+
+
+#: How a file of a set is named where a path is.
+_SET_PREFIX: Final = "/dev/fdset/"
+
+
+class FdInfo(TypedDict):
+    """FdsetFdInfo (QEMU, qapi/misc.json)."""
+
+    fd: int
+    opaque: NotRequired[str]
 
 
 class Descriptors:
-    """File descriptors that a client has sent (SCM_RIGHTS), and those that it has named."""
+    """File descriptors that a client has sent (SCM_RIGHTS), those that it has named, and its sets:
+    each of a file, which is then named /dev/fdset/N."""
 
     def __init__(self) -> None:
         self._sent: list[int] = []
         self._named: dict[str, int] = {}
+        self.sets: dict[int, list[FdInfo]] = {}
 
     def take(self, sent: list[int]) -> None:
         """They came with what was read."""
@@ -24,12 +39,48 @@ class Descriptors:
 
     def name(self, name: str) -> None:
         """Gives the next that was sent a name, and closes one that had it."""
-        if not self._sent:
-            raise QmpError("No file descriptor supplied via SCM_RIGHTS")
+        sent = self._next()
         before = self._named.get(name)
-        self._named[name] = self._sent.pop(0)
+        self._named[name] = sent
         if before is not None:
             os.close(before)
+
+    def add(self, number: int | None, opaque: str | None) -> tuple[int, int]:
+        """Puts the next that was sent into a set, a new one without ``number``: that, and it."""
+        sent = self._next()
+        if number is None:
+            number = next(free for free in count() if free not in self.sets)
+        info: FdInfo = {"fd": sent}
+        if opaque is not None:
+            info["opaque"] = opaque
+        self.sets.setdefault(number, []).append(info)
+        return number, sent
+
+    def remove(self, number: int, descriptor: int | None) -> None:
+        """Closes one of a set, or all."""
+        gone = [info for info in self.sets.get(number, []) if descriptor in (None, info["fd"])]
+        if not gone:
+            raise QmpError(f"File descriptor named 'fdset-id:{number}' not found")
+        for info in gone:
+            self.sets[number].remove(info)
+            os.close(info["fd"])
+        if not self.sets[number]:
+            del self.sets[number]
+
+    def in_set(self, path: str) -> FdInfo | None:
+        """The first of the set that a path names; None where it is the path of a file."""
+        if not path.startswith(_SET_PREFIX):
+            return None
+        number = path.removeprefix(_SET_PREFIX)
+        found = self.sets.get(int(number), []) if number.isdecimal() else []
+        if not found:
+            raise QmpError(f"File descriptor named 'fdset-id:{number}' not found")
+        return found[0]
+
+    def _next(self) -> int:
+        if not self._sent:
+            raise QmpError("No file descriptor supplied via SCM_RIGHTS")
+        return self._sent.pop(0)
 
     def pop(self, name: str) -> int:
         """It is the caller's from now on."""
@@ -38,10 +89,12 @@ class Descriptors:
         return self._named.pop(name)
 
     def close(self) -> None:
-        for descriptor in (*self._sent, *self._named.values()):
+        in_sets = [info["fd"] for infos in self.sets.values() for info in infos]
+        for descriptor in (*self._sent, *self._named.values(), *in_sets):
             os.close(descriptor)
         self._sent.clear()
         self._named.clear()
+        self.sets.clear()
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from tetrarch._native import disk_info
 from tetrarch.block.disk import OnStop, disk_errors, open_disk
 from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ConfigError, ImageError, MachineStateError
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["BlockNode", "BlockNodes"]
 
 
+#: stat(2): st_blocks counts these.
+_STAT_BLOCK: Final = 512
+
+
 @dataclass
 class BlockNode:
     """One image: QEMU calls it a node of the block graph."""
@@ -26,6 +32,9 @@ class BlockNode:
     spec: DiskSpec
     disk: Disk
     """A handle of its own beside the controller's."""
+    format: str
+    layered: bool
+    """It has a backing file."""
     kept: bool
     """It stays when its device goes."""
     removable: bool = False
@@ -33,6 +42,14 @@ class BlockNode:
     """Which device has it."""
     tell_size: Callable[[], object] | None = None
     """Gives the driver word of another size; None: the device cannot."""
+
+    @property
+    def allocated(self) -> int:
+        """What its file takes on the host, in bytes; 0 where it has no path any more."""
+        try:
+            return os.stat(self.spec.path).st_blocks * _STAT_BLOCK
+        except OSError:
+            return 0
 
 
 class BlockNodes:
@@ -46,9 +63,18 @@ class BlockNodes:
         self._nodes: dict[str, BlockNode] = {}
 
     def open(
-        self, name: str, spec: DiskSpec, *, kept: bool = False, removable: bool = False
+        self,
+        name: str,
+        spec: DiskSpec,
+        *,
+        kept: bool = False,
+        removable: bool = False,
+        files: Sequence[int] | None = None,
     ) -> BlockNode:
-        """Raises ImageError where the image cannot be used, ConfigError for a name in use."""
+        """``files`` are descriptors of the image and its backing files, in place of their paths.
+
+        Raises ImageError where the image cannot be used, ConfigError for a name in use.
+        """
         if name in self._nodes:
             raise ConfigError(f"Duplicate nodes with node-name='{name}'")
 
@@ -61,13 +87,14 @@ class BlockNodes:
             kind = "read" if operation == "read" else "write"
             self._tell_error(name, kind, "report", full, cause)
 
-        disk = open_disk(spec, stopped, failed)
+        disk = open_disk(spec, stopped, failed, files)
         if disk.size == 0:
             disk.close()
             raise ImageError(
                 f"{spec.path}: is empty", mend="get the file again, or: tetrarch disk resize"
             )
-        node = BlockNode(name, spec, disk, kept, removable)
+        kind, layered = _about(spec, files)
+        node = BlockNode(name, spec, disk, kind, layered, kept, removable)
         with self._lock:
             self._nodes[name] = node
         return node
@@ -130,3 +157,12 @@ class BlockNodes:
     def close(self) -> None:
         for node in self.all():
             node.disk.close()
+
+
+def _about(spec: DiskSpec, files: Sequence[int] | None) -> tuple[str, bool]:
+    """An image's format, and whether it has a backing file."""
+    if files is not None:
+        return spec.format or "raw", len(files) > 1
+    with disk_errors():
+        about = disk_info(spec.path, spec.format)
+    return about["format"], about.get("backing") is not None

@@ -181,7 +181,9 @@ class Machine:
         )
         self._loaded = False
         self._restored = False
-        self._seal: Callable[[], None] = lambda: None
+        self._seal: Callable[[], None] | None = None
+        self.confined = False
+        """Whether this process opens no more than it was granted when the machine started."""
         self._resets = Resets(
             self.config.on_reset == "restart",
             self._life,
@@ -721,7 +723,9 @@ class Machine:
             self.config.name, self._resets.survive, self._descent.stop, self._descent.close
         )
         try:
-            self._seal()
+            if self._seal is not None:
+                self._seal()
+                self.confined = True
         except BaseException as error:
             self._conclusion.post(error)
         self._threads.start()

@@ -168,7 +168,7 @@ class RemoteMachine:
         """
         # A confined machine opens no file: it is given one.
         with self._client() as client, new_file(Path(path), "save the machine") as file:
-            client.send_file(file.fileno(), "saved")
+            client.execute("getfd", {"fdname": "saved"}, descriptors=[file.fileno()])
             client.execute("x-save", {"protocol": "fd:saved"})
 
     # Devices that come and go.

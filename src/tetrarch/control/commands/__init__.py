@@ -1,6 +1,27 @@
 """The commands of QMP, each a function; files are by topic, as QEMU's qapi/ has them."""
 
 from tetrarch.control.command import COMMANDS
-from tetrarch.control.commands import block, control, dump, machine, qdev, run_state, save, stats
+from tetrarch.control.commands import (
+    block,
+    control,
+    descriptors,
+    dump,
+    machine,
+    qdev,
+    run_state,
+    save,
+    stats,
+)
 
-__all__ = ["COMMANDS", "block", "control", "dump", "machine", "qdev", "run_state", "save", "stats"]
+__all__ = [
+    "COMMANDS",
+    "block",
+    "control",
+    "descriptors",
+    "dump",
+    "machine",
+    "qdev",
+    "run_state",
+    "save",
+    "stats",
+]

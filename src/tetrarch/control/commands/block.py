@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from tetrarch import _native
-from tetrarch.block.disk import disk_errors
 from tetrarch.block.spec import DiskSpec
 from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
@@ -16,6 +15,7 @@ from tetrarch.control.protocol import QmpError
 from tetrarch.machine.blocks import BlockNode, BlockNodes
 
 __all__ = [
+    "BackingNode",
     "CacheOptions",
     "FileNode",
     "block_resize",
@@ -35,6 +35,16 @@ class FileNode(BaseModel):
 
     driver: Literal["file"]
     filename: str
+
+
+class BackingNode(BaseModel):
+    """An image below another. Its format is what the other says."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    driver: Literal["raw", "qcow2"]
+    file: FileNode
+    backing: BackingNode | None = None
 
 
 class CacheOptions(BaseModel):
@@ -88,10 +98,15 @@ def blockdev_add(
     node_name: str,
     filename: str | None = None,
     file: FileNode | None = None,
+    backing: BackingNode | None = None,
     read_only: bool = False,
     cache: CacheOptions | None = None,
 ) -> None:
-    """Opens an image, for a device. ``file`` is raw; the others have theirs in ``file``."""
+    """Opens an image, for a device. ``file`` is raw; the others have theirs in ``file``.
+
+    A file may be one of a set, /dev/fdset/N; then so are those of ``backing``, which else is
+    what the image says.
+    """
     if driver == "file":
         if file is not None:
             raise QmpError("Parameter 'file' is unexpected")
@@ -102,13 +117,28 @@ def blockdev_add(
         path = None if file is None else file.filename
     if not path:
         raise QmpError(f"Parameter '{'filename' if driver == 'file' else 'file'}' is missing")
+    files: list[int] | None = None
+    if given := monitor.descriptors.in_set(path):
+        path = given.get("opaque", path)
+        files = [given["fd"], *_backing_files(monitor, backing)]
+    elif backing is not None:
+        raise QmpError("Parameter 'backing' is for files of /dev/fdset alone")
     spec = DiskSpec(
         Path(path),
         format="raw" if driver == "file" else driver,
         readonly=read_only,
         cache="none" if cache is not None and cache.direct else "writeback",
     )
-    monitor.machine.pc.blocks.open(node_name, spec, kept=True)
+    monitor.machine.pc.blocks.open(node_name, spec, kept=True, files=files)
+
+
+def _backing_files(monitor: Monitor, backing: BackingNode | None) -> Iterator[int]:
+    while backing is not None:
+        info = monitor.descriptors.in_set(backing.file.filename)
+        if info is None:
+            raise QmpError("Parameter 'backing' expects files of /dev/fdset")
+        yield info["fd"]
+        backing = backing.backing
 
 
 @command("blockdev-del")
@@ -133,8 +163,6 @@ def _device(node: BlockNode) -> dict[str, str]:
 
 def _block_info(node: BlockNode) -> dict[str, Any]:
     spec = node.spec
-    with disk_errors():
-        about = _native.disk_info(spec.path, spec.format)
     return {
         **_device(node),
         "type": "unknown",
@@ -146,8 +174,8 @@ def _block_info(node: BlockNode) -> dict[str, Any]:
             "file": str(spec.path),
             "node-name": node.name,
             "ro": spec.readonly,
-            "drv": about["format"],
-            "backing_file_depth": int(about.get("backing") is not None),
+            "drv": node.format,
+            "backing_file_depth": int(node.layered),
             "encrypted": False,
             "detect_zeroes": "off",
             "bps": spec.bps or 0,
@@ -157,9 +185,9 @@ def _block_info(node: BlockNode) -> dict[str, Any]:
             "write_threshold": 0,
             "image": {
                 "filename": str(spec.path),
-                "format": about["format"],
+                "format": node.format,
                 "virtual-size": node.disk.size,
-                "actual-size": about["allocated"],
+                "actual-size": node.allocated,
             },
         },
     }

@@ -1,4 +1,4 @@
-"""Guest memory in a file (QEMU, qapi/dump.json and qapi/misc.json)."""
+"""Guest memory in a file (QEMU, qapi/dump.json)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,10 @@ from tetrarch.control.protocol import QmpError
 from tetrarch.errors import TetrarchError
 
 __all__ = [
-    "closefd",
     "dump_guest_memory",
-    "getfd",
     "query_dump",
     "query_dump_guest_memory_capability",
 ]
-
-
-@command("getfd")
-def getfd(monitor: Monitor, fdname: str) -> None:
-    """Names a file descriptor that the client has sent."""
-    monitor.descriptors.name(fdname)
-
-
-@command("closefd")
-def closefd(monitor: Monitor, fdname: str) -> None:
-    os.close(monitor.descriptors.pop(fdname))
 
 
 @command("dump-guest-memory")

@@ -1,0 +1,104 @@
+"""Files that a client has opened, and what is made of them."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qemu.qmp import ExecuteError, QMPClient
+from tests.control.conftest import Make
+from tests.control.test_session import session, started
+
+FILE = {"driver": "file", "filename": "/dev/fdset/3"}
+
+
+async def send(client: QMPClient, path: Path, flags: int = os.O_RDWR, **arguments: object) -> Any:
+    descriptor = os.open(path, flags)
+    client.send_fd_scm(descriptor)
+    os.close(descriptor)
+    named: dict[str, Any] = {name.replace("_", "-"): value for name, value in arguments.items()}
+    return await client.execute("add-fd", named)
+
+
+async def refused(client: QMPClient, command: str, **arguments: object) -> str:
+    named: dict[str, Any] = {name.replace("_", "-"): value for name, value in arguments.items()}
+    with pytest.raises(ExecuteError) as raised:
+        await client.execute(command, named)
+    return str(raised.value)
+
+
+def test_image_of_a_set_is_a_disk(make: Make, socket_path: Path, tmp_path: Path) -> None:
+    started(make)
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+
+    async def talk(client: QMPClient) -> None:
+        added = await send(client, image, fdset_id=3, opaque="an image")
+        assert added["fdset-id"] == 3
+        listed = [{"fdset-id": 3, "fds": [{"fd": added["fd"], "opaque": "an image"}]}]
+        assert await client.execute("query-fdsets") == listed
+        assert (await send(client, image))["fdset-id"] == 0
+        image.unlink()
+        await client.execute("blockdev-add", {"driver": "raw", "node-name": "disk", "file": FILE})
+        await client.execute("device_add", {"driver": "nvme", "id": "d", "drive": "disk"})
+        blocks: Any = await client.execute("query-block")
+        assert blocks[0]["inserted"]["file"] == "an image"
+        await client.execute("remove-fd", {"fdset-id": 3})
+        await client.execute("remove-fd", {"fdset-id": 0})
+        assert await client.execute("query-fdsets") == []
+
+    session(socket_path, talk)
+
+
+def test_descriptors_that_are_of_no_use(make: Make, socket_path: Path, tmp_path: Path) -> None:
+    make()
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+
+    async def talk(client: QMPClient) -> None:
+        assert "No file descriptor supplied" in await refused(client, "add-fd")
+        assert "No file descriptor supplied" in await refused(client, "getfd", fdname="x")
+        assert "'fdset-id:9' not found" in await refused(client, "remove-fd", fdset_id=9)
+        assert "'fdset-id'" in await refused(client, "add-fd", fdset_id=-1)
+        node = {"node_name": "disk", "driver": "raw"}
+        await send(client, image, os.O_RDONLY, fdset_id=3)
+        assert "is not for both" in await refused(client, "blockdev-add", **node, file=FILE)
+        nowhere = {**FILE, "filename": "/dev/fdset/x"}
+        assert "not found" in await refused(client, "blockdev-add", **node, file=nowhere)
+        below = {"driver": "raw", "file": FILE}
+        path = {**FILE, "filename": str(image)}
+        words = await refused(client, "blockdev-add", **node, file=path, backing=below)
+        assert "'backing'" in words
+        words = await refused(
+            client, "blockdev-add", **node, read_only=True, file=FILE, backing=below
+        )
+        assert "fewer backing files" in words
+        await send(client, tmp_path, os.O_RDONLY, fdset_id=4)
+        folder = {**FILE, "filename": "/dev/fdset/4"}
+        words = await refused(client, "blockdev-add", **node, read_only=True, file=folder)
+        assert "is a directory" in words
+        await client.execute(
+            "blockdev-add", {"driver": "raw", "node-name": "x", "read-only": True, "file": FILE}
+        )
+
+    session(socket_path, talk)
+
+
+def test_what_a_client_has_sent_goes_with_it(make: Make, socket_path: Path, tmp_path: Path) -> None:
+    make()
+    reader, writer = os.pipe()
+
+    async def talk(client: QMPClient) -> None:
+        for command in ("add-fd", "getfd", "query-name"):
+            client.send_fd_scm(writer)
+            await client.execute(command, {"fdname": "x"} if command == "getfd" else None)
+        os.close(writer)
+
+    session(socket_path, talk)
+
+    async def ends() -> bytes:
+        return await asyncio.to_thread(os.read, reader, 1)
+
+    assert asyncio.run(ends()) == b""
+    os.close(reader)
