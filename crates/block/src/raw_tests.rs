@@ -318,3 +318,26 @@ fn threads_serve_where_the_host_refuses_io_uring() {
     });
     assert_eq!(read.join().unwrap().unwrap(), pattern(1, 4096));
 }
+
+/// A controller may wait for the event alone, also for what is refused at once.
+#[test]
+fn event_tells_of_what_was_done_without_the_file() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    each_way(MIB, |_, _, driver| {
+        let data = driver.list(&[(0x1000, 512)]);
+        let beyond = Request::Write { offset: MIB, data };
+        let nothing = Request::Discard { offset: 0, length: 0 };
+        for (request, good) in [(beyond, false), (nothing, true)] {
+            driver.queue.submit(7, request);
+            driver.queue.kick();
+            let bound = Timespec { tv_sec: 20, tv_nsec: 0 };
+            let event = driver.queue.event();
+            let ready = poll(&mut [PollFd::new(&event, PollFlags::IN)], Some(&bound)).unwrap();
+            assert_eq!(ready, 1, "nobody hears of it");
+            let mut done = Vec::new();
+            driver.queue.completions(&mut done);
+            assert_eq!(done.len(), 1);
+            assert_eq!((done[0].0, done[0].1.is_ok()), (7, good));
+        }
+    });
+}

@@ -20,6 +20,9 @@ use crate::{BlockQueue, Completion, Request};
 /// of virtio has 256 places, and few disks serve more at once.
 const ENTRIES: u32 = 256;
 
+/// Of the operation that only has the ring's descriptor become readable.
+const WAKE: u64 = u64::MAX;
+
 /// A request in flight, in a box: the kernel reads its iovecs from there.
 type Slot = Option<(u64, Transfer)>;
 
@@ -95,11 +98,25 @@ impl UringQueue {
         }
     }
 
+    /// Lets who waits for the ring hear of requests that were done without it. A ring without
+    /// room has others, of which they hear.
+    fn wake(&mut self) {
+        let nothing = opcode::Read::new(types::Fixed(0), std::ptr::null_mut(), 0);
+        let entry = nothing.build().user_data(WAKE);
+        // SAFETY: it reads no byte.
+        if unsafe { self.ring().submission().push(&entry) }.is_ok() {
+            self.in_flight += 1;
+        }
+    }
+
     /// Takes what the ring has completed. Requests that go on are left in `waiting`.
     fn reap(&mut self) {
         loop {
             let Some(entry) = self.ring().completion().next() else { return };
             self.in_flight -= 1;
+            if entry.user_data() == WAKE {
+                continue;
+            }
             let index = entry.user_data() as usize;
             let Some((tag, transfer)) = self.slots[index].as_mut() else { continue };
             let result = match entry.result() {
@@ -200,6 +217,9 @@ impl BlockQueue for UringQueue {
     }
 
     fn kick(&mut self) {
+        if !self.finished.is_empty() {
+            self.wake();
+        }
         if !self.waiting.is_empty() || !self.ring().submission().is_empty() {
             self.start();
         }
