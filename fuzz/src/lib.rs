@@ -11,3 +11,7 @@ pub mod block_harness;
 /// That of virtqueues: crates/virtio/tests/harness.
 #[path = "../../crates/virtio/tests/harness/mod.rs"]
 pub mod virtio_harness;
+
+/// That of disk controllers: crates/storage/tests/harness.
+#[path = "../../crates/storage/tests/harness/mod.rs"]
+pub mod storage_harness;

@@ -17,17 +17,17 @@ use tetrarch_block::{
 };
 use tetrarch_memory::{GuestMemory, GuestPhys, ScatterList};
 
-const SIZE: u64 = 1 << 20;
+const SIZE: u64 = 128 << 10;
 /// Small clusters make every table more than one.
 const CLUSTER: u64 = 512;
-const CHUNK: u64 = 64 << 10;
+const CHUNK: u64 = 8 << 10;
 
 /// Patches of four bytes of the place, of which two count, and of eight of the value, of
 /// which as many are written as the third says. The first byte of the input chooses what
 /// is patched.
 pub fn image(data: &[u8]) {
     let Some((&first, patches)) = data.split_first() else { return };
-    let folder = TempDir::new().expect("the host has room for temporary files");
+    let folder = folder();
     let at = |name: &str| folder.path().join(name);
     make_chain(folder.path());
     let patched = match first % 4 {
@@ -56,12 +56,19 @@ pub fn image(data: &[u8]) {
     }
 }
 
+/// In memory where the host has a file system for it, since images are flushed again and again.
+fn folder() -> TempDir {
+    let memory = Path::new("/dev/shm");
+    let parent = if memory.is_dir() { memory.into() } else { std::env::temp_dir() };
+    TempDir::new_in(parent).expect("the host has room for temporary files")
+}
+
 fn make_chain(folder: &Path) {
     let at = |name: &str| folder.join(name);
     std::fs::write(at("base.img"), vec![0x5A; SIZE as usize]).expect("room for a file");
     std::fs::write(at("disk.img"), vec![0xA5; 64 << 10]).expect("room for a file");
     let descriptor = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n\
-        createType=\"monolithicFlat\"\nRW 2048 FLAT \"base.img\" 0\n";
+        createType=\"monolithicFlat\"\nRW 256 FLAT \"base.img\" 0\n";
     std::fs::write(at("disk.vmdk"), descriptor).expect("room for a file");
     let over = |name: &str, format| NewImage {
         backing: Some((name.into(), format)),
@@ -86,7 +93,7 @@ type Make = Box<dyn Fn(ScatterList) -> Request>;
 
 /// Lets a disk serve some requests, and says which succeeded.
 fn serve(disk: &dyn BlockBackend, requests: Vec<Make>) -> Vec<bool> {
-    let memory = GuestMemory::new(1 << 20).expect("memory for a request");
+    let memory = GuestMemory::new(CHUNK).expect("memory for a request");
     let data = ScatterList::of(memory.snapshot(), [(GuestPhys(0), CHUNK)]).expect("it is RAM");
     let Ok(mut queue) = disk.open_queue() else { return Vec::new() };
     let count = requests.len();

@@ -4,6 +4,8 @@
 //! A finding is a panic, a device that keeps its I/O thread from coming to rest, or one that
 //! answers no good request after a reset.
 
+mod input;
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -22,6 +24,8 @@ use tetrarch_virtio::queue::{QueueConfig, QueuePosition};
 use tetrarch_virtio::{
     Balloon, Blk, Console, Control, DataPath, Device, Net, QueueSetup, Rng, Vsock, balloon,
 };
+
+use input::Input;
 
 const RAM: u64 = 1 << 20;
 /// A region that comes and goes.
@@ -47,49 +51,30 @@ impl Interrupt for Nobody {
     fn raise(&self) {}
 }
 
-/// Values off the front of the input; zeroes when it has ended.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        let Some((&first, rest)) = self.0.split_first() else { return 0 };
-        self.0 = rest;
-        first
+/// An address of a buffer or a table: good ones, those at an end of RAM, and any.
+fn address(input: &mut Input<'_>) -> u64 {
+    let choice = input.byte();
+    let low = u64::from(input.word());
+    match choice % 8 {
+        0..=2 => BUFFERS + low,
+        3 => RINGS + low % (APART * QUEUES),
+        4 => RAM - low % 32,
+        5 => EXTRA + low,
+        6 => low.wrapping_sub(0x8000),
+        _ => input.long(),
     }
+}
 
-    fn word(&mut self) -> u16 {
-        u16::from_le_bytes([self.byte(), self.byte()])
-    }
-
-    fn long(&mut self) -> u64 {
-        (0..4).fold(0, |sum, _| sum << 16 | u64::from(self.word()))
-    }
-
-    /// An address of a buffer or a table: good ones, those at an end of RAM, and any.
-    fn address(&mut self) -> u64 {
-        let choice = self.byte();
-        let low = u64::from(self.word());
-        match choice % 8 {
-            0..=2 => BUFFERS + low,
-            3 => RINGS + low % (APART * QUEUES),
-            4 => RAM - low % 32,
-            5 => EXTRA + low,
-            6 => low.wrapping_sub(0x8000),
-            _ => self.long(),
-        }
-    }
-
-    fn length(&mut self) -> u32 {
-        match self.byte() % 8 {
-            0 => 1,
-            1 => 16,
-            2 => 512,
-            3 => u32::from(self.word() % 64) * 16,
-            4 => u32::from(self.word()),
-            5 => 0,
-            6 => u32::MAX - u32::from(self.byte()),
-            _ => (self.long() >> 16) as u32,
-        }
+fn length(input: &mut Input<'_>) -> u32 {
+    match input.byte() % 8 {
+        0 => 1,
+        1 => 16,
+        2 => 512,
+        3 => u32::from(input.word() % 64) * 16,
+        4 => u32::from(input.word()),
+        5 => 0,
+        6 => u32::MAX - u32::from(input.byte()),
+        _ => (input.long() >> 16) as u32,
     }
 }
 
@@ -176,14 +161,14 @@ impl<P: DataPath + 'static> Rig<P> {
 
     fn drive(&self, input: &mut Input<'_>, mut host: impl FnMut(u8, &mut Input<'_>)) {
         self.start(None, u64::MAX);
-        while !input.0.is_empty() {
+        while !input.has_ended() {
             let op = input.byte();
             let queue = u64::from(input.byte()) % self.queues;
             match op % 16 {
                 0..=4 => {
                     let at = area(queue, 0) + 16 * u64::from(input.byte() % 32);
-                    self.put(at, &input.address().to_le_bytes());
-                    self.put(at + 8, &input.length().to_le_bytes());
+                    self.put(at, &address(input).to_le_bytes());
+                    self.put(at + 8, &length(input).to_le_bytes());
                     // Packed rings look for the wrap counters' bits.
                     let odd = if op & 16 == 0 { 7 } else { u16::MAX };
                     self.put16(at + 12, input.word() & odd);
@@ -202,7 +187,7 @@ impl<P: DataPath + 'static> Rig<P> {
                     self.put16(at, input.word());
                 }
                 9 => {
-                    let at = input.address();
+                    let at = address(input);
                     let bytes: Vec<u8> = (0..input.byte() % 64).map(|_| input.byte()).collect();
                     self.put(at, &bytes);
                 }
@@ -261,7 +246,7 @@ impl<P: DataPath + 'static> Rig<P> {
 
 /// Any rings for a data path, which the first byte chooses.
 pub fn rings(data: &[u8]) {
-    let mut input = Input(data);
+    let mut input = Input::new(data);
     match input.byte() % 6 {
         0 => {
             let mut rig = Rig::new(&mut input, 1, |_| Rng);
@@ -347,12 +332,12 @@ fn sockets(input: &mut Input<'_>) {
             header[8] = 2;
             header[16..20].copy_from_slice(&u32::from(input.byte() % 4).to_le_bytes());
             header[20..24].copy_from_slice(&u32::from(input.byte() % 4).to_le_bytes());
-            header[24..28].copy_from_slice(&input.length().to_le_bytes());
+            header[24..28].copy_from_slice(&length(input).to_le_bytes());
             header[28] = 1;
             header[30] = input.byte() % 10;
             header[32] = input.byte();
-            header[36..40].copy_from_slice(&input.length().to_le_bytes());
-            header[40..44].copy_from_slice(&input.length().to_le_bytes());
+            header[36..40].copy_from_slice(&length(input).to_le_bytes());
+            header[40..44].copy_from_slice(&length(input).to_le_bytes());
             let at = BUFFERS + u64::from(input.word());
             let _ = memory.write(GuestPhys(at), &header);
         }
@@ -380,7 +365,7 @@ fn network(input: &mut Input<'_>) {
         }
         2..=4 => {
             // A frame, of a length that may be none.
-            let length = input.length() % 0x2_0000;
+            let length = length(input) % 0x2_0000;
             let mut frame = length.to_be_bytes().to_vec();
             frame.resize(4 + length.min(0x1_1000) as usize, input.byte());
             let _ = programs[usize::from(choice % 2)].write(&frame);
