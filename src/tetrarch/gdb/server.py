@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
-from tetrarch.errors import HostError
+from tetrarch.errors import HostError, MachineStateError
 from tetrarch.gdb.monitor import Monitor
 from tetrarch.gdb.packets import PacketReader, Signal, frame
 from tetrarch.gdb.session import Leave, Session
@@ -49,17 +49,18 @@ class GdbServer:
         # Not the machine itself: one that its user forgot is to be collected.
         self._machine = weakref.ref(machine)
         self._listener = _listen(spec)
-        vm = machine.engine_vm
-        vcpus = [vm.vcpu(index) for index in range(machine.config.cpus)]
-        self._debugger = Debugger(vm, vcpus)
+        self._port = machine.debugger_port
+        self._waiting: Debugger | None = None
+        """Of the machine that is held for the first client."""
+        if wait:
+            self._waiting = self._port.take("gdb")
+            self._waiting.stop()
         # Readable once the machine has ended.
         self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._exit_code: int | None = None
         self._thread = threading.Thread(target=self._serve, name="gdb", daemon=True)
         self.address = _address(self._listener)
         """What gdb's ``target remote`` takes."""
-        if wait:
-            self._debugger.stop()
         self._thread.start()
 
     def close(self, exit_code: int = 0) -> None:
@@ -79,7 +80,8 @@ class GdbServer:
                     self._attend(client)
         finally:
             self._listener.close()
-            self._debugger.close()
+            if self._waiting is not None:
+                self._port.release(self._waiting)
             os.close(self._end)
 
     def _accept(self) -> socket.socket | None:
@@ -94,13 +96,24 @@ class GdbServer:
 
     def _attend(self, client: socket.socket) -> None:
         try:
-            self._debugger.stop()
+            debugger, self._waiting = self._waiting or self._port.take("gdb"), None
+        except MachineStateError as error:
+            self._log.warning("gdb is hung up on: %s", error)
+            return
+        try:
+            self._debug(client, debugger)
+        finally:
+            self._port.release(debugger)
+
+    def _debug(self, client: socket.socket, debugger: Debugger) -> None:
+        try:
+            debugger.stop()
         except EngineError as error:
             self._log.warning("gdb cannot stop the machine: %s", error)
             return
-        session = Session(self._debugger, Monitor(self._machine))
+        session = Session(debugger, Monitor(self._machine))
         try:
-            _Connection(client, session, self._debugger, self._end).serve()
+            _Connection(client, session, debugger, self._end).serve()
         except _Gone:
             if self._exit_code is not None:
                 with suppress(OSError):
@@ -108,11 +121,11 @@ class GdbServer:
         except OSError as error:
             self._log.debug("gdb hung up: %s", error)
         finally:
-            self._let_go(kill=session.left is Leave.KILL)
+            self._let_go(debugger, kill=session.left is Leave.KILL)
 
-    def _let_go(self, *, kill: bool) -> None:
+    def _let_go(self, debugger: Debugger, *, kill: bool) -> None:
         try:
-            self._debugger.detach()
+            debugger.detach()
         except EngineError as error:
             self._log.warning("gdb's breakpoints could not all be taken away: %s", error)
         machine = self._machine()

@@ -9,16 +9,18 @@ registers.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from tetrarch._native import GuestMemoryError
+from tetrarch.errors import MachineStateError
 from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
 from tetrarch.machine.memory import pages
 
-__all__ = ["Debugger", "Hardware", "NoMemory", "Stop", "Watched"]
+__all__ = ["Debugger", "DebuggerPort", "Hardware", "NoMemory", "Stop", "Watched"]
 
 _INT3 = b"\xcc"
 _HARDWARE_MAX = 4
@@ -205,3 +207,31 @@ class Debugger:
 
     def _planted_in(self, physical: int, size: int) -> list[int]:
         return [place for place in self._original if physical <= place < physical + size]
+
+
+class DebuggerPort:
+    """Where a machine's debugger comes from: one at a time."""
+
+    def __init__(self, vm: EngineVm, vcpus: Sequence[EngineVcpu]) -> None:
+        self._vm = vm
+        self._vcpus = vcpus
+        # Guards who has it.
+        self._lock = threading.Lock()
+        self._owner: str | None = None
+
+    def take(self, who: str) -> Debugger:
+        """Raises MachineStateError where another has it."""
+        with self._lock:
+            if self._owner is not None:
+                raise MachineStateError(
+                    f"the machine is debugged already, by {self._owner}",
+                    mend="end that before: one at a time has its breakpoints",
+                )
+            self._owner = who
+            return Debugger(self._vm, self._vcpus)
+
+    def release(self, debugger: Debugger) -> None:
+        """The debugger is closed, and another can have one."""
+        with self._lock:
+            self._owner = None
+            debugger.close()

@@ -8,12 +8,12 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, Unpack
 
 from tetrarch._native import EngineError, Vm
 from tetrarch.block.disk import OnStop
@@ -27,6 +27,7 @@ from tetrarch.errors import (
 )
 from tetrarch.gdb.spec import GdbSpec
 from tetrarch.machine.attached import AttachedDevices
+from tetrarch.machine.breakpoints import Breakpoint, Breakpoints, Hit
 from tetrarch.machine.conclusion import Conclusion, Event
 from tetrarch.machine.config import (
     CdromOption,
@@ -40,6 +41,7 @@ from tetrarch.machine.config import (
     make_config,
 )
 from tetrarch.machine.console_line import ConsoleLine, ConsoleLines
+from tetrarch.machine.debugger import DebuggerPort
 from tetrarch.machine.dumps import Dumps
 from tetrarch.machine.engine_vm import (
     BusRegion,
@@ -164,6 +166,10 @@ class Machine:
             ]
         )
         self._attached = AttachedDevices()
+        self._debugger_port = DebuggerPort(vm, vcpus)
+        self._breakpoints = Breakpoints(
+            self._debugger_port, self.vcpus, _if_it_can(self.hold), _if_it_can(self.resume), end
+        )
         self._controls: list[ControlServer] = []
         self._gdb: list[GdbServer] = []
         self._descent = _Descent(
@@ -178,6 +184,7 @@ class Machine:
             self._events,
             self._controls,
             self._gdb,
+            self._breakpoints,
         )
         self._loaded = False
         self._restored = False
@@ -333,6 +340,53 @@ class Machine:
         if self.phase is Phase.ENDED:  # meanwhile
             server.close()
         return server
+
+    @property
+    def debugger_port(self) -> DebuggerPort:
+        """For who sets breakpoints otherwise than by the two methods below."""
+        return self._debugger_port
+
+    def breakpoint(
+        self,
+        address: int,
+        listener: Callable[[Hit], object] | None = None,
+        *,
+        hardware: bool = False,
+        vcpu: int = 0,
+    ) -> Breakpoint:
+        """Stops vCPUs before they execute the instruction at a linear address, and calls
+        ``listener`` there; then the machine goes on. Without a listener it is held at each hit
+        (``Breakpoint.wait``).
+
+        An INT3 is planted, where ``vcpu`` has the address mapped; the guest's code is to be there.
+        With ``hardware`` the CPU watches the address, which can do so with four at a time: then
+        nothing has to be there yet, and it stays over a reset. Listeners run on a thread of their
+        own while the machine stands; what one raises ends the machine and comes out of ``wait()``.
+        Raises MachineStateError while gdb debugs the machine.
+        """
+        self._life.require("breakpoint", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        if hardware:
+            return self._breakpoints.watch(("execute", address, 1), listener)
+        return self._breakpoints.plant(vcpu, address, listener)
+
+    def watchpoint(
+        self,
+        address: int,
+        length: int,
+        listener: Callable[[Hit], object] | None = None,
+        *,
+        access: Literal["write", "access"] = "write",
+    ) -> Breakpoint:
+        """As ``breakpoint``, behind each instruction that writes to the 1, 2, 4 or 8 bytes at a
+        linear address, a multiple of ``length``; with "access" also behind those that read.
+        """
+        self._life.require("watchpoint", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        try:
+            return self._breakpoints.watch((access, address, length), listener)
+        except EngineError as error:
+            raise ConfigError(
+                f"watchpoint: {engine_cause(error)}", mend=engine_mend(error, "give another length")
+            ) from error
 
     def attach_ports(
         self,
@@ -587,7 +641,7 @@ class Machine:
             return
         self.request_stop()
         # A device's own thread, or a console that is being closed, has to return first.
-        inside = (self._threads, self._lines, self._attached)
+        inside = (self._threads, self._lines, self._attached, self._breakpoints)
         if not self._conclusion.keeping and not any(thread.current for thread in inside):
             self._conclusion.wait_done()
 
@@ -754,6 +808,7 @@ class _Descent:
     events: Events
     controls: Sequence[ControlServer]
     gdb: Sequence[GdbServer]
+    breakpoints: Breakpoints
 
     def stop(self, event: Event) -> Event:
         self.events.tell("shutdown", **shutdown_data(event))
@@ -782,6 +837,7 @@ class _Descent:
         self.events.end()
         for control in self.controls:
             control.close()
+        self.breakpoints.close()
         for gdb in self.gdb:
             gdb.close(event.code if isinstance(event, ExitStatus) else 1)
 
@@ -789,6 +845,18 @@ class _Descent:
 def _panicked(events: Events, end: Callable[[Event], None], message: str) -> None:
     events.tell("guest-panicked", action="poweroff")
     end(ExitStatus(StopReason.CRASHED, message))
+
+
+def _if_it_can(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls a machine's method where the machine is there and in a state for that."""
+    known = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (bound := known()) is not None:
+            with suppress(MachineStateError):
+                bound()
+
+    return call
 
 
 def _holder(machine: Machine) -> OnStop:
