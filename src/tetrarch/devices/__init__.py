@@ -4,6 +4,7 @@ from tetrarch.devices.acpi_pm import AcpiPm, AcpiPmCore
 from tetrarch.devices.debug_exit import DebugExit
 from tetrarch.devices.i8042 import I8042, I8042Core
 from tetrarch.devices.port_92 import Port92
+from tetrarch.devices.pvpanic import PvPanic
 from tetrarch.devices.reset_cf9 import ResetCf9
 from tetrarch.devices.rtc_cmos import RtcCmos, RtcCmosCore
 from tetrarch.devices.uart16550 import Uart16550
@@ -15,6 +16,7 @@ __all__ = [
     "DebugExit",
     "I8042Core",
     "Port92",
+    "PvPanic",
     "ResetCf9",
     "RtcCmos",
     "RtcCmosCore",
