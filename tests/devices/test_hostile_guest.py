@@ -15,7 +15,9 @@ from tetrarch._native import EngineError, RustDevice
 from tetrarch.devices import (
     I8042,
     AcpiPm,
+    DebugConsole,
     DebugExit,
+    FwCfg,
     Port92,
     ResetCf9,
     RtcCmos,
@@ -84,6 +86,28 @@ def pci(bench: Bench) -> tuple[Any, list[Any]]:
     return device, [device.address_port, device.data_ports, device.ecam]
 
 
+class Nowhere:
+    """Memory that ends soon."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray(64)
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        if address + length > len(self._bytes):
+            raise LookupError
+        return bytes(self._bytes[address : address + length])
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        if address + len(data) > len(self._bytes):
+            raise LookupError
+        self._bytes[address : address + len(data)] = data
+
+
+def fw_cfg(bench: Bench) -> tuple[Any, list[Any]]:
+    device = FwCfg(Nowhere(), LookupError)
+    return device, [device.ports, device.dma]
+
+
 class Wire:
     """As the bench has an interrupt line."""
 
@@ -106,6 +130,8 @@ DEVICES: dict[str, Callable[[Bench], tuple[Any, list[Any]]]] = {
     "reset": lambda bench: alone(ResetCf9(bench.note)),
     "port 92": lambda bench: alone(Port92(bench.note)),
     "debug exit": lambda bench: alone(DebugExit(bench.note)),
+    "debug console": lambda bench: alone(DebugConsole()),
+    "fw_cfg": fw_cfg,
     "pci": pci,
 }
 

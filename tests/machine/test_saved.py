@@ -198,7 +198,9 @@ ABOUT: dict[str, Any] = {
     "debug_exit": False,
     "uptime": 1.0,
     "outside": {
-        "options": {"disk": [], "cdrom": [], "net": [], "virtio_console": [], "vsock": []},
+        "options": {
+            name: [] for name in ("disk", "cdrom", "net", "virtio_console", "vsock", "firmware")
+        },
         "later": [],
     },
 }

@@ -6,7 +6,7 @@ from typing import Final
 
 from tetrarch.boot import aml
 from tetrarch.boot.layout import ACPI_BASE, ACPI_END, align_up
-from tetrarch.devices import acpi_pm, i8042, pvpanic, reset_cf9, rtc_cmos, uart16550
+from tetrarch.devices import acpi_pm, i8042, reset_cf9, rtc_cmos, uart16550
 from tetrarch.errors import ConfigError
 from tetrarch.machine import map as machine_map
 from tetrarch.pci import bus as pci_bus
@@ -129,17 +129,19 @@ def _madt(vcpus: int) -> bytes:
 def _pnp(path: str, hid: str, *descriptors: bytes, uid: int = 0) -> bytes:
     return aml.device(
         path,
-        aml.name("_HID", aml.string(hid) if len(hid) > 7 else aml.eisa_id(hid)),
+        aml.name("_HID", aml.eisa_id(hid)),
         aml.name("_UID", aml.integer(uid)),
         aml.name("_STA", aml.integer(0x0F)),
         aml.name("_CRS", aml.resources(*descriptors)),
     )
 
 
-def _pci_root(ram: Sequence[tuple[int, int]]) -> bytes:
+def _pci_root(ram: Sequence[tuple[int, int]], firmware: bool) -> bytes:
     """The PCI bus: its windows, and the line of each pin (6.2.13)."""
     (io, io_end), (low, low_end) = machine_map.PCI_IO, machine_map.PCI_LOW
     high, high_end = machine_map.high_window(ram)
+    # SeaBIOS takes the end of its window first.
+    more = [machine_map.PCI_BEHIND_ECAM] if firmware else []
     windows = aml.resources(
         aml.bus_numbers(0, 0),
         # A driver of IDE claims the ports of old as the bus's. The control port is one of a
@@ -154,6 +156,7 @@ def _pci_root(ram: Sequence[tuple[int, int]]) -> bytes:
         ),
         aml.io_window(io, io_end - 1),
         aml.memory_window(low, low_end - 1),
+        *(aml.memory_window(start, end - 1) for start, end in more),
         aml.memory_window(high, high_end - 1),
     )
     any_function, no_link = 0xFFFF, aml.integer(0)
@@ -249,7 +252,7 @@ def _mcfg() -> bytes:
     return _table(b"MCFG", 1, bytes(8) + struct.pack("<QHBB4x", base, 0, 0, (end - base >> 20) - 1))
 
 
-def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes]) -> bytes:
+def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes], firmware: bool) -> bytes:
     port, line = aml.io_port, aml.irq
     devices = (
         _pnp("PIC", "PNP0000", port(0x20, 2), port(0xA0, 2), port(0x4D0, 2), line(2)),
@@ -275,7 +278,6 @@ def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes]) -> bytes:
             line(uart16550.GSI),
             uid=1,
         ),
-        _pnp("PVP", pvpanic.ACPI_ID, port(pvpanic.PORT_BASE, pvpanic.PORTS)),
         # Motherboard resources: what is taken and has no driver of its own.
         _pnp(
             "MBRD",
@@ -288,7 +290,7 @@ def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes]) -> bytes:
             aml.memory32(IOAPIC_BASE, 0x1000),
             aml.memory32(LAPIC_BASE, 0x1000),
         ),
-        _pci_root(ram),
+        _pci_root(ram, firmware),
         *more,
     )
     s5 = aml.integer(acpi_pm.S5_TYPE)
@@ -316,11 +318,15 @@ def _rsdp(xsdt: int) -> bytes:
 
 
 def build_acpi(
-    vcpus: int, ram: Sequence[tuple[int, int]], devices: Sequence[bytes] = ()
+    vcpus: int,
+    ram: Sequence[tuple[int, int]],
+    devices: Sequence[bytes] = (),
+    *,
+    firmware: bool = False,
 ) -> tuple[int, list[tuple[int, bytes]]]:
     """The address of the RSDP, and (address, table) of all tables, the RSDP among them.
 
-    ``devices`` are more devices of the DSDT's ``\\_SB``.
+    ``devices`` are more devices of the DSDT's ``\\_SB``; ``firmware`` places the BARs.
     """
     if vcpus < 1:
         raise ConfigError(f"a machine with {vcpus} CPUs cannot be", mend="give at least 1")
@@ -341,6 +347,6 @@ def build_acpi(
         return address
 
     facs = place(_facs())
-    fadt = place(_fadt(facs, place(_dsdt(ram, devices))))
+    fadt = place(_fadt(facs, place(_dsdt(ram, devices, firmware))))
     xsdt = place(_xsdt([fadt, place(_madt(vcpus)), place(_mcfg())]))
     return ACPI_BASE, [(ACPI_BASE, _rsdp(xsdt)), *tables]

@@ -5,7 +5,7 @@ from typing import Final
 
 from tetrarch.boot.layout import GDT_BASE, PAGE_SIZE, PAGE_TABLES_BASE, GuestMemory
 
-__all__ = ["BOOT_CS", "BOOT_DS", "long_mode_state", "protected_mode_state"]
+__all__ = ["BOOT_CS", "BOOT_DS", "long_mode_state", "protected_mode_state", "reset_state"]
 
 #: Linux's Documentation/arch/x86/boot.rst names both selectors.
 BOOT_CS: Final = 0x10
@@ -22,14 +22,21 @@ ATTR_CODE32: Final = 0xC09B
 ATTR_DATA: Final = 0xC093
 ATTR_TSS_BUSY: Final = 0x008B
 ATTR_UNUSABLE: Final = 0x1_0000
+ATTR_CODE16: Final = 0x009B
+ATTR_DATA16: Final = 0x0093
+ATTR_LDT: Final = 0x0082
 
 CR0_PE: Final = 1 << 0
 CR0_ET: Final = 1 << 4
+CR0_NW: Final = 1 << 29
+CR0_CD: Final = 1 << 30
 CR0_PG: Final = 1 << 31
 CR4_PAE: Final = 1 << 5
 EFER_LME: Final = 1 << 8
 EFER_LMA: Final = 1 << 10
 RFLAGS_FIXED: Final = 1 << 1
+#: Type, family and model: a P6, as hypervisors leave it.
+RESET_RDX: Final = 0x600
 
 PTE_PRESENT: Final = 1 << 0
 PTE_WRITE: Final = 1 << 1
@@ -109,3 +116,23 @@ def protected_mode_state(vm: GuestMemory, entry: int) -> dict[str, int]:
         | _segments(ATTR_CODE32, limit)
         | {"cr0": CR0_PE | CR0_ET, "cr3": 0, "cr4": 0, "efer": 0}
     )
+
+
+def reset_state() -> dict[str, int]:
+    """A processor after RESET, before its first instruction (SDM volume 3, table 10-1)."""
+    regs = _general(0xFFF0) | {"rdx": RESET_RDX}
+    segments = dict.fromkeys(("ds", "es", "fs", "gs", "ss"), (0, 0, ATTR_DATA16))
+    segments |= {
+        "cs": (0xF000, 0xFFFF_0000, ATTR_CODE16),
+        "tr": (0, 0, ATTR_TSS_BUSY),
+        "ldt": (0, 0, ATTR_LDT),
+    }
+    for name, (selector, base, attr) in segments.items():
+        regs[f"{name}_selector"] = selector
+        regs[f"{name}_base"] = base
+        regs[f"{name}_limit"] = 0xFFFF
+        regs[f"{name}_attr"] = attr
+    for name in ("gdtr", "idtr"):
+        regs[f"{name}_base"] = 0
+        regs[f"{name}_limit"] = 0xFFFF
+    return regs | {"cr0": CR0_CD | CR0_NW | CR0_ET, "cr3": 0, "cr4": 0, "efer": 0}

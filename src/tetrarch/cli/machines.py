@@ -105,10 +105,6 @@ def console(
     history: Annotated[
         bool, typer.Option("--history", help="Show what the guest has said so far, and end.")
     ] = False,
-    tail: Annotated[
-        int | None,
-        typer.Option(metavar="LINES", min=0, help="Show the last lines of that, and end."),
-    ] = None,
 ) -> None:
     """Attach to the serial console, with what the guest has said so far. Ctrl-] detaches.
 
@@ -116,8 +112,8 @@ def console(
     """
     from tetrarch.cli.attach import attach, show_history
 
-    if history or tail is not None:
-        show_history(name, tail)
+    if history:
+        show_history(name)
     else:
         attach(name, read_only)
 

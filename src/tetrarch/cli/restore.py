@@ -30,6 +30,7 @@ _HOSTS: Final = (
     "net",
     "vsock",
     "virtio_console",
+    "firmware",
     "control",
     "gdb",
     "gdb_wait",

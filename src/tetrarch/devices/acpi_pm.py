@@ -40,6 +40,8 @@ GPE0_BYTES: Final = 4
 PCI_HOTPLUG_EVENT: Final = 1
 #: SLP_TYP of soft-off, as the DSDT's \_S5 says.
 S5_TYPE: Final = 5
+#: That of the PIIX4 (Intel 290562, PMCNTRL), which OVMF writes by itself.
+PIIX4_S5_TYPE: Final = 0
 
 TIMER_HZ: Final = 3_579_545
 NS_PER_S: Final = 1_000_000_000
@@ -167,8 +169,12 @@ class AcpiPm(Adapter[AcpiPmCore]):
         irq: Callable[[bool], None],
         clock_ns: Callable[[], int],
         poweroff: Callable[[], None],
+        *,
+        firmware: bool = False,
     ) -> None:
+        """``firmware``: soft-off is also by the SLP_TYP of the chipset that firmware knows."""
         super().__init__(AcpiPmCore(), irq)
+        self._soft_off = (S5_TYPE, PIIX4_S5_TYPE) if firmware else (S5_TYPE,)
         self._clock_ns = clock_ns
         self._poweroff = poweroff
 
@@ -199,5 +205,5 @@ class AcpiPm(Adapter[AcpiPmCore]):
             self._core.write(offset, size, value, now)
             sleep = self._core.take_sleep()
         self._line.update()
-        if sleep == S5_TYPE:
+        if sleep in self._soft_off:
             self._poweroff()

@@ -50,6 +50,10 @@ REG_C: Final = 0x0C
 REG_D: Final = 0x0D
 #: Not the chip's: where the FADT says the century is.
 CENTURY: Final = 0x32
+#: Where SeaBIOS reads which kinds of devices it boots from, 4 bits each, the first lowest
+#: (SeaBIOS, src/boot.c, boot_init).
+BOOT_ORDER: Final = 0x3D
+DISKS_THEN_CDROMS: Final = 0x32
 TIME_REGISTERS: Final = frozenset(
     {SECONDS, MINUTES, HOURS, DAY_OF_WEEK, DAY_OF_MONTH, MONTH, YEAR, CENTURY}
 )
@@ -158,6 +162,7 @@ class RtcCmosCore:
         self.state = RtcCmosState(offset_ns=wall_ns - now_ns, seen_ns=now_ns)
         self.state.cmos[REG_A] = A_INITIAL
         self.state.cmos[REG_B] = B_24H
+        self.state.cmos[BOOT_ORDER] = DISKS_THEN_CDROMS
         for first, length, value in _memory_sizes(ram):
             self.state.cmos[first : first + length] = value.to_bytes(length, "little")
         self._store_time(now_ns)

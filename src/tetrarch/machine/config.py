@@ -21,6 +21,7 @@ from tetrarch.block.spec import CdromSpec, DiskSpec
 from tetrarch.console.backend import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec, PortSpec, no_console
 from tetrarch.errors import ConfigError, ValueProblem
+from tetrarch.firmware.spec import FirmwareSpec
 from tetrarch.gdb.spec import GdbSpec
 from tetrarch.net.spec import NetSpec, each_its_own
 from tetrarch.share.spec import ShareSpec, share_tags
@@ -248,6 +249,10 @@ def _gdb(value: object) -> GdbSpec | None:
     return None if value is None else GdbSpec.parse(value)
 
 
+def _firmware(value: object) -> FirmwareSpec | None:
+    return None if value is None else FirmwareSpec.parse(value)
+
+
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Text = Annotated[str, BeforeValidator(_text)]
 
@@ -284,6 +289,9 @@ class MachineConfig(BaseModel):
     )
     kernel: FilePath | None = option(
         None, "bzImage or ELF vmlinux [default: that of the image].", "FILE"
+    )
+    firmware: Annotated[FirmwareSpec | None, BeforeValidator(_firmware)] = option(
+        None, "What starts before the guest; docs/firmware.md.", "seabios|ovmf|PATH"
     )
     initrd: FilePath | None = option(None, "Initial RAM disk for the kernel.", "FILE")
     append: Text | None = option(
@@ -355,6 +363,7 @@ class MachineConfig(BaseModel):
         self._one_kernel()
         self._one_on_stdio()
         self._wait_with_gdb()
+        self._firmware_with_pci()
         return self
 
     def _one_kernel(self) -> None:
@@ -372,6 +381,12 @@ class MachineConfig(BaseModel):
         if self.gdb_wait and self.gdb is None:
             raise ValueProblem("nothing is there that gdb_wait could wait for", mend="give gdb")
 
+    def _firmware_with_pci(self) -> None:
+        if self.firmware is not None and self.virtio == "mmio":
+            raise ValueProblem(
+                "firmware finds virtio devices on the PCI bus alone", mend="leave virtio at pci"
+            )
+
     def updated(self, values: dict[str, Any], spelling: Spelling = plainly) -> Self:
         """With some options changed, as they are typed. Raises ConfigError."""
         checked = check_options(type(self), values, spelling)
@@ -381,6 +396,7 @@ class MachineConfig(BaseModel):
             changed._one_kernel()
             changed._one_on_stdio()
             changed._wait_with_gdb()
+            changed._firmware_with_pci()
         except ValueProblem as problem:
             raise ConfigError(problem.cause, mend=problem.mend) from None
         return changed
@@ -395,6 +411,7 @@ class MachineOptions(TypedDict, total=False):
     engine: EngineName
     image: str | None
     kernel: str | os.PathLike[str] | None
+    firmware: str | os.PathLike[str] | None
     initrd: str | os.PathLike[str] | None
     append: str | None
     append_extra: str

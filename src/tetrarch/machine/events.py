@@ -25,15 +25,12 @@ EventName = Literal[
     "resume",
     "powerdown",
     "guest-panicked",
-    "guest-crashloaded",
     "balloon-change",
     "block-io-error",
     "device-deleted",
     "dump-completed",
 ]
-_LIMITED: frozenset[EventName] = frozenset(
-    {"balloon-change", "block-io-error", "guest-panicked", "guest-crashloaded"}
-)
+_LIMITED: frozenset[EventName] = frozenset({"balloon-change", "block-io-error"})
 _INTERVAL_S = 1.0
 EVENTS: tuple[EventName, ...] = get_args(EventName)
 

@@ -10,6 +10,7 @@ from tetrarch.block.disk import disk_errors
 from tetrarch.block.spec import DiskSpec
 from tetrarch.boot import build_acpi, load_kernel
 from tetrarch.boot.source import Source
+from tetrarch.firmware.image import FirmwareImage
 from tetrarch.images.default_guest import DEFAULT_APPEND
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.disks import check_images
@@ -20,6 +21,7 @@ from tetrarch.share.spec import share_tags
 if TYPE_CHECKING:
     from tetrarch.console import ConsoleBackend
     from tetrarch.images import Reporter
+    from tetrarch.machine.firmware import MachineFirmware
 
 __all__ = ["check_files", "load_guest", "resolve_guest", "with_installed_disk"]
 
@@ -33,6 +35,8 @@ def check_files(config: MachineConfig) -> None:
         if path is not None:
             with Source.open(path, what):
                 pass
+    if config.firmware is not None:
+        FirmwareImage.read(config.firmware)
     check_images(config)
     with disk_errors():
         images = (disk for disk in config.disk if not disk.vhost_user)
@@ -62,9 +66,10 @@ def with_installed_disk(config: MachineConfig) -> MachineConfig:
 def resolve_guest(config: MachineConfig, reporter: Reporter | None = None) -> MachineConfig:
     """``config`` with a kernel: its own, else that of its image, which is fetched if need be.
 
-    Raises ImageError where there is none and none can be fetched.
+    Firmware finds its own where none is named. Raises ImageError where there is none and none can
+    be fetched.
     """
-    if config.kernel is not None:
+    if config.kernel is not None or (config.firmware is not None and config.image is None):
         return config
     from tetrarch import images
     from tetrarch.images.store import DiskStore
@@ -82,13 +87,12 @@ def load_guest(
     console: ConsoleBackend,
     platform: Platform,
     dsdt: Sequence[bytes],
+    firmware: MachineFirmware | None,
 ) -> None:
     """Puts a resolved guest into memory and its entry into the first vCPU's registers.
 
     Raises BootError for files that cannot be booted.
     """
-    if config.kernel is None:
-        raise ValueError("the guest has not been resolved")
     append = config.append
     if append is None:
         append = DEFAULT_APPEND
@@ -97,10 +101,15 @@ def load_guest(
     # For images/guest/shares; Linux leaves words with a dot in them alone.
     shares = [f"tetrarch.share={tag}" for tag in share_tags(config.share)]
     append = " ".join(filter(None, (append, *shares, config.append_extra)))
-    rsdp, tables = build_acpi(config.cpus, vm.ram, dsdt)
-    for address, data in tables:
-        vm.write_memory(address, data)
-    registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp)
+    if firmware is not None:
+        registers = firmware.load(config, append, dsdt)
+    elif config.kernel is not None:
+        rsdp, tables = build_acpi(config.cpus, vm.ram, dsdt)
+        for address, data in tables:
+            vm.write_memory(address, data)
+        registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp)
+    else:
+        raise ValueError("the guest has not been resolved")
     # Boot protocols leave the IDT open. With the limit of a CPU after RESET (SDM
     # Vol. 3A, table 10-1), an IDT of limit 0 is always the guest's own doing.
     vcpu = vm.vcpu(0)

@@ -147,10 +147,9 @@ class Machine:
             self._threads.busy_time,
             self._threads.in_kernel,
             partial(_panicked, self._events, end),
-            partial(self._events.tell, "guest-panicked", action="run"),
         )
         try:
-            self._pc = assemble_pc(vm, self.config, end, _holder(self), self._events, panic.told)
+            self._pc = assemble_pc(vm, self.config, end, _holder(self), self._events)
         except EngineError as error:
             raise HostError(
                 f"cannot make the machine's devices: {engine_cause(error)}",
@@ -289,7 +288,8 @@ class Machine:
         """Calls ``listener`` with each such event from now on, one at a time, on a thread of
         their own. What it raises ends the machine and comes out of ``wait()``.
 
-        The events are those of docs/control.md, in lower case. Raises ConfigError for another name.
+        The events are shutdown, reset, stop, resume, powerdown and guest-panicked; docs/control.md
+        has their data. Raises ConfigError for another name.
         """
         self._events.on(event, listener)
 
@@ -693,6 +693,7 @@ class Machine:
         net: NetOption | Sequence[NetOption] = (),
         vsock: str | os.PathLike[str] | None = None,
         virtio_console: PortOption | Sequence[PortOption] = (),
+        firmware: str | os.PathLike[str] | None = None,
         control: str | os.PathLike[str] | None = None,
         gdb: GdbOption | None = None,
         gdb_wait: bool = False,
@@ -702,8 +703,8 @@ class Machine:
 
         ``engine`` and ``name`` are those of the saved machine if they are not given. What is the
         host's is not in the file: give ``disk`` and ``cdrom``, as they were then, ``net``,
-        ``vsock`` and ``virtio_console`` where it had them, and attach devices of yours before
-        start(). Its connections by vsock are gone.
+        ``vsock``, ``virtio_console`` and ``firmware`` where it had them, and attach devices of
+        yours before start(). Its connections by vsock are gone.
 
         Raises StateError for a file that is no saved machine, or damaged.
         """
@@ -717,6 +718,7 @@ class Machine:
                 "net": net,
                 "vsock": vsock,
                 "virtio_console": virtio_console,
+                "firmware": firmware,
                 "control": control,
                 "gdb": gdb,
                 "gdb_wait": gdb_wait,
@@ -730,6 +732,8 @@ class Machine:
                 # Its clock stands until start().
                 machine._vm.hold()
                 restore_machine(machine._parts(), reader)
+                if machine._pc.firmware is not None:
+                    machine._pc.firmware.tell(machine.config, "", machine._pc.dsdt)
             except BaseException:
                 machine._discard()
                 raise
@@ -757,7 +761,13 @@ class Machine:
         if not self._loaded:
             self.config = resolve_guest(self.config)
             load = partial(
-                load_guest, self._vm, self.config, self._backend, self._platform, self._pc.dsdt
+                load_guest,
+                self._vm,
+                self.config,
+                self._backend,
+                self._platform,
+                self._pc.dsdt,
+                self._pc.firmware,
             )
             load()
             self._resets.load = load

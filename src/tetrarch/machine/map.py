@@ -3,12 +3,12 @@
 memory      0 .. 0xBFFF_FFFF                RAM, up to 3 GiB of it
             0xC000_0000 .. 0xDFFF_FFFF      PCI: BARs
             0xE000_0000 .. 0xE00F_FFFF      PCI: configuration space of bus 0 (ECAM)
-            0xFEB0_0000 .. 0xFEB0_7FFF      virtio-mmio: 8 pages
+            0xFEB0_0000 .. 0xFEB0_7FFF      virtio-mmio: 8 pages; with firmware, PCI: BARs
             0xFEC0_0000, 0xFEE0_0000        IOAPIC, LAPIC: in the engine
+            .. 0xFFFF_FFFF                  firmware, if there is one
             4 GiB .. end                    the rest of the RAM
             the next multiple of 64 GiB ..  PCI: large BARs, 64 GiB
 ports       0x0600 .. 0x060F                ACPI: fixed hardware, general-purpose events
-            0x0610                          pvpanic
             0x0620 .. 0x062B                PCI: hot-plug
             0x0CF8 .. 0x0CFF                PCI: configuration
             0xC000 .. 0xFFFF                PCI: BARs
@@ -28,6 +28,7 @@ __all__ = [
     "ECAM",
     "IDE_CHANNELS",
     "IDE_TASK_PORTS",
+    "PCI_BEHIND_ECAM",
     "PCI_HOTPLUG",
     "PCI_IO",
     "PCI_LOW",
@@ -41,6 +42,8 @@ __all__ = [
 PCI_LOW: Final = (0xC000_0000, 0xE000_0000)
 PCI_IO: Final = (0xC000, 0x1_0000)
 ECAM: Final = (0xE000_0000, 0xE010_0000)
+#: Where firmware places BARs, too.
+PCI_BEHIND_ECAM: Final = (0xE010_0000, 0xFEC0_0000)
 
 #: Of each channel: the task file, the control port, and the line.
 IDE_CHANNELS: Final = ((0x1F0, 0x3F6, 14), (0x170, 0x376, 15))

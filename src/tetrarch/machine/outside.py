@@ -1,4 +1,4 @@
-"""What a saved machine had of its host: disks, networks, sockets.
+"""What a saved machine had of its host: disks, networks, sockets, firmware.
 
 The file tells what they were, for the user to read; none is opened because a file names it.
 They are given anew, as many and in the same order; those of devices that were plugged in while
@@ -26,6 +26,7 @@ _KINDS: Final = {
     "net": "network",
     "virtio_console": "virtio console",
     "vsock": "vsock socket",
+    "firmware": "firmware",
 }
 #: Drivers of devices that are plugged in later, and what each has of the host.
 _BUSES: Final[Mapping[str, Bus]] = {"virtio-blk-pci": "virtio", "nvme": "nvme"}
@@ -58,6 +59,7 @@ class Outside:
             "net": [str(net) for net in config.net],
             "virtio_console": [_text(port) for port in config.virtio_console],
             "vsock": [str(config.vsock)] if pc.vsock is not None else [],
+            "firmware": [str(config.firmware)] if config.firmware is not None else [],
         }
         later = []
         for name, added in pc.hotplug.added.items() if pc.hotplug is not None else ():
@@ -112,6 +114,8 @@ class Outside:
             had, given = self.options[option], getattr(config, option)
             if option == "vsock":  # one too many is not used
                 given = had if given is not None else ()
+            elif option == "firmware":
+                given = (given,) if given is not None else ()
             if len(had) != len(given):
                 many = f"{len(had)} {what}{'s' if len(had) != 1 else ''}"
                 listed = f", {', '.join(had)}" if had else ""

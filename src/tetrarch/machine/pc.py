@@ -22,15 +22,15 @@ from tetrarch.devices import (
     AcpiPm,
     DebugExit,
     Port92,
-    PvPanic,
     ResetCf9,
     RtcCmos,
     Uart16550,
     acpi_pm,
+    debug_console,
     debug_exit,
+    fw_cfg,
     i8042,
     port_92,
-    pvpanic,
     reset_cf9,
     rtc_cmos,
     uart16550,
@@ -43,6 +43,7 @@ from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.disks import MachineDisk, machine_disks
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.events import Events
+from tetrarch.machine.firmware import MachineFirmware
 from tetrarch.machine.hotplug import HotPlug
 from tetrarch.machine.netdevs import Netdevs
 from tetrarch.machine.networks import machine_nets
@@ -111,6 +112,7 @@ class Pc:
     netdevs: Netdevs
     hotplug: HotPlug | None
     """A stand-in for the engine has none."""
+    firmware: MachineFirmware | None = None
 
     def save(self) -> dict[str, State]:
         return {name: device.save() for name, device in self.devices.items()}
@@ -166,14 +168,12 @@ def assemble_pc(
     end: Callable[[ExitStatus | BaseException], None],
     stop: OnStop,
     events: Events,
-    panicked: Callable[[], None],
 ) -> Pc:
     """Makes the devices and attaches them to ``vm``.
 
     ``end`` is called, on a vCPU's thread, when the guest switches the machine off or resets it,
     and with what a filter of a network raises; ``stop`` where the machine is to be held for a
-    disk. ``events`` hears of disks, of the balloon and of devices that are out; ``panicked`` is
-    called when the guest says that it has.
+    disk. ``events`` hears of disks, of the balloon and of devices that are out.
     """
 
     def line(gsi: int) -> Callable[[bool], None]:
@@ -191,11 +191,11 @@ def assemble_pc(
     uart = Uart16550(vm.irq_source(uart16550.GSI))
     rtc = RtcCmos(line(rtc_cmos.GSI), vm.clock_ns, vm.ram)
     keyboard = I8042(line(i8042.GSI), reset("the keyboard controller"))
-    acpi = AcpiPm(line(acpi_pm.GSI), vm.clock_ns, power_off)
+    with_firmware = config.firmware is not None
+    acpi = AcpiPm(line(acpi_pm.GSI), vm.clock_ns, power_off, firmware=with_firmware)
     control_a = Port92(reset("port 0x92"))
     reset_control = ResetCf9(reset("port 0xCF9"))
-    panic_port = PvPanic(panicked, lambda: events.tell("guest-crashloaded", action="run"))
-    pci = PciBus(vm)
+    pci = PciBus(vm, chipset=with_firmware)
     blocks = BlockNodes(stop, events)
     netdevs = Netdevs(config.name, end)
     hot_plug: HotPlug | None = None
@@ -226,7 +226,6 @@ def assemble_pc(
         PortRange(rtc_cmos.PORT_BASE, rtc_cmos.PORTS, rtc),  # GSI 8
         PortRange(port_92.PORT_BASE, port_92.PORTS, control_a),
         PortRange(uart16550.PORT_BASE, uart16550.PORTS, uart),  # GSI 4
-        PortRange(pvpanic.PORT_BASE, pvpanic.PORTS, panic_port),
         PortRange(acpi_pm.PORT_BASE, acpi_pm.PORTS, acpi),  # GSI 9, level
         PortRange(machine_map.PCI_HOTPLUG, hotplug.PORTS, plugged.hotplug, sizes=(4,)),
         PortRange(bus.ADDRESS_PORT, 4, pci.address_port, sizes=(4,)),
@@ -236,6 +235,16 @@ def assemble_pc(
     if config.debug_exit:
         devices["debug-exit"] = ender = DebugExit(leave)
         ports.append(PortRange(debug_exit.PORT_BASE, debug_exit.PORTS, ender))
+
+    firmware: MachineFirmware | None = None
+    if config.firmware is not None and isinstance(vm, Vm):
+        firmware = MachineFirmware(vm, config.firmware)
+        devices |= {"fw-cfg": firmware.fw_cfg, "debug-console": firmware.debug_console}
+        ports += [
+            PortRange(fw_cfg.SELECTOR_PORT, 2, firmware.fw_cfg.ports),
+            PortRange(fw_cfg.DMA_PORT, fw_cfg.DMA_PORTS, firmware.fw_cfg.dma),
+            *(PortRange(port, 1, firmware.debug_console) for port in debug_console.PORTS),
+        ]
 
     for base, length, device, sizes in ports:
         vm.attach_ports(base, length, device, sizes=sizes)
@@ -313,4 +322,5 @@ def assemble_pc(
         blocks,
         netdevs,
         hot_plug,
+        firmware,
     )

@@ -17,6 +17,13 @@ from tetrarch.devices._state import DeviceState, State, register
 from tetrarch.errors import ConfigError
 from tetrarch.machine import map as machine_map
 from tetrarch.machine.engine_vm import EngineVm
+from tetrarch.pci.chipset import (
+    ISA_SLOT,
+    POWER_FUNCTION,
+    host_bridge,
+    isa_bridge,
+    power_management,
+)
 from tetrarch.pci.config_space import CONFIG_BYTES
 from tetrarch.pci.function import Bar, Identity, PciFunction
 
@@ -60,10 +67,12 @@ class PciConfigState(DeviceState):
 class PciBus:
     """Bus 0. Attach ``address_port``, ``data_ports`` and ``ecam``; then plug functions.
 
+    ``chipset``: with the one that firmware knows, which has slot 0 and another.
+
     Lock: ``_lock``, held for a change of the slots; then a function's.
     """
 
-    def __init__(self, vm: EngineVm) -> None:
+    def __init__(self, vm: EngineVm, *, chipset: bool = False) -> None:
         self.state = PciConfigState()
         self.address_port = PciAddressPort(self.state)
         self.data_ports = PciDataPorts(self)
@@ -71,8 +80,15 @@ class PciBus:
         self._vm = vm
         self._lock = threading.Lock()
         self._slots: dict[int, PciFunction] = {}
-        self._bridge = PciFunction(vm, HOST_BRIDGE, interrupt_pin=False)
+        self._bridge = (
+            host_bridge(vm) if chipset else PciFunction(vm, HOST_BRIDGE, interrupt_pin=False)
+        )
         self.plug(self._bridge, slot=0)
+        self._isa: dict[int, PciFunction] = {}
+        """The functions of the slot that alone has several."""
+        if chipset:
+            self._isa = {0: isa_bridge(vm), POWER_FUNCTION: power_management(vm)}
+            self.plug(self._isa[0], slot=ISA_SLOT)
 
     def plug(self, function: PciFunction, slot: int | None = None) -> int:
         """Puts a function into a slot, a free one if none is given, and places its BARs."""
@@ -100,20 +116,28 @@ class PciBus:
 
     def read(self, devfn: int, offset: int, size: int) -> int:
         """Configuration space of (slot << 3 | function number); all ones where nobody is."""
-        function = self.function(devfn >> 3)
-        if function is None or devfn & 7 or offset + size > CONFIG_BYTES:
+        function = self._at(devfn)
+        if function is None or offset + size > CONFIG_BYTES:
             return all_ones(size)
         return function.read_config(offset, size)
 
     def write(self, devfn: int, offset: int, size: int, value: int) -> None:
-        function = self.function(devfn >> 3)
-        if function is not None and not devfn & 7 and offset + size <= CONFIG_BYTES:
+        function = self._at(devfn)
+        if function is not None and offset + size <= CONFIG_BYTES:
             function.write_config(offset, size, value)
 
+    def _at(self, devfn: int) -> PciFunction | None:
+        slot, number = devfn >> 3, devfn & 7
+        if number:
+            return self._isa.get(number) if slot == ISA_SLOT else None
+        return self.function(slot)
+
     def reset(self) -> None:
-        """The mechanism and the bridge; a device resets its own function, then ``place``."""
+        """The mechanism and the bridges; a device resets its own function, then ``place``."""
         self.state.reset()
         self._bridge.reset()
+        for function in self._isa.values():
+            function.reset()
 
     def place(self) -> None:
         """Gives each BAR an address again, as firmware does after a reset."""
@@ -125,11 +149,15 @@ class PciBus:
                 placed.append(function)
 
     def save(self) -> State:
-        return {**self.state.save(), "bridge": self._bridge.save()}
+        isa = {str(number): function.save() for number, function in self._isa.items()}
+        return {**self.state.save(), "bridge": self._bridge.save(), "isa": isa}
 
     def load(self, state: State) -> None:
         self.state.load(state)
         self._bridge.load(state.get("bridge", {}))
+        isa = state.get("isa")
+        for number, function in self._isa.items():
+            function.load(isa.get(str(number), {}) if isinstance(isa, dict) else {})
 
 
 #: From this size on a 64-bit BAR goes above 4 GiB.
