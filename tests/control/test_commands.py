@@ -91,6 +91,9 @@ async def machine(session: Session) -> None:
         "Unable to wake up: guest is not in suspended state",
     )
 
+    words = "There is no console to take a screendump from"
+    assert await session.refused("screendump", filename="/x") == ("GenericError", words)
+
     async def shown(line: str) -> str:
         text = await session.run("human-monitor-command", command_line=line)
         assert isinstance(text, str)
@@ -124,6 +127,29 @@ async def disks(session: Session, image: Path) -> None:
     _, words = await session.refused("block_resize", device="disk0", size=-1)
     assert "'size'" in words
     assert (await session.refused("block_resize", device="nope", size=512))[0] == "DeviceNotFound"
+    await stopped_under_load(session)
+
+
+async def stopped_under_load(session: Session) -> None:
+    """Nothing is read while the machine stands, and all that was asked for after it."""
+
+    async def read() -> int:
+        (disk,) = await session.run("query-blockstats")
+        return int(disk["stats"]["rd_bytes"])
+
+    before = await read()
+    copy = "while dd if=/dev/vda of=/dev/null bs=16k iflag=direct 2>/dev/null; do :; done"
+    await session.shell(f"{copy} & true")
+    for _ in range(3):
+        while await read() < before + MIB:
+            await asyncio.sleep(0.01)
+        await session.run("stop")
+        before = await read()
+        assert (await session.run("query-status"))["status"] == "paused"
+        await asyncio.sleep(0.05)
+        assert await read() == before
+        await session.run("cont")
+    assert "DONE" in await session.shell("kill $!; wait; dd if=/dev/vda of=/dev/null bs=1M")
 
 
 async def plugging(session: Session, image: Path) -> None:

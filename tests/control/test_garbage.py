@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import resource
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.control.conftest import Make
 
+from tetrarch import HostError
+from tetrarch.control import Client
 from tetrarch.control.json_stream import JsonStream, NotJson, TooLarge
 
 LIMIT_S = 30
+MIB = 1 << 20
 NEGOTIATE = b'{"execute": "qmp_capabilities"}'
 
 
@@ -135,6 +140,46 @@ def test_text_that_is_too_large_ends_the_connection(ready: Wire, data: bytes) ->
         return
     with contextlib.suppress(ConnectionError):
         assert ready.read() is None
+
+
+def test_line_without_end_that_is_no_json_costs_nothing(ready: Wire) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ready.send(b"x")
+    assert "JSON parse error" in description(ready.read())
+    line = b"x" * MIB
+    for _ in range(100):
+        ready.send(line)
+    ready.send(b"\n")
+    assert ready.ask(b'{"execute": "query-name", "id": 1}')["id"] == 1
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 32 << 10, "KiB"
+
+
+def test_clients_beyond_what_there_can_be_are_hung_up_on(wire: Wire, socket_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        others = []
+        for _ in range(200):
+            other = stack.enter_context(socket.socket(socket.AF_UNIX))
+            other.connect(str(socket_path))
+            other.settimeout(LIMIT_S)
+            others.append(other)
+        heard = [other.makefile("rb").readline() for other in others]
+        assert sum(b'"QMP"' in line for line in heard) == 63
+        refused = [json.loads(line)["error"]["desc"] for line in heard if b'"QMP"' not in line]
+        assert set(refused) == {"the machine has 64 clients already"}
+        with pytest.raises(HostError, match="has 64 clients already"):
+            Client(socket_path)
+        assert wire.ask(NEGOTIATE) == {"return": {}}
+        for other in others:
+            other.close()
+        # Their places are free when the machine has seen that they went.
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            late = stack.enter_context(socket.socket(socket.AF_UNIX))
+            late.connect(str(socket_path))
+            if b'"QMP"' in late.makefile("rb").readline():
+                break
+            assert time.monotonic() < deadline
 
 
 def test_half_a_command_is_nothing(ready: Wire) -> None:

@@ -87,6 +87,42 @@ def test_machine_is_stopped_resumed_reset_and_ended(make: Make, socket_path: Pat
     assert "quit" in status.detail
 
 
+def test_stopped_machine_can_be_ended(make: Make, socket_path: Path) -> None:
+    vm = started(make)
+
+    async def talk(client: QMPClient) -> None:
+        await client.execute("stop")
+        await event(client, "STOP")
+        assert await client.execute("quit") == {}
+        assert await event(client, "SHUTDOWN") == {"guest": False, "reason": "host-qmp-quit"}
+
+    session(socket_path, talk)
+    assert vm.wait(LIMIT_S).reason is StopReason.STOPPED
+
+
+def test_device_that_its_guest_does_not_give_up_stays(make: Make, socket_path: Path) -> None:
+    # This guest knows nothing of hot-plug.
+    vm = started(make)
+
+    async def talk(client: QMPClient) -> None:
+        device = {"driver": "virtio-rng-pci", "id": "kept"}
+        await client.execute("device_add", device)
+        await client.execute("device_del", {"id": "kept"})
+        await client.execute("device_del", {"id": "kept"})
+        with pytest.raises(ExecuteError, match="Duplicate device ID 'kept'"):
+            await client.execute("device_add", device)
+        shown = await client.execute("human-monitor-command", {"command-line": "info pci"})
+        assert 'id "kept"' in str(shown)
+        await client.execute("stop")
+        # Nothing came before: it is not out.
+        await event(client, "STOP")
+        await client.execute("cont")
+        await event(client, "RESUME")
+
+    session(socket_path, talk)
+    assert vm.running
+
+
 def test_machine_tells_what_it_is(make: Make, socket_path: Path) -> None:
     make()
 

@@ -49,7 +49,10 @@ class Client:
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(self._path)
-            self.greeting: dict[str, Any] = self._message(timeout).get("QMP", {})
+            first = self._message(timeout)
+            if isinstance(refusal := first.get("error"), dict):
+                raise HostError(str(refusal.get("desc")))
+            self.greeting: dict[str, Any] = first.get("QMP", {})
             """Version and capabilities of the machine's side."""
             self.execute("qmp_capabilities", timeout=timeout)
         except ControlError:

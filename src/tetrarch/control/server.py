@@ -7,12 +7,15 @@ until the machine has ended and its clients have been told.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from tetrarch.control.protocol import QmpError, encode, error_reply
 from tetrarch.control.session import Session
 from tetrarch.machine.events import MachineEvent
 from tetrarch.sockets import ListeningSocket
@@ -67,7 +70,7 @@ class ControlServer:
         while (connection := self._socket.accept()) is not None:
             with self._lock:
                 if self._closed or len(self._sessions) >= _CLIENTS_MAX:
-                    connection.close()
+                    _turn_away(connection)
                     continue
                 session = Session(connection, self._machine)
                 self._sessions.add(session)
@@ -81,3 +84,10 @@ class ControlServer:
         finally:
             with self._lock:
                 self._sessions.discard(session)
+
+
+def _turn_away(connection: socket.socket) -> None:
+    """What is sent first never waits."""
+    refusal = QmpError(f"the machine has {_CLIENTS_MAX} clients already")
+    with suppress(OSError), connection:
+        connection.send(encode(error_reply(refusal)))
