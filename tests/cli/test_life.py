@@ -325,6 +325,17 @@ def test_watcher_types_nothing(cli: Cli, start: Callable[..., None]) -> None:
     assert cli("console", "--history", "web").stdout == "readyyes"
 
 
+def test_last_lines_of_a_console(cli: Cli, start: Callable[..., None]) -> None:
+    start("web")
+    vm = tetrarch.connect("web")
+    vm.console.expect("ready")
+    vm.console.send("\none\ntwo\nthree")
+    vm.console.expect("three")
+    for lines, said in ((0, ""), (1, "three"), (2, "two\nthree"), (99, "ready\none\ntwo\nthree")):
+        assert cli("console", "--tail", str(lines), "web").stdout == said
+    assert cli("console", "--tail", "-1", "web").returncode == 2
+
+
 def test_console_that_goes_elsewhere(cli: Cli, start: Callable[..., None], tmp_path: Path) -> None:
     start("web", "--console", f"file={tmp_path / 'said'}")
     done = cli("console", "web")
@@ -367,6 +378,19 @@ def test_log_tells_how_a_guest_ended_after_its_end(cli: Cli, start: Callable[...
     assert words[1] == "tetrarch: the guest crashed: triple fault"
     assert words[-2:] == ("console: ready", "console: last words")
     assert cli("logs", "db").stderr.startswith("tetrarch: there is no log of db;")
+
+
+def test_log_is_followed_until_the_machine_ends(cli: Cli, start: Callable[..., None]) -> None:
+    start("web")
+    with subprocess.Popen(
+        [sys.executable, "-m", "tetrarch", "logs", "-f", "web"], stdout=subprocess.PIPE, text=True
+    ) as follower:
+        assert follower.stdout is not None
+        assert "web runs in process" in follower.stdout.readline()
+        assert follower.poll() is None
+        cli("kill", "web")
+        assert "the guest was stopped" in follower.stdout.read()
+        assert follower.wait(LIMIT_S) == 0
 
 
 def test_stat_shows_counters_once_and_again(cli: Cli, start: Callable[..., None]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from qemu.qmp import ExecuteError, QMPClient
 from tests.control.test_session import connected
 
-from tetrarch import Machine
+from tetrarch import Machine, StopReason
 from tetrarch.images import CachedGuest
 
 LIMIT_S = 120
@@ -77,6 +77,7 @@ def test_linux_guest_under_every_command(
                 await networks(session, socket_path.with_name("net"))
                 await failing_disk(session, image)
                 await memory(session, tmp_path / "core")
+                await panic(session, vm)
 
         asyncio.run(talk())
 
@@ -254,3 +255,14 @@ async def memory(session: Session, core: Path) -> None:
     assert 1 << 20 < core.stat().st_size < 3 << 20
     assert (await session.run("query-dump"))["completed"] == 1 << 20
     assert (await session.run("query-dump-guest-memory-capability")) == {"formats": ["elf"]}
+
+
+async def panic(session: Session, vm: Machine) -> None:
+    vm.console.send("echo c > /proc/sysrq-trigger\n")
+    # By the guest's driver for pvpanic, then since it stays so.
+    assert await session.event("GUEST_PANICKED") == {"action": "run"}
+    assert await session.event("GUEST_PANICKED") == {"action": "poweroff"}
+    assert await session.event("SHUTDOWN") == {"guest": True, "reason": "guest-panic"}
+    status = await asyncio.to_thread(vm.wait, LIMIT_S)
+    assert status.reason is StopReason.CRASHED
+    assert status.detail == "Kernel panic - not syncing: sysrq triggered crash"

@@ -29,7 +29,10 @@ class Guest:
         self.measured = threading.Semaphore(0)
         self.panics: list[str] = []
         self.panicked = threading.Event()
-        self.watch = PanicWatch(self.cpu_time, self.in_kernel, self.on_panic, interval=0.01)
+        self.told = 0
+        self.watch = PanicWatch(
+            self.cpu_time, self.in_kernel, self.on_panic, self.on_told, interval=0.01
+        )
 
     def cpu_time(self) -> float:
         self.measured.release()
@@ -38,6 +41,9 @@ class Guest:
     def in_kernel(self) -> bool | None:
         self.looks += 1
         return next(self.places)
+
+    def on_told(self) -> None:
+        self.told += 1
 
     def on_panic(self, message: str) -> None:
         self.panics.append(message)
@@ -63,6 +69,29 @@ def wait_for_checks() -> None:
     for thread in threading.enumerate():
         if thread.name == "panic-watch":
             thread.join(LIMIT_S)
+
+
+def test_guest_that_tells_of_its_panic_is_looked_at_without_a_line(
+    guest: Callable[..., Guest],
+) -> None:
+    one = guest(busy=True, places=[True] * 4)
+    one.watch.told()
+    one.watch.told()
+    assert one.panicked.wait(LIMIT_S)
+    assert one.panics == ["a kernel panic, told by pvpanic"]
+    assert one.told == 1
+
+
+def test_guest_that_suspects_itself_again_and_again_costs_one_thread(
+    guest: Callable[..., Guest],
+) -> None:
+    one = guest(busy=False, places=[])
+    for _ in range(500):
+        one.watch.told()
+        one.watch.feed(PANIC + b"and goes on\n")
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count("panic-watch") == 1
+    assert one.panics == []
 
 
 def test_busy_kernel_after_the_line_is_a_panic(guest: Callable[..., Guest]) -> None:

@@ -6,7 +6,7 @@ from typing import Final
 
 from tetrarch.boot import aml
 from tetrarch.boot.layout import ACPI_BASE, ACPI_END, align_up
-from tetrarch.devices import acpi_pm, i8042, reset_cf9, rtc_cmos, uart16550
+from tetrarch.devices import acpi_pm, i8042, pvpanic, reset_cf9, rtc_cmos, uart16550
 from tetrarch.errors import ConfigError
 from tetrarch.machine import map as machine_map
 from tetrarch.pci import bus as pci_bus
@@ -129,7 +129,7 @@ def _madt(vcpus: int) -> bytes:
 def _pnp(path: str, hid: str, *descriptors: bytes, uid: int = 0) -> bytes:
     return aml.device(
         path,
-        aml.name("_HID", aml.eisa_id(hid)),
+        aml.name("_HID", aml.string(hid) if len(hid) > 7 else aml.eisa_id(hid)),
         aml.name("_UID", aml.integer(uid)),
         aml.name("_STA", aml.integer(0x0F)),
         aml.name("_CRS", aml.resources(*descriptors)),
@@ -278,6 +278,7 @@ def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes], firmware: bool)
             line(uart16550.GSI),
             uid=1,
         ),
+        _pnp("PVP", pvpanic.ACPI_ID, port(pvpanic.PORT_BASE, pvpanic.PORTS)),
         # Motherboard resources: what is taken and has no driver of its own.
         _pnp(
             "MBRD",

@@ -35,13 +35,16 @@ def attach(name: str, read_only: bool) -> None:
         print(f"\r\ntetrarch: {name} {how}", file=sys.stderr, flush=True)
 
 
-def show_history(name: str) -> None:
-    """What the guest has said, as far as it is kept."""
+def show_history(name: str, lines: int | None = None) -> None:
+    """What the guest has said, as far as it is kept; of that the last ``lines``."""
+    said = bytearray()
     with _console(name) as stream:
         # Who types no more gets what there is, and no more either.
         stream.shutdown(socket.SHUT_WR)
         while data := stream.recv(_READ_BYTES):
-            _write(data)
+            said += data
+    kept = bytes(said).splitlines(keepends=True)
+    _write(b"".join(kept if lines is None else kept[len(kept) - min(lines, len(kept)) :]))
 
 
 def _console(name: str) -> socket.socket:

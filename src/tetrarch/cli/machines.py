@@ -105,6 +105,10 @@ def console(
     history: Annotated[
         bool, typer.Option("--history", help="Show what the guest has said so far, and end.")
     ] = False,
+    tail: Annotated[
+        int | None,
+        typer.Option(metavar="LINES", min=0, help="Show the last lines of that, and end."),
+    ] = None,
 ) -> None:
     """Attach to the serial console, with what the guest has said so far. Ctrl-] detaches.
 
@@ -112,8 +116,8 @@ def console(
     """
     from tetrarch.cli.attach import attach, show_history
 
-    if history:
-        show_history(name)
+    if history or tail is not None:
+        show_history(name, tail)
     else:
         attach(name, read_only)
 

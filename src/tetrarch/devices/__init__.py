@@ -6,6 +6,7 @@ from tetrarch.devices.debug_exit import DebugExit
 from tetrarch.devices.fw_cfg import FwCfg, FwCfgCore
 from tetrarch.devices.i8042 import I8042, I8042Core
 from tetrarch.devices.port_92 import Port92
+from tetrarch.devices.pvpanic import PvPanic
 from tetrarch.devices.reset_cf9 import ResetCf9
 from tetrarch.devices.rtc_cmos import RtcCmos, RtcCmosCore
 from tetrarch.devices.uart16550 import Uart16550
@@ -20,6 +21,7 @@ __all__ = [
     "FwCfgCore",
     "I8042Core",
     "Port92",
+    "PvPanic",
     "ResetCf9",
     "RtcCmos",
     "RtcCmosCore",

@@ -36,7 +36,7 @@ __all__ = [
 DEFAULT_APPEND = "console=ttyS0 quiet"
 """The kernel's command line when the user gives none."""
 
-RECIPE_VERSION = 14
+RECIPE_VERSION = 15
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -54,6 +54,7 @@ GUEST_MODULES = (
     "virtio_rng",
     "virtio_input",
     "evdev",
+    "pvpanic_mmio",
     "vmw_vsock_virtio_transport",
     "ahci",
     "ata_piix",

@@ -25,12 +25,15 @@ EventName = Literal[
     "resume",
     "powerdown",
     "guest-panicked",
+    "guest-crashloaded",
     "balloon-change",
     "block-io-error",
     "device-deleted",
     "dump-completed",
 ]
-_LIMITED: frozenset[EventName] = frozenset({"balloon-change", "block-io-error"})
+_LIMITED: frozenset[EventName] = frozenset(
+    {"balloon-change", "block-io-error", "guest-panicked", "guest-crashloaded"}
+)
 _INTERVAL_S = 1.0
 EVENTS: tuple[EventName, ...] = get_args(EventName)
 

@@ -147,9 +147,10 @@ class Machine:
             self._threads.busy_time,
             self._threads.in_kernel,
             partial(_panicked, self._events, end),
+            partial(self._events.tell, "guest-panicked", action="run"),
         )
         try:
-            self._pc = assemble_pc(vm, self.config, end, _holder(self), self._events)
+            self._pc = assemble_pc(vm, self.config, end, _holder(self), self._events, panic.told)
         except EngineError as error:
             raise HostError(
                 f"cannot make the machine's devices: {engine_cause(error)}",
@@ -288,8 +289,7 @@ class Machine:
         """Calls ``listener`` with each such event from now on, one at a time, on a thread of
         their own. What it raises ends the machine and comes out of ``wait()``.
 
-        The events are shutdown, reset, stop, resume, powerdown and guest-panicked; docs/control.md
-        has their data. Raises ConfigError for another name.
+        The events are those of docs/control.md, in lower case. Raises ConfigError for another name.
         """
         self._events.on(event, listener)
 

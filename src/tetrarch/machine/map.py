@@ -9,6 +9,7 @@ memory      0 .. 0xBFFF_FFFF                RAM, up to 3 GiB of it
             4 GiB .. end                    the rest of the RAM
             the next multiple of 64 GiB ..  PCI: large BARs, 64 GiB
 ports       0x0600 .. 0x060F                ACPI: fixed hardware, general-purpose events
+            0x0610                          pvpanic
             0x0620 .. 0x062B                PCI: hot-plug
             0x0CF8 .. 0x0CFF                PCI: configuration
             0xC000 .. 0xFFFF                PCI: BARs

@@ -10,6 +10,9 @@ with cat has it too. So the line only raises a suspicion. It holds while
 - nothing more comes on the console (a panicked kernel is silent after it),
 - the vCPU is busy (an idle guest is not, its shell waits in HLT), and
 - the vCPU is found in the kernel, ring 0, again and again.
+
+A kernel with a driver for pvpanic says it itself, which raises the suspicion too: its console may
+be another one, and whether it will stay so, or reboot, it does not say.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ _BUSY_SHARE = 0.5
 
 
 class PanicWatch:
-    """Follows the console's output; calls ``on_panic`` with the panic's message.
+    """Follows the console's output; calls ``on_panic`` with the panic's message, and ``on_told``
+    where the guest itself says that it panicked.
 
     ``busy_time`` says for how many seconds the vCPU's thread has had work;
     ``in_kernel`` looks where the vCPUs are, None if it cannot see.
@@ -45,15 +49,19 @@ class PanicWatch:
         busy_time: Callable[[], float],
         in_kernel: Callable[[], bool | None],
         on_panic: Callable[[str], None],
+        on_told: Callable[[], None] = lambda: None,
         interval: float = _INTERVAL_S,
     ) -> None:
         self._busy_time = busy_time
         self._in_kernel = in_kernel
         self._on_panic = on_panic
+        self._on_told = on_told
         self._interval = interval
         self._line = bytearray()
-        # Written by the thread that feeds, read by the checking thread: one reference.
+        # Taken for a change of the two below, but where the suspicion is merely put aside.
+        self._lock = threading.Lock()
         self._suspicion: str | None = None
+        self._checking = False
         self._closed = threading.Event()
         # Held where a panic is told: after forget() none of before is.
         self._telling = threading.Lock()
@@ -65,6 +73,12 @@ class PanicWatch:
         for part in lines:
             self._end_line()
             self._extend(part)
+
+    def told(self) -> None:
+        """By pvpanic, on any thread, as often as the guest likes."""
+        if self._suspicion is None:
+            self._on_told()
+            self._suspect("a kernel panic, told by pvpanic")
 
     def forget(self) -> None:
         """The guest was reset: what it printed says nothing of the next one."""
@@ -86,13 +100,27 @@ class PanicWatch:
         self._line.clear()
         match = _PANIC_LINE.match(line)
         if match is not None:
-            suspicion = match[1].decode("utf-8", "replace")
-            self._suspicion = suspicion
-            threading.Thread(
-                target=self._check, args=(suspicion,), name="panic-watch", daemon=True
-            ).start()
+            self._suspect(match[1].decode("utf-8", "replace"))
 
-    def _check(self, suspicion: str) -> None:
+    def _suspect(self, suspicion: str) -> None:
+        with self._lock:
+            self._suspicion = suspicion
+            if self._checking:
+                return
+            self._checking = True
+        threading.Thread(target=self._check, name="panic-watch", daemon=True).start()
+
+    def _check(self) -> None:
+        """One thread, however often the guest makes itself suspected."""
+        while (suspicion := self._next()) is not None:
+            self._look_at(suspicion)
+
+    def _next(self) -> str | None:
+        with self._lock:
+            self._checking = self._suspicion is not None and not self._closed.is_set()
+            return self._suspicion if self._checking else None
+
+    def _look_at(self, suspicion: str) -> None:
         good = 0
         while good < _CHECKS:
             busy_before, wall_before = self._busy_time(), time.monotonic()
@@ -102,8 +130,15 @@ class PanicWatch:
             # Idle, or not to be seen: look again.
             in_kernel = self._in_kernel() if busy >= _BUSY_SHARE else None
             if in_kernel is False:
+                self._drop(suspicion)
                 return  # a program runs: the line was only text
             good = good + 1 if in_kernel else 0
         with self._telling:
             if not self._closed.is_set() and self._suspicion is suspicion:
                 self._on_panic(suspicion)
+        self._drop(suspicion)
+
+    def _drop(self, suspicion: str) -> None:
+        with self._lock:
+            if self._suspicion is suspicion:
+                self._suspicion = None

@@ -22,6 +22,7 @@ from tetrarch.devices import (
     AcpiPm,
     DebugExit,
     Port92,
+    PvPanic,
     ResetCf9,
     RtcCmos,
     Uart16550,
@@ -31,6 +32,7 @@ from tetrarch.devices import (
     fw_cfg,
     i8042,
     port_92,
+    pvpanic,
     reset_cf9,
     rtc_cmos,
     uart16550,
@@ -168,12 +170,14 @@ def assemble_pc(
     end: Callable[[ExitStatus | BaseException], None],
     stop: OnStop,
     events: Events,
+    panicked: Callable[[], None],
 ) -> Pc:
     """Makes the devices and attaches them to ``vm``.
 
     ``end`` is called, on a vCPU's thread, when the guest switches the machine off or resets it,
     and with what a filter of a network raises; ``stop`` where the machine is to be held for a
-    disk. ``events`` hears of disks, of the balloon and of devices that are out.
+    disk. ``events`` hears of disks, of the balloon and of devices that are out; ``panicked`` is
+    called when the guest says that it has.
     """
 
     def line(gsi: int) -> Callable[[bool], None]:
@@ -195,6 +199,7 @@ def assemble_pc(
     acpi = AcpiPm(line(acpi_pm.GSI), vm.clock_ns, power_off, firmware=with_firmware)
     control_a = Port92(reset("port 0x92"))
     reset_control = ResetCf9(reset("port 0xCF9"))
+    panic_port = PvPanic(panicked, lambda: events.tell("guest-crashloaded", action="run"))
     pci = PciBus(vm, chipset=with_firmware)
     blocks = BlockNodes(stop, events)
     netdevs = Netdevs(config.name, end)
@@ -226,6 +231,7 @@ def assemble_pc(
         PortRange(rtc_cmos.PORT_BASE, rtc_cmos.PORTS, rtc),  # GSI 8
         PortRange(port_92.PORT_BASE, port_92.PORTS, control_a),
         PortRange(uart16550.PORT_BASE, uart16550.PORTS, uart),  # GSI 4
+        PortRange(pvpanic.PORT_BASE, pvpanic.PORTS, panic_port),
         PortRange(acpi_pm.PORT_BASE, acpi_pm.PORTS, acpi),  # GSI 9, level
         PortRange(machine_map.PCI_HOTPLUG, hotplug.PORTS, plugged.hotplug, sizes=(4,)),
         PortRange(bus.ADDRESS_PORT, 4, pci.address_port, sizes=(4,)),
