@@ -149,10 +149,6 @@ fn unpredictable(i: &Instruction) -> bool {
     if matches!(i.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd) && i.op1_register().size() == 2 {
         return true;
     }
-    // The refresh bit at port 0x61 toggles every 15 µs; the timer counts.
-    if i.mnemonic() == Mnemonic::In && matches!(i.immediate8(), 0x40..=0x43 | 0x61) {
-        return true;
-    }
     matches!(
         i.mnemonic(),
         Mnemonic::Rdtsc | Mnemonic::Rdtscp | Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Rdpru
