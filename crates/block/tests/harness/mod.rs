@@ -7,6 +7,7 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -29,14 +30,17 @@ pub fn image(data: &[u8]) {
     let Some((&first, patches)) = data.split_first() else { return };
     let folder = folder();
     let at = |name: &str| folder.path().join(name);
-    make_chain(folder.path());
-    let patched = match first % 4 {
-        0 => at("top.qcow2"),
-        1 => at("middle.qcow2"),
-        2 => at("disk.vmdk"),
-        _ => at("disk.img"),
+    for (name, bytes) in chain() {
+        std::fs::write(at(name), bytes).expect("room for a file");
+    }
+    // What is patched, and what is then used.
+    let (patched, used) = match first % 4 {
+        0 => ("top.qcow2", "top.qcow2"),
+        1 => ("middle.qcow2", "top.qcow2"),
+        2 => ("disk.vmdk", "disk.vmdk"),
+        _ => ("disk.img", "disk.img"),
     };
-    let file = OpenOptions::new().write(true).open(&patched).expect("it was made here");
+    let file = OpenOptions::new().write(true).open(at(patched)).expect("it was made here");
     for patch in patches.chunks(12) {
         let mut bytes = [0; 12];
         bytes[..patch.len()].copy_from_slice(patch);
@@ -51,9 +55,19 @@ pub fn image(data: &[u8]) {
         file.set_len(keep).expect("a file of this test's");
     }
     drop(file);
-    for name in ["top.qcow2", "disk.vmdk", "disk.img"] {
-        use_image(&at(name), &at("copy.img"));
-    }
+    use_image(&at(used), &at("copy.img"));
+}
+
+/// The good images, by their names, made once.
+fn chain() -> &'static [(&'static str, Vec<u8>)] {
+    static CHAIN: OnceLock<Vec<(&str, Vec<u8>)>> = OnceLock::new();
+    let make = || {
+        let folder = folder();
+        make_chain(folder.path());
+        let read = |name| (name, std::fs::read(folder.path().join(name)).expect("it was made"));
+        ["base.img", "disk.img", "disk.vmdk", "middle.qcow2", "top.qcow2"].map(read).into()
+    };
+    CHAIN.get_or_init(make)
 }
 
 /// In memory where the host has a file system for it, since images are flushed again and again.
