@@ -1,8 +1,8 @@
 """Guests that access their devices' registers in any way.
 
 ``ports`` drives every device of the PC that is Python's from the ranges that it attached, on a
-stand-in for the engine. ``functions`` drives virtio devices over PCI and MMIO: configuration
-space by ports and in memory, base addresses, registers, rings.
+stand-in for the engine. ``functions`` drives virtio devices over PCI and MMIO, and controllers of
+disks: configuration space by ports and in memory, base addresses, registers, rings.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from tetrarch.devices import uart16550
 from tetrarch.devices._access import all_ones
 from tetrarch.pci import PciBus
 from tetrarch.pci.bus import PciAddressPort, PciDataPorts, PciEcam
+from tetrarch.storage.ahci import AhciController
+from tetrarch.storage.drives import AtaDrive
+from tetrarch.storage.ide import IdeController
+from tetrarch.storage.nvme import NvmeController
 from tetrarch.testing import ScriptedVm, pvh_kernel
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
@@ -86,10 +90,14 @@ def kernel() -> str:
 
 
 @functools.cache
-def disk() -> str:
-    descriptor = os.memfd_create("disk")
+def image(number: int) -> str:
+    descriptor = os.memfd_create(f"disk {number}")
     os.truncate(descriptor, 1 << 20)
     return f"/proc/self/fd/{descriptor}"
+
+
+def disk(number: int) -> Disk:
+    return Disk(image(number), image_format="raw")
 
 
 class Wire:
@@ -103,25 +111,31 @@ class Wire:
 
 
 class Bus:
-    """Virtio devices over PCI and one over MMIO, on an engine whose vCPU does not run."""
+    """Devices of each kind on PCI and one over MMIO, on an engine whose vCPU does not run."""
 
     RINGS = 0x10_0000
 
     def __init__(self) -> None:
         self.vm = Vm("bt", 4 * MIB)
-        self.disk = BlkKind(self.vm, Disk(disk(), image_format="raw"), "disk", 2)
+        self.disk = BlkKind(self.vm, disk(0), "disk", 2)
         kinds: list[VirtioKind] = [RngKind(self.vm), self.disk]
         self.pci = PciBus(self.vm)
         self.functions = [VirtioPci(self.vm, kind) for kind in kinds]
-        for function in self.functions:
-            self.pci.plug(function.function)
+        self.controllers: list[Any] = [
+            NvmeController(self.vm, disk(1), queues=2),
+            AhciController(self.vm, [AtaDrive("sata", disk(2))]),
+            IdeController(self.vm, [AtaDrive("ide", disk(3)), AtaDrive("cd", disk(4), cd=True)]),
+        ]
+        self.devices: list[Any] = [*self.functions, *self.controllers]
+        for device in self.devices:
+            self.pci.plug(device.function)
         self.mmio = VirtioMmio(RngKind(self.vm), Wire())
         self.address = PciAddressPort(self.pci.state)
         self.data, self.ecam = PciDataPorts(self.pci), PciEcam(self.pci)
 
     def parts(self) -> list[tuple[Any, int]]:
         """Devices, each with the length of its range."""
-        bars = [bar for one in self.functions for bar in one.function.bars]
+        bars = [bar for one in self.devices for bar in one.function.bars]
         return [
             (self.mmio.below, NOTIFY),
             (self.mmio.doorbells, 4),
@@ -131,7 +145,7 @@ class Bus:
 
 
 def functions(data: bytes) -> None:
-    """Registers and configuration space of virtio devices, and then a good driver."""
+    """Registers and configuration space of devices on PCI, and then a good driver."""
     from tests.virtio.driver import Driver, Mmio, Pci
 
     source = Input(data)
@@ -142,7 +156,7 @@ def functions(data: bytes) -> None:
         match choice & 7:
             case 0 | 1:
                 # A slot that has a function, most of the time, and a register that does something.
-                devfn = (1 + source.number(1) % 3) << 3 if choice & 8 else source.number(1)
+                devfn = (1 + source.number(1) % 6) << 3 if choice & 8 else source.number(1)
                 at = devfn << 12 | source.number(1)
                 size = SIZES[choice >> 4 & 3]
                 if choice & 1:
@@ -163,25 +177,27 @@ def functions(data: bytes) -> None:
                 bus.vm.write_memory(Bus.RINGS + source.number(2), source.bytes(choice >> 3))
             case _:
                 life(source, bus, choice >> 3)
-    for function in bus.functions:
-        function.reset()
+    for device in bus.devices:
+        device.reset()
     bus.mmio.reset()
-    rng, disk = bus.functions
+    rng, blk = bus.functions
     for transport in (Mmio(bus.mmio), Pci(rng)):
         driver = Driver(bus.vm, transport, Bus.RINGS)
         driver.start(1)
         assert driver.ask(0, [(0x8_0000, 16, True)]) == 16
-    driver = Driver(bus.vm, Pci(disk), Bus.RINGS)
+    driver = Driver(bus.vm, Pci(blk), Bus.RINGS)
     driver.start(2)
     bus.vm.write_memory(0x8_0000, (8).to_bytes(16, "little"))
     assert driver.ask(1, [(0x8_0000, 16, False), (0x8_1000, 21, True)]) == 21
     assert bus.vm.read_memory(0x8_1000, 21) == b"disk".ljust(20, b"\0") + b"\0"
     bus.disk.close()
+    for controller in bus.controllers:
+        controller.close()
 
 
 def life(source: Input, bus: Bus, choice: int) -> None:
     """What the machine does with its devices."""
-    device: Any = [*bus.functions, bus.mmio][choice % 3]
+    device: Any = [*bus.devices, bus.mmio][source.number(1) % (len(bus.devices) + 1)]
     match choice >> 2:
         case 0 | 1:
             device.reset()
@@ -195,14 +211,11 @@ def life(source: Input, bus: Bus, choice: int) -> None:
             finally:
                 bus.vm.resume()
         case 4:
-            slot = next(
-                slot
-                for slot in range(1, 32)
-                if bus.pci.function(slot) is bus.functions[choice & 1].function
-            )
+            device = bus.devices[source.number(1) % len(bus.devices)]
+            slot = next(at for at in range(1, 32) if bus.pci.function(at) is device.function)
             bus.pci.unplug(slot)
-            bus.functions[choice & 1].reset()
-            bus.pci.plug(bus.functions[choice & 1].function)
+            device.reset()
+            bus.pci.plug(device.function)
         case _:
             bus.vm.hold()
             bus.vm.resume()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import configs, devices
+from tests.fuzz import configs, devices, steering
 from tests.fuzz.input import Input
 
 from tetrarch import Machine
@@ -420,4 +420,6 @@ TARGETS: dict[str, Target] = {
     "qemu": configs.qemu,
     "firecracker": configs.firecracker,
     "libvirt": configs.libvirt,
+    "qmp": steering.qmp,
+    "gdb": steering.gdb,
 }

@@ -20,6 +20,8 @@ COUNTS = {
     "qemu": 600,
     "firecracker": 600,
     "libvirt": 1200,
+    "qmp": 150,
+    "gdb": 400,
 }
 
 
