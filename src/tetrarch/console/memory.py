@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tetrarch._patience import patience
 from tetrarch.console.backend import Leave, Receive, Resize
@@ -43,6 +45,7 @@ class MemoryConsole:
         self._resize: Resize | None = None
         self._why = ""
         self._failure: BaseException | None = None
+        self._watchers: list[Callable[[], object]] = []
 
     def start(self, receive: Receive, leave: Leave) -> None:
         with self._changed:
@@ -73,7 +76,7 @@ class MemoryConsole:
                 del self._output[:excess]
                 self._dropped += excess
                 self._read_to = max(self._read_to, self._dropped)
-            self._changed.notify_all()
+            self._tell()
 
     def end(self, event: object) -> None:
         """Says what ended the machine, before close(): expect() tells it."""
@@ -87,7 +90,12 @@ class MemoryConsole:
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+            self._tell()
+
+    def _tell(self) -> None:
+        self._changed.notify_all()
+        for tell in self._watchers:
+            tell()
 
     def send(self, data: str | bytes) -> None:
         """Types into the guest; Enter is "\\n". Before the start it is kept until then."""
@@ -115,26 +123,46 @@ class MemoryConsole:
         cause; the message shows the end of the output. Raises MachineStateError when it
         is not there and the machine has not been started.
         """
-        regex = _compiled(pattern)
         limit = patience(timeout)
         deadline = None if limit is None else time.monotonic() + limit
         with self._changed:
-            while True:
-                text = self._unread().decode("utf-8", "surrogateescape")
-                match = regex.search(text)
-                if match is not None:
-                    # The escapes make positions in the text and in the bytes exact.
-                    length = len(text[: match.end()].encode("utf-8", "surrogateescape"))
-                    return self._take(self._read_to - self._dropped + length)
+            while (found := self.find(pattern)) is None:
                 left = None if deadline is None else deadline - time.monotonic()
-                if self._closed or (left is not None and left <= 0):
-                    raise self._missing(pattern, timeout) from self._failure
-                if self._receive is None:
-                    raise MachineStateError(
-                        "expect() waits for a machine that has not been started",
-                        mend="call start() first",
-                    )
+                if left is not None and left <= 0:
+                    raise self.missing(pattern, f"{timeout:g} s passed")
                 self._changed.wait(left)
+            return found
+
+    def find(self, pattern: str | re.Pattern[str]) -> str | None:
+        """What ``expect`` would give without waiting; None where it would wait. Raises as it."""
+        regex = _compiled(pattern)
+        with self._changed:
+            text = self._unread().decode("utf-8", "surrogateescape")
+            match = regex.search(text)
+            if match is not None:
+                # The escapes make positions in the text and in the bytes exact.
+                length = len(text[: match.end()].encode("utf-8", "surrogateescape"))
+                return self._take(self._read_to - self._dropped + length)
+            if self._closed:
+                why = f"the machine ended ({self._why})" if self._why else "the machine ended"
+                raise self.missing(pattern, why) from self._failure
+            if self._receive is None:
+                raise MachineStateError(
+                    "expect() waits for a machine that has not been started",
+                    mend="call start() first",
+                )
+            return None
+
+    @contextmanager
+    def watched(self, tell: Callable[[], object]) -> Iterator[None]:
+        """Meanwhile ``tell`` is called when there is more output, or no more; it must not wait."""
+        with self._changed:
+            self._watchers.append(tell)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._watchers.remove(tell)
 
     @property
     def text(self) -> str:
@@ -142,12 +170,11 @@ class MemoryConsole:
         with self._changed:
             return self._output.decode("utf-8", "replace")
 
-    def _missing(self, pattern: str | re.Pattern[str], timeout: float) -> ExpectTimeout:
-        reason = f"{timeout:g} s passed"
-        if self._closed:
-            reason = f"the machine ended ({self._why})" if self._why else "the machine ended"
+    def missing(self, pattern: str | re.Pattern[str], reason: str) -> ExpectTimeout:
+        """What ``expect`` raises."""
         shown = pattern if isinstance(pattern, str) else pattern.pattern
-        tail = self._unread().decode("utf-8", "replace")[-_SHOWN_CHARS:]
+        with self._changed:
+            tail = self._unread().decode("utf-8", "replace")[-_SHOWN_CHARS:]
         return ExpectTimeout(f"{reason} without {shown!r} on the console, which ends in {tail!r}")
 
     def _unread(self) -> bytes:

@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 from tetrarch.errors import ConfigError
+from tetrarch.machine.event_stream import EventStream
 from tetrarch.machine.status import BY_QUIT, ExitStatus, StopReason
 
 __all__ = ["EVENTS", "EventName", "Events", "MachineEvent", "shutdown_data"]
@@ -60,6 +62,8 @@ class Events:
         self._lock = threading.Lock()
         self._watchers: tuple[Listener, ...] = ()
         self._listeners: tuple[tuple[EventName, Listener], ...] = ()
+        self._streams: WeakSet[EventStream[MachineEvent]] = WeakSet()
+        self._ended = False
         self._queue: queue.SimpleQueue[MachineEvent | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         # Of those that were told within the last second: what has come since.
@@ -93,6 +97,8 @@ class Events:
     def _tell(self, event: MachineEvent) -> None:
         for watcher in self._watchers:
             watcher(event)
+        for stream in self._all_streams():
+            stream.put(event.name, event)
         if self._listeners:
             self._queue.put(event)
 
@@ -104,16 +110,33 @@ class Events:
     def on(self, name: EventName, listener: Listener) -> None:
         """``listener`` is called with each event of that name, one at a time, on a thread of
         their own. Raises ConfigError for a name that no event has."""
-        if name not in EVENTS:
-            raise ConfigError(f"{name!r} is no event", mend=f"there are {', '.join(EVENTS)}")
+        _require_event(name)
         with self._lock:
             self._listeners += ((name, listener),)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._call, name="events", daemon=True)
                 self._thread.start()
 
+    def stream(self, *names: EventName) -> EventStream[MachineEvent]:
+        """Those of the names, or all, from now on. Raises ConfigError as ``on`` does."""
+        for name in names:
+            _require_event(name)
+        stream: EventStream[MachineEvent] = EventStream(names)
+        with self._lock:
+            self._streams.add(stream)
+        if self._ended:
+            stream.end()
+        return stream
+
+    def _all_streams(self) -> list[EventStream[MachineEvent]]:
+        with self._lock:
+            return list(self._streams)
+
     def end(self) -> None:
         """There are no more."""
+        self._ended = True
+        for stream in self._all_streams():
+            stream.end()
         self._watchers = ()
         self._queue.put(None)
 
@@ -125,6 +148,11 @@ class Events:
                         listener(event)
                     except BaseException as error:
                         self._fail(error)
+
+
+def _require_event(name: str) -> None:
+    if name not in EVENTS:
+        raise ConfigError(f"{name!r} is no event", mend=f"there are {', '.join(EVENTS)}")
 
 
 _CAUSES = {

@@ -52,6 +52,7 @@ from tetrarch.machine.engine_vm import (
     engine_cause,
     engine_mend,
 )
+from tetrarch.machine.event_stream import EventStream
 from tetrarch.machine.events import EventName, Events, MachineEvent, shutdown_data
 from tetrarch.machine.guest import (
     check_files,
@@ -81,6 +82,7 @@ from tetrarch.virtio.served import ServedKind, VirtioUserDevice
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
+    from tetrarch.aio import AsyncMachine
     from tetrarch.control.server import ControlServer
     from tetrarch.gdb.server import GdbServer
 
@@ -289,9 +291,15 @@ class Machine:
         """Calls ``listener`` with each such event from now on, one at a time, on a thread of
         their own. What it raises ends the machine and comes out of ``wait()``.
 
-        The events are those of docs/control.md, in lower case. Raises ConfigError for another name.
+        The events are those of ``tetrarch.machine.events.EVENTS``; docs/control.md has their
+        data. Raises ConfigError for another name.
         """
         self._events.on(event, listener)
+
+    def events(self, *names: EventName) -> EventStream[MachineEvent]:
+        """The events of these names, or all, from now on: for ``for`` and ``async for``, which
+        end with the machine. Raises ConfigError as ``on`` does."""
+        return self._events.stream(*names)
 
     def serve_control(self, path: str | os.PathLike[str]) -> None:
         """Lets programs steer the machine by QMP on a Unix socket, until it has ended.
@@ -657,6 +665,19 @@ class Machine:
         self.stop()
         if self.phase is Phase.MADE:
             self._discard()
+
+    @property
+    def aio(self) -> AsyncMachine:
+        """It in coroutines: what waits is awaited. ``async with`` gives the same."""
+        from tetrarch.aio import AsyncMachine
+
+        return AsyncMachine(self)
+
+    async def __aenter__(self) -> AsyncMachine:
+        return self.aio
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aio.__aexit__(*error)
 
     # Saved machines.
 

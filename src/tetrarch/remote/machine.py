@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from tetrarch.agent import AgentError, AgentStream
 from tetrarch.agent import connect as connect_agent
@@ -25,6 +25,9 @@ from tetrarch.remote.console import RemoteConsole
 from tetrarch.remote.copy import copy_in, copy_out
 from tetrarch.remote.disks import attach_disk, detach
 from tetrarch.remote.process import MachineProcess
+
+if TYPE_CHECKING:
+    from tetrarch.aio import AsyncRemoteMachine
 
 __all__ = ["STOP_GRACE_S", "Completed", "RemoteMachine", "connect"]
 
@@ -170,6 +173,31 @@ class RemoteMachine:
         with self._client() as client, new_file(Path(path), "save the machine") as file:
             client.execute("getfd", {"fdname": "saved"}, descriptors=[file.fileno()])
             client.execute("x-save", {"protocol": "fd:saved"})
+
+    def close(self) -> None:
+        """Leaves its console. The machine goes on, as it does when this object is forgotten."""
+        if self._console is not None:
+            self._console.close()
+            self._console = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def aio(self) -> AsyncRemoteMachine:
+        """It in coroutines: what waits is awaited. ``async with`` gives the same."""
+        from tetrarch.aio import AsyncRemoteMachine
+
+        return AsyncRemoteMachine(self)
+
+    async def __aenter__(self) -> AsyncRemoteMachine:
+        return self.aio
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
 
     # Devices that come and go.
 

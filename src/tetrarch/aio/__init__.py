@@ -1,0 +1,10 @@
+"""Machines in asyncio: ``async with Machine(...) as vm: await vm.console.expect("login:")``.
+
+What waits is awaited, under the name and with the arguments that it has without asyncio.
+"""
+
+from tetrarch.aio.console import AsyncConsole
+from tetrarch.aio.machine import AsyncBreakpoint, AsyncMachine
+from tetrarch.aio.remote import AsyncRemoteMachine
+
+__all__ = ["AsyncBreakpoint", "AsyncConsole", "AsyncMachine", "AsyncRemoteMachine"]

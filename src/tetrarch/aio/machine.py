@@ -1,0 +1,172 @@
+"""A machine in coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Literal, TypeVar
+
+from tetrarch._patience import patience
+from tetrarch.aio.bridge import Twin, awaited, on_thread, same
+from tetrarch.aio.console import AsyncConsole
+from tetrarch.machine.breakpoints import Breakpoint, Hit
+from tetrarch.machine.lifecycle import Phase
+from tetrarch.machine.machine import Machine
+from tetrarch.machine.status import ExitStatus
+
+__all__ = ["AsyncBreakpoint", "AsyncMachine"]
+
+
+_R = TypeVar("_R")
+
+
+def _same(get: Callable[[Machine], _R]) -> same[Machine, _R]:
+    return same(get)
+
+
+def _of_point(get: Callable[[Breakpoint], _R]) -> same[Breakpoint, _R]:
+    return same(get)
+
+
+class AsyncBreakpoint(Twin[Breakpoint]):
+    """As ``Breakpoint``."""
+
+    wait = awaited(Breakpoint.wait)
+    remove = awaited(Breakpoint.remove)
+    kind = _of_point(lambda point: point.kind)
+    address = _of_point(lambda point: point.address)
+    length = _of_point(lambda point: point.length)
+    hits = _of_point(lambda point: point.hits)
+
+    async def __aenter__(self) -> AsyncBreakpoint:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.remove()
+
+
+class AsyncMachine(Twin[Machine]):
+    """As ``Machine``: what waits is awaited. ``async with Machine(...) as vm`` gives one, and
+    ``Machine.aio`` is one.
+
+    Registers and memory are read at once: a machine that runs is held for a moment then.
+    """
+
+    # How it runs.
+    load = awaited(Machine.load)
+    start = awaited(Machine.start)
+    hold = awaited(Machine.hold)
+    resume = awaited(Machine.resume)
+    stop = awaited(Machine.stop)
+    save = awaited(Machine.save)
+    dump_core = awaited(Machine.dump_core)
+    reset = _same(lambda vm: vm.reset)
+    press_power_button = _same(lambda vm: vm.press_power_button)
+    request_stop = _same(lambda vm: vm.request_stop)
+    # What it is.
+    config = _same(lambda vm: vm.config)
+    engine = _same(lambda vm: vm.engine)
+    engine_reason = _same(lambda vm: vm.engine_reason)
+    engine_vm = _same(lambda vm: vm.engine_vm)
+    phase = _same(lambda vm: vm.phase)
+    running = _same(lambda vm: vm.running)
+    status = _same(lambda vm: vm.status)
+    uptime = _same(lambda vm: vm.uptime)
+    resets = _same(lambda vm: vm.resets)
+    stats = _same(lambda vm: vm.stats)
+    vcpus = _same(lambda vm: vm.vcpus)
+    vcpu_threads = _same(lambda vm: vm.vcpu_threads)
+    memory = _same(lambda vm: vm.memory)
+    read_memory = _same(lambda vm: vm.read_memory)
+    write_memory = _same(lambda vm: vm.write_memory)
+    # What happens to it.
+    on = _same(lambda vm: vm.on)
+    events = _same(lambda vm: vm.events)
+    # Devices.
+    pc = _same(lambda vm: vm.pc)
+    balloon = _same(lambda vm: vm.balloon)
+    inputs = _same(lambda vm: vm.inputs)
+    attach_ports = _same(lambda vm: vm.attach_ports)
+    attach_mmio = _same(lambda vm: vm.attach_mmio)
+    attach_virtio = _same(lambda vm: vm.attach_virtio)
+    irq_source = _same(lambda vm: vm.irq_source)
+    irq_line = _same(lambda vm: vm.irq_line)
+    plug = awaited(Machine.plug)
+    unplug = awaited(Machine.unplug)
+    # Others that steer it.
+    serve_control = _same(lambda vm: vm.serve_control)
+    serve_gdb = _same(lambda vm: vm.serve_gdb)
+    gdb = _same(lambda vm: vm.gdb)
+
+    @property
+    def console(self) -> AsyncConsole:
+        """The serial line. Only where no other console was given."""
+        return AsyncConsole(self.sync.console)
+
+    async def breakpoint(
+        self,
+        address: int,
+        listener: Callable[[Hit], object] | None = None,
+        *,
+        hardware: bool = False,
+        vcpu: int = 0,
+    ) -> AsyncBreakpoint:
+        """As ``Machine.breakpoint``: a listener is called on a thread of its own."""
+        set_it = self.sync.breakpoint
+        return AsyncBreakpoint(
+            await on_thread(set_it, address, listener, hardware=hardware, vcpu=vcpu)
+        )
+
+    async def watchpoint(
+        self,
+        address: int,
+        length: int,
+        listener: Callable[[Hit], object] | None = None,
+        *,
+        access: Literal["write", "access"] = "write",
+    ) -> AsyncBreakpoint:
+        """As ``Machine.watchpoint``."""
+        return AsyncBreakpoint(
+            await on_thread(self.sync.watchpoint, address, length, listener, access=access)
+        )
+
+    async def wait(self, timeout: float | None = None) -> ExitStatus:
+        """As ``Machine.wait``, without a thread."""
+        if self.sync.phase is not Phase.MADE:
+            try:
+                async with asyncio.timeout(patience(timeout)):
+                    async for _ in self.sync.events("shutdown"):
+                        pass
+            except TimeoutError:
+                raise TimeoutError(f"the machine still runs after {timeout:g} s") from None
+        return await on_thread(self.sync.wait)
+
+    async def run(self, timeout: float | None = None) -> ExitStatus:
+        """start() and finish()."""
+        await self.start()
+        return await self.finish(timeout)
+
+    async def finish(self, timeout: float | None = None) -> ExitStatus:
+        """As ``Machine.finish``: cancelled, the machine is stopped."""
+        try:
+            return await on_thread(self.sync.finish, timeout)
+        except asyncio.CancelledError:
+            self.sync.request_stop()
+            raise
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Holds the machine for as long as an ``async with`` statement lasts."""
+        await self.hold()
+        try:
+            yield
+        finally:
+            if self.sync.phase is Phase.HELD:  # it may have been stopped
+                await self.resume()
+
+    async def __aenter__(self) -> AsyncMachine:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await on_thread(self.sync.__exit__, None, None, None)

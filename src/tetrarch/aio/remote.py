@@ -1,0 +1,56 @@
+"""A machine that another process runs, in coroutines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from tetrarch.aio.bridge import Twin, awaited, same
+from tetrarch.aio.console import AsyncConsole
+from tetrarch.remote.machine import RemoteMachine
+
+__all__ = ["AsyncRemoteMachine"]
+
+
+_R = TypeVar("_R")
+
+
+def _same(get: Callable[[RemoteMachine], _R]) -> same[RemoteMachine, _R]:
+    return same(get)
+
+
+class AsyncRemoteMachine(Twin[RemoteMachine]):
+    """As ``RemoteMachine``. ``async with tetrarch.connect("web") as vm`` gives one: it leaves the
+    console at the end, and the machine goes on."""
+
+    about = _same(lambda vm: vm.about)
+    name = _same(lambda vm: vm.name)
+    alive = _same(lambda vm: vm.alive)
+    execute = awaited(RemoteMachine.execute)
+    status = awaited(RemoteMachine.status)
+    pause = awaited(RemoteMachine.pause)
+    resume = awaited(RemoteMachine.resume)
+    reset = awaited(RemoteMachine.reset)
+    press_power_button = awaited(RemoteMachine.press_power_button)
+    stats = awaited(RemoteMachine.stats)
+    wait = awaited(RemoteMachine.wait)
+    stop = awaited(RemoteMachine.stop)
+    kill = awaited(RemoteMachine.kill)
+    save = awaited(RemoteMachine.save)
+    attach_disk = awaited(RemoteMachine.attach_disk)
+    detach = awaited(RemoteMachine.detach)
+    exec = awaited(RemoteMachine.exec)
+    copy_in = awaited(RemoteMachine.copy_in)
+    copy_out = awaited(RemoteMachine.copy_out)
+    agent = awaited(RemoteMachine.agent)
+
+    @property
+    def console(self) -> AsyncConsole:
+        """The serial line. Raises MachineStateError where it goes to no shared console."""
+        return AsyncConsole(self.sync.console)
+
+    async def __aenter__(self) -> AsyncRemoteMachine:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.sync.close()
