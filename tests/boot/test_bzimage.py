@@ -314,3 +314,20 @@ def test_accepted_headers_keep_what_they_promise(make_bzimage: Any, fields: dict
     assert header.load_address >= header.pref_address
     if header.relocatable:
         assert header.load_address % header.alignment == 0
+
+
+def test_initrd_of_several_parts_lies_behind_each_other(
+    make_vm: Any, make_bzimage: Any, write: Any
+) -> None:
+    vm = make_vm(32 * MIB)
+    parts = write("one", b"first"), write("two", b"second")
+    load_kernel(vm, write("vmlinuz", make_bzimage()), ",".join(map(str, parts)), "", 0)
+    at, size = vm.u32(0x7218), vm.u32(0x721C)
+    assert bytes(vm.memory[at : at + size]) == b"first\0\0\0second"
+
+
+def test_file_whose_name_has_a_comma_is_one(make_vm: Any, make_bzimage: Any, write: Any) -> None:
+    vm = make_vm(32 * MIB)
+    load_kernel(vm, write("vmlinuz", make_bzimage()), write("a,b c", b"whole"), "", 0)
+    at, size = vm.u32(0x7218), vm.u32(0x721C)
+    assert bytes(vm.memory[at : at + size]) == b"whole"

@@ -1,4 +1,4 @@
-"""A strict reader of what booting needs from an ELF64 file: segments and notes."""
+"""A strict reader of what booting needs from an ELF file of either class: segments and notes."""
 
 import struct
 from dataclasses import dataclass
@@ -15,11 +15,14 @@ CLASS_64: Final = 2
 DATA_LSB: Final = 1
 ET_EXEC: Final = 2
 ET_DYN: Final = 3
+EM_386: Final = 3
 EM_X86_64: Final = 62
 PT_LOAD: Final = 1
 PT_NOTE: Final = 4
 EHDR: Final = struct.Struct("<16sHHIQQQIHHHHHH")
 PHDR: Final = struct.Struct("<IIQQQQQQ")
+EHDR_32: Final = struct.Struct("<16sHHIIIIIHHHHHH")
+PHDR_32: Final = struct.Struct("<IIIIIIII")
 #: Linux has five program headers; a bound keeps a damaged file from costing time.
 MAX_SEGMENTS: Final = 256
 #: Linux's .notes has a few hundred bytes.
@@ -36,6 +39,8 @@ class Segment:
     file_size: int
     memory_size: int
     alignment: int
+    virtual: int | None = None
+    """None: as it is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,15 @@ class Elf:
     @property
     def loads(self) -> list[Segment]:
         return [s for s in self.segments if s.type == PT_LOAD and s.memory_size]
+
+    @property
+    def physical_entry(self) -> int:
+        """The entry as an address where the file is loaded: some name one of the kernel's own."""
+        for one in self.loads:
+            offset = self.entry - (one.physical if one.virtual is None else one.virtual)
+            if 0 <= offset < one.memory_size:
+                return one.physical + offset
+        return self.entry
 
     def find_note(self, name: bytes, kind: int) -> bytes | None:
         """The content of a note.
@@ -73,30 +87,31 @@ class Elf:
 def parse_elf(source: Source) -> Elf:
     """Checks the headers; every segment returned lies within the file."""
     ident = source.read(0, min(source.size, EHDR.size))
+    narrow = ident[4:5] == bytes([CLASS_32])
+    ehdr, phdr = (EHDR_32, PHDR_32) if narrow else (EHDR, PHDR)
     if ident[:4] != MAGIC:
         raise source.error("is not an ELF file", mend="name a vmlinux")
-    if len(ident) < EHDR.size:
+    if len(ident) < ehdr.size:
         raise source.error("is cut short within its ELF header", mend="get the file again")
-    if ident[4] == CLASS_32:
-        raise source.error(
-            "is a 32-bit ELF file, multiboot or other", mend="use a bzImage or an x86-64 vmlinux"
-        )
-    if ident[4] != CLASS_64 or ident[5] != DATA_LSB:
-        raise source.error("is not a little-endian 64-bit ELF file", mend="use an x86-64 kernel")
-    (_, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _) = EHDR.unpack(ident)
-    if machine != EM_X86_64:
+    if ident[4] not in (CLASS_32, CLASS_64) or ident[5] != DATA_LSB:
+        raise source.error("is not a little-endian ELF file", mend="use an x86 kernel")
+    header = ehdr.unpack(ident[: ehdr.size])
+    (_, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _) = header
+    if machine not in (EM_386, EM_X86_64):
         raise source.error(
             f"is for another processor (ELF machine {machine})", mend="use an x86-64 one"
         )
     if kind not in (ET_EXEC, ET_DYN):
         raise source.error("is an ELF file, but no executable", mend="name a vmlinux")
-    if phentsize != PHDR.size or not 0 < phnum <= MAX_SEGMENTS:
+    if phentsize != phdr.size or not 0 < phnum <= MAX_SEGMENTS:
         raise source.error("has no usable ELF program headers", mend="name a linked vmlinux")
-    table = source.read(phoff, phnum * PHDR.size)
+    table = source.read(phoff, phnum * phdr.size)
     segments = []
-    for p_type, _, offset, _, physical, file_size, memory_size, alignment in PHDR.iter_unpack(
-        table
-    ):
+    for fields in phdr.iter_unpack(table):
+        if narrow:
+            p_type, offset, virtual, physical, file_size, memory_size, _, alignment = fields
+        else:
+            p_type, _, offset, virtual, physical, file_size, memory_size, alignment = fields
         if p_type in (PT_LOAD, PT_NOTE) and offset + file_size > source.size:
             raise source.error(
                 f"is cut short: {offset + file_size} bytes are needed, it has {source.size}",
@@ -107,5 +122,7 @@ def parse_elf(source: Source) -> Elf:
                 "has a segment larger in the file than in memory",
                 mend="get the file again, it is damaged",
             )
-        segments.append(Segment(p_type, offset, physical, file_size, memory_size, alignment))
+        segments.append(
+            Segment(p_type, offset, physical, file_size, memory_size, alignment, virtual)
+        )
     return Elf(entry, tuple(segments), source)

@@ -14,6 +14,8 @@ __all__ = [
     "GDT_BASE",
     "HIGH_MEMORY",
     "LOW_RAM_MAX",
+    "MULTIBOOT_BASE",
+    "MULTIBOOT_END",
     "PAGE_SIZE",
     "PAGE_TABLES_BASE",
     "START_INFO_BASE",
@@ -35,6 +37,9 @@ ZERO_PAGE_BASE: Final = 0x7000
 PAGE_TABLES_BASE: Final = 0x9000
 CMDLINE_BASE: Final = 0x2_0000
 CMDLINE_SPACE: Final = 0x1_0000
+#: What a Multiboot loader tells its kernel.
+MULTIBOOT_BASE: Final = 0x1_0000
+MULTIBOOT_END: Final = 0x2_0000
 #: Conventional memory ends 1 KiB below 640 KiB, where a BIOS keeps its EBDA.
 EBDA_BASE: Final = 0x9_FC00
 ACPI_BASE: Final = 0xE_0000

@@ -4,8 +4,9 @@ import os
 from typing import Final
 
 from tetrarch.boot import elf
-from tetrarch.boot.bzimage import HEADER_MAX, is_bzimage, load_bzimage
+from tetrarch.boot.bzimage import is_bzimage, load_bzimage
 from tetrarch.boot.layout import GuestMemory
+from tetrarch.boot.multiboot import HEADER_WITHIN, find_header, load_multiboot
 from tetrarch.boot.pvh import load_pvh
 from tetrarch.boot.source import Source
 from tetrarch.errors import BootError
@@ -33,15 +34,17 @@ def load_kernel(
 ) -> dict[str, int]:
     """Loads kernel, initrd and command line; the registers to start the first vCPU with.
 
-    Takes a bzImage (Linux's 64-bit boot protocol) or an ELF vmlinux with a PVH entry.
+    Takes a bzImage (Linux's boot protocol), a Multiboot kernel, or an ELF file with a PVH entry.
     Raises ``BootError``.
     """
     with Source.open(kernel_path, "kernel") as source:
-        start = source.read(0, min(source.size, HEADER_MAX))
-        if start.startswith(elf.MAGIC):
-            return load_pvh(vm, source, initrd_path, cmdline, acpi_rsdp)
+        start = source.read(0, min(source.size, HEADER_WITHIN))
         if is_bzimage(start):
             return load_bzimage(vm, source, initrd_path, cmdline, acpi_rsdp)
+        if (header := find_header(start)) is not None:
+            return load_multiboot(vm, source, header, initrd_path, cmdline)
+        if start.startswith(elf.MAGIC):
+            return load_pvh(vm, source, initrd_path, cmdline, acpi_rsdp)
         raise _unknown(source, start)
 
 
@@ -55,4 +58,7 @@ def _unknown(source: Source, start: bytes) -> BootError:
         )
     if start.startswith(b"MZ"):
         return source.error("is an EFI program, but no x86 bzImage", mend="use an x86-64 vmlinuz")
-    return source.error("is no kernel", mend="name a bzImage (vmlinuz) or an ELF vmlinux")
+    return source.error(
+        "is no kernel",
+        mend="name a bzImage (vmlinuz), an ELF vmlinux or a Multiboot kernel",
+    )

@@ -209,8 +209,10 @@ def warn_of_little_memory(vm: GuestMemory, kernel_end: int, initrd: Source) -> N
 def too_little_memory(
     vm: GuestMemory, kernel: Source, kernel_end: int, initrd: str | os.PathLike[str] | None
 ) -> BootError:
+    from tetrarch.boot.initrd import open_initrd
+
     with contextlib.ExitStack() as stack:
-        source = None if initrd is None else stack.enter_context(Source.open(initrd, "initrd"))
+        source = None if initrd is None else stack.enter_context(open_initrd(initrd))
         return kernel.error(
             f"needs more than the {mib_up(total_ram(vm))} MiB of memory that the machine has",
             mend=f"give it {enough_memory(kernel_end, source)}",
@@ -223,7 +225,9 @@ def load_initrd(
     """Writes the initrd; (address, size), or (0, 0) without one."""
     if path is None:
         return 0, 0
-    with Source.open(path, "initrd") as source:
+    from tetrarch.boot.initrd import open_initrd
+
+    with open_initrd(path) as source:
         address = place_initrd(vm, source, floor, ceiling)
         copy_to_guest(vm, address, source, 0, source.size)
         warn_of_little_memory(vm, floor, source)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tetrarch import _native
+from tetrarch.boot.initrd import initrd_files
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import HostError
 from tetrarch.registry.place import registry_directory
@@ -82,7 +83,8 @@ def _grants(config: MachineConfig, options: CommandOptions, claim: Claim | None)
     grants: list[Grant] = [(Path(path or ".").absolute(), "read") for path in read]
     grants.append((Path("/dev/null"), "write"))
     # A reset loads them again.
-    grants += [(path, "read") for path in (config.kernel, config.initrd) if path is not None]
+    grants += [(file.path, "read") for file in initrd_files(config.initrd)]
+    grants += [(config.kernel, "read")] if config.kernel is not None else []
     grants += [(path.absolute().parent, "remove") for path in _sockets(config)]
     grants += [(path.absolute(), "write") for path in options.allow]
     if claim is not None:

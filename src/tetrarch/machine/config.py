@@ -288,12 +288,14 @@ class MachineConfig(BaseModel):
         None, "A cached guest to run, as image pull names it [default: debian].", "NAME"
     )
     kernel: FilePath | None = option(
-        None, "bzImage or ELF vmlinux [default: that of the image].", "FILE"
+        None, "bzImage, ELF vmlinux or Multiboot kernel [default: that of the image].", "FILE"
     )
     firmware: Annotated[FirmwareSpec | None, BeforeValidator(_firmware)] = option(
         None, "What starts before the guest; docs/firmware.md.", "seabios|ovmf|PATH"
     )
-    initrd: FilePath | None = option(None, "Initial RAM disk for the kernel.", "FILE")
+    initrd: FilePath | None = option(
+        None, "Initial RAM disk or modules for the kernel.", "FILE[ WORDS][,FILE]..."
+    )
     append: Text | None = option(
         None, 'The whole kernel command line [default: "console=ttyS0 quiet"].', "TEXT"
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tetrarch._files import read_text
+from tetrarch.boot.initrd import initrd_relative_to
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.machine.config import MachineConfig, make_config, several
 from tetrarch.machine.config_lines import Place, lines_of
@@ -108,7 +109,9 @@ def relative_to(config: MachineConfig, directory: Path) -> MachineConfig:
     changes: dict[str, Any] = {}
     for name in config.model_fields_set:
         value = getattr(config, name)
-        if isinstance(value, Path):
+        if name == "initrd" and value is not None:
+            changes[name] = initrd_relative_to(value, directory)
+        elif isinstance(value, Path):
             changes[name] = directory / value
         elif hasattr(value, "relative_to"):
             changes[name] = value.relative_to(directory)

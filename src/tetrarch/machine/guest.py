@@ -9,6 +9,7 @@ from tetrarch._native import disk_info
 from tetrarch.block.disk import disk_errors
 from tetrarch.block.spec import DiskSpec
 from tetrarch.boot import build_acpi, load_kernel
+from tetrarch.boot.initrd import initrd_files
 from tetrarch.boot.source import Source
 from tetrarch.firmware.image import FirmwareImage
 from tetrarch.images.default_guest import DEFAULT_APPEND
@@ -31,10 +32,12 @@ _RESET_IDT_LIMIT = 0xFFFF
 def check_files(config: MachineConfig) -> None:
     """Raises BootError for a kernel or initrd that is no file which can be read, and
     ImageError for a disk that is no image."""
-    for what, path in (("kernel", config.kernel), ("initrd", config.initrd)):
-        if path is not None:
-            with Source.open(path, what):
-                pass
+    files = [(file.path, "initrd") for file in initrd_files(config.initrd)]
+    if config.kernel is not None:
+        files.insert(0, (config.kernel, "kernel"))
+    for path, what in files:
+        with Source.open(path, what):
+            pass
     if config.firmware is not None:
         FirmwareImage.read(config.firmware)
     check_images(config)
