@@ -9,14 +9,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::image::open_file;
-use crate::qcow2::Qcow2Header;
+use crate::qcow2::{COPIED, OFFSET, Qcow2Header, entries};
 use crate::raw::take_lock;
 use crate::{Format, ImageError, guess_format};
 
-/// Bits of table entries: "Cluster mapping" there.
-const COPIED: u64 = 1 << 63;
+/// Of entries of L2 tables, beside those of all.
 const COMPRESSED: u64 = 1 << 62;
-const OFFSET: u64 = 0x00FF_FFFF_FFFF_FE00;
 
 /// So many problems are told in words.
 const TOLD: usize = 20;
@@ -122,7 +120,7 @@ impl<'a> Image<'a> {
         let table = header.reftable_offset;
         let table_bytes = u64::from(header.reftable_clusters) * cluster;
         self.refer(table, table_bytes, 1, "the refcount table");
-        self.blocks = self.table(table, table_bytes / 8)?;
+        self.blocks = entries(self.file, table, table_bytes / 8)?;
         for block in self.blocks.clone() {
             if block & OFFSET != 0 && self.is_in_file(block, "a refcount block") {
                 self.refer(block & OFFSET, cluster, 1, "a refcount block");
@@ -130,9 +128,9 @@ impl<'a> Image<'a> {
         }
         let mut tables = vec![(header.l1_offset, u64::from(header.l1_entries))];
         tables.extend(self.snapshots());
-        for (offset, entries) in tables {
-            self.refer(offset, entries * 8, 1, "an L1 table");
-            let table = self.table(offset, entries)?;
+        for (offset, count) in tables {
+            self.refer(offset, count * 8, 1, "an L1 table");
+            let table = entries(self.file, offset, count)?;
             for entry in table.iter().map(|entry| entry & OFFSET).filter(|&offset| offset != 0) {
                 if self.is_in_file(entry, "an L2 table") {
                     *self.l2.entry(entry).or_default() += 1;
@@ -142,7 +140,7 @@ impl<'a> Image<'a> {
         }
         for (offset, weight) in self.l2.clone() {
             self.refer(offset, cluster, weight, "an L2 table");
-            for entry in self.table(offset, cluster / 8)? {
+            for entry in entries(self.file, offset, cluster / 8)? {
                 if entry & COMPRESSED != 0 {
                     let (offset, bytes) = self.compressed(entry);
                     self.refer(offset, bytes, weight, "a compressed cluster");
@@ -183,14 +181,6 @@ impl<'a> Image<'a> {
             at = at.saturating_add(len.next_multiple_of(8));
         }
         tables
-    }
-
-    /// A table of big-endian entries; what the file has not is 0.
-    fn table(&self, offset: u64, entries: u64) -> io::Result<Vec<u64>> {
-        let mut bytes = vec![0; entries as usize * 8];
-        crate::qcow2::read_at_most(self.file, &mut bytes, offset)?;
-        let entry = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("8 bytes"));
-        Ok(bytes.chunks_exact(8).map(entry).collect())
     }
 
     /// Whether an entry leads to the beginning of a cluster of the file.
@@ -322,7 +312,9 @@ impl<'a> Image<'a> {
                 continue;
             }
             look(l1_offset + index * 8, entry)?;
-            for (index, entry) in (0..).zip(self.table(offset, self.header.cluster_size() / 8)?) {
+            for (index, entry) in
+                (0..).zip(entries(self.file, offset, self.header.cluster_size() / 8)?)
+            {
                 if entry & COMPRESSED == 0 && entry & OFFSET != 0 {
                     look(offset + index * 8, entry)?;
                 }
@@ -384,7 +376,7 @@ impl<'a> Image<'a> {
 }
 
 /// A refcount of 1 to 64 bits: narrow ones begin at the low bits of their byte.
-fn stored(block: &[u8], index: u64, order: u32) -> u64 {
+pub(crate) fn stored(block: &[u8], index: u64, order: u32) -> u64 {
     let bits = 1 << order;
     let at = (index * bits / 8) as usize;
     if bits < 8 {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use imago::file::File;
 use imago::format::PreallocateMode;
-use imago::{FormatAccess, Mapping};
+use imago::{FormatAccess, Mapping, StorageExt};
 use parking_lot::RwLock;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -16,6 +16,7 @@ use tetrarch_memory::ScatterList;
 use crate::backend::SECTOR;
 use crate::create::too_large;
 use crate::image::Layer;
+use crate::metadata::Metadata;
 use crate::workers::{Blocking, WorkerQueue};
 use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, ImageError, Request};
 
@@ -35,6 +36,7 @@ struct FormatImage {
     cluster: u32,
     /// The file that data are written to, where what is discarded is given back to the host.
     file: Option<std::fs::File>,
+    metadata: Option<Metadata>,
 }
 
 /// A disk in a format.
@@ -43,7 +45,8 @@ pub(crate) struct FormatDisk(Arc<FormatImage>);
 impl FormatDisk {
     pub fn new(layer: Layer, path: PathBuf, readonly: bool) -> Self {
         let (access, cluster) = (RwLock::new(layer.access), layer.cluster.max(SECTOR) as u32);
-        Self(Arc::new(FormatImage { access, path, readonly, cluster, file: layer.file }))
+        let Layer { file, metadata, .. } = layer;
+        Self(Arc::new(FormatImage { access, path, readonly, cluster, file, metadata }))
     }
 }
 
@@ -65,6 +68,7 @@ impl BlockBackend for FormatDisk {
             resized
                 .and_then(|()| access.flush())
                 .and_then(|()| access.sync())
+                .and_then(|()| self.0.metadata.as_ref().map_or(Ok(()), Metadata::moved))
                 .map_err(|error| too_large(&self.0.path, failed(error)))
         })
     }
@@ -86,6 +90,35 @@ impl FormatImage {
         Ok(())
     }
 
+    /// Writes, but not where the image has its own tables.
+    fn write(&self, access: &Access, mut data: &[u8], mut offset: u64) -> io::Result<()> {
+        let Some(metadata) = &self.metadata else { return access.write(data, offset) };
+        while !data.is_empty() {
+            let mapping = access.prepare_data_mapping(offset, data.len() as u64, true)?;
+            let length = mapping.length();
+            metadata.check(offset, mapping.offset(), length)?;
+            let (here, rest) = data.split_at(length as usize);
+            mapping.storage().write(here, mapping.offset())?;
+            access.commit_data_mapping(mapping)?;
+            (data, offset) = (rest, offset + length);
+        }
+        Ok(())
+    }
+
+    /// An error where a part of the disk lies in the image's own tables.
+    fn check(&self, access: &Access, offset: u64, length: u64) -> io::Result<()> {
+        let Some(metadata) = &self.metadata else { return Ok(()) };
+        let (mut at, end) = (offset, offset + length);
+        while at < end {
+            let (mapping, length) = access.get_mapping(at, end - at)?;
+            if let Mapping::Raw { offset, writable: true, .. } = mapping {
+                metadata.check(at, offset, length)?;
+            }
+            at += length.max(1);
+        }
+        Ok(())
+    }
+
     /// Takes clusters out of the image, and gives their space back to the host. Nobody else
     /// has a cluster that was freed before the lock is gone.
     fn discard(
@@ -95,6 +128,7 @@ impl FormatImage {
         discard: impl FnOnce(&mut Access) -> io::Result<()>,
     ) -> io::Result<()> {
         let mut access = self.access.write();
+        self.check(&access, offset, length)?;
         let whole = u64::from(self.cluster);
         let (mut at, end) = (offset.next_multiple_of(whole), (offset + length) / whole * whole);
         let mut freed = Vec::new();
@@ -125,7 +159,7 @@ impl FormatImage {
             }),
             Request::Write { offset, data } => Self::each_chunk(data, |done, buffer| {
                 data.read_at(done, buffer);
-                self.access.read().write(&*buffer, offset + done)
+                self.write(&self.access.read(), buffer, offset + done)
             }),
             Request::Flush => {
                 let access = self.access.read();
@@ -145,7 +179,9 @@ impl FormatImage {
                 self.discard(*offset, *length, |access| access.discard_to_zero(*offset, *length))
             }
             Request::WriteZeroes { offset, length, unmap: false } => {
-                self.access.read().write_zeroes(*offset, *length)
+                let access = self.access.read();
+                self.check(&access, *offset, *length)?;
+                access.write_zeroes(*offset, *length)
             }
         }
     }

@@ -17,6 +17,7 @@ use rustix::fs::OFlags;
 
 use crate::foreign;
 use crate::format::{Access, FormatDisk, contained, storage};
+use crate::metadata::Metadata;
 use crate::qcow2::{self, Qcow2Header};
 use crate::raw::take_lock;
 use crate::{BlockBackend, Cache, ImageError, RawDisk, RawOptions};
@@ -140,6 +141,8 @@ pub(crate) struct Layer {
     pub cluster: u64,
     /// What is written to, where clusters come and go.
     pub file: Option<File>,
+    /// Of one that is written to and that others have made.
+    pub metadata: Option<Metadata>,
 }
 
 /// The images that one consists of, from the top down.
@@ -182,7 +185,7 @@ impl Chain {
             Format::Raw => {
                 let storage = storage(file, writes).map_err(&failed)?;
                 let raw = Raw::<Storage>::open_image(storage, writes).map_err(&failed)?;
-                Ok(Layer { access: FormatAccess::new(raw), cluster: 0, file: None })
+                Ok(Layer { access: FormatAccess::new(raw), cluster: 0, file: None, metadata: None })
             }
             Format::Qcow2 => {
                 let header = Qcow2Header::read(&file, path)?;
@@ -193,22 +196,18 @@ impl Chain {
                     let cause = "damaged qcow2 image: its file ends before its data do";
                     return Err(ImageError::new(path, cause, mend));
                 }
-                if writes && !header.is_counted(&file).map_err(&failed)? {
-                    let cause = "damaged qcow2 image: its refcounts leave out its header";
-                    let mend = "repair it: qemu-img check -r all IMAGE";
-                    return Err(ImageError::new(path, cause, mend));
-                }
                 let again = writes.then(|| file.try_clone()).transpose().map_err(&failed)?;
+                let metadata = if writes { Some(own_tables(&file, path, &header)?) } else { None };
                 let storage = storage(file, writes).map_err(&failed)?;
                 let mut image = Qcow2::<Storage>::open_image(storage, writes).map_err(&failed)?;
                 image.set_data_file(None);
                 image.set_backing(backing);
                 let cluster = header.cluster_size();
-                Ok(Layer { access: FormatAccess::new(image), cluster, file: again })
+                Ok(Layer { access: FormatAccess::new(image), cluster, file: again, metadata })
             }
             Format::Vmdk => {
                 let access = vmdk::open(file, path, writes)?;
-                Ok(Layer { access, cluster: 0, file: None })
+                Ok(Layer { access, cluster: 0, file: None, metadata: None })
             }
         }
     }
@@ -306,6 +305,18 @@ fn check_writable(header: &Qcow2Header, path: &Path, writes: bool) -> Result<(),
     Ok(())
 }
 
+fn own_tables(file: &File, path: &Path, header: &Qcow2Header) -> Result<Metadata, ImageError> {
+    let failed = |error| ImageError::host(path, "cannot use the image", error);
+    let again = file.try_clone().map_err(failed)?;
+    let metadata = Metadata::read(again, path, header).map_err(failed)?;
+    if let Some(what) = metadata.uncounted().map_err(failed)? {
+        let cause = format!("damaged qcow2 image: its refcounts leave out {what}");
+        let mend = "repair it: qemu-img check -r all IMAGE";
+        return Err(ImageError::new(path, cause, mend));
+    }
+    Ok(metadata)
+}
+
 /// Clusters of an overlay that is thrown away: small, since most writes are.
 const OVERLAY_CLUSTER: u64 = 64 << 10;
 
@@ -329,7 +340,7 @@ fn overlay(base: Access, path: &Path) -> Result<Layer, ImageError> {
     });
     let overlay = opened.map_err(|e| ImageError::host(path, "cannot make its overlay", e))?;
     let access = FormatAccess::new(overlay);
-    Ok(Layer { access, cluster: OVERLAY_CLUSTER, file: Some(again) })
+    Ok(Layer { access, cluster: OVERLAY_CLUSTER, file: Some(again), metadata: None })
 }
 
 fn no_descriptor(path: &Path) -> ImageError {

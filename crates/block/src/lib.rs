@@ -16,6 +16,7 @@ mod foreign;
 mod format;
 mod image;
 mod lock;
+mod metadata;
 mod new_file;
 mod pread;
 mod qcow2;

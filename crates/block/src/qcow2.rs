@@ -27,6 +27,10 @@ const BITMAPS: u32 = 0x2385_2875;
 /// Where an entry of the refcount table has the offset of a block.
 const REFTABLE_OFFSET: u64 = !0x1FF;
 
+/// Of entries of L1 and L2 tables ("Cluster mapping"): the refcount is 1, and an offset.
+pub(crate) const COPIED: u64 = 1 << 63;
+pub(crate) const OFFSET: u64 = 0x00FF_FFFF_FFFF_FE00;
+
 /// QCOW_MAX_L1_SIZE and QCOW_MAX_REFTABLE_SIZE, in bytes: a header can ask for no more
 /// memory than these.
 const MAX_L1_BYTES: u64 = 32 << 20;
@@ -188,24 +192,29 @@ impl Qcow2Header {
         file.sync_data()
     }
 
-    /// Whether the refcounts say that the first cluster, which is the header's, is in use. Else
-    /// it would be given out: to data, or to a block of refcounts, which nothing can refer to
-    /// at offset 0.
-    pub(crate) fn is_counted(&self, file: &File) -> io::Result<bool> {
-        let mut entry = [0; 8];
-        if self.reftable_clusters == 0
-            || read_at_most(file, &mut entry, self.reftable_offset)? < entry.len()
-        {
-            return Ok(false);
+    /// Says that the image is to be repaired before it is written to; one of version 2 has no
+    /// place for it.
+    pub(crate) fn mark_corrupt(file: &File) -> io::Result<()> {
+        let (mut version, mut features) = ([0; 4], [0; 8]);
+        file.read_exact_at(&mut version, 4)?;
+        if u32::from_be_bytes(version) < 3 {
+            return Ok(());
         }
-        let block = u64::from_be_bytes(entry) & REFTABLE_OFFSET;
-        // Narrow counts begin with the low bits of a byte; the first of wide ones is the first
-        // of 1 to 8 bytes.
-        let (mut count, bits) = ([0; 8], 1 << self.refcount_order);
-        let bytes = &mut count[..(bits / 8_usize).max(1)];
-        read_at_most(file, bytes, block)?;
-        let mask = if bits < 8 { (1 << bits) - 1 } else { u8::MAX };
-        Ok(block != 0 && bytes.iter().any(|byte| byte & mask != 0))
+        file.read_exact_at(&mut features, 72)?;
+        let marked = u64::from_be_bytes(features) | CORRUPT;
+        file.write_all_at(&marked.to_be_bytes(), 72)?;
+        file.sync_data()
+    }
+
+    /// Where the tables are now: they move when they grow.
+    pub(crate) fn reread_tables(&mut self, file: &File) -> io::Result<()> {
+        let mut bytes = [0; 60];
+        file.read_exact_at(&mut bytes, 0)?;
+        let u32_at = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        let u64_at = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        (self.l1_entries, self.l1_offset) = (u32_at(36), u64_at(40));
+        (self.reftable_offset, self.reftable_clusters) = (u64_at(48), u32_at(56));
+        Ok(())
     }
 
     /// Where the last cluster ends that has a refcount, as far as the last blocks of them say.
@@ -306,6 +315,14 @@ impl Extensions {
         }
         Ok(found)
     }
+}
+
+/// A table of big-endian entries; what the file has not is 0.
+pub(crate) fn entries(file: &File, offset: u64, count: u64) -> io::Result<Vec<u64>> {
+    let mut bytes = vec![0; count as usize * 8];
+    read_at_most(file, &mut bytes, offset)?;
+    let entry = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("8 bytes"));
+    Ok(bytes.chunks_exact(8).map(entry).collect())
 }
 
 /// Fills as much as there is.
