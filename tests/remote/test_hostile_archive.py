@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tetrarch.agent.copy import extract
 from tetrarch.errors import HostError
-from tetrarch.remote.copy import extract
 
 
 def archive(*members: tuple[str, bytes, str]) -> tarfile.TarFile:

@@ -21,6 +21,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 __all__ = ["Twin", "awaited", "on_thread", "same"]
 
 _T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
 _R = TypeVar("_R")
 _P = ParamSpec("_P")
 
@@ -52,10 +53,10 @@ async def on_thread(function: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.
     return await done
 
 
-class Twin(Generic[_T]):
+class Twin(Generic[_T_co]):
     """Stands for ``sync`` in coroutines."""
 
-    def __init__(self, sync: _T) -> None:
+    def __init__(self, sync: _T_co) -> None:
         self.sync = sync
         """What it stands for."""
 

@@ -59,6 +59,7 @@ class AsyncMachine(Twin[Machine]):
     hold = awaited(Machine.hold)
     resume = awaited(Machine.resume)
     stop = awaited(Machine.stop)
+    shut_down = awaited(Machine.shut_down)
     save = awaited(Machine.save)
     dump_core = awaited(Machine.dump_core)
     reset = _same(lambda vm: vm.reset)
@@ -93,7 +94,14 @@ class AsyncMachine(Twin[Machine]):
     irq_source = _same(lambda vm: vm.irq_source)
     irq_line = _same(lambda vm: vm.irq_line)
     plug = awaited(Machine.plug)
+    attach_disk = awaited(Machine.attach_disk)
+    attach_net = awaited(Machine.attach_net)
     unplug = awaited(Machine.unplug)
+    # The guest's agent.
+    exec = awaited(Machine.exec)
+    copy_in = awaited(Machine.copy_in)
+    copy_out = awaited(Machine.copy_out)
+    agent = awaited(Machine.agent)
     # Others that steer it.
     serve_control = _same(lambda vm: vm.serve_control)
     serve_gdb = _same(lambda vm: vm.serve_gdb)

@@ -97,6 +97,18 @@ class MemoryConsole:
         for tell in self._watchers:
             tell()
 
+    def become_shadow(self, why: BaseException) -> None:
+        """In a process that was forked from the machine's: there is no more to come."""
+
+        def refuse(data: bytes) -> None:
+            raise why
+
+        self._changed = threading.Condition()
+        self._receive, self._resize = refuse, None
+        self._watchers.clear()
+        self.end(why)
+        self.close()
+
     def send(self, data: str | bytes) -> None:
         """Types into the guest; Enter is "\\n". Before the start it is kept until then."""
         raw = data.encode() if isinstance(data, str) else data

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from tetrarch._patience import patience
 from tetrarch.errors import MachineStateError
+from tetrarch.machine.forked import elsewhere
 from tetrarch.machine.status import ExitStatus, StopReason
 
 __all__ = ["Conclusion", "Event", "HostReset", "Posted"]
@@ -119,6 +120,14 @@ class Conclusion:
         except BaseException as error:  # it comes out of wait()
             event = error
         self.settle(event, close)
+
+    def become_shadow(self) -> None:
+        """In a process that was forked from the machine's: nobody would end a wait there."""
+        self._events = queue.SimpleQueue()
+        self._request_stop = lambda: None
+        self.decided, self.failure = True, elsewhere()
+        self._done = threading.Event()
+        self._done.set()
 
     def settle(self, event: Event, close: Callable[[Event], None]) -> None:
         """The machine has come to rest."""

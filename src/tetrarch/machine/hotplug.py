@@ -24,7 +24,7 @@ from tetrarch.virtio.rng import RngKind
 if TYPE_CHECKING:
     from tetrarch._native import Vm
 
-__all__ = ["HotPlug"]
+__all__ = ["Added", "HotPlug"]
 
 Properties = dict[str, Any]
 _ALIASES = {"virtio-blk": "virtio-blk-pci", "virtio-net": "virtio-net-pci"}

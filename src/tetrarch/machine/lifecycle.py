@@ -7,6 +7,7 @@ import time
 from enum import StrEnum
 
 from tetrarch.errors import MachineStateError
+from tetrarch.machine.forked import elsewhere
 
 __all__ = ["LifeCycle", "Phase"]
 
@@ -45,6 +46,7 @@ class LifeCycle:
         self._phase = Phase.MADE
         self._since = 0.0
         self._ran = 0.0
+        self._elsewhere = False
 
     @property
     def phase(self) -> Phase:
@@ -79,14 +81,22 @@ class LifeCycle:
             self._ran += self._current()
             self._phase = Phase.ENDED
 
+    def become_shadow(self) -> None:
+        """In a process that was forked from the machine's: nothing is allowed there."""
+        self._lock = threading.Lock()
+        self._phase = Phase.ENDED
+        self._elsewhere = True
+
     def require(self, what: str, *phases: Phase) -> None:
         """Raises MachineStateError unless the machine is in one of ``phases``."""
-        if self._phase not in phases:
+        if self._phase not in phases or self._elsewhere:
             raise self._refusal(what)
 
     def _current(self) -> float:
         return time.monotonic() - self._since if self._phase is Phase.RUNNING else 0.0
 
     def _refusal(self, what: str) -> MachineStateError:
+        if self._elsewhere:
+            return elsewhere()
         cause, mend = _WHY_NOT[self._phase]
         return MachineStateError(f"{what}() cannot be: {cause}", mend=mend)

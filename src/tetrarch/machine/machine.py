@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import threading
 import time
 import warnings
@@ -13,9 +15,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Self, Unpack, cast
 
 from tetrarch._native import EngineError, Vm
+from tetrarch.agent import AgentStream
+from tetrarch.agent import connect as connect_agent
+from tetrarch.agent.guest import AGENT_S, AgentMethods
 from tetrarch.block.disk import OnStop
 from tetrarch.console import ConsoleBackend, MemoryConsole
 from tetrarch.console.spec import ConsoleSpec, PortSpec, require_console
@@ -26,6 +31,7 @@ from tetrarch.errors import (
     ValueProblem,
 )
 from tetrarch.gdb.spec import GdbSpec
+from tetrarch.machine.added import add_disk, add_net
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.breakpoints import Breakpoint, Breakpoints, Hit
 from tetrarch.machine.conclusion import Conclusion, Event
@@ -54,6 +60,7 @@ from tetrarch.machine.engine_vm import (
 )
 from tetrarch.machine.event_stream import EventStream
 from tetrarch.machine.events import EventName, Events, MachineEvent, shutdown_data
+from tetrarch.machine.forked import Elsewhere, elsewhere, keep_for_ever, watch_forks
 from tetrarch.machine.guest import (
     check_files,
     load_guest,
@@ -88,11 +95,13 @@ if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
 
 __all__ = ["Machine"]
 
+#: A guest that still boots does not see the button.
+_PRESS_AGAIN_S = 10.0
 #: Between attempts to hold a machine for a disk.
 _HOLD_AGAIN_S = 5.0
 
 
-class Machine:
+class Machine(AgentMethods):
     """One virtual machine.
 
         with Machine(kernel="vmlinuz", initrd="initrd.gz", memory="512M") as vm:
@@ -102,7 +111,8 @@ class Machine:
     What it is made of is a ``MachineConfig``, or its fields as keywords, listed
     below. ``console`` is the other end of the serial line: an object, or as the
     configuration writes it; None is one for programs, ``vm.console``. ``platform`` is
-    which hypervisor's interface the guest finds; the PC's is KVM's. ``vm`` is a
+    which hypervisor's interface the guest finds; the PC's is KVM's. ``agent``: programs can
+    run commands in the guest (``exec``), over a vsock socket of the machine's own. ``vm`` is a
     stand-in for the engine, for tests.
 
     Raises ConfigError for a value that cannot be, HostError when this host cannot
@@ -115,11 +125,14 @@ class Machine:
         *,
         console: ConsoleBackend | str | None = None,
         platform: Platform = PC,
+        agent: bool = False,
         vm: EngineVm | None = None,
         **options: Unpack[MachineOptions],
     ) -> None:
         self._life = LifeCycle()
         self.config: MachineConfig = with_installed_disk(_configured(config, console, options))
+        if agent and self.config.vsock is None:
+            self.config = self.config.updated({"vsock": Path(_own_directory(self), "vsock")})
         self.engine: str
         self.engine_reason: str
         if vm is None:
@@ -210,6 +223,24 @@ class Machine:
             self.serve_control(self.config.control)
         if self.config.gdb is not None:
             self.serve_gdb(self.config.gdb, wait=self.config.gdb_wait)
+
+        watch_forks(self)
+
+    def become_shadow(self) -> None:
+        """In a process that was forked from the machine's."""
+        for own in (self, self._vm, self.vcpus, self.memory):
+            keep_for_ever(own)
+        self._vm = nothing = cast(EngineVm, Elsewhere())
+        self.memory = PhysicalMemory(nothing)
+        vcpu = cast(EngineVcpu, nothing)
+        self.vcpus = tuple(VcpuView(nothing, vcpu, view.number) for view in self.vcpus)
+        self._life.become_shadow()
+        self._conclusion.become_shadow()
+        if isinstance(self._backend, MemoryConsole):
+            self._backend.become_shadow(elsewhere())
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a machine cannot be pickled: make it in the other process, of its config")
 
     def __repr__(self) -> str:
         return f"<Machine {self.config.name!r} on {self.engine}, {self.phase.value}>"
@@ -465,6 +496,27 @@ class Machine:
         name = type(device).__qualname__ if name is None else name
         return self._pc.plugged.plug(name, device, slot, announce=announce)
 
+    def attach_disk(self, disk: DiskOption, *, name: str | None = None) -> str:
+        """Puts a disk into a slot, at virtio or nvme, as ``disk=`` is written; gives the device's
+        name, which ``unplug`` takes.
+
+        Raises ConfigError for what a disk that comes later cannot be, ImageError where the image
+        cannot be used.
+        """
+        self._life.require("attach_disk", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        (spec,) = make_config({"disk": disk}).disk
+        return add_disk(self._pc, spec, name, announce=self.phase is not Phase.MADE)
+
+    def attach_net(self, net: NetOption, *, name: str | None = None) -> str:
+        """Puts a network card into a slot, as ``net=`` is written; gives the device's name, which
+        ``unplug`` takes.
+
+        Raises HostError where the host does not give the network.
+        """
+        self._life.require("attach_net", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        (spec,) = make_config({"net": net}).net
+        return add_net(self._pc, spec, name, announce=self.phase is not Phase.MADE)
+
     def unplug(self, device: PciDevice | str, *, timeout: float | None = 30.0) -> None:
         """Takes a PCI device out, by itself or its name; returns when the guest has given it up.
 
@@ -642,6 +694,32 @@ class Machine:
         ``detail`` is what the status says of it.
         """
         self._conclusion.post(ExitStatus(StopReason.STOPPED, detail))
+
+    def agent(self, timeout: float = AGENT_S) -> AgentStream:
+        """A connection with the guest's agent, for one command. Raises MachineStateError for a
+        machine without ``agent=True`` or ``vsock=``."""
+        self._life.require("agent", Phase.RUNNING, Phase.HELD, Phase.ENDED)
+        if self.config.vsock is None:
+            raise MachineStateError(
+                "the machine has no way to an agent in its guest", mend="make it with agent=True"
+            )
+        alive = (Phase.RUNNING, Phase.HELD)
+        return connect_agent(self.config.vsock, timeout, lambda: self.phase in alive)
+
+    def shut_down(self, grace: float = 90.0) -> ExitStatus:
+        """Presses the power button, again every 10 s, and stops the machine where its guest has not
+        switched itself off after ``grace`` seconds. A machine that is held is resumed."""
+        self._life.require("shut_down", Phase.RUNNING, Phase.HELD, Phase.ENDED)
+        deadline = time.monotonic() + grace
+        while (left := deadline - time.monotonic()) > 0:
+            with suppress(MachineStateError):  # it runs, or has ended
+                self.resume()
+            with suppress(MachineStateError):
+                self.press_power_button()
+            if self._conclusion.wait_done(min(left, _PRESS_AGAIN_S)):
+                break
+        self.stop()
+        return self.wait()
 
     def stop(self) -> None:
         """Ends the machine, as pulling its plug would. Without effect if it has ended."""
@@ -876,6 +954,18 @@ class _Descent:
 def _panicked(events: Events, end: Callable[[Event], None], message: str) -> None:
     events.tell("guest-panicked", action="poweroff")
     end(ExitStatus(StopReason.CRASHED, message))
+
+
+def _own_directory(machine: Machine) -> str:
+    """One that goes with the machine's object, in the process that has made it."""
+    path, process = tempfile.mkdtemp(prefix="tetrarch-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == process:
+            shutil.rmtree(path, ignore_errors=True)
+
+    weakref.finalize(machine, remove)
+    return path
 
 
 def _if_it_can(method: Callable[[], None]) -> Callable[[], None]:

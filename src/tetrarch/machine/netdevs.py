@@ -21,6 +21,8 @@ class Netdev:
     network: OpenNetwork | None
     """Open until a card takes it."""
     device: str | None = None
+    kept: bool = True
+    """It stays when its device goes."""
 
 
 class Netdevs:
@@ -32,11 +34,11 @@ class Netdevs:
         self._lock = threading.Lock()
         self._netdevs: dict[str, Netdev] = {}
 
-    def add(self, name: str, spec: NetSpec) -> None:
+    def add(self, name: str, spec: NetSpec, *, kept: bool = True) -> None:
         """Raises HostError where the host does not give it, ConfigError for a name in use."""
         if name in self._netdevs:
             raise ConfigError(f"Duplicate ID '{name}' for netdev")
-        netdev = Netdev(name, spec, self._open(name, spec))
+        netdev = Netdev(name, spec, self._open(name, spec), kept=kept)
         with self._lock:
             self._netdevs[name] = netdev
 
@@ -72,6 +74,8 @@ class Netdevs:
         for netdev in self.all():
             if netdev.device == device:
                 netdev.device = None
+                if not netdev.kept:
+                    self.remove(netdev.name)
 
     def close(self) -> None:
         for netdev in self.all():

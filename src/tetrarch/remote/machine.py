@@ -6,14 +6,14 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from tetrarch.agent import AgentError, AgentStream
 from tetrarch.agent import connect as connect_agent
-from tetrarch.agent.capture import Completed, run_captured
+from tetrarch.agent.capture import Completed
+from tetrarch.agent.guest import AGENT_S, AgentMethods
 from tetrarch.control.client import Client
 from tetrarch.errors import MachineStateError, TetrarchError
 from tetrarch.machine.config import DiskOption, make_config
@@ -22,7 +22,6 @@ from tetrarch.registry import About, find
 from tetrarch.registry.claim import remove_if_dead
 from tetrarch.registry.listing import alive
 from tetrarch.remote.console import RemoteConsole
-from tetrarch.remote.copy import copy_in, copy_out
 from tetrarch.remote.disks import attach_disk, detach
 from tetrarch.remote.process import MachineProcess
 
@@ -39,8 +38,6 @@ _END_S: Final = 10.0
 _PRESS_AGAIN_S: Final = 10.0
 #: Until a guest has given a device up.
 _DETACH_S: Final = 30.0
-#: Until a guest that has just been started runs commands.
-_AGENT_S: Final = 60.0
 
 
 def connect(name: str) -> RemoteMachine:
@@ -51,7 +48,7 @@ def connect(name: str) -> RemoteMachine:
     return RemoteMachine(find(name))
 
 
-class RemoteMachine:
+class RemoteMachine(AgentMethods):
     """A machine that another process runs; ``tetrarch.connect`` gives one.
 
         vm = tetrarch.connect("web")
@@ -220,32 +217,7 @@ class RemoteMachine:
 
     # The guest's agent.
 
-    def exec(
-        self, arguments: Sequence[str], data: bytes = b"", *, timeout: float = _AGENT_S
-    ) -> Completed:
-        """Runs a command in the guest, with ``data`` as its input. ``timeout`` is for how long the
-        guest may still be booting.
-
-        Raises AgentError where none does.
-        """
-        with self.agent(timeout) as stream:
-            return run_captured(stream, arguments, data)
-
-    def copy_in(
-        self, source: str | os.PathLike[str], target: str, *, timeout: float = _AGENT_S
-    ) -> None:
-        """Copies a file or directory into the guest: into ``target`` where that is a directory,
-        else as it."""
-        copy_in(lambda: self.agent(timeout), Path(source), target)
-
-    def copy_out(
-        self, source: str, target: str | os.PathLike[str], *, timeout: float = _AGENT_S
-    ) -> list[str]:
-        """Copies a file or directory out of the guest. Gives links that were left out, as they
-        lead out of it."""
-        return copy_out(lambda: self.agent(timeout), source, Path(target))
-
-    def agent(self, timeout: float = _AGENT_S) -> AgentStream:
+    def agent(self, timeout: float = AGENT_S) -> AgentStream:
         """A connection with the guest's agent, for one command."""
         if self.about.vsock is None:
             raise AgentError(f"{self.name} has no vsock socket", "start it again")
