@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,8 @@ def run_command(config: MachineConfig, options: CommandOptions, claim: Claim | N
     choose(config.engine, config.cpus)
     check_files(config)
     config = resolve_guest(config, TerminalReporter())
-    with socket_directory() as folder:
+    # A confined process could not remove a directory that has none of its sockets.
+    with socket_directory() if config.vsock is None else nullcontext("") as folder:
         path = config.vsock or Path(folder) / "vsock"
         # For a container image on a disk: its own command is not to run (crates/agent/src/init.rs).
         words = f"{config.append_extra} tetrarch.command".strip()
