@@ -4,6 +4,7 @@
 //! A finding is a panic, a device that keeps its I/O thread from coming to rest, or one that
 //! answers no good request after a reset.
 
+mod back_end;
 mod input;
 
 use std::io::{Read, Write};
@@ -19,8 +20,10 @@ use tetrarch_bus::Interrupt;
 use tetrarch_io::IoThread;
 use tetrarch_memory::{GuestMemory, GuestPhys};
 use tetrarch_net::{Counters, NetBackend, StreamPeer};
+use tetrarch_vhost_user::Frontend;
 use tetrarch_virtio::console::{self, PortKind};
 use tetrarch_virtio::queue::{QueueConfig, QueuePosition};
+use tetrarch_virtio::vhost_user::{Served, VhostUser};
 use tetrarch_virtio::{
     Balloon, Blk, Console, Control, DataPath, Device, Net, QueueSetup, Rng, Vsock, balloon,
 };
@@ -219,6 +222,12 @@ impl<P: DataPath + 'static> Rig<P> {
     /// After a reset the device serves a good driver: `chain` is given to a queue, as address,
     /// length and flags.
     fn prove(&mut self, queue: u64, chain: &[(u64, u32, u16)]) {
+        self.ask(queue, chain);
+        assert!(!self.device.needs_reset(), "a good driver is refused");
+    }
+
+    /// After a reset the device gives a good driver's chain back.
+    fn ask(&mut self, queue: u64, chain: &[(u64, u32, u16)]) {
         self.device.reset();
         self.device.set_master(true);
         self.put(RINGS, &vec![0; (APART * QUEUES) as usize]);
@@ -236,7 +245,6 @@ impl<P: DataPath + 'static> Rig<P> {
         self.device.doorbells()[queue as usize].signal();
         let start = Instant::now();
         while self.get16(area(queue, 2) + 2) != 1 {
-            assert!(!self.device.needs_reset(), "a good driver is refused");
             assert!(start.elapsed() < PATIENCE, "no answer after a reset");
             std::thread::yield_now();
         }
@@ -247,7 +255,7 @@ impl<P: DataPath + 'static> Rig<P> {
 /// Any rings for a data path, which the first byte chooses.
 pub fn rings(data: &[u8]) {
     let mut input = Input::new(data);
-    match input.byte() % 6 {
+    match input.byte() % 7 {
         0 => {
             let mut rig = Rig::new(&mut input, 1, |_| Rng);
             rig.drive(&mut input, |_, _| {});
@@ -263,6 +271,7 @@ pub fn rings(data: &[u8]) {
         2 => sockets(&mut input),
         4 => network(&mut input),
         5 => terminals(&mut input),
+        6 => served_by_others(&mut input),
         _ => {
             let make = |memory: &Arc<GuestMemory>| Balloon::new(Arc::clone(memory));
             let queues = balloon::QUEUES as u64;
@@ -414,6 +423,32 @@ fn terminals(input: &mut Input<'_>) {
     rig.put(BUFFERS, b"bytes");
     outputs[0].take();
     rig.prove(1, &[(BUFFERS, 5, 0)]);
+}
+
+/// A disk of another process, which serves it until its script says otherwise.
+fn served_by_others(input: &mut Input<'_>) {
+    let (ours, theirs) = UnixStream::pair().expect("a socket");
+    let hang_up = theirs.try_clone().expect("a socket");
+    // The handshake, as it should be, and what the input says.
+    let mut script = vec![u8::MAX; 3];
+    script.extend((0..input.byte() % 64).map(|_| input.byte()));
+    let thread = back_end::serve(theirs, script, 2);
+    let frontend = Frontend::new(ours, Duration::from_millis(200)).expect("a good handshake");
+    let mut frontend = Some(frontend);
+    let mut rig = Rig::new(input, 2, |memory| {
+        let frontend = frontend.take().expect("there is one");
+        VhostUser::new(Served::Blk, Arc::clone(memory), frontend, 2).expect("memory for rings")
+    });
+    rig.drive(input, |choice, _| {
+        if choice == 0 {
+            let _ = hang_up.shutdown(Shutdown::Both);
+        }
+    });
+    // Without it each request is an error.
+    let _ = hang_up.shutdown(Shutdown::Both);
+    rig.ask(1, &[(BUFFERS, 16, 0), (BUFFERS + 64, 513, WRITE)]);
+    drop(rig);
+    thread.join().expect("the back end of the test's");
 }
 
 /// The inputs that once found something, by their names.
