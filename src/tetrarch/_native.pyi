@@ -708,6 +708,19 @@ class Vm:
         there, the engine does not hear of."""
     def read_memory(self, address: int, length: int) -> bytes: ...
     def write_memory(self, address: int, data: bytes) -> None: ...
+    def save_ram(self, descriptor: int, offset: int, *, written: bool = False) -> tuple[bytes, int]:
+        """Writes the pages that are not zero to a file, from ``offset`` on, a multiple of 4096;
+        or those that were ``written`` since ``log_writes()``.
+
+        Gives the table of their runs, in the form of crates/memory/src/image.rs, and the offset
+        behind the last. The machine is held.
+        """
+    def load_ram(self, layers: Sequence[tuple[str, int, bytes]]) -> None:
+        """Maps what was saved, into a machine that has not run: of each file its name for errors,
+        its descriptor and its table. The first is undermost.
+
+        Raises EngineError for a file that is damaged, and then nothing has changed.
+        """
     def add_memory(self, address: int, length: int) -> None:
         """Adds zeroed RAM where there is no RAM and no device, at any time."""
     def remove_memory(self, address: int) -> None:
@@ -743,6 +756,13 @@ class Vm:
         mapped: bool = True,
     ) -> Region:
         """As ``attach_ports``, in guest physical memory that is not RAM."""
+    def cpu_features(self) -> list[tuple[str, int]]:
+        """Words of CPUID that a running guest relies on: ("1.ECX", bits) and so on."""
+    def log_writes(self) -> None:
+        """From now on it is noted which pages are written, anew with each call.
+
+        Raises EngineError where the host cannot.
+        """
     def port_regions(self) -> list[tuple[int, int, str]]:
         """Which ports are answered now: first, last, by whom."""
     def mmio_regions(self) -> list[tuple[int, int, str]]:
@@ -956,6 +976,8 @@ class Disk:
         """What was done so far, by the names of QEMU's BlockDeviceStats: rd_operations, rd_bytes,
         rd_total_time_ns, failed_rd_operations, invalid_rd_operations, the same of wr, flush and
         unmap, and wr_highest_offset. Empty once it is closed."""
+    def flush(self) -> None:
+        """Waits until all that was written is durable. Raises OSError."""
     def retry(self) -> None:
         """Tries writes anew that wait for the host to be mended; none do in a closed disk."""
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -148,3 +149,50 @@ def test_disks_are_given_anew_as_many_at_the_same_bus(
         assert cause in done.stderr
     done = cli("run", "--detach", "--restore", saved, *one)
     assert done.returncode == 0, done.stderr
+
+
+def test_disk_that_has_changed_since_is_refused(
+    cli: Cli, start: Callable[..., None], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    start("web", "--disk", disk)
+    saved = tmp_path / "web.snapshot"
+    assert cli("snapshot", "--end", "web", saved).returncode == 0
+    assert machines() == []
+    copy = tmp_path / "copy.raw"
+    shutil.copy2(disk, copy)
+    disk.write_bytes(bytes(1 << 20))
+    done = cli("run", "--restore", saved, "--disk", disk)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        f"tetrarch: disk0 ({disk}) has changed since the machine was saved; give"
+    )
+    for name, given in (("one", (copy,)), ("two", (disk, "--allow-changed-disks"))):
+        done = cli("run", "--detach", "--restore", saved, "--name", name, "--disk", *given)
+        assert done.returncode == 0, done.stderr
+
+
+def test_files_with_what_was_written_since(
+    cli: Cli, start: Callable[..., None], tmp_path: Path
+) -> None:
+    start("web")
+    base, second = tmp_path / "0.snapshot", tmp_path / "1.snapshot"
+    done = cli("snapshot", "web", second, "--parent", base)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert cli("snapshot", "web", base).returncode == 0
+    done = cli("snapshot", "web", second, "--parent", base)
+    assert "what was written since 0.snapshot has not been noted" in done.stderr
+    assert not second.exists()
+    assert cli("snapshot", "--track", "web", base).returncode == 0
+    vm = tetrarch.connect("web")
+    vm.console.send("b")
+    vm.console.expect("b2", LIMIT_S)
+    done = cli("snapshot", "web", second, "--parent", base)
+    assert done.returncode == 0, done.stderr
+    assert second.stat().st_size < base.stat().st_size
+    assert cli("run", "--detach", "--restore", second, "--name", "other").returncode == 0
+    other = tetrarch.connect("other")
+    other.console.send("c")
+    other.console.expect("c3", LIMIT_S)

@@ -30,7 +30,7 @@ from tetrarch.errors import BootError, ConfigError, StateError
 from tetrarch.images.initramfs import Initramfs
 from tetrarch.images.modules import Module, ModuleFormatError, modinfo, modules_dep
 from tetrarch.machine.config import MEMORY_MAX, MEMORY_MIN, VCPUS_MAX, MachineConfig, make_config
-from tetrarch.machine.saved import MAGIC
+from tetrarch.machine.saved import HEADER_BYTES, MAGIC, header
 from tetrarch.testing import ScriptedVm, pvh_kernel
 
 MIB = 1 << 20
@@ -337,7 +337,7 @@ def saved_sections() -> tuple[tuple[bytes, int, bytes], ...]:
             vm.start()
             vm.save(path)
         image = path.read_bytes()
-    sections, at = [], len(MAGIC)
+    sections, (at,) = [], struct.unpack_from("<Q", image, len(MAGIC))
     while at < len(image):
         name = image[at + 1 : at + 1 + image[at]]
         at += 1 + len(name)
@@ -387,7 +387,7 @@ def damage(source: Input, value: Any) -> Any:
 def saved(data: bytes) -> None:
     """A saved machine of which some sections say nonsense, under checksums that fit."""
     source = Input(data)
-    image = MAGIC
+    image = header(HEADER_BYTES)
     for name, version, body in saved_sections():
         if source.number(1) % 4 == 3:
             if name in (b"machine", b"devices", b"attached"):

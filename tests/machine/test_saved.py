@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tetrarch import HostError, Machine, MachineStateError, Phase, StateError
-from tetrarch.machine.saved import MAGIC
+from tetrarch import ConfigError, HostError, Machine, MachineStateError, Phase, StateError
+from tetrarch.machine.saved import HEADER_BYTES, MAGIC, header
 from tetrarch.testing import ScriptedVm, pvh_kernel
 
 LIMIT_S = 30
@@ -158,7 +158,7 @@ def test_nothing_but_a_file_is_replaced(kernel: Path, tmp_path: Path, name: str)
     assert {path.name for path in tmp_path.iterdir()} == {"kernel", "pipe"}
 
 
-def test_file_is_sparse_and_for_its_owner_alone(saved: Path) -> None:
+def test_file_has_no_zeros_and_is_for_its_owner_alone(saved: Path) -> None:
     assert saved.stat().st_size < 1 << 20
     assert saved.stat().st_mode & 0o777 == 0o600
 
@@ -166,7 +166,7 @@ def test_file_is_sparse_and_for_its_owner_alone(saved: Path) -> None:
 def test_every_cut_is_found(saved: Path, tmp_path: Path) -> None:
     data = saved.read_bytes()
     short = tmp_path / "short"
-    for length in [0, 7, 8, 20, len(data) // 2, len(data) - 1]:
+    for length in [0, 7, 8, 20, HEADER_BYTES, len(data) // 2, len(data) - 1]:
         short.write_bytes(data[:length])
         with pytest.raises(StateError, match=str(short)):
             Machine.restore(short, vm=scripted())
@@ -184,9 +184,28 @@ def test_every_flipped_bit_is_found(saved: Path, data: st.DataObject) -> None:
         Machine.restore(damaged, vm=scripted())
 
 
-def section(name: bytes, version: int, body: bytes) -> bytes:
-    head = bytes([len(name)]) + name + struct.pack("<HQ", version, len(body))
-    return head + struct.pack("<I", zlib.crc32(head, zlib.crc32(body))) + body
+def made(path: Path, sections: Mapping[bytes, tuple[int, bytes]]) -> Path:
+    """A file of such sections, name, version and body, and no RAM."""
+    image = header(HEADER_BYTES)
+    for name, (version, body) in sections.items():
+        head = bytes([len(name)]) + name + struct.pack("<HQ", version, len(body))
+        image += head + struct.pack("<I", zlib.crc32(head, zlib.crc32(body))) + body
+    path.write_bytes(image)
+    return path
+
+
+def sections_of(path: Path) -> dict[bytes, tuple[int, bytes]]:
+    image = path.read_bytes()
+    (at,) = struct.unpack_from("<Q", image, len(MAGIC))
+    sections = {}
+    while at < len(image):
+        name = image[at + 1 : at + 1 + image[at]]
+        at += 1 + len(name)
+        version, length, _ = struct.unpack_from("<HQI", image, at)
+        at += struct.calcsize("<HQI")
+        sections[name] = version, image[at : at + length]
+        at += length
+    return sections
 
 
 ABOUT: dict[str, Any] = {
@@ -197,6 +216,10 @@ ABOUT: dict[str, Any] = {
     "cpus": 1,
     "debug_exit": False,
     "uptime": 1.0,
+    "identity": "x",
+    "parent": None,
+    "cpu": {},
+    "disks": {},
     "outside": {
         "options": {
             name: [] for name in ("disk", "cdrom", "net", "virtio_console", "vsock", "firmware")
@@ -222,26 +245,113 @@ ABOUT: dict[str, Any] = {
 def test_description_of_no_machine_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    path = tmp_path / "made"
     body = json.dumps(ABOUT | change).encode()
-    path.write_bytes(MAGIC + section(b"machine", 2, body))
+    path = made(tmp_path / "made", {b"machine": (2, body)})
     with pytest.raises(StateError, match=message):
         Machine.restore(path, vm=scripted())
 
 
-RUNS: list[tuple[Callable[[], bytes], str]] = [
-    (lambda: struct.pack("<QQ", 1 << 40, 4096) + bytes(4096), "RAM where the machine has none"),
-    (lambda: struct.pack("<QQ", 0, 1 << 62), "absurd size"),
-    (lambda: struct.pack("<QQ", 0, 4096), "ends too early"),
-]
-
-
-@pytest.mark.parametrize(("run", "message"), RUNS, ids=["far", "huge", "short"])
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ((1 << 40, 4096, 4096), "RAM where the machine has none"),
+        ((0, 4096, 1 << 31), "a run of RAM of absurd size"),
+        ((0, 1 << 40, 4096), "cut short"),
+        ((8, 4096, 4096), "begins in a page"),
+    ],
+)
 def test_ram_that_the_machine_has_not_is_refused(
-    tmp_path: Path, run: Callable[[], bytes], message: str
+    saved: Path, tmp_path: Path, run: tuple[int, int, int], message: str
 ) -> None:
-    path = tmp_path / "made"
-    about = section(b"machine", 2, json.dumps(ABOUT).encode())
-    path.write_bytes(MAGIC + about + section(b"ram", 1, run()))
-    with pytest.raises(StateError, match=message):
+    sections = sections_of(saved) | {b"ram": (1, struct.pack("<QQII", *run, 0))}
+    path = made(tmp_path / "made", sections)
+    with pytest.raises(StateError, match=f"{path}.*{message}"):
         Machine.restore(path, engine="bt")
+
+
+def test_version_that_this_program_does_not_read_is_told(saved: Path, tmp_path: Path) -> None:
+    image = bytearray(saved.read_bytes())
+    image[len(MAGIC) - 1] = 9
+    path = tmp_path / "later"
+    path.write_bytes(image)
+    with pytest.raises(StateError, match="of version 9, this program reads 2; restore it with"):
+        Machine.restore(path, vm=scripted())
+    sections = sections_of(saved)
+    sections[b"devices"] = (7, sections[b"devices"][1])
+    with pytest.raises(StateError, match="version 7 of the section 'devices'"):
+        Machine.restore(made(path, sections), vm=scripted())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": 7},
+        {"parent": {"identity": "x", "file": "../etc/passwd"}},
+        {"parent": {"identity": "x", "file": ".."}},
+        {"parent": 1},
+        {"cpu": {"1.ECX": "all"}},
+        {"disks": 5},
+    ],
+)
+def test_what_names_other_files_or_says_nonsense_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    path = made(tmp_path / "made", {b"machine": (2, json.dumps(ABOUT | change).encode())})
+    with pytest.raises(StateError, match="does not say"):
+        Machine.restore(path, vm=scripted())
+
+
+def test_files_of_what_was_written_since_lie_upon_each_other(kernel: Path, tmp_path: Path) -> None:
+    base, second, third = (tmp_path / name for name in ("base", "second", "third"))
+    with Machine(kernel=kernel, memory="16M", vm=scripted()) as vm:
+        vm.start()
+        vm.write_memory(0x80_0000, b"first".ljust(0x20_0000, b"x"))
+        with vm.held():
+            vm.save(base, track=True)
+        vm.write_memory(0x90_0000, b"second")
+        vm.write_memory(0x80_0000, bytes(0x1000))
+        vm.save(second, parent=base, track=True)
+        vm.write_memory(0x90_0000, b"third!")
+        vm.save(third, parent=second)
+        with pytest.raises(MachineStateError, match="since base has not been noted"):
+            vm.save(tmp_path / "other", parent=base)
+        with pytest.raises(ConfigError, match="in two directories"):
+            vm.save(tmp_path / "kernel" / "x", parent=base)
+    assert second.stat().st_size < base.stat().st_size / 8
+    for path, word in ((base, b"xxxxxx"), (second, b"second"), (third, b"third!")):
+        with Machine.restore(path, vm=scripted()) as copy:
+            assert copy.read_memory(0x90_0000, 6) == word
+            assert copy.read_memory(0x80_0000, 5) == (b"first" if path == base else bytes(5))
+            assert copy.read_memory(0x81_0000, 1) == b"x"
+    base.rename(tmp_path / "gone")
+    with pytest.raises(HostError, match=f"cannot read {base}"):
+        Machine.restore(third, vm=scripted())
+    second.replace(base)
+    (tmp_path / "gone").rename(second)
+    with pytest.raises(StateError, match=f"{second} is not the file that {third} was saved upon"):
+        Machine.restore(third, vm=scripted())
+
+
+def test_damage_in_a_parent_is_found_and_named(kernel: Path, tmp_path: Path) -> None:
+    base, child = tmp_path / "base", tmp_path / "child"
+    with Machine(kernel=kernel, memory="16M", vm=scripted()) as vm:
+        vm.start()
+        vm.write_memory(0x80_0000, b"x" * 0x1000)
+        with vm.held():
+            vm.save(base, track=True)
+            vm.save(child, parent=base)
+    image = bytearray(base.read_bytes())
+    at = image.index(b"x" * 0x1000)
+    image[at] ^= 1
+    base.write_bytes(image)
+    with pytest.raises(StateError, match=f"{base} has RAM with a wrong checksum"):
+        Machine.restore(child, vm=scripted())
+
+
+def test_cpu_that_lacks_what_the_guest_relies_on_is_told(saved: Path, tmp_path: Path) -> None:
+    sections = sections_of(saved)
+    about = json.loads(sections[b"machine"][1]) | {"cpu": {"7.EBX": 1 << 5 | 1 << 30}}
+    sections[b"machine"] = (2, json.dumps(about).encode())
+    lacking = r"does not have here: CPUID 7\.EBX bit 5, 7\.EBX bit 30; restore"
+    with pytest.raises(StateError, match=lacking):
+        Machine.restore(made(tmp_path / "made", sections), vm=scripted())

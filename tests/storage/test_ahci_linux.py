@@ -73,6 +73,7 @@ def test_saved_machine_goes_on_with_its_disk(standard_guest: CachedGuest, tmp_pa
         for _ in range(10):
             with machine.held():
                 pass
+        machine.hold()  # its disk is not to change any more
         machine.save(saved)
     restored = Machine.restore(saved, disk=f"{path},bus=ahci", cdrom=iso)
     with restored:

@@ -156,6 +156,7 @@ def test_held_and_saved_machine_goes_on_with_its_disk(
                 pass
         machine.console.send("kill %1; wait; sync; echo kept > /mnt/y; sync; echo do''ne\n")
         machine.console.expect("done", 60)
+        machine.hold()  # its disk is not to change any more
         machine.save(saved)
     restored = Machine.restore(saved, disk=path)
     with restored:

@@ -93,6 +93,12 @@ pub trait BlockBackend: Send + Sync {
     /// Gives the disk another size. Requests beyond a smaller one fail from now on.
     fn resize(&self, size: u64) -> Result<(), ImageError>;
 
+    /// All that was completed is durable when it returns, as after [`Request::Flush`]: for who has
+    /// no queue. It waits for the host.
+    fn flush(&self) -> Result<(), BlockError> {
+        Ok(())
+    }
+
     /// Tries anew what waits for the host to be mended, where anything does.
     fn retry(&self) {}
 

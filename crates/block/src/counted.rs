@@ -111,6 +111,10 @@ impl BlockBackend for Counted {
         self.inner.resize(size)
     }
 
+    fn flush(&self) -> Result<(), BlockError> {
+        self.inner.flush()
+    }
+
     fn retry(&self) {
         self.inner.retry();
     }

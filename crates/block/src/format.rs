@@ -55,6 +55,10 @@ impl BlockBackend for FormatDisk {
         self.0.info()
     }
 
+    fn flush(&self) -> Result<(), BlockError> {
+        self.0.serve(&Request::Flush)
+    }
+
     fn open_queue(&self) -> Result<Box<dyn BlockQueue>, ImageError> {
         let failed = |e| ImageError::host(&self.0.path, "cannot start an I/O thread", e);
         Ok(Box::new(WorkerQueue::new(Arc::clone(&self.0) as _).map_err(failed)?))

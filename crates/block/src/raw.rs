@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use crate::backend::SECTOR;
 use crate::image::open_file;
 use crate::uring::{self, UringQueue};
-use crate::workers::WorkerQueue;
-use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, ImageError, lock};
+use crate::workers::{Blocking, WorkerQueue};
+use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, ImageError, Request, lock};
 
 /// What the host's page cache does for a disk. Either way a flush that has returned is
 /// on the disk, and nothing else is promised.
@@ -190,6 +190,10 @@ impl BlockBackend for RawDisk {
 
     fn resize(&self, size: u64) -> Result<(), ImageError> {
         self.file.resize(size)
+    }
+
+    fn flush(&self) -> Result<(), BlockError> {
+        self.file.serve(&Request::Flush)
     }
 }
 

@@ -72,6 +72,10 @@ impl BlockBackend for StopOnError {
         self.inner.resize(size)
     }
 
+    fn flush(&self) -> Result<(), BlockError> {
+        self.inner.flush()
+    }
+
     fn retry(&self) {
         for queue in self.queues.lock().iter().filter_map(Weak::upgrade) {
             // In this order: a write that fails again tells again.

@@ -13,7 +13,7 @@ use rustix::time::{
 };
 
 use crate::wakers::either;
-use crate::{BlockBackend, BlockInfo, BlockQueue, Completion, ImageError, Request};
+use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, Completion, ImageError, Request};
 
 /// Reads and writes a second, and their bytes, of all queues together.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -110,6 +110,10 @@ impl BlockBackend for Throttled {
 
     fn resize(&self, size: u64) -> Result<(), ImageError> {
         self.inner.resize(size)
+    }
+
+    fn flush(&self) -> Result<(), BlockError> {
+        self.inner.flush()
     }
 
     fn retry(&self) {

@@ -215,6 +215,11 @@ impl Vm for BtVm {
         self.shared.doorbells.remove(doorbell)
     }
 
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let VmShared { platform, cpuid, .. } = &*self.shared;
+        platform.cpuid(leaf, subleaf, 0).unwrap_or_else(|| cpuid.fixed(leaf, subleaf, 0))
+    }
+
     fn clock(&self) -> &Arc<Clock> {
         &self.shared.clock
     }

@@ -228,6 +228,13 @@ impl Vm for KvmVm {
         eventfd::remove_doorbell(&self.shared.fd, doorbell, event.as_fd())
     }
 
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let VmShared { supported, policy, platform, .. } = &*self.shared;
+        let Ok(table) = cpuid::table(supported, *policy, platform, 0) else { return [0; 4] };
+        let found = table.as_slice().iter().find(|e| (e.function, e.index) == (leaf, subleaf));
+        found.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
+    }
+
     fn clock(&self) -> &Arc<Clock> {
         &self.shared.clock
     }

@@ -12,6 +12,7 @@ mod debug;
 mod dirty;
 mod doorbell;
 mod exit;
+mod features;
 mod halt;
 mod irqfd;
 mod msi;
@@ -26,6 +27,7 @@ pub use debug::{DebugStop, GuestDebug, HardwareBreakpoint, Watched};
 pub use dirty::DirtyPages;
 pub use doorbell::{Doorbell, DoorbellAddress, Doorbells, MAX_DOORBELLS};
 pub use exit::{Exit, GuestFault, Reply, Trap};
+pub use features::features;
 pub use halt::{Halted, Halts};
 pub use irqfd::{Irqfd, IrqfdId, Irqfds, MAX_IRQFDS};
 pub use msi::{MSI_GSIS, Msi, MsiRoutes};
@@ -149,6 +151,8 @@ pub trait Vm: Send + Sync {
     fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError>;
     /// Such a write is an exit again. One that is under way may still signal.
     fn remove_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError>;
+    /// What CPUID says on the first vCPU while its guest has switched nothing on: EAX to EDX.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
     /// The machine's clock.
     fn clock(&self) -> &Arc<Clock>;
     /// Starts or stops to note which pages are written, by vCPUs (their page walks

@@ -13,6 +13,7 @@ mod registers;
 mod reset;
 mod slot;
 mod stats;
+mod written;
 
 pub use dump::dump;
 pub use error::MachineError;

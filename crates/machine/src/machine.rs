@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tetrarch_bus::{Bus, IrqLines, Region, RunControl, TscScale};
-use tetrarch_engine::{ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm};
+use tetrarch_engine::{
+    DirtyPages, ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm,
+};
 use tetrarch_io::IoThread;
 use tetrarch_memory::GuestMemory;
 
@@ -33,6 +35,8 @@ pub struct Machine {
     /// What keeps devices away from each region of RAM, by where it begins.
     pub(crate) ram: Mutex<Vec<(u64, Region)>>,
     pub(crate) scale: TscScale,
+    /// Since `log_writes`, by region.
+    pub(crate) written: Mutex<Option<Vec<DirtyPages>>>,
 }
 
 impl Machine {
@@ -90,6 +94,7 @@ impl Machine {
         let irq = Arc::new(IrqLines::new(GSI_COUNT, drive));
         let (ram, scale) = (Mutex::new(ram), TscScale::new());
         let io = Arc::new(io);
-        Ok(Self { memory, engine, bus, irq, control, io, vcpus, ram, scale })
+        let written = Mutex::default();
+        Ok(Self { memory, engine, bus, irq, control, io, vcpus, ram, scale, written })
     }
 }

@@ -3,18 +3,25 @@
 use std::io;
 
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::{GuestMemory, GuestPhys, PAGE_SIZE};
+use crate::image::within;
+use crate::lazy::Range;
+use crate::{GuestMemory, GuestPhys, PAGE_SIZE, Region};
+
+/// Pieces that a guest may leave of what is mapped from a file: each is a mapping of the
+/// process, of which it has 65530 in all.
+const PIECES_MAX: usize = 16384;
 
 impl GuestMemory {
     /// Gives the whole pages of a range back to the host: they read as zeroes from now on, and
     /// cost the host nothing until something is written. Observers hear of that as of a write.
     /// What of the range is not RAM is left out; gives how many bytes were RAM.
     ///
-    /// Mappings stay as they are, in this process and in others: an access that comes meanwhile
-    /// finds the old page or a new one.
+    /// Host addresses stay as they are, in this process and in others: an access that comes
+    /// meanwhile finds the old page or a new one.
     pub fn discard(&self, address: GuestPhys, length: u64) -> io::Result<u64> {
         let end = address.0.saturating_add(length) & !(PAGE_SIZE - 1);
         let Some(start) = address.0.checked_next_multiple_of(PAGE_SIZE) else { return Ok(0) };
@@ -26,11 +33,57 @@ impl GuestMemory {
             let (offset, bytes) = (from - base, to - from);
             let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             fallocate(file.file(), hole, file.start() + offset, bytes)?;
+            self.let_go(&(from..to))?;
             region.bitmap().mark_dirty(offset as usize, bytes as usize);
             discarded += bytes;
         }
         Ok(discarded)
     }
+
+    /// What of a range is mapped from a file of saved RAM is the memfd's again, and zero.
+    fn let_go(&self, range: &Range) -> io::Result<()> {
+        let mut lazy = self.lazy.lock();
+        if lazy.within(range).is_empty() {
+            return Ok(());
+        }
+        if lazy.len() >= PIECES_MAX {
+            // A guest that cuts its memory up gets zeros, but the host nothing back.
+            for part in lazy.within(range) {
+                for page in part.step_by(PAGE_SIZE as usize) {
+                    let written = self.write(GuestPhys(page), &[0; PAGE_SIZE as usize]);
+                    written.map_err(io::Error::other)?;
+                }
+            }
+            return Ok(());
+        }
+        for region in self.regions() {
+            let (start, end) = within(&region, range);
+            let Some(memfd) = region.file().filter(|_| start < end) else { continue };
+            for part in lazy.take(&(start..end)) {
+                map_memfd(&region, memfd, &part)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Maps a part of a region from its memfd, whatever was there.
+pub(crate) fn map_memfd(region: &Region, memfd: &FileOffset, part: &Range) -> io::Result<()> {
+    let offset = part.start - region.start.0;
+    let host = region.host().wrapping_add(offset as usize);
+    // SAFETY: the range is part of the region's mapping, which lives as long as the region and is
+    // unmapped as a whole; what is mapped there is guest memory again.
+    unsafe {
+        rustix::mm::mmap(
+            host.cast(),
+            (part.end - part.start) as usize,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+            memfd.file(),
+            memfd.start() + offset,
+        )
+    }?;
+    Ok(())
 }
 
 #[cfg(test)]

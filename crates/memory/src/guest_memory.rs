@@ -13,6 +13,7 @@ use vm_memory::{
 };
 
 use crate::host_map::{HostMap, MAX_REGIONS};
+use crate::lazy::Lazy;
 use crate::observers::{MemoryObserver, Observers, Refusal, WriteMarks};
 use crate::{GuestPhys, PAGE_SIZE};
 
@@ -114,6 +115,8 @@ pub struct GuestMemory {
     /// and for engines.
     host: HostMap,
     observers: Arc<Observers>,
+    /// What is mapped from a file of saved RAM; taken before `regions`.
+    pub(crate) lazy: Mutex<Lazy>,
 }
 
 impl GuestMemory {
@@ -127,6 +130,7 @@ impl GuestMemory {
             space: GuestMemoryAtomic::new(Regions::new()),
             host: HostMap::new(),
             observers: Arc::default(),
+            lazy: Mutex::default(),
         };
         let low = size.min(LOW_RAM_END);
         memory.insert(GuestPhys(0), low, &file, 0)?;
@@ -174,6 +178,7 @@ impl GuestMemory {
     /// Takes a region away: no access finds it any more, observers have let go
     /// of it, and it is unmapped when the last copy of the result is dropped.
     pub fn remove_region(&self, start: GuestPhys) -> Result<Region, MemoryError> {
+        let mut lazy = self.lazy.lock();
         let mut regions = self.regions.lock();
         let index = regions.iter().position(|region| region.start == start);
         let region = regions.remove(index.ok_or(MemoryError::NoRegion(start))?);
@@ -183,6 +188,7 @@ impl GuestMemory {
             .remove_region(GuestAddress(start.0), region.len)
             .map_err(|_| MemoryError::NoRegion(start))?;
         self.publish(&regions, space);
+        lazy.take(&(region.start.0..region.start.0 + region.len));
         self.observers.unmapped(&region);
         Ok(region)
     }

@@ -9,12 +9,16 @@ mod address;
 mod discard;
 mod guest_memory;
 mod host_map;
+mod image;
+mod lazy;
 mod observers;
 mod scatter;
 mod window;
 
 pub use address::{GuestPhys, PAGE_SHIFT, PAGE_SIZE};
 pub use guest_memory::{GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, Region, Regions};
+pub use image::{ImageError, Layer, Run};
+pub use lazy::Range;
 pub use observers::{MemoryObserver, Refusal, WriteMarks, WriteMarksSlice};
 pub use scatter::{ScatterList, Snapshot};
 pub use window::Window;

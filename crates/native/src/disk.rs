@@ -124,6 +124,13 @@ impl Disk {
         Ok(py.detach(|| disk.resize(size))?)
     }
 
+    /// Waits until all that was written is durable.
+    fn flush(&self, py: Python<'_>) -> Result<(), Failure> {
+        let disk = self.backend()?;
+        let failed = |error: BlockError| std::io::Error::other(error.to_string());
+        Ok(py.detach(|| disk.flush()).map_err(failed)?)
+    }
+
     /// The same disk once more, to be closed on its own.
     fn share(&self) -> Result<Self, Failure> {
         Ok(Self(Mutex::new(Some(self.backend()?))))

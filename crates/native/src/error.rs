@@ -4,7 +4,7 @@ use pyo3::exceptions::{PyException, PyOSError, PyValueError};
 use pyo3::prelude::*;
 use tetrarch_bus::{AttachError, DeviceError, RunError};
 use tetrarch_machine::{MachineError, NotHeld};
-use tetrarch_memory::MemoryError;
+use tetrarch_memory::{ImageError, MemoryError};
 
 pyo3::create_exception!(
     tetrarch._native,
@@ -150,6 +150,16 @@ impl From<tetrarch_engine::EngineError> for Failure {
 impl From<MemoryError> for Failure {
     fn from(error: MemoryError) -> Self {
         Self::Memory(error)
+    }
+}
+
+impl From<ImageError> for Failure {
+    fn from(error: ImageError) -> Self {
+        match error {
+            ImageError::File(error) => error.into(),
+            ImageError::Memory(error) => error.into(),
+            damaged @ ImageError::Damaged(..) => Self::refused(damaged),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! `tetrarch._native.Vm`.
 
+use std::fs::File;
 use std::os::fd::{IntoRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock, Weak};
@@ -12,9 +13,10 @@ use pyo3::types::PyBytes;
 use tetrarch_bus::{AttachError, Bus, Device, Sizes, Span};
 use tetrarch_engine::{EngineError, GSI_COUNT, Saved, VmState};
 use tetrarch_machine::{Machine, ResetState, Stats, collect};
-use tetrarch_memory::{GuestPhys, MemoryError};
+use tetrarch_memory::{GuestPhys, Layer, MemoryError, Run};
 
 use crate::debug::{alert, told};
+use crate::descriptor::own_descriptor;
 use crate::error::Failure;
 use crate::irq::IrqSource;
 use crate::python_device::{Crossings, PythonDevice};
@@ -151,7 +153,11 @@ impl Vm {
         self.machine.memory.regions().iter().map(|region| (region.start.0, region.len)).collect()
     }
 
-    fn ram_file(&self, address: u64) -> Result<(RawFd, u64), Failure> {
+    // Held, since what a saved machine's file has is copied into the memfd.
+    fn ram_file(&self, py: Python<'_>, address: u64) -> Result<(RawFd, u64), Failure> {
+        if self.machine.memory.is_lazy() {
+            py.detach(|| self.machine.held(|| self.machine.memory.settle()))??;
+        }
         let (regions, start) = (self.machine.memory.regions(), GuestPhys(address));
         let region = regions.iter().find(|region| region.start == start);
         let file = region.and_then(|region| region.file());
@@ -187,6 +193,48 @@ impl Vm {
     // a vCPU that is in a Python device.
     fn write_memory(&self, py: Python<'_>, address: u64, data: &[u8]) -> Result<(), Failure> {
         Ok(py.detach(|| self.machine.memory.write(GuestPhys(address), data))?)
+    }
+
+    fn cpu_features(&self) -> Vec<(String, u32)> {
+        tetrarch_engine::features(&*self.machine.engine)
+    }
+
+    fn log_writes(&self, py: Python<'_>) -> Result<(), Failure> {
+        Ok(py.detach(|| self.machine.log_writes())?)
+    }
+
+    /// Pages that are not zero, or those that were written since `log_writes`, to a file from an
+    /// offset on: the table of their runs, and the offset behind them.
+    #[pyo3(signature = (descriptor, offset, *, written = false))]
+    fn save_ram<'py>(
+        &self,
+        py: Python<'py>,
+        descriptor: i32,
+        offset: u64,
+        written: bool,
+    ) -> Result<(Bound<'py, PyBytes>, u64), Failure> {
+        let file = File::from(own_descriptor(descriptor)?);
+        let save = || {
+            let ranges = if written { self.machine.written()? } else { None };
+            if written && ranges.is_none() {
+                return Err(Failure::refused("nobody has noted what was written"));
+            }
+            Ok(self.machine.memory.save(&file, offset, ranges.as_deref())?)
+        };
+        let (runs, end) = py.detach(save)?;
+        let table: Vec<u8> = runs.iter().flat_map(|run| run.to_bytes()).collect();
+        Ok((PyBytes::new(py, &table), end))
+    }
+
+    /// Maps what was saved, of each file its name, its descriptor and the table; the first is
+    /// undermost.
+    fn load_ram(&self, py: Python<'_>, layers: Vec<(String, i32, Vec<u8>)>) -> Result<(), Failure> {
+        let layer = |(name, descriptor, table): (String, i32, Vec<u8>)| {
+            let file = File::from(own_descriptor(descriptor)?);
+            Ok::<_, Failure>(Layer { name, file, runs: Run::table(&table) })
+        };
+        let layers: Vec<_> = layers.into_iter().map(layer).collect::<Result<_, _>>()?;
+        Ok(py.detach(|| self.machine.memory.load(&layers))?)
     }
 
     fn add_memory(&self, py: Python<'_>, address: u64, length: u64) -> Result<(), Failure> {

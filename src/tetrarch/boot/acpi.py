@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from tetrarch.boot import aml
+from tetrarch.boot.generation import generation_device, generation_event
 from tetrarch.boot.layout import ACPI_BASE, ACPI_END, align_up
 from tetrarch.devices import acpi_pm, i8042, pvpanic, reset_cf9, rtc_cmos, uart16550
 from tetrarch.errors import ConfigError
@@ -292,6 +293,8 @@ def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes], firmware: bool)
             aml.memory32(LAPIC_BASE, 0x1000),
         ),
         _pci_root(ram, firmware),
+        # Firmware has its own memory map, and no page for it.
+        *([] if firmware else [generation_device()]),
         *more,
     )
     s5 = aml.integer(acpi_pm.S5_TYPE)
@@ -300,7 +303,7 @@ def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes], firmware: bool)
     events = aml.method(hotplug_event, 0, aml.call("\\_SB.PCI0.HCHK"))
     body = (
         aml.scope("\\_SB", *devices)
-        + aml.scope("\\_GPE", events)
+        + aml.scope("\\_GPE", events, *([] if firmware else [generation_event()]))
         + aml.name("\\_S5", aml.package(s5, s5, zero, zero))
     )
     return _table(b"DSDT", 2, body)

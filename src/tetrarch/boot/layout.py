@@ -12,6 +12,7 @@ __all__ = [
     "CMDLINE_SPACE",
     "EBDA_BASE",
     "GDT_BASE",
+    "GENERATION_ID",
     "HIGH_MEMORY",
     "LOW_RAM_MAX",
     "MULTIBOOT_BASE",
@@ -43,7 +44,9 @@ MULTIBOOT_END: Final = 0x2_0000
 #: Conventional memory ends 1 KiB below 640 KiB, where a BIOS keeps its EBDA.
 EBDA_BASE: Final = 0x9_FC00
 ACPI_BASE: Final = 0xE_0000
-ACPI_END: Final = 0x10_0000
+ACPI_END: Final = 0xF_F000
+#: The generation ID has a page of its own, reserved as the tables are (boot/generation.py).
+GENERATION_ID: Final = 0xF_F000
 HIGH_MEMORY: Final = 0x10_0000
 
 #: RAM above this size continues at 4 GiB; below lies the hole for MMIO.

@@ -164,11 +164,31 @@ def snapshot(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="Is replaced when the new one is whole.")
     ],
+    track: Annotated[
+        bool, typer.Option("--track", help="Note what is written then: it is to be a parent.")
+    ] = False,
+    parent: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save only what was written since that one."),
+    ] = None,
+    end: Annotated[
+        bool, typer.Option("--end", help="The machine ends at that moment, its disks as saved.")
+    ] = False,
 ) -> None:
     """Save a machine to a file, from which tetrarch run --restore goes on. It runs on itself."""
     from tetrarch.remote import connect
 
-    connect(name).save(file)
+    vm = connect(name)
+    if end:
+        vm.pause()
+    try:
+        vm.save(file, parent=parent, track=track)
+    except BaseException:
+        if end:
+            vm.resume()
+        raise
+    if end:
+        vm.kill()
 
 
 def stat(

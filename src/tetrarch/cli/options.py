@@ -85,6 +85,10 @@ class CommandOptions(BaseModel):
     restore: Path | None = option(
         None, "A machine that was saved, to go on from there; docs/snapshots.md.", "FILE"
     )
+    fresh_identity: bool = option(
+        False, "With --restore: go on as another machine than the one that was saved."
+    )
+    allow_changed_disks: bool = option(False, "With --restore: take disks that have changed since.")
     stats: bool = option(False, "Show counters on standard error at the end.")
     command: Several[str] = ()
     """What stands behind ``--``: words of a command for the guest."""

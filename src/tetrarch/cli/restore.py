@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from tetrarch.errors import ConfigError
 from tetrarch.machine.machine import Machine
-from tetrarch.machine.saved import open_saved
-from tetrarch.machine.snapshot import read_about
-from tetrarch.platforms.pc import PC
+from tetrarch.machine.snapshot import about_of
 from tetrarch.sockets import socket_directory
 
 if TYPE_CHECKING:
@@ -59,8 +57,7 @@ def check_restore(config: MachineConfig, options: CommandOptions) -> None:
 def with_own_vsock(path: Path, config: MachineConfig) -> Iterator[MachineConfig]:
     """``config`` with a socket for the vsock that the saved machine had, where nobody has named
     one: its guest's agent goes on, and nobody calls it."""
-    with open_saved(path) as reader:
-        had = read_about(reader, PC.name).outside.options["vsock"]
+    had = about_of(path).outside.options["vsock"]
     if not had or config.vsock is not None:
         yield config
         return
@@ -68,7 +65,15 @@ def with_own_vsock(path: Path, config: MachineConfig) -> Iterator[MachineConfig]
         yield config.model_copy(update={"vsock": Path(folder) / "vsock"})
 
 
-def restored(path: Path, config: MachineConfig, console: ConsoleBackend) -> Machine:
+def restored(
+    path: Path, config: MachineConfig, options: CommandOptions, console: ConsoleBackend
+) -> Machine:
     """The machine that was saved, with what ``config`` gives it of this host."""
     given = {name: getattr(config, name) for name in _HOSTS if name in config.model_fields_set}
-    return Machine.restore(path, console=console, **given)
+    return Machine.restore(
+        path,
+        console=console,
+        fresh_identity=options.fresh_identity,
+        changed_disks=options.allow_changed_disks,
+        **given,
+    )

@@ -106,7 +106,7 @@ def _run(
     interactive = _is_interactive(console) or (_has_port_on_stdio(config) and os.isatty(0))
     try:
         if options.restore is not None:
-            machine = restored(options.restore, config, console)
+            machine = restored(options.restore, config, options, console)
         else:
             machine = Machine(config, console=console)
             machine.load()

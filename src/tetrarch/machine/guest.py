@@ -9,6 +9,7 @@ from tetrarch._native import disk_info
 from tetrarch.block.disk import disk_errors
 from tetrarch.block.spec import DiskSpec
 from tetrarch.boot import build_acpi, load_kernel
+from tetrarch.boot.generation import first_generation
 from tetrarch.boot.initrd import initrd_files
 from tetrarch.boot.source import Source
 from tetrarch.firmware.image import FirmwareImage
@@ -107,6 +108,7 @@ def load_guest(
     if firmware is not None:
         registers = firmware.load(config, append, dsdt)
     elif config.kernel is not None:
+        first_generation(vm)
         rsdp, tables = build_acpi(config.cpus, vm.ram, dsdt)
         for address, data in tables:
             vm.write_memory(address, data)

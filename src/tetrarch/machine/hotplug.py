@@ -100,6 +100,11 @@ class HotPlug:
         self._blocks.released(name)
         self._netdevs.released(name)
 
+    @property
+    def nets(self) -> list[NetKind]:
+        """The network cards that are in."""
+        return [kind for kind in self._closing.values() if isinstance(kind, NetKind)]
+
     def close(self) -> None:
         """The machine has ended."""
         for kind in self._closing.values():

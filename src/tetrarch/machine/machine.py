@@ -10,7 +10,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from tetrarch.agent import AgentStream
 from tetrarch.agent import connect as connect_agent
 from tetrarch.agent.guest import AGENT_S, AgentMethods
 from tetrarch.block.disk import OnStop
+from tetrarch.boot.generation import change_generation
 from tetrarch.console import ConsoleBackend, MemoryConsole
 from tetrarch.console.spec import ConsoleSpec, PortSpec, require_console
 from tetrarch.errors import (
@@ -60,6 +61,7 @@ from tetrarch.machine.engine_vm import (
 )
 from tetrarch.machine.event_stream import EventStream
 from tetrarch.machine.events import EventName, Events, MachineEvent, shutdown_data
+from tetrarch.machine.flush_points import check_flush_points
 from tetrarch.machine.forked import Elsewhere, elsewhere, keep_for_ever, watch_forks
 from tetrarch.machine.guest import (
     check_files,
@@ -67,16 +69,17 @@ from tetrarch.machine.guest import (
     resolve_guest,
     with_installed_disk,
 )
+from tetrarch.machine.identity import renew_cards
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.log import MachineLog
 from tetrarch.machine.memory import PhysicalMemory
+from tetrarch.machine.new_file import new_file
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc, assemble_pc
 from tetrarch.machine.plugged import PciDevice
 from tetrarch.machine.resets import Resets
-from tetrarch.machine.saved import open_saved
 from tetrarch.machine.selection import choose
-from tetrarch.machine.snapshot import read_about, restore_machine, save_machine
+from tetrarch.machine.snapshot import Parent, opened, parent_of, restore_machine, save_machine
 from tetrarch.machine.state import MachineParts
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.threads import VcpuThreads
@@ -204,6 +207,8 @@ class Machine(AgentMethods):
         )
         self._loaded = False
         self._restored = False
+        self._tracked: str | None = None
+        """The file since which it is noted what is written."""
         self._seal: Callable[[], None] | None = None
         self.confined = False
         """Whether this process opens no more than it was granted when the machine started."""
@@ -759,24 +764,46 @@ class Machine(AgentMethods):
 
     # Saved machines.
 
-    def save(self, path: str | os.PathLike[str] | BinaryIO) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str] | BinaryIO,
+        *,
+        parent: str | os.PathLike[str] | Parent | None = None,
+        track: bool = False,
+    ) -> None:
         """Writes all of the machine to a file, from which ``restore`` makes one that goes on.
 
         It is held meanwhile, and runs on if it ran. Devices of yours need ``save`` and ``load``.
         Raises HostError where the file cannot be written: then there is none. One that is open
         already has to be empty.
+
+        With ``track`` the machine notes what is written from then on, and the next file may have
+        this one as its ``parent``: it has no more of memory than that, and lies beside it.
         """
         self._life.require("save", Phase.RUNNING, Phase.HELD)
-        with nullcontext() if self.phase is Phase.HELD else self.held():
+        if parent is not None and not isinstance(parent, Parent):
+            child = Path(path) if isinstance(path, (str, os.PathLike)) else None
+            parent = parent_of(Path(parent), child)
+        if parent is not None and parent.identity != self._tracked:
+            raise MachineStateError(
+                f"what was written since {parent.file} has not been noted",
+                mend="give the file that was saved last as parent, if that was with track",
+            )
+        with ExitStack() as stack:
+            if isinstance(path, (str, os.PathLike)):
+                path = stack.enter_context(new_file(Path(path), "save the machine"))
+            if self.phase is not Phase.HELD:
+                stack.enter_context(self.held())
             if self._conclusion.decided:
                 # The event is no state of the machine: one that goes on from the file never had it.
                 raise MachineStateError(
                     "the machine cannot be saved: its guest is switching it off or resetting it",
                     mend="resume it; after a reset save it again",
                 )
-            save_machine(
-                self._parts(), Path(path) if isinstance(path, (str, os.PathLike)) else path
-            )
+            identity = save_machine(self._parts(), path, parent)
+            if track:
+                self._vm.log_writes()
+                self._tracked = identity
 
     @classmethod
     def restore(
@@ -796,6 +823,8 @@ class Machine(AgentMethods):
         control: str | os.PathLike[str] | None = None,
         gdb: GdbOption | None = None,
         gdb_wait: bool = False,
+        fresh_identity: bool = False,
+        changed_disks: bool = False,
         vm: EngineVm | None = None,
     ) -> Self:
         """A machine as it was saved; start() lets it go on from there.
@@ -805,10 +834,14 @@ class Machine(AgentMethods):
         ``vsock``, ``virtio_console`` and ``firmware`` where it had them, and attach devices of
         yours before start(). Its connections by vsock are gone.
 
+        With ``fresh_identity`` it goes on as another machine: its guest is told by the generation
+        ID, and its network cards have new addresses; docs/snapshots.md. Disks that have changed
+        since are refused without ``changed_disks``.
+
         Raises StateError for a file that is no saved machine, or damaged.
         """
-        with open_saved(Path(path)) as reader:
-            about = read_about(reader, platform.name)
+        with opened(Path(path), platform.name) as saved:
+            about = saved.about
             given = {
                 "engine": engine,
                 "name": name,
@@ -824,15 +857,21 @@ class Machine(AgentMethods):
             }
             config = about.config.updated({key: value for key, value in given.items() if value})
             about.outside.require(config)
+            if not changed_disks:
+                check_flush_points(about.disks, about.outside.images(config))
             start = about.outside.from_the_start(config)
             machine = cls(start, console=console, platform=platform, vm=vm)
             try:
                 about.outside.plug_later(machine._pc, config)
                 # Its clock stands until start().
                 machine._vm.hold()
-                restore_machine(machine._parts(), reader)
+                if fresh_identity:
+                    renew_cards(machine._pc)
+                restore_machine(machine._parts(), saved)
                 if machine._pc.firmware is not None:
                     machine._pc.firmware.tell(machine.config, "", machine._pc.dsdt)
+                elif fresh_identity:
+                    change_generation(machine._vm, machine._pc.acpi)
             except BaseException:
                 machine._discard()
                 raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeGuard
 
 from tetrarch.block.spec import Bus, CdromSpec, DiskSpec
@@ -134,6 +135,15 @@ class Outside:
                         f" {spec.bus}",
                         mend=f"give it with bus={bus}",
                     )
+
+    def images(self, config: MachineConfig) -> dict[str, Path]:
+        """Where the image of each node is."""
+        cold = self._cold("disk")
+        named = {f"disk{index}": disk for index, disk in enumerate(config.disk[:cold])}
+        later = (one.behind for one in self.later if one.driver in _BUSES)
+        named |= dict(zip(later, config.disk[cold:], strict=True))
+        images = {name: disk.path for name, disk in named.items() if not disk.vhost_user}
+        return images | {f"cdrom{index}": cd.path for index, cd in enumerate(config.cdrom)}
 
     def from_the_start(self, config: MachineConfig) -> MachineConfig:
         """``config`` with what the machine was made with: without what devices have that were

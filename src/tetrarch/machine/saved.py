@@ -1,12 +1,14 @@
-"""A saved machine: one file of sections, each with name, version, length and CRC.
+"""A saved machine: RAM, then sections, each with name, version, length and CRC.
 
-    8 bytes  MAGIC, in which the last is the version of this form
+    header   a page: MAGIC, in which the last is the version of this form; u64 where the
+             sections begin; u32 CRC-32 (zlib's) of the page, with zeros in its place
+    RAM      whole pages, so that they can be mapped; the section "ram" says which they are
     section  u8 length of the name, the name, u16 version, u64 length of the body,
-             u32 CRC-32 (zlib's) of the body and then of all that precedes it; the body
+             u32 CRC-32 of the body and then of all that precedes it; the body
 
 Numbers are little-endian. A section of a device or of the machine is JSON; those
-of the engine are its own; "ram" is sparse: runs of u64 address, u64 length and
-that many bytes, up to a run of length 0. What is not in it is zero.
+of the engine are its own; "ram" is a table of runs of pages, each with its CRC
+(crates/memory/src/image.rs). What is not in it is zero.
 
 The file may be damaged or made by somebody else: every length is checked, and
 nothing in it is more than data.
@@ -18,91 +20,105 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tetrarch._native import GuestMemoryError
+from tetrarch._native import EngineError
 from tetrarch.errors import HostError, StateError
-from tetrarch.machine.new_file import new_file
-from tetrarch.machine.ram import runs
+from tetrarch.machine.engine_vm import engine_cause
 
 if TYPE_CHECKING:
     from tetrarch.machine.engine_vm import EngineVm
 
 __all__ = [
+    "HEADER_BYTES",
     "MAGIC",
     "SavedReader",
     "SavedWriter",
-    "SectionReader",
-    "SectionWriter",
+    "header",
     "open_saved",
     "read_ram",
-    "write_ram",
-    "writing_saved",
 ]
 
-MAGIC = b"TETRASV\x01"
+MAGIC = b"TETRASV\x02"
+HEADER_BYTES = 4096
+_HEADER = struct.Struct("<8sQI")
 _TAIL = struct.Struct("<HQI")
-_RUN = struct.Struct("<QQ")
-# The state of a device or a vCPU is a few KiB; a RAM section is read in pieces.
+# The state of a device or a vCPU is a few KiB.
 _BODY_BYTES_MAX = 16 << 20
-_CHUNK = 1 << 20
+_BUFFER = 1 << 16
+
+
+def header(sections: int) -> bytes:
+    """Of a file whose sections begin there."""
+    page = _HEADER.pack(MAGIC, sections, 0).ljust(HEADER_BYTES, b"\0")
+    return _HEADER.pack(MAGIC, sections, zlib.crc32(page)).ljust(HEADER_BYTES, b"\0")
 
 
 class SavedWriter:
-    """Writes sections to a file, in the order of the calls."""
+    """Writes RAM and then sections to a file, in the order of the calls."""
 
     def __init__(self, file: BinaryIO) -> None:
+        """The file is empty."""
         self._file = file
-        file.write(MAGIC)
+        self._sections = HEADER_BYTES
+        file.write(bytes(HEADER_BYTES))
+
+    def ram(self, vm: EngineVm, *, written: bool) -> bytes:
+        """Writes the pages, before any section, or only those that were ``written`` since
+        ``log_writes()``; gives their table."""
+        self._file.flush()
+        table, self._sections = vm.save_ram(self._file.fileno(), HEADER_BYTES, written=written)
+        self._file.seek(self._sections)
+        return table
+
+    def end(self) -> None:
+        """All is written: now the file is one."""
+        self._file.seek(0)
+        self._file.write(header(self._sections))
+        self._file.flush()
 
     def section(self, name: str, version: int, body: bytes) -> None:
-        with self.stream(name, version) as stream:
-            stream.write(body)
+        label = name.encode()
+        head = bytes([len(label)]) + label + struct.pack("<HQ", version, len(body))
+        self._file.write(head + struct.pack("<I", zlib.crc32(head, zlib.crc32(body))))
+        self._file.write(body)
 
     def json(self, name: str, version: int, value: object) -> None:
         self.section(name, version, json.dumps(value, separators=(",", ":")).encode())
-
-    @contextmanager
-    def stream(self, name: str, version: int) -> Iterator[SectionWriter]:
-        """A section whose length is known when it ends."""
-        label = name.encode()
-        head = bytes([len(label)]) + label
-        self._file.write(head)
-        at = self._file.tell()
-        self._file.write(_TAIL.pack(0, 0, 0))
-        stream = SectionWriter(self._file)
-        yield stream
-        end = self._file.tell()
-        head += struct.pack("<HQ", version, stream.length)
-        self._file.seek(at)
-        self._file.write(_TAIL.pack(version, stream.length, zlib.crc32(head, stream.crc)))
-        self._file.seek(end)
-
-
-class SectionWriter:
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.length = 0
-        self.crc = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self.length += len(data)
-        self.crc = zlib.crc32(data, self.crc)
 
 
 class SavedReader:
     """Reads sections, in the order in which they were written."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.path = path
         self._file = file
-        self._path = path
-        self._left = os.fstat(file.fileno()).st_size
-        if self._take(len(MAGIC)) != MAGIC:
-            raise self.damaged("is no saved machine of this version", "name a file of save()")
+        self._left = size = os.fstat(file.fileno()).st_size
+        page = self._take(HEADER_BYTES) if size >= HEADER_BYTES else file.read()
+        if page[: len(MAGIC)] != MAGIC:
+            if page[: len(MAGIC) - 1] == MAGIC[:-1] and len(page) >= len(MAGIC):
+                raise self.damaged(
+                    f"is a saved machine of version {page[len(MAGIC) - 1]},"
+                    f" this program reads {MAGIC[-1]}",
+                    "restore it with the release that saved it",
+                )
+            raise self.damaged("is no saved machine", "name a file of snapshot or save()")
+        if len(page) < HEADER_BYTES:
+            raise self.damaged("is cut short")
+        sections = _HEADER.unpack_from(page)[1]
+        if page != header(sections):
+            raise self.damaged("has a wrong checksum")
+        if not HEADER_BYTES <= sections <= size:
+            raise self.damaged("is cut short")
+        file.seek(sections)
+        self._left = size - sections
+
+    @property
+    def descriptor(self) -> int:
+        return self._file.fileno()
 
     def json(self, name: str, version: int) -> Any:
         try:
@@ -110,15 +126,8 @@ class SavedReader:
         except (ValueError, RecursionError) as error:
             raise self.damaged(f"has a section {name!r} that is no JSON") from error
 
-    def section(self, name: str, version: int) -> bytes:
-        with self.stream(name, version) as stream:
-            if stream.left > _BODY_BYTES_MAX:
-                raise self.damaged(f"has a section {name!r} of absurd size")
-            return stream.read(stream.left)
-
-    @contextmanager
-    def stream(self, name: str, version: int) -> Iterator[SectionReader]:
-        """A section of any length. Its checksum is looked at when it has been read."""
+    def section(self, name: str, version: int, limit: int = _BODY_BYTES_MAX) -> bytes:
+        """The body of one, of so many bytes at most."""
         label = self._take(self._take(1)[0])
         if label != name.encode():
             raise self.damaged(f"has a section {label!r} where {name!r} is due")
@@ -129,13 +138,15 @@ class SavedReader:
                 f"has version {found} of the section {name!r}, this program reads {version}",
                 "restore it with the release that saved it",
             )
-        if length > self._left:
-            raise self.damaged("is cut short")
-        stream = SectionReader(self, length)
-        yield stream
+        if length > min(limit, self._left):
+            raise self.damaged(
+                "is cut short" if length > self._left else f"has a section {name!r} of absurd size"
+            )
+        body = self._take(length)
         head = bytes([len(label)]) + label + tail[: -struct.calcsize("<I")]
-        if stream.left or zlib.crc32(head, stream.crc) != crc:
+        if zlib.crc32(head, zlib.crc32(body)) != crc:
             raise self.damaged(f"has a section {name!r} with a wrong checksum")
+        return body
 
     def end(self) -> None:
         if self._left:
@@ -149,35 +160,13 @@ class SavedReader:
         return data
 
     def damaged(self, cause: str, mend: str = "save the machine again") -> StateError:
-        return StateError(f"{self._path} {cause}", mend=mend)
-
-
-class SectionReader:
-    def __init__(self, reader: SavedReader, length: int) -> None:
-        self._reader = reader
-        self.left = length
-        self.crc = 0
-
-    def read(self, length: int) -> bytes:
-        if length > self.left:
-            raise self._reader.damaged("has a section that ends too early")
-        data = self._reader._take(length)
-        self.left -= length
-        self.crc = zlib.crc32(data, self.crc)
-        return data
-
-
-@contextmanager
-def writing_saved(path: Path) -> Iterator[SavedWriter]:
-    """A saved machine that is at ``path`` when it is whole, and not before."""
-    with new_file(path, "save the machine") as file:
-        yield SavedWriter(file)
+        return StateError(f"{self.path} {cause}", mend=mend)
 
 
 @contextmanager
 def open_saved(path: Path) -> Iterator[SavedReader]:
     try:
-        with path.open("rb", buffering=_CHUNK) as file:
+        with path.open("rb", buffering=_BUFFER) as file:
             yield SavedReader(file, path)
     except OSError as error:
         raise HostError(
@@ -185,25 +174,13 @@ def open_saved(path: Path) -> Iterator[SavedReader]:
         ) from error
 
 
-def write_ram(vm: EngineVm, writer: SavedWriter) -> None:
-    with writer.stream("ram", 1) as stream:
-        for base, length in vm.ram:
-            for address, data in runs(vm, base, length):
-                stream.write(_RUN.pack(address, len(data)))
-                stream.write(data)
-        stream.write(_RUN.pack(0, 0))
+def read_ram(vm: EngineVm, layers: Sequence[tuple[SavedReader, bytes]]) -> None:
+    """Into RAM that is all zero, as that of a new machine: files and their tables, the first
+    undermost. All checksums are right, or nothing is changed.
 
-
-def read_ram(vm: EngineVm, reader: SavedReader) -> None:
-    """Into RAM that is all zero, as that of a new machine."""
-    with reader.stream("ram", 1) as stream:
-        while True:
-            address, length = _RUN.unpack(stream.read(_RUN.size))
-            if not length:
-                break
-            if length > _CHUNK:
-                raise reader.damaged("has a run of RAM of absurd size")
-            try:
-                vm.write_memory(address, stream.read(length))
-            except GuestMemoryError as error:
-                raise reader.damaged("has RAM where the machine has none") from error
+    Raises StateError.
+    """
+    try:
+        vm.load_ram([(str(file.path), file.descriptor, table) for file, table in layers])
+    except EngineError as error:
+        raise StateError(engine_cause(error), mend="save the machine again") from error

@@ -1,24 +1,38 @@
-"""A machine in a file, and a machine made of one: which sections there are."""
+"""A machine in a file, and a machine made of one or of several: which sections there are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
-from tetrarch.errors import ConfigError, StateError
+from tetrarch._native import EngineError
+from tetrarch.errors import ConfigError, HostError, StateError
 from tetrarch.machine.config import MachineConfig, make_config
+from tetrarch.machine.engine_vm import engine_cause, engine_mend
+from tetrarch.machine.flush_points import flush_disks, require_kept
 from tetrarch.machine.outside import Outside
-from tetrarch.machine.saved import SavedReader, SavedWriter, read_ram, write_ram, writing_saved
+from tetrarch.machine.saved import SavedReader, SavedWriter, open_saved, read_ram
 from tetrarch.machine.state import MachineParts, MachineState, load_state, save_state
 
-__all__ = ["About", "read_about", "restore_machine", "save_machine"]
+__all__ = [
+    "About",
+    "Parent",
+    "Saved",
+    "about_of",
+    "opened",
+    "parent_of",
+    "restore_machine",
+    "save_machine",
+]
 
 # Count up when a section means something else than before. The engine's sections have
 # versions of their own inside.
-_ABOUT_VERSION = 2
-_ABOUT_OPTIONS = {
+_ABOUT_VERSION: Final = 2
+_ABOUT_OPTIONS: Final = {
     "name",
     "engine",
     "memory",
@@ -29,7 +43,18 @@ _ABOUT_OPTIONS = {
     "balloon",
     "input",
 }
-_DEVICES_VERSION = 1
+_DEVICES_VERSION: Final = 1
+_RAM_VERSION: Final = 1
+#: Files of one machine that lie upon each other.
+_LAYERS_MAX: Final = 64
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The file that another one lies upon; it is beside it."""
+
+    identity: str
+    file: str
 
 
 @dataclass(frozen=True)
@@ -39,50 +64,121 @@ class About:
     config: MachineConfig
     uptime: float
     outside: Outside
+    identity: str
+    """Of this file, and no other."""
+    parent: Parent | None
+    cpu: Mapping[str, int]
+    """Words of CPUID that the guest relies on."""
+    disks: Mapping[str, Any]
+    """Where the images stood, by the names of their nodes."""
 
 
-def save_machine(parts: MachineParts, target: Path | BinaryIO) -> None:
-    """Of a machine that is held, to a file of that name or into one that is open for writing."""
-    # First what may refuse: then no file is begun.
+@dataclass(frozen=True)
+class Saved:
+    """A saved machine whose files are open."""
+
+    about: About
+    reader: SavedReader
+    layers: Sequence[tuple[SavedReader, bytes]]
+    """Each with its table of RAM, the undermost first."""
+
+
+def save_machine(parts: MachineParts, file: BinaryIO, parent: Parent | None = None) -> str:
+    """Of a machine that is held, into an empty file; with a parent only what was written since.
+    Gives the file's identity."""
+    # First what may refuse.
+    require_kept(parts.pc.blocks)
     state = save_state(parts)
-    if isinstance(target, Path):
-        with writing_saved(target) as writer:
-            _write(parts, state, writer)
-    else:
-        _write(parts, state, SavedWriter(target))
-
-
-def _write(parts: MachineParts, state: MachineState, writer: SavedWriter) -> None:
+    identity = secrets.token_hex(16)
+    config = parts.config
     about = {
-        "name": parts.config.name,
+        "name": config.name,
         "engine": parts.engine,
         "platform": parts.platform,
-        "memory": f"{parts.config.memory >> 10}K",
-        "cpus": parts.config.cpus,
-        "debug_exit": parts.config.debug_exit,
-        "virtio": parts.config.virtio,
-        "rng": parts.config.rng,
-        "balloon": parts.config.balloon,
-        "input": parts.config.input,
+        "memory": f"{config.memory >> 10}K",
+        "cpus": config.cpus,
+        "debug_exit": config.debug_exit,
+        "virtio": config.virtio,
+        "rng": config.rng,
+        "balloon": config.balloon,
+        "input": config.input,
         "uptime": parts.uptime,
-        "outside": Outside.of(parts.config, parts.pc).to_json(),
+        "outside": Outside.of(config, parts.pc).to_json(),
+        "identity": identity,
+        "parent": None if parent is None else {"identity": parent.identity, "file": parent.file},
+        "cpu": dict(parts.vm.cpu_features()),
+        "disks": flush_disks(parts.pc.blocks),
     }
+    writer = SavedWriter(file)
+    try:
+        table = writer.ram(parts.vm, written=parent is not None)
+    except EngineError as error:
+        raise HostError(
+            f"the machine's memory cannot be saved: {engine_cause(error)}",
+            mend=engine_mend(error, "save it without a parent"),
+        ) from error
     writer.json("machine", _ABOUT_VERSION, about)
-    write_ram(parts.vm, writer)
+    writer.section("ram", _RAM_VERSION, table)
     writer.section("vm", 1, state.vm)
     for index, vcpu in enumerate(state.vcpus):
         writer.section(f"vcpu{index}", 1, vcpu)
     writer.json("devices", _DEVICES_VERSION, state.devices)
     writer.json("pci", _DEVICES_VERSION, state.pci)
     writer.json("attached", _DEVICES_VERSION, state.attached)
+    writer.end()
+    return identity
 
 
-def read_about(reader: SavedReader, platform: str) -> About:
+def parent_of(parent: Path, child: Path | None) -> Parent:
+    """What a child of a file says of it. Raises ConfigError where they are not in one directory:
+    a file names no other of the host."""
+    if child is not None and child.parent.resolve() != parent.parent.resolve():
+        raise ConfigError(
+            f"{child} and its parent {parent} are in two directories",
+            mend="write it beside its parent",
+        )
+    return Parent(about_of(parent).identity, parent.name)
+
+
+def about_of(path: Path) -> About:
+    with open_saved(path) as reader:
+        return _read_about(reader, None)
+
+
+@contextmanager
+def opened(path: Path, platform: str) -> Iterator[Saved]:
+    """A saved machine, and the files that it lies upon. Raises StateError."""
+    with ExitStack() as stack:
+        reader = stack.enter_context(open_saved(path))
+        about = _read_about(reader, platform)
+        layers = [(reader, _read_table(reader, about))]
+        parent = about.parent
+        while parent is not None:
+            if len(layers) == _LAYERS_MAX:
+                raise reader.damaged(f"lies upon more than {_LAYERS_MAX} others")
+            below = stack.enter_context(open_saved(path.with_name(parent.file)))
+            other = _read_about(below, platform)
+            if other.identity != parent.identity:
+                raise StateError(
+                    f"{below.path} is not the file that {layers[-1][0].path} was saved upon",
+                    mend="put that one there",
+                )
+            if other.config.memory != about.config.memory:
+                raise below.damaged("has another amount of memory than its child")
+            layers.append((below, _read_table(below, other)))
+            parent = other.parent
+        yield Saved(about, reader, layers[::-1])
+
+
+def _read_about(reader: SavedReader, platform: str | None) -> About:
+    """``platform``: what it has to be, if that is known."""
     about = _mapping(reader, "machine", _ABOUT_VERSION)
     uptime = about.pop("uptime", None)
     had = about.pop("outside", None)
+    identity, parent = about.pop("identity", None), about.pop("parent", None)
+    cpu, disks = about.pop("cpu", None), about.pop("disks", None)
     found = about.pop("platform", None)
-    if found != platform:
+    if platform is not None and found != platform:
         raise StateError(
             f"the saved machine has the platform {found!r}", mend=f"give it, not {platform!r}"
         )
@@ -101,19 +197,63 @@ def read_about(reader: SavedReader, platform: str) -> About:
         outside = Outside.from_json(had)
     except ValueError as error:
         raise reader.damaged("does not say what the machine had of its host") from error
-    return About(config, float(uptime), outside)
+    if not isinstance(identity, str) or not identity:
+        raise reader.damaged("does not say which file it is")
+    if not isinstance(cpu, dict) or not all(type(bits) is int for bits in cpu.values()):
+        raise reader.damaged("does not say what CPU the machine had")
+    if not isinstance(disks, dict):
+        raise reader.damaged("does not say where the machine's disks stood")
+    return About(config, float(uptime), outside, identity, _parent(reader, parent), cpu, disks)
 
 
-def restore_machine(parts: MachineParts, reader: SavedReader) -> None:
+def _parent(reader: SavedReader, value: object) -> Parent | None:
+    if value is None:
+        return None
+    if isinstance(value, dict) and value.keys() == {"identity", "file"}:
+        identity, file = value["identity"], value["file"]
+        texts = isinstance(identity, str) and isinstance(file, str)
+        # A name, and no path.
+        if texts and Path(file).name == file and file not in ("", "..") and "\0" not in file:
+            return Parent(identity, file)
+    raise reader.damaged("does not say what it lies upon")
+
+
+def _read_table(reader: SavedReader, about: About) -> bytes:
+    # An entry of the table is of a page at least; there is firmware, too.
+    limit = about.config.memory // 128 + (1 << 20)
+    return reader.section("ram", _RAM_VERSION, limit=limit)
+
+
+def restore_machine(parts: MachineParts, saved: Saved) -> None:
     """Into a new machine that is held."""
-    read_ram(parts.vm, reader)
+    _require_cpu(parts, saved.about.cpu)
+    reader = saved.reader
     vm = reader.section("vm", 1)
     vcpus = [reader.section(f"vcpu{index}", 1) for index in range(len(parts.vcpus))]
     devices = _mapping(reader, "devices", _DEVICES_VERSION)
     plugged = _mapping(reader, "pci", _DEVICES_VERSION)
     attached = _mapping(reader, "attached", _DEVICES_VERSION)
     reader.end()
+    read_ram(parts.vm, saved.layers)
     load_state(parts, MachineState(vm, vcpus, devices, plugged, attached))
+
+
+def _require_cpu(parts: MachineParts, had: Mapping[str, int]) -> None:
+    """Raises StateError where the guest's CPU would lack what it had: its kernel looked once.
+    More than it had is of no use to it, and does no harm."""
+    have = dict(parts.vm.cpu_features())
+    lacking = [
+        f"{word} bit {bit}"
+        for word, bits in had.items()
+        for bit in range(32)
+        if bits & ~have.get(word, 0) & 1 << bit
+    ]
+    if lacking:
+        raise StateError(
+            f"the saved machine's CPU had features that engine {parts.engine} does not have here:"
+            f" CPUID {', '.join(lacking)}",
+            mend="restore it on the engine and the kind of host where it was saved",
+        )
 
 
 def _mapping(reader: SavedReader, name: str, version: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tetrarch.control.client import Client
 from tetrarch.errors import MachineStateError, TetrarchError
 from tetrarch.machine.config import DiskOption, make_config
 from tetrarch.machine.new_file import new_file
+from tetrarch.machine.snapshot import parent_of
 from tetrarch.registry import About, find
 from tetrarch.registry.claim import remove_if_dead
 from tetrarch.registry.listing import alive
@@ -159,17 +160,27 @@ class RemoteMachine(AgentMethods):
                 process.wait()
         remove_if_dead(self.name)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        parent: str | os.PathLike[str] | None = None,
+        track: bool = False,
+    ) -> None:
         """Writes all of the machine to a file, from which ``Machine.restore`` makes one that goes
-        on. It stands meanwhile.
+        on. It stands meanwhile. ``parent`` and ``track`` are those of ``Machine.save``.
 
         Raises HostError where the file cannot be written, ControlError for a machine that cannot
         be saved: then there is none.
         """
+        arguments: dict[str, Any] = {"protocol": "fd:saved", "track": track}
+        if parent is not None:
+            known = parent_of(Path(parent), Path(path))
+            arguments |= {"parent": known.identity, "parent-file": known.file}
         # A confined machine opens no file: it is given one.
         with self._client() as client, new_file(Path(path), "save the machine") as file:
             client.execute("getfd", {"fdname": "saved"}, descriptors=[file.fileno()])
-            client.execute("x-save", {"protocol": "fd:saved"})
+            client.execute("x-save", arguments)
 
     def close(self) -> None:
         """Leaves its console. The machine goes on, as it does when this object is forgotten."""

@@ -7,18 +7,26 @@ how a machine ends, or about anything else that needs no instruction.
 from __future__ import annotations
 
 import json
+import os
+import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
+from tetrarch.machine.ram import runs
 
 if TYPE_CHECKING:  # a protocol: of the stub file alone
     from tetrarch._native import Device
 
 __all__ = ["ScriptedRegion", "ScriptedSource", "ScriptedVcpu", "ScriptedVm"]
 
+
+# As crates/memory/src/image.rs has it: address, offset, length, checksum.
+_RUN = struct.Struct("<QQII")
+_PAGE = 4096
 
 Script = Callable[["ScriptedVm"], str]
 
@@ -50,6 +58,38 @@ class ScriptedVm:
 
     def write_memory(self, address: int, data: bytes) -> None:
         self._memory[address : address + len(data)] = data
+
+    def cpu_features(self) -> list[tuple[str, int]]:
+        return []
+
+    def log_writes(self) -> None:
+        self._logged = bytes(self._memory)
+
+    def _written(self) -> Iterator[tuple[int, memoryview]]:
+        for address in range(0, len(self._memory), _PAGE):
+            page = slice(address, address + _PAGE)
+            if self._memory[page] != self._logged[page]:
+                yield address, memoryview(bytes(self._memory[page]))
+
+    def save_ram(self, descriptor: int, offset: int, *, written: bool = False) -> tuple[bytes, int]:
+        table = b""
+        for address, data in self._written() if written else runs(self, 0, len(self._memory)):
+            os.pwrite(descriptor, data, offset)
+            table += _RUN.pack(address, offset, len(data), zlib.crc32(data))
+            offset += len(data)
+        return table, offset
+
+    def load_ram(self, layers: Sequence[tuple[str, int, bytes]]) -> None:
+        for name, descriptor, table in layers:
+            if len(table) % _RUN.size:
+                raise EngineError(f"{name} has a table of RAM that ends in the middle")
+            for address, offset, length, crc in _RUN.iter_unpack(table):
+                if address + length > len(self._memory):
+                    raise EngineError(f"{name} has RAM where the machine has none")
+                data = os.pread(descriptor, length, offset)
+                if len(data) < length or zlib.crc32(data) != crc:
+                    raise EngineError(f"{name} has RAM with a wrong checksum")
+                self.write_memory(address, data)
 
     def attach_ports(
         self,

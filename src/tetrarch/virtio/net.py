@@ -85,6 +85,7 @@ class NetKind:
         if self._mtu is not None:
             self.features |= MTU
         self.data_path = VirtioNet(vm, name, network.native, mac)
+        self._changed_mac: bytes | None = None
 
     @property
     def config(self) -> bytes:
@@ -106,6 +107,11 @@ class NetKind:
         self.data_path.close()
         self.network.close()
 
+    def change_mac(self, mac: bytes) -> None:
+        """Another address of the card's own than the state that is loaded next has. A driver that
+        runs keeps the one that it has found, and that is let through, until it starts anew."""
+        self._changed_mac = mac
+
     def save(self) -> dict[str, Any]:
         return NetState(**self.data_path.state()).save()
 
@@ -114,7 +120,7 @@ class NetKind:
         saved.load(state)
         self.data_path.restore(
             {
-                "permanent": bytes(saved.permanent),
+                "permanent": self._changed_mac or bytes(saved.permanent),
                 "mac": bytes(saved.mac),
                 "mode": saved.mode,
                 "unicast": bytes(saved.unicast),

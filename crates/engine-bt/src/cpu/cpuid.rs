@@ -351,7 +351,7 @@ impl CpuidTable {
     }
 
     /// All that does not depend on the state of the vCPU.
-    fn fixed(&self, leaf: u32, subleaf: u32, apic_id: u32) -> [u32; 4] {
+    pub fn fixed(&self, leaf: u32, subleaf: u32, apic_id: u32) -> [u32; 4] {
         let amd = self.vendor == Vendor::Amd;
         let [b, c, d] = self.vendor_string;
         match leaf {

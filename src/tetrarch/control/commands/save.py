@@ -7,18 +7,29 @@ import os
 from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError
+from tetrarch.machine.snapshot import Parent
 
 __all__ = ["save"]
 
 
 @command("x-save")
-def save(monitor: Monitor, protocol: str) -> None:
-    """To ``file:PATH``, or into the empty file ``fd:NAME`` that ``getfd`` has named."""
+def save(
+    monitor: Monitor,
+    protocol: str,
+    parent: str | None = None,
+    parent_file: str | None = None,
+    track: bool = False,
+) -> None:
+    """To ``file:PATH``, or into the empty file ``fd:NAME`` that ``getfd`` has named. ``parent`` is
+    the identity of the file that it lies upon, ``parent-file`` its name."""
+    if (parent is None) != (parent_file is None):
+        raise QmpError("Parameters 'parent' and 'parent-file' go together")
+    below = None if parent is None or parent_file is None else Parent(parent, parent_file)
     kind, _, name = protocol.partition(":")
     if kind == "file" and name:
-        monitor.machine.save(name)
+        monitor.machine.save(name, parent=below, track=track)
     elif kind == "fd" and name:
         with os.fdopen(monitor.descriptors.pop(name), "wb", buffering=1 << 20) as file:
-            monitor.machine.save(file)
+            monitor.machine.save(file, parent=below, track=track)
     else:
         raise QmpError("Parameter 'protocol' expects 'file:PATH' or 'fd:NAME'")
