@@ -34,10 +34,9 @@ def test_example(words: list[str], printed: str, tmp_path: Path, debian_guest: C
         [sys.executable, "-W", "error", *words],
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
         timeout=LIMIT_S,
         check=False,
     )
-    assert (done.returncode, printed in done.stdout) == (0, True), done.stdout
+    assert (done.returncode, printed in done.stdout) == (0, True), done.stdout + done.stderr
