@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use tetrarch_confine::{ThreadKind, enter};
+use tetrarch_confine::spawn_worker;
 
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{EventfdFlags, eventfd};
@@ -85,11 +85,7 @@ impl WorkerQueue {
             Self { shared, batch: Vec::new(), threads: Vec::new(), process: std::process::id() };
         for _ in 0..THREADS {
             let shared = Arc::clone(&queue.shared);
-            let thread = std::thread::Builder::new().name("tetrarch-disk".into());
-            queue.threads.push(thread.spawn(move || {
-                enter(ThreadKind::Worker);
-                shared.run();
-            })?);
+            queue.threads.push(spawn_worker("tetrarch-disk", move || shared.run())?);
         }
         Ok(queue)
     }

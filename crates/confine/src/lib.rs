@@ -14,6 +14,7 @@ mod limits;
 mod lists;
 mod namespaces;
 mod others;
+mod spawn;
 
 use std::cell::Cell;
 use std::io;
@@ -24,6 +25,7 @@ use seccompiler::BpfProgram;
 
 pub use files::{FileAccess, landlock_version};
 pub use namespaces::own_user_namespace;
+pub use spawn::spawn_worker;
 
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +51,9 @@ impl ThreadKind {
             Self::Worker => lists::WORKER,
         };
         let mut all = vec![lists::EVERY, own];
+        if matches!(self, Self::Io | Self::Worker) {
+            all.push(lists::FILES);
+        }
         if unix_sockets && matches!(self, Self::Io | Self::Worker) {
             all.push(lists::UNIX_SOCKETS);
         }
@@ -123,6 +128,7 @@ impl Confinement {
             needs,
         };
         CONFINEMENT.set(made).map_err(|_| ConfineError::Twice)?;
+        spawn::prepare().map_err(|error| ConfineError::Refused("a thread", error))?;
         Ok(CONFINEMENT.get().expect("it was set"))
     }
 
@@ -147,7 +153,7 @@ impl Confinement {
         let files = files::ruleset(grants)?;
         let mut processes = vec![u64::from(std::process::id())];
         processes.extend(children.iter().map(|pid| u64::from(*pid)));
-        let mut all = vec![lists::EVERY, lists::CONTROL];
+        let mut all = vec![lists::EVERY, lists::FILES, lists::CONTROL];
         if self.needs.unix_sockets {
             all.push(lists::UNIX_SOCKETS);
         }

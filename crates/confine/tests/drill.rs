@@ -3,9 +3,10 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use tetrarch_confine::{Confinement, FileAccess, Needs, ThreadKind, enter};
+use tetrarch_confine::{Confinement, FileAccess, Needs, ThreadKind, enter, spawn_worker};
 
 type Attempt = (&'static str, Box<dyn Fn() -> libc::c_long>);
 
@@ -120,6 +121,31 @@ fn attempts(outside: &CString, inside: &CString) -> Vec<Attempt> {
     ]
 }
 
+/// What a vCPU has no business to do with a file that is open for both.
+fn file_attempts(file: i32) -> Vec<Attempt> {
+    macro_rules! tries {
+        ($($name:ident($($argument:expr),*)),* $(,)?) => {
+            vec![$((stringify!($name), Box::new(move || {
+                // SAFETY: what is written are zeroes of this test, to its own file.
+                unsafe { libc::syscall(libc::$name, $($argument),*) }
+            }) as Box<dyn Fn() -> libc::c_long>)),*]
+        };
+    }
+    static ZEROES: [u8; 64] = [0; 64];
+    let zeroes = ZEROES.as_ptr() as usize;
+    tries![
+        SYS_pwrite64(file, zeroes, 1, 0),
+        SYS_pwritev(file, zeroes, 0, 0, 0),
+        SYS_pwritev2(file, zeroes, 0, 0, 0, 0),
+        SYS_preadv(file, zeroes, 0, 0, 0),
+        SYS_lseek(file, 0, 0),
+        SYS_ftruncate(file, 0),
+        SYS_fallocate(file, 0, 0, 1),
+        SYS_fsync(file),
+        SYS_fdatasync(file),
+    ]
+}
+
 /// Those that worked, of all.
 fn worked(attempts: &[Attempt]) -> Vec<String> {
     let mut found = Vec::new();
@@ -162,6 +188,24 @@ fn no_kind_of_thread_can_do_what_hostile_code_may_try() {
         });
         assert_eq!(found, (true, Vec::new()), "a thread of kind {kind:?}");
     }
+    let open = std::fs::File::options().read(true).write(true).open(&granted).unwrap();
+    let file = open.as_raw_fd();
+    for kind in ThreadKind::ALL {
+        let vcpu = matches!(kind, ThreadKind::VcpuBt | ThreadKind::VcpuKvm);
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                enter(kind);
+                let found = worked(&file_attempts(file));
+                // A vCPU that sets a disk's queues up has threads made for it, which can.
+                let ask = move || assert_eq!(worked(&file_attempts(file)).len(), 9);
+                (found, spawn_worker("worker", ask).unwrap().join().is_ok())
+            });
+            let (found, workers_can) = thread.join().unwrap();
+            assert_eq!(found.len(), if vcpu { 0 } else { 9 }, "{kind:?}: {found:?}");
+            assert!(workers_can, "{kind:?}");
+        });
+    }
+    std::fs::write(&granted, "x").unwrap();
 
     // One that was there before, which only a signal reaches; and what may still be done.
     let (ask, asked) = std::sync::mpsc::channel::<()>();
