@@ -22,6 +22,7 @@ from tetrarch.devices import (
     ResetCf9,
     RtcCmos,
     Uart16550,
+    Vga,
 )
 from tetrarch.errors import StateError
 from tetrarch.pci import PciBus
@@ -133,6 +134,7 @@ DEVICES: dict[str, Callable[[Bench], tuple[Any, list[Any]]]] = {
     "debug console": lambda bench: alone(DebugConsole()),
     "fw_cfg": fw_cfg,
     "pci": pci,
+    "vga": lambda bench: alone(Vga()),
 }
 
 # Which port, write or read, offset, size, value, and how much later in ns.

@@ -66,7 +66,7 @@ def _io_register(port: int, bits: int, access_bits: int) -> bytes:
     return struct.pack("<BBBBQ", 1, bits, 0, access, port)
 
 
-def _fadt(facs: int, dsdt: int) -> bytes:
+def _fadt(facs: int, dsdt: int, vga: bool) -> bytes:
     event = acpi_pm.PORT_BASE + acpi_pm.PM1_EVENT
     control = acpi_pm.PORT_BASE + acpi_pm.PM1_CONTROL
     timer = acpi_pm.PORT_BASE + acpi_pm.PM_TIMER
@@ -88,7 +88,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     put("BB", 91, 4, acpi_pm.GPE0_BYTES)
     put("HH", 96, NO_C2, NO_C3)
     put("B", 108, rtc_cmos.CENTURY)
-    put("H", 109, LEGACY_DEVICES | HAS_8042 | NO_VGA)
+    put("H", 109, LEGACY_DEVICES | HAS_8042 | (0 if vga else NO_VGA))
     flags = WBINVD | PROC_C1 | SLP_BUTTON | FIX_RTC | TMR_VAL_EXT | RESET_REG_SUP
     put("I", 112, flags)
     table[116:128] = _io_register(reset_cf9.PORT_BASE, 8, 8)
@@ -327,6 +327,7 @@ def build_acpi(
     devices: Sequence[bytes] = (),
     *,
     firmware: bool = False,
+    vga: bool = False,
 ) -> tuple[int, list[tuple[int, bytes]]]:
     """The address of the RSDP, and (address, table) of all tables, the RSDP among them.
 
@@ -351,6 +352,6 @@ def build_acpi(
         return address
 
     facs = place(_facs())
-    fadt = place(_fadt(facs, place(_dsdt(ram, devices, firmware))))
+    fadt = place(_fadt(facs, place(_dsdt(ram, devices, firmware)), vga))
     xsdt = place(_xsdt([fadt, place(_madt(vcpus)), place(_mcfg())]))
     return ACPI_BASE, [(ACPI_BASE, _rsdp(xsdt)), *tables]

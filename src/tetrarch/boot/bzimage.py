@@ -54,6 +54,8 @@ ENTRY_64: Final = 0x200
 LOADER_UNDEFINED: Final = 0xFF
 
 # boot_params, Documentation/arch/x86/zero-page.rst
+BP_VIDEO_MODE: Final = 0x006
+BP_VIDEO_LINES: Final = 0x00E
 BP_ACPI_RSDP: Final = 0x070
 BP_E820_COUNT: Final = 0x1E8
 BP_TYPE_OF_LOADER: Final = 0x210
@@ -63,6 +65,10 @@ BP_RAMDISK_SIZE: Final = 0x21C
 BP_CMD_LINE_PTR: Final = 0x228
 BP_E820_TABLE: Final = 0x2D0
 E820_MAX: Final = 128
+#: A VGA after power-on: BIOS mode 3, and the points that a line is high.
+TEXT_MODE: Final = 3
+TEXT_COLUMNS, TEXT_LINES, TEXT_POINTS = 80, 25, 16
+IS_VGA: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +197,8 @@ def load_bzimage(
     initrd: str | os.PathLike[str] | None,
     cmdline: str,
     acpi_rsdp: int,
+    *,
+    vga: bool = False,
 ) -> dict[str, int]:
     header = parse_setup_header(source)
     top = low_ram_top(vm)
@@ -207,6 +215,9 @@ def load_bzimage(
     # loader that copied too much.
     params = bytearray(PAGE_SIZE)
     params[HEADER_START : HEADER_START + len(header.raw)] = header.raw
+    if vga:
+        struct.pack_into("<BB", params, BP_VIDEO_MODE, TEXT_MODE, TEXT_COLUMNS)
+        struct.pack_into("<BBH", params, BP_VIDEO_LINES, TEXT_LINES, IS_VGA, TEXT_POINTS)
     params[BP_TYPE_OF_LOADER] = LOADER_UNDEFINED
     struct.pack_into("<I", params, BP_CODE32_START, load_address)
     struct.pack_into("<I", params, BP_RAMDISK_IMAGE, initrd_address)

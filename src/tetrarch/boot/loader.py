@@ -31,16 +31,19 @@ def load_kernel(
     initrd_path: str | os.PathLike[str] | None,
     cmdline: str,
     acpi_rsdp: int,
+    *,
+    vga: bool = False,
 ) -> dict[str, int]:
     """Loads kernel, initrd and command line; the registers to start the first vCPU with.
 
     Takes a bzImage (Linux's boot protocol), a Multiboot kernel, or an ELF file with a PVH entry.
+    ``vga``: there is a screen in text mode.
     Raises ``BootError``.
     """
     with Source.open(kernel_path, "kernel") as source:
         start = source.read(0, min(source.size, HEADER_WITHIN))
         if is_bzimage(start):
-            return load_bzimage(vm, source, initrd_path, cmdline, acpi_rsdp)
+            return load_bzimage(vm, source, initrd_path, cmdline, acpi_rsdp, vga=vga)
         if (header := find_header(start)) is not None:
             return load_multiboot(vm, source, header, initrd_path, cmdline)
         if start.startswith(elf.MAGIC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -20,7 +21,15 @@ from tetrarch.registry.claim import check_name, log_path
 from tetrarch.registry.listing import alive
 from tetrarch.remote import RemoteMachine, connect
 
-__all__ = ["copy", "each", "execute", "show_log", "show_machines", "stop"]
+__all__ = [
+    "copy",
+    "each",
+    "execute",
+    "show_log",
+    "show_machines",
+    "stop",
+    "take_screenshot",
+]
 
 #: A machine that does not answer is listed all the same.
 _ANSWER_S = 2.0
@@ -141,6 +150,16 @@ def copy(source: str, target: str, wait: float) -> None:
         left_out = connect(here[1]).copy_out(here[2], Path(target), timeout=wait)
         for link in left_out:
             print(f"tetrarch: {link} leads out of what was copied: left out", file=sys.stderr)
+
+
+def take_screenshot(name: str, file: Path) -> None:
+    picture = base64.b64decode(connect(name).execute("x-screen")["png"])
+    try:
+        file.write_bytes(picture)
+    except OSError as error:
+        raise HostError(
+            f"{file}: cannot be written: {error.strerror}", mend="name another file"
+        ) from error
 
 
 def show_log(name: str, follow: bool) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "ps",
     "reset",
     "resume",
+    "screenshot",
     "snapshot",
     "stat",
     "stop",
@@ -191,6 +192,16 @@ def snapshot(
         vm.kill()
 
 
+def screenshot(
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="OUT.png", help="Is replaced.")],
+) -> None:
+    """Write what the screen of a machine with --vga shows to a PNG file."""
+    from tetrarch.cli.life import take_screenshot
+
+    take_screenshot(name, file)
+
+
 def stat(
     name: Name,
     json: Json = False,
@@ -266,6 +277,7 @@ _COMMANDS: list[Callable[..., int | None]] = [
     exec_,
     cp,
     snapshot,
+    screenshot,
     stat,
     logs,
     attach_disk,

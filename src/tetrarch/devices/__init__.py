@@ -10,6 +10,7 @@ from tetrarch.devices.pvpanic import PvPanic
 from tetrarch.devices.reset_cf9 import ResetCf9
 from tetrarch.devices.rtc_cmos import RtcCmos, RtcCmosCore
 from tetrarch.devices.uart16550 import Uart16550
+from tetrarch.devices.vga import Vga, VgaCore
 
 __all__ = [
     "I8042",
@@ -26,4 +27,6 @@ __all__ = [
     "RtcCmos",
     "RtcCmosCore",
     "Uart16550",
+    "Vga",
+    "VgaCore",
 ]

@@ -355,6 +355,7 @@ class MachineConfig(BaseModel):
     )
     rng: bool = option(True, "A virtio device with the host's random numbers.")
     balloon: bool = option(True, "A virtio device by which the guest gives memory back.")
+    vga: bool = option(False, "A screen, for text; docs/screen.md.")
     debug_exit: bool = option(False, "A value V written to port 0xf4 ends with (V << 1) | 1.")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = option(
         "tetrarch", "A name for the machine, for reports [default: tetrarch].", "NAME"
@@ -433,6 +434,7 @@ class MachineOptions(TypedDict, total=False):
     virtio: VirtioTransport
     rng: bool
     balloon: bool
+    vga: bool
     debug_exit: bool
     name: str
 
@@ -444,6 +446,7 @@ _PROBLEMS = {
     "name": ("is no name", "use up to 64 letters, digits, '.', '_' and '-'"),
     "debug_exit": ("is neither true nor false", "give one of them"),
     "gdb_wait": ("is neither true nor false", "give one of them"),
+    "vga": ("is neither true nor false", "give one of them"),
     "rng": ("is neither true nor false", "give one of them"),
     "balloon": ("is neither true nor false", "give one of them"),
     "virtio": ("is no transport of virtio", "there are pci and mmio"),

@@ -10,6 +10,7 @@ from tetrarch.boot.cpustate import reset_state
 from tetrarch.devices.debug_console import DebugConsole
 from tetrarch.devices.fw_cfg import FwCfg, FwCfgItem
 from tetrarch.devices.uart16550 import PORT_BASE as SERIAL_PORT
+from tetrarch.display.font import vga_bios
 from tetrarch.errors import BootError
 from tetrarch.firmware.acpi_files import acpi_files
 from tetrarch.firmware.image import FirmwareImage
@@ -50,12 +51,15 @@ class MachineFirmware:
                     mend="leave --firmware or the kernel out, or take ovmf",
                 )
             items |= kernel_items(config.kernel, config.initrd, cmdline)
-        self.fw_cfg.core.provide(
-            items,
-            {
-                "etc/e820": memory_file(self._ram),
-                "etc/sercon-port": SERIAL_PORT.to_bytes(2, "little"),
-                **acpi_files(*build_acpi(config.cpus, self._ram, dsdt, firmware=True)),
-                **smbios_files(config.memory),
-            },
-        )
+        tables = build_acpi(config.cpus, self._ram, dsdt, firmware=True, vga=config.vga)
+        files = {
+            "etc/e820": memory_file(self._ram),
+            **acpi_files(*tables),
+            **smbios_files(config.memory),
+        }
+        if config.vga:
+            files["vgaroms/vgabios.bin"] = vga_bios()
+        else:
+            # Without a screen SeaBIOS's is the serial line.
+            files["etc/sercon-port"] = SERIAL_PORT.to_bytes(2, "little")
+        self.fw_cfg.core.provide(items, files)

@@ -109,10 +109,10 @@ def load_guest(
         registers = firmware.load(config, append, dsdt)
     elif config.kernel is not None:
         first_generation(vm)
-        rsdp, tables = build_acpi(config.cpus, vm.ram, dsdt)
+        rsdp, tables = build_acpi(config.cpus, vm.ram, dsdt, vga=config.vga)
         for address, data in tables:
             vm.write_memory(address, data)
-        registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp)
+        registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp, vga=config.vga)
     else:
         raise ValueError("the guest has not been resolved")
     # Boot protocols leave the IDT open. With the limit of a CPU after RESET (SDM

@@ -94,6 +94,7 @@ if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
     from tetrarch.aio import AsyncMachine
     from tetrarch.control.server import ControlServer
+    from tetrarch.display.screen import Screen
     from tetrarch.gdb.server import GdbServer
 
 __all__ = ["Machine"]
@@ -288,6 +289,14 @@ class Machine(AgentMethods):
     def inputs(self) -> tuple[InputDevice, ...]:
         """The keyboards, mice and tablets of ``input=``, in its order."""
         return tuple(kind.device for kind in self._pc.inputs)
+
+    def screen(self) -> Screen:
+        """What its screen shows; with ``vga`` alone."""
+        from tetrarch.display.vga import vga_screen
+
+        if self._pc.vga is None:
+            raise MachineStateError("this machine has no screen", mend="make it with vga=True")
+        return vga_screen(self._pc.vga.registers(), self._vm.read_memory)
 
     @property
     def pc(self) -> Pc:

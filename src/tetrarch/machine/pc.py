@@ -26,6 +26,7 @@ from tetrarch.devices import (
     ResetCf9,
     RtcCmos,
     Uart16550,
+    Vga,
     acpi_pm,
     debug_console,
     debug_exit,
@@ -36,6 +37,7 @@ from tetrarch.devices import (
     reset_cf9,
     rtc_cmos,
     uart16550,
+    vga,
 )
 from tetrarch.devices._state import State
 from tetrarch.errors import StateError
@@ -115,6 +117,7 @@ class Pc:
     hotplug: HotPlug | None
     """A stand-in for the engine has none."""
     firmware: MachineFirmware | None = None
+    vga: Vga | None = None
 
     def save(self) -> dict[str, State]:
         return {name: device.save() for name, device in self.devices.items()}
@@ -242,6 +245,10 @@ def assemble_pc(
         devices["debug-exit"] = ender = DebugExit(leave)
         ports.append(PortRange(debug_exit.PORT_BASE, debug_exit.PORTS, ender))
 
+    screen: Vga | None = None
+    if config.vga:
+        devices["vga"] = screen = Vga()
+        ports.append(PortRange(vga.PORT_BASE, vga.PORTS, screen))
     firmware: MachineFirmware | None = None
     if config.firmware is not None and isinstance(vm, Vm):
         firmware = MachineFirmware(vm, config.firmware)
@@ -329,4 +336,5 @@ def assemble_pc(
         netdevs,
         hot_plug,
         firmware,
+        screen,
     )

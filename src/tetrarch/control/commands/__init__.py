@@ -10,6 +10,7 @@ from tetrarch.control.commands import (
     qdev,
     run_state,
     save,
+    screen,
     stats,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "qdev",
     "run_state",
     "save",
+    "screen",
     "stats",
 ]
