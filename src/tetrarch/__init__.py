@@ -10,8 +10,8 @@
         vm.console.send("poweroff\\n")
         print(vm.wait(timeout=60).reason)
 
-``Machine`` is where to begin; docs/devices.md tells how to write a device,
-docs/platforms.md how to write what a guest finds beside the CPU.
+``Machine`` is where to begin, and docs/python.md the guide; docs/devices.md tells how to write a
+device, docs/platforms.md how to write what a guest finds beside the CPU.
 """
 
 from typing import TYPE_CHECKING

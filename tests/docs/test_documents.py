@@ -65,6 +65,14 @@ def test_pci_page_shows_the_example_which_prints_what_it_says(
     assert run(document, tmp_path) == [example.printed]
 
 
+def test_examples_of_the_python_page_print_what_it_says(
+    tmp_path: Path, debian_guest: CachedGuest
+) -> None:
+    document = ROOT / "docs/python.md"
+    printed = run(document, tmp_path)
+    assert printed == [example.printed for example in examples(document)]
+
+
 def test_first_script_of_the_readme_runs(tmp_path: Path, debian_guest: CachedGuest) -> None:
     (printed,) = run(ROOT / "README.md", tmp_path)
     assert debian_guest.manifest.release in printed

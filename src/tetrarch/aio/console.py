@@ -29,6 +29,7 @@ class AsyncConsole(Twin[MemoryConsole]):
     read = _same(lambda console: console.read)
     resize = _same(lambda console: console.resize)
     text = _same(lambda console: console.text)
+    closed = _same(lambda console: console.closed)
 
     async def expect(self, pattern: str | re.Pattern[str], timeout: float = 60.0) -> str:
         """As ``MemoryConsole.expect``. Cancelled, it has taken nothing."""

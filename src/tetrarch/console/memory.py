@@ -177,6 +177,17 @@ class MemoryConsole:
                 self._watchers.remove(tell)
 
     @property
+    def closed(self) -> bool:
+        """Whether there is no more to come."""
+        return self._closed
+
+    def _repr_html_(self) -> str:
+        """For a cell of a notebook: the last lines."""
+        from tetrarch.notebook import console_html
+
+        return console_html(self.text)
+
+    @property
     def text(self) -> str:
         """All output that is kept: the last 3 MiB at least."""
         with self._changed:

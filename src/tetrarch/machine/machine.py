@@ -248,6 +248,12 @@ class Machine(AgentMethods):
     def __reduce__(self) -> NoReturn:
         raise TypeError("a machine cannot be pickled: make it in the other process, of its config")
 
+    def _repr_html_(self) -> str:
+        """For a cell of a notebook."""
+        from tetrarch.notebook import machine_html
+
+        return machine_html(self)
+
     def __repr__(self) -> str:
         return f"<Machine {self.config.name!r} on {self.engine}, {self.phase.value}>"
 
