@@ -9,7 +9,6 @@ from typing import Final
 
 from tetrarch.agent.capture import Completed, run_captured
 from tetrarch.agent.client import AgentStream
-from tetrarch.agent.copy import copy_in, copy_out
 
 __all__ = ["AGENT_S", "AgentMethods"]
 
@@ -41,6 +40,8 @@ class AgentMethods:
     ) -> None:
         """Copies a file or directory into the guest: into ``target`` where that is a directory,
         else as it."""
+        from tetrarch.agent.copy import copy_in
+
         copy_in(lambda: self.agent(timeout), Path(source), target)
 
     def copy_out(
@@ -48,4 +49,6 @@ class AgentMethods:
     ) -> list[str]:
         """Copies a file or directory out of the guest. Gives links that were left out, as they
         lead out of it."""
+        from tetrarch.agent.copy import copy_out
+
         return copy_out(lambda: self.agent(timeout), source, Path(target))

@@ -10,7 +10,6 @@ from tetrarch.console.backend import ConsoleBackend
 from tetrarch.console.shared import SharedConsole
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import HostError
-from tetrarch.images import DEFAULT_IMAGE
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.machine import Machine
 from tetrarch.registry import Claim
@@ -39,7 +38,7 @@ def registered(
         return
     with claim:
         # Before any is there: a process that is killed has no time to remove them.
-        guest = config.image or str(restored or config.kernel or DEFAULT_IMAGE)
+        guest = config.image or str(restored or config.kernel or _default_image())
         claim.describe(guest=guest, sockets=_sockets(config))
         changes = {
             "name": claim.name,
@@ -75,6 +74,12 @@ def _sockets(config: MachineConfig) -> tuple[Path, ...]:
 
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
+
+
+def _default_image() -> str:
+    from tetrarch.images import DEFAULT_IMAGE
+
+    return DEFAULT_IMAGE
 
 
 def _claim_any(name: str) -> Claim:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
@@ -69,6 +68,8 @@ class EventStream(Generic[_E]):
         return self
 
     async def __anext__(self) -> _E:
+        import asyncio  # a coroutine has it; a machine that has none need not load it
+
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
 

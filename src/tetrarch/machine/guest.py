@@ -13,7 +13,6 @@ from tetrarch.boot.generation import first_generation
 from tetrarch.boot.initrd import initrd_files
 from tetrarch.boot.source import Source
 from tetrarch.firmware.image import FirmwareImage
-from tetrarch.images.default_guest import DEFAULT_APPEND
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.disks import check_images
 from tetrarch.machine.engine_vm import EngineVm
@@ -99,6 +98,8 @@ def load_guest(
     """
     append = config.append
     if append is None:
+        from tetrarch.images.default_guest import DEFAULT_APPEND
+
         append = DEFAULT_APPEND
         if terminal := getattr(console, "guest_terminal", ""):
             append += f" tetrarch.tty={terminal}"  # for images/guest/profile
