@@ -160,6 +160,7 @@ impl<P: DataPath> Handler for Inner<P> {
         self.paused = false;
         self.hush();
         self.serve_all();
+        self.landed.notify_all();
     }
 }
 

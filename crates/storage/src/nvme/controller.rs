@@ -378,6 +378,7 @@ impl Handler for Inner {
     fn resume(&mut self) {
         self.quiet = false;
         self.serve();
+        self.landed.signal();
     }
 }
 
