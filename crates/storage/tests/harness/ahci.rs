@@ -6,8 +6,8 @@ use tetrarch_bus::Device;
 use tetrarch_storage::ahci::{Ahci, AhciRegisters, SLOTS};
 
 use super::{
-    BUFFERS, COMMANDS, Ground, Input, Nobody, PACKETS, TABLES, address, change, drives, number,
-    wait,
+    BUFFERS, COMMANDS, Ground, Input, Nobody, PACKETS, TABLES, TRIM, address, change, drives,
+    number, put_ranges, wait,
 };
 
 const PORTS: u64 = 4;
@@ -164,6 +164,11 @@ fn command(rig: &Rig, input: &mut Input<'_>, op: u8) {
     if matches!(code, 0x60 | 0x61) {
         (frame[3], frame[12]) = (frame[12], (slot as u8) << 3);
     }
+    let trims = code == TRIM && bits & 0x80 == 0;
+    if trims {
+        (frame[3], frame[12]) = (1, 1);
+        put_ranges(&rig.ground, input, false);
+    }
     for _ in 0..(input.byte() % 16).saturating_sub(12) {
         frame[usize::from(input.byte() % 20)] = input.byte();
     }
@@ -181,7 +186,8 @@ fn command(rig: &Rig, input: &mut Input<'_>, op: u8) {
             2 => u128::from(input.word()),
             _ => u128::from(number(input) as u32),
         };
-        let entry = u128::from(address(input)) | bytes << 96;
+        let (at, bytes) = if trims { (BUFFERS, 511) } else { (address(input), bytes) };
+        let entry = u128::from(at) | bytes << 96;
         rig.ground.put(table.wrapping_add(0x80 + 16 * region), &entry.to_le_bytes());
     }
     let queued = matches!(code, 0x60 | 0x61) != (bits & 0x40 != 0 && bits & 0x20 != 0);

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use tetrarch_bus::Device;
 use tetrarch_storage::ide::{CHANNELS, ControlPort, Ide, MasterPorts, TaskPorts};
 
-use super::{COMMANDS, Ground, Input, PACKETS, TABLES, address, change, drives, number, wait};
+use super::{
+    BUFFERS, COMMANDS, Ground, Input, PACKETS, TABLES, TRIM, address, change, drives, number,
+    put_ranges, wait,
+};
 
 /// The bus masters' tables, a page for each channel.
 const APART: u64 = 0x1000;
@@ -160,6 +163,17 @@ fn command(rig: &Rig, input: &mut Input<'_>, op: u8) {
     }
     if !input.byte().is_multiple_of(4) {
         table(rig, input, channel);
+    }
+    if code == TRIM {
+        // Of one sector, with all of it in one region that goes from memory.
+        put_ranges(&rig.ground, input, false);
+        let (at, master) = (TABLES + APART * channel as u64, 8 * channel as u64);
+        rig.ground.put(at, &(BUFFERS | 512 << 32 | 1 << 63).to_le_bytes());
+        rig.master(master + 4, 4, at);
+        rig.master(master, 1, 0);
+        rig.task(channel, 1, 1);
+        (0..2).for_each(|high| rig.task(channel, 2, high));
+        rig.master(master, 1, 1);
     }
     rig.task(channel, 7, code.into());
     if packet {

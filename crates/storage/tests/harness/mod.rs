@@ -44,6 +44,9 @@ const COMMANDS: [u8; 32] = [
     0x91, 0xC6, 0x90, 0xE5, 0x40, 0x42, 0x3D, 0xA0, 0xA1, 0x08, 0xC4, 0xC5, 0x29, 0x39, 0xCE, 0xFF,
 ];
 
+/// DATA SET MANAGEMENT.
+const TRIM: u8 = 0x06;
+
 struct Nobody;
 
 impl Interrupt for Nobody {
@@ -120,6 +123,20 @@ fn number(input: &mut Input<'_>) -> u64 {
         5 => u64::from(input.word()),
         6 => u64::MAX - u64::from(input.byte()),
         _ => input.long(),
+    }
+}
+
+/// Ranges of a disk in a buffer, as TRIM has them (first sector, and sectors from bit 48) or as
+/// dataset management (blocks from bit 32, first block from bit 64).
+fn put_ranges(ground: &Ground, input: &mut Input<'_>, nvme: bool) {
+    for index in 0..u64::from(input.byte() % 6) {
+        let (first, sectors) = (u64::from(input.word() % 600), u64::from(input.byte()));
+        if nvme {
+            let range = u128::from(first) << 64 | u128::from(sectors) << 32;
+            ground.put(BUFFERS + 16 * index, &range.to_le_bytes());
+        } else {
+            ground.put(BUFFERS + 8 * index, &(first | sectors << 48).to_le_bytes());
+        }
     }
 }
 

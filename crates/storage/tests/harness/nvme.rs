@@ -5,7 +5,9 @@ use std::sync::Arc;
 use tetrarch_bus::{Device, Interrupt};
 use tetrarch_storage::nvme::{About, AdminQueues, Nvme, PAGE};
 
-use super::{BUFFERS, Ground, Input, Nobody, TABLES, address, change, disk, number, wait};
+use super::{
+    BUFFERS, Ground, Input, Nobody, TABLES, address, change, disk, number, put_ranges, wait,
+};
 
 /// Queue pairs, the admin queues among them; each has its queues a page apart.
 const PAIRS: u64 = 4;
@@ -203,7 +205,11 @@ fn step(rig: &mut Rig, input: &mut Input<'_>) {
         5..=9 => {
             let opcode = IO[usize::from(op >> 4) % IO.len()];
             let queue = 1 + u64::from(input.byte()) % (PAIRS - 1);
-            let parameters = io(input);
+            let mut parameters = io(input);
+            if opcode == 0x09 && op & 0x80 == 0 {
+                put_ranges(&rig.ground, input, true);
+                (parameters.prps.0, parameters.words[1]) = (BUFFERS, 4);
+            }
             rig.give(queue, u32::from(opcode) | u32::from(op) << 16, &parameters);
         }
         10 => {
