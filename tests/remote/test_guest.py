@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -75,3 +76,18 @@ def test_paths_that_cannot_be(guest: RemoteMachine, tmp_path: Path) -> None:
         guest.copy_in(tmp_path / "a", "/none/")
     with pytest.raises(HostError, match="the guest cannot copy"):
         guest.copy_in(tmp_path / "a", "/none/such")
+
+
+def test_machine_of_another_process_is_awaited(guest: RemoteMachine) -> None:
+    async def main() -> None:
+        async with guest as vm:
+            one, two = await asyncio.gather(vm.exec(["echo", "1"]), vm.exec(["echo", "2"]))
+            assert (one.stdout, two.stdout) == (b"1\n", b"2\n")
+            await vm.pause()
+            assert await vm.status() == "paused"
+            await vm.resume()
+            vm.console.send("echo $((40 + 2))\n")
+            await vm.console.expect("\n42")
+        assert guest.alive
+
+    asyncio.run(main())
