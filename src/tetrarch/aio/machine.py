@@ -88,6 +88,7 @@ class AsyncMachine(Twin[Machine]):
     pc = _same(lambda vm: vm.pc)
     balloon = _same(lambda vm: vm.balloon)
     inputs = _same(lambda vm: vm.inputs)
+    screen = _same(lambda vm: vm.screen)
     attach_ports = _same(lambda vm: vm.attach_ports)
     attach_mmio = _same(lambda vm: vm.attach_mmio)
     attach_virtio = _same(lambda vm: vm.attach_virtio)
