@@ -63,6 +63,9 @@ __all__ = [
 
 __version__: str
 
+BT_MAX_VCPUS: int
+"""Of a machine on engine bt."""
+
 LOW_RAM_END: int
 """Where RAM stops below 4 GiB; what does not fit goes on there."""
 

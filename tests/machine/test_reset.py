@@ -217,8 +217,6 @@ def test_exception_of_a_device_ends_the_machine_that_was_reset(scripted: Make) -
 def test_debian_reboots_to_a_prompt(
     debian_guest: CachedGuest, engine: str, options: dict[str, int]
 ) -> None:
-    if options and engine == "bt":
-        pytest.skip("engine bt has one vCPU")
     if engine == "kvm" and not _native.kvm_probe()["hardware"]:
         pytest.skip("KVM interprets the guest here: a boot takes hours")
     with Machine(engine=engine, on_reset="restart", **options) as vm:  # type: ignore[arg-type]

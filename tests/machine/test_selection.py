@@ -74,17 +74,22 @@ def test_auto_takes_bt_where_kvm_cannot_be_opened(host: pytest.MonkeyPatch) -> N
     )
 
 
-def test_auto_takes_any_kvm_for_several_cpus(host: pytest.MonkeyPatch) -> None:
+def test_auto_takes_any_kvm_for_more_cpus_than_bt_runs(host: pytest.MonkeyPatch) -> None:
     host.setattr(selection, "probe_kvm", lambda: probe(hardware=False))
-    assert selection.choose("auto", cpus=4)[0] == "kvm"
+    assert selection.choose("auto", cpus=100)[0] == "kvm"
 
 
-def test_several_cpus_without_kvm_are_refused(host: pytest.MonkeyPatch) -> None:
+def test_more_cpus_than_bt_runs_are_refused_without_kvm(host: pytest.MonkeyPatch) -> None:
     host.setattr(selection, "probe_kvm", lambda: probe(BROKEN))
-    with pytest.raises(HostError, match=r"4 CPUs need engine kvm.*ask for 1 CPU"):
-        selection.choose("auto", cpus=4)
-    with pytest.raises(HostError, match="engine bt runs 1 CPU, not 4"):
-        selection.choose("bt", cpus=4)
+    with pytest.raises(HostError, match=r"100 CPUs need engine kvm.*ask for 64 at most"):
+        selection.choose("auto", cpus=100)
+    with pytest.raises(HostError, match="engine bt runs 64 CPUs at most, not 100"):
+        selection.choose("bt", cpus=100)
+
+
+def test_auto_takes_bt_for_several_cpus(host: pytest.MonkeyPatch) -> None:
+    host.setattr(selection, "probe_kvm", lambda: probe(BROKEN))
+    assert selection.choose("auto", cpus=64)[0] == "bt"
 
 
 def test_asked_for_engine_that_cannot_run_names_the_other(host: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,9 @@ use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 use super::*;
 use crate::translate::cache::MAX_BLOCK_BYTES;
 
+#[path = "smp_tests/ordering.rs"]
+mod ordering;
+
 /// Page tables that map the low 2 MiB as they are, by 4 KiB pages.
 const TABLES: u64 = 0x1000;
 const STACKS: u64 = 0x1_0000;
@@ -29,6 +32,12 @@ fn vm() -> BtVm {
 }
 
 fn vm_with_cache(cache_bytes: usize) -> BtVm {
+    with_identity_map(|memory| {
+        build(memory, Config { vcpus: 2, ..Config::default() }, cache_bytes).unwrap()
+    })
+}
+
+fn with_identity_map(build: impl FnOnce(Arc<GuestMemory>) -> BtVm) -> BtVm {
     let memory = Arc::new(GuestMemory::new(MEMORY).unwrap());
     let mut tables = vec![0u64; 4 * 512];
     for level in 0..3 {
@@ -39,7 +48,7 @@ fn vm_with_cache(cache_bytes: usize) -> BtVm {
     }
     let bytes: Vec<u8> = tables.iter().flat_map(|entry| entry.to_le_bytes()).collect();
     memory.write(GuestPhys(TABLES), &bytes).unwrap();
-    build(memory, Config { vcpus: 2, ..Config::default() }, cache_bytes).unwrap()
+    build(memory)
 }
 
 fn load(vm: &BtVm, at: u64, code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) {

@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
+use std::thread::available_parallelism;
 
 use parking_lot::Mutex;
 use tetrarch_engine::{
@@ -41,7 +42,7 @@ impl Default for Config {
 }
 
 /// The most vCPUs that this engine runs today.
-pub const MAX_VCPUS: u32 = 1;
+pub const MAX_VCPUS: u32 = 64;
 
 /// Whether the engine can run on this host, or why not.
 pub fn available() -> Result<(), Unusable> {
@@ -69,10 +70,10 @@ pub fn available() -> Result<(), Unusable> {
 pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>, EngineError> {
     if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
         return Err(EngineError::Refused(format!(
-            "engine bt runs {MAX_VCPUS} vCPU, not {}",
+            "engine bt runs 1 to {MAX_VCPUS} vCPUs, not {}",
             config.vcpus
         ))
-        .mended_by(format!("ask for {MAX_VCPUS}")));
+        .mended_by(format!("ask for {MAX_VCPUS} at most")));
     }
     available()?;
     Ok(Arc::new(build(memory, config, CACHE_BYTES)?))
@@ -105,6 +106,7 @@ pub(crate) fn build(
         dirty,
         rendezvous,
         halts: Halts::default(),
+        crowded: available_parallelism().is_ok_and(|cpus| config.vcpus as usize > cpus.get()),
         irqchip,
         doorbells: DoorbellTable::default(),
         cpuid: CpuidTable::new(config.vcpus),

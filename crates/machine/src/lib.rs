@@ -23,3 +23,4 @@ pub use registers::{BadRegisters, State};
 pub use reset::ResetState;
 pub use slot::VcpuSlot;
 pub use stats::{Stats, collect};
+pub use tetrarch_engine_bt::MAX_VCPUS as BT_MAX_VCPUS;

@@ -93,6 +93,7 @@ mod _native {
         for field in ["path", "cause", "mend"] {
             error.setattr(field, "")?;
         }
+        module.add("BT_MAX_VCPUS", tetrarch_machine::BT_MAX_VCPUS)?;
         module.add("LOW_RAM_END", tetrarch_memory::LOW_RAM_END)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }

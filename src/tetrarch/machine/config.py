@@ -303,9 +303,7 @@ class MachineConfig(BaseModel):
     memory: Annotated[int, BeforeValidator(parse_size)] = option(
         DEFAULT_MEMORY, "512M, 2G, or a number of MiB [default: 512M].", "SIZE"
     )
-    cpus: Annotated[int, BeforeValidator(_cpu_count)] = option(
-        1, "Virtual CPUs; more than 1 need engine kvm [default: 1].", "N"
-    )
+    cpus: Annotated[int, BeforeValidator(_cpu_count)] = option(1, "Virtual CPUs [default: 1].", "N")
     console: Annotated[ConsoleSpec | None, BeforeValidator(_console)] = option(
         None,
         "Where the guest's serial console goes. Ctrl-] leaves stdio.",

@@ -16,8 +16,7 @@ ENGINES = {
 }
 """Name and description, the best first."""
 
-# Engine bt translates for one vCPU.
-_VCPUS_MAX = {"bt": 1}
+_VCPUS_MAX = {"bt": _native.BT_MAX_VCPUS}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ def choose(name: str, cpus: int = 1) -> tuple[str, str]:
     limit = _VCPUS_MAX.get(name)
     if limit is not None and cpus > limit:
         raise HostError(
-            f"engine {name} runs {limit} CPU, not {cpus}", f"ask for {limit} CPU, or for engine kvm"
+            f"engine {name} runs {limit} CPUs at most, not {cpus}",
+            f"ask for {limit}, or for engine kvm",
         )
     if probe is not None and not probe.hardware:
         return name, f"as asked, but {_crawls(probe)}; engine bt is faster"
@@ -109,7 +109,7 @@ def _best(cpus: int) -> tuple[str, str]:
         if probe.hardware:
             return "kvm", "the best of this host"
         if too_many:
-            return "kvm", f"bt runs {_VCPUS_MAX['bt']} CPU; {_crawls(probe)}"
+            return "kvm", f"bt runs {_VCPUS_MAX['bt']} CPUs at most; {_crawls(probe)}"
         if no_bt is not None:
             return "kvm", f"not bt: {no_bt.cause}"
         return "bt", f"not kvm: slower than bt here, {_crawls(probe)}"
@@ -121,6 +121,6 @@ def _best(cpus: int) -> tuple[str, str]:
     if too_many:
         raise HostError(
             f"{cpus} CPUs need engine kvm, which cannot be used: {no_kvm.cause}",
-            f"{no_kvm.mend}; or ask for {_VCPUS_MAX['bt']} CPU",
+            f"{no_kvm.mend}; or ask for {_VCPUS_MAX['bt']} at most",
         )
     return "bt", f"not kvm: {no_kvm.cause}; see tetrarch doctor"

@@ -11,7 +11,7 @@ use crate::cpu::Cpu;
 use crate::memory::rendezvous::Orders;
 use crate::memory::tlb::FetchedPage;
 use crate::state::address::{PHYS_MASK, canonical};
-use crate::state::fault::{Fault, R, pf, vector};
+use crate::state::fault::{Fault, R, Stop, pf, vector};
 use crate::state::{cr, mask};
 
 const PTE_P: u64 = 1 << 0;
@@ -417,16 +417,21 @@ impl Cpu {
     /// Reads, computes, writes, as one atomic step where the bytes are RAM.
     /// `update` may run more than once. Returns the old value.
     ///
-    /// An access that crosses pages is not atomic towards other vCPUs.
+    /// An access that crosses pages is so only if it is `locked`: it then asks for the others to
+    /// stand.
     pub fn read_modify_write(
         &mut self,
         linear: u64,
         size: usize,
         user: bool,
+        locked: bool,
         mut update: impl FnMut(u64) -> u64,
     ) -> R<u64> {
         if crosses(linear, size) {
             self.probe_write(linear, size, user)?;
+            if locked && !self.alone {
+                return Err(Stop::Alone);
+            }
             let old = self.load(linear, size, user)?;
             self.store(linear, size, update(old), user)?;
             return Ok(old);
@@ -651,10 +656,40 @@ unsafe fn update_host(host: *mut u8, size: usize, update: &mut impl FnMut(u64) -
             _ => exchange!(AtomicU64, u64),
         }
     }
+    // Never of one byte, which is always aligned.
     // SAFETY: the caller's promise.
-    unsafe {
-        let old = load_host(host, size);
-        store_host(host, size, update(old));
-        old
+    let mut old = unsafe { load_host(host, size) };
+    loop {
+        let new = update(old);
+        // SAFETY: the caller's promise.
+        let found = unsafe { compare_exchange(host, size, old, new) };
+        if found == old {
+            return old;
+        }
+        old = found;
+    }
+}
+
+/// Writes `new` if `old` is there, and returns what was, wherever it lies: Rust's atomics
+/// must be aligned, a locked instruction need not be (SDM 3A, 9.1.2.2).
+///
+/// # Safety
+/// As [`load_host`].
+unsafe fn compare_exchange(host: *mut u8, size: usize, old: u64, new: u64) -> u64 {
+    macro_rules! exchange {
+        ($text:literal) => {{
+            let found: u64;
+            // SAFETY: changes memory that the caller promises, and flags.
+            unsafe {
+                std::arch::asm!($text, host = in(reg) host, new = in(reg) new,
+                    inout("rax") old => found, options(nostack));
+            }
+            found & mask(size)
+        }};
+    }
+    match size {
+        2 => exchange!("lock cmpxchg word ptr [{host}], {new:x}"),
+        4 => exchange!("lock cmpxchg dword ptr [{host}], {new:e}"),
+        _ => exchange!("lock cmpxchg qword ptr [{host}], {new}"),
     }
 }

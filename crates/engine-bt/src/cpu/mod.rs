@@ -45,6 +45,8 @@ pub struct VmShared {
     pub dirty: Arc<DirtyLog>,
     pub rendezvous: Arc<Rendezvous>,
     pub halts: Halts,
+    /// The vCPUs outnumber the host's CPUs.
+    pub crowded: bool,
     pub irqchip: Arc<IrqChip>,
     pub doorbells: DoorbellTable,
     pub clock: Arc<Clock>,
@@ -78,6 +80,7 @@ impl VmShared {
             dirty: Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous))),
             rendezvous,
             halts: Halts::default(),
+            crowded: false,
             memory,
             irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
             doorbells: DoorbellTable::default(),
@@ -170,6 +173,10 @@ pub struct Cpu {
     pub counts: Counts,
     /// What the host's debugger wants; no part of the guest's state.
     pub debugger: GuestDebug,
+    /// No other vCPU runs guest code now.
+    pub alone: bool,
+    /// How often PAUSE was met where vCPUs outnumber the host's CPUs.
+    pub pauses: u32,
     /// The guest's TSC less that of the machine's clock.
     tsc_base: u64,
 }
@@ -190,6 +197,8 @@ impl Cpu {
             places: None,
             counts: Counts::default(),
             debugger: GuestDebug::default(),
+            alone: false,
+            pauses: 0,
             tsc_base: 0,
         };
         cpu.reset();

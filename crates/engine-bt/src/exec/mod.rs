@@ -23,6 +23,7 @@ use crate::host::wake::Bell;
 use crate::interp::exception;
 use crate::interp::{self, Flow, thunk};
 use crate::irqchip::{self, ProtectionFault};
+use crate::memory::rendezvous::Orders;
 use crate::state::fault::{Fault, Stop};
 use crate::state::mode;
 use crate::state::{reg, seg, shadow};
@@ -247,13 +248,21 @@ impl BtVcpu {
 
     /// Does what others have asked of this vCPU's tables.
     fn serve(&mut self) {
-        let cpu = &mut *self.cpu;
-        if let Some((orders, number)) = cpu.vm.rendezvous.take(cpu.id) {
-            match &mut self.translator {
-                Some(translator) => translator.obey(cpu, &orders),
-                None => cpu.obey(&orders),
-            }
-            cpu.vm.rendezvous.done(cpu.id, number);
+        let id = self.cpu.id;
+        if let Some((orders, number)) = self.cpu.vm.rendezvous.take(id) {
+            self.obey(&orders);
+            self.cpu.vm.rendezvous.done(id, number);
+        }
+        if self.cpu.vm.rendezvous.is_kept_out(id) {
+            let vm = Arc::clone(&self.cpu.vm);
+            vm.rendezvous.stand(id, |orders| self.obey(orders));
+        }
+    }
+
+    fn obey(&mut self, orders: &Orders) {
+        match &mut self.translator {
+            Some(translator) => translator.obey(&mut self.cpu, orders),
+            None => self.cpu.obey(orders),
         }
     }
 
@@ -346,7 +355,7 @@ impl BtVcpu {
                 self.unfinished = Unfinished::Replay;
                 Some(exit)
             }
-            Err(Stop::Fault(_) | Stop::Shutdown) => {
+            Err(Stop::Fault(_) | Stop::Alone | Stop::Shutdown) => {
                 self.shut_down = true;
                 Some(Exit::Shutdown)
             }
@@ -437,6 +446,21 @@ impl BtVcpu {
         }
     }
 
+    /// Interprets one instruction while all other vCPUs stand.
+    #[cold]
+    fn step_alone(&mut self) -> Option<Exit> {
+        let vm = Arc::clone(&self.cpu.vm);
+        let alone = vm.rendezvous.alone(self.cpu.id, |orders| self.obey(orders));
+        self.cpu.alone = true;
+        let result = interp::step(&mut self.cpu);
+        self.cpu.alone = false;
+        drop(alone);
+        match result {
+            Ok(()) => self.stepped(),
+            Err(stop) => self.stopped(stop),
+        }
+    }
+
     /// The end of what the debugger calls a step.
     #[inline]
     fn stepped(&mut self) -> Option<Exit> {
@@ -461,6 +485,7 @@ impl BtVcpu {
                 };
                 Some(exit)
             }
+            Stop::Alone => self.step_alone(),
             Stop::Shutdown => {
                 self.shut_down = true;
                 Some(Exit::Shutdown)
@@ -497,7 +522,7 @@ impl BtVcpu {
                 Ok(Flow::Next) => cpu.st.rip = next,
                 Ok(Flow::Jump) => {}
                 Err(Stop::Fault(fault)) => self.delivering = Some(Interruption::Fault(fault)),
-                Err(Stop::Exit(_) | Stop::Shutdown) => {}
+                Err(Stop::Exit(_) | Stop::Alone | Stop::Shutdown) => {}
             }
             return;
         }

@@ -292,6 +292,7 @@ impl Translator {
             page,
             looked: Cell::new(0),
             cpuid: &vm.cpuid,
+            yields: vm.crowded,
             origin: translations.origin(key.origin)?,
         };
         let (built, second) = match self.builder.build(&source) {
@@ -397,6 +398,7 @@ impl Translator {
             page: &[],
             looked: Cell::new(0),
             cpuid: &cpu.vm.cpuid,
+            yields: cpu.vm.crowded,
             origin: &Origin::Saved,
         };
         let built = self.builder.build(&source)?;

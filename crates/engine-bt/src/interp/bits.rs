@@ -44,7 +44,8 @@ pub fn bit_test(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
         check_alignment(cpu, address, size)?;
         let user = cpu.user();
         if write {
-            cpu.read_modify_write(address, size, user, |old| changed(mnemonic, old, bit))?
+            let locked = i.has_lock_prefix();
+            cpu.read_modify_write(address, size, user, locked, |old| changed(mnemonic, old, bit))?
         } else {
             cpu.load(address, size, user)?
         }

@@ -77,6 +77,12 @@ pub fn xchg(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     Ok(Flow::Next)
 }
 
+/// Whether other CPUs may see nothing between its load and its store.
+#[inline]
+pub fn is_locked(i: &Instruction) -> bool {
+    i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg
+}
+
 /// Reads operand `op`, computes (result, flags) of it and writes the result:
 /// atomically if it is in memory. Returns the old value and the flags.
 #[inline]
@@ -97,7 +103,8 @@ pub fn update(
     let address = mem_linear(cpu, i, size, true)?;
     let user = cpu.user();
     let mut flags = 0;
-    let old = cpu.read_modify_write(address, size, user, |old| {
+    let locked = is_locked(i);
+    let old = cpu.read_modify_write(address, size, user, locked, |old| {
         let (result, new_flags) = f(old);
         flags = new_flags;
         result

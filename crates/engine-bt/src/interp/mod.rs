@@ -300,9 +300,11 @@ fn dispatch_integer(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
         M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => string::lods(cpu, i),
         M::Scasb | M::Scasw | M::Scasd | M::Scasq => string::scas(cpu, i),
 
-        M::Nop | M::Reservednop | M::Pause | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Rdsspq => {
+        M::Pause => {
+            pause(cpu);
             Ok(Flow::Next)
         }
+        M::Nop | M::Reservednop | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Rdsspq => Ok(Flow::Next),
         M::Prefetch
         | M::Prefetchw
         | M::Prefetchwt1
@@ -321,6 +323,20 @@ fn dispatch_integer(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
 
         _ => return dispatch_conditional(cpu, i),
     })
+}
+
+/// After so many PAUSEs the host's CPU is given away.
+const PATIENCE: u32 = 16;
+
+/// PAUSE: what a loop waits for may be done by a vCPU that waits for this host's CPU.
+fn pause(cpu: &mut Cpu) {
+    if cpu.vm.crowded {
+        cpu.pauses += 1;
+        if cpu.pauses >= PATIENCE {
+            cpu.pauses = 0;
+            std::thread::yield_now();
+        }
+    }
 }
 
 /// Jcc, SETcc and CMOVcc.

@@ -164,7 +164,7 @@ pub fn mark_accessed(cpu: &mut Cpu, selector: u16, descriptor: Descriptor) -> R<
     if descriptor.attributes() & attr::ACCESSED == 0
         && let Some(address) = descriptor_address(cpu, selector, 8)
     {
-        cpu.read_modify_write(address.wrapping_add(5), 1, false, |byte| byte | 1)?;
+        cpu.read_modify_write(address.wrapping_add(5), 1, false, true, |byte| byte | 1)?;
     }
     Ok(())
 }
@@ -525,7 +525,7 @@ fn load_tr(cpu: &mut Cpu, selector: u16) -> R<()> {
         &[system_type::TSS_AVAILABLE, system_type::TSS16_AVAILABLE]
     };
     let (address, mut segment) = system_segment(cpu, selector, kinds)?;
-    cpu.read_modify_write(address.wrapping_add(5), 1, false, |byte| byte | 2)?;
+    cpu.read_modify_write(address.wrapping_add(5), 1, false, true, |byte| byte | 2)?;
     segment.attributes |= 2;
     cpu.st.seg[seg::TR] = segment;
     Ok(())

@@ -211,10 +211,10 @@ pub fn switch(
         target.tss.store(cpu, 0, 2, u64::from(old_tr.selector))?;
     }
     if let Some(address) = old_descriptor {
-        cpu.read_modify_write(address.wrapping_add(5), 1, false, |byte| byte & !2)?;
+        cpu.read_modify_write(address.wrapping_add(5), 1, false, true, |byte| byte & !2)?;
     }
     if reason != Reason::Return {
-        cpu.read_modify_write(target.address.wrapping_add(5), 1, false, |byte| byte | 2)?;
+        cpu.read_modify_write(target.address.wrapping_add(5), 1, false, true, |byte| byte | 2)?;
     }
     let fault = new.fault.take();
     commit(cpu, &image, &target, new);

@@ -14,6 +14,9 @@
 //! access. So when [`Rendezvous::ask`] returns, each look of before has its fill
 //! undone, each access by such an entry is in memory, and each look from now on
 //! sees what the asker stored before it asked.
+//!
+//! A vCPU can also ask to be [alone](Rendezvous::alone): the others then stand between
+//! two instructions until it is no more, and obey while they stand.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -24,6 +27,9 @@ use crate::irqchip::Wake;
 
 /// Looks at the others that cost nothing, before the asker's thread sleeps.
 const QUICK_LOOKS: u32 = 256;
+
+/// No vCPU's number.
+const NOBODY: usize = usize::MAX;
 
 /// More pages than this are all pages.
 const MOST_PAGES: usize = 64;
@@ -36,6 +42,8 @@ pub enum Order {
     ProtectAll,
     /// All translations go.
     ForgetCode,
+    /// To look whether another is alone.
+    Look,
 }
 
 /// What a vCPU has to do.
@@ -61,6 +69,7 @@ impl Orders {
                 self.all_pages = true;
             }
             Order::ForgetCode => self.code = true,
+            Order::Look => {}
         }
     }
 }
@@ -114,6 +123,8 @@ impl Seat {
 pub struct Rendezvous {
     seats: Box<[Seat]>,
     wake: Arc<dyn Wake>,
+    /// The vCPU that is alone, or [`NOBODY`].
+    alone: AtomicUsize,
     /// Askers that sleep until something changes.
     sleepers: AtomicUsize,
     sleep: Mutex<()>,
@@ -126,6 +137,7 @@ impl Rendezvous {
         Self {
             seats: (0..vcpus).map(|_| Seat::default()).collect(),
             wake,
+            alone: AtomicUsize::new(NOBODY),
             sleepers: AtomicUsize::new(0),
             sleep: Mutex::new(()),
             changed: Condvar::new(),
@@ -134,11 +146,56 @@ impl Rendezvous {
 
     /// Has every vCPU obey, and returns when none can use what is to go. `own` is the
     /// vCPU whose thread asks, if it is one's, and `obey` obeys for it.
-    pub fn ask(&self, order: Order, own: Option<usize>, mut obey: impl FnMut(&Orders)) {
+    pub fn ask(&self, order: Order, own: Option<usize>, obey: impl FnMut(&Orders)) {
         let given: Box<[u64]> = self.seats.iter().map(|seat| seat.put(order)).collect();
         self.tell();
-        let own_seat = own.and_then(|vcpu| self.seats.get(vcpu));
         let all_past = || self.seats.iter().zip(&given).all(|(seat, &order)| seat.is_past(order));
+        if !all_past() {
+            for (vcpu, (seat, &order)) in self.seats.iter().zip(&given).enumerate() {
+                if !seat.is_past(order) && own != Some(vcpu) {
+                    self.wake.wake(vcpu);
+                }
+            }
+        }
+        // It has said that it obeyed, so another may be alone by now.
+        let may_go = || all_past() && own.is_none_or(|vcpu| !self.is_kept_out(vcpu));
+        self.obey_until(may_go, own, obey);
+    }
+
+    /// Whether the vCPU has to stand, since another is alone.
+    #[inline]
+    pub fn is_kept_out(&self, vcpu: usize) -> bool {
+        let alone = self.alone.load(Ordering::SeqCst);
+        alone != NOBODY && alone != vcpu
+    }
+
+    /// Stands until no other vCPU is alone.
+    pub fn stand(&self, vcpu: usize, obey: impl FnMut(&Orders)) {
+        self.obey_until(|| !self.is_kept_out(vcpu), Some(vcpu), obey);
+    }
+
+    /// Returns when no vCPU but `own` runs guest code, and none will until what it
+    /// returns is dropped.
+    pub fn alone(&self, own: usize, mut obey: impl FnMut(&Orders)) -> Alone<'_> {
+        let take = || {
+            let taken =
+                self.alone.compare_exchange(NOBODY, own, Ordering::SeqCst, Ordering::SeqCst);
+            taken.is_ok()
+        };
+        self.obey_until(take, Some(own), &mut obey);
+        let alone = Alone(self);
+        self.ask(Order::Look, Some(own), obey);
+        alone
+    }
+
+    /// Returns when `may_go` says so. The vCPU `own` obeys until then.
+    fn obey_until(
+        &self,
+        may_go: impl Fn() -> bool,
+        own: Option<usize>,
+        mut obey: impl FnMut(&Orders),
+    ) {
+        let own_seat = own.and_then(|vcpu| self.seats.get(vcpu));
         let mut looks = 0;
         loop {
             if let Some(vcpu) = own
@@ -147,15 +204,8 @@ impl Rendezvous {
                 obey(&orders);
                 self.done(vcpu, number);
             }
-            if all_past() {
+            if may_go() {
                 return;
-            }
-            if looks == 0 {
-                for (vcpu, (seat, &order)) in self.seats.iter().zip(&given).enumerate() {
-                    if !seat.is_past(order) {
-                        self.wake.wake(vcpu);
-                    }
-                }
             }
             looks += 1;
             if looks < QUICK_LOOKS {
@@ -167,10 +217,14 @@ impl Rendezvous {
             // behind it.
             self.sleepers.fetch_add(1, Ordering::SeqCst);
             let is_asked = own_seat.is_some_and(|own| own.asked.load(Ordering::SeqCst));
-            if !is_asked && !all_past() {
+            let go = !is_asked && may_go();
+            if !is_asked && !go {
                 self.changed.wait(&mut sleep);
             }
             self.sleepers.fetch_sub(1, Ordering::SeqCst);
+            if go {
+                return;
+            }
         }
     }
 
@@ -210,6 +264,16 @@ impl Rendezvous {
             seat.inside.store(false, Ordering::SeqCst);
             self.tell();
         }
+    }
+}
+
+/// While it is there, one vCPU alone runs.
+pub struct Alone<'a>(&'a Rendezvous);
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.0.alone.store(NOBODY, Ordering::SeqCst);
+        self.0.tell();
     }
 }
 
@@ -313,5 +377,36 @@ mod tests {
         for seat in &table.seats {
             assert_eq!(seat.queue.lock().given, 2 * ROUNDS);
         }
+    }
+
+    /// Each adds to a counter in two steps, which is right only if it is alone.
+    #[test]
+    fn who_is_alone_is_so() {
+        const ROUNDS: u64 = 5_000;
+        let (table, _) = table();
+        let table = &table;
+        let counter = AtomicU64::new(0);
+        let start = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            for vcpu in 0..2 {
+                let (counter, start) = (&counter, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    for _ in 0..ROUNDS {
+                        table.enter(vcpu);
+                        table.stand(vcpu, |_| ());
+                        let alone = table.alone(vcpu, |_| ());
+                        let before = counter.load(Ordering::Relaxed);
+                        std::hint::spin_loop();
+                        counter.store(before + 1, Ordering::Relaxed);
+                        drop(alone);
+                        // Not alone: one that is must not meet this.
+                        table.stand(vcpu, |_| ());
+                        table.leave(vcpu);
+                    }
+                });
+            }
+        });
+        assert_eq!(counter.load(Ordering::Relaxed), 2 * ROUNDS);
     }
 }

@@ -68,6 +68,8 @@ pub enum Stop {
     /// The machine must answer first; the instruction then starts again and
     /// finds the answer in [`crate::cpu::Cpu::replay`].
     Exit(Exit),
+    /// The instruction has to start again while no other vCPU runs.
+    Alone,
     /// Triple fault.
     Shutdown,
 }

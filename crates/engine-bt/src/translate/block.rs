@@ -27,6 +27,8 @@ pub struct Source<'a> {
     /// [`crate::memory::code_map`]): a write there makes the block invalid too.
     pub looked: Cell<u64>,
     pub cpuid: &'a CpuidTable,
+    /// PAUSE goes to the interpreter, which gives the host's CPU away.
+    pub yields: bool,
     /// Where flags are at the entry that the block does not need.
     pub origin: &'a Origin,
 }

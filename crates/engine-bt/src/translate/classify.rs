@@ -92,6 +92,7 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
     use Mnemonic as M;
     match i.mnemonic() {
         mnemonic if does_nothing(mnemonic) => Kind::Nothing,
+        M::Pause if source.yields => Kind::Interpret,
         M::Lea if i.op0_register().size() >= 4 => Kind::Lea,
         M::Lea => Kind::Interpret,
         M::Push | M::Pop | M::Leave => stack(i),
