@@ -59,6 +59,7 @@ __all__ = [
     "kvm_probe",
     "landlock_version",
     "own_user_namespace",
+    "recorded_configuration",
 ]
 
 __version__: str
@@ -695,12 +696,18 @@ class Vm:
         *,
         translate: bool = True,
         platform: Platform | None = None,
+        record: tuple[int, str, int] | None = None,
+        replay: int | None = None,
     ) -> Self:
         """``engine``: "bt" or "kvm"; ``memory`` in bytes, a multiple of 4096.
 
         RAM lies at 0 up to 3 GiB, the rest from 4 GiB up. With ``translate``
         false, engine ``bt`` interprets every instruction (for tests). EngineError where
         the engine cannot have the ``platform``; None is a bare CPU.
+
+        ``record`` is the descriptor of an empty file, a text about the machine, and the
+        instructions from one checkpoint to the next; ``replay`` the descriptor of such a
+        file. Both are engine ``bt``'s, with one vCPU. EngineError where the file is damaged.
         """
     @property
     def ram(self) -> list[tuple[int, int]]:
@@ -804,6 +811,10 @@ class Vm:
         another version, or of a host whose TSC counts at another rate; then nothing
         has changed.
         """
+    def end_recording(self) -> tuple[str, int, int] | None:
+        """Ends the recording, to be called when no vCPU runs: ("recorded", instructions,
+        bytes). Of a replay: ("replayed" or, where the recorder died, "cut"; checkpoints that
+        were alike; 0)."""
     def keep_reset_state(self) -> None:
         """Keeps what ``reset`` goes back to: before any vCPU runs or has its registers set."""
     def reset(self) -> None:
@@ -905,6 +916,9 @@ class Vcpu:
     def set_frozen(self, frozen: bool) -> None:
         """Whether the vCPU stays where it is when the machine runs. One that has stopped for the
         debugger is frozen."""
+
+def recorded_configuration(file: int) -> str:
+    """The text about the machine in a recording, which is open. EngineError where it is none."""
 
 def engine_available(name: str) -> tuple[str, str] | None:
     """None if the engine can run here, else why not and what mends it."""

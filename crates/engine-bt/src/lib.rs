@@ -9,7 +9,8 @@
 //! them are [`kvm`], what KVM adds to a CPU for its guests; [`memory`], the TLB and
 //! what is kept of guest memory; [`host`], what the host's kernel is asked for;
 //! [`irqchip`], the interrupt controllers; [`state`], what a vCPU is, as data. A
-//! module knows those below it only.
+//! module knows those below it only. [`journal`] is what a machine that is recorded, or
+//! replayed, has between itself and all that is outside.
 
 mod cpu;
 mod doorbells;
@@ -18,6 +19,7 @@ mod host;
 mod interp;
 pub mod irqchip;
 mod irqfd;
+mod journal;
 mod kvm;
 mod lines;
 mod memory;
@@ -25,4 +27,4 @@ mod state;
 mod translate;
 mod vm;
 
-pub use vm::{Config, MAX_VCPUS, available, create_vm};
+pub use vm::{Config, MAX_VCPUS, Recording, available, create_recorded_vm, create_vm};

@@ -22,12 +22,14 @@ impl Lines {
     pub fn drive(&self, gsi: u32, level: bool) {
         if gsi < GSI_COUNT {
             self.irqchip.irq_line(gsi, level, self.clock.now_ns());
-        } else if level {
-            let msi = self.routes.read().get(gsi);
-            if let Some(Msi { address, data }) = msi {
-                self.irqchip.msi(address, data);
-            }
+        } else if level && let Some(Msi { address, data }) = self.message(gsi) {
+            self.irqchip.msi(address, data);
         }
+    }
+
+    /// What a line above the pins sends.
+    pub fn message(&self, gsi: u32) -> Option<Msi> {
+        self.routes.read().get(gsi)
     }
 
     pub fn change_routes(&self, changes: &[(u32, Option<Msi>)]) -> Result<(), EngineError> {

@@ -33,7 +33,7 @@ fn vm() -> BtVm {
 
 fn vm_with_cache(cache_bytes: usize) -> BtVm {
     with_identity_map(|memory| {
-        build(memory, Config { vcpus: 2, ..Config::default() }, cache_bytes).unwrap()
+        build(memory, Config { vcpus: 2, ..Config::default() }, cache_bytes, None).unwrap()
     })
 }
 

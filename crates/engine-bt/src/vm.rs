@@ -6,9 +6,10 @@ use std::thread::available_parallelism;
 
 use parking_lot::Mutex;
 use tetrarch_engine::{
-    Clock, DirtyPages, Doorbell, EngineError, Halts, Irqfd, IrqfdId, Msi, Platform, Unusable, Vcpu,
-    Vm, VmState, host_tsc,
+    Clock, DirtyPages, Doorbell, EngineError, GSI_COUNT, Halts, Irqfd, IrqfdId, Msi, Platform,
+    RecordingEnd, Unusable, Vcpu, Vm, VmState, host_tsc,
 };
+use tetrarch_journal::{Line, Reader, Writer};
 use tetrarch_memory::GuestMemory;
 
 use crate::cpu::VmShared;
@@ -19,6 +20,7 @@ use crate::host::wake::Bells;
 use crate::interp::thunk;
 use crate::irqchip::IrqChip;
 use crate::irqfd::IrqfdTable;
+use crate::journal::{self, Journal, Player, Recorder};
 use crate::kvm;
 use crate::lines::Lines;
 use crate::memory::code_map::{CodeMap, MemoryChanges};
@@ -67,7 +69,33 @@ pub fn available() -> Result<(), Unusable> {
     })
 }
 
+/// What a machine with one vCPU writes its life to, or lives again by.
+pub enum Recording {
+    Record {
+        writer: Writer,
+        /// Instructions from one checkpoint to the next.
+        checkpoint_every: u64,
+    },
+    Replay(Reader),
+}
+
 pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>, EngineError> {
+    create(memory, config, None)
+}
+
+pub fn create_recorded_vm(
+    memory: Arc<GuestMemory>,
+    config: Config,
+    recording: Recording,
+) -> Result<Arc<dyn Vm>, EngineError> {
+    create(memory, config, Some(recording))
+}
+
+fn create(
+    memory: Arc<GuestMemory>,
+    config: Config,
+    recording: Option<Recording>,
+) -> Result<Arc<dyn Vm>, EngineError> {
     if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
         return Err(EngineError::Refused(format!(
             "engine bt runs 1 to {MAX_VCPUS} vCPUs, not {}",
@@ -76,25 +104,48 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<dyn Vm>
         .mended_by(format!("ask for {MAX_VCPUS} at most")));
     }
     available()?;
-    Ok(Arc::new(build(memory, config, CACHE_BYTES)?))
+    Ok(Arc::new(build(memory, config, CACHE_BYTES, recording)?))
 }
 
 pub(crate) fn build(
     memory: Arc<GuestMemory>,
     config: Config,
     cache_bytes: usize,
+    recording: Option<Recording>,
 ) -> Result<BtVm, EngineError> {
-    let tsc_hz = tsc_hz();
+    let bells = Arc::new(Bells::new(config.vcpus as usize));
+    if recording.is_some() && config.vcpus > 1 {
+        return Err(EngineError::Refused(format!(
+            "a machine with {} vCPUs cannot be recorded",
+            config.vcpus
+        ))
+        .mended_by("give it 1"));
+    }
+    let (journal, tsc_hz) = match recording {
+        None => (None, tsc_hz()),
+        Some(Recording::Record { writer, checkpoint_every }) => {
+            let recorder = Recorder::new(writer, checkpoint_every, Arc::clone(&bells) as _);
+            (Some(Journal::Record(recorder)), tsc_hz())
+        }
+        Some(Recording::Replay(reader)) => {
+            let player = Player::new(reader)?;
+            let tsc_hz = player.tsc_hz();
+            (Some(Journal::Replay(player)), tsc_hz)
+        }
+    };
+    let journal = journal.map(Arc::new);
     let code = Arc::new(CodeMap::new(&memory));
     memory.add_observer(Arc::new(MemoryChanges(Arc::clone(&code))));
-    let bells = Arc::new(Bells::new(config.vcpus as usize));
     let rendezvous = Arc::new(Rendezvous::new(config.vcpus as usize, Arc::clone(&bells) as _));
     let dirty = Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous)));
     memory.add_observer(Arc::new(DeviceWrites(Arc::clone(&dirty))));
+    if let Some(journal) = &journal {
+        memory.add_observer(Arc::new(journal::recorder::DeviceWrites(Arc::clone(journal))));
+    }
     let irqchip = Arc::new(IrqChip::new(config.vcpus as usize, tsc_hz, Arc::clone(&bells) as _));
     irqchip.set_virtual_wire();
     let mut platform = config.platform;
-    let kvm_features = kvm::features(&platform);
+    let kvm_features = kvm::features(&platform, journal.is_some());
     if kvm_features != 0 {
         // Behind the platform's own, which are found first.
         platform.cpuid.extend(kvm::leaves(kvm_features, tsc_hz));
@@ -115,6 +166,7 @@ pub(crate) fn build(
         kvm_time: kvm::Timebase::new(Arc::clone(&clock), tsc_hz),
         clock,
         tsc_hz,
+        journal,
     });
     thunk::prepare();
     let cache = if config.translate {
@@ -184,11 +236,27 @@ impl Vm for BtVm {
     }
 
     fn irq_line(&self, gsi: u32, level: bool) {
-        self.lines.drive(gsi, level);
+        match self.shared.journal.as_deref() {
+            None => self.lines.drive(gsi, level),
+            Some(Journal::Record(recorder)) => {
+                if gsi < GSI_COUNT {
+                    recorder.line(Line::Pin { gsi, level });
+                } else if let Some(Msi { address, data }) = self.lines.message(gsi)
+                    && level
+                {
+                    recorder.line(Line::Message { address, data });
+                }
+            }
+            Some(Journal::Replay(_)) => {}
+        }
     }
 
     fn msi(&self, address: u64, data: u32) {
-        self.shared.irqchip.msi(address, data);
+        match self.shared.journal.as_deref() {
+            None => self.shared.irqchip.msi(address, data),
+            Some(Journal::Record(recorder)) => recorder.line(Line::Message { address, data }),
+            Some(Journal::Replay(_)) => {}
+        }
     }
 
     fn set_msi_routes(&self, routes: &[(u32, Option<Msi>)]) -> Result<(), EngineError> {
@@ -201,6 +269,11 @@ impl Vm for BtVm {
         event: BorrowedFd<'_>,
         resample: Option<BorrowedFd<'_>>,
     ) -> Result<IrqfdId, EngineError> {
+        if self.shared.journal.is_some() {
+            return Err(EngineError::Refused(
+                "a device of another process cannot be recorded".into(),
+            ));
+        }
         self.irqfds.add(Irqfd::new(gsi, event, resample)?)
     }
 
@@ -209,11 +282,18 @@ impl Vm for BtVm {
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> Result<(), EngineError> {
-        let VmShared { doorbells, memory, platform, .. } = &*self.shared;
+        let VmShared { doorbells, memory, platform, journal, .. } = &*self.shared;
+        if journal.is_some() {
+            // The write is an exit, and its answer an input.
+            return Ok(());
+        }
         doorbells.add(doorbell, event, memory, platform)
     }
 
     fn remove_doorbell(&self, doorbell: &Doorbell) -> Result<(), EngineError> {
+        if self.shared.journal.is_some() {
+            return Ok(());
+        }
         self.shared.doorbells.remove(doorbell)
     }
 
@@ -227,12 +307,43 @@ impl Vm for BtVm {
     }
 
     fn set_dirty_log(&self, on: bool) -> Result<(), EngineError> {
+        if self.shared.journal.is_some() {
+            return Err(EngineError::Refused(
+                "the log of written pages is taken by the recording".into(),
+            ));
+        }
         self.shared.dirty.set(&self.shared.memory, on);
         Ok(())
     }
 
     fn take_dirty_log(&self) -> Result<Vec<DirtyPages>, EngineError> {
         Ok(self.shared.dirty.take(&self.shared.memory))
+    }
+
+    fn stop_for_device(&self) {
+        if let Some(Journal::Record(recorder)) = self.shared.journal.as_deref() {
+            recorder.stop();
+        }
+    }
+
+    fn go_on(&self) {
+        if let Some(Journal::Record(recorder)) = self.shared.journal.as_deref() {
+            recorder.go_on();
+        }
+    }
+
+    fn end_recording(&self) -> Result<Option<RecordingEnd>, EngineError> {
+        Ok(match self.shared.journal.as_deref() {
+            None => None,
+            Some(Journal::Record(recorder)) => {
+                let (count, bytes) = recorder.finish()?;
+                Some(RecordingEnd::Recorded { count, bytes })
+            }
+            Some(Journal::Replay(player)) => {
+                let (checkpoints, whole) = player.report();
+                Some(RecordingEnd::Replayed { checkpoints, whole })
+            }
+        })
     }
 
     fn save(&self) -> Result<VmState, EngineError> {

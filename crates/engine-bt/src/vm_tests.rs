@@ -18,7 +18,7 @@ const LOOP: [u8; 2] = [0xEB, 0xFE];
 
 fn vm(vcpus: u32) -> BtVm {
     let memory = Arc::new(GuestMemory::new(2 << 20).unwrap());
-    build(memory, Config { vcpus, ..Config::default() }, CACHE_BYTES).unwrap()
+    build(memory, Config { vcpus, ..Config::default() }, CACHE_BYTES, None).unwrap()
 }
 
 fn send(vm: &BtVm, apic_id: u64, what: u32) {
@@ -133,7 +133,7 @@ fn a_vcpu_that_panicked_is_waited_for_by_nobody() {
     let memory = Arc::new(GuestMemory::new(2 << 20).unwrap());
     let platform = Platform { kvm: true, ..Platform::default() };
     let config = Config { platform, ..Config::default() };
-    let vm = build(Arc::clone(&memory), config, CACHE_BYTES).unwrap();
+    let vm = build(Arc::clone(&memory), config, CACHE_BYTES, None).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     let mut system = vcpu.system_registers().expect("state");
     system.cs.base = 0;

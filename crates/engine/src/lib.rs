@@ -122,6 +122,22 @@ pub trait Kick: Send + Sync {
 /// Counters of one engine object, as (group, name, value).
 pub type Counters = Vec<(&'static str, &'static str, u64)>;
 
+/// What became of a recording.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordingEnd {
+    Recorded {
+        /// Instructions.
+        count: u64,
+        bytes: u64,
+    },
+    Replayed {
+        /// Those that were alike.
+        checkpoints: u64,
+        /// False: the recorder died before it could end the recording.
+        whole: bool,
+    },
+}
+
 /// A virtual machine: guest memory with vCPUs and interrupt controllers.
 pub trait Vm: Send + Sync {
     /// Makes vCPU `id`; each id once, counted from 0.
@@ -163,6 +179,14 @@ pub trait Vm: Send + Sync {
     /// region. vCPUs may run meanwhile: a page that is written after it was read by
     /// the caller is in the next log.
     fn take_dirty_log(&self) -> Result<Vec<DirtyPages>, EngineError>;
+    /// A device is about to use guest memory or lines: a machine that records stands until
+    /// [`Vm::go_on`], and writes down what was changed. Not for the thread of a vCPU.
+    fn stop_for_device(&self) {}
+    fn go_on(&self) {}
+    /// Ends the recording of a machine that has one; what became of a replay.
+    fn end_recording(&self) -> Result<Option<RecordingEnd>, EngineError> {
+        Ok(None)
+    }
     /// What the vCPUs share: interrupt controllers and clock. Exact while no
     /// vCPU runs and the clock stands.
     fn save(&self) -> Result<VmState, EngineError>;

@@ -9,4 +9,4 @@ mod thread;
 
 pub use event::Event;
 pub use output::Output;
-pub use thread::{Attachment, Handler, IoThread, PauseError, Trigger};
+pub use thread::{Around, Attachment, Handler, IoThread, PauseError, Trigger};

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 use tetrarch_confine::{ThreadKind, enter};
@@ -21,6 +21,11 @@ pub trait Handler: Send {
     /// A descriptor is ready, the one that was added as `source`.
     fn ready(&mut self, source: u32);
 
+    /// Whether nothing that it has begun touches guest memory by itself.
+    fn settled(&mut self) -> bool {
+        true
+    }
+
     /// Takes up no more work; true when nothing is in flight any longer. Asked again after
     /// each event until then.
     fn quiesce(&mut self) -> bool {
@@ -29,6 +34,13 @@ pub trait Handler: Send {
 
     /// Goes on after `quiesce`, with all that has come meanwhile.
     fn resume(&mut self) {}
+}
+
+/// Who is told before handlers are called, and behind it, when nothing that they have begun
+/// touches guest memory any more: for a machine that stands meanwhile.
+pub trait Around: Send + Sync {
+    fn before(&self);
+    fn behind(&self);
 }
 
 /// When a descriptor's handler is called.
@@ -86,6 +98,7 @@ struct Shared {
     state: Mutex<State>,
     /// `resting`, `pauses` or `ended` has changed.
     changed: Condvar,
+    around: OnceLock<Arc<dyn Around>>,
 }
 
 /// A thread and what is attached to it. It ends when this is dropped.
@@ -107,6 +120,7 @@ impl IoThread {
             wake: Event::new()?,
             state: Mutex::default(),
             changed: Condvar::new(),
+            around: OnceLock::new(),
         });
         let data = epoll::EventData::new_u64(WAKE);
         epoll::add(&shared.epoll, &shared.wake, data, Trigger::Readable.flags())?;
@@ -117,6 +131,11 @@ impl IoThread {
         })?;
         let id = thread.thread().id();
         Ok(Self { shared, thread: Mutex::new(Some(thread)), id, process: std::process::id() })
+    }
+
+    /// To be called once, before handlers have anything to do.
+    pub fn set_around(&self, around: Arc<dyn Around>) {
+        let _ = self.shared.around.set(around);
     }
 
     /// Lets a handler be called for the descriptors that it is then given. `name` is for
@@ -221,11 +240,32 @@ impl Drop for Attachment {
     }
 }
 
+/// Told that handlers work, and to be told when they do no longer.
+struct AtWork(Option<Arc<dyn Around>>);
+
+impl AtWork {
+    fn begin(&mut self, around: Option<&Arc<dyn Around>>) {
+        if let (None, Some(around)) = (&self.0, around) {
+            around.before();
+            self.0 = Some(Arc::clone(around));
+        }
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        if let Some(around) = &self.0 {
+            around.behind();
+        }
+    }
+}
+
 impl Shared {
     fn run(&self) {
         let mut events = Vec::with_capacity(64);
         // Handlers were told to take up no more work.
         let mut quiesced = false;
+        let mut at_work = AtWork(None);
         loop {
             events.clear();
             let room = rustix::buffer::spare_capacity(&mut events);
@@ -236,6 +276,9 @@ impl Shared {
                     log::error!("an I/O thread cannot wait: {error}");
                     return;
                 }
+            }
+            if events.iter().any(|event| event.data.u64() != WAKE) {
+                at_work.begin(self.around.get());
             }
             for event in &events {
                 let data = event.data.u64();
@@ -257,10 +300,14 @@ impl Shared {
             }
             if quiesced && self.state.lock().pauses == 0 {
                 quiesced = false;
+                at_work.begin(self.around.get());
                 self.each(|handler| {
                     handler.resume();
                     true
                 });
+            }
+            if at_work.0.is_some() && self.each(|handler| handler.settled()).is_none() {
+                at_work = AtWork(None);
             }
         }
     }

@@ -24,3 +24,4 @@ pub use reset::ResetState;
 pub use slot::VcpuSlot;
 pub use stats::{Stats, collect};
 pub use tetrarch_engine_bt::MAX_VCPUS as BT_MAX_VCPUS;
+pub use tetrarch_engine_bt::Recording;

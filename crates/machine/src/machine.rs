@@ -7,7 +7,8 @@ use tetrarch_bus::{Bus, IrqLines, Region, RunControl, TscScale};
 use tetrarch_engine::{
     DirtyPages, ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm,
 };
-use tetrarch_io::IoThread;
+use tetrarch_engine_bt::Recording;
+use tetrarch_io::{Around, IoThread};
 use tetrarch_memory::GuestMemory;
 
 use crate::{MachineError, VcpuSlot, limits};
@@ -39,6 +40,19 @@ pub struct Machine {
     pub(crate) written: Mutex<Option<Vec<DirtyPages>>>,
 }
 
+/// A machine that records stands while devices work.
+struct Standing(Arc<dyn Vm>);
+
+impl Around for Standing {
+    fn before(&self) {
+        self.0.stop_for_device();
+    }
+
+    fn behind(&self) {
+        self.0.go_on();
+    }
+}
+
 impl Machine {
     pub fn new(
         engine: &str,
@@ -46,6 +60,7 @@ impl Machine {
         vcpus: u32,
         translate: bool,
         platform: Platform,
+        recording: Option<Recording>,
     ) -> Result<Self, MachineError> {
         if engine != "kvm" {
             // Engine kvm says why it cannot when its VM is made.
@@ -56,12 +71,24 @@ impl Machine {
         }
         let memory = Arc::new(GuestMemory::new(memory)?);
         limits::check(engine)?;
+        let recorded = recording.is_some();
         let engine: Arc<dyn Vm> = if engine == "kvm" {
+            if recorded {
+                return Err(EngineError::Refused("engine kvm records nothing".into())
+                    .mended_by("use engine bt")
+                    .into());
+            }
             let config = tetrarch_engine_kvm::Config { vcpus, platform, ..Default::default() };
             tetrarch_engine_kvm::create_vm(Arc::clone(&memory), config)?
         } else {
             let config = tetrarch_engine_bt::Config { vcpus, translate, platform };
-            tetrarch_engine_bt::create_vm(Arc::clone(&memory), config)?
+            let memory = Arc::clone(&memory);
+            match recording {
+                None => tetrarch_engine_bt::create_vm(memory, config)?,
+                Some(recording) => {
+                    tetrarch_engine_bt::create_recorded_vm(memory, config, recording)?
+                }
+            }
         };
 
         let bus = Bus::with_doorbells(Arc::clone(&engine));
@@ -81,6 +108,9 @@ impl Machine {
         let io = IoThread::new("tetrarch-io")
             .map_err(|error| Unusable::refused("the host gives no I/O thread", &error, refused))
             .map_err(EngineError::from)?;
+        if recorded {
+            io.set_around(Arc::new(Standing(Arc::clone(&engine))));
+        }
         let control = RunControl::new(Arc::clone(engine.clock()));
         let vcpus = (0..vcpus)
             .map(|id| {

@@ -32,7 +32,8 @@ impl Device for Register {
 
 /// A machine with `code` at [`START`], to be run in real mode.
 fn machine(code: &[u8]) -> Machine {
-    let machine = Machine::new("bt", 1 << 20, 1, true, Platform::default()).expect("engine bt");
+    let machine =
+        Machine::new("bt", 1 << 20, 1, true, Platform::default(), None).expect("engine bt");
     machine.memory.write(GuestPhys(START), code).expect("RAM");
     set(
         &machine,
@@ -263,15 +264,15 @@ fn vcpu_that_runs_is_refused_to_its_own_devices() {
 fn engines_and_sizes_that_cannot_be_are_refused() {
     assert!(engine_available("tcg").unwrap_err().mend.contains("bt, kvm"));
     assert!(matches!(
-        Machine::new("tcg", 1 << 20, 1, true, Platform::default()),
+        Machine::new("tcg", 1 << 20, 1, true, Platform::default(), None),
         Err(MachineError::Engine(_))
     ));
     assert!(matches!(
-        Machine::new("bt", 1 << 20, 0, true, Platform::default()),
+        Machine::new("bt", 1 << 20, 0, true, Platform::default(), None),
         Err(MachineError::Engine(_))
     ));
     assert!(matches!(
-        Machine::new("bt", 1, 1, true, Platform::default()),
+        Machine::new("bt", 1, 1, true, Platform::default(), None),
         Err(MachineError::Memory(_))
     ));
 }

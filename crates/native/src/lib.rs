@@ -22,6 +22,7 @@ mod net;
 mod nvme;
 mod python_device;
 mod python_platform;
+mod recording;
 mod region;
 mod rust_device;
 mod serial_port;
@@ -61,6 +62,8 @@ mod _native {
     use crate::net::{Network, VirtioNet};
     #[pymodule_export]
     use crate::nvme::NvmeQueues;
+    #[pymodule_export]
+    use crate::recording::recorded_configuration;
     #[pymodule_export]
     use crate::region::Region;
     #[pymodule_export]

@@ -11,7 +11,7 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use tetrarch_bus::{AttachError, Bus, Device, Sizes, Span};
-use tetrarch_engine::{EngineError, GSI_COUNT, Saved, VmState};
+use tetrarch_engine::{EngineError, GSI_COUNT, RecordingEnd, Saved, VmState};
 use tetrarch_machine::{Machine, ResetState, Stats, collect};
 use tetrarch_memory::{GuestPhys, Layer, MemoryError, Run};
 
@@ -21,6 +21,7 @@ use crate::error::Failure;
 use crate::irq::IrqSource;
 use crate::python_device::{Crossings, PythonDevice};
 use crate::python_platform::{OnVcpu, PythonPlatform};
+use crate::recording::recording;
 use crate::region::Region;
 use crate::rust_device::RustDevice;
 use crate::vcpu::Vcpu;
@@ -124,19 +125,23 @@ fn listed(regions: Vec<(Span, String)>) -> Vec<(u64, u64, String)> {
 #[pymethods]
 impl Vm {
     #[new]
-    #[pyo3(signature = (engine, memory, vcpus = 1, *, translate = true, platform = None))]
+    #[pyo3(signature = (engine, memory, vcpus = 1, *, translate = true, platform = None,
+                        record = None, replay = None))]
     fn new(
         engine: &str,
         memory: u64,
         vcpus: u32,
         translate: bool,
         platform: Option<&Bound<'_, PyAny>>,
+        record: Option<(i32, &str, u64)>,
+        replay: Option<i32>,
     ) -> Result<Self, Failure> {
+        let recording = recording(record, replay)?;
         let (platform, handlers) = match platform {
             Some(platform) => PythonPlatform::new(platform, vcpus)?,
             None => Default::default(),
         };
-        let machine = Machine::new(engine, memory, vcpus, translate, platform)?;
+        let machine = Machine::new(engine, memory, vcpus, translate, platform, recording)?;
         let lines = (0..GSI_COUNT).filter_map(|gsi| machine.irq.source(gsi)).collect();
         Ok(Self {
             machine,
@@ -332,6 +337,15 @@ impl Vm {
         let state = VmState::from_bytes(data).map_err(EngineError::from)?;
         py.detach(|| self.machine.held(|| self.machine.engine.load(&state)))??;
         Ok(())
+    }
+
+    fn end_recording(&self, py: Python<'_>) -> Result<Option<(&'static str, u64, u64)>, Failure> {
+        Ok(py.detach(|| self.machine.engine.end_recording())?.map(|end| match end {
+            RecordingEnd::Recorded { count, bytes } => ("recorded", count, bytes),
+            RecordingEnd::Replayed { checkpoints, whole } => {
+                (if whole { "replayed" } else { "cut" }, checkpoints, 0)
+            }
+        }))
     }
 
     fn keep_reset_state(&self, py: Python<'_>) -> Result<(), Failure> {

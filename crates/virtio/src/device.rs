@@ -149,6 +149,10 @@ impl<P: DataPath> Handler for Inner<P> {
         self.landed.notify_all();
     }
 
+    fn settled(&mut self) -> bool {
+        self.path.settled()
+    }
+
     fn quiesce(&mut self) -> bool {
         self.paused = true;
         self.hush();

@@ -20,7 +20,7 @@ from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.guest import check_files, resolve_guest
 from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.machine import Machine
-from tetrarch.machine.selection import choose
+from tetrarch.machine.selection import chosen
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.registry import Claim
 from tetrarch.sockets import socket_directory
@@ -44,7 +44,7 @@ def run_command(config: MachineConfig, options: CommandOptions, claim: Claim | N
         raise ConfigError(
             "with a command the guest's console is not shown", mend="leave --console out"
         )
-    choose(config.engine, config.cpus)
+    chosen(config)
     check_files(config)
     config = resolve_guest(config, TerminalReporter())
     # A confined process could not remove a directory that has none of its sockets.

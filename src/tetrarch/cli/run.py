@@ -20,11 +20,11 @@ from tetrarch.console import ConsoleBackend, NullConsole
 from tetrarch.console.shared import SharedConsole
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import ConfigError, HostError
-from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.config import MIB, MachineConfig
 from tetrarch.machine.engine_vm import engine_cause, engine_mend
 from tetrarch.machine.guest import check_files, resolve_guest, with_installed_disk
 from tetrarch.machine.machine import Machine
-from tetrarch.machine.selection import choose
+from tetrarch.machine.selection import chosen
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.registry import Claim
 
@@ -97,7 +97,7 @@ def _run(
     config: MachineConfig, options: CommandOptions, claim: Claim | None, shell: Shell | None
 ) -> ExitStatus:
     # What is wrong with the options is said before anything is fetched or opened.
-    choose(config.engine, config.cpus)
+    chosen(config)
     check_files(config)
     if options.restore is None:
         config = resolve_guest(config, _reporter())
@@ -131,8 +131,21 @@ def _run(
         _say_end(status, interactive)
     else:
         _log_end(status, console)
+    _say_recording(machine)
     report_end(machine, status, options)
     return status
+
+
+def _say_recording(machine: Machine) -> None:
+    end, config = machine.recording, machine.config
+    if end is None:
+        return
+    if end.kind == "recorded":
+        size = f"{end.written / MIB:.1f} MiB"
+        _say(f"tetrarch: recorded {end.count} instructions in {config.record}, {size}")
+        return
+    cut = "; its recorder died here" if end.kind == "cut" else ""
+    _say(f"tetrarch: replayed {config.replay}: {end.count} checkpoints alike{cut}")
 
 
 def _has_port_on_stdio(config: MachineConfig) -> bool:

@@ -345,6 +345,10 @@ class MachineConfig(BaseModel):
         None, "Where gdb can debug the guest; docs/gdb.md.", "PORT|PATH"
     )
     gdb_wait: bool = option(False, "Hold the guest before its first instruction, for gdb.")
+    record: FilePath | None = option(
+        None, "Write down all that comes to the guest, for replay; docs/replay.md.", "FILE"
+    )
+    replay: FilePath | None = option(None, "Let a recorded machine live again.", "FILE")
     on_reset: OnReset = option(
         "end", "What a reset by the guest does [default: end].", "end|restart"
     )
@@ -428,6 +432,8 @@ class MachineOptions(TypedDict, total=False):
     control: str | os.PathLike[str] | None
     gdb: GdbOption | None
     gdb_wait: bool
+    record: str | os.PathLike[str] | None
+    replay: str | os.PathLike[str] | None
     on_reset: OnReset
     virtio: VirtioTransport
     rng: bool

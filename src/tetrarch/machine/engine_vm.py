@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from tetrarch import _native
 from tetrarch.errors import HostError
 from tetrarch.machine.config import MIB, MachineConfig
+from tetrarch.machine.recording import opened
 from tetrarch.platforms.platform import Platform
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
@@ -111,6 +112,7 @@ class EngineVm(Protocol):
     def save_state(self) -> bytes: ...
     def load_state(self, data: bytes) -> None: ...
     def keep_reset_state(self) -> None: ...
+    def end_recording(self) -> tuple[str, int, int] | None: ...
     def reset(self) -> None: ...
     def set_debug_alert(self, descriptor: int | None) -> None: ...
     def take_debug_stops(self) -> list[tuple[int, str, int]]: ...
@@ -122,7 +124,8 @@ class EngineVm(Protocol):
 def create_vm(engine: str, config: MachineConfig, platform: Platform) -> EngineVm:
     """Raises HostError where this host cannot give what is asked."""
     try:
-        return _native.Vm(engine, config.memory, config.cpus, platform=platform)
+        with opened(config) as recording:
+            return _native.Vm(engine, config.memory, config.cpus, platform=platform, **recording)
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
         raise HostError(
             f"cannot make a machine with {config.memory // MIB} MiB of memory and "

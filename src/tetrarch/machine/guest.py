@@ -74,6 +74,8 @@ def resolve_guest(config: MachineConfig, reporter: Reporter | None = None) -> Ma
     """
     if config.kernel is not None or (config.firmware is not None and config.image is None):
         return config
+    if config.replay is not None:
+        return config  # its memory is in the recording
     from tetrarch import images
     from tetrarch.images.store import DiskStore
 

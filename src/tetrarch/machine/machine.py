@@ -77,8 +77,9 @@ from tetrarch.machine.new_file import new_file
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import Pc, assemble_pc
 from tetrarch.machine.plugged import PciDevice
+from tetrarch.machine.recording import Recording, RecordingEnd, check_recorded, replayed
 from tetrarch.machine.resets import Resets
-from tetrarch.machine.selection import choose
+from tetrarch.machine.selection import chosen
 from tetrarch.machine.snapshot import Parent, opened, parent_of, restore_machine, save_machine
 from tetrarch.machine.state import MachineParts
 from tetrarch.machine.status import ExitStatus, StopReason
@@ -140,7 +141,7 @@ class Machine(AgentMethods):
         self.engine: str
         self.engine_reason: str
         if vm is None:
-            self.engine, self.engine_reason = choose(self.config.engine, self.config.cpus)
+            self.engine, self.engine_reason = chosen(self.config)
             vm = create_vm(self.engine, self.config, platform)
         else:
             self.engine, self.engine_reason = type(vm).__name__, "as given"
@@ -159,7 +160,11 @@ class Machine(AgentMethods):
         self._conclusion = Conclusion(vm.request_stop)
         end = self._conclusion.post
         self._events = Events(end)
-        self._threads = VcpuThreads(vm, vcpus, self._conclusion)
+        # So a replay comes to its end.
+        ends = ExitStatus(StopReason.STOPPED, "the recording ends")
+        halted = None if self.config.replay is None else ends
+        self._threads = VcpuThreads(vm, vcpus, self._conclusion, halted)
+        self._recording = Recording(vm)
         self.dumps = Dumps(vm, self.vcpus, self._life, self._events)
         """The core dump that is written, or was the last."""
         panic = PanicWatch(
@@ -205,8 +210,9 @@ class Machine(AgentMethods):
             self._controls,
             self._gdb,
             self._breakpoints,
+            self._recording.finish,
         )
-        self._loaded = False
+        self._loaded = self.config.replay is not None
         self._restored = False
         self._tracked: str | None = None
         """The file since which it is noted what is written."""
@@ -327,6 +333,11 @@ class Machine(AgentMethods):
     def status(self) -> ExitStatus | None:
         """How the machine ended; None while it has not, or if an exception ended it."""
         return self._conclusion.status
+
+    @property
+    def recording(self) -> RecordingEnd | None:
+        """What became of a recording or a replay, once the machine has ended."""
+        return self._recording.end
 
     @property
     def uptime(self) -> float:
@@ -972,12 +983,14 @@ class _Descent:
     controls: Sequence[ControlServer]
     gdb: Sequence[GdbServer]
     breakpoints: Breakpoints
+    end_recording: Callable[[], None]
 
     def stop(self, event: Event) -> Event:
         self.events.tell("shutdown", **shutdown_data(event))
         self.panic.close()
         try:
             self.threads.stop()
+            self.end_recording()
         finally:
             self.pc.close()
             try:
@@ -1077,8 +1090,9 @@ def _configured(
     if isinstance(console, str):
         values["console"] = console
     config = make_config(values) if config is None else config.updated(values)
+    check_recorded(config)
     check_files(config)
-    return config
+    return replayed(config)
 
 
 def _open_console(console: ConsoleBackend | str | None, spec: ConsoleSpec | None) -> ConsoleBackend:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tetrarch import _native
 from tetrarch.errors import HostError
 from tetrarch.machine.kvm import KvmProbe, Unusable, engine_unusable, probe_kvm
 
-__all__ = ["ENGINES", "EngineInfo", "Lack", "choose", "engines"]
+if TYPE_CHECKING:
+    from tetrarch.machine.config import MachineConfig
+
+__all__ = ["ENGINES", "EngineInfo", "Lack", "choose", "chosen", "engines"]
 
 ENGINES = {
     "kvm": "the host CPU's virtualization, through /dev/kvm",
@@ -93,6 +97,14 @@ def choose(name: str, cpus: int = 1) -> tuple[str, str]:
     if probe is not None and not probe.hardware:
         return name, f"as asked, but {_crawls(probe)}; engine bt is faster"
     return name, "as asked"
+
+
+def chosen(config: MachineConfig) -> tuple[str, str]:
+    """The same for a machine."""
+    if config.engine == "auto" and (config.record or config.replay):
+        name, _ = choose("bt", config.cpus)
+        return name, "it records and replays"
+    return choose(config.engine, config.cpus)
 
 
 def _or_another(name: str, unusable: Unusable) -> str:

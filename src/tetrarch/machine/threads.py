@@ -37,10 +37,13 @@ class VcpuThreads:
         vm: EngineVm,
         vcpus: Sequence[EngineVcpu],
         conclusion: Conclusion,
+        halted: ExitStatus | None = None,
     ) -> None:
+        """``halted`` is the status of a machine that halts for good, where that is no crash."""
         self._vm = vm
         self._vcpus = vcpus
         self._conclusion = conclusion
+        self._halted = halted
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -96,7 +99,9 @@ class VcpuThreads:
             # its end stops the others before it says so.
             while (why := vcpu.run()) == "stopped" and not self._conclusion.decided:
                 pass
-            if why != "stopped":
+            if why == "halted" and self._halted is not None:
+                self._conclusion.post(self._halted)
+            elif why != "stopped":
                 self._conclusion.post(_status_of(vcpu, why))
         except BaseException as error:
             # Also KeyboardInterrupt: the thread that waits is the one to see it.

@@ -174,6 +174,9 @@ class ScriptedVm:
             self._stop = True
             self._changed.notify_all()
 
+    def end_recording(self) -> None:
+        return None
+
     def stats(self) -> dict[str, dict[str, int]]:
         return {"exits": {"io": 0}}
 

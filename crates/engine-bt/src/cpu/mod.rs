@@ -29,6 +29,7 @@ use crate::cpu::replay::Replay;
 use crate::cpu::x87_pointers::CodePlaces;
 use crate::doorbells::DoorbellTable;
 use crate::irqchip::IrqChip;
+use crate::journal::Journal;
 use crate::kvm::{self, Paravirtual};
 use crate::memory::code_map::CodeMap;
 use crate::memory::dirty_log::DirtyLog;
@@ -56,6 +57,19 @@ pub struct VmShared {
     pub kvm_features: u32,
     pub kvm_time: kvm::Timebase,
     pub tsc_hz: u64,
+    /// The machine records or replays: instructions are counted.
+    pub journal: Option<Arc<Journal>>,
+}
+
+impl VmShared {
+    /// What the guest reads of the host, or has read when it was recorded.
+    #[inline]
+    pub fn value(&self, read: impl FnOnce() -> u64) -> u64 {
+        match &self.journal {
+            None => read(),
+            Some(journal) => journal.value(read),
+        }
+    }
 }
 
 /// IA32_APIC_BASE: the local APIC is on (Intel SDM 3A, 11.4.4).
@@ -90,6 +104,7 @@ impl VmShared {
             platform: Platform::default(),
             kvm_features: 0,
             tsc_hz,
+            journal: None,
         })
     }
 }
@@ -319,11 +334,16 @@ impl Cpu {
     /// moved by what the guest wrote.
     #[inline]
     pub fn tsc(&self) -> u64 {
+        self.vm.value(|| self.vm.clock.tsc()).wrapping_add(self.tsc_base)
+    }
+
+    /// The same as the host has it, though the machine may be one that replays.
+    pub fn host_tsc(&self) -> u64 {
         self.vm.clock.tsc().wrapping_add(self.tsc_base)
     }
 
     pub fn set_tsc(&mut self, value: u64) {
-        self.tsc_base = value.wrapping_sub(self.vm.clock.tsc());
+        self.tsc_base = value.wrapping_sub(self.vm.value(|| self.vm.clock.tsc()));
         self.update_tsc_offset();
     }
 
@@ -335,7 +355,7 @@ impl Cpu {
     }
 
     pub fn now_ns(&self) -> u64 {
-        self.vm.clock.now_ns()
+        self.vm.value(|| self.vm.clock.now_ns())
     }
 
     /// What CPUID says, EAX to EDX: by the platform, or else of this CPU.

@@ -12,6 +12,7 @@ impl Cpu {
             dirty: &vm.dirty,
             irqchip: &vm.irqchip,
             time: &vm.kvm_time,
+            journal: vm.journal.as_deref(),
             vcpu: self.id,
             tsc_base: self.tsc_base,
             quiet_eois: &mut self.counts.quiet_eois,

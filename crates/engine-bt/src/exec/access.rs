@@ -14,6 +14,8 @@ use crate::translate::block::PortAccess;
 /// What the run loop does next.
 pub enum Then {
     Continue,
+    /// A block of so many instructions was not begun, since the limit lies in it.
+    Limit(u8),
     /// Interpret the instruction at RIP.
     Interpret,
     /// Interpret the instruction at RIP, which is this one.
@@ -51,6 +53,7 @@ impl Access {
         }
         cpu.st.rip = self.next;
         cpu.st.flags &= !flag::RF;
+        cpu.st.count += 1;
     }
 }
 

@@ -23,6 +23,7 @@ use crate::host::wake::Bell;
 use crate::interp::exception;
 use crate::interp::{self, Flow, thunk};
 use crate::irqchip::{self, ProtectionFault};
+use crate::journal::Journal;
 use crate::memory::rendezvous::Orders;
 use crate::state::fault::{Fault, Stop};
 use crate::state::mode;
@@ -30,11 +31,13 @@ use crate::state::{reg, seg, shadow};
 use crate::translate::cache::CodeCache;
 
 mod access;
+mod journalled;
 mod rest;
 mod saved;
 mod translator;
 
 use access::{Access, Then};
+use journalled::Clocked;
 use translator::Translator;
 pub use translator::fill;
 
@@ -53,6 +56,7 @@ pub struct BtVcpu {
     nmi_pending: bool,
     /// An event whose delivery waits for the machine's answer.
     delivering: Option<Interruption>,
+    clocked: Clocked,
 }
 
 /// How the code at RIP runs.
@@ -144,6 +148,7 @@ impl BtVcpu {
             dead: false,
             nmi_pending: false,
             delivering: None,
+            clocked: Clocked::NOT,
         })
     }
 
@@ -158,6 +163,7 @@ impl BtVcpu {
         signals::look_again(now);
         // SAFETY: nothing else in a Rust or Python process uses GS on x86-64 Linux.
         unsafe { thunk::set_gs_base(self.cpu.tlb.block.base()) };
+        self.take_outside()?;
         if let Unfinished::Answered(access, value) = self.unfinished {
             access.finish(&mut self.cpu, value);
             self.unfinished = Unfinished::Nothing;
@@ -185,8 +191,9 @@ impl BtVcpu {
     #[inline]
     fn take_turn(&mut self) -> Result<Option<Exit>, EngineError> {
         let shared = self.cpu.tlb.block.shared();
-        if shared.request.load(Ordering::Relaxed) != 0
-            && let Some(exit) = self.attend()
+        let wanted = shared.request.load(Ordering::Relaxed) != 0;
+        if (wanted || self.cpu.st.count >= self.clocked.next_stop)
+            && let Some(exit) = self.attend()?
         {
             return Ok(Some(exit));
         }
@@ -228,7 +235,10 @@ impl BtVcpu {
         let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
         if let Some(timer) = &mut self.timer {
             let cpu = &self.cpu;
-            timer.arm(deadline, || cpu.now_ns());
+            timer.arm(deadline, || cpu.vm.clock.now_ns());
+        }
+        if !self.set_limit() {
+            return Ok(None);
         }
         let then = match Tier::of(&mut self.translator, &self.cpu) {
             Tier::Interpret => Then::Interpret,
@@ -236,6 +246,10 @@ impl BtVcpu {
         };
         Ok(match then {
             Then::Continue => None,
+            Then::Limit(block) => {
+                self.at_limit(block);
+                None
+            }
             Then::Interpret => self.step(),
             Then::Execute(instruction) => self.execute(&instruction),
             Then::Raise(fault) => self.deliver(fault),
@@ -267,15 +281,21 @@ impl BtVcpu {
     }
 
     /// Serves what the request flag may stand for.
-    fn attend(&mut self) -> Option<Exit> {
+    fn attend(&mut self) -> Result<Option<Exit>, EngineError> {
+        let in_progress = self.cpu.replay.in_progress() || self.delivering.is_some();
+        let checkpoint = !in_progress && self.begin_stop();
         self.cpu.tlb.block.shared().request.store(0, Ordering::SeqCst);
         signals::look_again(host_tsc());
+        if !in_progress && let Some(exit) = self.stand(checkpoint)? {
+            return Ok(Some(exit));
+        }
         self.serve();
         if let Some(translator) = &mut self.translator {
             translator.drop_written_code(&mut self.cpu);
         }
-        let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
-        if let Some(deadline) = deadline {
+        if self.cpu.vm.journal.is_none()
+            && let Some(deadline) = self.cpu.vm.irqchip.next_deadline(self.cpu.id)
+        {
             let now = self.cpu.now_ns();
             if now >= deadline {
                 let tsc = self.cpu.tsc();
@@ -285,10 +305,10 @@ impl BtVcpu {
                 timer.expired();
             }
         }
-        if self.cpu.replay.in_progress() || self.delivering.is_some() {
+        if in_progress {
             // Events wait for the end of the instruction, kicks too.
             self.cpu.tlb.block.shared().request.store(1, Ordering::SeqCst);
-            return None;
+            return Ok(None);
         }
         if self.cpu.vm.irqchip.has_event(self.cpu.id) {
             self.cpu.settle_eoi();
@@ -304,7 +324,7 @@ impl BtVcpu {
                 irqchip::Event::Sipi(page) => self.cpu.start_up(page),
             }
         }
-        self.bell.take_kick().then_some(Exit::Kicked)
+        Ok(self.bell.take_kick().then_some(Exit::Kicked))
     }
 
     /// Whether an external interrupt can be delivered now. Notes one that waits
@@ -349,7 +369,10 @@ impl BtVcpu {
             Interruption::Nmi => exception::nmi(&mut self.cpu),
         };
         match result {
-            Ok(()) => self.stepped(),
+            Ok(()) => {
+                self.cpu.st.count += 1;
+                self.stepped()
+            }
             Err(Stop::Exit(exit)) => {
                 self.delivering = Some(event);
                 self.unfinished = Unfinished::Replay;
@@ -370,27 +393,30 @@ impl BtVcpu {
             return self.sleep_dead(round);
         }
         let pending = self.cpu.vm.irqchip.pending(self.cpu.id);
-        if pending && self.cpu.st.iflag != 0 {
+        if pending && self.cpu.st.iflag != 0 || self.cpu.vm.irqchip.take_unhalt(self.cpu.id) {
             self.cpu.st.halted = 0;
-            return None;
-        }
-        if self.cpu.vm.irqchip.take_unhalt(self.cpu.id) {
-            self.cpu.st.halted = 0;
+            self.cpu.st.count += 1;
             return None;
         }
         if self.cpu.st.iflag == 0 {
             return self.sleep_dead(round);
         }
         self.cpu.counts.halts += 1;
-        let start = self.cpu.now_ns();
+        let start = self.cpu.vm.clock.now_ns();
         let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
         let timeout = deadline.map(|deadline| Duration::from_nanos(deadline.saturating_sub(start)));
-        if let Some(translator) = &mut self.translator {
+        let journalled = self.cpu.vm.journal.is_some();
+        if !journalled && let Some(translator) = &mut self.translator {
             translator.rest(&mut self.cpu, start, timeout);
         }
         self.rest(timeout);
-        let now = self.cpu.now_ns();
+        let now = self.cpu.vm.clock.now_ns();
         self.cpu.counts.halted_ns += now - start;
+        if journalled {
+            // The next turn stands, and looks at the timers.
+            self.cpu.tlb.block.shared().raise();
+            return None;
+        }
         if deadline.is_some_and(|deadline| now >= deadline) {
             let tsc = self.cpu.tsc();
             self.cpu.vm.irqchip.run_timers(self.cpu.id, now, tsc);
@@ -423,7 +449,12 @@ impl BtVcpu {
             self.cpu.settle_x87_pointers();
             fpu::unload(&mut self.cpu.st);
             self.cpu.vm.rendezvous.leave(self.cpu.id);
-            self.bell.sleep(timeout);
+            match self.cpu.vm.journal.as_deref() {
+                Some(Journal::Record(recorder)) => recorder.asleep(|| self.bell.sleep(timeout)),
+                // What ended the rest is due at once.
+                Some(Journal::Replay(_)) => {}
+                None => self.bell.sleep(timeout),
+            }
             self.cpu.vm.rendezvous.enter(self.cpu.id);
             self.serve();
             self.cpu.return_to_guest();
@@ -558,12 +589,16 @@ impl Vcpu for BtVcpu {
         }
         self.cpu.update_tsc_offset();
         let start = host_tsc();
-        let result = Inside::enter(self).0.enter_and_run(start);
+        let result = match self.cpu.vm.journal.clone() {
+            None => Inside::enter(self).0.enter_and_run(start),
+            Some(journal) => self.run_journalled(&journal, start),
+        };
         self.cpu.counts.run_tsc += host_tsc().wrapping_sub(start);
         result
     }
 
     fn reply(&mut self, reply: Reply) {
+        let reply = self.journalled_answer(reply);
         let value = match reply {
             Reply::Value(value) => value,
             Reply::Done | Reply::Registers(_) | Reply::Fault(_) => 0,

@@ -60,6 +60,8 @@ struct SlowSite {
     page: Option<u64>,
     rip: u64,
     saved: bool,
+    /// Instructions that were counted and are not done.
+    left: u8,
     /// The arithmetic flags that were not put aside, and where they are from.
     dead: u32,
     sources: Sources,
@@ -293,6 +295,7 @@ impl Translator {
             looked: Cell::new(0),
             cpuid: &vm.cpuid,
             yields: vm.crowded,
+            counted: vm.journal.is_some(),
             origin: translations.origin(key.origin)?,
         };
         let (built, second) = match self.builder.build(&source) {
@@ -399,6 +402,7 @@ impl Translator {
             looked: Cell::new(0),
             cpuid: &cpu.vm.cpuid,
             yields: cpu.vm.crowded,
+            counted: cpu.vm.journal.is_some(),
             origin: &Origin::Saved,
         };
         let built = self.builder.build(&source)?;
@@ -496,12 +500,21 @@ impl Translator {
                 exit_kind::BRANCH | exit_kind::REQUEST_BRANCH => {
                     let target = cpu.st.address;
                     if !canonical(target) && matches!(site.what, What::Branch) {
+                        uncount(cpu, site.left);
                         return Ok(branch_to_nowhere(cpu, &site));
                     }
                     continue_at(cpu, target, true);
                     return Ok(Then::Continue);
                 }
-                _ => continue_at(cpu, site.rip, site.saved),
+                exit_kind::LIMIT => {
+                    continue_at(cpu, site.rip, site.saved);
+                    restore_at(&site, &self.translations, cpu, &mut self.info);
+                    return Ok(Then::Limit(site.left));
+                }
+                _ => {
+                    uncount(cpu, site.left);
+                    continue_at(cpu, site.rip, site.saved);
+                }
             }
             if let What::Link(link) = site.what
                 && cpu.st.exit_kind == exit_kind::LINK
@@ -578,20 +591,22 @@ impl Translator {
         let here = |site: &SlowSite| {
             site.at == at && site.page.is_none_or(|page| page == cpu.st.code_page)
         };
-        if !self.slow_sites[slot].as_ref().is_some_and(here) {
+        if let Some(site) = self.slow_sites[slot].as_ref().filter(|site| here(site)) {
+            uncount(cpu, site.left);
+        } else {
             self.slow_sites[slot] = None;
             let (block, place) = self.leave_at(cpu, at)?;
             let sources = sources(&mut self.info, cpu, &self.translations, &block, place.rip);
-            let dead = ALL & !u32::from(place.live);
+            let dead = ALL & !place.live();
             if let Some(sources) = &sources {
                 sources.restore(cpu, dead);
             }
             let Ok(instruction) = interp::fetch(cpu) else { return Ok(Then::Interpret) };
             let Some(sources) = sources else { return Ok(Then::Execute(instruction)) };
-            let (rip, saved) = (cpu.st.rip, place.saved);
+            let (rip, saved, left) = (cpu.st.rip, place.saved(), place.left);
             let plain = PlainMove::of(&instruction);
             let page = block.relative().then_some(cpu.st.code_page);
-            let site = SlowSite { at, page, rip, saved, dead, sources, instruction, plain };
+            let site = SlowSite { at, page, rip, saved, left, dead, sources, instruction, plain };
             self.slow_sites[slot] = Some(site);
         }
         let Some(site) = &self.slow_sites[slot] else { return Ok(Then::Interpret) };
@@ -614,7 +629,7 @@ impl Translator {
     fn host_exception(&mut self, cpu: &mut Cpu, at: u64) -> Result<Then, EngineError> {
         cpu.counts.slow_accesses += 1;
         let (block, place) = self.leave_at(cpu, at)?;
-        let (info, dead) = (&mut self.info, ALL & !u32::from(place.live));
+        let (info, dead) = (&mut self.info, ALL & !place.live());
         restore_flags(info, cpu, &self.translations, &block, place.rip, dead);
         Ok(Then::Interpret)
     }
@@ -624,7 +639,8 @@ impl Translator {
     fn leave_at(&self, cpu: &mut Cpu, at: u64) -> Result<(Key, MapEntry), EngineError> {
         let found = self.translations.instruction_at(at);
         let (&block, _, place) = found.ok_or_else(|| broken("address", at))?;
-        continue_at(cpu, block.place(place.rip, cpu.st.code_page), place.saved);
+        uncount(cpu, place.left);
+        continue_at(cpu, block.place(place.rip, cpu.st.code_page), place.saved());
         Ok((block, place))
     }
 
@@ -697,6 +713,11 @@ fn branch_to_nowhere(cpu: &mut Cpu, site: &Site) -> Then {
     let rsp = &mut cpu.st.gpr[reg::RSP];
     *rsp = rsp.wrapping_sub(moved);
     Then::Execute(i)
+}
+
+/// Of the instructions that were counted so many are not done.
+fn uncount(cpu: &mut Cpu, left: u8) {
+    cpu.st.count = cpu.st.count.wrapping_sub(left.into());
 }
 
 /// Takes over RIP and the arithmetic flags from translated code.

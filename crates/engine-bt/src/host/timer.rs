@@ -8,12 +8,13 @@
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 use std::sync::Once;
-use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
+use crate::state::Shared;
 use crate::state::block::SharedFlags;
 
 const SLOTS: usize = 4096;
-static FLAGS: [AtomicPtr<AtomicU8>; SLOTS] = [const { AtomicPtr::new(null_mut()) }; SLOTS];
+static FLAGS: [AtomicPtr<Shared>; SLOTS] = [const { AtomicPtr::new(null_mut()) }; SLOTS];
 
 /// Late in the range of real-time signals, where libraries rarely look.
 fn signal_number() -> i32 {
@@ -24,11 +25,11 @@ extern "C" fn handler(_signal: i32, info: *mut libc::siginfo_t, _context: *mut l
     // SAFETY: the kernel passes a valid siginfo; timers set its value.
     let slot = unsafe { (*info).si_value().sival_ptr } as usize;
     if let Some(cell) = FLAGS.get(slot) {
-        let flag = cell.load(Ordering::Acquire);
+        let flags = cell.load(Ordering::Acquire);
         // SAFETY: a slot is emptied before its block goes, by the thread that
         // this signal is directed to or after that thread has left `run`.
-        if let Some(flag) = unsafe { flag.as_ref() } {
-            flag.store(1, Ordering::SeqCst);
+        if let Some(flags) = unsafe { flags.as_ref() } {
+            flags.raise();
         }
     }
 }
@@ -36,7 +37,7 @@ extern "C" fn handler(_signal: i32, info: *mut libc::siginfo_t, _context: *mut l
 fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        // SAFETY: zero is a valid sigaction, and the handler only stores a byte.
+        // SAFETY: zero is a valid sigaction, and the handler only stores to atomics.
         unsafe {
             let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
             action.sa_sigaction = handler as *const () as usize;
@@ -73,9 +74,9 @@ unsafe impl Send for HostTimer {}
 impl HostTimer {
     pub fn new(flags: &SharedFlags) -> std::io::Result<Self> {
         install();
-        let flag = (&raw const flags.request).cast_mut();
-        let free = |cell: &AtomicPtr<AtomicU8>| {
-            cell.compare_exchange(null_mut(), flag, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        let shared = (&raw const **flags).cast_mut();
+        let free = |cell: &AtomicPtr<Shared>| {
+            cell.compare_exchange(null_mut(), shared, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         };
         let slot = FLAGS
             .iter()

@@ -34,7 +34,7 @@ impl Bell {
 
     /// Makes the vCPU come to its run loop soon.
     pub fn ring(&self) {
-        self.flags.request.store(1, Ordering::SeqCst);
+        self.flags.raise();
         if self.sleeping.load(Ordering::SeqCst) {
             let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
             self.wakeup.notify_all();

@@ -264,10 +264,15 @@ pub fn random(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
         return ud();
     }
     let mut bytes = [0u8; 8];
-    // SAFETY: the buffer has the length that is passed.
-    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    let ok = got == bytes.len() as isize;
-    let value = if ok { u64::from_le_bytes(bytes) } else { 0 };
+    let mut ok = true;
+    let value = cpu.vm.value(|| {
+        // SAFETY: the buffer has the length that is passed.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        ok = got == bytes.len() as isize;
+        if ok { u64::from_le_bytes(bytes) } else { 0 }
+    });
+    // 0 stands for "none", as the instruction has it (Intel SDM 2B, RDRAND).
+    let ok = ok && value != 0;
     write_op(cpu, i, 0, value)?;
     cpu.st.update_flags(flag::ARITH, when(ok, flag::CF));
     Ok(Flow::Next)

@@ -120,6 +120,7 @@ fn run(cpu: &mut Cpu, i: &Instruction, watching: bool) -> R<()> {
     }
     cpu.replay.clear();
     cpu.counts.interpreted += 1;
+    cpu.st.count += 1;
     let traced = (flags | cpu.st.flags) & (flag::TF | flag::RF) != 0;
     if traced || watching || cpu.st.pending_debug != 0 {
         let Some(accesses) = accesses else { return after(cpu, i, flags, 0) };

@@ -97,17 +97,20 @@ impl Timebase {
         write_versioned(memory, GuestPhys(msr & !ENABLED), 8, &body);
     }
 
-    /// Fills the structure at `address`, which is MSR_KVM_WALL_CLOCK: the date at which
-    /// the guest's clock was 0.
-    pub fn write_wall_clock(&self, memory: &GuestMemory, address: u64) {
-        if address == 0 {
-            return;
-        }
+    /// The date at which the guest's clock was 0.
+    pub fn start_ns(&self) -> u64 {
         let now = self.now();
         let ns = self.clock_ns(now.ns, now.tsc);
         let date =
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-        let start = date.wrapping_sub(ns);
+        date.wrapping_sub(ns)
+    }
+}
+
+/// Fills the structure at `address`, which is MSR_KVM_WALL_CLOCK, with the date at which the
+/// guest's clock was 0.
+pub fn write_wall_clock(memory: &GuestMemory, address: u64, start: u64) {
+    if address != 0 {
         let mut body = [0; 8];
         body[..4].copy_from_slice(&((start / NS_PER_S) as u32).to_le_bytes());
         body[4..].copy_from_slice(&((start % NS_PER_S) as u32).to_le_bytes());

@@ -15,10 +15,12 @@ use tetrarch_engine::{CpuidLeaf, Hypercalls, Platform};
 use tetrarch_memory::GuestMemory;
 
 use crate::irqchip::IrqChip;
+use crate::journal::Journal;
 use crate::memory::dirty_log::DirtyLog;
 use crate::state::fault::{R, gp};
 
 pub use clock::Timebase;
+use clock::write_wall_clock;
 pub use hypercall::hypercall;
 
 const SIGNATURE_LEAF: u32 = 0x4000_0000;
@@ -75,7 +77,7 @@ pub const SAVED_MSRS: [u32; 5] =
 const ENABLED: u64 = 1;
 
 /// The features that a platform gets on this host; 0 where it wants none.
-pub fn features(platform: &Platform) -> u32 {
+pub fn features(platform: &Platform, journalled: bool) -> u32 {
     if !platform.kvm {
         return 0;
     }
@@ -83,8 +85,12 @@ pub fn features(platform: &Platform) -> u32 {
     if platform.hypercalls != Hypercalls::None {
         features &= !feature::BY_HYPERCALL;
     }
-    if !steal_time::available() {
+    if journalled || !steal_time::available() {
         features &= !feature::BY_STEAL_TIME;
+    }
+    if journalled {
+        // What is offered depends on what else happens to wait.
+        features &= !feature::PV_EOI;
     }
     features
 }
@@ -106,6 +112,7 @@ pub struct Guest<'a> {
     pub dirty: &'a DirtyLog,
     pub irqchip: &'a IrqChip,
     pub time: &'a Timebase,
+    pub journal: Option<&'a Journal>,
     pub vcpu: usize,
     /// The vCPU's TSC less that of the machine.
     pub tsc_base: u64,
@@ -149,7 +156,9 @@ impl Paravirtual {
         match index {
             msr::OLD_WALL_CLOCK | msr::WALL_CLOCK => {
                 self.wall_clock = value;
-                guest.time.write_wall_clock(guest.memory, value);
+                let read = || guest.time.start_ns();
+                let start = guest.journal.map_or_else(read, |journal| journal.value(read));
+                write_wall_clock(guest.memory, value, start);
             }
             msr::OLD_SYSTEM_TIME | msr::SYSTEM_TIME => {
                 self.system_time = value;

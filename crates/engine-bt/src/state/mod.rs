@@ -14,7 +14,7 @@ pub mod block;
 pub mod fault;
 pub mod msrs;
 
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use tetrarch_engine::{Segment, SegmentTable};
 
@@ -113,6 +113,18 @@ pub struct Shared {
     pub request: AtomicU8,
     /// An interrupt waits for IF: polled where translated code sets IF.
     pub irq_wait: AtomicU8,
+    /// Code that counts begins no block that would take [`CpuState::count`] beyond this.
+    pub limit: AtomicU64,
+}
+
+impl Shared {
+    /// Has the vCPU come to its run loop.
+    #[inline]
+    pub fn raise(&self) {
+        self.request.store(1, Ordering::SeqCst);
+        // In this order: who sets the limit anew looks at the flag behind it.
+        self.limit.store(0, Ordering::SeqCst);
+    }
 }
 
 /// The page that accesses through rsp were last made to.
@@ -184,6 +196,9 @@ pub struct CpuState {
     /// Host RFLAGS when translated code was left.
     pub exit_flags: u64,
     pub scratch: [u64; 4],
+    /// Instructions, iterations of a REP prefix that ran together, and ways into a handler that
+    /// are done. Exact whenever Rust code of the run loop runs, where the machine counts.
+    pub count: u64,
     /// Where the relative code that runs is mapped; see [`mode::RELATIVE`].
     pub code_page: u64,
     /// The same of the last such code with an x87 instruction.

@@ -31,6 +31,8 @@ pub struct Source<'a> {
     pub yields: bool,
     /// Where flags are at the entry that the block does not need.
     pub origin: &'a Origin,
+    /// The machine counts instructions, and its time is the run loop's alone.
+    pub counted: bool,
 }
 
 /// An instruction that begins before this offset does not cross into the next page.
@@ -98,11 +100,32 @@ pub struct MapEntry {
     pub offset: u32,
     /// Distance of the instruction from the block's first.
     pub rip: u16,
-    /// The arithmetic flags are in `saved_flags`, not in the host's flags.
-    pub saved: bool,
-    /// Which of them are exact there, as iced counts them.
-    pub live: u8,
+    /// Instructions that were counted and are not done.
+    pub left: u8,
+    flags: u8,
 }
+
+/// In [`MapEntry::flags`], beside the flags as iced counts them.
+const SAVED: u8 = 1 << 7;
+
+impl MapEntry {
+    pub fn new(offset: u32, rip: u16, left: u8, saved: bool, live: u32) -> Self {
+        let flags = live as u8 | if saved { SAVED } else { 0 };
+        Self { offset, rip, left, flags }
+    }
+
+    /// The arithmetic flags are in `saved_flags`, not in the host's flags.
+    pub fn saved(self) -> bool {
+        self.flags & SAVED != 0
+    }
+
+    /// Which of them are exact there, as iced counts them.
+    pub fn live(self) -> u32 {
+        u32::from(self.flags & !SAVED)
+    }
+}
+
+const _: () = assert!(size_of::<MapEntry>() == 8);
 
 /// A place where translated code leaves for Rust. There are several for each block, so it is
 /// small: what few of them have lies elsewhere.
@@ -120,6 +143,8 @@ pub struct Site {
     pub dead: u8,
     /// Bytes of the block's instructions that have been run.
     pub run: u16,
+    /// Instructions that were counted and are not done.
+    pub left: u8,
 }
 
 const _: () = assert!(size_of::<Site>() <= 40);

@@ -27,7 +27,7 @@ impl Job<'_> {
         let mut guard = None;
         let mut places = Vec::new();
         let mut request = None;
-        let needs_poll = backward && !polled;
+        let needs_poll = backward && !polled && !self.source.counted;
         if (needs_poll || !same_page) && self.flags == Flags::Host && live != 0 {
             self.e.save_flags(R13);
             self.flags = Flags::Saved;
@@ -184,13 +184,16 @@ impl Job<'_> {
         let target = offset_of!(CpuState, call_target);
         self.target_to_r13(i);
         self.e.store(target, R13);
-        let (miss, request) = self.e.find_target(branch_offset(self.user));
+        let poll = !self.source.counted;
+        let (miss, request) = self.e.find_target(branch_offset(self.user), poll);
         self.e.store(scratch, R13);
         self.push_return(i);
         self.e.load(R13, target);
         self.e.jmp_state(scratch);
         self.interpret_from(miss);
-        self.leave(request, self.stubs.leave_request, What::Nothing);
+        if let Some(request) = request {
+            self.leave(request, self.stubs.leave_request, What::Nothing);
+        }
     }
 
     pub(super) fn ret(&mut self, i: &Instruction) {
@@ -216,10 +219,11 @@ impl Job<'_> {
     }
 
     fn indirect_from(&mut self, table: usize, site: Site) {
-        let (miss, request) = self.e.indirect(table);
-        let (miss_stub, request_stub) = (self.stubs.leave_branch, self.stubs.leave_request_branch);
-        for (place, stub) in [(miss, miss_stub), (request, request_stub)] {
-            self.cold.push(Cold::Leave { places: vec![place], stub, site });
+        let (miss, request) = self.e.indirect(table, !self.source.counted);
+        self.cold.push(Cold::Leave { places: vec![miss], stub: self.stubs.leave_branch, site });
+        if let Some(request) = request {
+            let stub = self.stubs.leave_request_branch;
+            self.cold.push(Cold::Leave { places: vec![request], stub, site });
         }
     }
 }

@@ -56,7 +56,10 @@ impl Builder {
             let kind = classify(&instruction, source);
             instructions.push(instruction);
             kinds.push(kind);
-            steps.push(Step::of(&instruction, kind));
+            let mut step = Step::of(&instruction, kind);
+            // Code that counts may be left where the block begins.
+            step.shows |= source.counted && steps.is_empty();
+            steps.push(step);
             if kind.ends_block() {
                 break;
             }

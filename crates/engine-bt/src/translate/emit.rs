@@ -25,6 +25,7 @@ pub const R14: u8 = 14;
 pub const R15: u8 = 15;
 
 pub const REQUEST: usize = SHARED_OFFSET + offset_of!(Shared, request);
+pub const LIMIT: usize = SHARED_OFFSET + offset_of!(Shared, limit);
 pub const IRQ_WAIT: usize = SHARED_OFFSET + offset_of!(Shared, irq_wait);
 
 pub const fn gpr_offset(guest: u8) -> usize {
@@ -521,33 +522,48 @@ impl Emitter {
 
     /// Looks the guest address in r13 up in the table of branch targets and
     /// jumps there. Clobbers r14 and the flags. Returns the rel32s of the miss
-    /// and of the request exit.
-    pub fn indirect(&mut self, table: usize) -> (u32, u32) {
-        self.bytes(&[0x45, 0x0F, 0xB7, 0xF5]); // movzx r14d, r13w
-        self.bytes(&[0x41, 0xC1, 0xE6, 4]); // shl r14d, 4
-        self.bytes(&[0x65, 0x4D, 0x3B, 0xAE]); // cmp r13, gs:[r14 + target]
-        self.imm32(table as u32);
-        let miss = self.jcc(cc::NE);
-        self.cmp8_imm(REQUEST, 0);
-        let request = self.jcc(cc::NE);
+    /// and, with `poll`, of the request exit.
+    pub fn indirect(&mut self, table: usize, poll: bool) -> (u32, Option<u32>) {
+        let exits = self.look_up(table, poll);
         self.bytes(&[0x65, 0x41, 0xFF, 0xA6]); // jmp gs:[r14 + host]
         self.imm32(table as u32 + 8);
-        (miss, request)
+        exits
     }
 
     /// Looks the guest address in r13 up as [`Emitter::indirect`] does, and leaves
     /// the host's in r13.
-    pub fn find_target(&mut self, table: usize) -> (u32, u32) {
+    pub fn find_target(&mut self, table: usize, poll: bool) -> (u32, Option<u32>) {
+        let exits = self.look_up(table, poll);
+        self.bytes(&[0x65, 0x4D, 0x8B, 0xAE]); // mov r13, gs:[r14 + host]
+        self.imm32(table as u32 + 8);
+        exits
+    }
+
+    /// r14 := the offset in the table of the target in r13.
+    fn look_up(&mut self, table: usize, poll: bool) -> (u32, Option<u32>) {
         self.bytes(&[0x45, 0x0F, 0xB7, 0xF5]); // movzx r14d, r13w
         self.bytes(&[0x41, 0xC1, 0xE6, 4]); // shl r14d, 4
         self.bytes(&[0x65, 0x4D, 0x3B, 0xAE]); // cmp r13, gs:[r14 + target]
         self.imm32(table as u32);
         let miss = self.jcc(cc::NE);
-        self.cmp8_imm(REQUEST, 0);
-        let request = self.jcc(cc::NE);
-        self.bytes(&[0x65, 0x4D, 0x8B, 0xAE]); // mov r13, gs:[r14 + host]
-        self.imm32(table as u32 + 8);
+        let request = poll.then(|| {
+            self.cmp8_imm(REQUEST, 0);
+            self.jcc(cc::NE)
+        });
         (miss, request)
+    }
+
+    /// Adds to the count of instructions. Clobbers r13 and the flags. Returns the rel32 of the
+    /// exit at the limit, where nothing is counted.
+    pub fn count(&mut self, instructions: u8) -> u32 {
+        let count = offset_of!(CpuState, count);
+        self.load(R13, count);
+        let disp = i32::from(instructions);
+        self.lea(true, R13, Address { base: Some(R13), index: None, scale: 1, disp });
+        self.gs(true, &[0x3B], R13, LIMIT); // cmp r13, limit
+        let limit = self.jcc(cc::A);
+        self.store(count, R13);
+        limit
     }
 
     /// Checks that the page `disp` behind the running relative code is the one of an exec

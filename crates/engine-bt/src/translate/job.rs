@@ -92,23 +92,27 @@ impl Job<'_> {
             self.e.store(offset_of!(CpuState, code_page), R13);
         }
         self.built.saved_entry = self.e.pos();
-        if self.live[0] != 0 {
-            self.e.restore_flags(R13);
+        if self.source.counted {
+            self.count();
+        } else {
+            if self.live[0] != 0 {
+                self.e.restore_flags(R13);
+            }
+            self.built.entry = self.e.pos();
+            self.mark(0);
         }
-        self.built.entry = self.e.pos();
-        self.mark(0);
         if let Some(id) = self.source.second {
             self.check_second_page(instructions[0].ip(), id);
         }
         // A backward branch needs a poll of the request flag somewhere in the
         // loop: here, at the last place where no flag is live.
         let last = instructions.len() - 1;
-        let poll_at = if loops_back(&instructions[last], self.source.rip) {
+        let poll_at = if !self.source.counted && loops_back(&instructions[last], self.source.rip) {
             (0..=last).rev().find(|&index| self.live[index] == 0)
         } else {
             None
         };
-        let mut polled = false;
+        let mut polled = self.source.counted;
         let mut index = 0;
         while index <= last {
             self.current = index;
@@ -136,16 +140,33 @@ impl Job<'_> {
         self.finish();
     }
 
+    /// Both entries, in code that counts: the block is counted where it begins, and left there
+    /// at the limit, which is what it polls.
+    fn count(&mut self) {
+        let live = self.live[0] != 0;
+        let saved = live.then(|| self.e.jmp());
+        self.built.entry = self.e.pos();
+        self.mark(0);
+        if let Some(saved) = saved {
+            self.e.save_flags(R13);
+            self.e.bind(saved);
+            self.flags = Flags::Saved;
+            self.mark(0);
+        }
+        let limit = self.e.count(self.instructions.len() as u8);
+        self.leave(limit, self.stubs.leave_limit, What::Nothing);
+    }
+
+    /// Instructions from `index` on, where they are counted.
+    fn left(&self, index: usize) -> u8 {
+        if self.source.counted { self.instructions.len().saturating_sub(index) as u8 } else { 0 }
+    }
+
     /// Notes that the code from here on belongs to instruction `index`.
     pub(super) fn mark(&mut self, index: usize) {
         let rip = (self.instructions[index].ip() - self.source.rip) as u16;
-        let entry = MapEntry {
-            offset: self.e.pos(),
-            rip,
-            saved: self.flags == Flags::Saved,
-            live: self.live[index] as u8,
-        };
-        self.built.map.push(entry);
+        let (saved, live) = (self.flags == Flags::Saved, self.live[index]);
+        self.built.map.push(MapEntry::new(self.e.pos(), rip, self.left(index), saved, live));
     }
 
     /// Keeps registers that the next instructions overwrite and flags are made from.
@@ -206,11 +227,8 @@ impl Job<'_> {
 
     pub(super) fn check_second_page(&mut self, rip: u64, id: u32) {
         let page = (rip | 0xFFF).wrapping_add(1);
-        if self.live[0] != 0 {
-            self.e.save_flags(R13);
-            self.flags = Flags::Saved;
-            self.mark(0);
-        }
+        self.current = 0;
+        self.free_flags();
         let stub = self.stubs.leave_interpret;
         if self.source.relative() {
             let (index, others) = self.e.check_exec(page as i32, id);
@@ -313,7 +331,8 @@ impl Job<'_> {
         };
         let run = (rip - self.source.rip) as u16;
         let dead = (ALL & !self.live[index]) as u8;
-        Site { rip, relative: self.source.relative(), saved, dead, run, block: 0, what }
+        let (relative, left) = (self.source.relative(), self.left(index));
+        Site { rip, relative, saved, dead, run, left, block: 0, what }
     }
 
     pub(super) fn finish(&mut self) {
@@ -361,8 +380,8 @@ impl Job<'_> {
         // The check has been reached with the flags free: saved if they live.
         let live = self.live[instruction];
         let rip = (self.instructions[instruction].ip() - self.source.rip) as u16;
-        let offset = self.e.pos();
-        self.built.map.push(MapEntry { offset, rip, saved: live != 0, live: live as u8 });
+        let left = self.left(instruction);
+        self.built.map.push(MapEntry::new(self.e.pos(), rip, left, live != 0, live));
     }
 
     /// Calls a stub that returns with the access ready to be tried at `retry`.

@@ -140,6 +140,11 @@ impl Ahead<'_> {
             found.read = ALL;
             return found;
         }
+        if source.counted {
+            // The block there may be left before its first instruction, with all flags.
+            found.shown = open;
+            found.lost = sources.lost();
+        }
         let bytes = &source.page[(rip & 0xFFF) as usize..];
         let mut decoder = Decoder::with_ip(64, bytes, rip, source.cpuid.decoder_options());
         for _ in 0..LOOK_AHEAD {

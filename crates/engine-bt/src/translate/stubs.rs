@@ -31,6 +31,8 @@ pub mod exit_kind {
     pub const REQUEST_BRANCH: u32 = 7;
     /// `site` is an access to a port.
     pub const PORT: u32 = 8;
+    /// The block at `site` was not begun: it would count beyond the limit.
+    pub const LIMIT: u32 = 9;
 }
 
 /// Addresses of the stubs.
@@ -45,6 +47,7 @@ pub struct Stubs {
     pub leave_request: u64,
     pub leave_request_branch: u64,
     pub leave_port: u64,
+    pub leave_limit: u64,
     /// Leaves as an access does that cannot hit: called, for its address.
     pub leave_slow: u64,
     /// Where the signal handler continues.
@@ -361,6 +364,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
     let request_branch = leave_for(&mut a, exit_kind::REQUEST_BRANCH, leave)?;
     let signal = leave_for(&mut a, exit_kind::SIGNAL, leave)?;
     let port = leave_for(&mut a, exit_kind::PORT, leave)?;
+    let limit = leave_for(&mut a, exit_kind::LIMIT, leave)?;
     let slow = leave_slow(&mut a, leave)?;
     let kinds = [(false, false), (false, true), (true, false), (true, true)];
     let mut missed = Vec::with_capacity(kinds.len());
@@ -379,6 +383,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
         leave_request: address(request)?,
         leave_request_branch: address(request_branch)?,
         leave_port: address(port)?,
+        leave_limit: address(limit)?,
         leave_slow: address(slow)?,
         leave_signal: address(signal)?,
         ..Stubs::default()

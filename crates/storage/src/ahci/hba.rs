@@ -139,6 +139,10 @@ impl Handler for Hba {
         self.landed.signal();
     }
 
+    fn settled(&mut self) -> bool {
+        Self::settled(self)
+    }
+
     fn quiesce(&mut self) -> bool {
         self.quiet = true;
         self.settled()

@@ -27,6 +27,10 @@ impl Handler for Channels {
         self.1.signal();
     }
 
+    fn settled(&mut self) -> bool {
+        self.quiesce()
+    }
+
     fn quiesce(&mut self) -> bool {
         let mut idle = true;
         for requests in self.0.iter_mut().flat_map(Channel::requests) {

@@ -370,6 +370,10 @@ impl Handler for Inner {
         self.landed.signal();
     }
 
+    fn settled(&mut self) -> bool {
+        Self::settled(self)
+    }
+
     fn quiesce(&mut self) -> bool {
         self.quiet = true;
         self.settled()

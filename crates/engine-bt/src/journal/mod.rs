@@ -1,0 +1,63 @@
+//! Record and replay: all that comes to a machine with one vCPU from outside, by count.
+//!
+//! The guest is a function of its start and of what it gets: a machine that records writes that
+//! down, one that replays gets it from there and has no devices. Everything else is the same in
+//! both, the translator's own life too: which blocks there are decides what the tables hold, and
+//! those when accessed and dirty bits are set.
+//!
+//! - What an instruction asks for (a clock, a random number, a device's answer) is an *input*;
+//!   inputs are in the order in which they were asked for.
+//! - What comes by itself (memory that devices wrote, interrupt lines, timers) is applied while
+//!   the guest stands between two instructions: a *stop*, at a count. Translated code polls where
+//!   blocks begin alone, so that a replay finds the same places.
+//!
+//! - [`recorder`], [`player`]: the two sides
+//! - [`gate`]: how devices get the guest to stand
+//! - [`pages`]: the sum of memory at a checkpoint
+//! - [`crate::exec`]`::journalled`: the vCPU's part
+
+mod gate;
+mod pages;
+pub mod player;
+pub mod recorder;
+
+pub use pages::Pages;
+pub use player::Player;
+pub use recorder::Recorder;
+use tetrarch_engine::EngineError;
+use tetrarch_journal::JournalError;
+
+/// Of a VM, if it records or replays.
+pub enum Journal {
+    Record(Recorder),
+    Replay(Player),
+}
+
+impl Journal {
+    /// What the guest reads of the host.
+    pub fn value(&self, read: impl FnOnce() -> u64) -> u64 {
+        match self {
+            Self::Record(recorder) => recorder.value(read),
+            Self::Replay(player) => player.value(read),
+        }
+    }
+
+    /// The guest's code runs, and what it reads is an input: between `enter` and `leave`.
+    pub fn enter(&self) {
+        match self {
+            Self::Record(recorder) => recorder.enter(),
+            Self::Replay(player) => player.set_inside(true),
+        }
+    }
+
+    pub fn leave(&self, count: u64) {
+        match self {
+            Self::Record(recorder) => recorder.leave(count),
+            Self::Replay(player) => player.set_inside(false),
+        }
+    }
+}
+
+pub(crate) fn failed(error: JournalError) -> EngineError {
+    EngineError::Refused(format!("the recording: {error}"))
+}

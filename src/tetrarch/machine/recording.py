@@ -1,0 +1,146 @@
+"""Recordings: what a machine needs to be recorded, and what one that lives again is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tetrarch import __version__
+from tetrarch._native import EngineError, recorded_configuration
+from tetrarch.errors import ConfigError, HostError, StateError
+
+if TYPE_CHECKING:
+    from tetrarch.machine.config import MachineConfig
+    from tetrarch.machine.engine_vm import EngineVm
+
+__all__ = ["Recording", "RecordingEnd", "check_recorded", "opened", "replayed"]
+
+#: About a second of a busy guest.
+_CHECKPOINT_EVERY: Final = 1 << 30
+#: Of a machine that lives again all else is in the recording.
+_OWN: Final = {"console", "control", "name", "replay", "engine", "rng", "balloon", "memory"}
+
+
+@dataclass(frozen=True)
+class RecordingEnd:
+    """What became of a recording."""
+
+    kind: str
+    """recorded; replayed; or cut: replayed to where its recorder died."""
+    count: int
+    """recorded: instructions. Else checkpoints at which the machine was what it had been."""
+    written: int
+    """recorded: bytes."""
+
+
+class Recording:
+    """Ends what a machine records, or replays."""
+
+    def __init__(self, vm: EngineVm) -> None:
+        self._vm = vm
+        self.end: RecordingEnd | None = None
+
+    def finish(self) -> None:
+        try:
+            end = self._vm.end_recording()
+        except EngineError as error:
+            raise HostError(
+                f"the recording is not whole: {getattr(error, 'cause', '') or error}",
+                mend=getattr(error, "mend", "") or "record again",
+            ) from error
+        self.end = None if end is None else RecordingEnd(*end)
+
+
+def check_recorded(config: MachineConfig) -> None:
+    """Raises ConfigError for what cannot be recorded, or replayed."""
+    if config.record is None and config.replay is None:
+        return
+    option = "record" if config.replay is None else "replay"
+    if config.record is not None and config.replay is not None:
+        raise ConfigError("replay: it is not recorded again", mend="leave record out")
+    if config.engine == "kvm":
+        raise ConfigError(f"{option}: engine kvm cannot do that", mend="use engine bt")
+    if config.replay is not None:
+        given = sorted(config.model_fields_set - _OWN)
+        changed = [name for name in given if _is_changed(config, name)]
+        if changed:
+            raise ConfigError(
+                f"replay: {changed[0]} is given beside it, and all comes from the recording",
+                mend=f"leave {changed[0]} out",
+            )
+        return
+    for present, what in (
+        (config.cpus > 1, f"{config.cpus} CPUs"),
+        (any(disk.vhost_user for disk in config.disk), "a disk of another process"),
+        (any(net.kind == "vhost-user" for net in config.net), "a network card of another process"),
+        (bool(config.share), "a share, which is another process"),
+        (config.vsock is not None, "a vsock device"),
+        (bool(config.input), "an input device"),
+        (config.gdb is not None, "a place for gdb"),
+        (config.on_reset == "restart", "a restart at a reset"),
+    ):
+        if present:
+            raise ConfigError(
+                f"record: a machine with {what} cannot be recorded", mend="leave that out"
+            )
+
+
+def _is_changed(config: MachineConfig, name: str) -> bool:
+    return bool(getattr(config, name) != type(config).model_fields[name].default)
+
+
+def replayed(config: MachineConfig) -> MachineConfig:
+    """``config`` with what the recording says of its machine.
+
+    Raises StateError where it is none of this version, HostError where it cannot be read.
+    """
+    if config.replay is None:
+        return config
+    descriptor = _open(config.replay, os.O_RDONLY, "replay")
+    try:
+        about = json.loads(recorded_configuration(descriptor))
+        memory = int(about["memory"])
+    except (EngineError, ValueError, TypeError, KeyError) as error:
+        raise StateError(
+            f"cannot replay {config.replay}: {getattr(error, 'cause', '') or error}",
+            mend="name a file that --record has written",
+        ) from error
+    finally:
+        os.close(descriptor)
+    changes = {"engine": "bt", "memory": memory, "rng": False, "balloon": False}
+    return config.model_copy(update=changes)
+
+
+@contextmanager
+def opened(config: MachineConfig) -> Iterator[dict[str, Any]]:
+    """What an engine's VM is made with to record or to replay; the files are open meanwhile."""
+    if config.record is not None:
+        about = json.dumps({"tetrarch": __version__, "memory": config.memory})
+        # Of a machine that is gone: another's memory shall not be left behind it.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        descriptor = _open(config.record, flags, "record to")
+        arguments: dict[str, Any] = {"record": (descriptor, about, _CHECKPOINT_EVERY)}
+    elif config.replay is not None:
+        descriptor = _open(config.replay, os.O_RDONLY, "replay")
+        arguments = {"replay": descriptor}
+    else:
+        yield {}
+        return
+    try:
+        yield arguments
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path, flags: int, what: str) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(
+            f"cannot {what} {path}: {error.strerror}", mend="name another file"
+        ) from error
