@@ -10,6 +10,7 @@ from typing_extensions import disjoint_base
 from tetrarch.platforms.platform import Platform
 
 __all__ = [
+    "BT_MAX_VCPUS",
     "LOW_RAM_END",
     "AhciPorts",
     "Disk",
