@@ -22,7 +22,7 @@ from tetrarch.testing import pvh_kernel
         (["--memory", "lots"], 2, "'lots' is no size"),
         (["--memory", "0"], 2, "too little"),
         (["--cpus", "256"], 2, "give 255 or less"),
-        (["--cpus", "2", "--engine", "bt"], 1, "engine kvm"),
+        (["--cpus", "65", "--engine", "bt"], 1, "engine kvm"),
         (["--timeout", "0"], 2, "no time to wait"),
         (["--timeout", "nan"], 2, "no time to wait"),
         (["--timeout", "soon"], 2, "--timeout"),

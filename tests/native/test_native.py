@@ -963,6 +963,6 @@ def test_engine_error_has_cause_and_mend() -> None:
         Vm("bt", 1 << 20, vcpus=100)
     error = raised.value
     assert "not 100" in error.cause
-    assert error.mend == "ask for 1"
+    assert error.mend == "ask for 64 at most"
     assert str(error) == f"{error.cause}; {error.mend}"
     assert (EngineError("of a stand-in").cause, EngineError("of a stand-in").mend) == ("", "")

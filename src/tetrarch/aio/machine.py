@@ -73,6 +73,7 @@ class AsyncMachine(Twin[Machine]):
     phase = _same(lambda vm: vm.phase)
     running = _same(lambda vm: vm.running)
     status = _same(lambda vm: vm.status)
+    recording = _same(lambda vm: vm.recording)
     uptime = _same(lambda vm: vm.uptime)
     resets = _same(lambda vm: vm.resets)
     stats = _same(lambda vm: vm.stats)

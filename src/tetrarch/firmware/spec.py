@@ -39,8 +39,8 @@ class FirmwareSpec:
         """Raises ValueProblem."""
         if isinstance(value, cls):
             return value
-        if value in NAMED:
-            return cls(name=str(value))
+        if isinstance(value, str) and value in NAMED:
+            return cls(name=value)
         if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in str(value):
             raise ValueProblem(f"{value!r} is no firmware", mend="write seabios, ovmf or a path")
         return cls(path=Path(value))
