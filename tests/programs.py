@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,14 @@ import pytest
 from tetrarch.images import CachedGuest, Initramfs
 
 
-def initrd_with(guest: CachedGuest, programs: Sequence[str], folder: Path) -> Path:
-    """The guest's initramfs, and behind it one of the programs with the libraries that they load.
+def initrd_with(
+    guest: CachedGuest,
+    programs: Sequence[str],
+    folder: Path,
+    scripts: Mapping[str, str] | None = None,
+) -> Path:
+    """The guest's initramfs, and behind it one of the programs with the libraries that they load,
+    and of scripts by name.
 
     The kernel unpacks archives that follow each other into one tree (Documentation/
     driver-api/early-userspace/buffer-format.rst).
@@ -27,6 +33,8 @@ def initrd_with(guest: CachedGuest, programs: Sequence[str], folder: Path) -> Pa
         tree.file(f"bin/{name}", Path(program).read_bytes(), 0o755)
         for library in _libraries(program):
             tree.file(library, Path(library).read_bytes(), 0o755)
+    for name, text in (scripts or {}).items():
+        tree.file(f"bin/{name}", text.encode(), 0o755)
     both = folder / "initrd-with-programs.gz"
     both.write_bytes(guest.initrd.read_bytes() + tree.gzip())
     return both

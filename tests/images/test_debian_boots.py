@@ -66,6 +66,7 @@ def test_system_runs_comes_back_after_a_reboot_and_ends(data: Path, tmp_path: Pa
     )
     with Machine(config) as vm:
         vm.start()
+        vm.console.expect("\nbox login: ", LIMIT_S)
         assert run(vsock, "systemctl", "is-system-running", "--wait") == (0, "running\n")
         assert run(vsock, "systemctl", "--failed", "--no-legend") == (0, "")
         assert run(vsock, "hostname") == (0, "box\n")
@@ -132,6 +133,7 @@ def test_twenty_boots_in_a_row(data: Path, tmp_path: Path) -> None:
         config = with_installed_disk(MachineConfig(engine="bt", image="web", vsock=vsock))
         with Machine(config) as vm:
             vm.start()
+            vm.console.expect("\nbox login: ", LIMIT_S)
             assert run(vsock, "systemctl", "is-system-running", "--wait") == (0, "running\n")
             with suppress(AgentError):
                 run(vsock, "systemctl", "poweroff")

@@ -33,12 +33,12 @@ PAGE = b"a page of the host\n" * 20_000
 HOST = "$(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')"
 
 
-def shell(machine: Machine) -> Callable[[str], str]:
-    machine.console.expect(PROMPT, 120)
+def shell(machine: Machine, limit_s: float = 120) -> Callable[[str], str]:
+    machine.console.expect(PROMPT, limit_s)
 
     def ask(command: str) -> str:
         machine.console.send(command + "; echo status $?\n")
-        said = machine.console.expect(PROMPT, 120)
+        said = machine.console.expect(PROMPT, limit_s)
         assert "status 0" in said, said
         return said
 

@@ -102,14 +102,17 @@ def test_tree_is_copied_both_ways_and_what_is_read_only_stays(
 
 
 @needs_virtiofsd
-def test_share_whose_server_is_killed_gives_the_guest_errors(
+def test_share_that_is_removed_or_whose_server_is_killed_gives_the_guest_errors(
     debian_guest: CachedGuest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("gone", "stays"):
+    for name in ("gone", "stays", "removed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_bytes(bytes(1 << 20))
-    with machine(debian_guest, [f"{tmp_path}/gone", f"{tmp_path}/stays"]) as vm:
+    shares = [str(tmp_path / name) for name in ("gone", "stays", "removed")]
+    with machine(debian_guest, shares) as vm:
         ask = shell(vm)
+        shutil.rmtree(tmp_path / "removed")
+        ask('! cat /mnt/removed/file && ! touch /mnt/removed/new && [ -z "$(ls /mnt/removed)" ]')
         read = "while cat /mnt/gone/file > /dev/null; do :; done; echo over > /tmp/over"
         ask(f"({read}) 2>/dev/null & true")
         with caplog.at_level(logging.WARNING):
