@@ -12,7 +12,7 @@ import pytest
 from tests.machine import guests
 
 from tetrarch import Machine, StopReason, _native
-from tetrarch.errors import StateError
+from tetrarch.machine import snapshot
 from tetrarch.machine.config import EngineName
 from tetrarch.testing import pvh_kernel
 
@@ -226,7 +226,11 @@ with Machine.restore({str(saved)!r}) as vm:
     assert done.stdout == f"{clock} c3\nd4\n"
 
 
-def test_machine_goes_on_on_the_other_engine_and_back(tmp_path: Path) -> None:
+def test_machine_goes_on_on_the_other_engine_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This guest looks for no feature of its CPU, and a KVM without hardware behind it has few.
+    monkeypatch.setattr(snapshot, "_require_cpu", lambda parts, had: None)
     reason = _native.engine_available("kvm")
     if reason is not None:
         pytest.skip("; ".join(reason))
@@ -244,14 +248,7 @@ def test_machine_goes_on_on_the_other_engine_and_back(tmp_path: Path) -> None:
                 vm.console.send("b")
                 vm.save(saved)
             vm.stop()
-            try:
-                restored = Machine.restore(saved, engine=engine)
-            except StateError as error:
-                # This KVM is of another kind: its CPU has less than the host's.
-                if "the saved machine's CPU had features" not in error.cause:
-                    raise
-                pytest.skip(error.cause)
-            vm = machines.enter_context(restored)
+            vm = machines.enter_context(Machine.restore(saved, engine=engine))
             assert vm.engine == engine
             vm.start()
             vm.console.expect(f"b{2 * number + 2}", timeout=LIMIT_S)

@@ -1,4 +1,8 @@
-"""``kill -CONT`` of the program: a machine that a disk has held (werror=stop) goes on."""
+"""``kill -CONT`` of the program: a machine that a disk has held (werror=stop) goes on.
+
+And no signal waits for the main thread, which runs the handlers in Python: the kernel may give it
+to another thread (signal(7)), and nobody wakes the main thread then.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Final
 
 from tetrarch.errors import MachineStateError
 from tetrarch.machine.machine import Machine
 
 __all__ = ["resumed_by_signal"]
+
+#: Interrupts what the main thread waits in; ignored where nobody asks for it.
+_WAKE: Final = signal.SIGURG
 
 
 @contextmanager
@@ -28,20 +36,27 @@ def resumed_by_signal(machine: Machine) -> Iterator[None]:
     )
     thread.start()
     # Only signals with a handler in Python are written.
-    handler = signal.signal(signal.SIGCONT, lambda signum, frame: None)
+    handlers = {
+        number: signal.signal(number, lambda signum, frame: None)
+        for number in (signal.SIGCONT, _WAKE)
+    }
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGCONT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         os.close(writer)
         thread.join()
         os.close(reader)
 
 
 def _resume(machine: Machine, reader: int) -> None:
+    main = threading.main_thread().ident
     while signals := os.read(reader, 512):
+        if main is not None and set(signals) != {_WAKE}:
+            signal.pthread_kill(main, _WAKE)
         if signal.SIGCONT in signals:
             with suppress(MachineStateError):  # it is not held: there is nothing to resume
                 machine.resume()
