@@ -17,7 +17,7 @@ fn file() -> File {
 
 fn entries() -> Vec<Entry> {
     let outside = Outside {
-        writes: vec![(0x1000, Bytes(vec![7; 5000]))],
+        writes: vec![(0x1000, Bytes::from(vec![7; 5000]))],
         holes: vec![(0x9000, 4096)],
         lines: vec![Line::Pin { gsi: 4, level: true }, Line::Message { address: 1, data: 2 }],
         now_ns: 99,
@@ -31,7 +31,10 @@ fn entries() -> Vec<Entry> {
                 checkpoint: None,
             };
             [
-                Entry::Memory(round << 12, Bytes((0..=255).cycle().take(30_000).collect())),
+                Entry::Memory(
+                    round << 12,
+                    Bytes::from((0..=255).cycle().take(30_000).collect::<Vec<u8>>()),
+                ),
                 Entry::Input(Input::Value(round)),
                 Entry::Input(Input::Answer(Answer::Value(3))),
                 Entry::Stop(stop),

@@ -115,8 +115,8 @@ impl BtVcpu {
                     cpuid,
                     tsc_hz: vm.tsc_hz,
                     ram: vm.memory.regions().iter().map(|r| (r.start.0, r.len)).collect(),
-                    vm: Bytes(state.to_bytes()?),
-                    vcpu: Bytes(vcpu.to_bytes()?),
+                    vm: Bytes::from(state.to_bytes()?),
+                    vcpu: Bytes::from(vcpu.to_bytes()?),
                 };
                 recorder.start(start, &vm.memory)?;
                 self.clocked.next_stop = recorder.checkpoint_every;
@@ -131,7 +131,7 @@ impl BtVcpu {
                     .mended_by("replay it where it was recorded"));
                 }
                 self.clocked.next_stop = player.next_count();
-                (VmState::from_bytes(&start.vm.0)?, VcpuState::from_bytes(&start.vcpu.0)?)
+                (VmState::from_bytes(&start.vm)?, VcpuState::from_bytes(&start.vcpu)?)
             }
         };
         vm.dirty.set(&vm.memory, true);
@@ -305,8 +305,8 @@ impl BtVcpu {
             chipset: vm.irqchip.chipset(),
         };
         Ok(Checkpoint {
-            vm: Bytes(state.to_bytes()?),
-            vcpu: Bytes(self.saved()?.to_bytes()?),
+            vm: Bytes::from(state.to_bytes()?),
+            vcpu: Bytes::from(self.saved()?.to_bytes()?),
             memory: pages.total(),
             pages: seen,
         })
@@ -349,7 +349,7 @@ fn write(memory: &GuestMemory, outside: &Outside) -> Result<(), EngineError> {
         memory.write(GuestPhys(address), &zeroes)?;
     }
     for (address, data) in &outside.writes {
-        memory.write(GuestPhys(*address), &data.0)?;
+        memory.write(GuestPhys(*address), data)?;
     }
     Ok(())
 }
@@ -363,8 +363,8 @@ const _: () = assert!(reg::RDI == 7);
 /// What differs first between two machines.
 fn difference(recorded: &Checkpoint, found: &Checkpoint) -> Result<Option<String>, EngineError> {
     if recorded.vcpu != found.vcpu {
-        let was = VcpuState::from_bytes(&recorded.vcpu.0)?;
-        let is = VcpuState::from_bytes(&found.vcpu.0)?;
+        let was = VcpuState::from_bytes(&recorded.vcpu)?;
+        let is = VcpuState::from_bytes(&found.vcpu)?;
         return Ok(Some(register_difference(&was, &is)));
     }
     if recorded.vm != found.vm {

@@ -84,8 +84,8 @@ impl Player {
             let place = tape.reader.place();
             match tape.reader.read().map_err(failed)? {
                 Some(Entry::Memory(address, data)) => {
-                    memory.write(GuestPhys(address), &data.0)?;
-                    pages.look(address >> 12, &data.0);
+                    memory.write(GuestPhys(address), &data)?;
+                    pages.look(address >> 12, &data);
                 }
                 _ => {
                     tape.reader.go(place);

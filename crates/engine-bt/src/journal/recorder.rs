@@ -70,7 +70,7 @@ impl Recorder {
         log.put(&Entry::Start(start));
         each_page(memory, |page, data| {
             pages.look(page, data);
-            log.put(&Entry::Memory(page << 12, Bytes(data.to_vec())));
+            log.put(&Entry::Memory(page << 12, Bytes::from(data)));
             Ok(())
         })?;
         self.pending.lock().writes.clear();
@@ -159,7 +159,7 @@ impl Recorder {
                 taken.holes.push((address, length));
                 continue;
             }
-            taken.writes.push((address, Bytes(data)));
+            taken.writes.push((address, Bytes::from(data)));
         }
         Ok(taken)
     }
