@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +51,6 @@ def test_twin_has_all_that_its_class_has(sync: type, twin: type, without: set[st
     assert public(twin) <= public(sync) | {"sync", "config", "engine", "engine_reason", "vcpus"} | {
         *("memory", "confined", "dumps", "about", "kind", "address", "length", "hits")
     }
-    assert all(getattr(twin, name).__doc__ for name in ("wait",) if hasattr(twin, name))
 
 
 def test_two_machines_are_talked_to_at_once(tmp_path: Path) -> None:
@@ -92,11 +90,11 @@ def test_many_machines_wait_without_a_thread_each(tmp_path: Path) -> None:
     async def main() -> None:
         async with make(tmp_path, guests.ECHO) as vm:
             await vm.start()
-            before = threading.active_count()
+            before = set(threading.enumerate())
             tasks = [asyncio.create_task(vm.console.expect("never")) for _ in range(50)]
             tasks += [asyncio.create_task(vm.events().__anext__()) for _ in range(50)]  # type: ignore[arg-type]
             await asyncio.sleep(0)
-            assert threading.active_count() == before
+            assert set(threading.enumerate()) <= before
             for task in tasks:
                 task.cancel()
             done = await asyncio.gather(*tasks, return_exceptions=True)
@@ -190,8 +188,11 @@ def test_events_without_asyncio_are_a_loop_that_ends_with_the_machine(tmp_path: 
             vm.stop()
 
         threading.Timer(0.05, end).start()
-        assert [event.name for event in stream] == ["stop", "shutdown"]
-        assert stream.next() is None
+        names = []
+        while (event := stream.next(LIMIT_S)) is not None:
+            names.append(event.name)
+        assert names == ["stop", "shutdown"]
+        assert list(stream) == []
         assert list(vm.events()) == []
 
 
@@ -215,7 +216,7 @@ def test_machine_of_a_cancelled_block_is_stopped(tmp_path: Path) -> None:
         async with vm as twin:
             await twin.start()
             inside.set()
-            await asyncio.sleep(LIMIT_S)
+            await asyncio.Event().wait()
 
     async def main() -> None:
         inside = asyncio.Event()
@@ -224,10 +225,8 @@ def test_machine_of_a_cancelled_block_is_stopped(tmp_path: Path) -> None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    began = time.monotonic()
     asyncio.run(main())
     assert vm.phase is Phase.ENDED
-    assert time.monotonic() - began < LIMIT_S
 
 
 def test_methods_keep_their_names_and_documents(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_bss_is_cleared(make_vm: Any, make_vmlinux: Any) -> None:
         ({"physical": 0xFFFF_FFFF_FFFF_F000, "entry": 0xFFFF_F010}, "outside"),
         ({"memory_size": 100 * MIB}, "give it 108M"),
         ({"memory_size": 16}, "larger in the file"),
+        ({"elf_class": 1}, "no usable ELF program headers"),
         ({"elf_class": 3}, "not a little-endian ELF file"),
         ({"machine": 183}, "another processor"),
     ],

@@ -3,12 +3,27 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import tetrarch
+from tetrarch.registry import machines
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A registry of the test's own, in which nothing is left in the end."""
+    # Paths of sockets fit there, as in a user's.
+    with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as place:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", place)
+        yield Path(place) / "tetrarch"
+        for about in machines():
+            tetrarch.connect(about.name).kill()
 
 
 @pytest.fixture

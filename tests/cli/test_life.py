@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,15 +30,7 @@ LIMIT_S = 60
 Kernel = Callable[[bytes], Path]
 
 
-@pytest.fixture(autouse=True)
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A registry of the test's own, in which nothing is left in the end."""
-    # Paths of sockets fit there, as in a user's.
-    with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as place:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", place)
-        yield Path(place) / "tetrarch"
-        for about in machines():
-            tetrarch.connect(about.name).kill()
+pytestmark = pytest.mark.usefixtures("runtime")
 
 
 @pytest.fixture
@@ -385,12 +376,15 @@ def test_log_is_followed_until_the_machine_ends(cli: Cli, start: Callable[..., N
     with subprocess.Popen(
         [sys.executable, "-m", "tetrarch", "logs", "-f", "web"], stdout=subprocess.PIPE, text=True
     ) as follower:
-        assert follower.stdout is not None
-        assert "web runs in process" in follower.stdout.readline()
-        assert follower.poll() is None
-        cli("kill", "web")
-        assert "the guest was stopped" in follower.stdout.read()
-        assert follower.wait(LIMIT_S) == 0
+        try:
+            assert follower.stdout is not None
+            assert "web runs in process" in follower.stdout.readline()
+            assert follower.poll() is None
+            cli("kill", "web")
+            assert "the guest was stopped" in follower.stdout.read()
+            assert follower.wait(LIMIT_S) == 0
+        finally:
+            follower.kill()
 
 
 def test_stat_shows_counters_once_and_again(cli: Cli, start: Callable[..., None]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pexpect
@@ -22,14 +21,7 @@ from tetrarch.testing import pvh_kernel
 LIMIT_S = 30
 
 
-@pytest.fixture(autouse=True)
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A registry of the test's own, in which nothing is left in the end."""
-    with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as place:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", place)
-        yield Path(place) / "tetrarch"
-        for about in machines():
-            tetrarch.connect(about.name).kill()
+pytestmark = pytest.mark.usefixtures("runtime")
 
 
 @pytest.fixture
@@ -74,12 +66,14 @@ def test_restored_machine_has_this_terminal(
     assert cli("snapshot", "web", saved).returncode == 0
     words = ["-m", "tetrarch", "run", "--restore", str(saved)]
     terminal = pexpect.spawn(sys.executable, words, encoding="utf-8", timeout=LIMIT_S)
-    terminal.expect("Ctrl-] leaves")
-    terminal.send("b")
-    terminal.expect("b2")
-    terminal.send("\x1d")
-    terminal.expect(pexpect.EOF)
-    kill(terminal)
+    try:
+        terminal.expect("Ctrl-] leaves")
+        terminal.send("b")
+        terminal.expect("b2")
+        terminal.send("\x1d")
+        terminal.expect(pexpect.EOF)
+    finally:
+        kill(terminal)
 
 
 def test_machine_from_the_library_reads_a_snapshot_of_the_program(

@@ -83,9 +83,9 @@ def ports(data: bytes) -> None:
 
 
 @functools.cache
-def kernel() -> str:
+def kernel(code: bytes = b"\xf4") -> str:
     descriptor = os.memfd_create("kernel")
-    os.write(descriptor, pvh_kernel(b"\xf4"))
+    os.write(descriptor, pvh_kernel(code))
     return f"/proc/self/fd/{descriptor}"
 
 

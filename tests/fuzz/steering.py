@@ -37,6 +37,9 @@ VALUES: list[Any] = [
 #: What would end the machine, or wait for it.
 LEFT_OUT = {"quit", "system_powerdown", "device-sync-config", "inject-nmi"}
 
+#: sti; hlt; jmp: it waits for what nobody sends, where hlt alone would be its end.
+IDLE = b"\xfb\xf4\xeb\xfd"
+
 
 class Life:
     """A machine for all inputs, until one ends it."""
@@ -47,7 +50,7 @@ class Life:
         atexit.register(self.close)
 
     def _start(self) -> Machine:
-        machine = Machine(kernel=kernel(), memory="16M", engine="bt", console="none")
+        machine = Machine(kernel=kernel(IDLE), memory="16M", engine="bt", console="none")
         machine.start()
         return machine
 
@@ -62,6 +65,7 @@ class Life:
         return contextlib.chdir(self._folder.name)
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self._machine.stop()
         self._folder.cleanup()
 

@@ -1,9 +1,11 @@
 """A short run of the Python fuzz targets, the same each time, and all past findings."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.fuzz import steering
 from tests.fuzz.targets import TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -23,6 +25,14 @@ COUNTS = {
     "qmp": 150,
     "gdb": 400,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_machine_is_left() -> Iterator[None]:
+    yield
+    if steering.life.cache_info().currsize:
+        steering.life().close()
+        steering.life.cache_clear()
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*.bin")), ids=lambda path: path.stem)

@@ -81,6 +81,8 @@ def test_upper_half_of_a_ymm_register_stays_beside_the_lower(vm: Machine) -> Non
     try:
         fpu.ymm2 = 5 << 128 | 6
     except (AttributeError, _native.EngineError):
+        if vm.engine != "kvm":
+            raise
         pytest.skip("the engine's CPU has no AVX here")
     assert vm.vcpus[0].fpu.ymm2 == 5 << 128 | 6
     assert vm.vcpus[0].fpu.xmm2 == 6

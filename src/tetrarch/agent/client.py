@@ -110,6 +110,10 @@ class AgentStream:
     def send_signal(self, number: int) -> None:
         self.send(SIGNAL, bytes([number]))
 
+    def ready(self, timeout: float) -> bool:
+        """Whether there is something to read, within so many seconds."""
+        return bool(select.select([self._stream], [], [], timeout)[0])
+
     def read(self) -> tuple[bytes, bytes]:
         """The next frame that is the command's. Raises AgentError where there is none any more."""
         while True:

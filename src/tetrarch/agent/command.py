@@ -44,6 +44,7 @@ _CHUNK = 64 << 10
 #: So many signals may be under way; one more says that the guest is to be stopped.
 _PATIENCE = 2
 _END_S = 5
+_LOOK_S = 0.2
 
 
 def run_here(
@@ -85,6 +86,9 @@ def run_quietly(stream: AgentStream, arguments: Sequence[str]) -> int:
 def _follow(stream: AgentStream) -> int:
     outputs = {OUTPUT: sys.stdout.buffer, ERROR: sys.stderr.buffer}
     while True:
+        # A signal that comes just before a wait does not end it: so none is long.
+        while not stream.ready(_LOOK_S):
+            pass
         kind, data = stream.read()
         if kind == EXIT:
             return int.from_bytes(data[:4], "little")

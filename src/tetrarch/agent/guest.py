@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -16,13 +17,13 @@ __all__ = ["AGENT_S", "AgentMethods"]
 AGENT_S: Final = 60.0
 
 
-class AgentMethods:
+class AgentMethods(ABC):
     """``timeout`` of each is for how long the guest may still be booting. Raises AgentError where
     no agent answers."""
 
+    @abstractmethod
     def agent(self, timeout: float = AGENT_S) -> AgentStream:
         """A connection with the guest's agent, for one command."""
-        raise NotImplementedError
 
     def exec(
         self, arguments: Sequence[str], data: bytes = b"", *, timeout: float = AGENT_S

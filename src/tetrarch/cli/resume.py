@@ -1,7 +1,8 @@
 """``kill -CONT`` of the program: a machine that a disk has held (werror=stop) goes on.
 
 And no signal waits for the main thread, which runs the handlers in Python: the kernel may give it
-to another thread (signal(7)), and nobody wakes the main thread then.
+to another thread (signal(7)), and nobody wakes the main thread then; or it comes just before the
+main thread begins to wait.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ __all__ = ["resumed_by_signal"]
 
 #: Interrupts what the main thread waits in; ignored where nobody asks for it.
 _WAKE: Final = signal.SIGURG
+#: Until the main thread is interrupted again, where that came before it waited.
+_AGAIN_S: Final = 0.1
 
 
 @contextmanager
@@ -31,32 +34,39 @@ def resumed_by_signal(machine: Machine) -> Iterator[None]:
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
+    awake = threading.Event()
     thread = threading.Thread(
-        target=_resume, args=(machine, reader), name="resume-by-signal", daemon=True
+        target=_resume, args=(machine, reader, awake), name="resume-by-signal", daemon=True
     )
     thread.start()
     # Only signals with a handler in Python are written.
-    handlers = {
-        number: signal.signal(number, lambda signum, frame: None)
-        for number in (signal.SIGCONT, _WAKE)
+    before = {
+        signal.SIGCONT: signal.signal(signal.SIGCONT, lambda signum, frame: None),
+        _WAKE: signal.signal(_WAKE, lambda signum, frame: awake.set()),
     }
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(wakeup)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         os.close(writer)
+        # The thread may be at waking us still.
         thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         os.close(reader)
 
 
-def _resume(machine: Machine, reader: int) -> None:
+def _resume(machine: Machine, reader: int, awake: threading.Event) -> None:
     main = threading.main_thread().ident
+    assert main is not None
     while signals := os.read(reader, 512):
-        if main is not None and set(signals) != {_WAKE}:
-            signal.pthread_kill(main, _WAKE)
         if signal.SIGCONT in signals:
             with suppress(MachineStateError):  # it is not held: there is nothing to resume
                 machine.resume()
+        if set(signals) == {_WAKE}:
+            continue
+        awake.clear()
+        while not awake.is_set():
+            signal.pthread_kill(main, _WAKE)
+            awake.wait(_AGAIN_S)

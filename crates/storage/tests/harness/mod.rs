@@ -10,7 +10,6 @@ mod ide;
 mod input;
 mod nvme;
 
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -195,13 +194,4 @@ pub fn controllers(data: &[u8]) {
         1 => ahci::drive(&mut input),
         _ => ide::drive(&mut input),
     }
-}
-
-/// The inputs that once found something, by their names.
-#[allow(dead_code, reason = "libFuzzer has its own")]
-pub fn corpus() -> Vec<(PathBuf, Vec<u8>)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let read = |path: PathBuf| std::fs::read(&path).ok().map(|data| (path, data));
-    entries.flatten().filter_map(|entry| read(entry.path())).collect()
 }

@@ -450,12 +450,3 @@ fn served_by_others(input: &mut Input<'_>) {
     drop(rig);
     thread.join().expect("the back end of the test's");
 }
-
-/// The inputs that once found something, by their names.
-#[allow(dead_code, reason = "libFuzzer has its own")]
-pub fn corpus() -> Vec<(PathBuf, Vec<u8>)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let read = |path: PathBuf| std::fs::read(&path).ok().map(|data| (path, data));
-    entries.flatten().filter_map(|entry| read(entry.path())).collect()
-}
