@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -68,7 +69,7 @@ def show_console(vm: Machine, lines: int = _LINES) -> None:
                 said.wait()
                 said.clear()
                 update(shown())
-                threading.Event().wait(_EVERY_S)
+                time.sleep(_EVERY_S)
         update(shown())
 
     threading.Thread(target=follow, name="notebook-console", daemon=True).start()

@@ -13,7 +13,7 @@ from typing import Final
 from tetrarch._files import ScratchDirectory
 from tetrarch.errors import HostError
 
-__all__ = ["ListeningSocket", "remove_dead_socket", "socket_directory"]
+__all__ = ["ListeningSocket", "remove_dead_socket", "socket_directory", "socket_place"]
 
 #: What a path has, of the 107 bytes that an address holds (unix(7)), before our names.
 _PLACE_MAX: Final = 64
@@ -21,11 +21,14 @@ _BACKLOG: Final = 16
 
 
 def socket_directory() -> ScratchDirectory:
-    """A private directory for sockets, under TMPDIR where paths are not too long there."""
+    """A private directory for sockets."""
+    return ScratchDirectory(prefix="tetrarch-", dir=socket_place())
+
+
+def socket_place() -> str:
+    """TMPDIR, where paths are not too long there."""
     place = tempfile.gettempdir()
-    if len(os.fsencode(place)) > _PLACE_MAX:
-        place = "/tmp"
-    return ScratchDirectory(prefix="tetrarch-", dir=place)
+    return place if len(os.fsencode(place)) <= _PLACE_MAX else "/tmp"
 
 
 class ListeningSocket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import struct
 import zlib
@@ -11,6 +12,7 @@ import pytest
 from tests.firmware.media import boot_disk
 
 from tetrarch import Machine, MachineStateError
+from tetrarch.control import Client, ControlError
 from tetrarch.devices.vga import PORT_BASE, Vga
 from tetrarch.display import Screen
 from tetrarch.display.vga import vga_screen
@@ -113,6 +115,33 @@ def test_picture_is_a_png_file() -> None:
     assert struct.unpack_from(">I4sIIBBBBB", data, 8) == (13, b"IHDR", 3, 2, 8, 2, 0, 0, 0)
     (length,) = struct.unpack_from(">I", data, 33)
     assert zlib.decompress(data[41 : 41 + length]) == b"\0" + pixels[:9] + b"\0" + pixels[9:]
+
+
+@needs_font
+def test_screendump_writes_the_picture_to_a_file(tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(b"\xfb\xf4\xeb\xfd"))  # sti; hlt; jmp
+    with Machine(engine="bt", kernel=kernel, memory="16M", vga=True) as vm:
+        vm.serve_control(tmp_path / "qmp")
+        vm.start()
+        with Client(tmp_path / "qmp") as client:
+            shown = client.execute("x-screen")
+            client.execute("screendump", {"filename": str(tmp_path / "a.ppm")})
+            client.execute("screendump", {"filename": str(tmp_path / "a.png"), "format": "png"})
+            for wrong, words in (
+                ({"filename": str(tmp_path / "no" / "a")}, "No such file or directory"),
+                ({"filename": "\0"}, "null byte"),
+                ({"filename": "a", "format": "bmp"}, "format"),
+                ({"filename": "a", "device": "other"}, "'other' not found"),
+                ({"filename": "a", "head": 1}, "together with 'device'"),
+            ):
+                with pytest.raises(ControlError, match=words):
+                    client.execute("screendump", wrong)
+    head = b"P6\n%d %d\n255\n" % (shown["width"], shown["height"])
+    data = (tmp_path / "a.ppm").read_bytes()
+    assert data.startswith(head)
+    assert len(data) == len(head) + 3 * shown["width"] * shown["height"]
+    assert (tmp_path / "a.png").read_bytes() == base64.b64decode(shown["png"])
 
 
 def test_machine_without_a_screen_says_so(tmp_path: Path) -> None:

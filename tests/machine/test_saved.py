@@ -355,3 +355,8 @@ def test_cpu_that_lacks_what_the_guest_relies_on_is_told(saved: Path, tmp_path: 
     lacking = r"does not have here: CPUID 7\.EBX bit 5, 7\.EBX bit 30; restore"
     with pytest.raises(StateError, match=lacking):
         Machine.restore(made(tmp_path / "made", sections), vm=scripted())
+
+
+def test_device_without_an_end_is_no_saved_machine() -> None:
+    with pytest.raises(StateError, match="is no saved machine"):
+        Machine.restore("/dev/zero")

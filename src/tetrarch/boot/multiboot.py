@@ -103,7 +103,7 @@ def load_multiboot(
             "has a Multiboot header without addresses, and is no ELF file",
             mend="link it as ELF, or set bit 16 of the header's flags",
         )
-    end = _place(vm, source, segments, entry)
+    end = _place(source, segments, entry)
     top = low_ram_top(vm)
     if end > top:
         raise too_little_memory(vm, source, end, None)
@@ -146,7 +146,7 @@ def _lies(source: Source, cause: str) -> BootError:
     )
 
 
-def _place(vm: GuestMemory, source: Source, segments: Sequence[Segment], entry: int) -> int:
+def _place(source: Source, segments: Sequence[Segment], entry: int) -> int:
     """The end of what is loaded, which was checked."""
     if not any(s.physical <= entry < s.physical + s.memory_size for s in segments):
         raise _lies(source, f"its entry {entry:#x} is outside of what is loaded")

@@ -38,7 +38,7 @@ class DebugConsole:
     def text(self) -> str:
         """The last 1 MiB that was written."""
         with self._lock:
-            return self._text.decode(errors="replace")
+            return self._text[-KEPT:].decode(errors="replace")
 
     def read(self, offset: int, size: int) -> int:
         return PRESENT if size > 0 else 0

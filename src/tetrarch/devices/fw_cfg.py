@@ -16,7 +16,6 @@ from typing import Final, Protocol
 
 from tetrarch.devices._access import all_ones, read_bytes
 from tetrarch.devices._state import DeviceState, State, register
-from tetrarch.errors import TetrarchError
 
 __all__ = [
     "DATA_PORT",
@@ -227,7 +226,7 @@ class FwCfg:
     What an item raises while it is read ends the machine.
     """
 
-    def __init__(self, memory: GuestBytes, refused: type[Exception] = TetrarchError) -> None:
+    def __init__(self, memory: GuestBytes, refused: type[Exception]) -> None:
         self.core = FwCfgCore(memory, refused)
         self._lock = threading.Lock()
         self.ports = FwCfgPorts(self.core, self._lock)

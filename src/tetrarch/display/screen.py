@@ -24,6 +24,10 @@ class Screen:
         """Of shape (height, width, 3); ``numpy.asarray`` takes it."""
         return memoryview(self.pixels).cast("B", (self.height, self.width, 3))
 
+    def ppm(self) -> bytes:
+        """As a PPM file (netpbm's ppm(5), raw)."""
+        return b"P6\n%d %d\n255\n" % (self.width, self.height) + self.pixels
+
     def png(self) -> bytes:
         """As a PNG file (ISO/IEC 15948): true colour, 8 bits a sample."""
         row = 3 * self.width

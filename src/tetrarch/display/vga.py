@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Final
 
 from tetrarch.devices.vga import VgaState
@@ -76,6 +76,7 @@ def _text_line(cells: bytes, palette: list[bytes]) -> bytes:
     return b"".join(rows)
 
 
-@cache
+# Not without end: the colours are the guest's.
+@lru_cache(maxsize=1 << 14)
 def _points(bits: int, ink: bytes, paper: bytes) -> bytes:
     return b"".join(ink if bits & 0x80 >> column else paper for column in range(GLYPH_COLUMNS))

@@ -52,9 +52,15 @@ class GdbServer:
         self._port = machine.debugger_port
         self._waiting: Debugger | None = None
         """Of the machine that is held for the first client."""
-        if wait:
-            self._waiting = self._port.take("gdb")
-            self._waiting.stop()
+        try:
+            if wait:
+                self._waiting = self._port.take("gdb")
+                self._waiting.stop()
+        except BaseException:
+            if self._waiting is not None:
+                self._port.release(self._waiting)
+            self._listener.close()
+            raise
         # Readable once the machine has ended.
         self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._exit_code: int | None = None

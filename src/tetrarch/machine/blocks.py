@@ -87,13 +87,13 @@ class BlockNodes:
             kind = "read" if operation == "read" else "write"
             self._tell_error(name, kind, "report", full, cause)
 
+        kind, layered = _about(spec, files)
         disk = open_disk(spec, stopped, failed, files)
         if disk.size == 0:
             disk.close()
             raise ImageError(
                 f"{spec.path}: is empty", mend="get the file again, or: tetrarch disk resize"
             )
-        kind, layered = _about(spec, files)
         node = BlockNode(name, spec, disk, kind, layered, kept, removable)
         with self._lock:
             self._nodes[name] = node

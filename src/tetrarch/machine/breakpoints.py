@@ -257,6 +257,10 @@ class Breakpoints:
                 point.give_up()
             if self._debugger is not None:
                 self._port.release(self._debugger)
+            # Another thread would begin anew.
+            self._debugger, self._lifted = None, None
+            for known in (self._planted, self._hardware, self._standing):
+                known.clear()
             with self._lock:
                 os.close(self._wake)
                 self._thread = None

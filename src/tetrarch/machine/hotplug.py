@@ -120,6 +120,8 @@ class HotPlug:
     def _nvme(self, name: str, given: Properties) -> PciDevice:
         node = self._node("nvme", given)
         serial = given.pop("serial", None)
+        if serial is not None and not isinstance(serial, str):
+            raise ConfigError("Property 'nvme.serial' expects text")
         controller = NvmeController(self._vm, node.disk.share(), name=name, serial=serial)
         node.device, node.tell_size = name, controller.queues.resized
         self._closing[name] = controller

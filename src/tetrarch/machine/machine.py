@@ -87,6 +87,7 @@ from tetrarch.machine.threads import VcpuThreads
 from tetrarch.machine.vcpu import VcpuView
 from tetrarch.platforms.pc import PC
 from tetrarch.platforms.platform import Platform
+from tetrarch.sockets import socket_place
 from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.input import InputDevice
 from tetrarch.virtio.served import ServedKind, VirtioUserDevice
@@ -1025,7 +1026,7 @@ def _panicked(events: Events, end: Callable[[Event], None], message: str) -> Non
 
 def _own_directory(machine: Machine) -> str:
     """One that goes with the machine's object, in the process that has made it."""
-    path, process = tempfile.mkdtemp(prefix="tetrarch-"), os.getpid()
+    path, process = tempfile.mkdtemp(prefix="tetrarch-", dir=socket_place()), os.getpid()
 
     def remove() -> None:
         if os.getpid() == process:

@@ -187,6 +187,10 @@ def _later(value: object) -> Later:
     texts = isinstance(one.name, str) and isinstance(one.behind, str)
     if not texts or not isinstance(one.properties, dict):
         raise ValueError(value)
+    if not one.properties.keys() <= {"serial", "mac"} or not all(
+        isinstance(text, str) for text in one.properties.values()
+    ):
+        raise ValueError(value)
     if one.driver not in (*_BUSES, *_NETS, *_NOTHING):
         raise ValueError(one.driver)
     return one

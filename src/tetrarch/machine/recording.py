@@ -105,7 +105,14 @@ def replayed(config: MachineConfig) -> MachineConfig:
     try:
         about = json.loads(recorded_configuration(descriptor))
         memory = int(about["memory"])
-    except (EngineError, ValueError, TypeError, KeyError) as error:
+    except (
+        EngineError,
+        ValueError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise StateError(
             f"cannot replay {config.replay}: {getattr(error, 'cause', '') or error}",
             mend="name a file that --record has written",

@@ -96,8 +96,9 @@ class SavedReader:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.path = path
         self._file = file
-        self._left = size = os.fstat(file.fileno()).st_size
-        page = self._take(HEADER_BYTES) if size >= HEADER_BYTES else file.read()
+        size = os.fstat(file.fileno()).st_size
+        # Of a file, whatever it is: a device has no size, and no end.
+        page = file.read(HEADER_BYTES)
         if page[: len(MAGIC)] != MAGIC:
             if page[: len(MAGIC) - 1] == MAGIC[:-1] and len(page) >= len(MAGIC):
                 raise self.damaged(

@@ -56,7 +56,11 @@ def dump_guest_memory(
         finish()
         return
     # Not a daemon: a process that ends waits until its half of a file is gone.
-    threading.Thread(target=_in_background, args=(finish,), name="dump").start()
+    thread = threading.Thread(target=_in_background, args=(finish,), name="dump")
+    try:
+        thread.start()
+    except RuntimeError:  # the host gives no thread, and the machine is held
+        finish()
 
 
 def _in_background(write: Callable[[], None]) -> None:

@@ -18,7 +18,6 @@ __all__ = [
     "query_cpus_fast",
     "query_name",
     "query_target",
-    "screendump",
 ]
 
 
@@ -68,18 +67,6 @@ def human_monitor_command(monitor: Monitor, command_line: str, cpu_index: int | 
     if not 0 <= index < monitor.machine.config.cpus:
         raise QmpError("Parameter 'cpu-index' expects a CPU number")
     return human_command(monitor.machine, command_line, index)
-
-
-@command("screendump")
-def screendump(
-    monitor: Monitor,
-    filename: str,
-    device: str | None = None,
-    head: int | None = None,
-    format: str | None = None,  # noqa: A002
-) -> None:
-    """The machine has no screen that could be shown."""
-    raise QmpError("There is no console to take a screendump from")
 
 
 def _balloon(machine: Machine) -> BalloonKind:
