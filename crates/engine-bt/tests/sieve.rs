@@ -110,7 +110,10 @@ impl Sieve {
 
     /// The feature by which CPUID explains that only one of the two runs it.
     fn explained(&self, map: Map, i: &Instruction, guest_runs: bool) -> Option<CpuidFeature> {
-        let all = i.cpuid_features().iter().copied().chain(unknown(map));
+        let all = i.cpuid_features().iter().copied().chain(unknown(map)).map(|feature| {
+            // Of XTEST: one hides with the other.
+            if feature == CpuidFeature::HLE_or_RTM { CpuidFeature::RTM } else { feature }
+        });
         let mut all = all.filter(|&feature| self.guest.get(feature).is_some());
         if guest_runs {
             all.find(|&feature| self.guest.has(feature) && !self.host.has(feature))
