@@ -774,8 +774,9 @@ fn sources(
     let start = GuestPhys(page.physical | block.rip & (PAGE_SIZE - 1));
     cpu.vm.memory.read(start, bytes).ok()?;
     let options = cpu.vm.cpuid.decoder_options();
+    let counted = cpu.vm.journal.is_some();
     for i in &mut Decoder::with_ip(64, bytes, block.rip, options) {
-        sources.pass(&i, &FlagUse::of(&i), info);
+        sources.pass(&i, &FlagUse::of(&i, counted), info);
     }
     Some(sources)
 }

@@ -2,13 +2,13 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::Flow;
-use super::alu::{sign_extend, zsp};
+use super::alu::sign_extend;
 use super::integer::update;
 use super::operand::{
     address_size, check_alignment, effective_address, gpr_index, linear, op_size, read_op,
     read_reg, write_op, write_reg,
 };
+use super::{Flow, host_alu};
 use crate::cpu::Cpu;
 use crate::state::fault::{R, ud};
 use crate::state::flag;
@@ -58,55 +58,19 @@ pub fn bit_test(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     Ok(Flow::Next)
 }
 
-/// What a scan of zero leaves in its destination. AMD documents that it keeps all
-/// of it (APM 3, BSF); on Intel it is undefined, and CPUs differ in the upper half
-/// of a 32-bit scan. Translated code runs the host's, so this does too.
-fn scan_of_zero(size: usize, mut destination: u64, reverse: bool) -> u64 {
-    macro_rules! scan {
-        ($text:literal) => {
-            // SAFETY: reads and writes two registers and the flags.
-            unsafe {
-                std::arch::asm!($text, inout(reg) destination, in(reg) 0u64,
-                    options(pure, nomem, nostack));
-            }
-        };
-    }
-    match (size, reverse) {
-        (2, false) => scan!("bsf {0:x}, {1:x}"),
-        (2, true) => scan!("bsr {0:x}, {1:x}"),
-        (4, false) => scan!("bsf {0:e}, {1:e}"),
-        (4, true) => scan!("bsr {0:e}, {1:e}"),
-        (_, false) => scan!("bsf {0:r}, {1:r}"),
-        (_, true) => scan!("bsr {0:r}, {1:r}"),
-    }
-    destination
-}
-
-/// BSF and BSR (`reverse`); the flags but ZF are undefined, and stay.
+/// BSF and BSR (`reverse`). What a scan of zero leaves in its destination is AMD's
+/// word alone, which keeps all of it (APM 3, BSF); Intel's CPUs differ in the upper
+/// half of a 32-bit scan.
 pub fn bit_scan(cpu: &mut Cpu, i: &Instruction, reverse: bool) -> R<Flow> {
-    let source = read_op(cpu, i, 1)? & mask(op_size(i, 1));
-    if source != 0 {
-        let index = if reverse { 63 - source.leading_zeros() } else { source.trailing_zeros() };
-        write_reg(cpu, i.op0_register(), u64::from(index));
-    } else {
-        let destination = &mut cpu.st.gpr[gpr_index(i.op0_register())];
-        *destination = scan_of_zero(op_size(i, 0), *destination, reverse);
-    }
-    cpu.st.update_flags(flag::ZF, when(source == 0, flag::ZF));
+    let size = op_size(i, 0);
+    let source = read_op(cpu, i, 1)?;
+    let scan = if reverse { host_alu::bsr } else { host_alu::bsf };
+    let before = cpu.st.flags;
+    let destination = &mut cpu.st.gpr[gpr_index(i.op0_register())];
+    let (r, flags) = scan(size, source, *destination, before);
+    *destination = r;
+    cpu.st.update_flags(flag::ARITH, flags);
     Ok(Flow::Next)
-}
-
-/// TZCNT: result and flags; SF, OF, AF and PF are undefined.
-pub fn tzcnt(size: usize, a: u64) -> (u64, u64) {
-    let a = a & mask(size);
-    let r = u64::from(a.trailing_zeros()).min(size as u64 * 8);
-    (r, when(a == 0, flag::CF) | when(r == 0, flag::ZF))
-}
-
-pub fn lzcnt(size: usize, a: u64) -> (u64, u64) {
-    let a = a & mask(size);
-    let r = u64::from(a.leading_zeros()) - (64 - size as u64 * 8);
-    (r, when(a == 0, flag::CF) | when(r == 0, flag::ZF))
 }
 
 pub fn popcnt(size: usize, a: u64) -> (u64, u64) {
@@ -118,37 +82,15 @@ pub fn popcnt(size: usize, a: u64) -> (u64, u64) {
 pub fn count(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     let size = op_size(i, 1);
     let a = read_op(cpu, i, 1)?;
-    let (changes, (r, flags)) = match i.mnemonic() {
-        Mnemonic::Tzcnt => (flag::CF | flag::ZF, tzcnt(size, a)),
-        Mnemonic::Lzcnt => (flag::CF | flag::ZF, lzcnt(size, a)),
-        _ => (flag::ARITH, popcnt(size, a)),
+    let before = cpu.st.flags;
+    let (r, flags) = match i.mnemonic() {
+        Mnemonic::Tzcnt => host_alu::tzcnt(size, a, 0, before),
+        Mnemonic::Lzcnt => host_alu::lzcnt(size, a, 0, before),
+        _ => popcnt(size, a),
     };
     write_reg(cpu, i.op0_register(), r);
-    cpu.st.update_flags(changes, flags);
+    cpu.st.update_flags(flag::ARITH, flags);
     Ok(Flow::Next)
-}
-
-/// ANDN; AF and PF are undefined: here AF is clear and PF follows the result, as
-/// on AMD Zen.
-pub fn andn(size: usize, a: u64, b: u64) -> (u64, u64) {
-    let r = !a & b & mask(size);
-    (r, zsp(size, r))
-}
-
-/// BEXTR: `control` is start (bits 7:0) and length (bits 15:8). AF, SF and PF are
-/// undefined.
-pub fn bextr(size: usize, a: u64, control: u64) -> (u64, u64) {
-    let (start, len) = (control & 0xFF, control >> 8 & 0xFF);
-    let field = (a & mask(size)).checked_shr(start as u32).unwrap_or(0);
-    let r = if len < 64 { field & ((1 << len) - 1) } else { field };
-    (r, zsp(size, r) | flag::AF)
-}
-
-/// BZHI; AF and PF are undefined.
-pub fn bzhi(size: usize, a: u64, index: u64) -> (u64, u64) {
-    let (a, index, bits) = (a & mask(size), index & 0xFF, size as u64 * 8);
-    let r = if index < bits { a & ((1 << index) - 1) } else { a };
-    (r, zsp(size, r) | when(index >= bits, flag::CF))
 }
 
 pub fn pdep(a: u64, selector: u64) -> u64 {
@@ -182,53 +124,26 @@ pub fn bmi_two_sources(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     let size = op_size(i, 0);
     let a = read_op(cpu, i, 1)?;
     let b = read_op(cpu, i, 2)?;
-    let (r, changes, flags) = match i.mnemonic() {
-        Mnemonic::Andn => {
-            let (r, flags) = andn(size, a, b);
-            (r, flag::ARITH, flags)
-        }
-        Mnemonic::Bextr => {
-            let (r, flags) = bextr(size, a, b);
-            (r, flag::ARITH, flags)
-        }
-        Mnemonic::Bzhi => {
-            let (r, flags) = bzhi(size, a, b);
-            (r, flag::ARITH, flags)
-        }
-        Mnemonic::Pdep => (pdep(a, b), 0, 0),
-        _ => (pext(a, b), 0, 0),
+    let (r, flags) = match i.mnemonic() {
+        Mnemonic::Andn => host_alu::andn(size, a, b),
+        Mnemonic::Bextr => host_alu::bextr(size, a, b),
+        Mnemonic::Bzhi => host_alu::bzhi(size, a, b),
+        Mnemonic::Pdep => (pdep(a, b), cpu.st.flags),
+        _ => (pext(a, b), cpu.st.flags),
     };
     write_reg(cpu, i.op0_register(), r);
-    cpu.st.update_flags(changes, flags);
+    cpu.st.update_flags(flag::ARITH, flags);
     Ok(Flow::Next)
 }
 
-pub fn blsi(size: usize, a: u64) -> (u64, u64) {
-    let a = a & mask(size);
-    let r = a & a.wrapping_neg();
-    (r, zsp(size, r) | when(a != 0, flag::CF))
-}
-
-pub fn blsmsk(size: usize, a: u64) -> (u64, u64) {
-    let a = a & mask(size);
-    let r = (a ^ a.wrapping_sub(1)) & mask(size);
-    (r, zsp(size, r) & !flag::ZF | when(a == 0, flag::CF))
-}
-
-pub fn blsr(size: usize, a: u64) -> (u64, u64) {
-    let a = a & mask(size);
-    let r = a & a.wrapping_sub(1);
-    (r, zsp(size, r) | when(a == 0, flag::CF))
-}
-
-/// BLSI, BLSMSK, BLSR; AF and PF are undefined.
+/// BLSI, BLSMSK, BLSR.
 pub fn bmi_lowest(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     let size = op_size(i, 0);
     let a = read_op(cpu, i, 1)?;
     let (r, flags) = match i.mnemonic() {
-        Mnemonic::Blsi => blsi(size, a),
-        Mnemonic::Blsmsk => blsmsk(size, a),
-        _ => blsr(size, a),
+        Mnemonic::Blsi => host_alu::blsi(size, a),
+        Mnemonic::Blsmsk => host_alu::blsmsk(size, a),
+        _ => host_alu::blsr(size, a),
     };
     write_reg(cpu, i.op0_register(), r);
     cpu.st.update_flags(flag::ARITH, flags);

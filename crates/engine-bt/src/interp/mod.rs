@@ -9,7 +9,7 @@
 //! - [`operand`]: registers, effective addresses, operands
 //! - [`integer`], [`shift`], [`muldiv`], [`bits`], [`string`], [`control`],
 //!   [`stack`]: the user-level integer set; [`alu`] holds its arithmetic as pure
-//!   functions
+//!   functions, but what leaves something undefined: [`host_alu`]
 //! - [`debug`]: hardware breakpoints
 //! - [`exception`], [`frame`]: the way into a handler, for faults and interrupts
 //! - [`system`], [`far`], [`gate`], [`task`], [`segment`], [`io`]: privileged
@@ -28,6 +28,7 @@ pub mod exception;
 pub mod far;
 pub mod frame;
 pub mod gate;
+pub mod host_alu;
 pub mod integer;
 #[cfg(test)]
 mod integer_tests;

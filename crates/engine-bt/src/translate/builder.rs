@@ -56,7 +56,7 @@ impl Builder {
             let kind = classify(&instruction, source);
             instructions.push(instruction);
             kinds.push(kind);
-            let mut step = Step::of(&instruction, kind);
+            let mut step = Step::of(&instruction, kind, source.counted);
             // Code that counts may be left where the block begins.
             step.shows |= source.counted && steps.is_empty();
             steps.push(step);

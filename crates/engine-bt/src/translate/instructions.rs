@@ -7,6 +7,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use super::classify::Kind;
 use super::emit::{Address, R13, R14, R15, gpr_offset};
 use super::job::{Flags, Job};
+use super::liveness::FlagUse;
 use super::operands::{number, replace_memory};
 use crate::state::CpuState;
 
@@ -159,7 +160,8 @@ impl Job<'_> {
         self.e.mov(R13, offset);
         self.e.and32_imm(R13, size as u32 * 8 - 1);
         self.e.store(scratch, R13);
-        self.need_flags(0, i.rflags_modified());
+        let flags = FlagUse::of(i, self.source.counted);
+        self.need_flags(flags.read, i.rflags_modified());
         self.e.load(R13, scratch);
         let mut copy = *i;
         copy.set_op1_register(if size == 8 { Register::R13 } else { Register::R13D });

@@ -1,6 +1,6 @@
 //! Which arithmetic flags are needed where.
 
-use iced_x86::{Decoder, FlowControl, Instruction, InstructionInfoFactory, RflagsBits};
+use iced_x86::{Decoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, RflagsBits};
 
 use super::block::Source;
 use super::classify::{Kind, classify, keeps_flags_sometimes, may_leave};
@@ -29,12 +29,41 @@ pub struct FlagUse {
 }
 
 impl FlagUse {
-    pub fn of(i: &Instruction) -> Self {
+    /// `counted`: of code whose every state is to come again, the undefined too.
+    pub fn of(i: &Instruction, counted: bool) -> Self {
         let modified = i.rflags_modified() & ALL;
         // REP CMPS and SCAS with a count of zero leave the flags alone.
         let repeated = i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix());
         let keeps = modified != 0 && (repeated || keeps_flags_sometimes(i));
-        Self { read: i.rflags_read() & ALL, modified, replaced: if keeps { 0 } else { modified } }
+        let carried = if counted { carried_over(i) } else { 0 };
+        Self {
+            read: i.rflags_read() & ALL | carried,
+            modified,
+            replaced: if keeps { 0 } else { modified & !carried },
+        }
+    }
+}
+
+/// Undefined flags that a CPU may leave as they were before: AMD's does after MUL and
+/// the scans, Intel's after DIV, BT and rotates by a constant. All others undefined are
+/// made from the operands.
+fn carried_over(i: &Instruction) -> u32 {
+    use Mnemonic as M;
+    match i.mnemonic() {
+        M::Mul
+        | M::Imul
+        | M::Div
+        | M::Idiv
+        | M::Bsf
+        | M::Bsr
+        | M::Tzcnt
+        | M::Lzcnt
+        | M::Bt
+        | M::Btc
+        | M::Btr
+        | M::Bts => i.rflags_undefined() & ALL,
+        M::Rol | M::Ror | M::Rcl | M::Rcr => RflagsBits::OF,
+        _ => 0,
     }
 }
 
@@ -49,8 +78,8 @@ pub struct Step {
 }
 
 impl Step {
-    pub fn of(i: &Instruction, kind: Kind) -> Self {
-        Self { flags: FlagUse::of(i), shows: may_leave(i, kind), fixed: fixed(kind) }
+    pub fn of(i: &Instruction, kind: Kind, counted: bool) -> Self {
+        Self { flags: FlagUse::of(i, counted), shows: may_leave(i, kind), fixed: fixed(kind) }
     }
 }
 
@@ -152,7 +181,7 @@ impl Ahead<'_> {
             let seen = code_map::lines(i.ip() & 0xFFF, i.len().max(1) as u64);
             source.looked.set(source.looked.get() | seen);
             let kind = if i.is_invalid() { Kind::Interpret } else { classify(&i, source) };
-            let Step { flags, shows, fixed } = Step::of(&i, kind);
+            let Step { flags, shows, fixed } = Step::of(&i, kind, source.counted);
             if let Some(needed) = fixed {
                 found.read |= needed & open;
                 found.shown &= !(needed & open);

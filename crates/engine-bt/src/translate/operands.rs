@@ -7,6 +7,7 @@ use iced_x86::{Instruction, OpAccess, OpKind, Register};
 use super::classify::keeps_flags_sometimes;
 use super::emit::{Address, R13, R14, R15, cc, gpr_offset};
 use super::job::{Cold, Flags, Job};
+use super::liveness::FlagUse;
 use crate::cpu::fpu;
 use crate::state::{CpuState, seg};
 
@@ -187,7 +188,8 @@ impl Job<'_> {
 
     /// Copies an instruction with its operands replaced. False if it cannot be.
     pub(super) fn copy(&mut self, i: &Instruction) -> bool {
-        let read = i.rflags_read();
+        let flags = FlagUse::of(i, self.source.counted);
+        let read = i.rflags_read() | flags.read;
         let written = i.rflags_modified();
         let memory = (0..i.op_count()).find(|&op| i.op_kind(op) == OpKind::Memory);
         let (accesses, memory_write) = {

@@ -19,7 +19,7 @@ use smallvec::SmallVec;
 use super::liveness::{ALL, FlagUse, Step};
 use super::operands::{gpr_of, number};
 use crate::cpu::Cpu;
-use crate::interp::{alu, muldiv, operand, shift};
+use crate::interp::{alu, host_alu, operand};
 use crate::state::{FLAG_OPERANDS, flag};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -259,21 +259,19 @@ impl Recipe {
             Operation::Dec => alu::dec(size, first.wrapping_add(1)).1,
             Operation::Neg => alu::neg(size, first.wrapping_neg()).1,
             Operation::Zero => alu::xor(size, 0, 0).1,
-            // OF means something for a count of 1 (SDM 2B, RCL/RCR/ROL/ROR).
+            // What they were made from, and once more: OF is as the host makes it.
             Operation::Rol => {
-                let carry = first & 1;
-                let top = first >> (size * 8 - 1) & 1;
-                carry | (top ^ carry) << 11
+                let before = host_alu::ror(size, first, second, 0).0;
+                host_alu::rol(size, before, second, 0).1
             }
             Operation::Ror => {
-                let carry = first >> (size * 8 - 1) & 1;
-                let below = first >> (size * 8 - 2) & 1;
-                carry | (carry ^ below) << 11
+                let before = host_alu::rol(size, first, second, 0).0;
+                host_alu::ror(size, before, second, 0).1
             }
-            Operation::Shl => shift::shl(size, first, second, 0).1,
-            Operation::Shr => shift::shr(size, first, second, 0).1,
-            Operation::Sar => shift::sar(size, first, second, 0).1,
-            Operation::Imul => muldiv::mul_signed(size, first, second).2,
+            Operation::Shl => host_alu::shl(size, first, second, 0).1,
+            Operation::Shr => host_alu::shr(size, first, second, 0).1,
+            Operation::Sar => host_alu::sar(size, first, second, 0).1,
+            Operation::Imul => host_alu::imul(size, first, second, 0).1,
             Operation::Bt => first >> (second % (size as u64 * 8)) & 1,
         }
     }
