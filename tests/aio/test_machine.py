@@ -34,7 +34,7 @@ def public(kind: type) -> set[str]:
     ("sync", "twin", "without"),
     [
         # A class's own, what is about the process, and what others are told by.
-        (Machine, AsyncMachine, {"restore", "aio", "seal_with", "debugger_port"}),
+        (Machine, AsyncMachine, {"restore", "aio", "seal_with"}),
         (RemoteMachine, AsyncRemoteMachine, {"aio", "close"}),
         (Breakpoint, AsyncBreakpoint, {"key", "met", "give_up"}),
         # What a back end of the machine has.

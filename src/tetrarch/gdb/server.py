@@ -21,7 +21,7 @@ from tetrarch.gdb.monitor import Monitor
 from tetrarch.gdb.packets import PacketReader, Signal, frame
 from tetrarch.gdb.session import Leave, Session
 from tetrarch.gdb.spec import GdbSpec
-from tetrarch.machine.debugger import Debugger
+from tetrarch.machine.debugger import Debugger, DebuggerPort
 from tetrarch.machine.log import MachineLog
 from tetrarch.sockets import ListeningSocket
 
@@ -42,14 +42,16 @@ class _Gone(Exception):
 class GdbServer:
     """Listens until the machine has ended."""
 
-    def __init__(self, machine: Machine, spec: GdbSpec, *, wait: bool = False) -> None:
+    def __init__(
+        self, machine: Machine, port: DebuggerPort, spec: GdbSpec, *, wait: bool = False
+    ) -> None:
         """``wait`` holds the machine until a client lets it run. Raises HostError where it
         cannot listen there."""
         self._log = MachineLog(machine.config.name)
         # Not the machine itself: one that its user forgot is to be collected.
         self._machine = weakref.ref(machine)
         self._listener = _listen(spec)
-        self._port = machine.debugger_port
+        self._port = port
         self._waiting: Debugger | None = None
         """Of the machine that is held for the first client."""
         try:

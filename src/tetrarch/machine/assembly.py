@@ -1,0 +1,211 @@
+"""What a machine is put together from, and what each part hears of the others."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, cast
+from weakref import WeakMethod
+
+from tetrarch._native import EngineError
+from tetrarch.console import ConsoleBackend, MemoryConsole
+from tetrarch.errors import HostError, MachineStateError
+from tetrarch.machine.attached import AttachedDevices
+from tetrarch.machine.breakpoints import Breakpoints
+from tetrarch.machine.conclusion import Conclusion, Event
+from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.console_line import ConsoleLine, ConsoleLines
+from tetrarch.machine.debugger import DebuggerPort
+from tetrarch.machine.descent import Descent
+from tetrarch.machine.disk_holds import holder
+from tetrarch.machine.dumps import Dumps
+from tetrarch.machine.engine_vm import EngineVcpu, EngineVm, engine_cause, engine_mend
+from tetrarch.machine.events import Events
+from tetrarch.machine.forked import Elsewhere, elsewhere, keep_for_ever, watch_forks
+from tetrarch.machine.lifecycle import LifeCycle, Phase
+from tetrarch.machine.memory import PhysicalMemory
+from tetrarch.machine.panic import PanicWatch
+from tetrarch.machine.pc import assemble_pc
+from tetrarch.machine.recording import Recording
+from tetrarch.machine.resets import Resets
+from tetrarch.machine.state import MachineParts
+from tetrarch.machine.status import ExitStatus, StopReason
+from tetrarch.machine.threads import VcpuThreads
+from tetrarch.machine.vcpu import VcpuView
+from tetrarch.platforms.platform import Platform
+
+if TYPE_CHECKING:
+    from tetrarch.control.server import ControlServer
+    from tetrarch.gdb.server import GdbServer
+
+__all__ = ["AssembledMachine"]
+
+
+class AssembledMachine(ABC):
+    def __init__(
+        self,
+        config: MachineConfig,
+        engine: str,
+        vm: EngineVm,
+        platform: Platform,
+        console: ConsoleBackend,
+        ports: Sequence[ConsoleBackend],
+    ) -> None:
+        """``ports`` are the other ends of the virtio console's. Raises HostError."""
+        self.config: MachineConfig = config
+        self.engine: str = engine
+        self._vm = vm
+        self._platform = platform
+        self._backend = console
+        self._life = LifeCycle()
+        vcpus = [vm.vcpu(index) for index in range(self.config.cpus)]
+        self.vcpus: tuple[VcpuView, ...] = tuple(
+            VcpuView(vm, vcpu, number) for number, vcpu in enumerate(vcpus)
+        )
+        """The virtual CPUs: their registers and memory as they have it mapped, at any time."""
+        self.memory = PhysicalMemory(vm)
+        """RAM by guest physical address: ``vm.memory[0x1000:0x2000]``."""
+
+        self._conclusion = Conclusion(vm.request_stop)
+        end = self._conclusion.post
+        self._events = Events(end)
+        # So a replay comes to its end.
+        ends = ExitStatus(StopReason.STOPPED, "the recording ends")
+        halted = None if self.config.replay is None else ends
+        self._threads = VcpuThreads(vm, vcpus, self._conclusion, halted)
+        self._recording = Recording(vm)
+        self.dumps = Dumps(vm, self.vcpus, self._life, self._events)
+        """The core dump that is written, or was the last."""
+        panic = PanicWatch(
+            self._threads.busy_time,
+            self._threads.in_kernel,
+            partial(_panicked, self._events, end),
+            partial(self._events.tell, "guest-panicked", action="run"),
+        )
+        try:
+            self._pc = assemble_pc(vm, self.config, end, holder(self), self._events, panic.told)
+        except EngineError as error:
+            raise HostError(
+                f"cannot make the machine's devices: {engine_cause(error)}",
+                mend=engine_mend(error, "give the machine fewer"),
+            ) from error
+        serial = ConsoleLine(self._pc.uart, console, self._conclusion, panic)
+        self._lines = ConsoleLines(
+            [
+                serial,
+                *(
+                    ConsoleLine(port, backend, self._conclusion)
+                    for port, backend in zip(self._pc.console_ports, ports, strict=False)
+                ),
+            ]
+        )
+        self._attached = AttachedDevices()
+        self._debugger_port = DebuggerPort(vm, vcpus)
+        self._breakpoints = Breakpoints(
+            self._debugger_port, self.vcpus, _if_it_can(self.hold), _if_it_can(self.resume), end
+        )
+        self._controls: list[ControlServer] = []
+        self._gdb: list[GdbServer] = []
+        self._descent = Descent(
+            self._life,
+            panic,
+            self._threads,
+            self._pc,
+            self._attached,
+            self._lines,
+            [console, *ports],
+            vcpus[0],
+            self._events,
+            self._controls,
+            self._gdb,
+            self._breakpoints,
+            self._recording.finish,
+        )
+        self._loaded = self.config.replay is not None
+        self._restored = False
+        self._tracked: str | None = None
+        """The file since which it is noted what is written."""
+        self._seal: Callable[[], None] | None = None
+        self.confined = False
+        """Whether this process opens no more than it was granted when the machine started."""
+        self._resets = Resets(
+            self.config.on_reset == "restart",
+            self._life,
+            self._conclusion,
+            panic,
+            self._lines,
+            self._threads,
+            vm,
+            self._pc,
+            self._attached,
+            self._events,
+        )
+        watch_forks(self)
+
+    def become_shadow(self) -> None:
+        """In a process that was forked from the machine's."""
+        for own in (self, self._vm, self.vcpus, self.memory):
+            keep_for_ever(own)
+        self._vm = nothing = cast(EngineVm, Elsewhere())
+        self.memory = PhysicalMemory(nothing)
+        vcpu = cast(EngineVcpu, nothing)
+        self.vcpus = tuple(VcpuView(nothing, vcpu, view.number) for view in self.vcpus)
+        self._life.become_shadow()
+        self._conclusion.become_shadow()
+        if isinstance(self._backend, MemoryConsole):
+            self._backend.become_shadow(elsewhere())
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is in its life: made, running, held, ended."""
+        return self._life.phase
+
+    @property
+    def uptime(self) -> float:
+        """Seconds for which the machine has run."""
+        return self._life.uptime
+
+    @abstractmethod
+    def hold(self) -> None:
+        """For a breakpoint or a disk; they may call it in any phase."""
+
+    @abstractmethod
+    def resume(self) -> None: ...
+
+    def _parts(self) -> MachineParts:
+        vcpus = [self._vm.vcpu(index) for index in range(self.config.cpus)]
+        return MachineParts(
+            self.config,
+            self.engine,
+            self._platform.name,
+            self.uptime,
+            self._vm,
+            vcpus,
+            self._pc,
+            self._attached,
+        )
+
+    def _discard(self) -> None:
+        """Ends a machine that was never started."""
+        self._pc.close()
+        self._attached.close()
+        self._conclusion.settle(ExitStatus(StopReason.STOPPED), self._descent.close)
+
+
+def _panicked(events: Events, end: Callable[[Event], None], message: str) -> None:
+    events.tell("guest-panicked", action="poweroff")
+    end(ExitStatus(StopReason.CRASHED, message))
+
+
+def _if_it_can(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls a machine's method where the machine is there and in a state for that."""
+    known = WeakMethod(method)
+
+    def call() -> None:
+        if (bound := known()) is not None:
+            with suppress(MachineStateError):
+                bound()
+
+    return call

@@ -1,0 +1,84 @@
+"""A look inside of a guest: breakpoints, watchpoints, memory, core dumps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import BinaryIO, Literal
+
+from tetrarch._native import EngineError
+from tetrarch.errors import ConfigError
+from tetrarch.machine.breakpoints import Breakpoint, Hit
+from tetrarch.machine.engine_vm import engine_cause, engine_mend
+from tetrarch.machine.lifecycle import Phase
+from tetrarch.machine.running import RunMethods
+
+__all__ = ["DebugMethods"]
+
+
+class DebugMethods(RunMethods):
+    def breakpoint(
+        self,
+        address: int,
+        listener: Callable[[Hit], object] | None = None,
+        *,
+        hardware: bool = False,
+        vcpu: int = 0,
+    ) -> Breakpoint:
+        """Stops vCPUs before they execute the instruction at a linear address, and calls
+        ``listener`` there; then the machine goes on. Without a listener it is held at each hit
+        (``Breakpoint.wait``).
+
+        An INT3 is planted, where ``vcpu`` has the address mapped; the guest's code is to be there.
+        With ``hardware`` the CPU watches the address, which can do so with four at a time: then
+        nothing has to be there yet, and it stays over a reset. Listeners run on a thread of their
+        own while the machine stands; what one raises ends the machine and comes out of ``wait()``.
+        Raises MachineStateError while gdb debugs the machine.
+        """
+        self._life.require("breakpoint", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        if hardware:
+            return self._breakpoints.watch(("execute", address, 1), listener)
+        return self._breakpoints.plant(vcpu, address, listener)
+
+    def watchpoint(
+        self,
+        address: int,
+        length: int,
+        listener: Callable[[Hit], object] | None = None,
+        *,
+        access: Literal["write", "access"] = "write",
+    ) -> Breakpoint:
+        """As ``breakpoint``, behind each instruction that writes to the 1, 2, 4 or 8 bytes at a
+        linear address, a multiple of ``length``; with "access" also behind those that read.
+        """
+        self._life.require("watchpoint", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        try:
+            return self._breakpoints.watch((access, address, length), listener)
+        except EngineError as error:
+            raise ConfigError(
+                f"watchpoint: {engine_cause(error)}", mend=engine_mend(error, "give another length")
+            ) from error
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        """Guest physical memory. Raises GuestMemoryError outside of RAM."""
+        return self._vm.read_memory(address, length)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        self._vm.write_memory(address, data)
+
+    def dump_core(
+        self,
+        path: str | os.PathLike[str] | BinaryIO,
+        *,
+        begin: int | None = None,
+        length: int | None = None,
+        paging: bool = False,
+    ) -> None:
+        """Writes registers and guest memory to an ELF core file for crash and drgn.
+
+        ``begin`` and ``length`` pick a range of physical addresses. With ``paging`` the file has
+        what the vCPUs' page tables map, at its linear addresses, as gdb wants it. The machine is
+        held meanwhile, and runs on if it ran. Raises HostError where the file cannot be written,
+        MachineStateError while another dump is.
+        """
+        self.dumps.begin(path, self.held, begin, length, paging)()

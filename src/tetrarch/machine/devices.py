@@ -1,0 +1,144 @@
+"""The devices that a program gives to a machine, and takes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tetrarch._native import Vm
+from tetrarch.errors import ConfigError, MachineStateError
+from tetrarch.machine.added import add_disk, add_net
+from tetrarch.machine.assembly import AssembledMachine
+from tetrarch.machine.config import DiskOption, NetOption, make_config
+from tetrarch.machine.engine_vm import BusRegion, EngineVm, InterruptWire
+from tetrarch.machine.lifecycle import Phase
+from tetrarch.machine.plugged import PciDevice
+from tetrarch.virtio.served import ServedKind, VirtioUserDevice
+
+if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
+    from tetrarch._native import Device
+
+__all__ = ["DeviceMethods"]
+
+
+class DeviceMethods(AssembledMachine):
+    def attach_ports(
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        name: str | None = None,
+    ) -> BusRegion:
+        """Puts a device of yours on I/O ports, before start().
+
+        It sees accesses of ``sizes`` bytes, by default of any; others pass it by. The region
+        can be moved, unmapped and detached at any time. A saved machine knows the device by
+        ``name``, which is its class and ``base`` if it is not given.
+        """
+        self._life.require("attach_ports", Phase.MADE)
+        region = self._vm.attach_ports(base, length, device, sizes=sizes)
+        self._attached.add(name, base, device)
+        return region
+
+    def attach_mmio(
+        self,
+        base: int,
+        length: int,
+        device: Device,
+        *,
+        sizes: Sequence[int] | None = None,
+        name: str | None = None,
+    ) -> BusRegion:
+        """Puts a device of yours on guest physical addresses, before start()."""
+        self._life.require("attach_mmio", Phase.MADE)
+        region = self._vm.attach_mmio(base, length, device, sizes=sizes)
+        self._attached.add(name, base, device)
+        return region
+
+    def attach_virtio(self, device: VirtioUserDevice, *, name: str | None = None) -> None:
+        """Gives the guest a virtio device of yours, before start().
+
+        Its requests are served on a thread of its own; what it raises stops the machine. A
+        saved machine knows it by ``name``, which is its class if it is not given.
+        """
+        self._life.require("attach_virtio", Phase.MADE)
+        if self._pc.virtio is None or not isinstance(self._vm, Vm):
+            raise MachineStateError("a stand-in for the engine has no virtio", mend="give none")
+        name = name or type(device).__qualname__
+        self._attached.require_free(name)
+        kind = ServedKind(self._vm, device, name, self._conclusion.post)
+        try:
+            self._attached.add_virtio(name, kind, self._pc.virtio.plug(kind))
+        except ConfigError:
+            kind.close()
+            raise
+
+    @property
+    def engine_vm(self) -> EngineVm:
+        """What a ``PciFunction`` and the vectors of a device of yours are made with."""
+        return self._vm
+
+    def plug(self, device: PciDevice, *, slot: int | None = None, name: str | None = None) -> int:
+        """Puts a PCI device of yours into a slot, a free one if none is given; gives its number.
+
+        The guest is told if it runs. ``name``, by default the device's class, is what
+        ``unplug`` and a saved machine know it by.
+        """
+        self._life.require("plug", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        announce = self.phase is not Phase.MADE
+        name = type(device).__qualname__ if name is None else name
+        return self._pc.plugged.plug(name, device, slot, announce=announce)
+
+    def attach_disk(self, disk: DiskOption, *, name: str | None = None) -> str:
+        """Puts a disk into a slot, at virtio or nvme, as ``disk=`` is written; gives the device's
+        name, which ``unplug`` takes.
+
+        Raises ConfigError for what a disk that comes later cannot be, ImageError where the image
+        cannot be used.
+        """
+        self._life.require("attach_disk", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        (spec,) = make_config({"disk": disk}).disk
+        return add_disk(self._pc, spec, name, announce=self.phase is not Phase.MADE)
+
+    def attach_net(self, net: NetOption, *, name: str | None = None) -> str:
+        """Puts a network card into a slot, as ``net=`` is written; gives the device's name, which
+        ``unplug`` takes.
+
+        Raises HostError where the host does not give the network.
+        """
+        self._life.require("attach_net", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        (spec,) = make_config({"net": net}).net
+        return add_net(self._pc, spec, name, announce=self.phase is not Phase.MADE)
+
+    def unplug(self, device: PciDevice | str, *, timeout: float | None = 30.0) -> None:
+        """Takes a PCI device out, by itself or its name; returns when the guest has given it up.
+
+        Raises TimeoutError if that has not come about after ``timeout`` seconds; the guest may
+        still do it.
+        """
+        self._life.require("unplug", Phase.MADE, Phase.RUNNING)
+        if self._threads.current or self._attached.current:
+            raise MachineStateError(
+                "a device cannot wait for its own guest", mend="unplug it on another thread"
+            )
+        ask = self.phase is Phase.RUNNING
+        gone = self._pc.plugged.unplug(device, ask=ask, timeout=timeout)
+        if gone is None:
+            raise MachineStateError(
+                "the machine ended before its guest gave the device up", mend="unplug it earlier"
+            )
+        if not gone:
+            raise TimeoutError(f"the guest has not given {device!r} up within {timeout:g} s")
+
+    def irq_source(self, gsi: int) -> InterruptWire:
+        """A wire of its own to an interrupt line, to be driven from any thread.
+
+        The line is high while any of its wires is.
+        """
+        return self._vm.irq_source(gsi)
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """Drives one more wire to the line, which all callers of this share."""
+        self._vm.irq_line(gsi, level)
