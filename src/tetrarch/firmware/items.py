@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from tetrarch.boot.bzimage import parse_setup_header
 from tetrarch.boot.e820 import E820Entry, E820Type, pack_e820
+from tetrarch.boot.initrd import open_initrd
 from tetrarch.boot.source import Source
 from tetrarch.devices.fw_cfg import FwCfgItem, Key
 from tetrarch.machine import map as machine_map
@@ -21,16 +24,17 @@ KERNEL_ADDRESS: Final = 0x10_0000
 
 
 class FileItem:
-    """A part of a file, which is read when the guest reads it."""
+    """A part of a file, which is opened and read when the guest reads it."""
 
-    def __init__(self, path: Path, what: str, offset: int, size: int) -> None:
-        self._path = path
-        self._what = what
+    def __init__(
+        self, opened: Callable[[], AbstractContextManager[Source]], offset: int, size: int
+    ) -> None:
+        self._opened = opened
         self._offset = offset
         self.size = size
 
     def read(self, offset: int, length: int) -> bytes:
-        with Source.open(self._path, self._what) as source:
+        with self._opened() as source:
             return source.read(self._offset + offset, length)
 
 
@@ -52,26 +56,28 @@ def memory_file(ram: Iterable[tuple[int, int]]) -> bytes:
 
 def kernel_items(kernel: Path, initrd: Path | None, cmdline: str) -> dict[int, bytes | FwCfgItem]:
     """A bzImage in its two parts, its initrd and command line. Raises BootError."""
-    with Source.open(kernel, "kernel") as source:
+    open_kernel = partial(Source.open, kernel, "kernel")
+    with open_kernel() as source:
         header = parse_setup_header(source)
         setup, rest = header.setup_size, source.size - header.setup_size
     words = cmdline.encode("utf-8", "surrogateescape") + b"\0"
     items: dict[int, bytes | FwCfgItem] = {
         Key.SETUP_ADDR: _number(REAL_MODE_ADDRESS),
         Key.SETUP_SIZE: _number(setup),
-        Key.SETUP_DATA: FileItem(kernel, "kernel", 0, setup),
+        Key.SETUP_DATA: FileItem(open_kernel, 0, setup),
         Key.KERNEL_ADDR: _number(KERNEL_ADDRESS),
         Key.KERNEL_SIZE: _number(rest),
-        Key.KERNEL_DATA: FileItem(kernel, "kernel", setup, rest),
+        Key.KERNEL_DATA: FileItem(open_kernel, setup, rest),
         Key.CMDLINE_ADDR: _number(CMDLINE_ADDRESS),
         Key.CMDLINE_SIZE: _number(len(words)),
         Key.CMDLINE_DATA: words,
     }
     if initrd is not None:
-        with Source.open(initrd, "initrd") as source:
+        joined = partial(open_initrd, initrd)
+        with joined() as source:
             size = source.size
         items |= {
             Key.INITRD_SIZE: _number(size),
-            Key.INITRD_DATA: FileItem(initrd, "initrd", 0, size),
+            Key.INITRD_DATA: FileItem(joined, 0, size),
         }
     return items
