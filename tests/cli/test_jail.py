@@ -1,5 +1,6 @@
 """A jailed ``tetrarch run``: every thread has given up what it should, and the machine works."""
 
+import base64
 import os
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Cli
+from tests.display.test_screen import needs_font
 from tests.machine import guests
 
 from tetrarch import _native
+from tetrarch.control import Client
 from tetrarch.testing import pvh_kernel
 
 
@@ -88,6 +91,14 @@ def test_jailed_guest_resets_and_starts_again_from_its_file(cli: Cli, tmp_path: 
     )
     assert done.returncode == 124, done.stderr
     assert (tmp_path / "log").read_bytes().count(b"up") > 1
+
+
+@needs_font
+def test_screen_of_a_jailed_machine_is_shown(tmp_path: Path) -> None:
+    """The font is read for the first picture."""
+    with running(tmp_path, "--vga", "--control", tmp_path / "c"), Client(tmp_path / "c") as client:
+        png = base64.b64decode(client.execute("x-screen")["png"])
+    assert png.startswith(b"\x89PNG")
 
 
 def test_wrong_jail_is_one_line(cli: Cli) -> None:

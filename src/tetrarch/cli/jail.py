@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from tetrarch import _native
 from tetrarch.boot.initrd import initrd_files
 from tetrarch.console.spec import ConsoleSpec
+from tetrarch.display.font import VGA_BIOS
 from tetrarch.errors import HostError
 from tetrarch.registry.place import registry_directory
 
@@ -85,6 +86,8 @@ def _grants(config: MachineConfig, options: CommandOptions, claim: Claim | None)
     # A reset loads them again.
     grants += [(file.path, "read") for file in initrd_files(config.initrd)]
     grants += [(config.kernel, "read")] if config.kernel is not None else []
+    # Its font is read when somebody asks for the screen first.
+    grants += [(VGA_BIOS, "read")] if config.vga else []
     grants += [(path.absolute().parent, "remove") for path in _sockets(config)]
     grants += [(path.absolute(), "write") for path in options.allow]
     if claim is not None:

@@ -8,7 +8,7 @@ from typing import Final
 
 from tetrarch.errors import HostError
 
-__all__ = ["GLYPH_ROWS", "pc_font", "vga_bios"]
+__all__ = ["GLYPH_ROWS", "VGA_BIOS", "pc_font", "vga_bios"]
 
 #: SeaBIOS's, for a VGA without PCI.
 VGA_BIOS: Final = Path("/usr/share/seabios/vgabios-isavga.bin")
