@@ -13,7 +13,7 @@ from tetrarch.machine import map as machine_map
 from tetrarch.pci import bus as pci_bus
 from tetrarch.pci import hotplug
 
-__all__ = ["IOAPIC_BASE", "LAPIC_BASE", "build_acpi", "virtio_mmio_device"]
+__all__ = ["build_acpi", "virtio_mmio_device"]
 
 IOAPIC_BASE: Final = 0xFEC0_0000
 LAPIC_BASE: Final = 0xFEE0_0000

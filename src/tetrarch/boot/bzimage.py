@@ -11,6 +11,7 @@ from typing import Final
 from tetrarch.boot.cmdline import write_cmdline
 from tetrarch.boot.cpustate import long_mode_state, protected_mode_state
 from tetrarch.boot.e820 import memory_map, pack_e820
+from tetrarch.boot.initrd_memory import load_initrd, too_little_memory
 from tetrarch.boot.layout import (
     HIGH_MEMORY,
     LOW_RAM_MAX,
@@ -20,7 +21,7 @@ from tetrarch.boot.layout import (
     align_up,
     low_ram_top,
 )
-from tetrarch.boot.source import Source, copy_to_guest, load_initrd, too_little_memory
+from tetrarch.boot.source import Source, copy_to_guest
 
 __all__ = ["SetupHeader", "is_bzimage", "load_bzimage", "parse_setup_header"]
 

@@ -5,7 +5,7 @@ from typing import Final
 
 from tetrarch.boot.layout import GDT_BASE, PAGE_SIZE, PAGE_TABLES_BASE, GuestMemory
 
-__all__ = ["BOOT_CS", "BOOT_DS", "long_mode_state", "protected_mode_state", "reset_state"]
+__all__ = ["long_mode_state", "protected_mode_state", "reset_state"]
 
 #: Linux's Documentation/arch/x86/boot.rst names both selectors.
 BOOT_CS: Final = 0x10

@@ -7,7 +7,7 @@ from typing import Final
 from tetrarch.boot.layout import align_up
 from tetrarch.boot.source import Source
 
-__all__ = ["MAGIC", "Elf", "Segment", "parse_elf"]
+__all__ = ["MAGIC", "PT_LOAD", "Elf", "Segment", "parse_elf"]
 
 MAGIC: Final = b"\x7fELF"
 CLASS_32: Final = 1
@@ -35,12 +35,11 @@ NOTE_HEADER: Final = 12
 class Segment:
     type: int
     offset: int
+    virtual: int
     physical: int
     file_size: int
     memory_size: int
     alignment: int
-    virtual: int | None = None
-    """None: as it is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Elf:
     def physical_entry(self) -> int:
         """The entry as an address where the file is loaded: some name one of the kernel's own."""
         for one in self.loads:
-            offset = self.entry - (one.physical if one.virtual is None else one.virtual)
+            offset = self.entry - one.virtual
             if 0 <= offset < one.memory_size:
                 return one.physical + offset
         return self.entry
@@ -123,6 +122,6 @@ def parse_elf(source: Source) -> Elf:
                 mend="get the file again, it is damaged",
             )
         segments.append(
-            Segment(p_type, offset, physical, file_size, memory_size, alignment, virtual)
+            Segment(p_type, offset, virtual, physical, file_size, memory_size, alignment)
         )
     return Elf(entry, tuple(segments), source)

@@ -18,8 +18,9 @@ from typing import Final
 from tetrarch.boot.cpustate import protected_mode_state
 from tetrarch.boot.e820 import memory_map
 from tetrarch.boot.elf import MAGIC as ELF_MAGIC
-from tetrarch.boot.elf import Segment, parse_elf
+from tetrarch.boot.elf import PT_LOAD, Segment, parse_elf
 from tetrarch.boot.initrd import InitrdFile, initrd_files
+from tetrarch.boot.initrd_memory import too_little_memory
 from tetrarch.boot.layout import (
     EBDA_BASE,
     HIGH_MEMORY,
@@ -30,7 +31,7 @@ from tetrarch.boot.layout import (
     align_up,
     low_ram_top,
 )
-from tetrarch.boot.source import Source, copy_to_guest, too_little_memory, zero_guest
+from tetrarch.boot.source import Source, copy_to_guest, zero_guest
 from tetrarch.errors import BootError
 
 __all__ = ["HEADER_WITHIN", "Header", "find_header", "load_multiboot"]
@@ -136,7 +137,7 @@ def _flat(source: Source, header: Header) -> tuple[int, Sequence[Segment]]:
     bss_end = bss_end or load_end
     if bss_end < load_end:
         raise _lies(source, f"its bss ends at {bss_end:#x}, before what is loaded does")
-    return entry, [Segment(1, offset, load, size, bss_end - load, PAGE_SIZE)]
+    return entry, [Segment(PT_LOAD, offset, load, load, size, bss_end - load, PAGE_SIZE)]
 
 
 def _lies(source: Source, cause: str) -> BootError:

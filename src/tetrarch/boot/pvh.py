@@ -9,6 +9,7 @@ from tetrarch.boot.cmdline import LINUX_LIMIT, write_cmdline
 from tetrarch.boot.cpustate import protected_mode_state
 from tetrarch.boot.e820 import memory_map, pack_pvh
 from tetrarch.boot.elf import Elf, parse_elf
+from tetrarch.boot.initrd_memory import load_initrd, too_little_memory
 from tetrarch.boot.layout import (
     HIGH_MEMORY,
     LOW_RAM_MAX,
@@ -16,13 +17,7 @@ from tetrarch.boot.layout import (
     GuestMemory,
     low_ram_top,
 )
-from tetrarch.boot.source import (
-    Source,
-    copy_to_guest,
-    load_initrd,
-    too_little_memory,
-    zero_guest,
-)
+from tetrarch.boot.source import Source, copy_to_guest, zero_guest
 
 __all__ = ["load_pvh", "pvh_entry"]
 
