@@ -11,7 +11,17 @@ from typing import Any, Literal, Self, get_args
 from tetrarch._words import one_of, options, shown, split
 from tetrarch.errors import ValueProblem
 
-__all__ = ["BUSES", "FORMATS", "Bus", "CdromSpec", "DiskFormat", "DiskSpec", "parse_bytes"]
+__all__ = [
+    "BUSES",
+    "FORMATS",
+    "LATER_DRIVERS",
+    "Bus",
+    "CdromSpec",
+    "DiskFormat",
+    "DiskSpec",
+    "later_device",
+    "parse_bytes",
+]
 
 DiskFormat = Literal["raw", "qcow2", "vmdk"]
 Bus = Literal["virtio", "nvme", "ahci", "ide"]
@@ -21,6 +31,9 @@ OnWriteError = Literal["report", "stop"]
 
 FORMATS: tuple[DiskFormat, ...] = get_args(DiskFormat)
 BUSES: tuple[Bus, ...] = get_args(Bus)
+#: The buses where a disk can come to a machine that runs, and QEMU's names of its devices there.
+LATER_DRIVERS: Mapping[Bus, str] = {"virtio": "virtio-blk-pci", "nvme": "nvme"}
+_NVME_SERIAL_MAX = 20
 
 _BYTES = re.compile(r"([0-9]{1,19})\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
@@ -35,6 +48,12 @@ def parse_bytes(text: str) -> int:
     if not match or size >= 1 << 63:
         raise ValueProblem(f"{text!r} is no size", mend="write 8G, 512M or a number of bytes")
     return size
+
+
+def later_device(bus: Bus, node: str) -> dict[str, str]:
+    """The properties of a device for an image that has come later (NVMe 2.0, 5.17.2.1: 20 bytes
+    of serial number)."""
+    return {"drive": node} | ({"serial": node[:_NVME_SERIAL_MAX]} if bus == "nvme" else {})
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from tetrarch.block.spec import DiskSpec
+from tetrarch.block.spec import LATER_DRIVERS, DiskSpec, later_device
 from tetrarch.errors import ConfigError, MachineStateError
 from tetrarch.machine.blocks import BlockNodes
 from tetrarch.machine.hotplug import HotPlug
@@ -15,26 +15,21 @@ from tetrarch.net.spec import NetSpec
 
 __all__ = ["add_disk", "add_net"]
 
-_DRIVERS = {"virtio": "virtio-blk-pci", "nvme": "nvme"}
-_SERIAL_MAX = 20
-
 
 def add_disk(pc: Pc, spec: DiskSpec, name: str | None, *, announce: bool) -> str:
     """Gives the device's name. Raises ConfigError for what a disk that comes later cannot be,
     ImageError where the image cannot be used: then nothing is left of it."""
-    if spec.bus not in _DRIVERS or spec.vhost_user:
+    if spec.bus not in LATER_DRIVERS or spec.vhost_user:
         raise ConfigError(
             "a disk that comes later is a file, at virtio or nvme",
             mend="take bus=virtio or bus=nvme",
         )
     name = name or f"disk-{secrets.token_hex(4)}"
-    properties: dict[str, Any] = {"drive": name}
-    if spec.bus == "nvme":
-        properties["serial"] = name[:_SERIAL_MAX]
     hotplug, blocks = _places(pc), pc.blocks
     blocks.open(name, spec)
     try:
-        hotplug.add(_DRIVERS[spec.bus], properties, name, announce=announce)
+        driver, properties = LATER_DRIVERS[spec.bus], later_device(spec.bus, name)
+        hotplug.add(driver, properties, name, announce=announce)
     except BaseException:
         _drop(blocks, name)
         raise

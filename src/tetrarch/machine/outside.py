@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeGuard
 
-from tetrarch.block.spec import Bus, CdromSpec, DiskSpec
+from tetrarch.block.spec import LATER_DRIVERS, CdromSpec, DiskSpec
 from tetrarch.errors import StateError, ValueProblem
 from tetrarch.machine.config import MachineConfig
 
@@ -30,7 +30,7 @@ _KINDS: Final = {
     "firmware": "firmware",
 }
 #: Drivers of devices that are plugged in later, and what each has of the host.
-_BUSES: Final[Mapping[str, Bus]] = {"virtio-blk-pci": "virtio", "nvme": "nvme"}
+_BUSES: Final = {driver: bus for bus, driver in LATER_DRIVERS.items()}
 _NETS: Final = ("virtio-net-pci",)
 _NOTHING: Final = ("virtio-rng-pci",)
 

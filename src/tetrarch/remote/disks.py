@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tetrarch._native import disk_info
 from tetrarch.block.disk import disk_errors
-from tetrarch.block.spec import FORMATS, DiskFormat, DiskSpec
+from tetrarch.block.spec import FORMATS, LATER_DRIVERS, DiskFormat, DiskSpec, later_device
 from tetrarch.control.client import Client, ControlError
 from tetrarch.errors import ConfigError, HostError
 
@@ -20,8 +20,6 @@ __all__ = ["attach_disk", "detach"]
 
 _Layer = tuple[Path, str]
 """Path and format of a file of an image."""
-_DRIVERS: Final = {"virtio": "virtio-blk-pci", "nvme": "nvme"}
-_SERIAL_MAX: Final = 20
 #: As deep as chains may be (crates/block).
 _LAYERS_MAX: Final = 64
 # A guest that boots has seen the device and not yet that it is to be given up.
@@ -34,7 +32,7 @@ def attach_disk(client: Client, spec: DiskSpec, name: str) -> None:
     Raises ConfigError for what a disk that comes later cannot be, HostError for an image that
     the machine may not open, ControlError for what else it refuses: then nothing is left of it.
     """
-    if spec.bus not in _DRIVERS:
+    if spec.bus not in LATER_DRIVERS:
         raise ConfigError(
             f"a disk at {spec.bus} cannot be put into a machine that runs",
             mend="take bus=virtio or bus=nvme",
@@ -59,9 +57,7 @@ def attach_disk(client: Client, spec: DiskSpec, name: str) -> None:
                 mend=f"start it with --allow {spec.path.absolute().parent}",
             ) from error
         _add_by_descriptor(client, spec, layers, name)
-    device = {"driver": _DRIVERS[spec.bus], "id": name, "drive": name}
-    if spec.bus == "nvme":
-        device["serial"] = name[:_SERIAL_MAX]
+    device = {"driver": LATER_DRIVERS[spec.bus], "id": name, **later_device(spec.bus, name)}
     try:
         client.execute("device_add", device)
     except ControlError:

@@ -17,6 +17,7 @@ from tetrarch.agent.guest import AGENT_S, AgentMethods
 from tetrarch.control.client import Client
 from tetrarch.errors import MachineStateError, TetrarchError
 from tetrarch.machine.config import DiskOption, make_config
+from tetrarch.machine.lifecycle import PRESS_AGAIN_S
 from tetrarch.machine.new_file import new_file
 from tetrarch.machine.snapshot import parent_of
 from tetrarch.registry import About, find
@@ -29,14 +30,12 @@ from tetrarch.remote.process import MachineProcess
 if TYPE_CHECKING:
     from tetrarch.aio import AsyncRemoteMachine
 
-__all__ = ["STOP_GRACE_S", "Completed", "RemoteMachine", "connect"]
+__all__ = ["Completed", "RemoteMachine", "connect"]
 
 #: As long as systemd waits for a service (DefaultTimeoutStopSec): a system may have some to end.
 STOP_GRACE_S: Final = 90.0
 #: What a process takes to end its machine, however busy its host.
 _END_S: Final = 10.0
-#: A guest that still boots does not see the button.
-_PRESS_AGAIN_S: Final = 10.0
 #: Until a guest has given a device up.
 _DETACH_S: Final = 30.0
 
@@ -141,7 +140,7 @@ class RemoteMachine(AgentMethods):
                 # It does not answer, or is on its way.
                 with suppress(TetrarchError, TimeoutError):
                     self.press_power_button()
-                if process.wait(min(left, _PRESS_AGAIN_S)):
+                if process.wait(min(left, PRESS_AGAIN_S)):
                     remove_if_dead(self.name)
                     return True
         self.kill()
