@@ -1,6 +1,5 @@
 """Dumps of guest memory, as drgn, gdb and readers of ELF see them."""
 
-import asyncio
 import os
 import re
 import struct
@@ -16,6 +15,7 @@ from tests.control.test_session import event, session, started
 from tests.gdb.debuggee import require_gdb
 
 from tetrarch import Machine
+from tetrarch.aio.bridge import on_thread
 from tetrarch.images import CachedGuest
 from tetrarch.machine.core_dump import core_ranges, write_core
 from tetrarch.machine.page_map import MappedRange
@@ -101,7 +101,7 @@ def test_dump_in_the_background_tells_how_far_it_is(make: Make, socket_path: Pat
             with pytest.raises(ExecuteError, match="There is a dump in process"):
                 await client.execute(command, given)
         with open(reader, "rb") as core:
-            data = await asyncio.to_thread(core.read)
+            data = await on_thread(core.read)
         assert data[:4] == b"\x7fELF"
         assert len(data) > 16 << 20
         await event(client, "RESUME")

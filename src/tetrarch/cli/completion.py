@@ -7,7 +7,7 @@ from typing import Final
 
 from tetrarch.errors import ConfigError
 
-__all__ = ["SHELLS", "answer_shells", "completion_script", "show_script"]
+__all__ = ["answer_shells", "completion_script", "show_script"]
 
 SHELLS: Final = ("bash", "zsh", "fish")
 #: By which the shell's function asks; typer's parser looks for it.

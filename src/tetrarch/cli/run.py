@@ -21,7 +21,7 @@ from tetrarch.console.shared import SharedConsole
 from tetrarch.console.spec import ConsoleSpec
 from tetrarch.errors import ConfigError, HostError
 from tetrarch.machine.config import MIB, MachineConfig
-from tetrarch.machine.engine_vm import engine_cause, engine_mend
+from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.guest import check_files, resolve_guest, with_installed_disk
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import chosen

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["DEPTH_MAX", "TEXT_BYTES_MAX", "JsonStream", "NotJson", "TooLarge"]
+__all__ = ["JsonStream", "NotJson", "TooLarge"]
 
 #: No command needs a tenth of either.
 TEXT_BYTES_MAX: Final = 1 << 20

@@ -29,7 +29,6 @@ from tetrarch.images.tree import Tree
 
 __all__ = [
     "AGENT_UNIT",
-    "DISK_MIN",
     "PACKAGES",
     "DebianRecipe",
     "build_debian_disk",

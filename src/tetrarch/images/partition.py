@@ -12,7 +12,7 @@ from tetrarch.images.ext4 import write_ext4
 from tetrarch.images.tool import find_tool, run_tool
 from tetrarch.images.tree import Tree
 
-__all__ = ["ROOT_PARTITION", "make_disk", "partition_uuid"]
+__all__ = ["make_disk", "partition_uuid"]
 
 _MIB = 1 << 20
 #: The type of a root file system for x86-64 (UAPI group, Discoverable Partitions).

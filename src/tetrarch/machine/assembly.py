@@ -21,7 +21,8 @@ from tetrarch.machine.debugger import DebuggerPort
 from tetrarch.machine.descent import Descent
 from tetrarch.machine.disk_holds import holder
 from tetrarch.machine.dumps import Dumps
-from tetrarch.machine.engine_vm import EngineVcpu, EngineVm, engine_cause, engine_mend
+from tetrarch.machine.engine_errors import engine_cause, engine_mend
+from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
 from tetrarch.machine.events import Events
 from tetrarch.machine.forked import Elsewhere, elsewhere, keep_for_ever, watch_forks
 from tetrarch.machine.lifecycle import LifeCycle, Phase

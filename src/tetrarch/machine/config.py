@@ -364,12 +364,15 @@ class MachineConfig(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
+    def _checked(self) -> Self:
+        self._check_together()
+        return self
+
+    def _check_together(self) -> None:
         self._one_kernel()
         self._one_on_stdio()
         self._wait_with_gdb()
         self._firmware_with_pci()
-        return self
 
     def _one_kernel(self) -> None:
         if self.image is not None and self.kernel is not None:
@@ -398,10 +401,7 @@ class MachineConfig(BaseModel):
         changes = {name: getattr(checked, name) for name in values}
         changed = self.model_copy(update=changes)
         try:
-            changed._one_kernel()
-            changed._one_on_stdio()
-            changed._wait_with_gdb()
-            changed._firmware_with_pci()
+            changed._check_together()
         except ValueProblem as problem:
             raise ConfigError(problem.cause, mend=problem.mend) from None
         return changed

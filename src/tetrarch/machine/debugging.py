@@ -9,7 +9,7 @@ from typing import BinaryIO, Literal
 from tetrarch._native import EngineError
 from tetrarch.errors import ConfigError
 from tetrarch.machine.breakpoints import Breakpoint, Hit
-from tetrarch.machine.engine_vm import engine_cause, engine_mend
+from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.running import RunMethods
 

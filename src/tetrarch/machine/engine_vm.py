@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from tetrarch import _native
 from tetrarch.errors import HostError
 from tetrarch.machine.config import MIB, MachineConfig
+from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.recording import opened
 from tetrarch.platforms.platform import Platform
 
@@ -20,8 +21,6 @@ __all__ = [
     "EngineVm",
     "InterruptWire",
     "create_vm",
-    "engine_cause",
-    "engine_mend",
 ]
 
 
@@ -133,13 +132,3 @@ def create_vm(engine: str, config: MachineConfig, platform: Platform) -> EngineV
             f"{engine_cause(error) or type(error).__name__}",
             mend=engine_mend(error, "try less memory"),
         ) from error
-
-
-def engine_cause(error: BaseException) -> str:
-    """What went wrong in the engine, without what mends it."""
-    return str(getattr(error, "cause", "") or error)
-
-
-def engine_mend(error: BaseException, otherwise: str) -> str:
-    """What mends an error of the engine, or ``otherwise`` where it does not say."""
-    return str(getattr(error, "mend", "") or otherwise)

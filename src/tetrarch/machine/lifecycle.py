@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from enum import StrEnum
+from typing import Final
 
 from tetrarch.errors import MachineStateError
 from tetrarch.machine.forked import elsewhere
 
-__all__ = ["LifeCycle", "Phase"]
+__all__ = ["PRESS_AGAIN_S", "LifeCycle", "Phase"]
+
+#: Until a power button is pressed again: a guest that still boots does not see it.
+PRESS_AGAIN_S: Final = 10.0
 
 
 class Phase(StrEnum):

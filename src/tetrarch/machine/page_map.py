@@ -10,15 +10,7 @@ from typing import Final
 from tetrarch._native import GuestMemoryError
 from tetrarch.errors import ConfigError
 
-__all__ = [
-    "TABLES_MAX",
-    "USER",
-    "WRITE",
-    "MappedRange",
-    "TooManyTables",
-    "mapped_ranges",
-    "table_levels",
-]
+__all__ = ["USER", "WRITE", "MappedRange", "TooManyTables", "mapped_ranges", "table_levels"]
 
 #: A guest may build tables without end: so many are read, of a few seconds.
 TABLES_MAX: Final = 20_000

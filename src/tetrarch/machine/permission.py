@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["GROUP", "Node", "User", "may_open", "mend", "this_user"]
+__all__ = ["Node", "User", "may_open", "mend", "this_user"]
 
 _READ_WRITE = 6
 # linux/posix_acl_xattr.h: a version, then tag, permissions and id of each entry.

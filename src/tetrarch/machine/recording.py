@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tetrarch import __version__
 from tetrarch._native import EngineError, recorded_configuration
 from tetrarch.errors import ConfigError, HostError, StateError
+from tetrarch.machine.engine_errors import engine_cause, engine_mend
 
 if TYPE_CHECKING:
     from tetrarch.machine.config import MachineConfig
@@ -50,8 +51,8 @@ class Recording:
             end = self._vm.end_recording()
         except EngineError as error:
             raise HostError(
-                f"the recording is not whole: {getattr(error, 'cause', '') or error}",
-                mend=getattr(error, "mend", "") or "record again",
+                f"the recording is not whole: {engine_cause(error)}",
+                mend=engine_mend(error, "record again"),
             ) from error
         self.end = None if end is None else RecordingEnd(*end)
 
@@ -114,7 +115,7 @@ def replayed(config: MachineConfig) -> MachineConfig:
         RecursionError,
     ) as error:
         raise StateError(
-            f"cannot replay {config.replay}: {getattr(error, 'cause', '') or error}",
+            f"cannot replay {config.replay}: {engine_cause(error)}",
             mend="name a file that --record has written",
         ) from error
     finally:

@@ -15,7 +15,8 @@ from tetrarch.errors import HostError, MachineStateError
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.conclusion import Conclusion, Event, HostReset, Posted
 from tetrarch.machine.console_line import ConsoleLines
-from tetrarch.machine.engine_vm import EngineVm, engine_cause, engine_mend
+from tetrarch.machine.engine_errors import engine_cause, engine_mend
+from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.events import Events
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.panic import PanicWatch

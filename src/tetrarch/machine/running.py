@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from tetrarch._native import EngineError
 from tetrarch.errors import HostError, MachineStateError
 from tetrarch.machine.assembly import AssembledMachine
-from tetrarch.machine.engine_vm import engine_cause, engine_mend
+from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.guest import load_guest, resolve_guest
-from tetrarch.machine.lifecycle import Phase
+from tetrarch.machine.lifecycle import PRESS_AGAIN_S, Phase
 from tetrarch.machine.status import ExitStatus, StopReason
 
 __all__ = ["RunMethods"]
-
-#: A guest that still boots does not see the button.
-_PRESS_AGAIN_S: Final = 10.0
 
 
 class RunMethods(AssembledMachine):
@@ -150,7 +147,7 @@ class RunMethods(AssembledMachine):
                 self.resume()
             with suppress(MachineStateError):
                 self.press_power_button()
-            if self._conclusion.wait_done(min(left, _PRESS_AGAIN_S)):
+            if self._conclusion.wait_done(min(left, PRESS_AGAIN_S)):
                 break
         self.stop()
         return self.wait()

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tetrarch._native import EngineError
 from tetrarch.errors import HostError, StateError
-from tetrarch.machine.engine_vm import engine_cause
+from tetrarch.machine.engine_errors import engine_cause
 
 if TYPE_CHECKING:
     from tetrarch.machine.engine_vm import EngineVm

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Final
 from tetrarch._native import EngineError
 from tetrarch.errors import ConfigError, HostError, StateError
 from tetrarch.machine.config import MachineConfig, make_config
-from tetrarch.machine.engine_vm import engine_cause, engine_mend
+from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.flush_points import flush_disks, require_kept
 from tetrarch.machine.outside import Outside
 from tetrarch.machine.saved import SavedReader, SavedWriter, open_saved, read_ram

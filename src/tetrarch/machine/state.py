@@ -16,7 +16,8 @@ from tetrarch._native import EngineError
 from tetrarch.errors import HostError, StateError
 from tetrarch.machine.attached import AttachedDevices
 from tetrarch.machine.config import MachineConfig
-from tetrarch.machine.engine_vm import EngineVcpu, EngineVm, engine_cause, engine_mend
+from tetrarch.machine.engine_errors import engine_cause, engine_mend
+from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
 from tetrarch.machine.pc import Pc
 
 __all__ = ["MachineParts", "MachineState", "load_state", "save_state"]

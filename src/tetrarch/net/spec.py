@@ -15,7 +15,7 @@ from tetrarch.errors import ValueProblem
 from tetrarch.net.flow import FlowFilter
 from tetrarch.net.mac import format_mac, parse_mac
 
-__all__ = ["QUEUES_MAX", "Forward", "NetSpec", "each_its_own"]
+__all__ = ["Forward", "NetSpec", "each_its_own"]
 
 NetKindName = Literal["user", "tap", "socket", "vhost-user"]
 

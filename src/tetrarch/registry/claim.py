@@ -30,7 +30,14 @@ from tetrarch.registry.lock import is_locked, open_lock, take, try_take
 from tetrarch.registry.place import registry_directory
 from tetrarch.sockets import remove_dead_socket
 
-__all__ = ["Claim", "check_name", "log_path", "machine_directory", "read_about", "remove_if_dead"]
+__all__ = [
+    "Claim",
+    "check_name",
+    "log_path",
+    "machine_directory",
+    "read_about",
+    "remove_if_dead",
+]
 
 #: As MachineConfig has it: a name is a directory's, and no path.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from tetrarch import Machine
     from tetrarch.testing.guest import Guest
 
-__all__ = ["pytest_runtest_makereport", "tetrarch_guest", "tetrarch_machine", "tetrarch_options"]
+__all__ = [
+    "pytest_runtest_makereport",
+    "tetrarch_guest",
+    "tetrarch_machine",
+    "tetrarch_options",
+]
 
 #: Of a console: two screens.
 _SHOWN_CHARS = 4000

@@ -19,7 +19,7 @@ from tetrarch.errors import HostError
 if TYPE_CHECKING:
     from tetrarch._native import Vm
 
-__all__ = ["GUEST_CID", "VsockKind", "listen"]
+__all__ = ["VsockKind", "listen"]
 
 #: The guest's address: the least that is not taken (vsock(7)). Each machine has a bus of its own.
 GUEST_CID: Final = 3
