@@ -122,7 +122,9 @@ fn page_walks(engine: Engine) {
     guest.out();
     assert_eq!(entry(&guest), 0x20, "accessed");
     let log = take(&*guest.vm);
-    assert!(log.contains(&fresh_table) && !log.contains(&0x5_0000), "{log:x?}");
+    assert!(log.contains(&fresh_table), "{log:x?}");
+    // KVM may count it as written already: it maps what is read for writing.
+    assert!(engine == Engine::Kvm || !log.contains(&0x5_0000), "{log:x?}");
     guest.out();
     assert_eq!(entry(&guest), 0x60, "accessed and dirty");
     let log = take(&*guest.vm);
