@@ -126,7 +126,9 @@ class NestedHost:
             *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max,+svm", "-smp", "2"),
             *("-m", "2G", "-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio"),
             *("-kernel", self.kernel, "-initrd", self._initrd),
-            *("-append", "console=ttyS0 quiet panic=-1"),
+            # QEMU's TSC goes evenly, but on a busy host Linux's watchdog finds it late; KVM
+            # would then move a guest's TSC by a clock of its own.
+            *("-append", "console=ttyS0 quiet panic=-1 tsc=reliable"),
             *drive,
         ]
         for _ in range(_TRIES - 1):

@@ -427,13 +427,18 @@ fn terminals(input: &mut Input<'_>) {
 
 /// A disk of another process, which serves it until its script says otherwise.
 fn served_by_others(input: &mut Input<'_>) {
-    let (ours, theirs) = UnixStream::pair().expect("a socket");
-    let hang_up = theirs.try_clone().expect("a socket");
     // The handshake, as it should be, and what the input says.
     let mut script = vec![u8::MAX; 3];
     script.extend((0..input.byte() % 64).map(|_| input.byte()));
-    let thread = back_end::serve(theirs, script, 2);
-    let frontend = Frontend::new(ours, Duration::from_millis(200)).expect("a good handshake");
+    // Short, since many a script falls silent: on a busy host the thread may miss it.
+    let patience = Duration::from_millis(200);
+    let connect = |_| {
+        let (ours, theirs) = UnixStream::pair().expect("a socket");
+        let hang_up = theirs.try_clone().expect("a socket");
+        let thread = back_end::serve(theirs, script.clone(), 2);
+        Frontend::new(ours, patience).ok().map(|frontend| (frontend, hang_up, thread))
+    };
+    let (frontend, hang_up, thread) = (0..50).find_map(connect).expect("a good handshake");
     let mut frontend = Some(frontend);
     let mut rig = Rig::new(input, 2, |memory| {
         let frontend = frontend.take().expect("there is one");
