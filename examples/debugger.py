@@ -27,4 +27,4 @@ with Machine(engine="bt", agent=True) as vm:
     with vm.breakpoint(address[FUNCTION], show) as point:
         vm.exec(["sh", "-c", "touch /tmp/one /tmp/two; rm /tmp/one /tmp/two"])
         print(point.hits, "hits")
-    vm.shut_down()
+    vm.kill()

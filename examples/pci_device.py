@@ -32,7 +32,7 @@ with Machine(engine="bt") as vm:
         return vm.console.expect(PROMPT, timeout=90).removesuffix(PROMPT).strip()
 
     adder = Adder(vm)
-    slot = vm.plug(adder)
+    slot = vm.attach_pci(adder)
     device = f"/sys/bus/pci/devices/0000:00:{slot:02x}.0"
     shell(f"until [ -e {device}/enable ]; do sleep 0.1; done")
     print("Linux found", shell(f"cat {device}/vendor {device}/device").split())
@@ -42,5 +42,5 @@ with Machine(engine="bt") as vm:
     shell(f"devmem {address} 32 20; devmem {address} 32 22")
     print("the sum is", int(shell(f"devmem {address} 32"), 16))
 
-    vm.unplug(adder)
+    vm.detach(adder)
     print("still there:", "add0" in shell("cat /sys/bus/pci/devices/*/device"))

@@ -24,8 +24,8 @@ async def main() -> None:
             await asyncio.gather(boot(left, "10.0.0.1"), boot(right, "10.0.0.2"))
             ping = await left.exec(["ping", "-c", "1", "-W", "10", "10.0.0.2"])
             print("right answers" if ping.code == 0 else ping.stdout.decode())
-            ends = await asyncio.gather(left.shut_down(), right.shut_down())
-            print(*(end.reason for end in ends))
+            await asyncio.gather(left.stop(), right.stop())
+            print(*(vm.status and vm.status.reason for vm in (left, right)))
 
 
 asyncio.run(main())

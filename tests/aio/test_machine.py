@@ -61,7 +61,7 @@ def test_two_machines_are_talked_to_at_once(tmp_path: Path) -> None:
             said = await vm.console.expect(word)
             assert vm.vcpus[0].regs.rip
             assert vm.phase is Phase.RUNNING
-            await vm.stop()
+            await vm.kill()
             return said
 
     async def main() -> tuple[str, str]:
@@ -165,11 +165,11 @@ def test_events_come_to_who_iterates(tmp_path: Path) -> None:
             events = vm.events()
             resets = vm.events("reset")
             await vm.start()
-            async with vm.held():
-                assert vm.phase is Phase.HELD
+            async with vm.paused():
+                assert vm.phase is Phase.PAUSED
             vm.reset()
             assert (await anext(resets)).name == "reset"
-            await vm.stop()
+            await vm.kill()
             assert [event async for event in resets] == []
             return [event.name async for event in events]
 
@@ -184,8 +184,8 @@ def test_events_without_asyncio_are_a_loop_that_ends_with_the_machine(tmp_path: 
             stream.next(0.01)
 
         def end() -> None:
-            vm.hold()
-            vm.stop()
+            vm.pause()
+            vm.kill()
 
         threading.Timer(0.05, end).start()
         names = []
@@ -204,7 +204,7 @@ def test_breakpoint_is_awaited(tmp_path: Path) -> None:
                 hit = await point.wait(LIMIT_S)
                 assert hit.vcpu.regs.rip == point.address == 0x10_0000
                 await vm.resume()
-            await vm.stop()
+            await vm.kill()
 
     asyncio.run(main())
 

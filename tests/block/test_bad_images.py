@@ -146,7 +146,7 @@ def test_machine_gets_no_empty_disk_and_no_image_twice(tmp_path: Path) -> None:
     for disks in ([image, link], [image, f"{link},readonly"], [f"{image},snapshot=on", link]):
         with pytest.raises(ConfigError, match=r"link\.img: two disks of the machine have this"):
             machine(tmp_path, *map(str, disks))
-    machine(tmp_path, f"{image},readonly", f"{link},readonly").stop()
+    machine(tmp_path, f"{image},readonly", f"{link},readonly").kill()
     # Nothing holds it.
     opened(image)
 

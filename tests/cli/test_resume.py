@@ -24,7 +24,7 @@ def test_signal_resumes_whoever_else_has_a_handler(tmp_path: Path) -> None:
             # As a terminal in raw mode does.
             signal.signal(signal.SIGCONT, lambda signum, frame: None)
             for _ in range(3):
-                vm.hold()
+                vm.pause()
                 os.kill(os.getpid(), signal.SIGCONT)
                 while not vm.running:
                     time.sleep(0.001)

@@ -33,7 +33,7 @@ def test_core_has_registers_and_memory_where_they_belong(make: Make, tmp_path: P
     vm = make()
     vm.start()
     vm.console.expect("up", LIMIT_S)
-    vm.hold()
+    vm.pause()
     vm.write_memory(0x20_0000, b"found again")
     vm.dump_core(tmp_path / "core")
     data = (tmp_path / "core").read_bytes()

@@ -56,7 +56,7 @@ class Life:
 
     def get(self) -> Machine:
         if not self._machine.running:
-            self._machine.stop()
+            self._machine.kill()
             self._machine = self._start()
         return self._machine
 
@@ -66,7 +66,7 @@ class Life:
 
     def close(self) -> None:
         atexit.unregister(self.close)
-        self._machine.stop()
+        self._machine.kill()
         self._folder.cleanup()
 
 

@@ -403,7 +403,7 @@ def saved(data: bytes) -> None:
             return
         with machine, contextlib.suppress(StateError):
             machine.start()
-            machine.hold()
+            machine.pause()
             assert machine.vcpus[0].regs is not None
 
 

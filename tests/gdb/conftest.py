@@ -33,4 +33,4 @@ def debuggee(kernel: Path) -> Iterator[Make]:
 
     yield make
     for machine in machines:
-        machine.stop()
+        machine.kill()

@@ -44,7 +44,7 @@ def test_listener_is_called_at_each_execution(vm: Machine, hardware: bool) -> No
         assert hit.vcpu.regs.rip == STORE
         seen.append(hit.vcpu.regs.rcx)
         if len(seen) == 5:
-            vm.stop()
+            vm.kill()
 
     point = vm.breakpoint(STORE, listener, hardware=hardware)
     vm.start()
@@ -62,7 +62,7 @@ def test_listener_changes_registers_and_where_the_guest_goes_on(vm: Machine) -> 
         if len(steps) == 1:
             hit.vcpu.regs.update(rip=JUMP, rcx=100)
         else:
-            vm.stop()
+            vm.kill()
 
     vm.breakpoint(STORE, skip)
     vm.start()
@@ -78,7 +78,7 @@ def test_watchpoint_is_behind_the_write(vm: Machine) -> None:
     def listener(hit: Hit) -> None:
         seen.append((hit.vcpu.regs.rip, bytes(vm.memory[CELL : CELL + 4])))
         if len(seen) == 3:
-            vm.stop()
+            vm.kill()
 
     vm.watchpoint(CELL, 4, listener)
     vm.start()
@@ -103,7 +103,7 @@ def test_without_a_listener_the_machine_is_held_at_each_hit(vm: Machine) -> None
     vm.start()
     for count in range(3):
         hit = point.wait(LIMIT_S)
-        assert vm.phase is Phase.HELD
+        assert vm.phase is Phase.PAUSED
         assert (hit.vcpu.regs.rip, hit.vcpu.regs.rcx) == (INC, count)
         assert hit.breakpoint is point
         vm.resume()
@@ -128,7 +128,7 @@ def test_two_breakpoints_of_one_address_are_both_met(vm: Machine) -> None:
     vm.start()
     second.wait(LIMIT_S)
     second.remove()
-    vm.watchpoint(CELL, 4, lambda hit: vm.stop() if len(met) > 3 else None)
+    vm.watchpoint(CELL, 4, lambda hit: vm.kill() if len(met) > 3 else None)
     vm.resume()
     vm.wait(LIMIT_S)
     assert set(met) == {"first"}
@@ -139,7 +139,7 @@ def test_breakpoint_next_to_another_is_not_passed_over(vm: Machine) -> None:
     order: list[int] = []
     for address in (INC, STORE, LOAD, JUMP):
         vm.breakpoint(address, lambda hit: order.append(hit.breakpoint.address))
-    vm.breakpoint(JUMP, lambda hit: vm.stop() if len(order) >= 12 else None)
+    vm.breakpoint(JUMP, lambda hit: vm.kill() if len(order) >= 12 else None)
     vm.start()
     vm.wait(LIMIT_S)
     assert order[:12] == [INC, STORE, LOAD, JUMP] * 3
@@ -156,7 +156,7 @@ def test_listener_sets_and_removes_breakpoints(vm: Machine) -> None:
 
     def second(hit: Hit) -> None:
         rips.append(hit.vcpu.regs.rip)
-        vm.stop()
+        vm.kill()
 
     vm.breakpoint(STORE, first)
     vm.start()
@@ -195,7 +195,7 @@ def test_wait_ends_with_the_machine_or_the_time(vm: Machine) -> None:
     vm.start()
     with pytest.raises(TimeoutError, match="no hit within"):
         point.wait(0.05)
-    vm.stop()
+    vm.kill()
     with pytest.raises(MachineStateError, match="the machine ended"):
         point.wait(LIMIT_S)
     point.remove()
@@ -221,12 +221,12 @@ def test_gdb_and_a_program_are_not_both_at_it(vm: Machine) -> None:
         assert said.startswith(b"+$T")
         with pytest.raises(MachineStateError, match="debugged already, by gdb"):
             vm.breakpoint(INC, hardware=True)
-    vm.stop()
+    vm.kill()
 
 
 def test_machine_with_a_breakpoint_that_is_held_can_be_stopped(vm: Machine) -> None:
     point = vm.breakpoint(INC, hardware=True)
     vm.start()
     point.wait(LIMIT_S)
-    vm.stop()
+    vm.kill()
     assert vm.phase is Phase.ENDED

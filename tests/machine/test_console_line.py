@@ -90,7 +90,7 @@ def test_console_may_stop_its_machine(make: Make) -> None:
 
     class Stopper(NullConsole):
         def write(self, data: bytes) -> None:
-            vm.stop()
+            vm.kill()
 
     vm = make(script, Stopper())
     assert vm.run(timeout=60).reason is StopReason.STOPPED
@@ -108,7 +108,7 @@ def test_held_machine_has_said_what_it_said(make: Make) -> None:
     with make(script, console) as vm:
         vm.start()
         said.wait()
-        with vm.held():
+        with vm.paused():
             assert console.text == "x" * 100
 
 
@@ -125,11 +125,11 @@ def test_machine_whose_console_hangs_cannot_be_held(
     with make(script, console) as vm:
         vm.start()
         console.asked.wait()
-        with pytest.raises(HostError, match=r"cannot be held: its console .*; end its write"):
-            vm.hold()
+        with pytest.raises(HostError, match=r"cannot be paused: its console .*; end its write"):
+            vm.pause()
         assert vm.running
         console.open.set()
-        with vm.held():
+        with vm.paused():
             assert console.text == "x"
 
 

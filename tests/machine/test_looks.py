@@ -41,7 +41,7 @@ def test_register_is_an_attribute_that_is_read_and_set(vm: Machine) -> None:
     assert vcpu.regs.rsi == vcpu.regs["rsi"] == dict(vcpu.regs)["rsi"] == 0x1234_5678_9ABC
     vcpu.regs.rsi += 1
     assert vcpu.regs.rsi == 0x1234_5678_9ABD
-    with vm.held():
+    with vm.paused():
         regs = vcpu.regs
         regs.update(rdi=7, r8=8)
         regs["r9"] = 9
@@ -120,7 +120,7 @@ def test_what_is_written_the_guest_reads_code_too(vm: Machine) -> None:
 
 def test_view_outlives_the_machine(vm: Machine) -> None:
     view = vm.memory[CELL : CELL + 1]
-    vm.stop()
+    vm.kill()
     assert bytes(view) == b"?"
 
 
@@ -148,7 +148,7 @@ def test_linear_addresses_are_those_of_the_page_tables(vm: Machine) -> None:
     # A directory of one entry: 4 MiB at 0xC000_0000 are those at 0.
     vm.memory[0x5000 + 4 * 0x300 : 0x5004 + 4 * 0x300] = (0x83).to_bytes(4, "little")
     vm.memory[0x5000:0x5004] = (0x83).to_bytes(4, "little")
-    with vm.held():
+    with vm.paused():
         regs = vcpu.regs
         regs.update(cr3=0x5000, cr4=regs.cr4 | 0x10, cr0=regs.cr0 | 0x8000_0000)
         assert vcpu.linear.physical(0xC010_0080) == CELL
@@ -157,7 +157,7 @@ def test_linear_addresses_are_those_of_the_page_tables(vm: Machine) -> None:
         assert vcpu.linear.physical(0x4000_0000) is None
         with pytest.raises(GuestMemoryError, match="0x40000000 is not mapped"):
             _ = vcpu.linear[0x4000_0000]
-        vm.stop()
+        vm.kill()
 
 
 def test_machine_that_ended_shows_its_last_registers(tmp_path: Path) -> None:

@@ -184,14 +184,14 @@ def test_held_machine_stands_and_shows_its_registers(make: Make) -> None:
 
     with make(count) as vm:
         vm.start()
-        with vm.held():
-            assert (vm.phase, vm.running) == (Phase.HELD, False)
+        with vm.paused():
+            assert (vm.phase, vm.running) == (Phase.PAUSED, False)
             stood, uptime = len(steps), vm.uptime
             vm.vcpus[0].set_regs(rax=7)
             assert vm.vcpus[0].regs["rax"] == 7
             assert (len(steps), vm.uptime) == (stood, uptime)
-            with pytest.raises(MachineStateError, match="is held; call resume"):
-                vm.hold()
+            with pytest.raises(MachineStateError, match="is paused; call resume"):
+                vm.pause()
         assert (vm.phase, vm.running) == (Phase.RUNNING, True)
         while len(steps) == stood:
             time.sleep(0.001)
@@ -200,8 +200,8 @@ def test_held_machine_stands_and_shows_its_registers(make: Make) -> None:
 def test_held_machine_can_be_stopped(make: Make) -> None:
     with make(ScriptedVm.spin_until_stop) as vm:
         vm.start()
-        with vm.held():
-            vm.stop()
+        with vm.paused():
+            vm.kill()
     assert vm.wait().reason is StopReason.STOPPED
 
 
@@ -224,7 +224,7 @@ def test_resume_that_meets_a_hold_is_not_lost(make: Make) -> None:
 
     with make(ScriptedVm.spin_until_stop, Slow) as vm:
         vm.start()
-        hold, resume = threading.Thread(target=vm.hold), threading.Thread(target=vm.resume)
+        hold, resume = threading.Thread(target=vm.pause), threading.Thread(target=vm.resume)
         hold.start()
         begun.wait()
         resume.start()
@@ -236,7 +236,7 @@ def test_resume_that_meets_a_hold_is_not_lost(make: Make) -> None:
 
 def test_device_cannot_hold_its_own_machine(make: Make) -> None:
     def hold(scripted: ScriptedVm) -> str:
-        vm.hold()
+        vm.pause()
         return "stopped"
 
     vm = make(hold)
@@ -256,8 +256,8 @@ def test_device_that_does_not_return_cannot_be_held(
     monkeypatch.setattr(ScriptedVm.hold, "__defaults__", (0.05,))
     with make(hang) as vm:
         vm.start()
-        with pytest.raises(HostError, match=r"cannot be held: .*; end the device's access"):
-            vm.hold()
+        with pytest.raises(HostError, match=r"cannot be paused: .*; end the device's access"):
+            vm.pause()
         assert vm.running
         done.set()
         assert vm.wait(30).ok

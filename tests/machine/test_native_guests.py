@@ -82,7 +82,7 @@ def test_endless_loop_is_stopped_at_the_timeout(make: Make) -> None:
 def test_endless_loop_is_stopped_from_outside(make: Make) -> None:
     with make(guests.ENDLESS_LOOP) as vm:
         vm.start()
-        vm.stop()
+        vm.kill()
         assert vm.wait().reason is StopReason.STOPPED
 
 
@@ -165,7 +165,7 @@ def test_stats_tell_of_a_guest_while_it_runs(make: Make, engine: str) -> None:
     while vm.stats()["bt"]["interpreted"] == first and time.monotonic() < end:
         time.sleep(0.01)
     assert vm.stats()["bt"]["interpreted"] > first
-    vm.stop()
+    vm.kill()
 
 
 def test_pci_scan_finds_a_host_bridge_and_resets_nothing(make: Make) -> None:
@@ -188,7 +188,7 @@ def test_registers_of_a_running_machine(make: Make) -> None:
     with make(guests.ENDLESS_LOOP) as vm:
         vm.start()
         assert vm.vcpus[0].regs["rip"] == 0x10_0000
-        with vm.held():
+        with vm.paused():
             before = vm._vm.clock_ns()
             assert vm._vm.clock_ns() == before
             vm.write_memory(0x10_0000, guests.POWER_OFF)
@@ -201,7 +201,7 @@ def test_saved_machine_goes_on_in_another_process(make: Make, tmp_path: Path, en
         vm.start()
         vm.console.send("ab")
         vm.console.expect("a1b2", timeout=LIMIT_S)
-        with vm.held():
+        with vm.paused():
             clock = vm._vm.clock_ns()
             vm.console.send("c")
             vm.save(saved)
@@ -244,11 +244,11 @@ def test_machine_goes_on_on_the_other_engine_and_back(
         for number, engine in enumerate(engines):
             vm.console.send("a")
             vm.console.expect(f"a{2 * number + 1}", timeout=LIMIT_S)
-            with vm.held():
+            with vm.paused():
                 # Typed and not read: it is in the UART when the machine is saved.
                 vm.console.send("b")
                 vm.save(saved)
-            vm.stop()
+            vm.kill()
             vm = machines.enter_context(Machine.restore(saved, engine=engine))
             assert vm.engine == engine
             vm.start()

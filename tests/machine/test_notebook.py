@@ -35,7 +35,7 @@ def test_cell_shows_a_machine_and_the_end_of_its_console(vm: Machine) -> None:
     vm.console.send("<script>")
     vm.console.expect("<script>")
     assert vm.console._repr_html_() == "<pre>&lt;script&gt;</pre>"
-    vm.stop()
+    vm.kill()
     assert "<th>ended</th>" in vm._repr_html_()
 
 
@@ -61,7 +61,7 @@ def test_console_is_renewed_until_the_machine_has_ended(
     vm.console.send("hello")
     while "hello" not in shown.get(timeout=30):
         pass
-    vm.stop()
+    vm.kill()
     for thread in threading.enumerate():
         if thread.name == "notebook-console":
             thread.join(30)

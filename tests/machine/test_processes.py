@@ -92,14 +92,14 @@ if (pid := os.fork()) == 0:
             print("it did")
         except MachineStateError as error:
             assert "forked" in str(error), error
-    vm.stop()
+    vm.kill()
     del vm
     gc.collect()
     print("shadow", flush=True)
     {end}
 _, status = os.waitpid(pid, 0)
 print(status, echoes(vm, "two"))
-vm.stop()
+vm.kill()
 """
     assert run(directory, script) == "shadow\n0 two\n"
 

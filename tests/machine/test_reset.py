@@ -123,7 +123,7 @@ def test_guest_that_resets_for_ever_is_stopped(make: Make) -> None:
     with make(guests.say(b".") + guests.CF9_RESET) as vm:
         vm.start()
         vm.console.expect("." * 5, LIMIT_S)
-        vm.stop()
+        vm.kill()
         assert vm.wait().reason is StopReason.STOPPED
 
 
@@ -133,14 +133,14 @@ def test_held_machine_is_not_reset(make: Make) -> None:
         vm.start()
         for _ in range(20):
             vm.console.expect(".", LIMIT_S)
-            with vm.held():
+            with vm.paused():
                 count, rip = vm.resets, vm.vcpus[0].regs["rip"]
                 assert 0x10_0000 <= rip < 0x10_0100
                 vm.console.read()
                 assert (vm.resets, vm.vcpus[0].regs["rip"]) == (count, rip)
                 assert vm.console.read() == ""
-        vm.hold()
-        vm.stop()
+        vm.pause()
+        vm.kill()
         assert vm.wait().reason is StopReason.STOPPED
 
 
@@ -151,7 +151,7 @@ def test_saved_machine_never_waits_for_a_reset_that_came_before(make: Make, tmp_
         vm.start()
         for turn in range(60):
             vm.console.expect(".", LIMIT_S)
-            with vm.held():
+            with vm.paused():
                 # Beyond the write stands the guest's endless loop.
                 waits = vm.vcpus[0].regs["rip"] >= 0x10_0000 + len(guests.say(b".")) + 8
                 path = tmp_path / f"saved-{turn}"

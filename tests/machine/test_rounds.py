@@ -70,9 +70,9 @@ def test_guest_under_load_goes_on_round_after_round(
             machine.console.send(f"({load}; echo ended >>/tmp/ended) &\n")
             machine.console.expect(PROMPT, LIMIT_S)
         for _ in range(ROUNDS):
-            machine.hold()
+            machine.pause()
             machine.save(saved)
-            machine.stop()
+            machine.kill()
             machine = Machine.restore(saved, disk=image)
             machine.start()
             ask = asker(machine)
@@ -84,4 +84,4 @@ def test_guest_under_load_goes_on_round_after_round(
         ask("! dmesg | grep -i -E 'oops|bug:|lockup|i/o error|call trace'")
     finally:
         with suppress(Exception):
-            machine.stop()
+            machine.kill()

@@ -77,10 +77,10 @@ def saved(tmp_path: Path, kernel: Path) -> Path:
         vm.console.send("ab")
         vm.console.expect("b2 ", LIMIT_S)
         vm.write_memory(0x7F_F000, b"far away")
-        with vm.held():
+        with vm.paused():
             vm.console.send("c")  # typed, and not read by the guest
             vm.save(path)
-            assert vm.phase is Phase.HELD
+            assert vm.phase is Phase.PAUSED
         vm.console.expect("c3 ", LIMIT_S)
     return path
 
@@ -306,7 +306,7 @@ def test_files_of_what_was_written_since_lie_upon_each_other(kernel: Path, tmp_p
     with Machine(kernel=kernel, memory="16M", vm=scripted()) as vm:
         vm.start()
         vm.write_memory(0x80_0000, b"first".ljust(0x20_0000, b"x"))
-        with vm.held():
+        with vm.paused():
             vm.save(base, track=True)
         vm.write_memory(0x90_0000, b"second")
         vm.write_memory(0x80_0000, bytes(0x1000))
@@ -337,7 +337,7 @@ def test_damage_in_a_parent_is_found_and_named(kernel: Path, tmp_path: Path) -> 
     with Machine(kernel=kernel, memory="16M", vm=scripted()) as vm:
         vm.start()
         vm.write_memory(0x80_0000, b"x" * 0x1000)
-        with vm.held():
+        with vm.paused():
             vm.save(base, track=True)
             vm.save(child, parent=base)
     image = bytearray(base.read_bytes())

@@ -39,7 +39,7 @@ def test_debian_guest_goes_on_in_another_process(debian_guest: CachedGuest, tmp_
         vm.console.expect(PROMPT, LIMIT_S)
         vm.console.send(f"kept=seven; {CLOCKS}\n")
         uptime, date = clocks(vm.console.expect(PROMPT, LIMIT_S))
-        with vm.held():
+        with vm.paused():
             ran = vm.uptime
             vm.console.send("echo typed\n")
             vm.save(saved)

@@ -238,11 +238,11 @@ def test_card_is_plugged_in_and_out(debian_guest: CachedGuest, web: int) -> None
         for turn in range(3):
             network = open_network(NetSpec.parse("user"))
             card = NetKind(vm.engine_vm, network, "net7", stable_mac("plugged", turn))
-            vm.plug(VirtioPci(vm.engine_vm, card), name="net7")
+            vm.attach_pci(VirtioPci(vm.engine_vm, card), name="net7")
             ask("until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done")
             assert format_mac(stable_mac("plugged", turn)) in ask("cat /sys/class/net/eth0/address")
             ask("udhcpc -i eth0 -s /etc/udhcpc -q -n >/dev/null 2>&1")
             ask(f"wget -q -O /tmp/page http://{HOST}:{web}/ && rm /tmp/page")
-            vm.unplug("net7", timeout=120)
+            vm.detach("net7", timeout=120)
             ask("[ ! -e /sys/class/net/eth0 ]")
             assert passts() == before

@@ -277,7 +277,7 @@ def test_card_is_plugged_in_and_out_of_a_guest_that_is_busy(debian_guest: Cached
             before = vm.stats()["net0"]
             network = open_network(NetSpec.parse("tap=t1"))
             card = NetKind(vm.engine_vm, network, "net7", stable_mac("plugged", turn))
-            vm.plug(VirtioPci(vm.engine_vm, card), name="net7")
+            vm.attach_pci(VirtioPci(vm.engine_vm, card), name="net7")
             ip("addr add 10.9.0.1/24 dev t1")
             ask("until [ -e /sys/class/net/eth1 ]; do sleep 0.05; done")
             ask("ip addr add 10.9.0.2/24 dev eth1 && ip link set eth1 up")
@@ -291,7 +291,7 @@ def test_card_is_plugged_in_and_out_of_a_guest_that_is_busy(debian_guest: Cached
                     "the card carries nothing",
                     120,
                 )
-                vm.unplug("net7", timeout=120)
+                vm.detach("net7", timeout=120)
             ask("[ ! -e /sys/class/net/eth1 ] && killall nc")
             assert link("t1") is None
             after = vm.stats()["net0"]

@@ -62,7 +62,7 @@ class Driver:
 @pytest.fixture
 def device(guest: Guest) -> Device:
     device = Device(guest.machine.engine_vm)
-    assert guest.machine.plug(device, slot=SLOT) == SLOT
+    assert guest.machine.attach_pci(device, slot=SLOT) == SLOT
     guest.machine.start()
     return device
 
@@ -153,7 +153,7 @@ def test_bars_over_each_other_leave_who_came_first(driver: Driver, device: Devic
     machine = driver.guest.machine
     other = Device(machine.engine_vm)
     other.registers.data[:] = b"\xcd" * 0x1000
-    machine.plug(other, slot=SLOT + 1, name="other")
+    machine.attach_pci(other, slot=SLOT + 1, name="other")
     beside = 1 << 15
     driver.set_config(COMMAND, MEMORY, 2)
     driver.set_config(beside + COMMAND, MEMORY, 2)
@@ -170,7 +170,7 @@ def test_bars_over_each_other_leave_who_came_first(driver: Driver, device: Devic
     driver.set_config(BARS, own)
     assert driver.read(own) == 0x600D_600D
     assert driver.read(place) == 0xCDCD_CDCD
-    machine.plug(Device(machine.engine_vm), slot=SLOT + 2, name="third")
+    machine.attach_pci(Device(machine.engine_vm), slot=SLOT + 2, name="third")
     driver.set_config(beside + BARS, 0xFFFF_F000)
     driver.set_config(beside + COMMAND, 0, 2)
     assert driver.read(place) == 0xFFFF_FFFF
@@ -307,7 +307,7 @@ def test_driver_with_messages_does_not_get_the_line_too(driver: Driver, device: 
 
 def test_functions_on_one_line_hold_it_together(driver: Driver, device: Device) -> None:
     other = Device(driver.guest.machine.engine_vm)
-    slot = driver.guest.machine.plug(other, slot=SLOT + 4, name="other")
+    slot = driver.guest.machine.attach_pci(other, slot=SLOT + 4, name="other")
     assert machine_map.pci_gsi(slot, 0) == machine_map.pci_gsi(SLOT, 0)
     device.function.intx.set(True)
     other.function.intx.set(True)
@@ -347,7 +347,7 @@ def test_saved_function_goes_on_in_another_machine(
     with Guest(engine, tmp_path / "saved") as restored:
         twin = Device(restored.machine.engine_vm)
         # Where it was, not in the first free slot.
-        assert restored.machine.plug(twin) == SLOT
+        assert restored.machine.attach_pci(twin) == SLOT
         restored.machine.start()
         later = Driver(restored)
         assert [later.config(offset) for offset in range(0, 0x100, 4)] == before

@@ -54,7 +54,7 @@ def test_device_appears_and_works_and_goes_while_linux_runs(debian_guest: Cached
         linux = Linux(vm)
         before = linux.functions()
         device = Device(vm.engine_vm)
-        slot = vm.plug(device, slot=5)
+        slot = vm.attach_pci(device, slot=5)
         here = f"/sys/bus/pci/devices/0000:00:{slot:02x}.0"
         linux.wait_for(f"[ -e {here}/enable ]")
         assert linux.functions() == before | {f"0000:00:{slot:02x}.0"}
@@ -65,7 +65,7 @@ def test_device_appears_and_works_and_goes_while_linux_runs(debian_guest: Cached
         assert "0xABABABAB" in linux.ask(f"devmem {address:#x} 32")
         linux.ask(f"devmem {address:#x} 32 0xcafe")
         assert device.registers.data[:4].hex() == "feca0000"
-        vm.unplug(device, timeout=LIMIT_S)
+        vm.detach(device, timeout=LIMIT_S)
         assert linux.functions() == before
         assert device.function.address(device.function.bars[0]) == 0
 
@@ -81,16 +81,16 @@ def test_virtio_device_serves_by_messages_20_times_plugged_in_and_out(
         assert isinstance(vm.engine_vm, Vm)
         misc = "/sys/class/misc/hw_random"
         for number in range(1, 21):
-            vm.plug(VirtioPci(vm.engine_vm, RngKind(vm.engine_vm, "second")), name="second")
+            vm.attach_pci(VirtioPci(vm.engine_vm, RngKind(vm.engine_vm, "second")), name="second")
             linux.wait_for(f"grep -q virtio_rng.1 {misc}/rng_available")
             linux.ask(f"echo virtio_rng.1 > {misc}/rng_current")
             assert "5000" in linux.ask("head -c 5000 /dev/hwrng | wc -c"), number
             interrupts = linux.ask("awk '/PCI-MSI.*virtio1-input/ {print $2}' /proc/interrupts")
             assert int(interrupts.split()[0]) > 0, interrupts
-            vm.unplug("second", timeout=LIMIT_S)
+            vm.detach("second", timeout=LIMIT_S)
             assert "rng.1" not in linux.ask(f"cat {misc}/rng_available")
         # Also the one that the machine began with.
-        vm.unplug("rng", timeout=LIMIT_S)
+        vm.detach("rng", timeout=LIMIT_S)
         assert linux.functions() == {"0000:00:00.0"}
         vm.console.send("poweroff\n")
         assert vm.wait(LIMIT_S)
@@ -112,19 +112,21 @@ def test_disk_comes_with_its_data_and_goes_with_what_was_written(
             image.write_bytes(b"from the host %d\n" % number + bytes(1 << 20))
             os.truncate(image, 1 << 20)
             disk = block.open_disk(block.DiskSpec.parse(f"{image},format=raw"))
-            vm.plug(VirtioPci(vm.engine_vm, BlkKind(vm.engine_vm, disk, "more", 1)), name="more")
+            vm.attach_pci(
+                VirtioPci(vm.engine_vm, BlkKind(vm.engine_vm, disk, "more", 1)), name="more"
+            )
             linux.wait_for("[ -b /dev/vdb ]")
             assert f"from the host {number}" in linux.ask("head -n 1 /dev/vdb")
             linux.ask(f"echo from the guest {number} | dd of=/dev/vdb conv=fsync 2>/dev/null")
-            vm.unplug("more", timeout=LIMIT_S)
+            vm.detach("more", timeout=LIMIT_S)
             assert image.read_bytes().startswith(b"from the guest %d\n" % number)
             # The lock on the image is gone with the device.
             block.open_disk(block.DiskSpec.parse(f"{image},format=raw")).close()
             linux.wait_for("[ ! -e /dev/vdb ]")
         # The one that the machine began with, while it is written to.
-        vm.unplug("disk0", timeout=LIMIT_S)
+        vm.detach("disk0", timeout=LIMIT_S)
         linux.wait_for("[ ! -e /sys/block/vda ]")
-        with vm.held():
+        with vm.paused():
             block.open_disk(block.DiskSpec.parse(f"{first},format=raw")).close()
 
 
@@ -132,7 +134,7 @@ def test_guest_is_told_by_an_event_that_stays_until_it_has_looked(guest: Guest) 
     guest.machine.start()
     guest.port_out(STATUS, EVENT, 2)
     assert guest.port_in(STATUS, 2) == 0
-    guest.machine.plug(Device(guest.machine.engine_vm), slot=7)
+    guest.machine.attach_pci(Device(guest.machine.engine_vm), slot=7)
     guest.port_out(STATUS, EVENT, 2)
     assert guest.port_in(STATUS, 2) == EVENT, "still driven"
     assert guest.port_in(REGISTERS + NEW) == 1 << 7
@@ -156,34 +158,34 @@ def test_unplug_returns_when_the_guest_has_given_the_device_up(guest: Guest) -> 
 
     device = Closing(guest.machine.engine_vm)
     guest.machine.start()
-    guest.machine.plug(device, slot=7)
+    guest.machine.attach_pci(device, slot=7)
     config = machine_map.ECAM[0] + (7 << 15)
     guest.write(config + 4, 2, 2)
     where = guest.read(config + 0x10)
     assert guest.read(where) == 0xABAB_ABAB
     with pytest.raises(TimeoutError, match="has not given"):
-        guest.machine.unplug(device, timeout=0.01)
+        guest.machine.detach(device, timeout=0.01)
     assert guest.read(where) == 0xABAB_ABAB
     # The request of before is seen: the driver ejects for the next one, which is waited for.
     guest.port_out(REGISTERS + GONE, 1 << 7)
     driver = threading.Thread(target=eject_when_asked, args=(guest, 7))
     driver.start()
-    guest.machine.unplug(device, timeout=float("inf"))
+    guest.machine.detach(device, timeout=float("inf"))
     driver.join()
     assert closed.is_set()
     assert guest.read(where) == 0xFFFF_FFFF
     assert guest.read(config) == 0xFFFF_FFFF
     # The slot is free, and so is the device.
-    assert guest.machine.plug(device, slot=7) == 7
+    assert guest.machine.attach_pci(device, slot=7) == 7
     assert guest.read(config) & 0xFFFF == 0x1B36
 
 
 def test_reset_takes_out_what_the_guest_was_asked_to_give_up(guest: Guest) -> None:
     device = Device(guest.machine.engine_vm)
-    guest.machine.plug(device, slot=7)
+    guest.machine.attach_pci(device, slot=7)
     guest.machine.start()
     with pytest.raises(TimeoutError):
-        guest.machine.unplug(device, timeout=0.01)
+        guest.machine.detach(device, timeout=0.01)
     guest.reset()
     assert guest.read(machine_map.ECAM[0] + (7 << 15)) == 0xFFFF_FFFF
     assert guest.port_in(REGISTERS + GONE) == 0
@@ -191,13 +193,13 @@ def test_reset_takes_out_what_the_guest_was_asked_to_give_up(guest: Guest) -> No
 
 def test_unplug_does_not_wait_for_a_machine_that_has_ended(guest: Guest) -> None:
     device = Device(guest.machine.engine_vm)
-    guest.machine.plug(device)
+    guest.machine.attach_pci(device)
     guest.machine.start()
-    stopper = threading.Thread(target=guest.machine.stop)
+    stopper = threading.Thread(target=guest.machine.kill)
     stopper.start()
     # Before or after the wait has begun: it does not last.
     with pytest.raises(MachineStateError, match="ended"):
-        guest.machine.unplug(device, timeout=None)
+        guest.machine.detach(device, timeout=None)
     stopper.join()
 
 
@@ -212,14 +214,16 @@ def test_eject_of_empty_slots_and_of_the_bridge_is_nothing(guest: Guest) -> None
 
 def test_request_and_slots_are_saved(engine: EngineName, guest: Guest, tmp_path: Path) -> None:
     guest.machine.start()
-    guest.machine.plug(Device(guest.machine.engine_vm), slot=9, name="kept")
-    guest.machine.plug(Device(guest.machine.engine_vm), slot=7, name="leaves")
+    guest.machine.attach_pci(Device(guest.machine.engine_vm), slot=9, name="kept")
+    guest.machine.attach_pci(Device(guest.machine.engine_vm), slot=7, name="leaves")
     with pytest.raises(TimeoutError):
-        guest.machine.unplug("leaves", timeout=0.01)
+        guest.machine.detach("leaves", timeout=0.01)
     guest.machine.save(tmp_path / "saved")
     with Guest(engine, tmp_path / "saved") as restored:
         for name, slot in (("leaves", 7), ("kept", 9)):
-            assert restored.machine.plug(Device(restored.machine.engine_vm), name=name) == slot
+            assert (
+                restored.machine.attach_pci(Device(restored.machine.engine_vm), name=name) == slot
+            )
         restored.machine.start()
         assert restored.port_in(REGISTERS + NEW) == 1 << 7 | 1 << 9
         assert restored.port_in(REGISTERS + GONE) == 1 << 7
@@ -246,14 +250,14 @@ def test_device_that_was_unplugged_is_not_in_the_restored_machine(
 def test_what_cannot_be_is_refused(guest: Guest) -> None:
     machine = guest.machine
     device = Device(machine.engine_vm)
-    machine.plug(device, slot=3)
+    machine.attach_pci(device, slot=3)
     with pytest.raises(ConfigError, match="there is a device 'Device' already"):
-        machine.plug(Device(machine.engine_vm))
+        machine.attach_pci(Device(machine.engine_vm))
     with pytest.raises(ConfigError, match="in a slot already"):
-        machine.plug(device, name="again")
+        machine.attach_pci(device, name="again")
     with pytest.raises(ConfigError, match="slot 3 is taken"):
-        machine.plug(Device(machine.engine_vm), slot=3, name="other")
+        machine.attach_pci(Device(machine.engine_vm), slot=3, name="other")
     with pytest.raises(MachineStateError, match="no PCI device 'disk'"):
-        machine.unplug("disk")
-    machine.unplug(device)  # at once: no guest runs
-    assert machine.plug(device) == 1
+        machine.detach("disk")
+    machine.detach(device)  # at once: no guest runs
+    assert machine.attach_pci(device) == 1

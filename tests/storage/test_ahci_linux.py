@@ -71,9 +71,9 @@ def test_saved_machine_goes_on_with_its_disk(standard_guest: CachedGuest, tmp_pa
         )
         machine.console.expect("records out", 60)
         for _ in range(10):
-            with machine.held():
+            with machine.paused():
                 pass
-        machine.hold()  # its disk is not to change any more
+        machine.pause()  # its disk is not to change any more
         machine.save(saved)
     restored = Machine.restore(saved, disk=f"{path},bus=ahci", cdrom=iso)
     with restored:

@@ -140,14 +140,14 @@ def test_machine_is_held_until_there_is_room_and_loses_nothing(
 ) -> None:
     with full_host(request, tmp_path, bus, device, "stop") as host:
         host.ask(f"{write(device)} && {compare(device)}; dmesg; poweroff -f")
-        line = until(host.warned, b"held").decode()
+        line = until(host.warned, b"paused").decode()
         assert re.search(
-            r"disk0 \(.*disk\.img\): the host's file system is full; the machine is held: ", line
+            r"disk0 \(.*disk\.img\): the host's file system is full; the machine is paused: ", line
         ), line
         host.has_room()
         host.program.send_signal(signal.SIGCONT)
         said, warned = host.end()
     assert "the same" in said
     # There was room for all that was to be written: it was held once, and said so once.
-    assert "held" not in warned
+    assert "paused" not in warned
     assert "error" not in said.lower()

@@ -58,9 +58,9 @@ def test_saved_machine_goes_on_with_its_disk(debian_guest: CachedGuest, tmp_path
         )
         machine.console.expect("records out", 60)
         for _ in range(10):
-            with machine.held():
+            with machine.paused():
                 pass
-        machine.hold()  # its disk is not to change any more
+        machine.pause()  # its disk is not to change any more
         machine.save(saved)
     restored = Machine.restore(saved, disk=f"{path},bus=nvme")
     with restored:
@@ -79,13 +79,13 @@ def test_disk_is_plugged_in_and_out_while_linux_runs(
         linux.ask("modprobe nvme")
         assert isinstance(vm.engine_vm, Vm)
         disk = NvmeController(vm.engine_vm, block.open_disk(block.DiskSpec(path)), name="scratch")
-        vm.plug(disk, name="scratch")
+        vm.attach_pci(disk, name="scratch")
         linux.ask("until [ -b /dev/nvme0n1 ]; do sleep 0.1; done")
         linux.ask("mount -t ext4 /dev/nvme0n1 /mnt && echo here > /mnt/data && umount /mnt")
         # A larger disk is seen at once.
         disk.resize(2 * block.info(path)["size"])
         linux.ask("until [ $(cat /sys/block/nvme0n1/size) = 393216 ]; do sleep 0.1; done")
-        vm.unplug("scratch")
+        vm.detach("scratch")
         linux.ask("[ ! -e /dev/nvme0n1 ]")
         block.open_disk(block.DiskSpec(path))
     check(path)

@@ -49,11 +49,11 @@ def test_guest(tetrarch_guest, tmp_path):
     found = guest.run(wait % "/sys/class/net/eth0" + "; cat /sys/class/net/eth0/address")
     assert found == "52:54:00:01:02:03\\n"
     for device in (disk, card):
-        vm.unplug(device)
+        vm.detach(device)
         assert deleted.next(30).data["device"] == device
     assert guest.run("[ -e /dev/vda ] || [ -e /sys/class/net/eth0 ] || echo gone") == "gone\\n"
 
-    assert vm.shut_down(60).reason == "powered-off"
+    assert vm.stop(60)
     assert not pathlib.Path(vm.config.vsock).exists()
     pytest.fail("to see the console")
 

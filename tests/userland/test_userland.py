@@ -65,7 +65,7 @@ class Userland:
     def close(self) -> None:
         machine, self.machine = self.machine, None
         if machine is not None:
-            machine.stop()
+            machine.kill()
 
     def _boot(self) -> Machine:
         self.machine = machine = Machine(

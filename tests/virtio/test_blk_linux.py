@@ -76,7 +76,7 @@ def test_disk_is_plugged_in_and_out_of_a_guest_that_is_busy(
             (tmp_path / "comes.img").write_bytes(mark.encode().ljust(8 << 20, b"."))
             disk = open_disk(block.DiskSpec(tmp_path / "comes.img"))
             device = VirtioPci(vm.engine_vm, BlkKind(vm.engine_vm, disk, "comes", 1))
-            vm.plug(device, name="comes")
+            vm.attach_pci(device, name="comes")
             # Linux makes the node before it can be opened (block/genhd.c, device_add_disk).
             ask("until head -c 1 /dev/vdb >/dev/null 2>&1; do sleep 0.05; done")
             assert mark in ask("head -c 10 /dev/vdb")
@@ -85,7 +85,7 @@ def test_disk_is_plugged_in_and_out_of_a_guest_that_is_busy(
             # a shell of its own, since without a terminal busybox's ends when a job does.
             use = "<&3 >/dev/null" if count % 2 else "</dev/zero >&3"
             ask(f"exec 3<>/dev/vdb; (dd bs=4k {use} 2>/dev/null &); exec 3>&-")
-            vm.unplug(device, timeout=120)
+            vm.detach(device, timeout=120)
             ask("until [ ! -e /dev/vdb ]; do sleep 0.05; done")
             # The image is nobody's now.
             open_disk(block.DiskSpec(tmp_path / "comes.img")).close()
@@ -153,11 +153,11 @@ def test_held_and_saved_machine_goes_on_with_its_disk(
         )
         machine.console.expect("records out", 60)
         for _ in range(10):
-            with machine.held():
+            with machine.paused():
                 pass
         machine.console.send("kill %1; wait; sync; echo kept > /mnt/y; sync; echo do''ne\n")
         machine.console.expect("done", 60)
-        machine.hold()  # its disk is not to change any more
+        machine.pause()  # its disk is not to change any more
         machine.save(saved)
     restored = Machine.restore(saved, disk=path)
     with restored:

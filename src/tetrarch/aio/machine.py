@@ -56,10 +56,10 @@ class AsyncMachine(Twin[Machine]):
     # How it runs.
     load = awaited(Machine.load)
     start = awaited(Machine.start)
-    hold = awaited(Machine.hold)
+    pause = awaited(Machine.pause)
     resume = awaited(Machine.resume)
     stop = awaited(Machine.stop)
-    shut_down = awaited(Machine.shut_down)
+    kill = awaited(Machine.kill)
     save = awaited(Machine.save)
     dump_core = awaited(Machine.dump_core)
     reset = _same(lambda vm: vm.reset)
@@ -95,10 +95,10 @@ class AsyncMachine(Twin[Machine]):
     attach_virtio = _same(lambda vm: vm.attach_virtio)
     irq_source = _same(lambda vm: vm.irq_source)
     irq_line = _same(lambda vm: vm.irq_line)
-    plug = awaited(Machine.plug)
+    attach_pci = awaited(Machine.attach_pci)
     attach_disk = awaited(Machine.attach_disk)
     attach_net = awaited(Machine.attach_net)
-    unplug = awaited(Machine.unplug)
+    detach = awaited(Machine.detach)
     # The guest's agent.
     exec = awaited(Machine.exec)
     copy_in = awaited(Machine.copy_in)
@@ -166,13 +166,13 @@ class AsyncMachine(Twin[Machine]):
             raise
 
     @asynccontextmanager
-    async def held(self) -> AsyncIterator[None]:
-        """Holds the machine for as long as an ``async with`` statement lasts."""
-        await self.hold()
+    async def paused(self) -> AsyncIterator[None]:
+        """Pauses the machine for as long as an ``async with`` statement lasts."""
+        await self.pause()
         try:
             yield
         finally:
-            if self.sync.phase is Phase.HELD:  # it may have been stopped
+            if self.sync.phase is Phase.PAUSED:  # it may have been stopped
                 await self.resume()
 
     async def __aenter__(self) -> AsyncMachine:

@@ -113,7 +113,7 @@ def _power_off(machine: Machine, path: Path) -> None:
         machine.wait(_POWER_OFF_S)
     except TimeoutError:
         print("tetrarch: the guest does not switch itself off, and is stopped", file=sys.stderr)
-        machine.stop()
+        machine.kill()
 
 
 def _ended(machine: Machine) -> ExitStatus | None:

@@ -105,7 +105,7 @@ class AssembledMachine(ABC):
         self._attached = AttachedDevices()
         self._debugger_port = DebuggerPort(vm, vcpus)
         self._breakpoints = Breakpoints(
-            self._debugger_port, self.vcpus, _if_it_can(self.hold), _if_it_can(self.resume), end
+            self._debugger_port, self.vcpus, _if_it_can(self.pause), _if_it_can(self.resume), end
         )
         self._controls: list[ControlServer] = []
         self._gdb: list[GdbServer] = []
@@ -160,7 +160,7 @@ class AssembledMachine(ABC):
 
     @property
     def phase(self) -> Phase:
-        """Where it is in its life: made, running, held, ended."""
+        """Where it is in its life: made, running, paused, ended."""
         return self._life.phase
 
     @property
@@ -169,7 +169,7 @@ class AssembledMachine(ABC):
         return self._life.uptime
 
     @abstractmethod
-    def hold(self) -> None:
+    def pause(self) -> None:
         """For a breakpoint or a disk; they may call it in any phase."""
 
     @abstractmethod

@@ -26,7 +26,7 @@ class DebugMethods(RunMethods):
         vcpu: int = 0,
     ) -> Breakpoint:
         """Stops vCPUs before they execute the instruction at a linear address, and calls
-        ``listener`` there; then the machine goes on. Without a listener it is held at each hit
+        ``listener`` there; then the machine goes on. Without a listener it is paused at each hit
         (``Breakpoint.wait``).
 
         An INT3 is planted, where ``vcpu`` has the address mapped; the guest's code is to be there.
@@ -35,7 +35,7 @@ class DebugMethods(RunMethods):
         own while the machine stands; what one raises ends the machine and comes out of ``wait()``.
         Raises MachineStateError while gdb debugs the machine.
         """
-        self._life.require("breakpoint", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        self._life.require("breakpoint", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
         if hardware:
             return self._breakpoints.watch(("execute", address, 1), listener)
         return self._breakpoints.plant(vcpu, address, listener)
@@ -51,7 +51,7 @@ class DebugMethods(RunMethods):
         """As ``breakpoint``, behind each instruction that writes to the 1, 2, 4 or 8 bytes at a
         linear address, a multiple of ``length``; with "access" also behind those that read.
         """
-        self._life.require("watchpoint", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        self._life.require("watchpoint", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
         try:
             return self._breakpoints.watch((access, address, length), listener)
         except EngineError as error:
@@ -78,7 +78,7 @@ class DebugMethods(RunMethods):
 
         ``begin`` and ``length`` pick a range of physical addresses. With ``paging`` the file has
         what the vCPUs' page tables map, at its linear addresses, as gdb wants it. The machine is
-        held meanwhile, and runs on if it ran. Raises HostError where the file cannot be written,
+        paused meanwhile, and runs on if it ran. Raises HostError where the file cannot be written,
         MachineStateError while another dump is.
         """
-        self.dumps.begin(path, self.held, begin, length, paging)()
+        self.dumps.begin(path, self.paused, begin, length, paging)()

@@ -80,54 +80,56 @@ class DeviceMethods(AssembledMachine):
         """What a ``PciFunction`` and the vectors of a device of yours are made with."""
         return self._vm
 
-    def plug(self, device: PciDevice, *, slot: int | None = None, name: str | None = None) -> int:
+    def attach_pci(
+        self, device: PciDevice, *, slot: int | None = None, name: str | None = None
+    ) -> int:
         """Puts a PCI device of yours into a slot, a free one if none is given; gives its number.
 
         The guest is told if it runs. ``name``, by default the device's class, is what
-        ``unplug`` and a saved machine know it by.
+        ``detach`` and a saved machine know it by.
         """
-        self._life.require("plug", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        self._life.require("attach_pci", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
         announce = self.phase is not Phase.MADE
         name = type(device).__qualname__ if name is None else name
         return self._pc.plugged.plug(name, device, slot, announce=announce)
 
     def attach_disk(self, disk: DiskOption, *, name: str | None = None) -> str:
         """Puts a disk into a slot, at virtio or nvme, as ``disk=`` is written; gives the device's
-        name, which ``unplug`` takes.
+        name, which ``detach`` takes.
 
         Raises ConfigError for what a disk that comes later cannot be, ImageError where the image
         cannot be used.
         """
-        self._life.require("attach_disk", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        self._life.require("attach_disk", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
         (spec,) = make_config({"disk": disk}).disk
         return add_disk(self._pc, spec, name, announce=self.phase is not Phase.MADE)
 
     def attach_net(self, net: NetOption, *, name: str | None = None) -> str:
         """Puts a network card into a slot, as ``net=`` is written; gives the device's name, which
-        ``unplug`` takes.
+        ``detach`` takes.
 
         Raises HostError where the host does not give the network.
         """
-        self._life.require("attach_net", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        self._life.require("attach_net", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
         (spec,) = make_config({"net": net}).net
         return add_net(self._pc, spec, name, announce=self.phase is not Phase.MADE)
 
-    def unplug(self, device: PciDevice | str, *, timeout: float | None = 30.0) -> None:
+    def detach(self, device: PciDevice | str, *, timeout: float | None = 30.0) -> None:
         """Takes a PCI device out, by itself or its name; returns when the guest has given it up.
 
         Raises TimeoutError if that has not come about after ``timeout`` seconds; the guest may
         still do it.
         """
-        self._life.require("unplug", Phase.MADE, Phase.RUNNING)
+        self._life.require("detach", Phase.MADE, Phase.RUNNING)
         if self._threads.current or self._attached.current:
             raise MachineStateError(
-                "a device cannot wait for its own guest", mend="unplug it on another thread"
+                "a device cannot wait for its own guest", mend="detach it on another thread"
             )
         ask = self.phase is Phase.RUNNING
         gone = self._pc.plugged.unplug(device, ask=ask, timeout=timeout)
         if gone is None:
             raise MachineStateError(
-                "the machine ended before its guest gave the device up", mend="unplug it earlier"
+                "the machine ended before its guest gave the device up", mend="detach it earlier"
             )
         if not gone:
             raise TimeoutError(f"the guest has not given {device!r} up within {timeout:g} s")

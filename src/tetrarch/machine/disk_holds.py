@@ -43,7 +43,7 @@ def _hold_for(machine: AssembledMachine | None, cause: str) -> bool:
         return True
     log = MachineLog(machine.config.name)
     try:
-        machine.hold()
+        machine.pause()
     except MachineStateError:  # it has ended, or who holds it will resume it, as here
         return True
     except HostError as error:
@@ -51,7 +51,7 @@ def _hold_for(machine: AssembledMachine | None, cause: str) -> bool:
         return False
     # Now and not before: who reads it may resume the machine at once.
     log.warning(
-        "%s; the machine is held: mend it on the host and resume() it, or kill -CONT %d",
+        "%s; the machine is paused: mend it on the host and resume() it, or kill -CONT %d",
         cause,
         os.getpid(),
     )

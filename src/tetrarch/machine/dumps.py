@@ -58,7 +58,7 @@ class Dumps:
 
         Raises what can be told before anything is written.
         """
-        self._life.require("dump_core", Phase.RUNNING, Phase.HELD)
+        self._life.require("dump_core", Phase.RUNNING, Phase.PAUSED)
         ranges = core_ranges(self._vm.ram, begin, length)
         self._start(sum(size for _, size in ranges))
         try:
@@ -66,7 +66,7 @@ class Dumps:
                 file = target
                 if isinstance(file, (str, os.PathLike)):
                     file = stack.enter_context(new_file(Path(file), "dump guest memory"))
-                if self._life.phase is not Phase.HELD:
+                if self._life.phase is not Phase.PAUSED:
                     stack.enter_context(hold())
                 registers = [vcpu.regs for vcpu in self._vcpus]
                 linear = linear_ranges(self._vm, registers) if paging else []
@@ -98,4 +98,4 @@ class Dumps:
     def _wrote(self, count: int) -> None:
         """Raises MachineStateError where the machine has ended meanwhile."""
         self._completed += count
-        self._life.require("dump_core", Phase.HELD)
+        self._life.require("dump_core", Phase.PAUSED)

@@ -10,17 +10,19 @@ from typing import Final
 from tetrarch.errors import MachineStateError
 from tetrarch.machine.forked import elsewhere
 
-__all__ = ["PRESS_AGAIN_S", "LifeCycle", "Phase"]
+__all__ = ["PRESS_AGAIN_S", "STOP_GRACE_S", "LifeCycle", "Phase"]
 
 #: Until a power button is pressed again: a guest that still boots does not see it.
 PRESS_AGAIN_S: Final = 10.0
+#: As long as systemd waits for a service (DefaultTimeoutStopSec): a system may have some to end.
+STOP_GRACE_S: Final = 90.0
 
 
 class Phase(StrEnum):
     MADE = "made"
     """Not started: devices can be attached, memory be written."""
     RUNNING = "running"
-    HELD = "held"
+    PAUSED = "paused"
     """Every vCPU between two instructions, and the machine's clock stands."""
     ENDED = "ended"
     """For good: a machine runs once."""
@@ -28,15 +30,15 @@ class Phase(StrEnum):
 
 _NEXT = {
     Phase.MADE: {Phase.RUNNING, Phase.ENDED},
-    Phase.RUNNING: {Phase.HELD, Phase.ENDED},
-    Phase.HELD: {Phase.RUNNING, Phase.ENDED},
+    Phase.RUNNING: {Phase.PAUSED, Phase.ENDED},
+    Phase.PAUSED: {Phase.RUNNING, Phase.ENDED},
     Phase.ENDED: set[Phase](),
 }
 
 _WHY_NOT = {
     Phase.MADE: ("the machine has not been started", "call start() or run() first"),
-    Phase.RUNNING: ("the machine was already started and runs", "do it before, or hold() it"),
-    Phase.HELD: ("the machine is held", "call resume() first"),
+    Phase.RUNNING: ("the machine was already started and runs", "do it before, or pause() it"),
+    Phase.PAUSED: ("the machine is paused", "call resume() first"),
     Phase.ENDED: ("the machine has ended", "make another Machine: each runs once"),
 }
 

@@ -117,9 +117,9 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         # Only what __init__ has made: it may have failed.
         if getattr(self, "_resets", None) is None:
             return
-        if self.phase in (Phase.RUNNING, Phase.HELD):
+        if self.phase in (Phase.RUNNING, Phase.PAUSED):
             warnings.warn(
-                f"{self!r} was forgotten while it ran: use it in a with statement, or stop() it",
+                f"{self!r} was forgotten while it ran: use it in a with statement, or kill() it",
                 ResourceWarning,
                 source=self,
                 stacklevel=1,
@@ -210,7 +210,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         """
         from tetrarch.control.server import ControlServer
 
-        self._life.require("serve_control", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        self._life.require("serve_control", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
         if self._controls:
             raise MachineStateError(
                 f"the machine has a control socket, {self._controls[0].path}", mend="use that"
@@ -231,12 +231,12 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         for gdb's ``target remote``. See docs/gdb.md.
 
         ``where`` is a TCP port of this host, 0 for a free one, "HOST:PORT", or the path of a Unix
-        socket. With ``wait`` the machine is held until gdb lets it run. Raises HostError where it
+        socket. With ``wait`` the machine is paused until gdb lets it run. Raises HostError where it
         cannot listen there, MachineStateError where it does already.
         """
         from tetrarch.gdb.server import GdbServer
 
-        self._life.require("serve_gdb", Phase.MADE, Phase.RUNNING, Phase.HELD)
+        self._life.require("serve_gdb", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
         if self._gdb:
             raise MachineStateError(
                 f"the machine has a place for gdb, {self._gdb[0].address}", mend="use that"
@@ -261,12 +261,12 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
     def agent(self, timeout: float = AGENT_S) -> AgentStream:
         """A connection with the guest's agent, for one command. Raises MachineStateError for a
         machine without ``agent=True`` or ``vsock=``."""
-        self._life.require("agent", Phase.RUNNING, Phase.HELD, Phase.ENDED)
+        self._life.require("agent", Phase.RUNNING, Phase.PAUSED, Phase.ENDED)
         if self.config.vsock is None:
             raise MachineStateError(
                 "the machine has no way to an agent in its guest", mend="make it with agent=True"
             )
-        alive = (Phase.RUNNING, Phase.HELD)
+        alive = (Phase.RUNNING, Phase.PAUSED)
         return connect_agent(self.config.vsock, timeout, lambda: self.phase in alive)
 
     @property

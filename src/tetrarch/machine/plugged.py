@@ -68,7 +68,7 @@ class PluggedDevices:
                 raise ConfigError(f"there is a device {name!r} already", mend="name it otherwise")
             if any(plugged.device is device for plugged in self._devices.values()):
                 raise ConfigError(
-                    f"the device {name!r} is in a slot already", mend="unplug it before"
+                    f"the device {name!r} is in a slot already", mend="detach it before"
                 )
             saved = self.awaited.get(name)
             if saved is not None:

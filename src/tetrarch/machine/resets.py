@@ -77,7 +77,7 @@ class Resets:
         if not isinstance(event, HostReset) and not self._restarts(event):
             return event
         with self.lock:
-            if self._life.phase is Phase.HELD:
+            if self._life.phase is Phase.PAUSED:
                 # Who holds it is to find it as it was.
                 self._waiting = event
                 return None

@@ -1,4 +1,4 @@
-"""How a machine runs: started, held, reset, ended."""
+"""How a machine runs: started, paused, reset, ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tetrarch.errors import HostError, MachineStateError
 from tetrarch.machine.assembly import AssembledMachine
 from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.guest import load_guest, resolve_guest
-from tetrarch.machine.lifecycle import PRESS_AGAIN_S, Phase
+from tetrarch.machine.lifecycle import PRESS_AGAIN_S, STOP_GRACE_S, Phase
 from tetrarch.machine.status import ExitStatus, StopReason
 
 __all__ = ["RunMethods"]
@@ -43,7 +43,7 @@ class RunMethods(AssembledMachine):
         Raises TimeoutError if it still runs after ``timeout`` seconds, and what a
         device raised if that ended it.
         """
-        self._life.require("wait", Phase.RUNNING, Phase.HELD, Phase.ENDED)
+        self._life.require("wait", Phase.RUNNING, Phase.PAUSED, Phase.ENDED)
         return self._conclusion.wait(timeout)
 
     def run(self, timeout: float | None = None) -> ExitStatus:
@@ -54,51 +54,51 @@ class RunMethods(AssembledMachine):
     def finish(self, timeout: float | None = None) -> ExitStatus:
         """wait(), but after ``timeout`` seconds the machine is stopped; so it is where the wait is
         cut short, as by Ctrl-C."""
-        self._life.require("finish", Phase.RUNNING, Phase.HELD, Phase.ENDED)
+        self._life.require("finish", Phase.RUNNING, Phase.PAUSED, Phase.ENDED)
         try:
             if not self._conclusion.wait_done(timeout):
                 self._conclusion.post(ExitStatus(StopReason.TIMEOUT, f"{timeout:g} s passed"))
             return self._conclusion.wait()
         finally:
-            self.stop()
+            self.kill()
 
-    def hold(self) -> None:
+    def pause(self) -> None:
         """Brings the machine to rest between two instructions, until resume().
 
         Its clock stands meanwhile. Raises HostError where a device does not return
         from an access, and MachineStateError from a device's own thread.
         """
-        self._life.require("hold", Phase.RUNNING)
+        self._life.require("pause", Phase.RUNNING)
         if self._threads.current or self._attached.current:
             raise MachineStateError(
-                "a device cannot hold its own machine", mend="do it on another thread"
+                "a device cannot pause its own machine", mend="do it on another thread"
             )
         with self._resets.lock:
             try:
                 self._vm.hold()
             except EngineError as error:
                 raise HostError(
-                    f"the machine cannot be held: {engine_cause(error)}",
+                    f"the machine cannot be paused: {engine_cause(error)}",
                     mend=engine_mend(error, "end the device's access"),
                 ) from error
             if not self._lines.flush():
                 self._vm.resume()
                 raise HostError(
-                    "the machine cannot be held: its console does not take what the guest sent",
+                    "the machine cannot be paused: its console does not take what the guest sent",
                     mend="end its write()",
                 )
             try:
-                self._life.move(Phase.HELD, "hold")
+                self._life.move(Phase.PAUSED, "pause")
             except MachineStateError:  # it has ended meanwhile
                 self._vm.resume()
                 raise
             self._events.tell("stop")
 
     def resume(self) -> None:
-        """Lets a held machine run on. Waits for a hold() that another thread is in."""
+        """Lets a paused machine run on. Waits for a pause() that another thread is in."""
         with self._resets.lock:
             # Also from the first phase a machine can come to run, but by start() alone.
-            self._life.require("resume", Phase.HELD)
+            self._life.require("resume", Phase.PAUSED)
             self._life.move(Phase.RUNNING, "resume")
             self._vm.resume()
             self._resets.resumed()
@@ -106,28 +106,28 @@ class RunMethods(AssembledMachine):
             self._events.tell("resume")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Holds the machine for as long as a ``with`` statement lasts."""
-        self.hold()
+    def paused(self) -> Iterator[None]:
+        """Pauses the machine for as long as a ``with`` statement lasts."""
+        self.pause()
         try:
             yield
         finally:
-            if self.phase is Phase.HELD:  # it may have been stopped
+            if self.phase is Phase.PAUSED:  # it may have been stopped
                 self.resume()
 
     def press_power_button(self) -> None:
         """Asks the guest to switch itself off; what comes of it is the guest's."""
-        self._life.require("press_power_button", Phase.RUNNING, Phase.HELD)
+        self._life.require("press_power_button", Phase.RUNNING, Phase.PAUSED)
         self._pc.acpi.press_power_button()
         self._events.tell("powerdown")
 
     def reset(self) -> None:
         """Resets the machine, whatever ``on_reset`` says of its guest; returns at once.
 
-        One that is held is reset when it is resumed. Raises MachineStateError for one that was
+        One that is paused is reset when it is resumed. Raises MachineStateError for one that was
         restored: it has no kernel to load again.
         """
-        self._life.require("reset", Phase.RUNNING, Phase.HELD)
+        self._life.require("reset", Phase.RUNNING, Phase.PAUSED)
         self._resets.request()
 
     def request_stop(self, detail: str = "") -> None:
@@ -137,10 +137,14 @@ class RunMethods(AssembledMachine):
         """
         self._conclusion.post(ExitStatus(StopReason.STOPPED, detail))
 
-    def shut_down(self, grace: float = 90.0) -> ExitStatus:
-        """Presses the power button, again every 10 s, and stops the machine where its guest has not
-        switched itself off after ``grace`` seconds. A machine that is held is resumed."""
-        self._life.require("shut_down", Phase.RUNNING, Phase.HELD, Phase.ENDED)
+    def stop(self, grace: float = STOP_GRACE_S) -> bool:
+        """Presses the power button, again every 10 s, and ends the machine where its guest has not
+        switched itself off after ``grace`` seconds. False: it was ended so. A machine that is
+        paused is resumed.
+
+        Raises what a device raised if that ended it.
+        """
+        self._life.require("stop", Phase.RUNNING, Phase.PAUSED, Phase.ENDED)
         deadline = time.monotonic() + grace
         while (left := deadline - time.monotonic()) > 0:
             with suppress(MachineStateError):  # it runs, or has ended
@@ -149,12 +153,12 @@ class RunMethods(AssembledMachine):
                 self.press_power_button()
             if self._conclusion.wait_done(min(left, PRESS_AGAIN_S)):
                 break
-        self.stop()
-        return self.wait()
+        self.kill()
+        return self.wait().reason is not StopReason.STOPPED
 
-    def stop(self) -> None:
+    def kill(self) -> None:
         """Ends the machine, as pulling its plug would. Without effect if it has ended."""
-        if self.phase not in (Phase.RUNNING, Phase.HELD):
+        if self.phase not in (Phase.RUNNING, Phase.PAUSED):
             return
         self.request_stop()
         # A device's own thread, or a console that is being closed, has to return first.
@@ -171,7 +175,7 @@ class RunMethods(AssembledMachine):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop()
+        self.kill()
         if self.phase is Phase.MADE:
             self._discard()
 

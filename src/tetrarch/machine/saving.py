@@ -29,14 +29,14 @@ class SaveMethods(RunMethods):
     ) -> None:
         """Writes all of the machine to a file, from which ``restore`` makes one that goes on.
 
-        It is held meanwhile, and runs on if it ran. Devices of yours need ``save`` and ``load``.
+        It is paused meanwhile, and runs on if it ran. Devices of yours need ``save`` and ``load``.
         Raises HostError where the file cannot be written: then there is none. One that is open
         already has to be empty.
 
         With ``track`` the machine notes what is written from then on, and the next file may have
         this one as its ``parent``: it has no more of memory than that, and lies beside it.
         """
-        self._life.require("save", Phase.RUNNING, Phase.HELD)
+        self._life.require("save", Phase.RUNNING, Phase.PAUSED)
         if parent is not None and not isinstance(parent, Parent):
             child = Path(path) if isinstance(path, (str, os.PathLike)) else None
             parent = parent_of(Path(parent), child)
@@ -48,8 +48,8 @@ class SaveMethods(RunMethods):
         with ExitStack() as stack:
             if isinstance(path, (str, os.PathLike)):
                 path = stack.enter_context(new_file(Path(path), "save the machine"))
-            if self.phase is not Phase.HELD:
-                stack.enter_context(self.held())
+            if self.phase is not Phase.PAUSED:
+                stack.enter_context(self.paused())
             if self._conclusion.decided:
                 # The event is no state of the machine: one that goes on from the file never had it.
                 raise MachineStateError(

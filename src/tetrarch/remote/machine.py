@@ -17,7 +17,7 @@ from tetrarch.agent.guest import AGENT_S, AgentMethods
 from tetrarch.control.client import Client
 from tetrarch.errors import MachineStateError, TetrarchError
 from tetrarch.machine.config import DiskOption, make_config
-from tetrarch.machine.lifecycle import PRESS_AGAIN_S
+from tetrarch.machine.lifecycle import PRESS_AGAIN_S, STOP_GRACE_S
 from tetrarch.machine.new_file import new_file
 from tetrarch.machine.snapshot import parent_of
 from tetrarch.registry import About, find
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Completed", "RemoteMachine", "connect"]
 
-#: As long as systemd waits for a service (DefaultTimeoutStopSec): a system may have some to end.
-STOP_GRACE_S: Final = 90.0
 #: What a process takes to end its machine, however busy its host.
 _END_S: Final = 10.0
 #: Until a guest has given a device up.

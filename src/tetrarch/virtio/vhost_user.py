@@ -115,7 +115,7 @@ class _VhostUserKind:
     def save(self) -> dict[str, Any]:
         raise StateError(
             f"{self.name} cannot be saved: its state is that of another process ({self._where})",
-            mend="unplug it first, or make the machine without it",
+            mend="detach it first, or make the machine without it",
         )
 
     def load(self, state: dict[str, Any]) -> None:

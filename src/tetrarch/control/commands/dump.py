@@ -45,7 +45,7 @@ def dump_guest_memory(
         target: str | BinaryIO = name
         if kind == "fd":
             target = stack.enter_context(os.fdopen(monitor.descriptors.pop(name), "wb"))
-        write = machine.dumps.begin(target, machine.held, begin, length, paging)
+        write = machine.dumps.begin(target, machine.paused, begin, length, paging)
         rest = stack.pop_all()
 
     def finish() -> None:

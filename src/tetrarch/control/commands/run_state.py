@@ -21,7 +21,7 @@ __all__ = [
 _RUN_STATES = {
     Phase.MADE: "prelaunch",
     Phase.RUNNING: "running",
-    Phase.HELD: "paused",
+    Phase.PAUSED: "paused",
     Phase.ENDED: "shutdown",
 }
 
@@ -35,8 +35,8 @@ def query_status(monitor: Monitor) -> dict[str, Any]:
 @command("stop")
 def stop(monitor: Monitor) -> None:
     """Nothing where it is stopped already."""
-    if monitor.machine.phase is not Phase.HELD:
-        monitor.machine.hold()
+    if monitor.machine.phase is not Phase.PAUSED:
+        monitor.machine.pause()
 
 
 @command("cont")
