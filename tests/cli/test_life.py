@@ -125,7 +125,7 @@ def test_machine_outlives_the_shell_that_started_it(kernel: Kernel) -> None:
     shell.expect(pexpect.EOF)
     kill(shell)
     vm = tetrarch.connect("web")
-    assert vm.status() == "running"
+    assert vm.phase == "running"
     assert os.getsid(vm.about.pid) == vm.about.pid
     files = open_files(vm.about.pid)
     assert (files[0], files[1]) == ("/dev/null", files[2])
@@ -256,7 +256,7 @@ def test_socket_of_a_dead_machine_is_one_line(start: Callable[..., None]) -> Non
     vm = tetrarch.connect("web")
     os.kill(vm.about.pid, signal.SIGKILL)
     vm.wait(LIMIT_S)
-    for call in (vm.pause, vm.status, lambda: vm.console):
+    for call in (vm.pause, vm.stats, lambda: vm.console):
         with pytest.raises(HostError, match="answers at") as caught:
             call()
         assert "\n" not in str(caught.value)
@@ -282,7 +282,7 @@ def test_console_is_attached_and_detached_and_keeps_its_history(
         child.expect(pexpect.EOF)
         child.wait()
         assert child.exitstatus == 0
-    assert tetrarch.connect("web").status() == "running"
+    assert tetrarch.connect("web").phase == "running"
 
 
 def test_console_of_a_machine_that_ends(cli: Cli, start: Callable[..., None]) -> None:

@@ -102,7 +102,7 @@ def test_process_killed_at_any_point_leaves_nothing(place: Path, rounds: int) ->
         assert not control.exists()
     # The name and the socket are free for one that lives.
     assert start(place, "web", "--control", str(control)).wait(LIMIT_S) == 0
-    assert tetrarch.connect("web").status() == "running"
+    assert tetrarch.connect("web").phase == "running"
 
 
 @pytest.mark.long

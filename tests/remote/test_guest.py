@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.remote.conftest import tetrarch_cli
 
+from tetrarch import Phase
 from tetrarch.errors import HostError
 from tetrarch.remote import RemoteMachine
 
@@ -84,7 +85,7 @@ def test_machine_of_another_process_is_awaited(guest: RemoteMachine) -> None:
             one, two = await asyncio.gather(vm.exec(["echo", "1"]), vm.exec(["echo", "2"]))
             assert (one.stdout, two.stdout) == (b"1\n", b"2\n")
             await vm.pause()
-            assert await vm.status() == "paused"
+            assert vm.phase is Phase.PAUSED
             await vm.resume()
             vm.console.send("echo $((40 + 2))\n")
             await vm.console.expect("\n42")

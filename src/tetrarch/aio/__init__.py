@@ -4,7 +4,8 @@ What waits is awaited, under the name and with the arguments that it has without
 """
 
 from tetrarch.aio.console import AsyncConsole
-from tetrarch.aio.machine import AsyncBreakpoint, AsyncMachine
+from tetrarch.aio.debugging import AsyncBreakpoint
+from tetrarch.aio.machine import AsyncMachine
 from tetrarch.aio.remote import AsyncRemoteMachine
 
 __all__ = ["AsyncBreakpoint", "AsyncConsole", "AsyncMachine", "AsyncRemoteMachine"]

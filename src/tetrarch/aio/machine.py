@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Literal, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from tetrarch._patience import patience
-from tetrarch.aio.bridge import Twin, awaited, on_thread, same
+from tetrarch.aio.bridge import awaited, on_thread, same
 from tetrarch.aio.console import AsyncConsole
-from tetrarch.machine.breakpoints import Breakpoint, Hit
+from tetrarch.aio.debugging import DebugTwin
 from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.status import ExitStatus
 
-__all__ = ["AsyncBreakpoint", "AsyncMachine"]
+__all__ = ["AsyncMachine"]
 
 
 _R = TypeVar("_R")
@@ -25,28 +24,7 @@ def _same(get: Callable[[Machine], _R]) -> same[Machine, _R]:
     return same(get)
 
 
-def _of_point(get: Callable[[Breakpoint], _R]) -> same[Breakpoint, _R]:
-    return same(get)
-
-
-class AsyncBreakpoint(Twin[Breakpoint]):
-    """As ``Breakpoint``."""
-
-    wait = awaited(Breakpoint.wait)
-    remove = awaited(Breakpoint.remove)
-    kind = _of_point(lambda point: point.kind)
-    address = _of_point(lambda point: point.address)
-    length = _of_point(lambda point: point.length)
-    hits = _of_point(lambda point: point.hits)
-
-    async def __aenter__(self) -> AsyncBreakpoint:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.remove()
-
-
-class AsyncMachine(Twin[Machine]):
+class AsyncMachine(DebugTwin[Machine]):
     """As ``Machine``: what waits is awaited. ``async with Machine(...) as vm`` gives one, and
     ``Machine.aio`` is one.
 
@@ -114,33 +92,6 @@ class AsyncMachine(Twin[Machine]):
         """The serial line. Only where no other console was given."""
         return AsyncConsole(self.sync.console)
 
-    async def breakpoint(
-        self,
-        address: int,
-        listener: Callable[[Hit], object] | None = None,
-        *,
-        hardware: bool = False,
-        vcpu: int = 0,
-    ) -> AsyncBreakpoint:
-        """As ``Machine.breakpoint``: a listener is called on a thread of its own."""
-        set_it = self.sync.breakpoint
-        return AsyncBreakpoint(
-            await on_thread(set_it, address, listener, hardware=hardware, vcpu=vcpu)
-        )
-
-    async def watchpoint(
-        self,
-        address: int,
-        length: int,
-        listener: Callable[[Hit], object] | None = None,
-        *,
-        access: Literal["write", "access"] = "write",
-    ) -> AsyncBreakpoint:
-        """As ``Machine.watchpoint``."""
-        return AsyncBreakpoint(
-            await on_thread(self.sync.watchpoint, address, length, listener, access=access)
-        )
-
     async def wait(self, timeout: float | None = None) -> ExitStatus:
         """As ``Machine.wait``, without a thread."""
         if self.sync.phase is not Phase.MADE:
@@ -164,16 +115,6 @@ class AsyncMachine(Twin[Machine]):
         except asyncio.CancelledError:
             self.sync.request_stop()
             raise
-
-    @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """Pauses the machine for as long as an ``async with`` statement lasts."""
-        await self.pause()
-        try:
-            yield
-        finally:
-            if self.sync.phase is Phase.PAUSED:  # it may have been stopped
-                await self.resume()
 
     async def __aenter__(self) -> AsyncMachine:
         return self

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from tetrarch.aio.bridge import Twin, awaited, same
+from tetrarch.aio.bridge import awaited, same
 from tetrarch.aio.console import AsyncConsole
+from tetrarch.aio.debugging import DebugTwin
 from tetrarch.remote.machine import RemoteMachine
 
 __all__ = ["AsyncRemoteMachine"]
@@ -19,7 +20,7 @@ def _same(get: Callable[[RemoteMachine], _R]) -> same[RemoteMachine, _R]:
     return same(get)
 
 
-class AsyncRemoteMachine(Twin[RemoteMachine]):
+class AsyncRemoteMachine(DebugTwin[RemoteMachine]):
     """As ``RemoteMachine``. ``async with tetrarch.connect("web") as vm`` gives one: it leaves the
     console at the end, and the machine goes on."""
 
@@ -27,7 +28,16 @@ class AsyncRemoteMachine(Twin[RemoteMachine]):
     name = _same(lambda vm: vm.name)
     alive = _same(lambda vm: vm.alive)
     execute = awaited(RemoteMachine.execute)
-    status = awaited(RemoteMachine.status)
+    phase = _same(lambda vm: vm.phase)
+    uptime = _same(lambda vm: vm.uptime)
+    resets = _same(lambda vm: vm.resets)
+    logs = _same(lambda vm: vm.logs)
+    vcpus = _same(lambda vm: vm.vcpus)
+    memory = _same(lambda vm: vm.memory)
+    on = _same(lambda vm: vm.on)
+    events = _same(lambda vm: vm.events)
+    screen = awaited(RemoteMachine.screen)
+    dump_core = awaited(RemoteMachine.dump_core)
     pause = awaited(RemoteMachine.pause)
     resume = awaited(RemoteMachine.resume)
     reset = awaited(RemoteMachine.reset)
@@ -38,6 +48,7 @@ class AsyncRemoteMachine(Twin[RemoteMachine]):
     kill = awaited(RemoteMachine.kill)
     save = awaited(RemoteMachine.save)
     attach_disk = awaited(RemoteMachine.attach_disk)
+    attach_net = awaited(RemoteMachine.attach_net)
     detach = awaited(RemoteMachine.detach)
     exec = awaited(RemoteMachine.exec)
     copy_in = awaited(RemoteMachine.copy_in)

@@ -64,7 +64,8 @@ def _state(about: About) -> str:
     if not about.ready:
         return "starting"
     try:
-        return RemoteMachine(about).status(timeout=_ANSWER_S)
+        answer = RemoteMachine(about).execute("query-status", timeout=_ANSWER_S)
+        return str(answer["status"])
     except (TetrarchError, TimeoutError):
         return "no answer" if alive(about.name) else ""
 

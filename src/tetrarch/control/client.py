@@ -13,6 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 from tetrarch._patience import patience
@@ -113,7 +114,15 @@ class Client:
             if not names or event.get("event") in names:
                 return event
 
+    def fileno(self) -> int:
+        """For who waits for an event among other things: there is something to be read. What
+        ``execute`` has read is there already: ``next_event(timeout=0)``."""
+        return self._socket.fileno()
+
     def close(self) -> None:
+        """Also for a thread that waits here: it gets a HostError."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def __enter__(self) -> Self:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from tetrarch._native import EngineError, GuestMemoryError
 from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError, wrong_argument
 from tetrarch.errors import TetrarchError
@@ -39,7 +40,7 @@ class Command:
         given = {name: getattr(checked, name) for name in self.arguments.model_fields}
         try:
             return self.function(monitor, **given, **(checked.model_extra or {}))
-        except (TetrarchError, OSError, ValueError) as error:
+        except (TetrarchError, EngineError, GuestMemoryError, OSError, ValueError) as error:
             if monitor.machine.confined and "permission denied" in str(error).lower():
                 cause = error.cause if isinstance(error, TetrarchError) else error
                 raise QmpError(f"{cause}; {_CONFINED}") from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import count
-from typing import Final, NotRequired, TypedDict
+from typing import Any, Final, NotRequired, TypedDict
 
 from tetrarch.control.protocol import QmpError
+from tetrarch.machine.breakpoints import Breakpoint
 from tetrarch.machine.machine import Machine
 
 __all__ = ["Descriptors", "FdInfo", "Monitor"]
@@ -102,4 +104,8 @@ class Monitor:
     """A machine and the client that steers it."""
 
     machine: Machine
-    descriptors: Descriptors = field(default_factory=Descriptors)
+    descriptors: Descriptors
+    points: dict[str, Breakpoint]
+    """The client's breakpoints."""
+    tell: Callable[[str, Mapping[str, Any]], None]
+    """An event by its name, with its data, for the client alone; from any thread."""

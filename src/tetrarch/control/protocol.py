@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tetrarch._native import __version__
 from tetrarch.control.json_stream import NotJson
-from tetrarch.machine.events import MachineEvent
 
 __all__ = [
     "ErrorClass",
@@ -79,11 +78,12 @@ def error_reply(error: QmpError) -> Message:
     return {"error": {"class": error.error_class, "desc": " ".join(str(error).splitlines())}}
 
 
-def event_message(event: MachineEvent) -> Message:
-    seconds, microseconds = divmod(int(event.time * 1_000_000), 1_000_000)
-    message: Message = {"event": event.name.upper().replace("-", "_")}
-    if event.data:
-        message["data"] = dict(event.data)
+def event_message(name: str, data: Mapping[str, Any], time: float) -> Message:
+    """``time`` is in seconds since 1970."""
+    seconds, microseconds = divmod(int(time * 1_000_000), 1_000_000)
+    message: Message = {"event": name.upper().replace("-", "_")}
+    if data:
+        message["data"] = dict(data)
     message["timestamp"] = {"seconds": seconds, "microseconds": microseconds}
     return message
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
 
 from tetrarch.control.commands import COMMANDS
 from tetrarch.control.json_stream import JsonStream, NotJson, TooLarge
@@ -21,6 +23,8 @@ from tetrarch.control.protocol import (
     parse_request,
     reply,
 )
+from tetrarch.errors import TetrarchError
+from tetrarch.machine.breakpoints import Breakpoint
 from tetrarch.machine.events import MachineEvent
 from tetrarch.machine.log import MachineLog
 from tetrarch.machine.machine import Machine
@@ -42,6 +46,7 @@ class Session:
         self._machine = machine
         self._outgoing = Outgoing(connection)
         self._descriptors = Descriptors()
+        self._points: dict[str, Breakpoint] = {}
         self._negotiated = False
         # Held for a command and until its answer is on its way.
         self._turn = threading.Lock()
@@ -60,12 +65,19 @@ class Session:
             self._outgoing.reply(encode(error_reply(QmpError(f"JSON parse error, {error}"))))
         finally:
             self._descriptors.close()
+            for point in self._points.values():
+                with suppress(TetrarchError):  # the machine has ended, or cannot be stopped
+                    point.remove()
             self._outgoing.end(time.monotonic() + _LAST_S)
 
     def tell(self, event: MachineEvent) -> None:
         """From any thread; never waits."""
         if self._negotiated:
-            self._outgoing.event(encode(event_message(event)))
+            self._outgoing.event(encode(event_message(event.name, event.data, event.time)))
+
+    def tell_own(self, name: str, data: Mapping[str, Any]) -> None:
+        """An event for this client alone."""
+        self._outgoing.event(encode(event_message(name, data, time.time())))
 
     def end(self, deadline: float) -> None:
         """Hangs up, when the client has the answers that it waits for."""
@@ -106,7 +118,8 @@ class Session:
         if machine is None:
             raise QmpError("the machine has ended")
         try:
-            return command.execute(Monitor(machine, self._descriptors), request.arguments)
+            monitor = Monitor(machine, self._descriptors, self._points, self.tell_own)
+            return command.execute(monitor, request.arguments)
         except QmpError:
             raise
         except Exception as error:

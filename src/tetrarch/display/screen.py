@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Self
 
 __all__ = ["Screen"]
 
@@ -37,6 +38,15 @@ class Screen:
         header = struct.pack(">IIBBBBB", self.width, self.height, 8, 2, 0, 0, 0)
         chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
         return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
+
+    @classmethod
+    def of_png(cls, data: bytes, text: str) -> Self:
+        """Of a file that ``png`` has made."""
+        width, height = struct.unpack_from(">II", data, 16)
+        (size,) = struct.unpack_from(">I", data, 33)
+        rows, step = zlib.decompress(data[41 : 41 + size]), 1 + 3 * width
+        pixels = b"".join(rows[at + 1 : at + step] for at in range(0, len(rows), step))
+        return cls(width, height, pixels, text)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

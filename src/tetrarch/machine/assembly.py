@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -33,6 +32,7 @@ from tetrarch.machine.recording import Recording
 from tetrarch.machine.resets import Resets
 from tetrarch.machine.state import MachineParts
 from tetrarch.machine.status import ExitStatus, StopReason
+from tetrarch.machine.steered import PauseMethods
 from tetrarch.machine.threads import VcpuThreads
 from tetrarch.machine.vcpu import VcpuView
 from tetrarch.platforms.platform import Platform
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["AssembledMachine"]
 
 
-class AssembledMachine(ABC):
+class AssembledMachine(PauseMethods):
     def __init__(
         self,
         config: MachineConfig,
@@ -167,13 +167,6 @@ class AssembledMachine(ABC):
     def uptime(self) -> float:
         """Seconds for which the machine has run."""
         return self._life.uptime
-
-    @abstractmethod
-    def pause(self) -> None:
-        """For a breakpoint or a disk; they may call it in any phase."""
-
-    @abstractmethod
-    def resume(self) -> None: ...
 
     def _parts(self) -> MachineParts:
         vcpus = [self._vm.vcpu(index) for index in range(self.config.cpus)]

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Self
+from typing import Protocol, Self
 
 from tetrarch._native import EngineError
 from tetrarch._patience import patience
@@ -24,7 +24,7 @@ from tetrarch.errors import HostError, MachineStateError
 from tetrarch.machine.debugger import Debugger, DebuggerPort, Hardware, NoMemory, Stop, Watched
 from tetrarch.machine.vcpu import VcpuView
 
-__all__ = ["Breakpoint", "Breakpoints", "Hit"]
+__all__ = ["Breakpoint", "Breakpoints", "Hit", "Listener", "Owner"]
 
 # A listener that does not return when the machine has ended is left to itself.
 _END_PATIENCE_S = 10.0
@@ -41,19 +41,26 @@ class Hit:
 Listener = Callable[[Hit], object]
 
 
+class Owner(Protocol):
+    """Who has set breakpoints."""
+
+    def remove(self, point: Breakpoint) -> None: ...
+
+
 class Breakpoint:
     """One that a machine has, until ``remove()`` or the end of a ``with`` statement."""
 
     def __init__(
         self,
-        owner: Breakpoints,
+        owner: Owner,
         listener: Listener | None,
         kind: Watched,
         address: int,
         length: int,
     ) -> None:
         self._owner = owner
-        self._listener = listener
+        self.listener = listener
+        """None: the machine is paused at each hit."""
         self._waiting: SimpleQueue[Hit | None] = SimpleQueue()
         self.kind: Watched = kind
         """What stops there: "execute", or a "write" or any "access" of data."""
@@ -72,7 +79,7 @@ class Breakpoint:
 
         Raises TimeoutError after ``timeout`` seconds, MachineStateError when the machine has ended.
         """
-        if self._listener is not None:
+        if self.listener is not None:
             raise MachineStateError(
                 "a breakpoint with a listener is not waited for", mend="give it none"
             )
@@ -101,8 +108,8 @@ class Breakpoint:
 
     def met(self, hit: Hit, hold: Callable[[], object]) -> None:
         self.hits += 1
-        if self._listener is not None:
-            self._listener(hit)
+        if self.listener is not None:
+            self.listener(hit)
         else:
             hold()
             self._waiting.put(hit)

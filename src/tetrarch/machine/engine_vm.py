@@ -20,6 +20,8 @@ __all__ = [
     "EngineVcpu",
     "EngineVm",
     "InterruptWire",
+    "MemoryAccess",
+    "VcpuAccess",
     "create_vm",
 ]
 
@@ -48,8 +50,9 @@ class InterruptWire(Protocol):
     def pulse(self) -> None: ...
 
 
-class EngineVcpu(Protocol):
-    def run(self) -> str: ...
+class VcpuAccess(Protocol):
+    """A look into a vCPU."""
+
     def regs(self) -> dict[str, int]: ...
     def set_regs(self, values: dict[str, int]) -> None: ...
     def dump(self) -> str: ...
@@ -58,6 +61,10 @@ class EngineVcpu(Protocol):
     def set_xsave(self, image: bytes) -> None: ...
     def msr(self, index: int) -> int | None: ...
     def set_msr(self, index: int, value: int) -> bool: ...
+
+
+class EngineVcpu(VcpuAccess, Protocol):
+    def run(self) -> str: ...
     def set_debug(
         self,
         *,
@@ -71,13 +78,18 @@ class EngineVcpu(Protocol):
     def load_state(self, data: bytes) -> None: ...
 
 
-class EngineVm(Protocol):
-    """``tetrarch.testing.ScriptedVm`` is one without a CPU."""
+class MemoryAccess(Protocol):
+    """Guest physical memory."""
 
     @property
     def ram(self) -> list[tuple[int, int]]: ...
     def read_memory(self, address: int, length: int) -> bytes: ...
     def write_memory(self, address: int, data: bytes) -> None: ...
+
+
+class EngineVm(MemoryAccess, Protocol):
+    """``tetrarch.testing.ScriptedVm`` is one without a CPU."""
+
     def cpu_features(self) -> list[tuple[str, int]]: ...
     def log_writes(self) -> None: ...
     def save_ram(

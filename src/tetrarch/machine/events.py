@@ -94,6 +94,10 @@ class Events:
         if event is not None:
             self.tell(event.name, **event.data)
 
+    def hand_on(self, event: MachineEvent) -> None:
+        """One that has been told elsewhere, with its data and time."""
+        self._tell(event)
+
     def _tell(self, event: MachineEvent) -> None:
         for watcher in self._watchers:
             watcher(event)

@@ -12,7 +12,7 @@ from tetrarch._native import GuestMemoryError, Vm
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
+    from tetrarch.machine.engine_vm import MemoryAccess, VcpuAccess
 
 __all__ = ["LinearMemory", "PhysicalMemory", "pages"]
 
@@ -25,12 +25,13 @@ class PhysicalMemory:
         view = vm.memory[0x1000:0x2000]   # a memoryview of the RAM itself, to be read
         vm.memory[0x1000:0x1004] = b"\\x90\\x90\\x90\\x90"
 
-    A view changes as the guest writes, and copies nothing; hold the machine where that matters.
+    A view changes as the guest writes, and copies nothing; pause the machine where that matters.
+    Of a machine of another process it is a copy.
     Writing goes through the machine, which then knows that code or a page has changed: so a view
     cannot be written through. A breakpoint that is planted shows as an INT3 here.
     """
 
-    def __init__(self, vm: EngineVm) -> None:
+    def __init__(self, vm: MemoryAccess) -> None:
         self._vm = vm
         # By inode and place: memory that goes and comes again is in another file.
         self._mapped: dict[tuple[int, int], mmap.mmap] = {}
@@ -52,7 +53,10 @@ class PhysicalMemory:
         start, length = _bounds(key)
         for region, size in self._vm.ram:
             if region <= start and start + length <= region + size:
-                return self._view(region, size)[start - region : start - region + length]
+                if isinstance(self._vm, Vm):
+                    return self._view(self._vm, region, size)[start - region :][:length]
+                # In another process, or a stand-in: a copy of this moment.
+                return memoryview(self._vm.read_memory(start, length)).toreadonly()
         # It says where there is none; else it lies in several regions that adjoin.
         self._vm.read_memory(start, length)
         raise ValueError("the range lies in several regions of RAM: take one at a time (ranges)")
@@ -62,10 +66,8 @@ class PhysicalMemory:
         address, raw = _written(key, data)
         self._vm.write_memory(address, raw)
 
-    def _view(self, region: int, size: int) -> memoryview:
-        if not isinstance(self._vm, Vm):  # a stand-in has no file
-            return memoryview(self._vm.read_memory(region, size)).toreadonly()
-        descriptor, offset = self._vm.ram_file(region)
+    def _view(self, vm: Vm, region: int, size: int) -> memoryview:
+        descriptor, offset = vm.ram_file(region)
         try:
             key = os.fstat(descriptor).st_ino, offset
             if key not in self._mapped:
@@ -84,7 +86,7 @@ class LinearMemory:
     count. Raises GuestMemoryError where something of it is not mapped, or no RAM.
     """
 
-    def __init__(self, vm: EngineVm, vcpu: EngineVcpu) -> None:
+    def __init__(self, vm: MemoryAccess, vcpu: VcpuAccess) -> None:
         self._vm = vm
         self._vcpu = vcpu
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from tetrarch.machine.engine_vm import EngineVcpu
+    from tetrarch.machine.engine_vm import VcpuAccess
 
 __all__ = ["FpuRegisters", "ModelRegisters", "Registers"]
 
@@ -20,7 +20,7 @@ class Registers(Mapping[str, int]):
 
     __slots__ = ("_values", "_vcpu")
 
-    def __init__(self, vcpu: EngineVcpu) -> None:
+    def __init__(self, vcpu: VcpuAccess) -> None:
         object.__setattr__(self, "_vcpu", vcpu)
         object.__setattr__(self, "_values", vcpu.regs())
 
@@ -30,7 +30,7 @@ class Registers(Mapping[str, int]):
         self._values.update(values)
 
     if TYPE_CHECKING:
-        _vcpu: EngineVcpu
+        _vcpu: VcpuAccess
         _values: dict[str, int]
 
     def __getattr__(self, name: str) -> int:
@@ -103,12 +103,12 @@ class FpuRegisters:
 
     __slots__ = ("_image", "_vcpu")
 
-    def __init__(self, vcpu: EngineVcpu) -> None:
+    def __init__(self, vcpu: VcpuAccess) -> None:
         object.__setattr__(self, "_vcpu", vcpu)
         object.__setattr__(self, "_image", bytearray(vcpu.xsave()))
 
     if TYPE_CHECKING:
-        _vcpu: EngineVcpu
+        _vcpu: VcpuAccess
         _image: bytearray
 
     def __getattr__(self, name: str) -> int:
@@ -147,7 +147,7 @@ class FpuRegisters:
 class ModelRegisters:
     """Model-specific registers by number: ``vm.vcpus[0].msr[0xC000_0080]``."""
 
-    def __init__(self, vcpu: EngineVcpu) -> None:
+    def __init__(self, vcpu: VcpuAccess) -> None:
         self._vcpu = vcpu
 
     def __getitem__(self, index: int) -> int:

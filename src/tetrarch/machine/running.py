@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -104,16 +104,6 @@ class RunMethods(AssembledMachine):
             self._resets.resumed()
             self._pc.resumed()
             self._events.tell("resume")
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Pauses the machine for as long as a ``with`` statement lasts."""
-        self.pause()
-        try:
-            yield
-        finally:
-            if self.phase is Phase.PAUSED:  # it may have been stopped
-                self.resume()
 
     def press_power_button(self) -> None:
         """Asks the guest to switch itself off; what comes of it is the guest's."""

@@ -8,7 +8,7 @@ from tetrarch.machine.memory import LinearMemory
 from tetrarch.machine.registers import FpuRegisters, ModelRegisters, Registers
 
 if TYPE_CHECKING:
-    from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
+    from tetrarch.machine.engine_vm import MemoryAccess, VcpuAccess
 
 __all__ = ["VcpuView"]
 
@@ -16,7 +16,7 @@ __all__ = ["VcpuView"]
 class VcpuView:
     """Registers and memory, of a machine that runs too: it is held for the moment of a look."""
 
-    def __init__(self, vm: EngineVm, vcpu: EngineVcpu, number: int = 0) -> None:
+    def __init__(self, vm: MemoryAccess, vcpu: VcpuAccess, number: int = 0) -> None:
         self._vcpu = vcpu
         self.number = number
         self.linear = LinearMemory(vm, vcpu)

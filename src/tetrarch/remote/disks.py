@@ -143,7 +143,7 @@ def _deleted(client: Client, name: str, timeout: float) -> bool:
 
 
 def detach(client: Client, name: str, timeout: float) -> None:
-    """Takes a device out when its guest has given it up, and lets go of its image.
+    """Takes a device out when its guest has given it up, and lets go of its image or network.
 
     Raises HostError where the guest has not after ``timeout`` seconds; it may still do it.
     """
@@ -157,5 +157,7 @@ def detach(client: Client, name: str, timeout: float) -> None:
             )
         with suppress(ControlError):  # it has gone just now
             client.execute("device_del", {"id": name})
-    with suppress(ControlError):  # it was no disk that came later: its image went with it
-        client.execute("blockdev-del", {"node-name": name})
+    # What was behind it, where that has come later: else it went with its device.
+    for command, key in (("blockdev-del", "node-name"), ("netdev_del", "id")):
+        with suppress(ControlError):
+            client.execute(command, {key: name})

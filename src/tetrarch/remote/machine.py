@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import secrets
 import signal
+import threading
 import time
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from tetrarch.agent import AgentError, AgentStream
 from tetrarch.agent import connect as connect_agent
 from tetrarch.agent.capture import Completed
 from tetrarch.agent.guest import AGENT_S, AgentMethods
 from tetrarch.control.client import Client
-from tetrarch.errors import MachineStateError, TetrarchError
-from tetrarch.machine.config import DiskOption, make_config
-from tetrarch.machine.lifecycle import PRESS_AGAIN_S, STOP_GRACE_S
+from tetrarch.errors import HostError, MachineStateError, TetrarchError
+from tetrarch.machine.breakpoints import Breakpoint, Hit
+from tetrarch.machine.config import DiskOption, NetOption, make_config
+from tetrarch.machine.event_stream import EventStream
+from tetrarch.machine.events import EventName, Events, MachineEvent
+from tetrarch.machine.lifecycle import PRESS_AGAIN_S, STOP_GRACE_S, Phase
+from tetrarch.machine.memory import PhysicalMemory
 from tetrarch.machine.new_file import new_file
 from tetrarch.machine.snapshot import parent_of
+from tetrarch.machine.steered import PauseMethods
+from tetrarch.machine.vcpu import VcpuView
 from tetrarch.registry import About, find
-from tetrarch.registry.claim import remove_if_dead
+from tetrarch.registry.claim import log_path, remove_if_dead
 from tetrarch.registry.listing import alive
+from tetrarch.remote.breakpoints import RemoteBreakpoints
 from tetrarch.remote.console import RemoteConsole
 from tetrarch.remote.disks import attach_disk, detach
+from tetrarch.remote.engine import RemoteVcpu, RemoteVm
+from tetrarch.remote.events import RemoteEvents, report
+from tetrarch.remote.networks import attach_net
 from tetrarch.remote.process import MachineProcess
 
 if TYPE_CHECKING:
     from tetrarch.aio import AsyncRemoteMachine
+    from tetrarch.display.screen import Screen
 
 __all__ = ["Completed", "RemoteMachine", "connect"]
 
@@ -36,6 +52,13 @@ __all__ = ["Completed", "RemoteMachine", "connect"]
 _END_S: Final = 10.0
 #: Until a guest has given a device up.
 _DETACH_S: Final = 30.0
+#: By their names in QMP.
+_PHASES: Final = {
+    "prelaunch": Phase.MADE,
+    "running": Phase.RUNNING,
+    "paused": Phase.PAUSED,
+    "shutdown": Phase.ENDED,
+}
 
 
 def connect(name: str) -> RemoteMachine:
@@ -46,7 +69,7 @@ def connect(name: str) -> RemoteMachine:
     return RemoteMachine(find(name))
 
 
-class RemoteMachine(AgentMethods):
+class RemoteMachine(PauseMethods, AgentMethods):
     """A machine that another process runs; ``tetrarch.connect`` gives one.
 
         vm = tetrarch.connect("web")
@@ -62,6 +85,12 @@ class RemoteMachine(AgentMethods):
         self.about = about
         """What the registry says of it."""
         self._console: RemoteConsole | None = None
+        self._events: RemoteEvents | None = None
+        self._points: RemoteBreakpoints | None = None
+        self._lock = threading.Lock()
+        """Guards the two above."""
+        self.memory = PhysicalMemory(RemoteVm(partial(_connected, about)))
+        """RAM by guest physical address; a range is a copy of that moment."""
 
     def __repr__(self) -> str:
         return f"<RemoteMachine {self.name!r}, process {self.about.pid}>"
@@ -94,22 +123,39 @@ class RemoteMachine(AgentMethods):
             return client.execute(command, arguments, timeout=timeout)
 
     def _client(self, timeout: float = _END_S) -> Client:
-        if self.about.control is None:
-            raise MachineStateError(f"{self.name} does not run yet", mend="wait until it does")
-        return Client(self.about.control, timeout=timeout)
+        return _connected(self.about, timeout)
 
-    def status(self, *, timeout: float = _END_S) -> str:
-        """As QMP names it: running, paused and so on."""
-        return str(self.execute("query-status", timeout=timeout)["status"])
+    @property
+    def phase(self) -> Phase:
+        """Where it is in its life: made, running, paused, ended."""
+        try:
+            status = self.execute("query-status", timeout=_END_S)["status"]
+        except HostError:
+            if self.alive:
+                raise
+            return Phase.ENDED
+        return _PHASES[status]
+
+    @property
+    def uptime(self) -> float:
+        """Seconds for which the machine has run."""
+        return float(self.execute("x-stats")["uptime_s"])
+
+    @property
+    def resets(self) -> int:
+        """How often the machine was reset and has started anew."""
+        return int(self.execute("x-stats")["resets"])
 
     def pause(self) -> None:
         """Brings it to rest between two instructions, until resume()."""
         self.execute("stop")
 
     def resume(self) -> None:
+        """Lets a paused machine run on."""
         self.execute("cont")
 
     def reset(self) -> None:
+        """Resets the machine, whatever it was told of resets by its guest; returns at once."""
         self.execute("system_reset")
 
     def press_power_button(self) -> None:
@@ -119,6 +165,109 @@ class RemoteMachine(AgentMethods):
     def stats(self) -> dict[str, Any]:
         """Counters by group, as ``Machine.stats()`` gives them."""
         return dict(self.execute("x-stats")["stats"])
+
+    def logs(self) -> str:
+        """What the machine's process has reported, also after its end; of one in the background."""
+        try:
+            return log_path(self.name).read_text(errors="backslashreplace")
+        except FileNotFoundError:
+            raise HostError(
+                f"there is no log of {self.name}", mend="machines in the background write one"
+            ) from None
+
+    # A look inside.
+
+    @property
+    def vcpus(self) -> tuple[VcpuView, ...]:
+        """The virtual CPUs: their registers and memory as they have it mapped, at any time."""
+        count = len(self.execute("query-cpus-fast"))
+        connect = partial(_connected, self.about)
+        vm = RemoteVm(connect)
+        return tuple(VcpuView(vm, RemoteVcpu(connect, index), index) for index in range(count))
+
+    def breakpoint(
+        self,
+        address: int,
+        listener: Callable[[Hit], object] | None = None,
+        *,
+        hardware: bool = False,
+        vcpu: int = 0,
+    ) -> Breakpoint:
+        """As ``Machine.breakpoint``. What a listener raises is reported as that of any thread. The
+        machine's breakpoints are gone when this object is, or its process."""
+        how = {"hardware": hardware, "cpu-index": vcpu}
+        return self._breakpoints().add("execute", address, 1, listener, **how)
+
+    def watchpoint(
+        self,
+        address: int,
+        length: int,
+        listener: Callable[[Hit], object] | None = None,
+        *,
+        access: Literal["write", "access"] = "write",
+    ) -> Breakpoint:
+        """As ``Machine.watchpoint``."""
+        return self._breakpoints().add(access, address, length, listener)
+
+    def _breakpoints(self) -> RemoteBreakpoints:
+        with self._lock:
+            if self._points is None:
+                # Not this object: it may be forgotten.
+                connect = partial(_connected, self.about)
+                vm = RemoteVm(connect)
+                self._points = RemoteBreakpoints(
+                    self._client(),
+                    lambda index: VcpuView(vm, RemoteVcpu(connect, index), index),
+                    partial(_resume, self.about),
+                    report,
+                )
+                weakref.finalize(self, self._points.close)
+            return self._points
+
+    def dump_core(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        begin: int | None = None,
+        length: int | None = None,
+        paging: bool = False,
+    ) -> None:
+        """As ``Machine.dump_core``: registers and guest memory in an ELF core file."""
+        arguments: dict[str, Any] = {"protocol": "fd:core", "paging": paging}
+        arguments |= {} if begin is None else {"begin": begin}
+        arguments |= {} if length is None else {"length": length}
+        with self._client() as client, new_file(Path(path), "dump guest memory") as file:
+            client.execute("getfd", {"fdname": "core"}, descriptors=[file.fileno()])
+            client.execute("dump-guest-memory", arguments)
+
+    def screen(self) -> Screen:
+        """What its screen shows; with ``--vga`` alone."""
+        from tetrarch.display.screen import Screen
+
+        shown = self.execute("x-screen")
+        return Screen.of_png(base64.b64decode(shown["png"]), shown["text"])
+
+    # What happens to it.
+
+    def on(self, event: EventName, listener: Callable[[MachineEvent], object]) -> None:
+        """Calls ``listener`` with each such event from now on, one at a time, on a thread of
+        their own. What it raises is reported as that of any thread (``threading.excepthook``).
+
+        The events are those of ``Machine.on``.
+        """
+        self._told().on(event, listener)
+
+    def events(self, *names: EventName) -> EventStream[MachineEvent]:
+        """The events of these names, or all, from now on: for ``for`` and ``async for``, which
+        end with the machine."""
+        return self._told().stream(*names)
+
+    def _told(self) -> Events:
+        with self._lock:
+            if self._events is None:
+                self._events = RemoteEvents(self._client())
+                weakref.finalize(self, self._events.close)
+            return self._events.told
 
     def wait(self, timeout: float | None = None) -> None:
         """Until it has ended. Raises TimeoutError if it still runs after ``timeout`` seconds."""
@@ -180,7 +329,14 @@ class RemoteMachine(AgentMethods):
             client.execute("x-save", arguments)
 
     def close(self) -> None:
-        """Leaves its console. The machine goes on, as it does when this object is forgotten."""
+        """Leaves its console, its events and breakpoints. The machine goes on, as it does when this
+        object is forgotten."""
+        with self._lock:
+            events, self._events = self._events, None
+            points, self._points = self._points, None
+        for one in (events, points):
+            if one is not None:
+                one.close()
         if self._console is not None:
             self._console.close()
             self._console = None
@@ -217,6 +373,18 @@ class RemoteMachine(AgentMethods):
             attach_disk(client, spec, name)
         return name
 
+    def attach_net(self, net: NetOption, *, name: str | None = None) -> str:
+        """Puts a network card in, as ``--net`` is written, and gives the device's name.
+
+        Raises ConfigError for what a card that comes later cannot be, ControlError where the
+        machine does not get the network; one that is confined opens none but those of sockets.
+        """
+        (spec,) = make_config({"net": net}).net
+        name = name or f"net-{secrets.token_hex(4)}"
+        with self._client() as client:
+            attach_net(client, spec, name)
+        return name
+
     def detach(self, name: str, *, timeout: float = _DETACH_S) -> None:
         """Takes a device out when the guest has given it up. Raises HostError where it has not
         after ``timeout`` seconds; it may still do it."""
@@ -230,3 +398,14 @@ class RemoteMachine(AgentMethods):
         if self.about.vsock is None:
             raise AgentError(f"{self.name} has no vsock socket", "start it again")
         return connect_agent(self.about.vsock, timeout, lambda: self.alive)
+
+
+def _connected(about: About, timeout: float = _END_S) -> Client:
+    if about.control is None:
+        raise MachineStateError(f"{about.name} does not run yet", mend="wait until it does")
+    return Client(about.control, timeout=timeout)
+
+
+def _resume(about: About) -> None:
+    with _connected(about) as client:
+        client.execute("cont")

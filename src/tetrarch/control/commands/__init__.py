@@ -3,9 +3,11 @@
 from tetrarch.control.command import COMMANDS
 from tetrarch.control.commands import (
     block,
+    breakpoints,
     control,
     descriptors,
     dump,
+    inspect,
     machine,
     qdev,
     run_state,
@@ -17,9 +19,11 @@ from tetrarch.control.commands import (
 __all__ = [
     "COMMANDS",
     "block",
+    "breakpoints",
     "control",
     "descriptors",
     "dump",
+    "inspect",
     "machine",
     "qdev",
     "run_state",
