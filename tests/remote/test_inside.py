@@ -8,10 +8,15 @@ import queue
 from pathlib import Path
 
 import pytest
+from tests.remote.conftest import tetrarch_cli
 
+import tetrarch
 from tetrarch import EngineError, GuestMemoryError, Machine
 from tetrarch.aio import AsyncMachine
+from tetrarch.control import ControlError
+from tetrarch.errors import ConfigError, HostError
 from tetrarch.remote import RemoteMachine
+from tetrarch.testing import pvh_kernel
 
 LIMIT_S = 60
 
@@ -138,3 +143,28 @@ def test_core_log_and_clock(guest: RemoteMachine, tmp_path: Path) -> None:
     assert isinstance(guest.logs(), str)
     assert guest.uptime > 0
     assert guest.resets == 0
+
+
+def test_network_card_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a machine that may open sockets: what is confined opens none of another directory."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(b"\xfb\xf4\xeb\xfd"))  # sti; hlt; jmp
+    command = ["run", "--detach", "--name", "net", "--engine", "bt", "--jail", "off"]
+    started = tetrarch_cli(*command, "--kernel", kernel)
+    assert started.returncode == 0, started.stderr
+    vm = tetrarch.connect("net")
+    try:
+        card = vm.attach_net(f"socket={tmp_path}/switch,mac=52:54:00:01:02:03", name="card")
+        assert card == "card"
+        shown = {"command-line": "info network"}
+        assert "card" in vm.execute("human-monitor-command", shown)
+        with pytest.raises(ControlError, match="card"):
+            vm.attach_net(f"socket={tmp_path}/switch", name="card")
+        with pytest.raises(ConfigError, match="comes later"):
+            vm.attach_net(f"socket={tmp_path}/switch,mtu=1400")
+        with pytest.raises(HostError, match="has not given card up"):
+            vm.detach("card", timeout=0.1)  # this guest has no driver for PCI's hot-plug
+    finally:
+        vm.kill()
+    assert vm.phase == "ended"

@@ -385,11 +385,11 @@ class RemoteMachine(PauseMethods, AgentMethods):
             attach_net(client, spec, name)
         return name
 
-    def detach(self, name: str, *, timeout: float = _DETACH_S) -> None:
+    def detach(self, device: str, *, timeout: float = _DETACH_S) -> None:
         """Takes a device out when the guest has given it up. Raises HostError where it has not
         after ``timeout`` seconds; it may still do it."""
         with self._client() as client:
-            detach(client, name, timeout)
+            detach(client, device, timeout)
 
     # The guest's agent.
 
