@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import configs, devices, steering
+from tests.fuzz import configs, devices, recording, steering
 from tests.fuzz.input import Input
 
 from tetrarch import Machine
@@ -422,4 +422,5 @@ TARGETS: dict[str, Target] = {
     "libvirt": configs.libvirt,
     "qmp": steering.qmp,
     "gdb": steering.gdb,
+    "recording": recording.recording,
 }

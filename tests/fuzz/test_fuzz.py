@@ -24,6 +24,7 @@ COUNTS = {
     "libvirt": 1200,
     "qmp": 150,
     "gdb": 400,
+    "recording": 40,
 }
 
 
