@@ -79,6 +79,16 @@ def test_leaving_the_context_stops_the_machine(make: Make) -> None:
     assert vm.wait().reason is StopReason.STOPPED
 
 
+def test_guest_that_does_not_hear_its_power_button_is_ended_after_a_grace(make: Make) -> None:
+    with make(ScriptedVm.wait_for_stop) as vm:
+        vm.start()
+        pressed = vm.events("resume", "powerdown")
+        vm.pause()
+        assert vm.stop(grace=0.05) is False
+        assert [event.name for event in pressed] == ["resume", "powerdown"]
+    assert vm.wait().reason is StopReason.STOPPED
+
+
 def test_all_who_wait_learn_the_end(make: Make) -> None:
     vm = make(ScriptedVm.wait_for_stop)
     vm.start()

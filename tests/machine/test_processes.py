@@ -82,7 +82,7 @@ echoes(vm, "one")
 vcpu = vm.vcpus[0]
 if (pid := os.fork()) == 0:
     attempts = [
-        vm.hold, vm.wait, lambda: vm.vcpus[0].regs, lambda: vm.memory[0], vm.stats,
+        vm.pause, vm.wait, lambda: vm.vcpus[0].regs, lambda: vm.memory[0], vm.stats,
         lambda: vm.write_memory(0x100000, bytes(16)), lambda: vm.console.send("x"),
         lambda: vm.save("saved"), lambda: vm.breakpoint(0), lambda: vm.exec(["true"]),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ def image(images_allowed: Path) -> Path:
     path = Path(tempfile.mkdtemp(dir=images_allowed)) / "disk.raw"
     path.write_bytes(b"on the disk".ljust(1 << 20, b"\0"))
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_disk_is_left(guest: RemoteMachine) -> Iterator[None]:
+    """Also by a test that has failed: the guest is everybody's."""
+    yield
+    for block in guest.execute("query-block"):
+        guest.detach(Path(block["qdev"]).name)
 
 
 def in_guest(guest: RemoteMachine, script: str) -> bytes:
