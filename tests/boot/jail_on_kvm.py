@@ -18,8 +18,9 @@ def cli(*words: str) -> None:
 
 
 def use(vm: RemoteMachine, device: str) -> None:
+    # As in tests/nodes.py.
     script = (
-        f"n=0; until [ -b /dev/{device} ] || [ $((n += 1)) = 600 ]; do sleep 0.1; done; "
+        f"n=0; until (: </dev/{device}) 2>/dev/null || [ $((n += 1)) = 600 ]; do sleep 0.1; done; "
         "head -c 1000000 /dev/urandom > /tmp/data; "
         f"dd if=/tmp/data of=/dev/{device} bs=64k conv=fsync 2>/dev/null; "
         f"echo 3 > /proc/sys/vm/drop_caches; head -c 1000000 /dev/{device} | cmp - /tmp/data"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 from tests.control.test_session import connected
+from tests.nodes import can_be_opened
 
 from tetrarch import Machine, StopReason
 from tetrarch.images import CachedGuest
@@ -157,7 +158,7 @@ async def plugging(session: Session, image: Path) -> None:
     file = {"driver": "file", "filename": str(image)}
     await session.run("blockdev-add", driver="raw", node_name="more", file=file)
     await session.run("device_add", driver="virtio-blk-pci", drive="more", id="plugged")
-    looked = "for i in $(seq 50); do [ -e /dev/vdb ] && break; sleep 0.1; done; ls /sys/block"
+    looked = f"until {can_be_opened('vdb')}; do sleep 0.1; done; ls /sys/block"
     assert "vdb" in await session.shell(looked)
     await session.shell("echo kept | dd of=/dev/vdb conv=fsync 2>/dev/null")
     assert (await session.refused("blockdev-del", node_name="more"))[1].startswith(

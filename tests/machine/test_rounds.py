@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tests.nodes import can_be_opened
 from tests.programs import initrd_with
 
 from tetrarch import Machine, block
@@ -65,7 +66,7 @@ def test_guest_under_load_goes_on_round_after_round(
         machine.start()
         machine.console.expect(PROMPT, LIMIT_S)
         ask = asker(machine)
-        ask("until [ -b /dev/vda ]; do sleep 0.1; done")
+        ask(f"until {can_be_opened('vda')}; do sleep 0.1; done")
         for load in LOADS:
             machine.console.send(f"({load}; echo ended >>/tmp/ended) &\n")
             machine.console.expect(PROMPT, LIMIT_S)

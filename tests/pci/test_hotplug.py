@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from tests.nodes import can_be_opened
 from tests.pci.device import Device
 from tests.pci.guest import Guest
 
@@ -115,7 +116,7 @@ def test_disk_comes_with_its_data_and_goes_with_what_was_written(
             vm.attach_pci(
                 VirtioPci(vm.engine_vm, BlkKind(vm.engine_vm, disk, "more", 1)), name="more"
             )
-            linux.wait_for("[ -b /dev/vdb ]")
+            linux.wait_for(can_be_opened("vdb"))
             assert f"from the host {number}" in linux.ask("head -n 1 /dev/vdb")
             linux.ask(f"echo from the guest {number} | dd of=/dev/vdb conv=fsync 2>/dev/null")
             vm.detach("more", timeout=LIMIT_S)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.nodes import can_be_opened
 from tests.remote.conftest import tetrarch_cli
 
 from tetrarch.control import ControlError
@@ -38,7 +39,7 @@ def test_disk_comes_and_goes(guest: RemoteMachine, image: Path, bus: str, device
     in_guest(guest, "true")  # it has booted, and looked for devices
     done = tetrarch_cli("attach-disk", "--device", "data", "web", f"{image},bus={bus}")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"data\n", b"")
-    wait = f"n=0; until [ -b /dev/{device} ] || [ $((n += 1)) = 600 ]; do sleep 0.05; done"
+    wait = f"n=0; until {can_be_opened(device)} || [ $((n += 1)) = 600 ]; do sleep 0.05; done"
     assert in_guest(guest, f"{wait}; head -c 11 /dev/{device}") == b"on the disk"
     in_guest(guest, f"printf written | dd of=/dev/{device} conv=notrunc,fsync")
     done = tetrarch_cli("detach", "web", "data")
@@ -80,7 +81,7 @@ def test_images_come_into_a_confined_machine_by_descriptor(
         assert block["inserted"]["file"] == str(path)
         assert block["inserted"]["backing_file_depth"] == int(path == top)
         assert guest.execute("query-fdsets") == [], "they went with the client"
-        wait = "n=0; until [ -b /dev/vda ] || [ $((n += 1)) = 600 ]; do sleep 0.05; done"
+        wait = f"n=0; until {can_be_opened('vda')} || [ $((n += 1)) = 600 ]; do sleep 0.05; done"
         assert in_guest(guest, f"{wait}; head -c 11 /dev/vda") == b"on the base"
         in_guest(guest, "printf written | dd of=/dev/vda bs=512 seek=1 conv=fsync")
         assert in_guest(guest, "dd if=/dev/vda bs=512 skip=1 count=1 | head -c 7") == b"written"

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.nodes import can_be_opened
 from tests.storage.iso import make_iso
 from tests.storage.linux import Linux, check, ext4, needs_ext4, sha256_in
 
@@ -30,7 +31,7 @@ def test_file_system_is_mounted_written_trimmed_and_clean(
     )
     with machine:
         linux = Linux(machine)
-        linux.ask("until [ -b /dev/sda ]; do sleep 0.1; done")
+        linux.ask(f"until {can_be_opened('sda')}; do sleep 0.1; done")
         assert "Tetrarch" in linux.ask("cat /sys/block/sda/device/model")
         assert "32" in linux.ask("cat /sys/block/sda/device/queue_depth")
         linux.ask("mount -t ext4 /dev/sda /mnt")
@@ -41,7 +42,7 @@ def test_file_system_is_mounted_written_trimmed_and_clean(
         linux.ask("fstrim -v /mnt && umount /mnt")
         assert block.info(path)["allocated"] < allocated - (10 << 20)
 
-        linux.ask("until [ -b /dev/sr0 ]; do sleep 0.1; done")
+        linux.ask(f"until {can_be_opened('sr0')}; do sleep 0.1; done")
         linux.ask("mount -t iso9660 -o ro /dev/sr0 /mnt")
         assert linux.sha256("/mnt/data.bin") == hashlib.sha256(data).hexdigest()
         linux.ask("umount /mnt")
@@ -64,7 +65,7 @@ def test_saved_machine_goes_on_with_its_disk(standard_guest: CachedGuest, tmp_pa
     )
     with machine:
         linux = Linux(machine)
-        linux.ask("until [ -b /dev/sda ]; do sleep 0.1; done")
+        linux.ask(f"until {can_be_opened('sda')}; do sleep 0.1; done")
         linux.ask("mount -t ext4 /dev/sda /mnt")
         machine.console.send(
             "while :; do dd if=/dev/zero of=/mnt/x bs=64k count=50; sync; done &\n"

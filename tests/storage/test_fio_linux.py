@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from tests.nodes import can_be_opened
 from tests.programs import initrd_with
 from tests.storage.linux import Linux
 
@@ -52,7 +53,7 @@ def test_what_fio_writes_is_there(
     )
     with machine:
         linux = Linux(machine)
-        linux.ask(f"until [ -b /dev/{device} ]; do sleep 0.1; done")
+        linux.ask(f"until {can_be_opened(device)}; do sleep 0.1; done")
         linux.ask(f"{FIO} --filename=/dev/{device}")
         # It complains of a block that somebody else has written, and of that alone.
         again = f"{FIO} --filename=/dev/{device} --verify_only=1"

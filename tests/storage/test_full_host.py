@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from tests.nodes import can_be_opened
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 LIMIT_S = 240
@@ -92,7 +93,7 @@ def full_host(
             blocker = Path(f"/proc/{program.pid}/root{host}/blocker")
             full = FullHost(program, program.stdout, program.stderr, blocker)
             full.ask(
-                f"until [ -b /dev/{device} ]; do sleep 0.1; done; "
+                f"until {can_be_opened(device)}; do sleep 0.1; done; "
                 "dd if=/dev/urandom of=/tmp/data bs=64k count=40"
             )
             yield full

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.nodes import can_be_opened
 from tests.storage.iso import make_iso
 from tests.storage.linux import Linux, check, ext4, needs_ext4, sha256_in
 
@@ -15,7 +16,7 @@ from tetrarch.images import CachedGuest
 
 pytestmark = needs_ext4
 
-READY = "until [ -b /dev/sda ]; do sleep 0.1; done"
+READY = f"until {can_be_opened('sda')}; do sleep 0.1; done"
 
 
 @pytest.mark.parametrize("dma", [True, False])
@@ -48,7 +49,7 @@ def test_file_system_is_mounted_written_trimmed_and_clean(
             linux.ask("fstrim -v /mnt")
             assert block.info(path)["allocated"] < allocated - (10 << 20)
         linux.ask("umount /mnt")
-        linux.ask("until [ -b /dev/sr0 ]; do sleep 0.1; done")
+        linux.ask(f"until {can_be_opened('sr0')}; do sleep 0.1; done")
         linux.ask("mount -t iso9660 -o ro /dev/sr0 /mnt")
         assert linux.sha256("/mnt/data.bin") == hashlib.sha256(data).hexdigest()
         linux.ask("umount /mnt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.nodes import can_be_opened
 from tests.storage.linux import Linux, check, ext4, needs_ext4, sha256_in
 
 from tetrarch import Machine, block
@@ -80,7 +81,7 @@ def test_disk_is_plugged_in_and_out_while_linux_runs(
         assert isinstance(vm.engine_vm, Vm)
         disk = NvmeController(vm.engine_vm, block.open_disk(block.DiskSpec(path)), name="scratch")
         vm.attach_pci(disk, name="scratch")
-        linux.ask("until [ -b /dev/nvme0n1 ]; do sleep 0.1; done")
+        linux.ask(f"until {can_be_opened('nvme0n1')}; do sleep 0.1; done")
         linux.ask("mount -t ext4 /dev/nvme0n1 /mnt && echo here > /mnt/data && umount /mnt")
         # A larger disk is seen at once.
         disk.resize(2 * block.info(path)["size"])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.nodes import can_be_opened
 
 from tetrarch import Machine, block
 from tetrarch._native import Vm
@@ -77,8 +78,7 @@ def test_disk_is_plugged_in_and_out_of_a_guest_that_is_busy(
             disk = open_disk(block.DiskSpec(tmp_path / "comes.img"))
             device = VirtioPci(vm.engine_vm, BlkKind(vm.engine_vm, disk, "comes", 1))
             vm.attach_pci(device, name="comes")
-            # Linux makes the node before it can be opened (block/genhd.c, device_add_disk).
-            ask("until head -c 1 /dev/vdb >/dev/null 2>&1; do sleep 0.05; done")
+            ask(f"until {can_be_opened('vdb')}; do sleep 0.05; done")
             assert mark in ask("head -c 10 /dev/vdb")
             # It is taken away in the middle of reads, or of writes.
             # It is open before: a dd that came too late would make a file of that name. Behind
