@@ -132,3 +132,18 @@ def test_a_promise_is_a_bound_of_the_ratio() -> None:
     assert not debian.ROWS["boot"].kept(0.6)
     assert debian.ROWS["read"].kept(2.5)
     assert not debian.ROWS["read"].kept(1.9)
+
+
+def test_memory_beside_the_guests_is_neither_its_ram_nor_the_hosts_cache() -> None:
+    def mapping(name: str, pss_kib: int, dirty_kib: int) -> str:
+        fields = f"Size: 9 kB\nPss: {pss_kib} kB\nPrivate_Dirty: {dirty_kib} kB\nVmFlags: rd wr\n"
+        return f"7f0000000000-7f0000001000 rw-p 00000000 fe:00 12 {name}\n{fields}"
+
+    smaps = (
+        mapping("/memfd:tetrarch-ram (deleted)", 4096, 4096)
+        + mapping("/usr/lib/libc.so.6", 2048, 1024)
+        + mapping("/memfd:tetrarch-code (deleted)", 2048, 0)
+        + mapping("[heap]", 1024, 1024)
+        + mapping("", 1024, 1024)
+    )
+    assert debian.beside_ram_mib(smaps) == 5

@@ -77,6 +77,8 @@ ROWS = {
     "received": Row("iperf3, host to guest", "Mbit/s", least=2),
     "idle": Row("the process with an idle guest (PSS)", "MiB", most=1),
 }
+# What bt's process may take beside its guest's memory, in MiB, while the guest is idle.
+MOST_BESIDE = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
         text = _report(medians, ratios, disk, arguments)
         print(text)
         write_section("debian", text)
-    return 0 if all(ROWS[key].kept(ratio) for key, ratio in ratios.items()) else 1
+    kept = all(ROWS[key].kept(ratio) for key, ratio in ratios.items())
+    return 0 if kept and medians[BT]["beside"] <= MOST_BESIDE else 1
 
 
 def _disk() -> InstalledDisk:
@@ -197,6 +200,8 @@ def _round(
         _say(child, "systemctl is-system-running --wait")
         _say(child, "sleep 10")
         found["idle"] = _pss_mib(child.pid)
+        if program == BT:
+            found["beside"] = beside_ram_mib(Path(f"/proc/{child.pid}/smaps").read_text())
         for kind, size in (
             ("randread", "4k"),
             ("randwrite", "4k"),
@@ -267,6 +272,27 @@ def _pss_mib(pid: int) -> float:
     raise BenchError(f"/proc/{pid}/smaps_rollup has no Pss")
 
 
+def beside_ram_mib(smaps: str) -> float:
+    """What a process of ours takes beside its guest's memory, of its /proc/PID/smaps.
+
+    Pages of files that it has not changed are the host's cache, and shared with all who use them.
+    """
+    total, counted = 0, ""
+    for line in smaps.splitlines():
+        key, *values = line.split()
+        if not key.endswith(":"):
+            # A mapping: addresses, rights, offset, device, inode and, if any, a name.
+            name = values[4] if len(values) > 4 else ""
+            if name == "/memfd:tetrarch-ram":
+                counted = ""
+            else:
+                is_file = name.startswith("/") and not name.startswith("/memfd:")
+                counted = "Private_Dirty:" if is_file else "Pss:"
+        elif key == counted:
+            total += int(values[0])
+    return total / 1024
+
+
 def _report(
     medians: Mapping[str, Mapping[str, float]],
     ratios: Mapping[str, float],
@@ -284,6 +310,7 @@ def _report(
         ("Guest kernel", disk.manifest.release),
         ("QEMU", version_of(QEMU, "--version")),
     ]
+    beside = medians[BT]["beside"]
     return (
         "## A Debian on a disk\n\n"
         f"`python -m tools.bench debian`: one virtual CPU, {MEMORY_MIB} MiB, virtio disks in the "
@@ -293,4 +320,6 @@ def _report(
         + table(("", ""), facts)
         + "\n\n"
         + table(("", "unit", TCG, BT, "ratio", "promised"), rows)
+        + f"\n\nBeside its idle guest's memory, bt's process takes {beside:.0f} MiB, "
+        f"unchanged pages of files not counted; promised are at most {MOST_BESIDE}."
     )
