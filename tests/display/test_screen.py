@@ -115,6 +115,7 @@ def test_picture_is_a_png_file() -> None:
     assert struct.unpack_from(">I4sIIBBBBB", data, 8) == (13, b"IHDR", 3, 2, 8, 2, 0, 0, 0)
     (length,) = struct.unpack_from(">I", data, 33)
     assert zlib.decompress(data[41 : 41 + length]) == b"\0" + pixels[:9] + b"\0" + pixels[9:]
+    assert Screen.of_png(data, "its text") == Screen(3, 2, pixels, "its text")
 
 
 @needs_font
