@@ -190,3 +190,18 @@ def test_files_with_what_was_written_since(
     other = tetrarch.connect("other")
     other.console.send("c")
     other.console.expect("c3", LIMIT_S)
+
+
+def test_snapshot_that_fails_leaves_a_machine_as_it_was(
+    cli: Cli, start: Callable[..., None], tmp_path: Path
+) -> None:
+    start("web")
+    vm = tetrarch.connect("web")
+    nowhere = tmp_path / "none" / "x"
+    assert cli("snapshot", "--end", "web", nowhere).returncode == 1
+    assert vm.phase.value == "running"
+    vm.pause()
+    assert cli("snapshot", "--end", "web", nowhere).returncode == 1
+    assert vm.phase.value == "paused"
+    assert cli("snapshot", "--end", "web", tmp_path / "saved").returncode == 0
+    assert machines() == []

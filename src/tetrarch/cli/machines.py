@@ -177,15 +177,17 @@ def snapshot(
     ] = False,
 ) -> None:
     """Save a machine to a file, from which tetrarch run --restore goes on. It runs on itself."""
+    from tetrarch.machine.lifecycle import Phase
     from tetrarch.remote import connect
 
     vm = connect(name)
-    if end:
+    runs = end and vm.phase is Phase.RUNNING
+    if runs:
         vm.pause()
     try:
         vm.save(file, parent=parent, track=track)
     except BaseException:
-        if end:
+        if runs:
             vm.resume()
         raise
     if end:

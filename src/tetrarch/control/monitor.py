@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final, NotRequired, TypedDict
+from typing import Any, BinaryIO, Final, NotRequired, TypedDict
 
 from tetrarch.control.protocol import QmpError
 from tetrarch.machine.breakpoints import Breakpoint
@@ -17,6 +18,7 @@ __all__ = ["Descriptors", "FdInfo", "Monitor"]
 
 #: How a file of a set is named where a path is.
 _SET_PREFIX: Final = "/dev/fdset/"
+_BUFFER: Final = 1 << 20
 
 
 class FdInfo(TypedDict):
@@ -89,6 +91,18 @@ class Descriptors:
         if name not in self._named:
             raise QmpError(f"File descriptor named '{name}' not found")
         return self._named.pop(name)
+
+    @contextmanager
+    def target(self, protocol: str) -> Iterator[str | BinaryIO]:
+        """Where a command writes: the path of ``file:PATH``, or the open file of ``fd:NAME``."""
+        kind, _, name = protocol.partition(":")
+        if kind not in ("file", "fd") or not name:
+            raise QmpError("Parameter 'protocol' expects 'file:PATH' or 'fd:NAME'")
+        if kind == "file":
+            yield name
+            return
+        with os.fdopen(self.pop(name), "wb", buffering=_BUFFER) as file:
+            yield file
 
     def close(self) -> None:
         in_sets = [info["fd"] for infos in self.sets.values() for info in infos]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
@@ -37,14 +36,9 @@ def dump_guest_memory(
         raise QmpError(f"Parameter '{name}' is missing")
     if begin is not None and length is not None and (begin < 0 or length <= 0):
         raise QmpError("Parameter 'length' expects an address and a number of bytes")
-    kind, _, name = protocol.partition(":")
-    if kind not in ("file", "fd") or not name:
-        raise QmpError("Parameter 'protocol' expects 'file:PATH' or 'fd:NAME'")
     machine = monitor.machine
     with ExitStack() as stack:
-        target: str | BinaryIO = name
-        if kind == "fd":
-            target = stack.enter_context(os.fdopen(monitor.descriptors.pop(name), "wb"))
+        target = stack.enter_context(monitor.descriptors.target(protocol))
         write = machine.dumps.begin(target, machine.paused, begin, length, paging)
         rest = stack.pop_all()
 

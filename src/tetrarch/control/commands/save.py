@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError
@@ -25,11 +23,5 @@ def save(
     if (parent is None) != (parent_file is None):
         raise QmpError("Parameters 'parent' and 'parent-file' go together")
     below = None if parent is None or parent_file is None else Parent(parent, parent_file)
-    kind, _, name = protocol.partition(":")
-    if kind == "file" and name:
-        monitor.machine.save(name, parent=below, track=track)
-    elif kind == "fd" and name:
-        with os.fdopen(monitor.descriptors.pop(name), "wb", buffering=1 << 20) as file:
-            monitor.machine.save(file, parent=below, track=track)
-    else:
-        raise QmpError("Parameter 'protocol' expects 'file:PATH' or 'fd:NAME'")
+    with monitor.descriptors.target(protocol) as target:
+        monitor.machine.save(target, parent=below, track=track)
