@@ -79,6 +79,7 @@ struct Sieve {
     host: Bits,
     guest: Bits,
     options: u32,
+    code32: bool,
     /// Failures by instruction: how often, and an example.
     failures: BTreeMap<String, (u64, String)>,
     run: u64,
@@ -88,7 +89,7 @@ struct Sieve {
 }
 
 impl Sieve {
-    fn new() -> Option<Self> {
+    fn new(code32: bool) -> Option<Self> {
         let native = HostCpu::new()?;
         let mut interpreter = Guest::for_cases(false);
         let guest = Bits::of_guest(&mut interpreter);
@@ -100,6 +101,7 @@ impl Sieve {
             host: Bits::of_host(),
             guest,
             options: if amd { DecoderOptions::AMD } else { DecoderOptions::NONE },
+            code32,
             failures: BTreeMap::new(),
             run: 0,
             ran: 0,
@@ -127,12 +129,14 @@ impl Sieve {
     fn try_one(&mut self, map: Map, code: Vec<u8>) {
         let mut bytes = code.clone();
         bytes.resize(15, 0xCC);
-        let i = Decoder::with_ip(64, &bytes, CODE + 0x100, self.options).decode();
+        let bits = if self.code32 { 32 } else { 64 };
+        let i = Decoder::with_ip(bits, &bytes, CODE + 0x100, self.options).decode();
         if left_out(map, &code, &i) {
             return;
         }
         let case = Case {
             gathers: i.is_vsib(),
+            code32: self.code32,
             ..Case::of_one(code, start(), false, ARITH & !undefined(&i))
         };
         let Some(host) = self.native.run(&case) else {
@@ -196,7 +200,7 @@ impl Sieve {
     fn all(&mut self, seed: u64, most: impl Fn(Map) -> usize) {
         let mut random = Random::new(seed);
         let forms = forms();
-        for head in heads() {
+        for head in heads(self.code32) {
             let most = most(head.map()).min(forms.len());
             for opcode in 0..=255 {
                 for index in 0..most {
@@ -241,10 +245,9 @@ fn number(name: &str, default: u64) -> u64 {
     })
 }
 
-#[test]
-fn sieve_short() {
+fn short(code32: bool) {
     let seed = number("SIEVE_SEED", 1);
-    let Some(mut sieve) = Sieve::new() else { return };
+    let Some(mut sieve) = Sieve::new(code32) else { return };
     let _ = writeln!(std::io::stderr(), "SIEVE_SEED={seed}");
     sieve.all(seed, |map| match map {
         Map::OneByte | Map::Escaped => 12,
@@ -255,9 +258,29 @@ fn sieve_short() {
 }
 
 #[test]
+fn sieve_short() {
+    short(false);
+}
+
+#[test]
+fn sieve_short_of_32_bit_code() {
+    short(true);
+}
+
+#[test]
 #[ignore = "takes minutes; run it after a change of what the guest's CPU has"]
 fn sieve_whole() {
-    let Some(mut sieve) = Sieve::new() else { return };
+    whole(false);
+}
+
+#[test]
+#[ignore = "takes minutes; run it after a change of what the guest's CPU has"]
+fn sieve_whole_of_32_bit_code() {
+    whole(true);
+}
+
+fn whole(code32: bool) {
+    let Some(mut sieve) = Sieve::new(code32) else { return };
     sieve.all(1, |map| match map {
         Map::OneByte | Map::Escaped => usize::MAX,
         Map::Vex => 24,

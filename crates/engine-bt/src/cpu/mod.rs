@@ -37,7 +37,7 @@ use crate::memory::rendezvous::Rendezvous;
 use crate::memory::tlb::Tlb;
 use crate::state::fault::Fault;
 use crate::state::msrs::MsrFile;
-use crate::state::{CpuState, attr, cr, flag, mode, reg, seg};
+use crate::state::{CpuState, attr, cr, flag, is_flat, mode, reach, reg, seg};
 
 /// What the vCPUs of a VM share.
 pub struct VmShared {
@@ -308,8 +308,8 @@ impl Cpu {
         let backward = st.flags & flag::DF != 0;
         // A hardware breakpoint needs the interpreter's checks, as a single step does.
         let debug = st.flags & flag::TF != 0 || st.dr[7] & 0xFF != 0 || self.debugger.watches();
-        if st.code64()
-            && st.cr0 & cr::CR0_PG != 0
+        let code32 = st.flat_code32();
+        if (st.code64() || code32)
             && (user || st.cpl == 0)
             && !alignment_checks
             && !backward
@@ -317,11 +317,23 @@ impl Cpu {
         {
             word |= mode::TRANSLATE;
         }
-        let changed = (st.mode ^ word) & !(mode::USER | mode::TRANSLATE);
+        if code32 {
+            word |= mode::CODE32;
+            for (index, bit) in [(seg::DS, mode::FLAT_DS), (seg::ES, mode::FLAT_ES)] {
+                if is_flat(&st.seg[index]) {
+                    word |= bit;
+                }
+            }
+            for (reach_of, segment) in st.reach.iter_mut().zip(&st.seg) {
+                *reach_of = reach(segment);
+            }
+        }
         st.mode = word;
-        if changed != 0 {
+        let known = &mut st.branch_modes[usize::from(user)];
+        if word & mode::TRANSLATE != 0 && *known != word {
             // Branch targets are looked up by address and privilege alone.
-            self.tlb.flush_branches();
+            *known = word;
+            self.tlb.flush_branches(user);
         }
     }
 

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
-use iced_x86::{Decoder, Instruction, InstructionInfoFactory, Mnemonic};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic};
 use parking_lot::Mutex;
 use tetrarch_engine::{EngineError, host_tsc};
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
@@ -22,7 +22,9 @@ use crate::state::block::branch_index;
 use crate::state::fault::{Fault, vector};
 use crate::state::mode;
 use crate::state::{flag, reg};
-use crate::translate::block::{Built, Link, MapEntry, PortAccess, Site, Source, What, rebased};
+use crate::translate::block::{
+    Built, Link, MapEntry, PortAccess, Site, Source, What, decoder, rebased,
+};
 use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
 use crate::translate::cache::CodeCache;
 use crate::translate::liveness::{ALL, FlagUse};
@@ -71,6 +73,9 @@ struct SlowSite {
 
 /// Bytes of an instruction that can lie on its second page, and one more.
 const MAX_HEAD: usize = 15;
+
+/// From here on 32-bit code is interpreted: what follows its last byte is at 0.
+const LAST_PAGE32: u64 = u32::MAX as u64 - (PAGE_SIZE - 1);
 
 /// Slots for [`SlowSite`]s: what a guest's drivers touch devices with.
 const SLOW_SITES: usize = 64;
@@ -184,6 +189,9 @@ impl Translator {
     fn resolve(&mut self, cpu: &mut Cpu, rip: u64, origin: u32) -> Result<Option<u32>, Fault> {
         cpu.counts.lookups += 1;
         if self.translations.is_closed() && !self.renew() {
+            return Ok(None);
+        }
+        if cpu.st.mode & mode::CODE32 != 0 && rip >= LAST_PAGE32 {
             return Ok(None);
         }
         let Some(id) = self.exec_id(cpu, rip)? else { return Ok(None) };
@@ -773,9 +781,8 @@ fn sources(
     let bytes = bytes.get_mut(..usize::from(run))?;
     let start = GuestPhys(page.physical | block.rip & (PAGE_SIZE - 1));
     cpu.vm.memory.read(start, bytes).ok()?;
-    let options = cpu.vm.cpuid.decoder_options();
     let counted = cpu.vm.journal.is_some();
-    for i in &mut Decoder::with_ip(64, bytes, block.rip, options) {
+    for i in &mut decoder(block.mode, bytes, block.rip, &cpu.vm.cpuid) {
         sources.pass(&i, &FlagUse::of(&i, counted), info);
     }
     Some(sources)

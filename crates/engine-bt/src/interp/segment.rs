@@ -212,6 +212,10 @@ pub fn load_segment(cpu: &mut Cpu, index: usize, selector: u16) -> R<()> {
         check_data_segment(cpu, selector)?
     };
     cpu.st.seg[index] = new;
+    if !cpu.st.code64() {
+        // What accesses through it need is part of the mode.
+        cpu.update_mode();
+    }
     Ok(())
 }
 

@@ -115,11 +115,9 @@ impl Logs {
         }
     }
 
-    fn drain_branches(&mut self, block: &mut StateBlock) {
-        for user in [false, true] {
-            for target in self.branches[usize::from(user)].drain(..) {
-                invalidate_branch(block, target, user);
-            }
+    fn drain_branches(&mut self, block: &mut StateBlock, user: bool) {
+        for target in self.branches[usize::from(user)].drain(..) {
+            invalidate_branch(block, target, user);
         }
     }
 
@@ -131,7 +129,8 @@ impl Logs {
             }
         }
         self.drain_exec(block);
-        self.drain_branches(block);
+        self.drain_branches(block, false);
+        self.drain_branches(block, true);
     }
 
     /// Drops the branch targets in the pages that `goes` chooses.
@@ -296,7 +295,7 @@ impl Tlb {
 
     pub fn fill_branch(&mut self, target: u64, host: u64, user: bool, global: bool) {
         if self.logs[usize::from(global)].branches[usize::from(user)].len() >= LOG_LIMIT {
-            self.flush_branches();
+            self.flush_branches(user);
         }
         let entry = &mut self.block.branches_mut(user)[branch_index(target)];
         entry.target = target;
@@ -398,10 +397,10 @@ impl Tlb {
         }
     }
 
-    /// Drops every indirect branch target: they belong to another mode.
-    pub fn flush_branches(&mut self) {
+    /// Drops every indirect branch target of kernel or of user mode.
+    pub fn flush_branches(&mut self, user: bool) {
         for logs in &mut self.logs {
-            logs.drain_branches(&mut self.block);
+            logs.drain_branches(&mut self.block, user);
         }
     }
 
@@ -416,7 +415,7 @@ impl Tlb {
             Some(RelativePage::At(page)) => {
                 invalidate_branch(&mut self.block, page | offset, true);
             }
-            Some(RelativePage::Several) => self.flush_branches(),
+            Some(RelativePage::Several) => self.flush_branches(true),
             None => {}
         }
     }
@@ -438,7 +437,8 @@ impl Tlb {
     /// Drops every executable page and branch target.
     pub fn flush_exec(&mut self) {
         for logs in &mut self.logs {
-            logs.drain_branches(&mut self.block);
+            logs.drain_branches(&mut self.block, false);
+            logs.drain_branches(&mut self.block, true);
             logs.drain_exec(&mut self.block);
         }
         self.relative.clear();

@@ -183,6 +183,10 @@ pub struct CpuState {
     pub avx: u8,
     /// The mode word by which translations are keyed; see [`mode`].
     pub mode: u32,
+    /// The mode words that the tables of branch targets are for: of kernel and of user mode.
+    pub branch_modes: [u32; 2],
+    /// [`reach`] of ES to GS, in 32-bit code that is translated.
+    pub reach: [u64; 6],
     /// Arithmetic flags saved around a memory access: AH by LAHF, AL by SETO.
     pub saved_flags: u32,
     /// Operands of instructions whose flags may have to be made again; see
@@ -308,6 +312,20 @@ impl CpuState {
         self.flags & flag::VM != 0
     }
 
+    /// Whether this is 32-bit code that the translator takes: protected mode or compatibility
+    /// mode, with code and stack in segments that are the whole linear space.
+    pub fn flat_code32(&self) -> bool {
+        let code = &self.seg[seg::CS];
+        let stack = &self.seg[seg::SS];
+        self.protected()
+            && !self.vm86()
+            && !self.code64()
+            && code.attributes & attr::DB != 0
+            && (code.base, code.limit) == (0, u32::MAX)
+            && stack.attributes & attr::DB != 0
+            && is_flat(stack)
+    }
+
     /// Width of addresses and of RIP: 16, 32 or 64 bits.
     #[inline]
     pub fn code_bits(&self) -> u32 {
@@ -340,6 +358,27 @@ pub mod mode {
     /// [`CpuState::code_page`](super::CpuState::code_page) has instead. So one translation of a
     /// library serves all processes, wherever they have it.
     pub const RELATIVE: u32 = 1 << 9;
+    /// 32-bit code: see [`CpuState::flat_code32`](super::CpuState::flat_code32).
+    pub const CODE32: u32 = 1 << 10;
+    /// In 32-bit code: DS, ES is the whole linear space, so that no access needs a look at it.
+    pub const FLAT_DS: u32 = 1 << 11;
+    pub const FLAT_ES: u32 = 1 << 12;
+}
+
+/// How many bytes from its start can be read and written in a segment of protected mode. None
+/// of one that only the interpreter can judge: read-only, code, expand-down.
+pub fn reach(segment: &Segment) -> u64 {
+    const LOOKED_AT: u32 = attr::UNUSABLE | attr::P | attr::S | attr::CODE | attr::DC | attr::RW;
+    if segment.attributes & LOOKED_AT == attr::P | attr::S | attr::RW {
+        u64::from(segment.limit) + 1
+    } else {
+        0
+    }
+}
+
+/// Whether it is the whole linear space, to read and to write.
+pub fn is_flat(segment: &Segment) -> bool {
+    segment.base == 0 && reach(segment) == 1 << 32
 }
 
 /// Bits of [`Segment::attributes`].

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::num::NonZeroU32;
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Decoder, Instruction, OpKind, Register};
 use tetrarch_memory::PAGE_SIZE;
 
 use super::sources::Origin;
@@ -43,6 +43,16 @@ impl Source<'_> {
         self.mode & mode::RELATIVE != 0
     }
 
+    /// 32-bit code, with 32-bit addresses.
+    pub fn code32(&self) -> bool {
+        self.mode & mode::CODE32 != 0
+    }
+
+    /// Decodes from `bytes`, which stand at `rip`.
+    pub fn decoder<'b>(&self, bytes: &'b [u8], rip: u64) -> Decoder<'b> {
+        decoder(self.mode, bytes, rip, self.cpuid)
+    }
+
     /// Whether `target` is in the page of the code, so that a branch there needs no look at
     /// what is mapped. In relative code that must hold wherever the page is mapped, so what
     /// may cross into another counts as outside.
@@ -51,6 +61,12 @@ impl Source<'_> {
             && self.second.is_none()
             && !(self.relative() && target & (PAGE_SIZE - 1) > LAST_WHOLE)
     }
+}
+
+/// Decodes code of a mode.
+pub fn decoder<'a>(mode: u32, bytes: &'a [u8], rip: u64, cpuid: &CpuidTable) -> Decoder<'a> {
+    let bits = if mode & mode::CODE32 != 0 { 32 } else { 64 };
+    Decoder::with_ip(bits, bytes, rip, cpuid.decoder_options())
 }
 
 /// An instruction of relative code as it stands where its page is mapped.

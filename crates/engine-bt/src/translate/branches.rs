@@ -119,7 +119,8 @@ impl Job<'_> {
     pub(super) fn loop_(&mut self, i: &Instruction) {
         let live = self.live_after();
         let flags = self.flags;
-        let address32 = matches!(i.code(), Code::Loop_rel8_64_ECX | Code::Jecxz_rel8_64);
+        let address32 =
+            !self.wide || matches!(i.code(), Code::Loop_rel8_64_ECX | Code::Jecxz_rel8_64);
         let is_loop = i.mnemonic() == Mnemonic::Loop;
         if is_loop {
             // 32-bit count: LEA zero-extends, as a write of ECX does.
@@ -142,18 +143,19 @@ impl Job<'_> {
     }
 
     pub(super) fn push_return(&mut self, i: &Instruction) {
-        self.stack(-8, 8, true);
+        let word = self.word();
+        self.stack(-word, word as u32, true);
         let next = i.next_ip();
         if self.source.relative() {
             self.relative_address(R13, next);
-            self.e.store_at(R14, 0, R13);
-        } else if next as i64 == i64::from(next as i32) {
-            self.e.store_imm_at(R14, 0, next as i32);
+            self.e.store_at(true, R14, 0, R13);
+        } else if !self.wide || next as i64 == i64::from(next as i32) {
+            self.e.store_imm_at(self.wide, R14, 0, next as i32);
         } else {
             self.e.mov_imm(R13, next);
-            self.e.store_at(R14, 0, R13);
+            self.e.store_at(true, R14, 0, R13);
         }
-        self.move_rsp(-8);
+        self.move_rsp(-word);
     }
 
     pub(super) fn call(&mut self, i: &Instruction) {
@@ -166,12 +168,14 @@ impl Job<'_> {
     pub(super) fn target_to_r13(&mut self, i: &Instruction) {
         self.free_flags();
         if i.op0_kind() == OpKind::Memory {
-            let disp = self.operand(i, 8, false);
-            self.e.load_at(R13, R14, disp);
+            let disp = self.operand(i, self.word() as u32, false);
+            self.e.load_at(self.wide, R13, R14, disp);
         } else {
             let guest = number(i.op0_register()).unwrap_or(0);
             let host = self.host_register(guest, R13);
-            if host != R13 {
+            if !self.wide {
+                self.e.mov32(R13, host);
+            } else if host != R13 {
                 self.e.mov(R13, host);
             }
         }
@@ -198,10 +202,11 @@ impl Job<'_> {
 
     pub(super) fn ret(&mut self, i: &Instruction) {
         self.free_flags();
-        self.stack(0, 8, false);
-        self.e.load_at(R13, R14, 0);
+        let word = self.word();
+        self.stack(0, word as u32, false);
+        self.e.load_at(self.wide, R13, R14, 0);
         let extra = if i.op_count() == 1 { i.immediate16() } else { 0 };
-        self.move_rsp(8 + i32::from(extra));
+        self.move_rsp(word + i32::from(extra));
         self.indirect();
     }
 

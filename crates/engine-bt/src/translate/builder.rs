@@ -13,10 +13,11 @@
 //! What is not needed any more but seen at a fault is made again there: see
 //! [`super::sources`].
 
-use iced_x86::{Decoder, InstructionInfoFactory};
+use iced_x86::InstructionInfoFactory;
 
 use super::block::{Built, Source};
 use super::classify::classify;
+use super::code32;
 use super::emit::Emitter;
 use super::job::{Flags, Job};
 use super::liveness::{self, ALL, Ahead, Step};
@@ -46,12 +47,14 @@ impl Builder {
         let mut instructions = Vec::with_capacity(MAX_INSTRUCTIONS);
         let mut kinds = Vec::with_capacity(MAX_INSTRUCTIONS);
         let mut steps = Vec::with_capacity(MAX_INSTRUCTIONS);
-        let options = source.cpuid.decoder_options();
-        let mut decoder = Decoder::with_ip(64, source.bytes, source.rip, options);
+        let mut decoder = source.decoder(source.bytes, source.rip);
         while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
-            let instruction = decoder.decode();
+            let mut instruction = decoder.decode();
             if instruction.is_invalid() {
                 break;
+            }
+            if source.code32() {
+                code32::use_common_form(&mut instruction);
             }
             let kind = classify(&instruction, source);
             instructions.push(instruction);
@@ -106,6 +109,7 @@ impl Builder {
             stubs: self.stubs,
             source,
             user: source.mode & mode::USER != 0,
+            wide: !source.code32(),
             flags: Flags::Host,
             live,
             ways,

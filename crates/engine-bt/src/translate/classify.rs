@@ -86,6 +86,9 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
         // The sum is cut to 32 bits, where the page is not known.
         return Kind::Interpret;
     }
+    if source.is_out_of_reach(i) {
+        return Kind::Interpret;
+    }
     if i.flow_control() != FlowControl::Next {
         return transfer(i, mode);
     }
@@ -98,20 +101,24 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
         M::Push | M::Pop | M::Leave => stack(i),
         M::In => Kind::Port { out: false },
         M::Out => Kind::Port { out: true },
-        M::Pushfq => Kind::Pushf,
+        M::Pushfq | M::Pushfd => Kind::Pushf,
         M::Cli if kernel => Kind::Cli,
         M::Sti if kernel => Kind::Sti,
         M::Swapgs if kernel => Kind::Swapgs,
         M::Rdtsc | M::Rdtscp | M::Rdrand | M::Rdseed if source.counted => Kind::Interpret,
         M::Rdtsc if kernel || mode & mode::TSC != 0 => Kind::Rdtsc,
         M::Rdtscp if kernel || mode & mode::TSC != 0 => Kind::Rdtscp,
-        M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq => string(i),
+        M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
+            string(i, source)
+        }
         // MOVSD is also an SSE2 instruction.
-        M::Movsd if i.is_string_instruction() => string(i),
+        M::Movsd if i.is_string_instruction() => string(i, source),
         M::Bt | M::Bts | M::Btr | M::Btc
             if i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register =>
         {
-            Kind::BitString
+            // The offset moves the access in its segment.
+            let checked = source.code32() && source.segment(i.memory_segment()).is_some();
+            if checked { Kind::Interpret } else { Kind::BitString }
         }
         M::Mov if i.op1_kind() == OpKind::Register => match i.op1_register() {
             Register::CR0 if kernel => Kind::ReadControl(offset_of!(CpuState, cr0)),
@@ -119,24 +126,26 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
             Register::CR3 if kernel => Kind::ReadControl(offset_of!(CpuState, cr3)),
             Register::CR4 if kernel => Kind::ReadControl(offset_of!(CpuState, cr4)),
             register if register.is_segment_register() => selector(i, register),
-            _ => copy(i, mode),
+            _ => copy(i, source),
         },
         M::Rdpid => Kind::ReadControl(offset_of!(CpuState, tsc_aux)),
         M::Rdfsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::FS),
         M::Rdgsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::GS),
-        _ => copy(i, mode),
+        _ => copy(i, source),
     }
 }
 
 /// What goes on elsewhere than behind itself.
 fn transfer(i: &Instruction, mode: u32) -> Kind {
-    let syscalls = mode & mode::SYSCALL != 0;
+    let syscalls = mode & (mode::SYSCALL | mode::CODE32) == mode::SYSCALL;
     match i.code() {
-        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => Kind::Jmp,
-        Code::Call_rel32_64 => Kind::Call,
-        Code::Jmp_rm64 => Kind::JmpIndirect,
-        Code::Call_rm64 => Kind::CallIndirect,
-        Code::Retnq | Code::Retnq_imm16 => Kind::Ret,
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 | Code::Jmp_rel8_32 | Code::Jmp_rel32_32 => {
+            Kind::Jmp
+        }
+        Code::Call_rel32_64 | Code::Call_rel32_32 => Kind::Call,
+        Code::Jmp_rm64 | Code::Jmp_rm32 => Kind::JmpIndirect,
+        Code::Call_rm64 | Code::Call_rm32 => Kind::CallIndirect,
+        Code::Retnq | Code::Retnq_imm16 | Code::Retnd | Code::Retnd_imm16 => Kind::Ret,
         Code::Syscall if syscalls => Kind::Syscall,
         Code::Sysretq if syscalls && mode & mode::USER == 0 => Kind::Sysret,
         _ if i.flow_control() == FlowControl::ConditionalBranch => conditional(i),
@@ -169,9 +178,10 @@ fn does_nothing(mnemonic: Mnemonic) -> bool {
 fn stack(i: &Instruction) -> Kind {
     match i.code() {
         Code::Push_r64 | Code::Push_rm64 | Code::Pushq_imm32 | Code::Pushq_imm8 => Kind::Push,
-        Code::Pop_r64 => Kind::Pop,
-        Code::Pop_rm64 if i.op0_kind() == OpKind::Register => Kind::Pop,
-        Code::Leaveq => Kind::Leave,
+        Code::Push_r32 | Code::Push_rm32 | Code::Pushd_imm32 | Code::Pushd_imm8 => Kind::Push,
+        Code::Pop_r64 | Code::Pop_r32 => Kind::Pop,
+        Code::Pop_rm64 | Code::Pop_rm32 if i.op0_kind() == OpKind::Register => Kind::Pop,
+        Code::Leaveq | Code::Leaved => Kind::Leave,
         _ => Kind::Interpret,
     }
 }
@@ -184,7 +194,7 @@ const STACK_RUN: usize = 16;
 pub(super) fn stack_run(instructions: &[Instruction], kinds: &[Kind]) -> usize {
     let plain = |index: usize| {
         instructions[index].op0_kind() == OpKind::Register
-            && instructions[index].op0_register() != Register::RSP
+            && !matches!(instructions[index].op0_register(), Register::RSP | Register::ESP)
     };
     let Some(&first) = kinds.first() else { return 0 };
     if !matches!(first, Kind::Push | Kind::Pop) {
@@ -196,17 +206,23 @@ pub(super) fn stack_run(instructions: &[Instruction], kinds: &[Kind]) -> usize {
     run + usize::from(returns)
 }
 
-/// MOVS and STOS on flat 64-bit addresses.
-fn string(i: &Instruction) -> Kind {
+/// MOVS and STOS on flat addresses of the code's own size.
+fn string(i: &Instruction, source: &Source<'_>) -> Kind {
     let (mut size, mut moves) = (0, false);
+    let flat = |segment| source.segment(segment).is_none();
     for op in 0..i.op_count() {
-        match i.op_kind(op) {
-            OpKind::MemoryESRDI => size = i.memory_size().size() as u8,
-            OpKind::MemorySegRSI if !matches!(i.memory_segment(), Register::FS | Register::GS) => {
+        match (i.op_kind(op), source.code32()) {
+            (OpKind::MemoryESRDI, false) => size = i.memory_size().size() as u8,
+            (OpKind::MemoryESEDI, true) if flat(Register::ES) => {
+                size = i.memory_size().size() as u8;
+            }
+            (OpKind::MemorySegRSI, false) | (OpKind::MemorySegESI, true)
+                if flat(i.memory_segment()) =>
+            {
                 moves = true;
             }
-            OpKind::Register if !i.op_register(op).is_xmm() => {}
-            // A 32-bit address size, or SSE2's MOVSD.
+            (OpKind::Register, _) if !i.op_register(op).is_xmm() => {}
+            // Another address size, or SSE2's MOVSD.
             _ => return Kind::Interpret,
         }
     }
@@ -231,21 +247,24 @@ fn selector(i: &Instruction, from: Register) -> Kind {
 
 fn conditional(i: &Instruction) -> Kind {
     if i.is_jcc_short_or_near() {
-        let near64 = matches!(i.op0_kind(), OpKind::NearBranch64);
-        return if near64 { Kind::Jcc } else { Kind::Interpret };
+        let full = matches!(i.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32);
+        return if full { Kind::Jcc } else { Kind::Interpret };
     }
     match i.code() {
         Code::Jrcxz_rel8_64
         | Code::Jecxz_rel8_64
+        | Code::Jecxz_rel8_32
         | Code::Loop_rel8_64_RCX
-        | Code::Loop_rel8_64_ECX => Kind::Loop,
+        | Code::Loop_rel8_64_ECX
+        | Code::Loop_rel8_32_ECX => Kind::Loop,
         _ => Kind::Interpret,
     }
 }
 
 /// Whether an instruction does nothing but read and write its operands, fixed
 /// general registers and flags, so that running it anywhere is the same.
-fn copy(i: &Instruction, mode: u32) -> Kind {
+fn copy(i: &Instruction, source: &Source<'_>) -> Kind {
+    let mode = source.mode;
     if !(copied_integer(i) || copied_vector(i)) {
         return Kind::Interpret;
     }
@@ -266,7 +285,11 @@ fn copy(i: &Instruction, mode: u32) -> Kind {
                 if size == 0 || size > 64 || i.is_vsib() {
                     return Kind::Interpret;
                 }
-                // The other segments have no effect in 64-bit mode.
+                // The pointer that x87 instructions leave is one into the segment.
+                let based = source.segment(i.memory_segment()).is_some();
+                if source.code32() && based && fpu::touches_x87(i) {
+                    return Kind::Interpret;
+                }
             }
             OpKind::Register if i.op_register(op).is_segment_register() => return Kind::Interpret,
             OpKind::Register

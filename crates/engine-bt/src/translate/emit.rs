@@ -173,6 +173,11 @@ impl Emitter {
         self.pos() - 4
     }
 
+    /// `cmp reg, gs:[offset]`
+    pub fn cmp_gs(&mut self, reg: u8, offset: usize) {
+        self.gs(true, &[0x3B], reg, offset);
+    }
+
     pub fn add_gs(&mut self, reg: u8, offset: usize) {
         self.gs(true, &[0x03], reg, offset);
     }
@@ -299,15 +304,15 @@ impl Emitter {
         }
     }
 
-    /// mov reg, [base + disp]
-    pub fn load_at(&mut self, reg: u8, base: u8, disp: i32) {
-        self.bytes(&[0x48 | (reg >> 3) << 2 | base >> 3, 0x8B]);
+    /// mov reg, [base + disp]; 32 bits, zero-extended, if not `wide`
+    pub fn load_at(&mut self, wide: bool, reg: u8, base: u8, disp: i32) {
+        self.bytes(&[0x40 | u8::from(wide) << 3 | (reg >> 3) << 2 | base >> 3, 0x8B]);
         self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp });
     }
 
-    /// mov [base + disp], reg
-    pub fn store_at(&mut self, base: u8, disp: i32, reg: u8) {
-        self.bytes(&[0x48 | (reg >> 3) << 2 | base >> 3, 0x89]);
+    /// mov [base + disp], reg; 32 bits of it if not `wide`
+    pub fn store_at(&mut self, wide: bool, base: u8, disp: i32, reg: u8) {
+        self.bytes(&[0x40 | u8::from(wide) << 3 | (reg >> 3) << 2 | base >> 3, 0x89]);
         self.mem_operand(reg, Address { base: Some(base), index: None, scale: 1, disp });
     }
 
@@ -350,9 +355,9 @@ impl Emitter {
         self.bytes(&[opcode | u8::from(size > 1)]);
     }
 
-    /// mov qword [base + disp], sign-extended imm32
-    pub fn store_imm_at(&mut self, base: u8, disp: i32, value: i32) {
-        self.bytes(&[0x48 | base >> 3, 0xC7]);
+    /// mov [base + disp], imm32, sign-extended to a quadword if `wide`
+    pub fn store_imm_at(&mut self, wide: bool, base: u8, disp: i32, value: i32) {
+        self.bytes(&[0x40 | u8::from(wide) << 3 | base >> 3, 0xC7]);
         self.mem_operand(0, Address { base: Some(base), index: None, scale: 1, disp });
         self.imm32(value as u32);
     }
@@ -510,8 +515,8 @@ impl Emitter {
     /// Checks `size` bytes at rsp + `disp` against the stack page and makes r14
     /// the host address. Clobbers the flags. Returns the rel32 of the miss, which
     /// finds the offset from the stack page in r14.
-    pub fn check_stack(&mut self, disp: i32, size: u32, user: bool) -> u32 {
-        self.lea(true, R14, Address { base: Some(R15), index: None, scale: 1, disp });
+    pub fn check_stack(&mut self, wide: bool, disp: i32, size: u32, user: bool) -> u32 {
+        self.lea(wide, R14, Address { base: Some(R15), index: None, scale: 1, disp });
         let entry = stack_offset(user);
         self.gs(true, &[0x2B], R14, entry + offset_of!(StackPage, page)); // sub r14, page
         self.cmp_imm(R14, 4096 - size);
@@ -560,7 +565,7 @@ impl Emitter {
         self.load(R13, count);
         let disp = i32::from(instructions);
         self.lea(true, R13, Address { base: Some(R13), index: None, scale: 1, disp });
-        self.gs(true, &[0x3B], R13, LIMIT); // cmp r13, limit
+        self.cmp_gs(R13, LIMIT);
         let limit = self.jcc(cc::A);
         self.store(count, R13);
         limit

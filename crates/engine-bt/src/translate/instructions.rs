@@ -15,13 +15,14 @@ impl Job<'_> {
     /// Emits what [`stack_run`](super::classify::stack_run) found with one check for all its accesses.
     pub(super) fn stack_run(&mut self, instructions: &[Instruction], kinds: &[Kind]) {
         self.free_flags();
-        let bytes = instructions.len() as i32 * 8;
+        let (wide, word) = (self.wide, self.word());
+        let bytes = instructions.len() as i32 * word;
         if kinds[0] == Kind::Push {
             self.stack(-bytes, bytes as u32, true);
             for (place, i) in instructions.iter().rev().enumerate() {
                 let guest = number(i.op0_register()).unwrap_or(0);
                 let host = self.host_register(guest, R13);
-                self.e.store_at(R14, place as i32 * 8, host);
+                self.e.store_at(wide, R14, place as i32 * word, host);
             }
             self.move_rsp(-bytes);
             return;
@@ -29,7 +30,7 @@ impl Job<'_> {
         self.stack(0, bytes as u32, false);
         for (place, (i, kind)) in instructions.iter().zip(kinds).enumerate() {
             if *kind == Kind::Ret {
-                self.e.load_at(R13, R14, place as i32 * 8);
+                self.e.load_at(wide, R13, R14, place as i32 * word);
                 let extra = if i.op_count() == 1 { i.immediate16() } else { 0 };
                 self.move_rsp(bytes + i32::from(extra));
                 // The branch is the return's, not that of the run's first pop.
@@ -39,7 +40,7 @@ impl Job<'_> {
             }
             let guest = number(i.op0_register()).unwrap_or(0);
             let host = Self::destination(guest);
-            self.e.load_at(host, R14, place as i32 * 8);
+            self.e.load_at(wide, host, R14, place as i32 * word);
             self.store_spilled(guest, host);
         }
         self.move_rsp(bytes);
@@ -77,56 +78,64 @@ impl Job<'_> {
         }
     }
 
+    /// Bytes of what is pushed and popped here.
+    pub(super) fn word(&self) -> i32 {
+        if self.wide { 8 } else { 4 }
+    }
+
     pub(super) fn push(&mut self, i: &Instruction) {
         self.free_flags();
+        let (wide, word) = (self.wide, self.word());
         if i.op0_kind() == OpKind::Memory {
-            let disp = self.operand(i, 8, false);
-            self.e.load_at(R13, R14, disp);
+            let disp = self.operand(i, word as u32, false);
+            self.e.load_at(wide, R13, R14, disp);
             self.e.store(offset_of!(CpuState, scratch) + 16, R13);
-            self.stack(-8, 8, true);
+            self.stack(-word, word as u32, true);
             self.e.load(R13, offset_of!(CpuState, scratch) + 16);
-            self.e.store_at(R14, 0, R13);
+            self.e.store_at(wide, R14, 0, R13);
         } else {
-            self.stack(-8, 8, true);
+            self.stack(-word, word as u32, true);
             if i.op0_kind() == OpKind::Register {
                 let guest = number(i.op0_register()).unwrap_or(0);
                 let host = self.host_register(guest, R13);
-                self.e.store_at(R14, 0, host);
+                self.e.store_at(wide, R14, 0, host);
             } else {
-                self.e.store_imm_at(R14, 0, i.immediate(0) as i32);
+                self.e.store_imm_at(wide, R14, 0, i.immediate(0) as i32);
             }
         }
-        self.move_rsp(-8);
+        self.move_rsp(-word);
     }
 
     pub(super) fn move_rsp(&mut self, by: i32) {
-        self.e.lea(true, R15, Address { base: Some(R15), index: None, scale: 1, disp: by });
+        self.e.lea(self.wide, R15, Address { base: Some(R15), index: None, scale: 1, disp: by });
     }
 
     pub(super) fn pop(&mut self, i: &Instruction) {
         self.free_flags();
-        self.stack(0, 8, false);
+        let (wide, word) = (self.wide, self.word());
+        self.stack(0, word as u32, false);
         match number(i.op0_register()).unwrap_or(0) {
             4 => {
-                self.e.load_at(R15, R14, 0);
+                self.e.load_at(wide, R15, R14, 0);
                 return;
             }
             guest @ 13..=15 => {
-                self.e.load_at(R13, R14, 0);
+                self.e.load_at(wide, R13, R14, 0);
                 self.e.store(gpr_offset(guest), R13);
             }
-            guest => self.e.load_at(guest, R14, 0),
+            guest => self.e.load_at(wide, guest, R14, 0),
         }
-        self.move_rsp(8);
+        self.move_rsp(word);
     }
 
     pub(super) fn leave_frame(&mut self) {
         self.free_flags();
         let retry = self.e.pos();
-        self.e.mov(R14, 5);
-        self.checked(8, false, retry);
-        self.e.load_at(R13, R14, 0);
-        self.e.lea(true, R15, Address { base: Some(5), index: None, scale: 1, disp: 8 });
+        let (wide, word) = (self.wide, self.word());
+        self.e.lea(wide, R14, Address { base: Some(5), index: None, scale: 1, disp: 0 });
+        self.checked(word as u32, false, retry);
+        self.e.load_at(wide, R13, R14, 0);
+        self.e.lea(wide, R15, Address { base: Some(5), index: None, scale: 1, disp: word });
         self.e.mov(5, R13);
     }
 
@@ -142,7 +151,7 @@ impl Job<'_> {
         self.free_flags();
         let write = i.mnemonic() != Mnemonic::Bt;
         let retry = self.e.pos();
-        self.linear(i);
+        self.linear(i, size as u32);
         let offset = self.host_register(guest, R13);
         let word_bits = if size == 8 { 6 } else { 5 };
         if size == 8 {
@@ -152,7 +161,7 @@ impl Job<'_> {
         }
         self.e.sar_imm(R13, word_bits);
         let word = Address { base: Some(R14), index: Some(R13), scale: size as u8, disp: 0 };
-        self.e.lea(true, R14, word);
+        self.e.lea(self.wide, R14, word);
         self.checked(size as u32, write, retry);
         // The offset in the word is made before the flags come back.
         let scratch = offset_of!(CpuState, scratch) + 16;

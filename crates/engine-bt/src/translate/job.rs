@@ -65,6 +65,8 @@ pub(super) struct Job<'a> {
     pub(super) stubs: Stubs,
     pub(super) source: &'a Source<'a>,
     pub(super) user: bool,
+    /// 64-bit code; else the stack's words and addresses have 32 bits.
+    pub(super) wide: bool,
     pub(super) flags: Flags,
     pub(super) live: Vec<u32>,
     pub(super) ways: Vec<Way>,

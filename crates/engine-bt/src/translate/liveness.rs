@@ -1,9 +1,10 @@
 //! Which arithmetic flags are needed where.
 
-use iced_x86::{Decoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, RflagsBits};
+use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic, RflagsBits};
 
 use super::block::Source;
 use super::classify::{Kind, classify, keeps_flags_sometimes, may_leave};
+use super::code32;
 use super::sources::Sources;
 use crate::memory::code_map;
 
@@ -175,9 +176,12 @@ impl Ahead<'_> {
             found.lost = sources.lost();
         }
         let bytes = &source.page[(rip & 0xFFF) as usize..];
-        let mut decoder = Decoder::with_ip(64, bytes, rip, source.cpuid.decoder_options());
+        let mut decoder = source.decoder(bytes, rip);
         for _ in 0..LOOK_AHEAD {
-            let i = decoder.decode();
+            let mut i = decoder.decode();
+            if source.code32() {
+                code32::use_common_form(&mut i);
+            }
             let seen = code_map::lines(i.ip() & 0xFFF, i.len().max(1) as u64);
             source.looked.set(source.looked.get() | seen);
             let kind = if i.is_invalid() { Kind::Interpret } else { classify(&i, source) };

@@ -9,7 +9,7 @@ use super::emit::{Address, R13, R14, R15, cc, gpr_offset};
 use super::job::{Cold, Flags, Job};
 use super::liveness::FlagUse;
 use crate::cpu::fpu;
-use crate::state::{CpuState, seg};
+use crate::state::CpuState;
 
 /// The guest register number of a general register of any width.
 pub(super) fn number(register: Register) -> Option<u8> {
@@ -82,7 +82,7 @@ impl Job<'_> {
 
     /// The linear address, where it is a constant.
     fn constant_address(&self, i: &Instruction) -> Option<u64> {
-        let plain = !matches!(i.memory_segment(), Register::FS | Register::GS);
+        let plain = self.source.segment(i.memory_segment()).is_none();
         if i.is_ip_rel_memory_operand() {
             let known = plain && !self.source.relative();
             return known.then(|| i.ip_rel_memory_address());
@@ -103,8 +103,8 @@ impl Job<'_> {
         }
     }
 
-    /// r14 := the linear address of the memory operand. Flags must be free.
-    pub(super) fn linear(&mut self, i: &Instruction) {
+    /// r14 := the linear address of the memory operand, of `size` bytes. Flags must be free.
+    pub(super) fn linear(&mut self, i: &Instruction, size: u32) {
         if i.is_ip_rel_memory_operand() {
             if self.source.relative() {
                 self.relative_address(R14, i.ip_rel_memory_address());
@@ -112,16 +112,21 @@ impl Job<'_> {
                 self.e.mov_imm(R14, i.ip_rel_memory_address());
             }
         } else {
-            let wide = i.memory_base().size() != 4 && i.memory_index().size() != 4;
+            let wide = self.wide && i.memory_base().size() != 4 && i.memory_index().size() != 4;
             let address = self.address(i);
             self.e.lea(wide, R14, address);
         }
-        let segment = match i.memory_segment() {
-            Register::FS => seg::FS,
-            Register::GS => seg::GS,
-            _ => return,
-        };
+        let Some(segment) = self.source.segment(i.memory_segment()) else { return };
+        if self.wide {
+            self.e.add_gs(R14, base_offset(segment));
+            return;
+        }
+        let end = Address { base: Some(R14), index: None, scale: 1, disp: size as i32 };
+        self.e.lea(true, R13, end);
+        self.e.cmp_gs(R13, offset_of!(CpuState, reach) + segment * 8);
+        self.slow_if(cc::A);
         self.e.add_gs(R14, base_offset(segment));
+        self.e.mov32(R14, R14);
     }
 
     /// Checks the memory operand and leaves a host pointer to it: returns the
@@ -136,13 +141,14 @@ impl Job<'_> {
             self.checked(size, write, retry);
             return 0;
         }
-        let plain = !matches!(i.memory_segment(), Register::FS | Register::GS);
-        if plain && i.memory_base() == Register::RSP && i.memory_index() == Register::None {
+        let plain = self.source.segment(i.memory_segment()).is_none();
+        let stack_pointer = if self.wide { Register::RSP } else { Register::ESP };
+        if plain && i.memory_base() == stack_pointer && i.memory_index() == Register::None {
             self.stack(i.memory_displacement64() as i32, size, write);
             return 0;
         }
         let retry = self.e.pos();
-        self.linear(i);
+        self.linear(i, size);
         self.checked(size, write, retry);
         0
     }
@@ -164,7 +170,7 @@ impl Job<'_> {
 
     /// Checks `size` bytes at rsp + `disp`.
     pub(super) fn stack(&mut self, disp: i32, size: u32, write: bool) {
-        let miss = self.e.check_stack(disp, size, self.user);
+        let miss = self.e.check_stack(self.wide, disp, size, self.user);
         let resume = self.e.pos();
         let stub = self.stubs.stack[usize::from(self.user) * 2 + usize::from(write)];
         let instruction = self.current;

@@ -16,6 +16,12 @@ use crate::state::CpuState;
 impl Job<'_> {
     pub(super) fn string(&mut self, i: &Instruction, size: u8, moves: bool) {
         self.free_flags();
+        if !self.wide {
+            // What is above ECX, EDI and ESI is no part of them.
+            for register in [RCX, RDI, RSI] {
+                self.e.mov32(register, register);
+            }
+        }
         let repeated = i.has_rep_prefix() || i.has_repne_prefix();
         if repeated {
             let nothing = self.e.jrcxz(false);
@@ -53,6 +59,7 @@ impl Job<'_> {
         let source = offset_of!(CpuState, scratch) + 16;
         let source_end = offset_of!(CpuState, scratch) + 24;
         let end = |base| Address { base: Some(base), index: Some(RCX), scale: size, disp: 0 };
+        let plain = |base| Address { base: Some(base), index: None, scale: 1, disp: 0 };
         self.inside_page(RDI, size);
         if moves {
             self.inside_page(RSI, size);
@@ -68,9 +75,10 @@ impl Job<'_> {
         self.e.lea(true, R13, end(RDI));
         self.e.mov(RDI, R14);
         self.e.rep_string(size, moves);
-        self.e.mov(RDI, R13);
+        self.e.lea(self.wide, RDI, plain(R13));
         if moves {
-            self.e.load(RSI, source_end);
+            self.e.load(R13, source_end);
+            self.e.lea(self.wide, RSI, plain(R13));
         }
     }
 
@@ -87,10 +95,10 @@ impl Job<'_> {
             self.e.load(R13, source);
             self.e.load_sized(R13, R13, 0, size);
             self.e.store_sized(R14, R13, size);
-            self.e.lea(true, RSI, next(RSI));
+            self.e.lea(self.wide, RSI, next(RSI));
         } else {
             self.e.store_sized(R14, 0, size);
         }
-        self.e.lea(true, RDI, next(RDI));
+        self.e.lea(self.wide, RDI, next(RDI));
     }
 }

@@ -78,14 +78,27 @@ impl Job<'_> {
         self.e.lea(false, R14, other);
         self.e.store16(segment_field(seg::SS, selector), R14);
         self.e.store8_imm(offset_of!(CpuState, cpl), cpl);
+        self.e.store32_imm(offset_of!(CpuState, mode), self.mode_at(cpl == 3));
+    }
+
+    /// The mode of 64-bit code on the other side of SYSCALL and SYSRET.
+    fn mode_at(&self, user: bool) -> u32 {
         let word = self.source.mode & !(mode::USER | mode::RELATIVE);
-        let word = if cpl == 3 { word | mode::USER } else { word };
-        self.e.store32_imm(offset_of!(CpuState, mode), word);
+        if user { word | mode::USER } else { word }
+    }
+
+    /// Leaves for the interpreter if the branch targets known there are of another mode: of
+    /// 32-bit code.
+    fn check_branch_mode(&mut self, user: bool) {
+        let known = offset_of!(CpuState, branch_modes) + usize::from(user) * size_of::<u32>();
+        self.e.cmp32_imm(known, self.mode_at(user));
+        self.interpret_if(cc::NE);
     }
 
     /// SYSCALL from 64-bit code (SDM 2B; AMD APM 3).
     pub(super) fn syscall(&mut self, i: &Instruction) {
         self.free_flags();
+        self.check_branch_mode(false);
         if self.source.relative() {
             self.relative_address(RCX, i.next_ip());
         } else {
@@ -114,6 +127,7 @@ impl Job<'_> {
         self.e.raw(&[0x49, 0xC1, 0xFD, 16]); // sar r13, 16
         self.e.raw(&[0x49, 0x39, 0xCD]); // cmp r13, rcx
         self.interpret_if(cc::NE);
+        self.check_branch_mode(true);
         self.e.cmp8_imm(IRQ_WAIT, 0);
         self.interpret_if(cc::NE);
         self.e.mov32(R13, R11);
@@ -132,13 +146,14 @@ impl Job<'_> {
     pub(super) fn pushf(&mut self) {
         // PUSHF reads every flag, so all of them are put aside here.
         self.free_flags();
-        self.stack(-8, 8, true);
+        let word = self.word();
+        self.stack(-word, word as u32, true);
         let scratch = offset_of!(CpuState, scratch) + 16;
         self.e.store(scratch, RAX);
         self.compose_rflags(RAX);
-        self.e.store_at(R14, 0, RAX);
+        self.e.store_at(self.wide, R14, 0, RAX);
         self.e.load(RAX, scratch);
-        self.move_rsp(-8);
+        self.move_rsp(-word);
     }
 
     /// With an interrupt waiting, STI is the interpreter's, shadow and all.
@@ -218,8 +233,15 @@ impl Job<'_> {
         self.e.store16_at(R14, disp, R13);
     }
 
-    /// MOV r64, CRn for the registers that are plain state.
+    /// MOV from CRn for the registers that are plain state.
     pub(super) fn read_control(&mut self, i: &Instruction, offset: usize) {
-        self.set_register(i.op0_register(), |job, host| job.e.load(host, offset));
+        let wide = i.op0_register().size() == 8;
+        self.set_register(i.op0_register(), |job, host| {
+            if wide {
+                job.e.load(host, offset);
+            } else {
+                job.e.load32(host, offset);
+            }
+        });
     }
 }

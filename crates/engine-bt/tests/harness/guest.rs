@@ -338,6 +338,10 @@ impl Place<'_> {
         let mut gpr = [0; 16];
         for register in &mut gpr {
             *register = address(&mut input, code, at);
+            if mode.bits() < 64 {
+                // The upper halves are undefined there, and each tier has its own.
+                *register &= 0xFFFF_FFFF;
+            }
         }
         let stack_base = if mode == Mode::Real { STACK } else { 0 };
         if self.rsp & 15 != 15 {

@@ -4,6 +4,7 @@
 pub struct Head {
     bytes: Vec<u8>,
     map: Map,
+    code32: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,10 +34,12 @@ const PREFIXES: [&[u8]; 11] = [
 
 /// All heads: legacy maps with their prefixes, VEX, EVEX and AMD's XOP (Intel
 /// SDM 2A, 2.3 and 2.7; AMD APM 3, 1.2.7).
-pub fn heads() -> Vec<Head> {
+pub fn heads(code32: bool) -> Vec<Head> {
     let mut heads = Vec::new();
-    let mut head = |map, bytes: &[u8]| heads.push(Head { bytes: bytes.to_vec(), map });
-    for prefix in PREFIXES {
+    let mut head = |map, bytes: &[u8]| heads.push(Head { bytes: bytes.to_vec(), map, code32 });
+    // Of REX 32-bit code knows nothing; there the address size is another one instead.
+    let prefixes = PREFIXES.iter().copied().filter(|prefix| !code32 || !prefix.contains(&0x48));
+    for prefix in prefixes.chain(code32.then_some(&[0x67][..])) {
         head(Map::OneByte, prefix);
         for escape in [&[0x0F][..], &[0x0F, 0x38], &[0x0F, 0x3A]] {
             head(Map::Escaped, &[prefix, escape].concat());
@@ -99,6 +102,14 @@ impl Head {
     /// `None` where the opcode is a prefix or leads to another map.
     pub fn encode(&self, opcode: u8, form: Form) -> Option<Vec<u8>> {
         let elsewhere = match self.map {
+            Map::OneByte if self.code32 => match opcode {
+                // BOUND, LES and LDS have their operand in memory; the rest are VEX and EVEX.
+                0x62 | 0xC4 | 0xC5 => form.0 >= 0xC0,
+                _ => matches!(
+                    opcode,
+                    0x0F | 0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 | 0xF2 | 0xF3
+                ),
+            },
             Map::OneByte => matches!(
                 opcode,
                 0x0F | 0x26 | 0x2E | 0x36 | 0x3E | 0x40..=0x4F | 0x62 | 0x64..=0x67 | 0xC4 | 0xC5
@@ -123,6 +134,7 @@ impl Head {
         match self.map {
             Map::OneByte => match opcode {
                 0..=0x3F => opcode & 7 < 4,
+                0x62 | 0xC4 | 0xC5 => self.code32,
                 _ => matches!(
                     opcode,
                     0x63 | 0x69 | 0x6B | 0x80..=0x8F | 0xC0 | 0xC1 | 0xC6 | 0xC7

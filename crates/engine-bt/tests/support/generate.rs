@@ -72,7 +72,7 @@ const JUMPS: [Code; 16] = [
 ];
 
 /// Flags that an instruction gives a value whatever its operands are.
-fn defines(i: &Instruction) -> u64 {
+pub fn defines(i: &Instruction) -> u64 {
     use Mnemonic as M;
     let counted = matches!(
         i.mnemonic(),
@@ -206,13 +206,22 @@ impl Program {
         let defined = *defined.last()?;
         let start = self.start.clone();
         let gathers = self.items.iter().any(|item| matches!(item, Item::Plain(i) if i.is_vsib()));
-        Some(Case { code, start, kernel: self.kernel, defined, single, defined_before, gathers })
+        Some(Case {
+            code,
+            start,
+            kernel: self.kernel,
+            code32: false,
+            defined,
+            single,
+            defined_before,
+            gathers,
+        })
     }
 }
 
 /// Features of the instruction set that cases use where the guest has them: all
 /// but those whose instructions tell of the machine or of time.
-fn usable(feature: CpuidFeature) -> bool {
+pub fn usable(feature: CpuidFeature) -> bool {
     use CpuidFeature as F;
     matches!(
         feature,
@@ -271,7 +280,7 @@ fn usable(feature: CpuidFeature) -> bool {
 
 /// Instructions that user code must not run here: they show the machine, or
 /// change what a case cannot set.
-fn unfit(code: Code) -> bool {
+pub fn unfit(code: Code) -> bool {
     use Mnemonic as M;
     let op = code.op_code();
     matches!(
@@ -291,7 +300,6 @@ fn unfit(code: Code) -> bool {
             // Some CPUs read 16 bits and some 32.
             | Code::Movsxd_r16_rm16
     ) || op.must_be_cpl0()
-        || !op.mode64()
         || !op.is_instruction()
 }
 
@@ -328,7 +336,10 @@ impl Generator {
         let misaligned = (guest.cpuid(0x8000_0001, 0)[2] >> 7 & 1) << 17;
         let mut codes = Vec::new();
         for code in Code::values() {
-            if unfit(code) || matches!(code.encoding(), EncodingKind::EVEX | EncodingKind::MVEX) {
+            if unfit(code)
+                || !code.op_code().mode64()
+                || matches!(code.encoding(), EncodingKind::EVEX | EncodingKind::MVEX)
+            {
                 continue;
             }
             let mut i = Instruction::default();
@@ -745,7 +756,7 @@ fn extended(value: f64) -> [u8; 10] {
     bytes
 }
 
-fn fpu(random: &mut Random) -> Fpu {
+pub fn fpu(random: &mut Random) -> Fpu {
     let mut fpu = Fpu::default();
     for ymm in &mut fpu.ymm {
         let kind = random.below(6);

@@ -44,6 +44,9 @@ pub const CS0: u16 = 0x10;
 pub const DS0: u16 = 0x18;
 pub const DS3: u16 = 0x28 | 3;
 pub const CS3: u16 = 0x30 | 3;
+/// Of 32-bit code.
+pub const CS32_0: u16 = 0x08;
+pub const CS32_3: u16 = 0x20 | 3;
 const TSS: u16 = 0x40;
 
 const PML4: u64 = 0x1000;
@@ -213,7 +216,15 @@ impl Guest {
     fn make_tables(&mut self) {
         let code = |dpl: u64| 0x00AF_9B00_0000_FFFF | dpl << 45;
         let data = |dpl: u64| 0x00CF_9300_0000_FFFF | dpl << 45;
-        for (selector, entry) in [(CS0, code(0)), (DS0, data(0)), (DS3, data(3)), (CS3, code(3))] {
+        let code32 = |dpl: u64| 0x00CF_9B00_0000_FFFF | dpl << 45;
+        for (selector, entry) in [
+            (CS0, code(0)),
+            (DS0, data(0)),
+            (DS3, data(3)),
+            (CS3, code(3)),
+            (CS32_0, code32(0)),
+            (CS32_3, code32(3)),
+        ] {
             self.write64(GDT_AT + u64::from(selector & !7), entry);
         }
         let base = BASE + TSS_AT;
@@ -320,6 +331,12 @@ impl Guest {
         self.set_registers(&Registers { gpr, rip, rflags });
     }
 
+    /// The same in 32-bit code.
+    pub fn start32(&mut self, kernel: bool, rip: u64, gpr: [u64; 16], rflags: u64) {
+        self.set_system(&system32(kernel));
+        self.set_registers(&Registers { gpr, rip, rflags });
+    }
+
     /// Puts the code of a case in place, unless it is.
     pub fn place(&mut self, case: &Case) {
         let pages = case.pages();
@@ -335,7 +352,8 @@ impl Guest {
         let start = &case.start;
         self.write(DATA_AT, &start.data);
         self.vcpu.set_xsave(&start.fpu.image()).unwrap();
-        self.start(case.kernel, start.rip, start.gpr, start.rflags);
+        let begin = if case.code32 { Self::start32 } else { Self::start };
+        begin(self, case.kernel, start.rip, start.gpr, start.rflags);
         match self.run() {
             End::Fault(fault) => {
                 let mut state = State {
@@ -388,6 +406,14 @@ pub fn system(kernel: bool) -> SystemRegisters {
         efer: EFER,
         ..SystemRegisters::default()
     }
+}
+
+/// The same for 32-bit code in compatibility mode, with flat segments.
+pub fn system32(kernel: bool) -> SystemRegisters {
+    let (code, data, dpl) = if kernel { (CS32_0, DS0, 0) } else { (CS32_3, DS3, 3 << 5) };
+    let data = segment(data, 0xC093 | dpl);
+    let cs = segment(code, 0xC09B | dpl);
+    SystemRegisters { es: data, cs, ss: data, ds: data, ..system(kernel) }
 }
 
 /// Runs a test's body on both halves of the engine.

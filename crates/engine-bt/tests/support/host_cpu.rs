@@ -30,6 +30,8 @@ struct Control {
     rip: u64,
     rflags: u64,
     image: [u8; IMAGE],
+    /// The case is 32-bit code.
+    code32: u64,
     signal: i32,
     vector: u64,
     error: u64,
@@ -59,6 +61,12 @@ const GREGS: [i32; 16] = [
     libc::REG_R14,
     libc::REG_R15,
 ];
+
+/// Linux's selectors (arch/x86/include/asm/segment.h): 32-bit and 64-bit code, and data. Of a
+/// 64-bit process DS and ES are null.
+const USER32_CS: i64 = 0x23;
+const USER_CS: i64 = 0x33;
+const USER_DS: u32 = 0x2B;
 
 /// Set in the child only.
 static CONTROL: AtomicPtr<Control> = AtomicPtr::new(null_mut());
@@ -181,6 +189,7 @@ impl HostCpu {
         control.gpr = start.gpr;
         control.rip = start.rip;
         control.rflags = start.rflags;
+        control.code32 = u64::from(case.code32);
         control.image.copy_from_slice(&start.fpu.image());
         let pages = case.pages();
         // SAFETY: both ranges are inside the mapping; the child waits.
@@ -363,6 +372,11 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut li
         }
         context.gregs[libc::REG_RIP as usize] = control.rip as i64;
         context.gregs[libc::REG_EFL as usize] = control.rflags as i64;
+        let (code, data) = if control.code32 != 0 { (USER32_CS, USER_DS) } else { (USER_CS, 0) };
+        let selectors = &mut context.gregs[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & !0xFFFF | code;
+        std::arch::asm!("mov ds, {0:e}", "mov es, {0:e}", in(reg) data,
+            options(nostack, preserves_flags));
         // The bytes from 416 to 512 are the kernel's own.
         std::ptr::copy_nonoverlapping(control.image.as_ptr(), image, 28);
         std::ptr::copy_nonoverlapping(control.image.as_ptr().add(32), image.add(32), 384);

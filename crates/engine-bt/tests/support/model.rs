@@ -80,7 +80,7 @@ pub fn undefined_result(i: &Instruction) -> bool {
 pub fn instruction_at(case: &Case, rip: u64) -> Option<Instruction> {
     let at = rip.checked_sub(case.start.rip)? as usize;
     let bytes = case.code.get(at..).filter(|bytes| !bytes.is_empty())?;
-    Some(Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE).decode())
+    Some(Decoder::with_ip(case.bits(), bytes, rip, DecoderOptions::NONE).decode())
 }
 
 fn canonical(address: u64) -> bool {
@@ -282,6 +282,11 @@ pub fn sieve_accepts(i: &Instruction, code: &[u8], host: &Outcome, guest: &Outco
         Mnemonic::Seamcall | Mnemonic::Seamops | Mnemonic::Seamret | Mnemonic::Tdcall => {
             only(&[UD, GP])
         }
+        // No byte is selected: whether the address counts all the same is the model's choice
+        // (Intel SDM 2B, "MASKMOVQ").
+        Mnemonic::Maskmovq | Mnemonic::Maskmovdqu => vectors.contains(&PF),
+        // Which part of the area is touched first is too.
+        Mnemonic::Xrstor => only(&[PF]) && host.fault.error == guest.fault.error,
         // With a REP prefix Zen 4 runs it, and Zen 5 does not; the manual is silent.
         Mnemonic::Clzero if i.has_rep_prefix() || i.has_repne_prefix() => vectors.contains(&UD),
         // VPERMQ and VPERMPD ask for VEX.W; AMD's CPUs ignore it. LOCK VERW is refused by the
