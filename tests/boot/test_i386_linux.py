@@ -56,7 +56,8 @@ def _works(kernel: Path, folder: Path, machine: str) -> None:
         assert vm.wait(PATIENCE).reason is StopReason.POWERED_OFF
         interpreted = vm.stats()["bt"]["interpreted"]
         translated = vm.stats()["bt"]["instructions_translated"]
-    lines = [line for line in said.replace("\r", "").splitlines() if line.strip()]
+    # The shell tells the end of its job now and then.
+    lines = [line for line in said.split("\r\n") if line.strip() not in ("", "Terminated")]
     assert lines == [*_expected(busybox), machine]
     # What runs often was translated.
     assert interpreted < 20_000_000, f"{translated} instructions translated"
