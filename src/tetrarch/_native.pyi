@@ -693,9 +693,10 @@ class Vm:
         cls,
         engine: str,
         memory: int,
-        vcpus: int = 1,
+        vcpus: int | tuple[int, int, int] = ...,
         *,
         translate: bool = True,
+        chaos: int | None = None,
         platform: Platform | None = None,
         record: tuple[int, str, int] | None = None,
         replay: int | None = None,
@@ -703,8 +704,10 @@ class Vm:
         """``engine``: "bt" or "kvm"; ``memory`` in bytes, a multiple of 4096.
 
         RAM lies at 0 up to 3 GiB, the rest from 4 GiB up. With ``translate``
-        false, engine ``bt`` interprets every instruction (for tests). EngineError where
-        the engine cannot have the ``platform``; None is a bare CPU.
+        false, engine ``bt`` interprets every instruction (for tests). ``vcpus`` may be sockets,
+        cores of each, and threads of each. ``chaos`` is the seed of disturbances by engine ``bt``
+        (docs/testing.md). EngineError where the engine cannot have the ``platform``; None is
+        a bare CPU.
 
         ``record`` is the descriptor of an empty file, a text about the machine, and the
         instructions from one checkpoint to the next; ``replay`` the descriptor of such a

@@ -30,7 +30,7 @@ def machine_html(vm: Machine) -> str:
         "engine": vm.engine,
         "phase": vm.phase.value,
         "memory": f"{config.memory >> 20} MiB",
-        "CPUs": config.cpus,
+        "CPUs": str(config.cpus),
         "has run": f"{vm.uptime:.1f} s",
     }
     if vm.status is not None:

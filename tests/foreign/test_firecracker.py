@@ -51,7 +51,7 @@ def test_machine_of_its_getting_started_guide_is_carried_over_whole() -> None:
         logger=None,
     )
     assert lost == []
-    assert (config.kernel, config.cpus, config.memory) == (CWD / "vmlinux", 2, 1 << 30)
+    assert (config.kernel, config.cpus.count, config.memory) == (CWD / "vmlinux", 2, 1 << 30)
     assert config.append == f"{BOOT['boot_args']} root=/dev/vda ro"
     assert list(map(str, config.disk)) == ["/cwd/root.ext4,format=raw,readonly=on", "/d,format=raw"]
     assert [str(net) for net in config.net] == ["tap=tap0,mac=06:00:ac:10:00:02"]

@@ -9,6 +9,7 @@ from tetrarch.errors import ConfigError
 from tetrarch.foreign import import_libvirt
 from tetrarch.foreign.xml_tree import parse_xml
 from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.cpus import CpusSpec
 
 CWD = Path("/cwd")
 
@@ -90,7 +91,12 @@ def test_domain_is_carried_over_whole() -> None:
     )
     config = carried.finish(CWD)
     assert carried.lost == []
-    assert (config.name, config.engine, config.cpus, config.memory) == ("web", "kvm", 4, 2 << 30)
+    assert (config.name, config.engine, config.cpus.count, config.memory) == (
+        "web",
+        "kvm",
+        4,
+        2 << 30,
+    )
     assert config.append == "root=/dev/vda1 console=ttyS0"
     assert list(map(str, config.disk)) == [
         "/img/web.qcow2,format=qcow2,iops=500,cache=none,werror=stop",
@@ -115,7 +121,12 @@ def test_domain_is_carried_over_whole() -> None:
         ("<memory unit='GiB'>1</memory>", "memory", 1 << 30),
         ("<memory>65536</memory>", "memory", 64 << 20),
         ("<memory unit='MB'>100</memory>", "memory", 100_003_840),
-        ("<vcpu current='1'>8</vcpu>", "cpus", 1),
+        ("<vcpu current='1'>8</vcpu>", "cpus", CpusSpec.parse(1)),
+        (
+            "<vcpu>8</vcpu><cpu><topology sockets='2' dies='1' cores='2' threads='2'/></cpu>",
+            "cpus",
+            CpusSpec(8, 2, 2, 2),
+        ),
         ("<x/>", "on_reset", "restart"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from tetrarch.errors import ConfigError
 from tetrarch.foreign import import_qemu, words_of_script
 from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.cpus import CpusSpec
 
 CWD = Path("/cwd")
 
@@ -24,9 +25,11 @@ def machine(*words: str) -> tuple[MachineConfig, list[str]]:
         ([], "on_reset", "restart"),
         (["-m", "2G,slots=2"], "memory", 2 << 30),
         (["-m", "size=96"], "memory", 96 << 20),
-        (["-smp", "4"], "cpus", 4),
-        (["-smp", "sockets=2,cores=3,threads=2"], "cpus", 12),
-        (["-smp", "2,maxcpus=2"], "cpus", 2),
+        (["-smp", "4"], "cpus", CpusSpec.parse(4)),
+        (["-smp", "sockets=2,cores=3,threads=2"], "cpus", CpusSpec(12, 2, 3, 2)),
+        (["-smp", "8,sockets=2,dies=1,cores=2,threads=2"], "cpus", CpusSpec(8, 2, 2, 2)),
+        (["-smp", "2,maxcpus=2"], "cpus", CpusSpec.parse(2)),
+        (["-smp", "2,maxcpus=4,sockets=4"], "cpus", CpusSpec.parse(2)),
         (["-enable-kvm"], "engine", "kvm"),
         (["-accel", "tcg"], "engine", "bt"),
         (["-accel", "kvm", "-accel", "tcg"], "engine", "auto"),

@@ -181,7 +181,7 @@ def options(data: bytes) -> None:
     else:
         assert MEMORY_MIN <= config.memory <= MEMORY_MAX
         assert config.memory % 4096 == 0
-        assert 1 <= config.cpus <= VCPUS_MAX
+        assert 1 <= config.cpus.count <= VCPUS_MAX
     text = source.text()
     spec = ConsoleSpec.parse(text)
     assert spec is None or ConsoleSpec.parse(str(spec)) == spec

@@ -110,7 +110,7 @@ def test_file_gives_options_with_paths_relative_to_it(tmp_path: Path) -> None:
     assert str(config.console) == f"file={tmp_path / 'log'}"
     assert list(map(str, config.disk)) == [f"{tmp_path / 'a.img'},readonly=on", "/b.img"]
     assert list(map(str, config.cdrom)) == [str(tmp_path / "c.iso")]
-    assert config.cpus == 1
+    assert config.cpus.count == 1
 
 
 @pytest.mark.parametrize(

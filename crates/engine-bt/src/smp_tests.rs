@@ -33,7 +33,13 @@ fn vm() -> BtVm {
 
 fn vm_with_cache(cache_bytes: usize) -> BtVm {
     with_identity_map(|memory| {
-        build(memory, Config { vcpus: 2, ..Config::default() }, cache_bytes, None).unwrap()
+        build(
+            memory,
+            Config { topology: Topology::flat(2), ..Config::default() },
+            cache_bytes,
+            None,
+        )
+        .unwrap()
     })
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::available_parallelism;
 
 use parking_lot::Mutex;
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{
     Clock, DirtyPages, Doorbell, EngineError, GSI_COUNT, Halts, Irqfd, IrqfdId, Msi, Platform,
     RecordingEnd, Unusable, Vcpu, Vm, VmState, host_tsc,
@@ -31,15 +32,22 @@ use crate::translate::cache::{CACHE_BYTES, CodeCache};
 /// Choices for a VM of this engine.
 #[derive(Clone, Debug)]
 pub struct Config {
-    pub vcpus: u32,
+    pub topology: Topology,
     /// Without it every instruction is interpreted.
     pub translate: bool,
     pub platform: Platform,
+    /// A seed for what a host does to a guest in an evil hour; see `exec/chaos.rs`.
+    pub chaos: Option<u64>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { vcpus: 1, translate: true, platform: Platform::default() }
+        Self {
+            topology: Topology::flat(1),
+            translate: true,
+            platform: Platform::default(),
+            chaos: None,
+        }
     }
 }
 
@@ -96,10 +104,10 @@ fn create(
     config: Config,
     recording: Option<Recording>,
 ) -> Result<Arc<dyn Vm>, EngineError> {
-    if config.vcpus == 0 || config.vcpus > MAX_VCPUS {
+    let vcpus = config.topology.vcpus();
+    if vcpus == 0 || vcpus > MAX_VCPUS {
         return Err(EngineError::Refused(format!(
-            "engine bt runs 1 to {MAX_VCPUS} vCPUs, not {}",
-            config.vcpus
+            "engine bt runs 1 to {MAX_VCPUS} vCPUs, not {vcpus}"
         ))
         .mended_by(format!("ask for {MAX_VCPUS} at most")));
     }
@@ -113,11 +121,17 @@ pub(crate) fn build(
     cache_bytes: usize,
     recording: Option<Recording>,
 ) -> Result<BtVm, EngineError> {
-    let bells = Arc::new(Bells::new(config.vcpus as usize));
-    if recording.is_some() && config.vcpus > 1 {
+    let topology = config.topology;
+    let vcpus = topology.vcpus();
+    let bells = Arc::new(Bells::new(vcpus as usize));
+    if recording.is_some() && config.chaos.is_some() {
+        return Err(
+            EngineError::Refused("chaos cannot be recorded".into()).mended_by("give one of them")
+        );
+    }
+    if recording.is_some() && vcpus > 1 {
         return Err(EngineError::Refused(format!(
-            "a machine with {} vCPUs cannot be recorded",
-            config.vcpus
+            "a machine with {vcpus} vCPUs cannot be recorded"
         ))
         .mended_by("give it 1"));
     }
@@ -136,13 +150,13 @@ pub(crate) fn build(
     let journal = journal.map(Arc::new);
     let code = Arc::new(CodeMap::new(&memory));
     memory.add_observer(Arc::new(MemoryChanges(Arc::clone(&code))));
-    let rendezvous = Arc::new(Rendezvous::new(config.vcpus as usize, Arc::clone(&bells) as _));
+    let rendezvous = Arc::new(Rendezvous::new(vcpus as usize, Arc::clone(&bells) as _));
     let dirty = Arc::new(DirtyLog::new(&memory, Arc::clone(&rendezvous)));
     memory.add_observer(Arc::new(DeviceWrites(Arc::clone(&dirty))));
     if let Some(journal) = &journal {
         memory.add_observer(Arc::new(journal::recorder::DeviceWrites(Arc::clone(journal))));
     }
-    let irqchip = Arc::new(IrqChip::new(config.vcpus as usize, tsc_hz, Arc::clone(&bells) as _));
+    let irqchip = Arc::new(IrqChip::new(topology, tsc_hz, Arc::clone(&bells) as _));
     irqchip.set_virtual_wire();
     let mut platform = config.platform;
     let kvm_features = kvm::features(&platform, journal.is_some());
@@ -157,15 +171,17 @@ pub(crate) fn build(
         dirty,
         rendezvous,
         halts: Halts::default(),
-        crowded: available_parallelism().is_ok_and(|cpus| config.vcpus as usize > cpus.get()),
+        crowded: available_parallelism().is_ok_and(|cpus| vcpus as usize > cpus.get()),
         irqchip,
         doorbells: DoorbellTable::default(),
-        cpuid: CpuidTable::new(config.vcpus),
+        cpuid: CpuidTable::new(topology),
         platform,
         kvm_features,
         kvm_time: kvm::Timebase::new(Arc::clone(&clock), tsc_hz),
         clock,
         tsc_hz,
+        topology,
+        chaos: config.chaos,
         journal,
     });
     thunk::prepare();
@@ -177,7 +193,6 @@ pub(crate) fn build(
     } else {
         None
     };
-    let vcpus = config.vcpus;
     let lines = Lines::new(Arc::clone(&shared.irqchip), Arc::clone(&shared.clock));
     let lines = Arc::new(lines);
     let irqfds = IrqfdTable::new(Arc::clone(&lines));

@@ -18,7 +18,13 @@ const LOOP: [u8; 2] = [0xEB, 0xFE];
 
 fn vm(vcpus: u32) -> BtVm {
     let memory = Arc::new(GuestMemory::new(2 << 20).unwrap());
-    build(memory, Config { vcpus, ..Config::default() }, CACHE_BYTES, None).unwrap()
+    build(
+        memory,
+        Config { topology: Topology::flat(vcpus), ..Config::default() },
+        CACHE_BYTES,
+        None,
+    )
+    .unwrap()
 }
 
 fn send(vm: &BtVm, apic_id: u64, what: u32) {

@@ -50,29 +50,31 @@ pub fn has_arch_capabilities(supported: &CpuId) -> bool {
     found.is_some_and(|entry| entry.edx & bits::ARCH_CAPABILITIES != 0)
 }
 
-/// The table of one vCPU, whose APIC ID is its number.
+/// The table of one vCPU.
 pub fn table(
     supported: &CpuId,
     policy: Policy,
     platform: &Platform,
-    apic_id: u32,
+    vcpu: u32,
 ) -> Result<CpuId, EngineError> {
     let Policy { topology, intel, .. } = policy;
+    let apic_id = topology.apic_id(vcpu);
     let brand = brand("kvm", &host_brand());
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
         .iter()
-        // The topology is written anew; 0x1F would say what 0xB says.
+        // The topology is written anew.
         .filter(|entry| !matches!(entry.function, 0xB | 0x1F | 0xA | 0x8000_000A))
         .copied()
         .collect();
     for entry in &mut entries {
         adapt(entry, policy, apic_id, &brand);
     }
-    for subleaf in 0..3 {
+    let leaves: &[u32] = if intel { &[0xB, 0x1F] } else { &[0xB] };
+    for (function, subleaf) in leaves.iter().flat_map(|&leaf| (0..3).map(move |sub| (leaf, sub))) {
         let [eax, ebx, ecx, edx] = topology.leaf_b(subleaf, apic_id);
         entries.push(kvm_cpuid_entry2 {
-            function: 0xB,
+            function,
             index: subleaf,
             flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
             eax,
@@ -98,7 +100,7 @@ pub fn table(
         adapt(&mut entry, policy, apic_id, &brand);
         entries.push(entry);
     }
-    add_platform(&mut entries, platform, apic_id);
+    add_platform(&mut entries, platform, vcpu);
     CpuId::from_entries(&entries).map_err(|_| {
         EngineError::Internal(format!("{} CPUID leaves are more than KVM takes", entries.len()))
     })
@@ -133,9 +135,9 @@ fn add_platform(entries: &mut Vec<kvm_cpuid_entry2>, platform: &Platform, vcpu: 
 
 fn adapt(entry: &mut kvm_cpuid_entry2, policy: Policy, apic_id: u32, brand: &[u32; 12]) {
     let Policy { topology, intel, tsc_deadline } = policy;
-    let many = topology.vcpus > 1;
+    let many = topology.package_vcpus() > 1;
     match entry.function {
-        0 => entry.eax = entry.eax.max(0xB),
+        0 => entry.eax = entry.eax.max(if intel { 0x1F } else { 0xB }),
         1 => {
             entry.ebx = topology.leaf_1_ebx(apic_id);
             entry.ecx &= !bits::HIDDEN_1_ECX;
@@ -198,7 +200,7 @@ mod tests {
     }
 
     fn policy(vcpus: u32) -> Policy {
-        Policy { topology: Topology { vcpus }, intel: false, tsc_deadline: true }
+        Policy { topology: Topology::flat(vcpus), intel: false, tsc_deadline: true }
     }
 
     fn kvm() -> Platform {

@@ -115,7 +115,7 @@ impl KvmVcpu {
     pub(crate) fn new(id: u32, vm: Arc<VmShared>) -> Result<Self, EngineError> {
         let mut fd = vm
             .fd
-            .create_vcpu(id.into())
+            .create_vcpu(vm.policy.topology.apic_id(id).into())
             .map_err(|error| refused(&format!("make vCPU {id}"), error))?;
         let table = cpuid::table(&vm.supported, vm.policy, &vm.platform, id)?;
         fd.set_cpuid2(&table).map_err(|error| refused("set what the CPU says it is", error))?;

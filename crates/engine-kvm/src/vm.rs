@@ -39,7 +39,7 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
 /// Choices for a VM of this engine.
 #[derive(Clone, Debug)]
 pub struct Config {
-    pub vcpus: u32,
+    pub topology: Topology,
     pub device: String,
     pub dirty: DirtyTracking,
     pub platform: Platform,
@@ -48,7 +48,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            vcpus: 1,
+            topology: Topology::flat(1),
             device: host::DEVICE.into(),
             dirty: DirtyTracking::Bitmap,
             platform: Platform::default(),
@@ -58,7 +58,7 @@ impl Default for Config {
 
 pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>, EngineError> {
     let kvm = host::open(&config.device)?;
-    check_vcpus(config.vcpus, kvm.get_max_vcpus() as u32)?;
+    check_vcpus(config.topology.vcpus(), kvm.get_max_vcpus() as u32)?;
     let fd = create(&kvm)?;
     if kvm.check_extension(Cap::SetIdentityMapAddr) {
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
@@ -78,7 +78,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| refused("say what its CPUs can do", error))?;
     let policy = Policy {
-        topology: Topology { vcpus: config.vcpus },
+        topology: config.topology,
         intel: host_is_intel(),
         tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
     };
@@ -161,10 +161,10 @@ pub struct KvmVm {
 impl KvmVm {
     /// As the contract's `create_vcpu`, with what KVM's vCPUs can do besides.
     pub fn create_kvm_vcpu(&self, id: u32) -> Result<KvmVcpu, EngineError> {
-        if id >= self.config.vcpus {
+        if id >= self.config.topology.vcpus() {
             return Err(EngineError::Refused(format!(
                 "vCPU {id} does not exist: the VM has {}",
-                self.config.vcpus
+                self.config.topology.vcpus()
             )));
         }
         let mut created = self.created.lock();
@@ -253,7 +253,7 @@ impl Vm for KvmVm {
         let VmShared { fd, clock, .. } = &*self.shared;
         let clock_ns = clock.now_ns();
         Ok(VmState {
-            vcpus: self.config.vcpus,
+            vcpus: self.config.topology.vcpus(),
             clock_ns,
             kvmclock_ns: self.kvmclock.read(&self.shared)?,
             tsc_hz: self.shared.tsc_hz(),
@@ -262,7 +262,7 @@ impl Vm for KvmVm {
     }
 
     fn load(&self, state: &VmState) -> Result<(), EngineError> {
-        state.check(self.config.vcpus, self.shared.tsc_hz())?;
+        state.check(self.config.topology.vcpus(), self.shared.tsc_hz())?;
         chipset::load(&self.shared.fd, &state.chipset)?;
         self.irqfds.lock().iter().for_each(|irqfd| irqfd.signal_resample());
         self.shared.clock.set_ns(state.clock_ns);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{Exit, Registers, Reply, Segment, Vcpu, Vm};
 use tetrarch_engine_kvm::{
     Config, DEVICE, DirtyTracking, KvmVcpu, KvmVm, available, create_vm, probe,
@@ -192,7 +193,8 @@ fn halt_with_interrupts_off_ends_the_machine_and_with_them_on_does_not() {
 
 fn vcpus_beyond_the_limit_are_refused() {
     let memory = Arc::new(GuestMemory::new(MIB).unwrap());
-    let error = create_vm(memory, Config { vcpus: 100_000, ..config() }).err().unwrap();
+    let error =
+        create_vm(memory, Config { topology: Topology::flat(100_000), ..config() }).err().unwrap();
     assert!(error.to_string().contains("CPUs"), "{error}");
     let m = machine(config(), &[]);
     assert!(m.vm.create_kvm_vcpu(0).is_err() && m.vm.create_kvm_vcpu(1).is_err());

@@ -18,7 +18,7 @@ mod written;
 pub use dump::dump;
 pub use error::MachineError;
 pub use hold::NotHeld;
-pub use machine::{Machine, engine_available};
+pub use machine::{Machine, Processors, engine_available};
 pub use registers::{BadRegisters, State};
 pub use reset::ResetState;
 pub use slot::VcpuSlot;

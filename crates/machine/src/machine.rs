@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tetrarch_bus::{Bus, IrqLines, Region, RunControl, TscScale};
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{
     DirtyPages, ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm,
 };
@@ -40,6 +41,22 @@ pub struct Machine {
     pub(crate) written: Mutex<Option<Vec<DirtyPages>>>,
 }
 
+/// What the guest's instructions run on.
+#[derive(Clone, Copy, Debug)]
+pub struct Processors {
+    pub topology: Topology,
+    /// Without it engine `bt` interprets every instruction.
+    pub translate: bool,
+    /// Engine `bt`'s alone: the seed of its disturbances.
+    pub chaos: Option<u64>,
+}
+
+impl Default for Processors {
+    fn default() -> Self {
+        Self { topology: Topology::flat(1), translate: true, chaos: None }
+    }
+}
+
 /// A machine that records stands while devices work.
 struct Standing(Arc<dyn Vm>);
 
@@ -57,11 +74,12 @@ impl Machine {
     pub fn new(
         engine: &str,
         memory: u64,
-        vcpus: u32,
-        translate: bool,
+        processors: Processors,
         platform: Platform,
         recording: Option<Recording>,
     ) -> Result<Self, MachineError> {
+        let Processors { topology, translate, chaos } = processors;
+        let vcpus = topology.vcpus();
         if engine != "kvm" {
             // Engine kvm says why it cannot when its VM is made.
             engine_available(engine).map_err(EngineError::from)?;
@@ -78,10 +96,15 @@ impl Machine {
                     .mended_by("use engine bt")
                     .into());
             }
-            let config = tetrarch_engine_kvm::Config { vcpus, platform, ..Default::default() };
+            if chaos.is_some() {
+                return Err(EngineError::Refused("engine kvm has no chaos".into())
+                    .mended_by("use engine bt")
+                    .into());
+            }
+            let config = tetrarch_engine_kvm::Config { topology, platform, ..Default::default() };
             tetrarch_engine_kvm::create_vm(Arc::clone(&memory), config)?
         } else {
-            let config = tetrarch_engine_bt::Config { vcpus, translate, platform };
+            let config = tetrarch_engine_bt::Config { topology, translate, platform, chaos };
             let memory = Arc::clone(&memory);
             match recording {
                 None => tetrarch_engine_bt::create_vm(memory, config)?,

@@ -9,8 +9,9 @@ use rustix::event::{EventfdFlags, eventfd};
 use tetrarch_bus::{
     Device, DeviceDoorbell, DeviceError, HoldError, NoHandlers, RunEnd, RunError, Sizes,
 };
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{Doorbell, DoorbellAddress, EngineError, Platform, Vcpu};
-use tetrarch_machine::{Machine, MachineError, State, collect, dump, engine_available};
+use tetrarch_machine::{Machine, MachineError, Processors, State, collect, dump, engine_available};
 use tetrarch_memory::GuestPhys;
 
 const START: u64 = 0x1000;
@@ -32,8 +33,8 @@ impl Device for Register {
 
 /// A machine with `code` at [`START`], to be run in real mode.
 fn machine(code: &[u8]) -> Machine {
-    let machine =
-        Machine::new("bt", 1 << 20, 1, true, Platform::default(), None).expect("engine bt");
+    let machine = Machine::new("bt", 1 << 20, Processors::default(), Platform::default(), None)
+        .expect("engine bt");
     machine.memory.write(GuestPhys(START), code).expect("RAM");
     set(
         &machine,
@@ -262,17 +263,18 @@ fn vcpu_that_runs_is_refused_to_its_own_devices() {
 
 #[test]
 fn engines_and_sizes_that_cannot_be_are_refused() {
+    let none = Processors { topology: Topology::flat(0), ..Processors::default() };
     assert!(engine_available("tcg").unwrap_err().mend.contains("bt, kvm"));
     assert!(matches!(
-        Machine::new("tcg", 1 << 20, 1, true, Platform::default(), None),
+        Machine::new("tcg", 1 << 20, Processors::default(), Platform::default(), None),
         Err(MachineError::Engine(_))
     ));
     assert!(matches!(
-        Machine::new("bt", 1 << 20, 0, true, Platform::default(), None),
+        Machine::new("bt", 1 << 20, none, Platform::default(), None),
         Err(MachineError::Engine(_))
     ));
     assert!(matches!(
-        Machine::new("bt", 1, 1, true, Platform::default(), None),
+        Machine::new("bt", 1, Processors::default(), Platform::default(), None),
         Err(MachineError::Memory(_))
     ));
 }

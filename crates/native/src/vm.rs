@@ -11,8 +11,9 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use tetrarch_bus::{AttachError, Bus, Device, Sizes, Span};
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{EngineError, GSI_COUNT, RecordingEnd, Saved, VmState};
-use tetrarch_machine::{Machine, ResetState, Stats, collect};
+use tetrarch_machine::{Machine, Processors, ResetState, Stats, collect};
 use tetrarch_memory::{GuestPhys, Layer, MemoryError, Run};
 
 use crate::debug::{alert, told};
@@ -113,6 +114,22 @@ impl Vm {
     }
 }
 
+/// vCPUs as Python gives them: how many, or (sockets, cores of each, threads of each).
+#[derive(FromPyObject)]
+enum Vcpus {
+    Count(u32),
+    Topology(u32, u32, u32),
+}
+
+impl Vcpus {
+    fn topology(self) -> Topology {
+        match self {
+            Self::Count(vcpus) => Topology::flat(vcpus),
+            Self::Topology(sockets, cores, threads) => Topology { sockets, cores, threads },
+        }
+    }
+}
+
 fn no_line(gsi: u32) -> Failure {
     Failure::refused(format!("there is no interrupt line {gsi}: 0-{}", GSI_COUNT - 1))
 }
@@ -125,23 +142,27 @@ fn listed(regions: Vec<(Span, String)>) -> Vec<(u64, u64, String)> {
 #[pymethods]
 impl Vm {
     #[new]
-    #[pyo3(signature = (engine, memory, vcpus = 1, *, translate = true, platform = None,
-                        record = None, replay = None))]
+    #[expect(clippy::too_many_arguments, reason = "what a machine is made of, by name")]
+    #[pyo3(signature = (engine, memory, vcpus = Vcpus::Count(1), *, translate = true, chaos = None,
+                        platform = None, record = None, replay = None))]
     fn new(
         engine: &str,
         memory: u64,
-        vcpus: u32,
+        vcpus: Vcpus,
         translate: bool,
+        chaos: Option<u64>,
         platform: Option<&Bound<'_, PyAny>>,
         record: Option<(i32, &str, u64)>,
         replay: Option<i32>,
     ) -> Result<Self, Failure> {
         let recording = recording(record, replay)?;
+        let topology = vcpus.topology();
         let (platform, handlers) = match platform {
-            Some(platform) => PythonPlatform::new(platform, vcpus)?,
+            Some(platform) => PythonPlatform::new(platform, topology.vcpus())?,
             None => Default::default(),
         };
-        let machine = Machine::new(engine, memory, vcpus, translate, platform, recording)?;
+        let processors = Processors { topology, translate, chaos };
+        let machine = Machine::new(engine, memory, processors, platform, recording)?;
         let lines = (0..GSI_COUNT).filter_map(|gsi| machine.irq.source(gsi)).collect();
         Ok(Self {
             machine,

@@ -107,13 +107,13 @@ def _facs() -> bytes:
     return struct.pack("<4sIIIIIQB", b"FACS", 64, 0, 0, 0, 0, 0, 2).ljust(64, b"\0")
 
 
-def _madt(vcpus: int) -> bytes:
+def _madt(apic_ids: Sequence[int]) -> bytes:
     entries = bytearray()
-    for apic_id in range(vcpus):
+    for uid, apic_id in enumerate(apic_ids):
         if apic_id < FIRST_X2APIC_ID:
-            entries += struct.pack("<BBBBI", 0, 8, apic_id, apic_id, 1)
+            entries += struct.pack("<BBBBI", 0, 8, uid, apic_id, 1)
         else:
-            entries += struct.pack("<BBHIII", 9, 16, 0, apic_id, 1, apic_id)
+            entries += struct.pack("<BBHIII", 9, 16, 0, apic_id, 1, uid)
     entries += struct.pack("<BBBBII", 1, 12, 0, 0, IOAPIC_BASE, 0)
     # The PIT is on pin 2 of the IOAPIC, where the cascade of the PICs would be.
     entries += struct.pack("<BBBBIH", 2, 10, 0, 0, 2, 0)
@@ -121,7 +121,7 @@ def _madt(vcpus: int) -> bytes:
     entries += struct.pack("<BBBBIH", 2, 10, 0, sci, sci, ACTIVE_HIGH | LEVEL)
     # LINT1 of every processor is NMI.
     entries += struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1)
-    if vcpus > FIRST_X2APIC_ID:
+    if max(apic_ids) >= FIRST_X2APIC_ID:
         entries += struct.pack("<BBHIB3x", 10, 12, 0, 0xFFFF_FFFF, 1)
     pcat_compat = 1
     return _table(b"APIC", 5, struct.pack("<II", LAPIC_BASE, pcat_compat) + entries)
@@ -322,7 +322,7 @@ def _rsdp(xsdt: int) -> bytes:
 
 
 def build_acpi(
-    vcpus: int,
+    apic_ids: Sequence[int],
     ram: Sequence[tuple[int, int]],
     devices: Sequence[bytes] = (),
     *,
@@ -331,10 +331,11 @@ def build_acpi(
 ) -> tuple[int, list[tuple[int, bytes]]]:
     """The address of the RSDP, and (address, table) of all tables, the RSDP among them.
 
-    ``devices`` are more devices of the DSDT's ``\\_SB``; ``firmware`` places the BARs.
+    ``apic_ids`` are those of the CPUs by their numbers; ``devices`` are more devices of the
+    DSDT's ``\\_SB``; ``firmware`` places the BARs.
     """
-    if vcpus < 1:
-        raise ConfigError(f"a machine with {vcpus} CPUs cannot be", mend="give at least 1")
+    if not apic_ids:
+        raise ConfigError("a machine with 0 CPUs cannot be", mend="give at least 1")
     tables: list[tuple[int, bytes]] = []
     at = ACPI_BASE + 64  # the RSDP comes first, on a 16-byte boundary
 
@@ -345,7 +346,8 @@ def build_acpi(
         at = align_up(at + len(data), 64)
         if at > ACPI_END:
             raise ConfigError(
-                f"the ACPI tables for {vcpus} CPUs exceed their {ACPI_END - ACPI_BASE >> 10} KiB",
+                f"the ACPI tables for {len(apic_ids)} CPUs exceed their "
+                f"{ACPI_END - ACPI_BASE >> 10} KiB",
                 mend="give the machine fewer CPUs",
             )
         tables.append((address, data))
@@ -353,5 +355,5 @@ def build_acpi(
 
     facs = place(_facs())
     fadt = place(_fadt(facs, place(_dsdt(ram, devices, firmware)), vga))
-    xsdt = place(_xsdt([fadt, place(_madt(vcpus)), place(_mcfg())]))
+    xsdt = place(_xsdt([fadt, place(_madt(apic_ids)), place(_mcfg())]))
     return ACPI_BASE, [(ACPI_BASE, _rsdp(xsdt)), *tables]

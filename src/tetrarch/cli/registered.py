@@ -55,7 +55,7 @@ def describe(claim: Claim, machine: Machine, console: ConsoleBackend) -> None:
     claim.describe(
         ready=True,
         engine=machine.engine,
-        cpus=config.cpus,
+        cpus=config.cpus.count,
         memory=config.memory,
         control=_absolute(config.control),
         vsock=_absolute(config.vsock),

@@ -99,9 +99,26 @@ class _Reader:
                 # As libvirt does: up to whole KiB, and here to whole pages.
                 self.carried.set("memory", f"{-(-size // 4096) * 4}K", "<memory>")
         if (vcpu := domain.take("vcpu")) is not None:
-            self.carried.set("cpus", vcpu.attribute("current") or vcpu.text, "<vcpu>")
+            count, topology = vcpu.attribute("current") or vcpu.text, self._topology(domain)
+            if topology and count != vcpu.text:
+                self.carried.lose(f"<topology>: {topology[1:]}", f"it is of {vcpu.text} CPUs")
+                topology = ""
+            self.carried.set("cpus", f"{count}{topology}", "<vcpu>")
             vcpu.attributes.pop("placement", None)
             self.carried.lose_keys(f"line {vcpu.line}: <vcpu>", vcpu.attributes)
+
+    def _topology(self, domain: Element) -> str:
+        """``<cpu><topology sockets= dies= cores= threads=/></cpu>``, as ``cpus`` has it."""
+        processor = next((child for child in domain.children if child.tag == "cpu"), None)
+        topology = None if processor is None else processor.take("topology")
+        if topology is None:
+            return ""
+        shown = f"line {topology.line}: {_shown(topology)}"
+        levels = {name: topology.attribute(name, "1") for name in ("sockets", "cores", "threads")}
+        if any(value != "1" for value in topology.attributes.values()):
+            self.carried.lose(shown, "there are sockets, cores and threads alone")
+            return ""
+        return "".join(f",{name}={value}" for name, value in levels.items())
 
     def _system(self, system: Element) -> None:
         for tag, option in (("kernel", "kernel"), ("initrd", "initrd"), ("cmdline", "append")):

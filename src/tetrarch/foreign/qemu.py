@@ -104,15 +104,23 @@ class _Reader:
     def _cpus(self, option: Option) -> None:
         keys = option.keys("cpus")
         count = keys.pop("cpus", "")
-        topology = {key: keys.pop(key) for key in _TOPOLOGY if key in keys}
-        if not count:
-            total = 1
-            for value in topology.values():
-                total *= min(int(value), 1 << 16) if value.isascii() and value.isdecimal() else 1
-            count = str(total)
-        self.carried.set("cpus", count, str(option))
+        for level in _OTHER_LEVELS:
+            if keys.get(level) == "1":
+                del keys[level]
         if keys.get("maxcpus") == count:
             del keys["maxcpus"]
+        levels = {level: keys.pop(level) for level in _LEVELS if level in keys}
+        if not count:
+            total = 1
+            for value in levels.values():
+                total *= min(int(value), 1 << 16) if value.isascii() and value.isdecimal() else 1
+            count = str(total)
+        topology = "".join(f",{level}={value}" for level, value in levels.items())
+        if keys and levels:
+            # Their product is of more CPUs, or of levels that are not here.
+            self.carried.lose(f"-smp: {topology[1:]}", "it goes with the rest")
+            topology = ""
+        self.carried.set("cpus", f"{count}{topology}", str(option))
         self.carried.lose_keys("-smp", keys)
 
     def _accelerator(self, option: Option) -> None:
@@ -203,7 +211,8 @@ class _Reader:
 
 
 _MACHINE = ("machine", "M")
-_TOPOLOGY = ("sockets", "dies", "clusters", "modules", "cores", "threads")
+_LEVELS = ("sockets", "cores", "threads")
+_OTHER_LEVELS = ("drawers", "books", "dies", "clusters", "modules")
 
 
 def _order(option: Option) -> int:

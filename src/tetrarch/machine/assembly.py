@@ -61,7 +61,7 @@ class AssembledMachine(PauseMethods):
         self._platform = platform
         self._backend = console
         self._life = LifeCycle()
-        vcpus = [vm.vcpu(index) for index in range(self.config.cpus)]
+        vcpus = [vm.vcpu(index) for index in range(self.config.cpus.count)]
         self.vcpus: tuple[VcpuView, ...] = tuple(
             VcpuView(vm, vcpu, number) for number, vcpu in enumerate(vcpus)
         )
@@ -169,7 +169,7 @@ class AssembledMachine(PauseMethods):
         return self._life.uptime
 
     def _parts(self) -> MachineParts:
-        vcpus = [self._vm.vcpu(index) for index in range(self.config.cpus)]
+        vcpus = [self._vm.vcpu(index) for index in range(self.config.cpus.count)]
         return MachineParts(
             self.config,
             self.engine,

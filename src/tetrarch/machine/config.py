@@ -23,6 +23,7 @@ from tetrarch.console.spec import ConsoleSpec, PortSpec, no_console
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.firmware.spec import FirmwareSpec
 from tetrarch.gdb.spec import GdbSpec
+from tetrarch.machine.cpus import VCPUS_MAX, CpusSpec
 from tetrarch.net.spec import NetSpec, each_its_own
 from tetrarch.share.spec import ShareSpec, share_tags
 
@@ -32,6 +33,7 @@ __all__ = [
     "MIB",
     "VCPUS_MAX",
     "CdromOption",
+    "CpusSpec",
     "DiskOption",
     "EngineName",
     "GdbOption",
@@ -64,12 +66,10 @@ MEMORY_MIN = 4 * MIB
 # 46 bits of physical address is what Linux on x86 takes with 4-level paging
 # (Documentation/x86/x86_64/mm.rst); no host of ours has as much.
 MEMORY_MAX = 1 << 46
-# APIC ID 255 is the broadcast, and the I/O APIC reaches no larger ones.
-VCPUS_MAX = 255
 
 # More digits than any size has would be an error of int() in Python's own words.
 _SIZE = re.compile(r"^([0-9]{1,24})\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
-_COUNT = re.compile(r"^[0-9]{1,9}$")
+_SEED = re.compile(r"^[0-9]{1,20}$")
 _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 EngineName = Literal["auto", "bt", "kvm"]
@@ -108,21 +108,18 @@ def size_text(size: int) -> str:
     return f"{size // MIB}M" if size % MIB == 0 else f"{size >> 10}K"
 
 
-def _cpu_count(value: object) -> int:
-    if isinstance(value, bool) or not _COUNT.match(str(value)) or int(str(value)) < 1:
-        raise ValueProblem(f"{value!r} is no number of CPUs", mend="give 1 or more")
-    count = int(str(value))
-    if count > VCPUS_MAX:
-        raise ValueProblem(
-            f"{count} CPUs are more than a machine can have", mend=f"give {VCPUS_MAX} or less"
-        )
-    return count
-
-
 def _text(value: object) -> object:
     if isinstance(value, str) and "\0" in value:
         raise ValueProblem("it holds a zero byte", mend="remove it")
     return value
+
+
+def _seed(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not _SEED.match(str(value)) or int(str(value)) >= 1 << 64:
+        raise ValueProblem(f"{value!r} is no seed", mend="give a number of up to 64 bits")
+    return int(str(value))
 
 
 def _path(value: object) -> object:
@@ -303,7 +300,11 @@ class MachineConfig(BaseModel):
     memory: Annotated[int, BeforeValidator(parse_size)] = option(
         DEFAULT_MEMORY, "512M, 2G, or a number of MiB [default: 512M].", "SIZE"
     )
-    cpus: Annotated[int, BeforeValidator(_cpu_count)] = option(1, "Virtual CPUs [default: 1].", "N")
+    cpus: Annotated[CpusSpec, BeforeValidator(CpusSpec.parse)] = option(
+        CpusSpec(),
+        "Virtual CPUs, and how they lie; docs/cpu.md [default: 1].",
+        "N[,sockets=N][,cores=N][,threads=N]",
+    )
     console: Annotated[ConsoleSpec | None, BeforeValidator(_console)] = option(
         None,
         "Where the guest's serial console goes. Ctrl-] leaves stdio.",
@@ -358,6 +359,9 @@ class MachineConfig(BaseModel):
     rng: bool = option(True, "A virtio device with the host's random numbers.")
     balloon: bool = option(True, "A virtio device by which the guest gives memory back.")
     vga: bool = option(False, "A screen, for text; docs/screen.md.")
+    chaos: Annotated[int | None, BeforeValidator(_seed)] = option(
+        None, "Disturb the guest as the seed says, to find errors; docs/testing.md.", "SEED"
+    )
     debug_exit: bool = option(False, "A value V written to port 0xf4 ends with (V << 1) | 1.")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = option(
         "tetrarch", "A name for the machine, for reports [default: tetrarch].", "NAME"
@@ -373,6 +377,7 @@ class MachineConfig(BaseModel):
         self._one_on_stdio()
         self._wait_with_gdb()
         self._firmware_with_pci()
+        self._chaos_on_bt()
 
     def _one_kernel(self) -> None:
         if self.image is not None and self.kernel is not None:
@@ -394,6 +399,10 @@ class MachineConfig(BaseModel):
             raise ValueProblem(
                 "firmware finds virtio devices on the PCI bus alone", mend="leave virtio at pci"
             )
+
+    def _chaos_on_bt(self) -> None:
+        if self.chaos is not None and self.engine == "kvm":
+            raise ValueProblem("engine kvm has no chaos", mend="use engine bt")
 
     def updated(self, values: dict[str, Any], spelling: Spelling = plainly) -> Self:
         """With some options changed, as they are typed. Raises ConfigError."""
@@ -421,7 +430,7 @@ class MachineOptions(TypedDict, total=False):
     append: str | None
     append_extra: str
     memory: str | int
-    cpus: int
+    cpus: int | str | CpusSpec
     virtio_console: PortOption | Sequence[PortOption]
     disk: DiskOption | Sequence[DiskOption]
     cdrom: CdromOption | Sequence[CdromOption]
@@ -439,6 +448,7 @@ class MachineOptions(TypedDict, total=False):
     rng: bool
     balloon: bool
     vga: bool
+    chaos: int | None
     debug_exit: bool
     name: str
 

@@ -14,6 +14,7 @@ from tetrarch.console.spec import ConsoleSpec, PortSpec
 from tetrarch.errors import ConfigError
 from tetrarch.machine.config import option_names, size_text
 from tetrarch.machine.config_file import RUN_TABLE
+from tetrarch.machine.cpus import CpusSpec
 
 __all__ = ["Line", "lines_for", "toml_text"]
 
@@ -82,6 +83,8 @@ def _written(name: str, value: object) -> Any:
             return str(value)
         case tuple():
             return [_written(name, one) for one in value]
+        case CpusSpec() if str(value) == str(value.count):
+            return value.count
         case PortSpec(console=console) if not isinstance(console, ConsoleSpec):
             raise ConfigError(f"{name}: {console!r} is from Python alone", mend="give it there")
     return str(value)

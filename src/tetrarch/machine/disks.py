@@ -56,7 +56,7 @@ def machine_disks(
 ) -> Iterator[BlkKind | VhostUserBlk | NvmeController | AhciController | IdeController]:
     """What the machine's disks are, in their order; then the controllers that have several."""
     check_images(config)
-    queues = min(config.cpus, _QUEUES_MAX)
+    queues = min(config.cpus.count, _QUEUES_MAX)
     ahci: list[AtaDrive] = []
     ide: list[AtaDrive] = []
     for index, spec in enumerate(config.disk):

@@ -134,13 +134,21 @@ class EngineVm(MemoryAccess, Protocol):
 
 def create_vm(engine: str, config: MachineConfig, platform: Platform) -> EngineVm:
     """Raises HostError where this host cannot give what is asked."""
+    cpus = config.cpus
     try:
         with opened(config) as recording:
-            return _native.Vm(engine, config.memory, config.cpus, platform=platform, **recording)
+            return _native.Vm(
+                engine,
+                config.memory,
+                (cpus.sockets, cpus.cores, cpus.threads),
+                chaos=config.chaos,
+                platform=platform,
+                **recording,
+            )
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
         raise HostError(
             f"cannot make a machine with {config.memory // MIB} MiB of memory and "
-            f"{config.cpus} CPU{'s' if config.cpus > 1 else ''}: "
+            f"{cpus.count} CPU{'s' if cpus.count > 1 else ''}: "
             f"{engine_cause(error) or type(error).__name__}",
             mend=engine_mend(error, "try less memory"),
         ) from error

@@ -43,7 +43,7 @@ class MachineFirmware:
 
     def tell(self, config: MachineConfig, cmdline: str, dsdt: Sequence[bytes]) -> None:
         """Lets fw_cfg say what the machine is."""
-        items: dict[int, bytes | FwCfgItem] = {**cpu_items(config.cpus)}
+        items: dict[int, bytes | FwCfgItem] = {**cpu_items(config.cpus.count)}
         if config.kernel is not None:
             if self._name == "seabios":
                 raise BootError(
@@ -51,7 +51,7 @@ class MachineFirmware:
                     mend="leave --firmware or the kernel out, or take ovmf",
                 )
             items |= kernel_items(config.kernel, config.initrd, cmdline)
-        tables = build_acpi(config.cpus, self._ram, dsdt, firmware=True, vga=config.vga)
+        tables = build_acpi(config.cpus.apic_ids, self._ram, dsdt, firmware=True, vga=config.vga)
         files = {
             "etc/e820": memory_file(self._ram),
             **acpi_files(*tables),

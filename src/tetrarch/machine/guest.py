@@ -112,7 +112,7 @@ def load_guest(
         registers = firmware.load(config, append, dsdt)
     elif config.kernel is not None:
         first_generation(vm)
-        rsdp, tables = build_acpi(config.cpus, vm.ram, dsdt, vga=config.vga)
+        rsdp, tables = build_acpi(config.cpus.apic_ids, vm.ram, dsdt, vga=config.vga)
         for address, data in tables:
             vm.write_memory(address, data)
         registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp, vga=config.vga)

@@ -76,7 +76,8 @@ def check_recorded(config: MachineConfig) -> None:
             )
         return
     for present, what in (
-        (config.cpus > 1, f"{config.cpus} CPUs"),
+        (config.cpus.count > 1, f"{config.cpus.count} CPUs"),
+        (config.chaos is not None, "chaos"),
         (any(disk.vhost_user for disk in config.disk), "a disk of another process"),
         (any(net.kind == "vhost-user" for net in config.net), "a network card of another process"),
         (bool(config.share), "a share, which is another process"),

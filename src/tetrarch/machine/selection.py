@@ -101,10 +101,14 @@ def choose(name: str, cpus: int = 1) -> tuple[str, str]:
 
 def chosen(config: MachineConfig) -> tuple[str, str]:
     """The same for a machine."""
+    cpus = config.cpus.count
     if config.engine == "auto" and (config.record or config.replay):
-        name, _ = choose("bt", config.cpus)
+        name, _ = choose("bt", cpus)
         return name, "it records and replays"
-    return choose(config.engine, config.cpus)
+    if config.engine == "auto" and config.chaos is not None:
+        name, _ = choose("bt", cpus)
+        return name, "it has chaos"
+    return choose(config.engine, cpus)
 
 
 def _or_another(name: str, unusable: Unusable) -> str:

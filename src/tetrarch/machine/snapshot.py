@@ -97,7 +97,7 @@ def save_machine(parts: MachineParts, file: BinaryIO, parent: Parent | None = No
         "engine": parts.engine,
         "platform": parts.platform,
         "memory": f"{config.memory >> 10}K",
-        "cpus": config.cpus,
+        "cpus": str(config.cpus),
         "debug_exit": config.debug_exit,
         "vga": config.vga,
         "virtio": config.virtio,

@@ -26,7 +26,14 @@ pub enum Vendor {
     Amd,
 }
 
-const MAX_BASIC: u32 = 0xD;
+/// The last leaf is the topology, which Intel says once more in 0x1F.
+const fn max_basic(vendor: Vendor) -> u32 {
+    match vendor {
+        Vendor::Intel => 0x1F,
+        Vendor::Amd => 0xD,
+    }
+}
+
 const EXTENDED: u32 = 0x8000_0000;
 
 /// Feature bits that may pass from the host, by register of a leaf.
@@ -163,7 +170,7 @@ unsafe fn read_xcr0() -> u64 {
 }
 
 /// Leaf 1. The initial APIC ID comes at the query.
-fn leaf_1(host: [u32; 4], xsave: bool, avx: bool, vcpus: u32) -> [u32; 4] {
+fn leaf_1(host: [u32; 4], xsave: bool, avx: bool, many: bool) -> [u32; 4] {
     let mut ecx = host[2] & bits::L1_ECX;
     if !xsave {
         ecx &= !bits::XSAVE;
@@ -173,7 +180,7 @@ fn leaf_1(host: [u32; 4], xsave: bool, avx: bool, vcpus: u32) -> [u32; 4] {
     }
     ecx |= bits::HYPERVISOR | bits::X2APIC | bits::TSC_DEADLINE;
     let mut edx = host[3] & bits::L1_EDX | bits::APIC;
-    if vcpus > 1 {
+    if many {
         edx |= bits::HTT;
     }
     [host[0], 0, ecx, edx]
@@ -200,7 +207,7 @@ fn leaf_7(avx: bool, intel: bool) -> [[u32; 4]; 2] {
 }
 
 /// Leaf 0x8000_0001, and EBX of 0x8000_0008; `edx` is leaf 1's, which AMD repeats.
-fn extended(edx: u32, intel: bool, vcpus: u32) -> ([u32; 4], u32) {
+fn extended(edx: u32, intel: bool, many: bool) -> ([u32; 4], u32) {
     let host_e1 = host(0x8000_0001, 0);
     let mut e1 = [0, 0, host_e1[2] & bits::E1_ECX, host_e1[3] & bits::E1_EDX];
     e1[3] |= bits::E1_EDX_ALWAYS;
@@ -212,7 +219,7 @@ fn extended(edx: u32, intel: bool, vcpus: u32) -> ([u32; 4], u32) {
     if mxcsr_mask() & MXCSR_MM == 0 {
         e1[2] &= !bits::MISALIGNSSE;
     }
-    if vcpus > 1 {
+    if many {
         e1[2] |= bits::CMP_LEGACY;
     }
     e1[3] |= host_e1[3] & bits::E1_EDX_AMD | edx & bits::E1_EDX_AMD_SAME;
@@ -220,11 +227,11 @@ fn extended(edx: u32, intel: bool, vcpus: u32) -> ([u32; 4], u32) {
 }
 
 impl CpuidTable {
-    /// The table for this host. APIC IDs are the vCPU numbers.
-    pub fn new(vcpus: u32) -> Self {
+    /// The table for this host.
+    pub fn new(topology: Topology) -> Self {
         let leaf0 = host(0, 0);
         let vendor_string = [leaf0[1], leaf0[2], leaf0[3]];
-        let topology = Topology { vcpus };
+        let many = topology.package_vcpus() > 1;
         let intel = host_is_intel();
         let vendor = if intel { Vendor::Intel } else { Vendor::Amd };
 
@@ -232,9 +239,9 @@ impl CpuidTable {
         let xcr0 = host_xcr0(host1[2]);
         let xsave = host1[2] & bits::XSAVE != 0 && xcr0 & 3 == 3;
         let avx = xsave && xcr0 & 7 == 7;
-        let l1 = leaf_1(host1, xsave, avx, vcpus);
+        let l1 = leaf_1(host1, xsave, avx, many);
         let [l7, l7_1] = leaf_7(avx, intel);
-        let (e1, e8_ebx) = extended(l1[3], intel, vcpus);
+        let (e1, e8_ebx) = extended(l1[3], intel, many);
 
         let cache_leaf = if intel { 4 } else { 0x8000_001D };
         let caches = (0..8)
@@ -355,7 +362,7 @@ impl CpuidTable {
         let amd = self.vendor == Vendor::Amd;
         let [b, c, d] = self.vendor_string;
         match leaf {
-            0 => [MAX_BASIC, b, c, d],
+            0 => [max_basic(self.vendor), b, c, d],
             1 => {
                 let [eax, _, ecx, edx] = self.l1;
                 [eax, self.topology.leaf_1_ebx(apic_id), ecx, edx]
@@ -367,6 +374,7 @@ impl CpuidTable {
             7 if subleaf == 0 => self.l7,
             7 if subleaf == 1 => self.l7_1,
             0xB => self.topology.leaf_b(subleaf, apic_id),
+            0x1F if !amd => self.topology.leaf_b(subleaf, apic_id),
             0xD if self.xsave() => match subleaf {
                 0 => [self.xcr0_mask() as u32, 0, Self::xsave_size(self.xcr0_mask()), 0],
                 1 => [self.xsave_eax, 0, 0, 0],
@@ -547,7 +555,7 @@ mod tests {
     use super::*;
 
     fn table(vcpus: u32) -> CpuidTable {
-        CpuidTable::new(vcpus)
+        CpuidTable::new(Topology::flat(vcpus))
     }
 
     #[test]
@@ -609,7 +617,7 @@ mod tests {
     #[test]
     fn leaves_past_the_end_are_zero() {
         let t = table(1);
-        for leaf in [0xE, 0x15, 0x1F, 0x4000_0000, 0x4000_0001, 0x8000_0040, u32::MAX] {
+        for leaf in [0xE, 0x15, 0x20, 0x4000_0000, 0x4000_0001, 0x8000_0040, u32::MAX] {
             assert_eq!(t.fixed(leaf, 0, 0), [0; 4], "{leaf:#x}");
         }
     }

@@ -21,6 +21,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{Clock, GuestDebug, Halts, Platform};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
@@ -57,6 +58,9 @@ pub struct VmShared {
     pub kvm_features: u32,
     pub kvm_time: kvm::Timebase,
     pub tsc_hz: u64,
+    pub topology: Topology,
+    /// The seed of disturbances; see `exec/chaos.rs`.
+    pub chaos: Option<u64>,
     /// The machine records or replays: instructions are counted.
     pub journal: Option<Arc<Journal>>,
 }
@@ -96,14 +100,16 @@ impl VmShared {
             halts: Halts::default(),
             crowded: false,
             memory,
-            irqchip: Arc::new(IrqChip::new(1, tsc_hz, Arc::new(NoWake))),
+            irqchip: Arc::new(IrqChip::new(Topology::flat(1), tsc_hz, Arc::new(NoWake))),
             doorbells: DoorbellTable::default(),
             kvm_time: kvm::Timebase::new(Arc::clone(&clock), tsc_hz),
             clock,
-            cpuid: CpuidTable::new(1),
+            cpuid: CpuidTable::new(Topology::flat(1)),
             platform: Platform::default(),
             kvm_features: 0,
             tsc_hz,
+            topology: Topology::flat(1),
+            chaos: None,
             journal: None,
         })
     }
@@ -366,6 +372,10 @@ impl Cpu {
         self.st.tsc_offset = self.tsc_base.wrapping_sub(self.vm.clock.tsc_lag());
     }
 
+    pub fn apic_id(&self) -> u32 {
+        self.vm.topology.apic_id(self.id as u32)
+    }
+
     pub fn now_ns(&self) -> u64 {
         self.vm.value(|| self.vm.clock.now_ns())
     }
@@ -375,7 +385,7 @@ impl Cpu {
         let vm = &*self.vm;
         vm.platform.cpuid(leaf, subleaf, self.id as u32).unwrap_or_else(|| {
             let apic = vm.irqchip.apic_base(self.id) & APIC_GLOBAL_ENABLE != 0;
-            vm.cpuid.query(leaf, subleaf, self.id as u32, &self.st, apic)
+            vm.cpuid.query(leaf, subleaf, self.apic_id(), &self.st, apic)
         })
     }
 }

@@ -31,12 +31,14 @@ use crate::state::{reg, seg, shadow};
 use crate::translate::cache::CodeCache;
 
 mod access;
+mod chaos;
 mod journalled;
 mod rest;
 mod saved;
 mod translator;
 
 use access::{Access, Then};
+use chaos::Chaos;
 use journalled::Clocked;
 use translator::Translator;
 pub use translator::fill;
@@ -46,6 +48,7 @@ pub struct BtVcpu {
     translator: Option<Translator>,
     bell: Arc<Bell>,
     timer: Option<HostTimer>,
+    chaos: Option<Chaos>,
     /// What an answer of the machine goes to.
     unfinished: Unfinished,
     shut_down: bool,
@@ -135,6 +138,7 @@ impl BtVcpu {
         let ring = Arc::clone(&bell);
         let listener = code.add_listener(Box::new(move || ring.ring()));
         let number = cpu.vm.halts.add();
+        let chaos = cpu.vm.chaos.map(|seed| Chaos::new(seed, id));
         let translator = cache.map(|cache| Translator::new(cache, listener));
         signals::install();
         Ok(Self {
@@ -142,6 +146,7 @@ impl BtVcpu {
             translator,
             bell,
             timer: None,
+            chaos,
             unfinished: Unfinished::Nothing,
             shut_down: false,
             number,
@@ -232,7 +237,10 @@ impl BtVcpu {
     /// Runs guest code: translated until it leaves, or one instruction.
     #[inline]
     fn run_code(&mut self) -> Result<Option<Exit>, EngineError> {
-        let deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
+        let mut deadline = self.cpu.vm.irqchip.next_deadline(self.cpu.id);
+        if let Some(Chaos { next_ns, .. }) = self.chaos {
+            deadline = Some(deadline.unwrap_or(u64::MAX).min(next_ns));
+        }
         if let Some(timer) = &mut self.timer {
             let cpu = &self.cpu;
             timer.arm(deadline, || cpu.vm.clock.now_ns());
@@ -304,6 +312,9 @@ impl BtVcpu {
             if let Some(timer) = &mut self.timer {
                 timer.expired();
             }
+        }
+        if !in_progress {
+            self.disturb();
         }
         if in_progress {
             // Events wait for the end of the instruction, kicks too.

@@ -431,7 +431,7 @@ impl Translator {
     }
 
     /// Empties the cache, once no vCPU runs what is in it.
-    fn clear_cache(&mut self, cpu: &mut Cpu) {
+    pub fn clear_cache(&mut self, cpu: &mut Cpu) {
         let cache = self.cache.lock();
         if !cache.takes(&self.translations) {
             // Another vCPU was first.

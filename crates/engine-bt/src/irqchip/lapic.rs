@@ -495,6 +495,10 @@ impl Lapic {
         }
     }
 
+    pub fn interrupt_by_timer(&mut self) {
+        self.local_interrupt(LVT_TIMER);
+    }
+
     // Registers.
 
     /// The registers that both modes share.

@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{ChipsetState, LapicState};
 
 pub use error::{BadState, ProtectionFault};
@@ -337,6 +338,7 @@ fn is_pit(port: u16) -> bool {
 pub struct IrqChip {
     tsc_hz: u64,
     wake: Arc<dyn Wake>,
+    topology: Topology,
     cpus: Vec<LocalApic>,
     legacy: Mutex<Legacy>,
     /// The PIC's INTR.
@@ -349,11 +351,14 @@ pub struct IrqChip {
 }
 
 impl IrqChip {
-    pub fn new(vcpus: usize, tsc_hz: u64, wake: Arc<dyn Wake>) -> Self {
-        let cpus = (0..vcpus).map(|id| LocalApic::new(Lapic::new(id as u32, tsc_hz))).collect();
+    pub fn new(topology: Topology, tsc_hz: u64, wake: Arc<dyn Wake>) -> Self {
+        let cpus = (0..topology.vcpus())
+            .map(|vcpu| LocalApic::new(Lapic::new(topology.apic_id(vcpu), tsc_hz)))
+            .collect();
         Self {
             tsc_hz,
             wake,
+            topology,
             cpus,
             legacy: Mutex::new(Legacy::new()),
             intr: AtomicBool::new(false),
@@ -444,7 +449,7 @@ impl IrqChip {
         let broadcast = if message.wide { BROADCAST_WIDE } else { BROADCAST };
         let everyone = message.dest == broadcast;
         if !everyone && !message.logical {
-            return self.deliver_to(message.dest as usize, message, wakes);
+            return self.deliver_to_id(message.dest, message, wakes);
         }
         let matches = |cpu: &LocalApic| everyone || cpu.route().matches_logical(message.dest);
         if message.mode == Delivery::LowestPriority {
@@ -471,6 +476,11 @@ impl IrqChip {
             .filter_map(|index| Some((self.cpus[index].route().arbitration()?, index)))
             .min_by_key(|&(priority, _)| priority)
             .map(|(_, index)| index)
+    }
+
+    fn deliver_to_id(&self, apic_id: u32, message: &Message, wakes: &mut WakeSet) -> bool {
+        let vcpu = self.topology.vcpu(apic_id);
+        vcpu.is_some_and(|vcpu| self.deliver_to(vcpu as usize, message, wakes))
     }
 
     fn deliver_to(&self, index: usize, message: &Message, wakes: &mut WakeSet) -> bool {
@@ -556,7 +566,7 @@ impl IrqChip {
             let Some(dest) = first.checked_add(bit) else { break };
             let vector = icr as u8;
             let message = Message { dest, wide: true, logical: false, mode, vector, level };
-            taken += u32::from(self.deliver_to(dest as usize, &message, &mut wakes));
+            taken += u32::from(self.deliver_to_id(dest, &message, &mut wakes));
         }
         wakes.wake(&*self.wake);
         Some(taken)
@@ -841,6 +851,11 @@ impl IrqChip {
         if vcpu == 0 && now_ns >= self.pit_deadline.load(Ordering::SeqCst) {
             self.with_legacy(|legacy, send| legacy.sync(now_ns, send));
         }
+    }
+
+    /// Has the local APIC's timer interrupt before its time, where its entry lets it.
+    pub fn interrupt_by_timer(&self, vcpu: usize) {
+        self.with_lapic(vcpu, Lapic::interrupt_by_timer);
     }
 
     // Snapshots.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{ChipsetState, LapicState};
 
 use super::{BadState, Event, IrqChip, ProtectionFault, Wake};
@@ -27,7 +28,7 @@ impl Bench {
     /// Local APICs soft enabled, flat logical IDs 1 << vcpu (modulo 8), nothing woken yet.
     pub fn new(vcpus: usize) -> Self {
         let wakes = Arc::new(Wakes::default());
-        let chip = IrqChip::new(vcpus, TSC_HZ, wakes.clone());
+        let chip = IrqChip::new(Topology::flat(vcpus as u32), TSC_HZ, wakes.clone());
         for vcpu in 0..vcpus {
             chip.lapic_write(vcpu, 0xf0, 0x1ff, 0, 0);
             chip.lapic_write(vcpu, 0xd0, 1 << (24 + vcpu % 8), 0, 0);
@@ -107,7 +108,7 @@ impl Bench {
 
 #[test]
 fn reset_registers_are_the_manuals() {
-    let chip = IrqChip::new(2, TSC_HZ, Arc::new(Wakes::default()));
+    let chip = IrqChip::new(Topology::flat(2), TSC_HZ, Arc::new(Wakes::default()));
     let read = |offset| chip.lapic_read(1, offset, 0);
     assert_eq!((read(0x20), read(0x30)), (1 << 24, 0x5_0014));
     assert_eq!((read(0xe0), read(0xf0)), (0xffff_ffff, 0xff));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine_bt::irqchip::{IrqChip, Wake};
 
 use super::input::Input;
@@ -21,7 +22,7 @@ impl Wake for Wakes {
 }
 
 fn chip() -> IrqChip {
-    IrqChip::new(VCPUS, TSC_HZ, Arc::new(Wakes::default()))
+    IrqChip::new(Topology::flat(VCPUS as u32), TSC_HZ, Arc::new(Wakes::default()))
 }
 
 fn tsc(now: u64) -> u64 {

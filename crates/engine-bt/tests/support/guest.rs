@@ -132,7 +132,9 @@ impl Guest {
     /// The same, with what a platform adds.
     pub fn on_platform(translate: bool, platform: Platform) -> Self {
         let memory = Arc::new(GuestMemory::new(RAM).unwrap());
-        let vm = create_vm(Arc::clone(&memory), Config { vcpus: 1, translate, platform }).unwrap();
+        let vm =
+            create_vm(Arc::clone(&memory), Config { translate, platform, ..Config::default() })
+                .unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let state = Arc::new(Watch { runs: AtomicU64::new(0), running: AtomicU64::new(0) });
         watch(&state, vcpu.kicker());

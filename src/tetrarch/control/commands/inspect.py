@@ -112,7 +112,7 @@ def translate(monitor: Monitor, cpu_index: int, address: int) -> dict[str, int |
 
 
 def _vcpu(monitor: Monitor, index: int) -> EngineVcpu:
-    _require("cpu-index", index, monitor.machine.config.cpus)
+    _require("cpu-index", index, monitor.machine.config.cpus.count)
     return monitor.machine.engine_vm.vcpu(index)
 
 

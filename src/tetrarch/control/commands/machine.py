@@ -42,7 +42,7 @@ def query_cpus_fast(monitor: Monitor) -> list[dict[str, Any]]:
             "props": {"socket-id": index, "core-id": 0, "thread-id": 0},
             "target": "x86_64",
         }
-        for index in range(monitor.machine.config.cpus)
+        for index in range(monitor.machine.config.cpus.count)
     ]
 
 
@@ -64,7 +64,7 @@ def query_balloon(monitor: Monitor) -> dict[str, int]:
 def human_monitor_command(monitor: Monitor, command_line: str, cpu_index: int | None = None) -> str:
     """Text for people, which programs had better not read."""
     index = cpu_index or 0
-    if not 0 <= index < monitor.machine.config.cpus:
+    if not 0 <= index < monitor.machine.config.cpus.count:
         raise QmpError("Parameter 'cpu-index' expects a CPU number")
     return human_command(monitor.machine, command_line, index)
 
