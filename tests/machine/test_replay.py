@@ -1,15 +1,19 @@
 """A guest that was recorded lives again: the same memory and registers at each checkpoint, with
 none of its devices."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tetrarch import Machine
-from tetrarch.errors import ConfigError, HostError, StateError
+from tetrarch.control import Client, ControlError
+from tetrarch.errors import ConfigError, HostError, MachineStateError, StateError
 from tetrarch.images import CachedGuest
+from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.status import StopReason
+from tetrarch.testing import pvh_kernel
 
 LIMIT_S = 120
 PROMPT = "root@tetrarch:~# "
@@ -67,6 +71,31 @@ def test_guest_lives_again(recorded: tuple[Path, str]) -> None:
     for line in said.splitlines():
         assert line in text
     assert checkpoints > 0
+
+
+def test_what_is_plugged_in_and_out_while_it_records_lives_again(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    recording, disk = tmp_path / "recording", tmp_path / "disk"
+    disk.write_bytes(bytes(range(256)) * 4096)
+    with Machine(engine="bt", record=recording, balloon=True, memory="512M") as vm:
+        vm.start()
+        vm.console.expect(PROMPT, LIMIT_S)
+        name = vm.attach_disk(disk)
+        vm.console.send("until [ -b /dev/vda ]; do sleep 0.1; done; sha256sum /dev/vda\n")
+        read = vm.console.expect(PROMPT, LIMIT_S)
+        assert hashlib.sha256(disk.read_bytes()).hexdigest() in read
+        vm.detach(name, timeout=LIMIT_S)
+        vm.balloon.target = 64 << 20
+        vm.console.send("sleep 1; free; ls /dev/vda\n")
+        gone = vm.console.expect(PROMPT, LIMIT_S)
+        assert "No such file" in gone
+        vm.press_power_button()
+        vm.console.send("poweroff\n")
+        assert vm.wait(LIMIT_S).reason is StopReason.POWERED_OFF
+        said = vm.console.text
+    disk.unlink()
+    assert live_again(recording)[0] == said
 
 
 def test_recording_that_was_cut_lives_to_its_last_whole_chunk(
@@ -138,3 +167,120 @@ def test_replay_has_no_devices_of_its_own(tmp_path: Path) -> None:
 def test_recording_without_room_is_refused(debian_guest: CachedGuest) -> None:
     with pytest.raises(HostError, match="No space left"):
         Machine(engine="bt", record="/dev/full")
+
+
+#: Waits until a number at 2 MiB is not 0, says "!" and halts.
+WAITS = bytes.fromhex("a100002000 85c0 74f7 baf8030000 b021 ee fa f4")
+FLAG = 0x20_0000
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Iterator[Machine]:
+    """A guest that is recorded, and runs."""
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(WAITS))
+    with Machine(engine="bt", kernel=kernel, memory="16M", record=tmp_path / "waits") as vm:
+        vm.start()
+        yield vm
+
+
+def set_register(vm: Machine) -> None:
+    vm.vcpus[0].regs.rax = 1
+
+
+def set_msr(vm: Machine) -> None:
+    vm.vcpus[0].msr[0x10] = 1
+
+
+def set_vector(vm: Machine) -> None:
+    vm.vcpus[0].fpu.xmm0 = 1
+
+
+def write_memory(vm: Machine) -> None:
+    vm.memory[FLAG] = 1
+
+
+CHANGES: list[Callable[[Machine], object]] = [
+    Machine.reset,
+    lambda vm: vm.save("snapshot"),
+    set_register,
+    set_msr,
+    set_vector,
+    lambda vm: vm.vcpus[0].set_regs(rax=1),
+]
+WRITES: list[Callable[[Machine], object]] = [
+    write_memory,
+    lambda vm: vm.write_memory(FLAG, b"1"),
+    lambda vm: vm.vcpus[0].linear.__setitem__(FLAG, 1),
+]
+DEBUGGING: list[Callable[[Machine], object]] = [
+    Machine.serve_gdb,
+    lambda vm: vm.breakpoint(0x10_0000),
+    lambda vm: vm.watchpoint(FLAG, 4),
+]
+DEVICES: list[Callable[[Machine], object]] = [
+    Machine.press_power_button,
+    lambda vm: vm.attach_disk("disk"),
+    lambda vm: vm.attach_net("user"),
+    lambda vm: vm.detach("disk"),
+    lambda vm: vm.irq_line(4, True),
+    lambda vm: vm.irq_source(4),
+]
+
+
+def test_recorded_guest_is_not_changed_by_hand(waiting: Machine) -> None:
+    for change in [*CHANGES, *DEBUGGING]:
+        with pytest.raises(MachineStateError, match="cannot be: the machine records; do it to a"):
+            change(waiting)
+    for write in WRITES:
+        with pytest.raises(MachineStateError, match="the machine records, and runs; pause it"):
+            write(waiting)
+    with waiting.paused(), pytest.raises(MachineStateError, match="the machine records"):
+        set_register(waiting)
+    waiting.kill()
+    assert waiting.recording is not None
+    assert waiting.recording.kind == "recorded"
+
+
+def test_what_is_written_while_a_recorded_machine_is_paused_lives_again(
+    waiting: Machine, tmp_path: Path
+) -> None:
+    with waiting.paused():
+        write_memory(waiting)
+    waiting.wait(LIMIT_S)
+    assert waiting.console.text == "!"
+    with Machine(replay=tmp_path / "waits") as vm:
+        vm.run(LIMIT_S)
+        assert vm.console.text == "!"
+
+
+def test_guest_that_lives_again_is_not_changed(waiting: Machine, tmp_path: Path) -> None:
+    waiting.kill()
+    with Machine(replay=tmp_path / "waits") as vm:
+        for change in [*CHANGES, *WRITES, *DEVICES]:
+            with pytest.raises(MachineStateError, match="cannot be: the machine replays"):
+                change(vm)
+
+
+def test_qmp_refuses_what_would_change_a_recorded_guest(waiting: Machine, tmp_path: Path) -> None:
+    waiting.serve_control(tmp_path / "control")
+    with Client(tmp_path / "control") as client:
+        with pytest.raises(ControlError, match="the machine records"):
+            client.execute("system_reset")
+        client.execute("stop")
+        client.execute("cont")
+
+
+def test_qmp_has_no_devices_for_a_guest_that_lives_again(waiting: Machine, tmp_path: Path) -> None:
+    waiting.kill()
+    with Machine(replay=tmp_path / "waits", control=tmp_path / "control") as vm:
+        with Client(tmp_path / "control") as client:
+            for command, arguments in (
+                ("system_powerdown", {}),
+                ("system_reset", {}),
+                ("device_add", {"driver": "virtio-rng-pci"}),
+                ("netdev_add", {"type": "user", "id": "net"}),
+            ):
+                with pytest.raises(ControlError, match="the machine replays"):
+                    client.execute(command, arguments)
+        assert vm.phase is Phase.MADE

@@ -28,7 +28,7 @@ from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.memory import PhysicalMemory
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import assemble_pc
-from tetrarch.machine.recording import Recording
+from tetrarch.machine.recording import Recording, forbid_untrue
 from tetrarch.machine.resets import Resets
 from tetrarch.machine.state import MachineParts
 from tetrarch.machine.status import ExitStatus, StopReason
@@ -61,12 +61,13 @@ class AssembledMachine(PauseMethods):
         self._platform = platform
         self._backend = console
         self._life = LifeCycle()
+        forbid_untrue(config, self._life)
         vcpus = [vm.vcpu(index) for index in range(self.config.cpus.count)]
         self.vcpus: tuple[VcpuView, ...] = tuple(
-            VcpuView(vm, vcpu, number) for number, vcpu in enumerate(vcpus)
+            VcpuView(vm, vcpu, number, self._life.allow) for number, vcpu in enumerate(vcpus)
         )
         """The virtual CPUs: their registers and memory as they have it mapped, at any time."""
-        self.memory = PhysicalMemory(vm)
+        self.memory = PhysicalMemory(vm, self._life.allow)
         """RAM by guest physical address: ``vm.memory[0x1000:0x2000]``."""
 
         self._conclusion = Conclusion(vm.request_stop)

@@ -64,6 +64,7 @@ class DebugMethods(RunMethods):
         return self._vm.read_memory(address, length)
 
     def write_memory(self, address: int, data: bytes) -> None:
+        self._life.allow("write_memory")
         self._vm.write_memory(address, data)
 
     def dump_core(

@@ -139,8 +139,10 @@ class DeviceMethods(AssembledMachine):
 
         The line is high while any of its wires is.
         """
+        self._life.require("irq_source", *Phase)
         return self._vm.irq_source(gsi)
 
     def irq_line(self, gsi: int, level: bool) -> None:
         """Drives one more wire to the line, which all callers of this share."""
+        self._life.require("irq_line", *Phase)
         self._vm.irq_line(gsi, level)

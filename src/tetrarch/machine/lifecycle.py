@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Collection
 from enum import StrEnum
 from typing import Final
 
 from tetrarch.errors import MachineStateError
 from tetrarch.machine.forked import elsewhere
 
-__all__ = ["PRESS_AGAIN_S", "STOP_GRACE_S", "LifeCycle", "Phase"]
+__all__ = ["PRESS_AGAIN_S", "STOP_GRACE_S", "Allow", "LifeCycle", "Phase", "allow_all"]
+
+Allow = Callable[[str], None]
+"""Raises MachineStateError where a change by hand, "set_regs" or "write_memory", is forbidden."""
 
 #: Until a power button is pressed again: a guest that still boots does not see it.
 PRESS_AGAIN_S: Final = 10.0
@@ -43,6 +47,10 @@ _WHY_NOT = {
 }
 
 
+def allow_all(what: str) -> None:
+    """Nothing is forbidden."""
+
+
 class LifeCycle:
     """Where a machine is in its life, and for how long it has run."""
 
@@ -53,6 +61,19 @@ class LifeCycle:
         self._since = 0.0
         self._ran = 0.0
         self._elsewhere = False
+        self._forbidden: dict[str, tuple[Collection[Phase], str, str]] = {}
+
+    def forbid(
+        self, methods: Collection[str], cause: str, mend: str, phases: Collection[Phase]
+    ) -> None:
+        """These are not allowed in ``phases``."""
+        self._forbidden.update(dict.fromkeys(methods, (phases, cause, mend)))
+
+    def allow(self, what: str) -> None:
+        """Raises MachineStateError where ``what`` is forbidden now."""
+        phases, cause, mend = self._forbidden.get(what, ((), "", ""))
+        if self._phase in phases:
+            raise MachineStateError(f"{what}() cannot be: {cause}", mend=mend)
 
     @property
     def phase(self) -> Phase:
@@ -94,7 +115,9 @@ class LifeCycle:
         self._elsewhere = True
 
     def require(self, what: str, *phases: Phase) -> None:
-        """Raises MachineStateError unless the machine is in one of ``phases``."""
+        """Raises MachineStateError unless the machine is in one of ``phases``, and where it is
+        forbidden in all."""
+        self.allow(what)
         if self._phase not in phases or self._elsewhere:
             raise self._refusal(what)
 

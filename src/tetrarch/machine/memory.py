@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, overload
 
 from tetrarch._native import GuestMemoryError, Vm
+from tetrarch.machine.lifecycle import Allow, allow_all
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -31,8 +32,9 @@ class PhysicalMemory:
     cannot be written through. A breakpoint that is planted shows as an INT3 here.
     """
 
-    def __init__(self, vm: MemoryAccess) -> None:
+    def __init__(self, vm: MemoryAccess, allow: Allow = allow_all) -> None:
         self._vm = vm
+        self._allow = allow
         # By inode and place: memory that goes and comes again is in another file.
         self._mapped: dict[tuple[int, int], mmap.mmap] = {}
 
@@ -64,6 +66,7 @@ class PhysicalMemory:
     def __setitem__(self, key: int | slice, data: int | Buffer) -> None:
         """Raises GuestMemoryError where not all of it is RAM, ValueError for another length."""
         address, raw = _written(key, data)
+        self._allow("write_memory")
         self._vm.write_memory(address, raw)
 
     def _view(self, vm: Vm, region: int, size: int) -> memoryview:
@@ -86,8 +89,9 @@ class LinearMemory:
     count. Raises GuestMemoryError where something of it is not mapped, or no RAM.
     """
 
-    def __init__(self, vm: MemoryAccess, vcpu: VcpuAccess) -> None:
+    def __init__(self, vm: MemoryAccess, vcpu: VcpuAccess, allow: Allow = allow_all) -> None:
         self._vm = vm
+        self._allow = allow
         self._vcpu = vcpu
 
     def physical(self, address: int) -> int | None:
@@ -108,6 +112,7 @@ class LinearMemory:
 
     def __setitem__(self, key: int | slice, data: int | Buffer) -> None:
         address, raw = _written(key, data)
+        self._allow("write_memory")
         parts = [(self._translate(at), at - address, size) for at, size in pages(address, len(raw))]
         for physical, start, size in parts:
             self._vm.write_memory(physical, raw[start : start + size])

@@ -14,17 +14,34 @@ from tetrarch import __version__
 from tetrarch._native import EngineError, recorded_configuration
 from tetrarch.errors import ConfigError, HostError, StateError
 from tetrarch.machine.engine_errors import engine_cause, engine_mend
+from tetrarch.machine.lifecycle import LifeCycle, Phase
 
 if TYPE_CHECKING:
     from tetrarch.machine.config import MachineConfig
     from tetrarch.machine.engine_vm import EngineVm
 
-__all__ = ["Recording", "RecordingEnd", "check_recorded", "opened", "replayed"]
+__all__ = ["Recording", "RecordingEnd", "check_recorded", "forbid_untrue", "opened", "replayed"]
 
 #: About a second of a busy guest.
 _CHECKPOINT_EVERY: Final = 1 << 30
 #: Of a machine that lives again all else is in the recording.
 _OWN: Final = {"console", "control", "name", "replay", "engine", "rng", "balloon", "memory"}
+
+#: By both: the guest would be another one from then on.
+_CHANGE_THE_GUEST: Final = {"reset", "save", "attach_virtio"}
+_DEBUG: Final = {"serve_gdb", "breakpoint", "watchpoint"}
+#: Nothing that devices do comes to a guest that lives again.
+_ARE_DEVICES: Final = {
+    "attach_disk",
+    "attach_mmio",
+    "attach_net",
+    "attach_pci",
+    "attach_ports",
+    "detach",
+    "irq_line",
+    "irq_source",
+    "press_power_button",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,23 @@ def check_recorded(config: MachineConfig) -> None:
             raise ConfigError(
                 f"record: a machine with {what} cannot be recorded", mend="leave that out"
             )
+
+
+def forbid_untrue(config: MachineConfig, life: LifeCycle) -> None:
+    """Of a machine that records or replays: what would make the recording another's.
+
+    Memory that is written while a machine that records is paused is part of the recording.
+    """
+    another = "do it to a machine that does not"
+    begun = (Phase.RUNNING, Phase.PAUSED)
+    if config.record is not None:
+        life.forbid(_CHANGE_THE_GUEST | _DEBUG, "the machine records", another, tuple(Phase))
+        life.forbid({"set_regs"}, "the machine records", another, begun)
+        pause = "pause it meanwhile"
+        life.forbid({"write_memory"}, "the machine records, and runs", pause, (Phase.RUNNING,))
+    elif config.replay is not None:
+        forbidden = _CHANGE_THE_GUEST | _ARE_DEVICES | {"set_regs", "write_memory"}
+        life.forbid(forbidden, "the machine replays", another, tuple(Phase))
 
 
 def _is_changed(config: MachineConfig, name: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from tetrarch.machine.lifecycle import Allow, allow_all
+
 if TYPE_CHECKING:
     from tetrarch.machine.engine_vm import VcpuAccess
 
@@ -18,18 +20,21 @@ class Registers(Mapping[str, int]):
     here. A segment is four: ``cs_selector``, ``cs_base``, ``cs_limit``, ``cs_attr``.
     """
 
-    __slots__ = ("_values", "_vcpu")
+    __slots__ = ("_allow", "_values", "_vcpu")
 
-    def __init__(self, vcpu: VcpuAccess) -> None:
+    def __init__(self, vcpu: VcpuAccess, allow: Allow = allow_all) -> None:
+        object.__setattr__(self, "_allow", allow)
         object.__setattr__(self, "_vcpu", vcpu)
         object.__setattr__(self, "_values", vcpu.regs())
 
     def update(self, **values: int) -> None:
         """Sets several at once, or none where one cannot be. Raises EngineError."""
+        self._allow("set_regs")
         self._vcpu.set_regs(values)
         self._values.update(values)
 
     if TYPE_CHECKING:
+        _allow: Allow
         _vcpu: VcpuAccess
         _values: dict[str, int]
 
@@ -101,13 +106,15 @@ class FpuRegisters:
     the lowest lane in the lowest bits.
     """
 
-    __slots__ = ("_image", "_vcpu")
+    __slots__ = ("_allow", "_image", "_vcpu")
 
-    def __init__(self, vcpu: VcpuAccess) -> None:
+    def __init__(self, vcpu: VcpuAccess, allow: Allow = allow_all) -> None:
+        object.__setattr__(self, "_allow", allow)
         object.__setattr__(self, "_vcpu", vcpu)
         object.__setattr__(self, "_image", bytearray(vcpu.xsave()))
 
     if TYPE_CHECKING:
+        _allow: Allow
         _vcpu: VcpuAccess
         _image: bytearray
 
@@ -122,6 +129,7 @@ class FpuRegisters:
         parts = self._parts(name)
         if not 0 <= value < 1 << sum(place.length for place, _ in parts) * 8:
             raise OverflowError(f"{value:#x} does not fit {name}")
+        self._allow("set_regs")
         for place, shift in parts:
             part = value >> shift & (1 << place.length * 8) - 1
             end = place.offset + place.length
@@ -147,8 +155,9 @@ class FpuRegisters:
 class ModelRegisters:
     """Model-specific registers by number: ``vm.vcpus[0].msr[0xC000_0080]``."""
 
-    def __init__(self, vcpu: VcpuAccess) -> None:
+    def __init__(self, vcpu: VcpuAccess, allow: Allow = allow_all) -> None:
         self._vcpu = vcpu
+        self._allow = allow
 
     def __getitem__(self, index: int) -> int:
         """Raises KeyError where the CPU has none of that number."""
@@ -159,5 +168,6 @@ class ModelRegisters:
 
     def __setitem__(self, index: int, value: int) -> None:
         """Raises KeyError where the CPU refuses the register or the value."""
+        self._allow("set_regs")
         if not self._vcpu.set_msr(index, value):
             raise KeyError(f"the CPU refuses {value:#x} for the MSR {index:#x}")

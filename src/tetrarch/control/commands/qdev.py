@@ -103,6 +103,8 @@ def netdev_del(monitor: Monitor, id_: str) -> None:
 
 
 def _hotplug(monitor: Monitor) -> HotPlug:
+    if monitor.machine.config.replay is not None:
+        raise QmpError("the machine replays: nothing that devices do comes to its guest")
     hotplug = monitor.machine.pc.hotplug
     if hotplug is None:
         raise QmpError("this machine has a stand-in for an engine, and no devices")
