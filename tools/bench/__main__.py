@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tools.bench import debian, disk, exits, guest
+from tools.bench import debian, disk, exits, guest, start
 from tools.bench.report import BenchError
 
-BENCHMARKS = {"guest": guest, "exits": exits, "disk": disk, "debian": debian}
+BENCHMARKS = {"guest": guest, "exits": exits, "disk": disk, "debian": debian, "start": start}
 
 
 def main(arguments: list[str]) -> int:

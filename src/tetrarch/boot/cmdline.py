@@ -5,7 +5,10 @@ from typing import Final
 from tetrarch.boot.layout import CMDLINE_BASE, CMDLINE_SPACE, GuestMemory
 from tetrarch.errors import BootError
 
-__all__ = ["LINUX_LIMIT", "write_cmdline"]
+__all__ = ["DEFAULT_APPEND", "LINUX_LIMIT", "write_cmdline"]
+
+#: Where the user gives none.
+DEFAULT_APPEND: Final = "console=ttyS0 quiet"
 
 #: Linux on x86 keeps 2048 bytes with the final zero (COMMAND_LINE_SIZE) and cuts the rest off.
 LINUX_LIMIT: Final = 2047

@@ -7,10 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from copy import copy
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tetrarch.cli.failure import Terminated, fail, report_error
+
+if TYPE_CHECKING:
+    from typer import Typer
 
 __all__ = ["main", "run_cli"]
 
@@ -68,17 +72,33 @@ def _run_command(arguments: Sequence[str]) -> int:
     from typer.exceptions import Exit
     from typer.main import get_command
 
-    from tetrarch.cli.app import app
     from tetrarch.cli.completion import answer_shells
     from tetrarch.cli.options import split_command
 
     answer_shells()
-    command = get_command(app)
+    command = get_command(_app_for(arguments[:1]))
     try:
         result = command.main(split_command(arguments), prog_name="tetrarch", standalone_mode=False)
     except Exit as request:
         return request.exit_code
     return result if isinstance(result, int) else 0
+
+
+def _app_for(words: Sequence[str]) -> Typer:
+    """With the command alone that the first word names, if it names one: typer takes longer to
+    make all of them than a machine takes to be restored."""
+    from typer.main import get_command_name
+
+    from tetrarch.cli.app import app
+
+    for info in app.registered_commands:
+        if info.callback is not None:
+            name = info.name or get_command_name(info.callback.__name__)
+            if [name] == list(words):
+                alone = copy(app)
+                alone.registered_commands, alone.registered_groups = [info], []
+                return alone
+    return app
 
 
 class _Line(logging.Formatter):

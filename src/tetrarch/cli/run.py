@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING
 from tetrarch._native import EngineError
 from tetrarch.cli import jail
 from tetrarch.cli.cloud import with_seed
-from tetrarch.cli.command import run_command
-from tetrarch.cli.detach import Shell, in_background
 from tetrarch.cli.failure import FAILURE, report_error
 from tetrarch.cli.registered import describe, registered
 from tetrarch.cli.reports import report_end
-from tetrarch.cli.restore import check_restore, restored, with_own_vsock
 from tetrarch.cli.resume import resumed_by_signal
 from tetrarch.console import ConsoleBackend, NullConsole
 from tetrarch.console.shared import SharedConsole
@@ -29,6 +26,7 @@ from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.registry import Claim
 
 if TYPE_CHECKING:
+    from tetrarch.cli.detach import Shell
     from tetrarch.cli.options import CommandOptions
     from tetrarch.images import Reporter
 
@@ -45,10 +43,14 @@ _CODES_BESIDE_DEBUG_EXIT = {FAILURE: 4, ExitStatus(StopReason.CRASHED).code: 6}
 def run_guest(config: MachineConfig, options: CommandOptions) -> int:
     """Runs the guest to its end, or in the background; the exit code."""
     if options.restore is not None:
+        from tetrarch.cli.restore import check_restore
+
         check_restore(config, options)
     if not options.detach:
         return _run_registered(config, options, None)
     _check_background(config, options)
+    from tetrarch.cli.detach import in_background
+
     return in_background(lambda shell: _run_registered(config, options, shell))
 
 
@@ -68,11 +70,15 @@ def _check_background(config: MachineConfig, options: CommandOptions) -> None:
 def _run_registered(config: MachineConfig, options: CommandOptions, shell: Shell | None) -> int:
     with registered(config, options.detach, options.restore) as (config, claim):
         if options.restore is not None:
+            from tetrarch.cli.restore import with_own_vsock
+
             with with_own_vsock(options.restore, config) as config:
                 return _run_to_end(config, options, claim, shell)
         folder = None if claim is None else claim.directory
         with with_seed(with_installed_disk(config), options, folder) as config:
             if options.command:
+                from tetrarch.cli.command import run_command
+
                 return run_command(config, options, claim)
             return _run_to_end(config, options, claim, shell)
 
@@ -99,13 +105,15 @@ def _run(
     # What is wrong with the options is said before anything is fetched or opened.
     chosen(config)
     check_files(config)
-    if options.restore is None:
+    if options.restore is None and config.kernel is None:
         config = resolve_guest(config, _reporter())
     jailed = jail.prepare(config, options)
     console = _open_console(config, claim, shell is not None)
     interactive = _is_interactive(console) or (_has_port_on_stdio(config) and os.isatty(0))
     try:
         if options.restore is not None:
+            from tetrarch.cli.restore import restored
+
             machine = restored(options.restore, config, options, console)
         else:
             machine = Machine(config, console=console)

@@ -2,7 +2,6 @@
 
 from tetrarch.images.archive import ArchiveError
 from tetrarch.images.cache import Cache, CachedGuest, CacheError
-from tetrarch.images.default_guest import DEFAULT_APPEND
 from tetrarch.images.disk import NoSpaceError
 from tetrarch.images.initramfs import Initramfs
 from tetrarch.images.progress import Reporter, TerminalReporter
@@ -19,7 +18,6 @@ from tetrarch.images.pull import (
 )
 
 __all__ = [
-    "DEFAULT_APPEND",
     "DEFAULT_IMAGE",
     "IMAGES",
     "ArchiveError",

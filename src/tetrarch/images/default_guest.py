@@ -24,7 +24,6 @@ from tetrarch.images.modules import (
 
 __all__ = [
     "BUSYBOX_PACKAGE",
-    "DEFAULT_APPEND",
     "RECIPE_VERSION",
     "BuiltGuest",
     "agent_program",
@@ -32,9 +31,6 @@ __all__ = [
     "build_initramfs",
     "shares_script",
 ]
-
-DEFAULT_APPEND = "console=ttyS0 quiet"
-"""The kernel's command line when the user gives none."""
 
 RECIPE_VERSION = 15
 """Counts up when the initramfs changes, so that cached ones are built anew."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from tetrarch._native import Vm
 from tetrarch.errors import ConfigError, MachineStateError
-from tetrarch.machine.added import add_disk, add_net
 from tetrarch.machine.assembly import AssembledMachine
 from tetrarch.machine.config import DiskOption, NetOption, make_config
 from tetrarch.machine.engine_vm import BusRegion, EngineVm, InterruptWire
@@ -102,6 +101,8 @@ class DeviceMethods(AssembledMachine):
         """
         self._life.require("attach_disk", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
         (spec,) = make_config({"disk": disk}).disk
+        from tetrarch.machine.added import add_disk
+
         return add_disk(self._pc, spec, name, announce=self.phase is not Phase.MADE)
 
     def attach_net(self, net: NetOption, *, name: str | None = None) -> str:
@@ -112,6 +113,8 @@ class DeviceMethods(AssembledMachine):
         """
         self._life.require("attach_net", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
         (spec,) = make_config({"net": net}).net
+        from tetrarch.machine.added import add_net
+
         return add_net(self._pc, spec, name, announce=self.phase is not Phase.MADE)
 
     def detach(self, device: PciDevice | str, *, timeout: float | None = 30.0) -> None:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Protocol
 from tetrarch.errors import ConfigError
 from tetrarch.machine.blocks import BlockNodes
 from tetrarch.machine.config import MachineConfig
-from tetrarch.storage import AhciController, AtaDrive, IdeController, NvmeController
+from tetrarch.storage.drives import AtaDrive
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.vhost_user import VhostUserBlk
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
+    from tetrarch.storage import AhciController, IdeController, NvmeController
 
 __all__ = ["MachineDisk", "check_images", "machine_disks"]
 
@@ -72,6 +73,8 @@ def machine_disks(
                 node.device, node.tell_size = name, kind.data_path.config_changed
                 yield kind
             case "nvme":
+                from tetrarch.storage.nvme import NvmeController
+
                 controller = NvmeController(vm, disk, name=name, queues=queues)
                 node.device, node.tell_size = name, controller.queues.resized
                 yield controller
@@ -92,6 +95,10 @@ def machine_disks(
             case "ide":
                 ide.append(drive)
     if ahci:
+        from tetrarch.storage.ahci import AhciController
+
         yield AhciController(vm, ahci)
     if ide:
+        from tetrarch.storage.ide import IdeController
+
         yield IdeController(vm, ide)

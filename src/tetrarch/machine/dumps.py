@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from tetrarch.errors import MachineStateError
-from tetrarch.machine.core_dump import core_ranges, linear_ranges, write_core
 from tetrarch.machine.events import Events
 from tetrarch.machine.lifecycle import LifeCycle, Phase
 from tetrarch.machine.new_file import new_file
@@ -58,6 +57,8 @@ class Dumps:
 
         Raises what can be told before anything is written.
         """
+        from tetrarch.machine.core_dump import core_ranges, linear_ranges, write_core
+
         self._life.require("dump_core", Phase.RUNNING, Phase.PAUSED)
         ranges = core_ranges(self._vm.ram, begin, length)
         self._start(sum(size for _, size in ranges))

@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING
 from tetrarch._native import disk_info
 from tetrarch.block.disk import disk_errors
 from tetrarch.block.spec import DiskSpec
-from tetrarch.boot import build_acpi, load_kernel
-from tetrarch.boot.generation import first_generation
 from tetrarch.boot.initrd import initrd_files
 from tetrarch.boot.source import Source
-from tetrarch.firmware.image import FirmwareImage
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.disks import check_images
 from tetrarch.machine.engine_vm import EngineVm
@@ -39,6 +36,8 @@ def check_files(config: MachineConfig) -> None:
         with Source.open(path, what):
             pass
     if config.firmware is not None:
+        from tetrarch.firmware.image import FirmwareImage
+
         FirmwareImage.read(config.firmware)
     check_images(config)
     with disk_errors():
@@ -100,7 +99,7 @@ def load_guest(
     """
     append = config.append
     if append is None:
-        from tetrarch.images.default_guest import DEFAULT_APPEND
+        from tetrarch.boot.cmdline import DEFAULT_APPEND
 
         append = DEFAULT_APPEND
         if terminal := getattr(console, "guest_terminal", ""):
@@ -111,6 +110,9 @@ def load_guest(
     if firmware is not None:
         registers = firmware.load(config, append, dsdt)
     elif config.kernel is not None:
+        from tetrarch.boot import build_acpi, load_kernel
+        from tetrarch.boot.generation import first_generation
+
         first_generation(vm)
         rsdp, tables = build_acpi(config.cpus.apic_ids, vm.ram, dsdt, vga=config.vga)
         for address, data in tables:

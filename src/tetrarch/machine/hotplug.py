@@ -15,7 +15,6 @@ from tetrarch.machine.blocks import BlockNodes
 from tetrarch.machine.netdevs import Netdevs
 from tetrarch.machine.plugged import PciDevice, PluggedDevices
 from tetrarch.net.mac import parse_mac, random_mac
-from tetrarch.storage import NvmeController
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.net import NetKind
 from tetrarch.virtio.pci import VirtioPci
@@ -122,6 +121,8 @@ class HotPlug:
         serial = given.pop("serial", None)
         if serial is not None and not isinstance(serial, str):
             raise ConfigError("Property 'nvme.serial' expects text")
+        from tetrarch.storage.nvme import NvmeController
+
         controller = NvmeController(self._vm, node.disk.share(), name=name, serial=serial)
         node.device, node.tell_size = name, controller.queues.resized
         self._closing[name] = controller

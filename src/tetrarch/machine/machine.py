@@ -34,14 +34,12 @@ from tetrarch.machine.devices import DeviceMethods
 from tetrarch.machine.engine_vm import EngineVm, create_vm
 from tetrarch.machine.event_stream import EventStream
 from tetrarch.machine.events import EventName, MachineEvent
-from tetrarch.machine.flush_points import check_flush_points
 from tetrarch.machine.guest import check_files, with_installed_disk
 from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.pc import Pc
 from tetrarch.machine.recording import RecordingEnd, check_recorded, replayed
 from tetrarch.machine.saving import SaveMethods
 from tetrarch.machine.selection import chosen
-from tetrarch.machine.snapshot import opened
 from tetrarch.machine.status import ExitStatus
 from tetrarch.platforms.pc import PC
 from tetrarch.platforms.platform import Platform
@@ -317,6 +315,9 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
 
         Raises StateError for a file that is no saved machine, or damaged.
         """
+        from tetrarch.machine.flush_points import check_flush_points
+        from tetrarch.machine.snapshot import opened
+
         with opened(Path(path), platform.name) as saved:
             given = {
                 "engine": engine,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tetrarch.errors import ConfigError, MachineStateError
 from tetrarch.machine.log import MachineLog
-from tetrarch.net.network import OpenNetwork, open_network
 from tetrarch.net.spec import NetSpec
+
+if TYPE_CHECKING:
+    from tetrarch.net.network import OpenNetwork
 
 __all__ = ["Netdev", "Netdevs"]
 
@@ -83,6 +86,8 @@ class Netdevs:
                 netdev.network.close()
 
     def _open(self, name: str, spec: NetSpec) -> OpenNetwork:
+        from tetrarch.net.network import open_network
+
         def cut_off(cause: str) -> None:
             self._log.warning("%s: %s; the link is down", name, cause)
 

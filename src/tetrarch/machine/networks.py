@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.log import MachineLog
 from tetrarch.net.mac import random_mac, stable_mac
-from tetrarch.net.network import open_network
 from tetrarch.virtio.net import NetKind
 from tetrarch.virtio.vhost_user import VhostUserNet
 
@@ -23,6 +22,8 @@ def machine_nets(
     vm: Vm, config: MachineConfig, end: Callable[[BaseException], None]
 ) -> Iterator[NetKind | VhostUserNet]:
     """Opens them one by one; ``end`` is called with what a filter raises."""
+    if config.net:
+        from tetrarch.net.network import open_network
     log = MachineLog(config.name)
     # Machines of one network that nobody named are not to have the same addresses.
     named = "name" in config.model_fields_set

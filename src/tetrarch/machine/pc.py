@@ -26,18 +26,14 @@ from tetrarch.devices import (
     ResetCf9,
     RtcCmos,
     Uart16550,
-    Vga,
     acpi_pm,
-    debug_console,
     debug_exit,
-    fw_cfg,
     i8042,
     port_92,
     pvpanic,
     reset_cf9,
     rtc_cmos,
     uart16550,
-    vga,
 )
 from tetrarch.devices._state import State
 from tetrarch.errors import StateError
@@ -47,7 +43,6 @@ from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.disks import MachineDisk, machine_disks
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.events import Events
-from tetrarch.machine.firmware import MachineFirmware
 from tetrarch.machine.hotplug import HotPlug
 from tetrarch.machine.netdevs import Netdevs
 from tetrarch.machine.networks import machine_nets
@@ -68,6 +63,8 @@ from tetrarch.virtio.vsock import VsockKind
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
+    from tetrarch.devices import Vga
+    from tetrarch.machine.firmware import MachineFirmware
 
 __all__ = ["Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
 
@@ -247,10 +244,15 @@ def assemble_pc(
 
     screen: Vga | None = None
     if config.vga:
-        devices["vga"] = screen = Vga()
+        from tetrarch.devices import vga
+
+        devices["vga"] = screen = vga.Vga()
         ports.append(PortRange(vga.PORT_BASE, vga.PORTS, screen))
     firmware: MachineFirmware | None = None
     if config.firmware is not None and isinstance(vm, Vm):
+        from tetrarch.devices import debug_console, fw_cfg
+        from tetrarch.machine.firmware import MachineFirmware
+
         firmware = MachineFirmware(vm, config.firmware)
         devices |= {"fw-cfg": firmware.fw_cfg, "debug-console": firmware.debug_console}
         ports += [

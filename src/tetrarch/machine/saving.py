@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from tetrarch.boot.generation import change_generation
 from tetrarch.errors import MachineStateError
 from tetrarch.machine.config import MachineConfig
-from tetrarch.machine.identity import renew_cards
 from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.new_file import new_file
 from tetrarch.machine.running import RunMethods
-from tetrarch.machine.snapshot import Parent, Saved, parent_of, restore_machine, save_machine
+
+if TYPE_CHECKING:
+    from tetrarch.machine.snapshot import Parent, Saved
 
 __all__ = ["SaveMethods"]
 
@@ -36,6 +36,8 @@ class SaveMethods(RunMethods):
         With ``track`` the machine notes what is written from then on, and the next file may have
         this one as its ``parent``: it has no more of memory than that, and lies beside it.
         """
+        from tetrarch.machine.snapshot import Parent, parent_of, save_machine
+
         self._life.require("save", Phase.RUNNING, Phase.PAUSED)
         if parent is not None and not isinstance(parent, Parent):
             child = Path(path) if isinstance(path, (str, os.PathLike)) else None
@@ -63,16 +65,22 @@ class SaveMethods(RunMethods):
 
     def _take_up(self, saved: Saved, config: MachineConfig, fresh_identity: bool) -> None:
         """In a new machine: it goes on as the saved one, with what ``config`` names of the host."""
+        from tetrarch.machine.snapshot import restore_machine
+
         try:
             saved.about.outside.plug_later(self._pc, config)
             # Its clock stands until start().
             self._vm.hold()
             if fresh_identity:
+                from tetrarch.machine.identity import renew_cards
+
                 renew_cards(self._pc)
             restore_machine(self._parts(), saved)
             if self._pc.firmware is not None:
                 self._pc.firmware.tell(self.config, "", self._pc.dsdt)
             elif fresh_identity:
+                from tetrarch.boot.generation import change_generation
+
                 change_generation(self._vm, self._pc.acpi)
         except BaseException:
             self._discard()

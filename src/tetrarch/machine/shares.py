@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from tetrarch.errors import HostError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.share.spec import share_tags
-from tetrarch.share.virtiofsd import Virtiofsd
-from tetrarch.virtio.vhost_user import VhostUserFs
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
+    from tetrarch.share.virtiofsd import Virtiofsd
+    from tetrarch.virtio.vhost_user import VhostUserFs
 
 __all__ = ["MachineShare", "machine_shares"]
 
@@ -31,6 +31,9 @@ class MachineShare:
 
 def machine_shares(vm: Vm, config: MachineConfig) -> Iterator[MachineShare]:
     """Starts them one by one. Raises HostError."""
+    if config.share:
+        from tetrarch.share.virtiofsd import Virtiofsd
+        from tetrarch.virtio.vhost_user import VhostUserFs
     for index, (spec, tag) in enumerate(zip(config.share, share_tags(config.share), strict=True)):
         daemon = Virtiofsd(spec)
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tetrarch.boot.acpi import virtio_mmio_device
 from tetrarch.errors import ConfigError
 from tetrarch.machine import map as machine_map
 from tetrarch.machine.config import VirtioTransport
@@ -37,6 +36,8 @@ class VirtioSlots:
         if self._transport == "pci":
             self._pci.plug(kind.name, VirtioPci(self._vm, kind))
             return None
+        from tetrarch.boot.acpi import virtio_mmio_device
+
         device = self._map(kind, self._pages)
         self._dsdt.append(virtio_mmio_device(self._pages))
         self._pages += 1
