@@ -18,6 +18,8 @@ JUMP_TO_NOWHERE = bytes.fromhex("b8efbeadde ffe0")
 HALT_FOREVER = bytes.fromhex("fa f4 ebfd")
 # jmp $
 ENDLESS_LOOP = bytes.fromhex("ebfe")
+# cpuid ; jmp to it: an instruction that engine bt always interprets
+CPUID_LOOP = bytes.fromhex("0fa2 ebfc")
 # mov al, 0x10 ; out 0xf4, al ; jmp $
 DEBUG_EXIT_16 = bytes.fromhex("b010 e6f4 ebfe")
 # mov edx, 0x500 ; in al, dx ; inc al ; out dx, al ; POWER_OFF

@@ -155,7 +155,7 @@ def test_stats_count_exits(make: Make) -> None:
 def test_stats_tell_of_a_guest_while_it_runs(make: Make, engine: str) -> None:
     if engine == "kvm":
         pytest.skip("engine kvm has no counters of its own")
-    vm = make(guests.ENDLESS_LOOP)
+    vm = make(guests.CPUID_LOOP)
     vm.start()
     end = time.monotonic() + LIMIT_S
     while vm.stats()["bt"]["interpreted"] == 0 and time.monotonic() < end:
