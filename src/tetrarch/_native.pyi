@@ -698,6 +698,7 @@ class Vm:
         translate: bool = True,
         chaos: int | None = None,
         platform: Platform | None = None,
+        features: Mapping[str, int] | None = None,
         record: tuple[int, str, int] | None = None,
         replay: int | None = None,
     ) -> Self:
@@ -707,7 +708,8 @@ class Vm:
         false, engine ``bt`` interprets every instruction (for tests). ``vcpus`` may be sockets,
         cores of each, and threads of each. ``chaos`` is the seed of disturbances by engine ``bt``
         (docs/testing.md). EngineError where the engine cannot have the ``platform``; None is
-        a bare CPU.
+        a bare CPU. ``features`` is the most that its CPU may have, by words as ``cpu_features``
+        gives them; what it does not name is not limited.
 
         ``record`` is the descriptor of an empty file, a text about the machine, and the
         instructions from one checkpoint to the next; ``replay`` the descriptor of such a

@@ -54,6 +54,17 @@ TICKS_BETWEEN = bytes.fromhex(
     "baf8030000 ee 31ed ebc3"
 )
 
+# For each typed byte says EBX of CPUID's leaf 7, each four bits from the lowest on as one of
+# "@" to "O".
+# wait: mov edx, 0x3fd ; in al, dx ; test al, 1 ; jz wait
+#       mov edx, 0x3f8 ; in al, dx ; mov eax, 7 ; xor ecx, ecx ; cpuid
+#       mov edx, 0x3f8 ; mov ecx, 8
+# next: mov al, bl ; and al, 0xf ; or al, 0x40 ; out dx, al ; shr ebx, 4 ; loop next ; jmp wait
+CPUID_7_EBX = bytes.fromhex(
+    "bafd030000 ec a801 74f6 baf8030000 ec b807000000 31c9 0fa2"
+    "baf8030000 b908000000 88d8 240f 0c40 ee c1eb04 e2f4 ebcf"
+)
+
 
 def say(text: bytes) -> bytes:
     """Prints on COM1: mov edx, 0x3f8, then for each byte mov al, byte ; out dx, al."""

@@ -144,6 +144,7 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
         ({"share": "."}, "a share"),
         ({"vsock": "v"}, "a vsock device"),
         ({"input": "mouse"}, "an input device"),
+        ({"cpu": "portable"}, "a portable CPU"),
         ({"gdb": 0}, "a place for gdb"),
         ({"on_reset": "restart"}, "a restart at a reset"),
         ({"net": "vhost-user=s"}, "a network card of another process"),

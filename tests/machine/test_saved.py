@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.machine import guests
 
 from tetrarch import ConfigError, HostError, Machine, MachineStateError, Phase, StateError
+from tetrarch._native import Vm
 from tetrarch.machine.saved import HEADER_BYTES, MAGIC, header
+from tetrarch.machine.selection import engines
 from tetrarch.testing import ScriptedVm, pvh_kernel
 
 LIMIT_S = 30
@@ -290,6 +294,7 @@ def test_version_that_this_program_does_not_read_is_told(saved: Path, tmp_path: 
         {"parent": {"identity": "x", "file": ".."}},
         {"parent": 1},
         {"cpu": {"1.ECX": "all"}},
+        {"cpu": {"1.ECX": 1 << 32}},
         {"disks": 5},
     ],
 )
@@ -355,6 +360,41 @@ def test_cpu_that_lacks_what_the_guest_relies_on_is_told(saved: Path, tmp_path: 
     lacking = r"does not have here: CPUID 7\.EBX bit 5, 7\.EBX bit 30; restore"
     with pytest.raises(StateError, match=lacking):
         Machine.restore(made(tmp_path / "made", sections), vm=scripted())
+
+
+def leaf_7_ebx(vm: Machine) -> int:
+    vm.console.send("x")
+    said = vm.console.expect(re.compile("[@-O]{8}"), LIMIT_S)
+    return sum((ord(four) & 15) << 4 * place for place, four in enumerate(said))
+
+
+def test_guest_finds_no_more_in_its_cpu_than_before(tmp_path: Path) -> None:
+    kernel, saved, fsgsbase = tmp_path / "kernel", tmp_path / "saved", 1 << 0
+    kernel.write_bytes(pvh_kernel(guests.CPUID_7_EBX))
+    # As on a host that has less than this one.
+    with Machine(kernel=kernel, memory="16M", engine="bt", features={"7.EBX": 0}) as vm:
+        vm.start()
+        had = leaf_7_ebx(vm)
+        assert not had & fsgsbase
+        vm.save(saved)
+    for _ in range(2):
+        with Machine.restore(saved) as vm:
+            vm.start()
+            assert leaf_7_ebx(vm) == had
+            vm.save(saved)
+
+
+def test_portable_cpu_has_no_more_than_each_engine_of_the_host(tmp_path: Path) -> None:
+    kernel, word = tmp_path / "kernel", "7.EBX"
+    kernel.write_bytes(pvh_kernel(guests.CPUID_7_EBX))
+    common = 0xFFFF_FFFF
+    for engine in engines():
+        if engine.available:
+            common &= dict(Vm(engine.name, 1 << 20).cpu_features())[word]
+    with Machine(kernel=kernel, memory="16M", engine="bt", cpu="portable") as vm:
+        vm.start()
+        # FDP and the selectors of x87 are no features.
+        assert leaf_7_ebx(vm) & ~(1 << 6 | 1 << 13) == common
 
 
 def test_device_without_an_end_is_no_saved_machine() -> None:

@@ -11,11 +11,16 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use tetrarch_engine::cpuid::{Topology, brand, host_brand};
-use tetrarch_engine::{EngineError, Hypercalls, Platform};
+use tetrarch_engine::{EngineError, FeatureLimit, Hypercalls, Platform};
 
 /// Where KVM announces itself, and its features.
 const KVM_LEAVES: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_00FF;
 const KVM_FEATURES: u32 = 0x4000_0001;
+/// The leaf of XSAVE; what its legacy region and header take; and ECX of a component's subleaf
+/// that XSAVES alone saves.
+const XSAVE: u32 = 0xD;
+const XSAVE_LEAST: u32 = 576;
+const SUPERVISOR: u32 = 1;
 
 mod bits {
     // Leaf 0x4000_0001, EAX.
@@ -55,6 +60,7 @@ pub fn table(
     supported: &CpuId,
     policy: Policy,
     platform: &Platform,
+    features: &FeatureLimit,
     vcpu: u32,
 ) -> Result<CpuId, EngineError> {
     let Policy { topology, intel, .. } = policy;
@@ -100,10 +106,36 @@ pub fn table(
         adapt(&mut entry, policy, apic_id, &brand);
         entries.push(entry);
     }
+    take(&mut entries, features);
     add_platform(&mut entries, platform, vcpu);
     CpuId::from_entries(&entries).map_err(|_| {
         EngineError::Internal(format!("{} CPUID leaves are more than KVM takes", entries.len()))
     })
+}
+
+/// Takes what the guest shall not have, and of XSAVE what belongs to it (Intel SDM 1, 13.2).
+fn take(entries: &mut [kvm_cpuid_entry2], features: &FeatureLimit) {
+    for entry in entries.iter_mut() {
+        let mut registers = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+        features.apply(entry.function, entry.index, &mut registers);
+        [entry.eax, entry.ebx, entry.ecx, entry.edx] = registers;
+    }
+    let word = |index: u32, entries: &[kvm_cpuid_entry2]| {
+        let of = |entry: &&kvm_cpuid_entry2| (entry.function, entry.index) == (XSAVE, index);
+        entries.iter().find(of).map_or((0, 0), |entry| (entry.eax, entry.ecx))
+    };
+    let components = word(0, entries).0 | word(1, entries).1;
+    let mut size = XSAVE_LEAST;
+    for entry in entries.iter_mut().filter(|entry| entry.function == XSAVE && entry.index > 1) {
+        if entry.index > 31 || components >> entry.index & 1 == 0 {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        } else if entry.ecx & SUPERVISOR == 0 {
+            size = size.max(entry.ebx + entry.eax);
+        }
+    }
+    for entry in entries.iter_mut().filter(|entry| (entry.function, entry.index) == (XSAVE, 0)) {
+        entry.ecx = size;
+    }
 }
 
 /// KVM's own leaves stay where the platform wants them; its leaves replace and
@@ -207,6 +239,10 @@ mod tests {
         Platform { kvm: true, ..Platform::default() }
     }
 
+    fn all() -> FeatureLimit {
+        FeatureLimit::default()
+    }
+
     fn leaf(table: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
         let is = |entry: &&kvm_cpuid_entry2| entry.function == function && entry.index == index;
         *table.as_slice().iter().find(is).unwrap()
@@ -215,7 +251,7 @@ mod tests {
     #[test]
     fn topology_is_ours_and_tells_vcpus_apart() {
         for id in 0..4 {
-            let table = table(&supported(), policy(4), &kvm(), id).unwrap();
+            let table = table(&supported(), policy(4), &kvm(), &all(), id).unwrap();
             assert_eq!(leaf(&table, 1, 0).ebx >> 16, id << 8 | 4);
             let cores = leaf(&table, 0xB, 1);
             assert_eq!((cores.eax, cores.ebx, cores.edx), (2, 4, id));
@@ -226,7 +262,7 @@ mod tests {
 
     #[test]
     fn leaves_of_kvm_stay() {
-        let table = table(&supported(), policy(1), &kvm(), 0).unwrap();
+        let table = table(&supported(), policy(1), &kvm(), &all(), 0).unwrap();
         assert_eq!(leaf(&table, 0x4000_0000, 0).ebx, 0x4b4d_564b);
         assert_eq!(leaf(&table, 0x4000_0001, 0).eax & 0x0100_0009, 0x0100_0009);
         assert_ne!(leaf(&table, 1, 0).ecx & bits::HYPERVISOR, 0);
@@ -243,7 +279,7 @@ mod tests {
             own(0x4000_0004, None, Some(1), 9),
         ];
         let platform = Platform { cpuid, ..Platform::default() };
-        let table = table(&supported(), policy(2), &platform, 1).unwrap();
+        let table = table(&supported(), policy(2), &platform, &all(), 1).unwrap();
         assert_eq!(leaf(&table, 0x4000_0000, 0).eax, 0x4000_0010);
         assert_eq!(leaf(&table, 0x4000_0004, 0).eax, 9);
         assert_eq!((leaf(&table, 0xB, 1).eax, leaf(&table, 0xB, 0).ebx), (7, 1));
@@ -255,15 +291,20 @@ mod tests {
     #[test]
     fn features_that_call_go_where_the_calls_are_anothers() {
         let platform = Platform { hypercalls: Hypercalls::Kernel, ..kvm() };
-        let mut all = supported().as_slice().to_vec();
-        all.iter_mut().filter(|it| it.function == 0x4000_0001).for_each(|it| it.eax = u32::MAX);
-        let table = table(&CpuId::from_entries(&all).unwrap(), policy(1), &platform, 0).unwrap();
+        let mut supported = supported().as_slice().to_vec();
+        supported
+            .iter_mut()
+            .filter(|it| it.function == 0x4000_0001)
+            .for_each(|it| it.eax = u32::MAX);
+        let table =
+            table(&CpuId::from_entries(&supported).unwrap(), policy(1), &platform, &all(), 0)
+                .unwrap();
         assert_eq!(leaf(&table, 0x4000_0001, 0).eax, !(1 << 7 | 1 << 11 | 1 << 13));
     }
 
     #[test]
     fn hidden_features_stay_hidden() {
-        let table = table(&supported(), policy(1), &kvm(), 0).unwrap();
+        let table = table(&supported(), policy(1), &kvm(), &all(), 0).unwrap();
         assert_eq!(leaf(&table, 1, 0).ecx & bits::HIDDEN_1_ECX, 0);
         assert_eq!(leaf(&table, 1, 0).edx & bits::HTT, 0);
         assert_eq!(leaf(&table, 0x8000_0001, 0).ecx & bits::HIDDEN_E1_ECX, 0);
@@ -271,14 +312,43 @@ mod tests {
 
     #[test]
     fn brand_names_the_engine() {
-        let table = table(&supported(), policy(1), &kvm(), 0).unwrap();
+        let table = table(&supported(), policy(1), &kvm(), &all(), 0).unwrap();
         assert_eq!(leaf(&table, 0x8000_0002, 0).eax, u32::from_le_bytes(*b"Tetr"));
     }
 
     #[test]
     fn deadline_timer_follows_the_host() {
         let without = Policy { tsc_deadline: false, ..policy(1) };
-        let table = table(&supported(), without, &kvm(), 0).unwrap();
+        let table = table(&supported(), without, &kvm(), &all(), 0).unwrap();
         assert_eq!(leaf(&table, 1, 0).ecx & bits::TSC_DEADLINE, 0);
+    }
+
+    #[test]
+    fn a_limit_takes_features_and_the_room_of_their_state() {
+        let entry = |function, index, eax, ebx, ecx| kvm_cpuid_entry2 {
+            function,
+            index,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax,
+            ebx,
+            ecx,
+            ..Default::default()
+        };
+        let mut supported = supported().as_slice().to_vec();
+        supported.push(entry(7, 0, 2, u32::MAX, 0));
+        supported.push(entry(XSAVE, 0, 0xE7, 0, 2696));
+        supported.push(entry(XSAVE, 1, 0xF, 0, 1 << 11));
+        supported.push(entry(XSAVE, 2, 256, 576, 0));
+        supported.push(entry(XSAVE, 6, 512, 1152, 0));
+        supported.push(entry(XSAVE, 11, 16, 0, SUPERVISOR));
+        let supported = CpuId::from_entries(&supported).unwrap();
+        let words = [("7.EBX", 1 << 5), ("D.EAX", 7), ("D.1.EAX", 7), ("D.1.ECX", 0)];
+        let words = words.map(|(name, bits)| (name.to_owned(), bits));
+        let table = table(&supported, policy(1), &kvm(), &FeatureLimit::new(&words), 0).unwrap();
+        assert_eq!(leaf(&table, 7, 0).ebx & !(1 << 6 | 1 << 13), 1 << 5);
+        assert_eq!((leaf(&table, XSAVE, 0).eax, leaf(&table, XSAVE, 0).ecx), (7, 832));
+        assert_eq!((leaf(&table, XSAVE, 1).eax, leaf(&table, XSAVE, 1).ecx), (7, 0));
+        assert_eq!(leaf(&table, XSAVE, 2).ebx, 576);
+        assert_eq!((leaf(&table, XSAVE, 6).eax, leaf(&table, XSAVE, 11).eax), (0, 0));
     }
 }

@@ -8,8 +8,8 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
 use tetrarch_engine::{
-    Clock, DirtyPages, Doorbell, Doorbells, EngineError, Irqfd, IrqfdId, Irqfds, Msi, Platform,
-    Vcpu, Vm, VmState,
+    Clock, DirtyPages, Doorbell, Doorbells, EngineError, FeatureLimit, Irqfd, IrqfdId, Irqfds, Msi,
+    Platform, Vcpu, Vm, VmState,
 };
 use tetrarch_memory::GuestMemory;
 
@@ -43,6 +43,7 @@ pub struct Config {
     pub device: String,
     pub dirty: DirtyTracking,
     pub platform: Platform,
+    pub features: FeatureLimit,
 }
 
 impl Default for Config {
@@ -52,6 +53,7 @@ impl Default for Config {
             device: host::DEVICE.into(),
             dirty: DirtyTracking::Bitmap,
             platform: Platform::default(),
+            features: FeatureLimit::default(),
         }
     }
 }
@@ -92,6 +94,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         msrs,
         slots: Arc::clone(&slots),
         platform: config.platform.clone(),
+        features: config.features.clone(),
         halts: HaltWatch::default(),
         kvmclock_ctrl: kvm.check_extension(Cap::KvmclockCtrl),
         xcrs: kvm.check_extension(Cap::Xcrs),
@@ -229,8 +232,10 @@ impl Vm for KvmVm {
     }
 
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        let VmShared { supported, policy, platform, .. } = &*self.shared;
-        let Ok(table) = cpuid::table(supported, *policy, platform, 0) else { return [0; 4] };
+        let VmShared { supported, policy, platform, features, .. } = &*self.shared;
+        let Ok(table) = cpuid::table(supported, *policy, platform, features, 0) else {
+            return [0; 4];
+        };
         let found = table.as_slice().iter().find(|e| (e.function, e.index) == (leaf, subleaf));
         found.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
     }

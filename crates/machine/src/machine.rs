@@ -6,7 +6,8 @@ use parking_lot::Mutex;
 use tetrarch_bus::{Bus, IrqLines, Region, RunControl, TscScale};
 use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{
-    DirtyPages, ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm,
+    DirtyPages, ENGINE_MMIO, ENGINE_PORTS, EngineError, FeatureLimit, GSI_COUNT, Platform,
+    Unusable, Vm,
 };
 use tetrarch_engine_bt::Recording;
 use tetrarch_io::{Around, IoThread};
@@ -76,6 +77,7 @@ impl Machine {
         memory: u64,
         processors: Processors,
         platform: Platform,
+        features: FeatureLimit,
         recording: Option<Recording>,
     ) -> Result<Self, MachineError> {
         let Processors { topology, translate, chaos } = processors;
@@ -101,10 +103,12 @@ impl Machine {
                     .mended_by("use engine bt")
                     .into());
             }
-            let config = tetrarch_engine_kvm::Config { topology, platform, ..Default::default() };
+            let config =
+                tetrarch_engine_kvm::Config { topology, platform, features, ..Default::default() };
             tetrarch_engine_kvm::create_vm(Arc::clone(&memory), config)?
         } else {
-            let config = tetrarch_engine_bt::Config { topology, translate, platform, chaos };
+            let config =
+                tetrarch_engine_bt::Config { topology, translate, platform, chaos, features };
             let memory = Arc::clone(&memory);
             match recording {
                 None => tetrarch_engine_bt::create_vm(memory, config)?,

@@ -10,7 +10,7 @@ use tetrarch_bus::{
     Device, DeviceDoorbell, DeviceError, HoldError, NoHandlers, RunEnd, RunError, Sizes,
 };
 use tetrarch_engine::cpuid::Topology;
-use tetrarch_engine::{Doorbell, DoorbellAddress, EngineError, Platform, Vcpu};
+use tetrarch_engine::{Doorbell, DoorbellAddress, EngineError, FeatureLimit, Platform, Vcpu};
 use tetrarch_machine::{Machine, MachineError, Processors, State, collect, dump, engine_available};
 use tetrarch_memory::GuestPhys;
 
@@ -33,8 +33,15 @@ impl Device for Register {
 
 /// A machine with `code` at [`START`], to be run in real mode.
 fn machine(code: &[u8]) -> Machine {
-    let machine = Machine::new("bt", 1 << 20, Processors::default(), Platform::default(), None)
-        .expect("engine bt");
+    let machine = Machine::new(
+        "bt",
+        1 << 20,
+        Processors::default(),
+        Platform::default(),
+        FeatureLimit::default(),
+        None,
+    )
+    .expect("engine bt");
     machine.memory.write(GuestPhys(START), code).expect("RAM");
     set(
         &machine,
@@ -266,15 +273,29 @@ fn engines_and_sizes_that_cannot_be_are_refused() {
     let none = Processors { topology: Topology::flat(0), ..Processors::default() };
     assert!(engine_available("tcg").unwrap_err().mend.contains("bt, kvm"));
     assert!(matches!(
-        Machine::new("tcg", 1 << 20, Processors::default(), Platform::default(), None),
+        Machine::new(
+            "tcg",
+            1 << 20,
+            Processors::default(),
+            Platform::default(),
+            FeatureLimit::default(),
+            None
+        ),
         Err(MachineError::Engine(_))
     ));
     assert!(matches!(
-        Machine::new("bt", 1 << 20, none, Platform::default(), None),
+        Machine::new("bt", 1 << 20, none, Platform::default(), FeatureLimit::default(), None),
         Err(MachineError::Engine(_))
     ));
     assert!(matches!(
-        Machine::new("bt", 1, Processors::default(), Platform::default(), None),
+        Machine::new(
+            "bt",
+            1,
+            Processors::default(),
+            Platform::default(),
+            FeatureLimit::default(),
+            None
+        ),
         Err(MachineError::Memory(_))
     ));
 }

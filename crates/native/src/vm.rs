@@ -1,5 +1,6 @@
 //! `tetrarch._native.Vm`.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{IntoRawFd, RawFd};
 use std::sync::atomic::Ordering;
@@ -12,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use tetrarch_bus::{AttachError, Bus, Device, Sizes, Span};
 use tetrarch_engine::cpuid::Topology;
-use tetrarch_engine::{EngineError, GSI_COUNT, RecordingEnd, Saved, VmState};
+use tetrarch_engine::{EngineError, FeatureLimit, GSI_COUNT, RecordingEnd, Saved, VmState};
 use tetrarch_machine::{Machine, Processors, ResetState, Stats, collect};
 use tetrarch_memory::{GuestPhys, Layer, MemoryError, Run};
 
@@ -144,7 +145,7 @@ impl Vm {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "what a machine is made of, by name")]
     #[pyo3(signature = (engine, memory, vcpus = Vcpus::Count(1), *, translate = true, chaos = None,
-                        platform = None, record = None, replay = None))]
+                        platform = None, features = None, record = None, replay = None))]
     fn new(
         engine: &str,
         memory: u64,
@@ -152,17 +153,21 @@ impl Vm {
         translate: bool,
         chaos: Option<u64>,
         platform: Option<&Bound<'_, PyAny>>,
+        features: Option<HashMap<String, u32>>,
         record: Option<(i32, &str, u64)>,
         replay: Option<i32>,
     ) -> Result<Self, Failure> {
         let recording = recording(record, replay)?;
         let topology = vcpus.topology();
+        let limit = features.map_or_else(FeatureLimit::default, |words| {
+            FeatureLimit::new(&words.into_iter().collect::<Vec<_>>())
+        });
         let (platform, handlers) = match platform {
             Some(platform) => PythonPlatform::new(platform, topology.vcpus())?,
             None => Default::default(),
         };
         let processors = Processors { topology, translate, chaos };
-        let machine = Machine::new(engine, memory, processors, platform, recording)?;
+        let machine = Machine::new(engine, memory, processors, platform, limit, recording)?;
         let lines = (0..GSI_COUNT).filter_map(|gsi| machine.irq.source(gsi)).collect();
         Ok(Self {
             machine,

@@ -33,6 +33,7 @@ __all__ = [
     "MIB",
     "VCPUS_MAX",
     "CdromOption",
+    "CpuName",
     "CpusSpec",
     "DiskOption",
     "EngineName",
@@ -73,6 +74,7 @@ _SEED = re.compile(r"^[0-9]{1,20}$")
 _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 EngineName = Literal["auto", "bt", "kvm"]
+CpuName = Literal["host", "portable"]
 VirtioTransport = Literal["pci", "mmio"]
 OnReset = Literal["end", "restart"]
 DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
@@ -305,6 +307,12 @@ class MachineConfig(BaseModel):
         "Virtual CPUs, and how they lie; docs/cpu.md [default: 1].",
         "N[,sockets=N][,cores=N][,threads=N]",
     )
+    cpu: CpuName = option(
+        "host",
+        "What it can: as much as the engine offers, or no more than each engine of this host does,"
+        " so that a saved machine goes on on any [default: host].",
+        "host|portable",
+    )
     console: Annotated[ConsoleSpec | None, BeforeValidator(_console)] = option(
         None,
         "Where the guest's serial console goes. Ctrl-] leaves stdio.",
@@ -429,6 +437,7 @@ class MachineOptions(TypedDict, total=False):
     initrd: str | os.PathLike[str] | None
     append: str | None
     append_extra: str
+    cpu: CpuName
     memory: str | int
     cpus: int | str | CpusSpec
     virtio_console: PortOption | Sequence[PortOption]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from tetrarch import _native
@@ -132,8 +132,16 @@ class EngineVm(MemoryAccess, Protocol):
     def stats(self) -> dict[str, dict[str, int]]: ...
 
 
-def create_vm(engine: str, config: MachineConfig, platform: Platform) -> EngineVm:
-    """Raises HostError where this host cannot give what is asked."""
+def create_vm(
+    engine: str,
+    config: MachineConfig,
+    platform: Platform,
+    features: Mapping[str, int] | None = None,
+) -> EngineVm:
+    """``features``: the most that its CPU may have.
+
+    Raises HostError where this host cannot give what is asked.
+    """
     cpus = config.cpus
     try:
         with opened(config) as recording:
@@ -143,6 +151,7 @@ def create_vm(engine: str, config: MachineConfig, platform: Platform) -> EngineV
                 (cpus.sockets, cpus.cores, cpus.threads),
                 chaos=config.chaos,
                 platform=platform,
+                features=features,
                 **recording,
             )
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:

@@ -201,11 +201,15 @@ def _read_about(reader: SavedReader, platform: str | None) -> About:
         raise reader.damaged("does not say what the machine had of its host") from error
     if not isinstance(identity, str) or not identity:
         raise reader.damaged("does not say which file it is")
-    if not isinstance(cpu, dict) or not all(type(bits) is int for bits in cpu.values()):
+    if not isinstance(cpu, dict) or not all(_is_word(bits) for bits in cpu.values()):
         raise reader.damaged("does not say what CPU the machine had")
     if not isinstance(disks, dict):
         raise reader.damaged("does not say where the machine's disks stood")
     return About(config, float(uptime), outside, identity, _parent(reader, parent), cpu, disks)
+
+
+def _is_word(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 32
 
 
 def _parent(reader: SavedReader, value: object) -> Parent | None:
@@ -241,8 +245,7 @@ def restore_machine(parts: MachineParts, saved: Saved) -> None:
 
 
 def _require_cpu(parts: MachineParts, had: Mapping[str, int]) -> None:
-    """Raises StateError where the guest's CPU would lack what it had: its kernel looked once.
-    More than it had is of no use to it, and does no harm."""
+    """Raises StateError where the guest's CPU would lack what it had: its kernel looked once."""
     have = dict(parts.vm.cpu_features())
     lacking = [
         f"{word} bit {bit}"
@@ -254,7 +257,8 @@ def _require_cpu(parts: MachineParts, had: Mapping[str, int]) -> None:
         raise StateError(
             f"the saved machine's CPU had features that engine {parts.engine} does not have here:"
             f" CPUID {', '.join(lacking)}",
-            mend="restore it on the engine and the kind of host where it was saved",
+            mend="restore it on the engine and the kind of host where it was saved; a machine made"
+            " with cpu portable goes from one engine to the other",
         )
 
 

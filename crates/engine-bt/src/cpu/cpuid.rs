@@ -12,6 +12,7 @@
 use core::arch::x86_64::_xgetbv;
 
 use iced_x86::{Code, CpuidFeature, DecoderOptions, Instruction};
+use tetrarch_engine::FeatureLimit;
 use tetrarch_engine::cpuid::{Topology, brand, host, host_brand, host_is_intel};
 
 use crate::cpu::fpu::{MXCSR_MM, mxcsr_mask};
@@ -142,6 +143,7 @@ pub struct CpuidTable {
     xsave_eax: u32,
     e1: [u32; 4],
     e8_ebx: u32,
+    e21: [u32; 4],
     brand: [u32; 12],
     /// Leaf 2, leaf 4 (Intel), 0x8000_0005, 0x8000_0006, 0x8000_001D (AMD).
     leaf2: [u32; 4],
@@ -228,7 +230,7 @@ fn extended(edx: u32, intel: bool, many: bool) -> ([u32; 4], u32) {
 
 impl CpuidTable {
     /// The table for this host.
-    pub fn new(topology: Topology) -> Self {
+    pub fn new(topology: Topology, limit: &FeatureLimit) -> Self {
         let leaf0 = host(0, 0);
         let vendor_string = [leaf0[1], leaf0[2], leaf0[3]];
         let many = topology.package_vcpus() > 1;
@@ -239,9 +241,19 @@ impl CpuidTable {
         let xcr0 = host_xcr0(host1[2]);
         let xsave = host1[2] & bits::XSAVE != 0 && xcr0 & 3 == 3;
         let avx = xsave && xcr0 & 7 == 7;
-        let l1 = leaf_1(host1, xsave, avx, many);
-        let [l7, l7_1] = leaf_7(avx, intel);
-        let (e1, e8_ebx) = extended(l1[3], intel, many);
+        let mut l1 = leaf_1(host1, xsave, avx, many);
+        let [mut l7, mut l7_1] = leaf_7(avx, intel);
+        let (mut e1, e8_ebx) = extended(l1[3], intel, many);
+        let mut xsave_1 = [if xsave { host(0xD, 1)[0] & bits::XSAVE_EAX } else { 0 }, 0, 0, 0];
+        let mut e8 = [0, e8_ebx, 0, 0];
+        let mut e21 = if intel { [0; 4] } else { [bits::E21_EAX, 0, bits::E21_ECX, 0] };
+        limit.apply(1, 0, &mut l1);
+        limit.apply(7, 0, &mut l7);
+        limit.apply(7, 1, &mut l7_1);
+        limit.apply(0xD, 1, &mut xsave_1);
+        limit.apply(EXTENDED_FEATURES, 0, &mut e1);
+        limit.apply(0x8000_0008, 0, &mut e8);
+        limit.apply(0x8000_0021, 0, &mut e21);
 
         let cache_leaf = if intel { 4 } else { 0x8000_001D };
         let caches = (0..8)
@@ -261,9 +273,10 @@ impl CpuidTable {
             l1,
             l7,
             l7_1,
-            xsave_eax: if xsave { host(0xD, 1)[0] & bits::XSAVE_EAX } else { 0 },
+            xsave_eax: xsave_1[0],
             e1,
-            e8_ebx,
+            e8_ebx: e8[1],
+            e21,
             brand: brand("bt", &host_brand()),
             leaf2: if intel { host(2, 0) } else { [0; 4] },
             e5: if intel { [0; 4] } else { host(0x8000_0005, 0) },
@@ -406,7 +419,7 @@ impl CpuidTable {
             0x8000_001E if amd && self.e1[2] & TOPOEXT != 0 => {
                 self.topology.leaf_8000_001e(apic_id)
             }
-            0x8000_0021 if amd => [bits::E21_EAX, 0, bits::E21_ECX, 0],
+            0x8000_0021 => self.e21,
             _ => [0; 4],
         }
     }
@@ -555,7 +568,7 @@ mod tests {
     use super::*;
 
     fn table(vcpus: u32) -> CpuidTable {
-        CpuidTable::new(Topology::flat(vcpus))
+        CpuidTable::new(Topology::flat(vcpus), &FeatureLimit::default())
     }
 
     #[test]
@@ -602,6 +615,17 @@ mod tests {
             } else {
                 assert_eq!(avx, [0; 4]);
             }
+        }
+    }
+
+    #[test]
+    fn a_limit_hides_features_and_what_follows_from_them() {
+        let words = [("1.ECX".to_owned(), 0), ("7.EBX".to_owned(), 0)];
+        let t = CpuidTable::new(Topology::flat(1), &FeatureLimit::new(&words));
+        assert_eq!((t.fixed(1, 0, 0)[2], t.fixed(0xD, 0, 0)), (0, [0; 4]));
+        assert_eq!(t.fixed(1, 0, 0)[3], table(1).fixed(1, 0, 0)[3]);
+        for feature in [CpuidFeature::AVX, CpuidFeature::AVX2, CpuidFeature::BMI1] {
+            assert!(!t.feature_exposed(feature));
         }
     }
 

@@ -24,7 +24,7 @@ use clock::write_wall_clock;
 pub use hypercall::hypercall;
 
 const SIGNATURE_LEAF: u32 = 0x4000_0000;
-const FEATURES_LEAF: u32 = 0x4000_0001;
+pub const FEATURES_LEAF: u32 = 0x4000_0001;
 /// Frequencies of TSC and local APIC timer in kHz, as VMware began it.
 const FREQUENCY_LEAF: u32 = 0x4000_0010;
 /// The local APIC's timer counts nanoseconds.
