@@ -129,10 +129,9 @@ impl BtVcpu {
         let irqchip = std::sync::Arc::clone(&self.cpu.vm.irqchip);
         let id = self.cpu.id;
         let avx_without_sse = state.xcr0 & 6 == 4;
-        if state.xcr0 & 1 == 0
-            || avx_without_sse
-            || state.xcr0 & !self.cpu.vm.cpuid.xcr0_mask() != 0
-        {
+        // Bit 0 is set from the reset on, with XSAVE or without.
+        let possible = self.cpu.vm.cpuid.xcr0_mask() | 1;
+        if state.xcr0 & 1 == 0 || avx_without_sse || state.xcr0 & !possible != 0 {
             return Err(refused(format_args!("this host has no XCR0 {:#x}", state.xcr0)));
         }
         self.cpu.st.xcr0 = state.xcr0;
