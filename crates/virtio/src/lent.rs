@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::device::{DataPath, Device};
+use crate::device::{Control, DataPath, Device};
 use crate::queue::{Chain, QueueError};
 use crate::queues::Queues;
 
@@ -167,18 +167,20 @@ impl LentChain {
     pub fn give_back(&mut self) {
         let Some(chain) = self.chain.take() else { return };
         let written = u32::try_from(self.written).unwrap_or(u32::MAX);
-        self.device.with_path(|path, queues| {
+        let quiet = self.device.with_path(|path, queues| {
             if path.epoch != self.epoch {
-                return;
+                return false;
             }
             path.lent = path.lent.saturating_sub(1);
             queues.push(self.index, chain.used, written);
             queues.interrupt(self.index);
-            if queues.quiet {
-                // The thread waits for this, to come to rest.
-                queues.serve_again(self.index);
-            }
+            queues.quiet
         });
+        // The I/O thread waits for this, to come to rest; also where the queue has been disabled
+        // meanwhile.
+        if quiet && let Some(doorbell) = self.device.doorbells().get(self.index) {
+            doorbell.signal();
+        }
     }
 }
 
