@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{
     Clock, DirtyPages, Doorbell, EngineError, FeatureLimit, GSI_COUNT, Halts, Irqfd, IrqfdId, Msi,
-    Platform, RecordingEnd, Unusable, Vcpu, Vm, VmState, host_tsc,
+    Platform, RecordingEnd, Replay, Unusable, Vcpu, Vm, VmState, host_tsc,
 };
 use tetrarch_journal::{Line, Reader, Writer};
 use tetrarch_memory::GuestMemory;
@@ -141,12 +141,12 @@ pub(crate) fn build(
         None => (None, tsc_hz()),
         Some(Recording::Record { writer, checkpoint_every }) => {
             let recorder = Recorder::new(writer, checkpoint_every, Arc::clone(&bells) as _);
-            (Some(Journal::Record(recorder)), tsc_hz())
+            (Some(Journal::Record(Box::new(recorder))), tsc_hz())
         }
         Some(Recording::Replay(reader)) => {
             let player = Player::new(reader)?;
             let tsc_hz = player.tsc_hz();
-            (Some(Journal::Replay(player)), tsc_hz)
+            (Some(Journal::Replay(Box::new(player))), tsc_hz)
         }
     };
     let journal = journal.map(Arc::new);
@@ -348,6 +348,13 @@ impl Vm for BtVm {
     fn go_on(&self) {
         if let Some(Journal::Record(recorder)) = self.shared.journal.as_deref() {
             recorder.go_on();
+        }
+    }
+
+    fn replay(&self) -> Option<&dyn Replay> {
+        match self.shared.journal.as_deref() {
+            Some(Journal::Replay(player)) => Some(&**player),
+            _ => None,
         }
     }
 

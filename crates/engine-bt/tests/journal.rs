@@ -3,8 +3,9 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Seek;
+use std::io::Seek as _;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +13,10 @@ use std::time::Duration;
 
 use iced_x86::code_asm::*;
 use support::guest::{BASE, FREE, Guest, KERNEL_CODE, P, RAM, W};
-use tetrarch_engine::{Exit, RecordingEnd, Registers, Reply, Vcpu, VcpuState, Vm, VmState};
+use tetrarch_engine::{
+    DebugStop, Exit, GuestDebug, HardwareBreakpoint, Met, Passed, RecordingEnd, Registers,
+    ReplayStop, Reply, Seek, Vcpu, VcpuState, Vm, VmState, Watched,
+};
 use tetrarch_engine_bt::{Config, Recording, create_recorded_vm};
 use tetrarch_journal::{Reader, Writer};
 use tetrarch_memory::{GuestMemory, GuestPhys};
@@ -56,8 +60,16 @@ fn handler(a: &mut CodeAssembler, counter: u64) -> Result<(), IcedError> {
     a.iretq()
 }
 
+struct Program {
+    code: Vec<u8>,
+    /// Linear addresses: the handlers, and a function that is called all the time.
+    timer: u64,
+    device: u64,
+    mixer: u64,
+}
+
 /// A guest that sees clocks, random numbers, ports, interrupts and memory of a device.
-fn program() -> (Vec<u8>, u64, u64) {
+fn program() -> Program {
     let mut a = CodeAssembler::new(64).unwrap();
     let mut mixer = a.create_label();
     let (mut round, mut no_port, mut no_halt) =
@@ -119,13 +131,14 @@ fn program() -> (Vec<u8>, u64, u64) {
     let options = iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
     let done = a.assemble_options(BASE + KERNEL_CODE, options).unwrap();
     let at = |label: CodeLabel| done.label_ip(&label).unwrap();
-    (done.inner.code_buffer.clone(), at(timer), at(device))
+    let (timer, device, mixer) = (at(timer), at(device), at(mixer));
+    Program { code: done.inner.code_buffer, timer, device, mixer }
 }
 
 /// The guest before its first instruction.
 fn start() -> Start {
     let mut guest = Guest::new(true);
-    let (code, timer, device) = program();
+    let Program { code, timer, device, .. } = program();
     guest.write(KERNEL_CODE, &code);
     guest.map(APIC, 0xFEE0_0000, P | W);
     guest.gate(TIMER, timer, 0, 0);
@@ -153,7 +166,7 @@ fn machine(recording: Recording, translate: bool) -> Machine {
 }
 
 /// What is left of a run.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Left {
     registers: Registers,
     memory: Vec<u8>,
@@ -214,11 +227,14 @@ fn record(start: &Start, checkpoint_every: u64) -> (File, Left) {
     (file, left)
 }
 
-fn replay(file: &File, translate: bool) -> (Left, Option<RecordingEnd>) {
+fn replaying(file: &File, translate: bool) -> Machine {
     let mut file = file.try_clone().unwrap();
     file.rewind().unwrap();
-    let reader = Reader::new(file).unwrap();
-    let mut machine = machine(Recording::Replay(reader), translate);
+    machine(Recording::Replay(Reader::new(file).unwrap()), translate)
+}
+
+fn replay(file: &File, translate: bool) -> (Left, Option<RecordingEnd>) {
+    let mut machine = replaying(file, translate);
     assert_eq!(machine.vcpu.run().unwrap(), Exit::Halt);
     let left = left(&mut machine);
     (left, machine.vm.end_recording().unwrap())
@@ -254,4 +270,163 @@ fn interpreter_and_translator_count_alike() {
     let (file, recorded) = record(&start(), 5_000);
     let (replayed, _) = replay(&file, false);
     same(&recorded, &replayed);
+}
+
+/// Lets a replay run until it stands.
+fn stand(machine: &mut Machine) -> ReplayStop {
+    let exit = machine.vcpu.run().unwrap();
+    machine.vcpu.reply(Reply::Done);
+    let Exit::Debug(DebugStop::Replay(why)) = exit else { panic!("{exit:?}") };
+    why
+}
+
+fn count(machine: &Machine) -> u64 {
+    machine.vm.replay().unwrap().count()
+}
+
+fn seek(machine: &mut Machine, seek: Seek) -> Passed {
+    machine.vm.replay().unwrap().seek(seek);
+    stand(machine);
+    machine.vm.replay().unwrap().passed()
+}
+
+fn go(machine: &mut Machine, to: u64) {
+    seek(machine, Seek { count: to, from: u64::MAX, noted_before: 0 });
+    assert_eq!(count(machine), to);
+}
+
+/// Numbers below `below`, of which each run of the test has the same.
+fn numbers(mut seed: u64, below: u64) -> impl Iterator<Item = u64> {
+    std::iter::from_fn(move || {
+        seed = seed.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
+        Some((seed >> 33) % below)
+    })
+}
+
+#[test]
+fn a_replay_goes_to_any_count_and_back() {
+    let (file, recorded) = record(&start(), 5_000);
+    let mut machine = replaying(&file, true);
+    machine.vm.replay().unwrap().stay(true);
+    assert_eq!(stand(&mut machine), ReplayStop::End);
+    let end = count(&machine);
+    assert_eq!(stand(&mut machine), ReplayStop::End, "it stands there");
+    let mut known = BTreeMap::new();
+    let mut steps = 0;
+    // Some near each other, so that one is within a block of another.
+    for place in numbers(1, end - 3).take(40).flat_map(|near| [near, near + 2, near + 1]) {
+        go(&mut machine, place);
+        let now = left(&mut machine);
+        let first = known.entry(place).or_insert_with(|| now.clone());
+        same(first, &now);
+        steps += 1;
+    }
+    for (place, first) in known.iter().rev() {
+        go(&mut machine, *place);
+        same(first, &left(&mut machine));
+    }
+    assert_eq!(steps, 120);
+    // One step on is the next count.
+    for (place, next) in known.keys().zip(known.keys().skip(1)).filter(|(a, b)| *a + 1 == **b) {
+        go(&mut machine, *place);
+        machine.vcpu.set_guest_debug(&GuestDebug { step: true, ..GuestDebug::default() }).unwrap();
+        assert_eq!(machine.vcpu.run().unwrap(), Exit::Debug(DebugStop::Step));
+        machine.vcpu.reply(Reply::Done);
+        machine.vcpu.set_guest_debug(&GuestDebug::default()).unwrap();
+        assert_eq!(count(&machine), *next);
+        same(&known[next], &left(&mut machine));
+    }
+    seek(&mut machine, Seek { count: u64::MAX, from: 0, noted_before: 0 });
+    assert_eq!(count(&machine), end);
+    machine.vm.replay().unwrap().stay(false);
+    go_on_to_the_end(&mut machine);
+    same(&recorded, &left(&mut machine));
+}
+
+fn go_on_to_the_end(machine: &mut Machine) {
+    assert_eq!(machine.vcpu.run().unwrap(), Exit::Halt);
+}
+
+/// Where a replay stops by itself, from its start to its end.
+fn all_stops(machine: &mut Machine) -> Vec<u64> {
+    let mut counts = Vec::new();
+    loop {
+        let exit = machine.vcpu.run().unwrap();
+        machine.vcpu.reply(Reply::Done);
+        match exit {
+            Exit::Debug(DebugStop::Replay(ReplayStop::End)) => return counts,
+            Exit::Debug(_) => counts.push(count(machine)),
+            exit => panic!("{exit:?}"),
+        }
+    }
+}
+
+#[test]
+fn breakpoints_of_a_replay_change_nothing() {
+    let Program { timer, device, mixer, .. } = program();
+    let (file, recorded) = record(&start(), 5_000);
+    let handled: u64 = [0, 8]
+        .map(|at| (SEEN + at) as usize)
+        .map(|at| u64::from_le_bytes(recorded.memory[at..at + 8].try_into().unwrap()))
+        .iter()
+        .sum();
+    let mut before = None;
+    for translate in [true, false] {
+        let mut machine = replaying(&file, translate);
+        let replay = |machine: &Machine, linear: &[u64]| {
+            let replay = machine.vm.replay().unwrap();
+            replay.stay(true);
+            replay.set_breakpoints(linear);
+        };
+        replay(&machine, &[timer, device]);
+        let handlers = all_stops(&mut machine);
+        assert_eq!(handlers.len() as u64, handled);
+        assert!(handlers.is_sorted());
+        same(&recorded, &left(&mut machine));
+        go(&mut machine, 0);
+        replay(&machine, &[mixer]);
+        let calls = all_stops(&mut machine);
+        assert!(calls.len() > 4 * ROUNDS as usize, "{}", calls.len());
+        same(&recorded, &left(&mut machine));
+        go(&mut machine, 0);
+        replay(&machine, &[timer, device, mixer]);
+        let all = all_stops(&mut machine);
+        let mut both: Vec<_> = handlers.iter().chain(&calls).copied().collect();
+        both.sort_unstable();
+        assert_eq!(all, both);
+        assert_eq!(before.get_or_insert(all.clone()), &all, "by the interpreter");
+        // Back from one to the one before it.
+        for at in numbers(2, all.len() as u64 - 1).take(20).map(|at| at as usize) {
+            let now = all[at + 1];
+            let met = seek(&mut machine, Seek { count: now, from: now - 1, noted_before: now });
+            let found = met.last_met.or_else(|| {
+                let from = met.began.saturating_sub(1);
+                seek(&mut machine, Seek { count: met.began, from, noted_before: now }).last_met
+            });
+            assert_eq!(found, Some(Met { count: all[at], hits: 0 }), "before {now}");
+        }
+        replay(&machine, &[]);
+        seek(&mut machine, Seek { count: u64::MAX, from: u64::MAX, noted_before: 0 });
+        same(&recorded, &left(&mut machine));
+    }
+}
+
+#[test]
+fn a_watchpoint_is_found_on_the_way_back() {
+    let (file, recorded) = record(&start(), 5_000);
+    let mut machine = replaying(&file, true);
+    machine.vm.replay().unwrap().stay(true);
+    let watched = HardwareBreakpoint::new(Watched::Write, BASE + SEEN, 8);
+    let debug = GuestDebug { hardware: [watched, None, None, None], ..GuestDebug::default() };
+    machine.vcpu.set_guest_debug(&debug).unwrap();
+    let writes = all_stops(&mut machine);
+    let timers = &recorded.memory[SEEN as usize..][..8];
+    assert_eq!(writes.len() as u64, u64::from_le_bytes(timers.try_into().unwrap()));
+    same(&recorded, &left(&mut machine));
+    // They stop behind the instruction that writes; on the way back it is the one before which
+    // the value is the old one.
+    let last = writes.last().unwrap() - 1;
+    let whole = Seek { count: u64::MAX, from: 0, noted_before: last };
+    let met = Met { count: writes[writes.len() - 2] - 1, hits: 1 };
+    assert_eq!(seek(&mut machine, whole).last_met, Some(met));
 }

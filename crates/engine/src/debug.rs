@@ -1,5 +1,7 @@
 //! Debugging a guest from outside, as KVM_SET_GUEST_DEBUG has it (Linux, api.rst, 4.87).
 
+use crate::replay::ReplayStop;
+
 /// What makes an access of the guest's stop it (the R/W fields of DR7, Intel SDM 3B, 18.2.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Watched {
@@ -90,6 +92,8 @@ pub enum DebugStop {
     },
     /// Hardware breakpoints by number, as the low bits of DR6 have them.
     Hardware { hits: u8 },
+    /// A machine that replays has come to where somebody waits for it.
+    Replay(ReplayStop),
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod irqfd;
 mod msi;
 mod platform;
 mod registers;
+mod replay;
 pub mod section;
 mod state;
 
@@ -33,6 +34,7 @@ pub use irqfd::{Irqfd, IrqfdId, Irqfds, MAX_IRQFDS};
 pub use msi::{MSI_GSIS, Msi, MsiRoutes};
 pub use platform::{CpuidLeaf, Hypercalls, Platform, RegisterPorts, Traps};
 pub use registers::{Registers, Segment, SegmentTable, SystemRegisters};
+pub use replay::{Met, Passed, Replay, ReplayStop, Seek};
 pub use section::SectionError;
 pub use state::{
     ChipsetState, DebugRegisters, IoapicState, LAPIC_REGISTERS, LapicState, PendingEvents,
@@ -183,6 +185,10 @@ pub trait Vm: Send + Sync {
     /// [`Vm::go_on`], and writes down what was changed. Not for the thread of a vCPU.
     fn stop_for_device(&self) {}
     fn go_on(&self) {}
+    /// Of a machine that replays: where in the recording it is.
+    fn replay(&self) -> Option<&dyn Replay> {
+        None
+    }
     /// Ends the recording of a machine that has one; what became of a replay.
     fn end_recording(&self) -> Result<Option<RecordingEnd>, EngineError> {
         Ok(None)

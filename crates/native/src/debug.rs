@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 
-use tetrarch_engine::{DebugStop, GuestDebug, HardwareBreakpoint, Watched};
+use tetrarch_engine::{DebugStop, GuestDebug, HardwareBreakpoint, ReplayStop, Watched};
 
 use crate::descriptor::own_descriptor;
 use crate::error::Failure;
@@ -23,6 +23,9 @@ pub fn told((vcpu, stop): (usize, DebugStop)) -> (usize, &'static str, u64) {
         DebugStop::Step => (vcpu, "step", 0),
         DebugStop::Software { linear } => (vcpu, "software", linear),
         DebugStop::Hardware { hits } => (vcpu, "hardware", hits.into()),
+        DebugStop::Replay(ReplayStop::Breakpoint { linear }) => (vcpu, "breakpoint", linear),
+        DebugStop::Replay(ReplayStop::Arrived) => (vcpu, "arrived", 0),
+        DebugStop::Replay(ReplayStop::End) => (vcpu, "end", 0),
     }
 }
 

@@ -24,6 +24,7 @@ mod python_device;
 mod python_platform;
 mod recording;
 mod region;
+mod replay;
 mod rust_device;
 mod serial_port;
 mod vcpu;
@@ -66,6 +67,8 @@ mod _native {
     use crate::recording::recorded_configuration;
     #[pymodule_export]
     use crate::region::Region;
+    #[pymodule_export]
+    use crate::replay::Replay;
     #[pymodule_export]
     use crate::rust_device::{Latch, NullPort, RustDevice};
     #[pymodule_export]

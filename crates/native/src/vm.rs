@@ -25,6 +25,7 @@ use crate::python_device::{Crossings, PythonDevice};
 use crate::python_platform::{OnVcpu, PythonPlatform};
 use crate::recording::recording;
 use crate::region::Region;
+use crate::replay::Replay;
 use crate::rust_device::RustDevice;
 use crate::vcpu::Vcpu;
 
@@ -372,6 +373,10 @@ impl Vm {
                 (if whole { "replayed" } else { "cut" }, checkpoints, 0)
             }
         }))
+    }
+
+    fn replay(slf: Bound<'_, Self>) -> Option<Replay> {
+        slf.get().machine.engine.replay().is_some().then(|| Replay::new(slf.clone().unbind()))
     }
 
     fn keep_reset_state(&self, py: Python<'_>) -> Result<(), Failure> {

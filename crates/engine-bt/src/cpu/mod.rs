@@ -17,6 +17,7 @@ pub mod replay;
 pub mod x87_pointers;
 mod x87_settle;
 
+use std::collections::BTreeSet;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -194,6 +195,8 @@ pub struct Cpu {
     pub counts: Counts,
     /// What the host's debugger wants; no part of the guest's state.
     pub debugger: GuestDebug,
+    /// Linear addresses before whose instructions a replay stops. No block has one in it.
+    pub breakpoints: Arc<BTreeSet<u64>>,
     /// No other vCPU runs guest code now.
     pub alone: bool,
     /// How often PAUSE was met where vCPUs outnumber the host's CPUs.
@@ -218,6 +221,7 @@ impl Cpu {
             places: None,
             counts: Counts::default(),
             debugger: GuestDebug::default(),
+            breakpoints: Arc::default(),
             alone: false,
             pauses: 0,
             tsc_base: 0,
@@ -370,6 +374,16 @@ impl Cpu {
     /// have stood since.
     pub fn update_tsc_offset(&mut self) {
         self.st.tsc_offset = self.tsc_base.wrapping_sub(self.vm.clock.tsc_lag());
+    }
+
+    /// For an image of the vCPU.
+    pub fn tsc_base(&self) -> u64 {
+        self.tsc_base
+    }
+
+    pub fn set_tsc_base(&mut self, base: u64) {
+        self.tsc_base = base;
+        self.update_tsc_offset();
     }
 
     pub fn apic_id(&self) -> u32 {

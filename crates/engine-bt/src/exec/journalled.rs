@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tetrarch_engine::{EngineError, Exit, Saved, Vcpu, VcpuState, VmState};
+use tetrarch_engine::{DirtyPages, EngineError, Exit, ReplayStop, Saved, Vcpu, VcpuState, VmState};
 use tetrarch_journal::{Bytes, Checkpoint, Line, Outside, Start, Stop};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
@@ -21,12 +21,20 @@ pub struct Clocked {
     pub next_stop: u64,
     /// The block that begins at the limit is run all the same, and no further one.
     pass: u8,
+    /// Up to here nothing runs but the interpreter.
+    pub interpret_until: u64,
     /// The recording has no answer for an exit: it ends there.
     ended: bool,
 }
 
 impl Clocked {
-    pub const NOT: Self = Self { begun: false, next_stop: u64::MAX, pass: 0, ended: false };
+    pub const NOT: Self =
+        Self { begun: false, next_stop: u64::MAX, pass: 0, interpret_until: 0, ended: false };
+
+    /// The machine is somewhere else.
+    pub fn begin_anew(&mut self) {
+        *self = Self { begun: self.begun, ..Self::NOT };
+    }
 }
 
 /// The guest's code runs, in the sense of the journal; also where a panic ends that.
@@ -61,19 +69,34 @@ impl BtVcpu {
             self.cpu.tlb.block.shared().raise();
         }
         loop {
-            if self.clocked.ended {
-                return Ok(Exit::Halt);
-            }
             journal.enter();
             let inside = InJournal(journal, self);
-            let exit = Inside::enter(inside.1).0.enter_and_run(start)?;
+            let exit = {
+                let vcpu = Inside::enter(inside.1);
+                vcpu.0.follow_wishes(journal)?;
+                if vcpu.0.clocked.ended { vcpu.0.end() } else { vcpu.0.enter_and_run(start)? }
+            };
             drop(inside);
             let asks = !matches!(exit, Exit::Halt | Exit::Shutdown | Exit::Kicked | Exit::Debug(_));
-            if matches!(**journal, Journal::Record(_)) || !asks || is_shown(&exit) {
+            let shown = is_shown(&exit) && !self.seeks();
+            if matches!(**journal, Journal::Record(_)) || !asks || shown {
                 return Ok(exit);
             }
             self.reply(tetrarch_engine::Reply::Done);
         }
+    }
+
+    /// The recording ends, and the machine with it, if nobody goes back.
+    fn end(&mut self) -> Exit {
+        if self.seeking.stay {
+            return self.stop_replay(ReplayStop::End);
+        }
+        self.clocked.ended = true;
+        Exit::Halt
+    }
+
+    pub(super) fn set_next_stop(&mut self, player: &Player) {
+        self.clocked.next_stop = player.next_count().min(self.seeking.target);
     }
 
     /// The answer that counts, as it is told to the journal.
@@ -130,7 +153,6 @@ impl BtVcpu {
                     )
                     .mended_by("replay it where it was recorded"));
                 }
-                self.clocked.next_stop = player.next_count();
                 (VmState::from_bytes(&start.vm)?, VcpuState::from_bytes(&start.vcpu)?)
             }
         };
@@ -141,7 +163,12 @@ impl BtVcpu {
         })?;
         let tsc = journal.value(|| vm.clock.tsc());
         vm.kvm_time.set(state.kvmclock_ns, tsc);
-        self.take_up(&vcpu)
+        self.take_up(&vcpu)?;
+        if let Journal::Replay(player) = journal {
+            self.keep_start(player);
+            self.set_next_stop(player);
+        }
+        Ok(())
     }
 
     /// A sum of what kind of CPU the guest finds.
@@ -230,13 +257,10 @@ impl BtVcpu {
             Some(Journal::Replay(player)) => {
                 // Where nothing was run between them, there are several at a count.
                 while let Some(due) = player.due(self.cpu.st.count)? {
-                    let Due::Stop(stop) = due else {
-                        self.clocked.ended = true;
-                        return Ok(Some(Exit::Halt));
-                    };
+                    let Due::Stop(stop) = due else { return Ok(Some(self.end())) };
                     self.replay_stop(player, stop)?;
                 }
-                self.clocked.next_stop = player.next_count();
+                self.set_next_stop(player);
                 Ok(None)
             }
         }
@@ -260,7 +284,7 @@ impl BtVcpu {
             }
         }
         let checkpoint =
-            if checkpoint { Some(self.checkpoint(|| recorder.pages())?) } else { None };
+            if checkpoint { Some(self.checkpoint(|| recorder.pages())?.0) } else { None };
         recorder.put_stop(Stop { count: self.cpu.st.count, outside, timers, checkpoint })
     }
 
@@ -272,28 +296,26 @@ impl BtVcpu {
             vm.irqchip.run_timers(self.cpu.id, now, tsc);
         }
         if let Some(recorded) = stop.checkpoint {
-            let found = self.checkpoint(|| player.pages())?;
+            let (found, written) = self.checkpoint(|| player.pages())?;
             if let Some(what) = difference(&recorded, &found)? {
                 return Err(astray(stop.count, &what));
             }
             player.passed_checkpoint();
+            self.keep_image(player, &written)?;
         }
         Ok(())
     }
 
-    /// What the machine is now. From here on nothing of before is in the vCPU's tables.
+    /// What the machine is now, and which pages were written since it was asked last. From here
+    /// on nothing of before is in the vCPU's tables.
     fn checkpoint<'a>(
         &mut self,
         pages: impl Fn() -> &'a parking_lot::Mutex<crate::journal::Pages>,
-    ) -> Result<Checkpoint, EngineError> {
+    ) -> Result<(Checkpoint, Vec<DirtyPages>), EngineError> {
         let vm = Arc::clone(&self.cpu.vm);
         self.cpu.settle_x87_pointers();
         fpu::unload(&mut self.cpu.st);
-        // Who takes the log waits for vCPUs that are inside.
-        vm.rendezvous.leave(self.cpu.id);
-        let written = vm.dirty.take(&vm.memory);
-        vm.rendezvous.enter(self.cpu.id);
-        self.serve();
+        let written = self.take_written();
         self.cpu.tlb.flush(true);
         let mut pages = pages().lock();
         let seen = pages.look_at(&vm.memory, &written)?;
@@ -304,12 +326,13 @@ impl BtVcpu {
             tsc_hz: vm.tsc_hz,
             chipset: vm.irqchip.chipset(),
         };
-        Ok(Checkpoint {
+        let checkpoint = Checkpoint {
             vm: Bytes::from(state.to_bytes()?),
             vcpu: Bytes::from(self.saved()?.to_bytes()?),
             memory: pages.total(),
             pages: seen,
-        })
+        };
+        Ok((checkpoint, written))
     }
 
     /// Before code runs: how far. False where somebody wants something first.
@@ -330,7 +353,11 @@ impl BtVcpu {
             // A stop within the block was where it left by itself, as it will again: the
             // recording stood at no other place than this or that.
             Some(Journal::Replay(_)) if self.cpu.st.count < self.clocked.next_stop => {
-                self.clocked.pass = block;
+                if self.seeking.disturbed {
+                    self.clocked.interpret_until = self.clocked.next_stop;
+                } else {
+                    self.clocked.pass = block;
+                }
             }
             // A checkpoint is made where the block begins, not in it.
             _ if self.cpu.tlb.block.shared().limit.load(Ordering::SeqCst) != 0 => {

@@ -35,11 +35,13 @@ mod chaos;
 mod journalled;
 mod rest;
 mod saved;
+mod seek;
 mod translator;
 
 use access::{Access, Then};
 use chaos::Chaos;
 use journalled::Clocked;
+use seek::Seeking;
 use translator::Translator;
 pub use translator::fill;
 
@@ -60,6 +62,7 @@ pub struct BtVcpu {
     /// An event whose delivery waits for the machine's answer.
     delivering: Option<Interruption>,
     clocked: Clocked,
+    seeking: Seeking,
 }
 
 /// How the code at RIP runs.
@@ -154,6 +157,7 @@ impl BtVcpu {
             nmi_pending: false,
             delivering: None,
             clocked: Clocked::NOT,
+            seeking: Seeking::NOT,
         })
     }
 
@@ -249,6 +253,7 @@ impl BtVcpu {
             return Ok(None);
         }
         let then = match Tier::of(&mut self.translator, &self.cpu) {
+            _ if self.cpu.st.count < self.clocked.interpret_until => Then::Interpret,
             Tier::Interpret => Then::Interpret,
             Tier::Translate(translator) => translator.run(&mut self.cpu)?,
         };
@@ -258,7 +263,8 @@ impl BtVcpu {
                 self.at_limit(block);
                 None
             }
-            Then::Interpret => self.step(),
+            Then::Interpret if self.cpu.breakpoints.is_empty() => self.step(),
+            Then::Interpret => self.step_or_break(),
             Then::Execute(instruction) => self.execute(&instruction),
             Then::Raise(fault) => self.deliver(fault),
             Then::Ask(exit, access) => {
@@ -334,6 +340,9 @@ impl BtVcpu {
                 }
                 irqchip::Event::Sipi(page) => self.cpu.start_up(page),
             }
+        }
+        if let Some(exit) = self.arrive() {
+            return Ok(Some(exit));
         }
         Ok(self.bell.take_kick().then_some(Exit::Kicked))
     }
@@ -480,6 +489,22 @@ impl BtVcpu {
         }
     }
 
+    /// Interprets one instruction, unless there is a breakpoint of a replay before it.
+    #[cold]
+    fn step_or_break(&mut self) -> Option<Exit> {
+        if self.cpu.st.count >= self.clocked.next_stop {
+            // Where no breakpoint is, code that is translated begins here, and stands.
+            return None;
+        }
+        if let Some(exit) = self.meet_breakpoint() {
+            return Some(exit);
+        }
+        let (rip, count) = (self.cpu.st.rip, self.cpu.st.count);
+        let exit = self.step();
+        self.go_on_within(rip, count);
+        exit
+    }
+
     /// Interprets the instruction at RIP, which is known.
     fn execute(&mut self, instruction: &Instruction) -> Option<Exit> {
         match interp::step_decoded(&mut self.cpu, instruction) {
@@ -515,6 +540,7 @@ impl BtVcpu {
     fn stopped(&mut self, stop: Stop) -> Option<Exit> {
         match stop {
             Stop::Fault(fault) => self.deliver(fault),
+            Stop::Exit(Exit::Debug(stop)) if !self.is_told(stop) => None,
             Stop::Exit(exit) => {
                 self.unfinished = match exit {
                     Exit::Trap(trap) => Unfinished::Trap(trap),

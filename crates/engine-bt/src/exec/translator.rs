@@ -194,6 +194,9 @@ impl Translator {
         if cpu.st.mode & mode::CODE32 != 0 && rip >= LAST_PAGE32 {
             return Ok(None);
         }
+        if cpu.breakpoints.contains(&rip) {
+            return Ok(None);
+        }
         let Some(id) = self.exec_id(cpu, rip)? else { return Ok(None) };
         let key = block_key(cpu, rip, id, origin);
         if let Some(index) = self.translations.find(&key) {
@@ -293,7 +296,7 @@ impl Translator {
     ) -> Option<Draft<'a>> {
         let translations = Arc::clone(&self.translations);
         let offset = (rip & 0xFFF) as usize;
-        let vm = Arc::clone(&cpu.vm);
+        let (vm, breakpoints) = (Arc::clone(&cpu.vm), Arc::clone(&cpu.breakpoints));
         let source = Source {
             rip: key.rip,
             bytes: &page[offset..],
@@ -304,6 +307,7 @@ impl Translator {
             cpuid: &vm.cpuid,
             yields: vm.crowded,
             counted: vm.journal.is_some(),
+            breakpoints: &breakpoints,
             origin: translations.origin(key.origin)?,
         };
         let (built, second) = match self.builder.build(&source) {
@@ -411,6 +415,7 @@ impl Translator {
             cpuid: &cpu.vm.cpuid,
             yields: cpu.vm.crowded,
             counted: cpu.vm.journal.is_some(),
+            breakpoints: &cpu.breakpoints,
             origin: &Origin::Saved,
         };
         let built = self.builder.build(&source)?;

@@ -99,7 +99,13 @@ pub fn watching(cpu: &Cpu) -> bool {
     cpu.st.dr[7] & DR7_ENABLE != 0 || cpu.debugger.watches()
 }
 
-fn linear_rip(cpu: &Cpu) -> u64 {
+/// Whether each iteration of a REP prefix is looked at by itself. In a recording those that ran
+/// together are one instruction, and stay one in its replay.
+pub fn stops_within(cpu: &Cpu) -> bool {
+    cpu.st.dr[7] & DR7_ENABLE != 0 || cpu.debugger.watches() && cpu.vm.journal.is_none()
+}
+
+pub fn linear_rip(cpu: &Cpu) -> u64 {
     if cpu.st.code64() {
         return cpu.st.rip;
     }
@@ -140,6 +146,24 @@ pub fn ask_whose_int3(cpu: &mut Cpu) -> R<()> {
     Ok(())
 }
 
+impl Accesses {
+    /// So many iterations of a REP prefix ran together, not one.
+    pub fn repeat(&mut self, iterations: u64, backward: bool) {
+        for access in &mut self.0 {
+            let more = access.size.wrapping_mul(iterations.saturating_sub(1));
+            access.size = access.size.wrapping_add(more);
+            if backward {
+                access.first = access.first.wrapping_sub(more);
+            }
+        }
+    }
+}
+
+/// How often an instruction is still to be repeated.
+pub fn repetitions(cpu: &Cpu, i: &Instruction) -> u64 {
+    cpu.st.gpr[reg::RCX] & mask(string_address_size(i))
+}
+
 /// What the instruction is going to access, the stack included.
 pub fn accesses(cpu: &Cpu, i: &Instruction) -> Accesses {
     let long = cpu.st.code64();
@@ -173,11 +197,14 @@ pub fn accesses(cpu: &Cpu, i: &Instruction) -> Accesses {
     Accesses(memory.chain(port_access(cpu, i)).collect())
 }
 
+/// A string instruction with REP.
+pub fn repeats(i: &Instruction) -> bool {
+    i.is_string_instruction() && (i.has_rep_prefix() || i.has_repne_prefix())
+}
+
 /// REP with a count of 0.
 fn ends_at_once(cpu: &Cpu, i: &Instruction) -> bool {
-    let repeats = i.has_rep_prefix() || i.has_repne_prefix();
-    let width = string_address_size(i);
-    repeats && i.is_string_instruction() && cpu.st.gpr[reg::RCX] & mask(width) == 0
+    repeats(i) && repetitions(cpu, i) == 0
 }
 
 /// The ports of IN, OUT and their kin, which CR4.DE lets breakpoints watch.

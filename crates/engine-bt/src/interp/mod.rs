@@ -102,7 +102,7 @@ pub fn step_decoded(cpu: &mut Cpu, i: &Instruction) -> R<()> {
 }
 
 fn run(cpu: &mut Cpu, i: &Instruction, watching: bool) -> R<()> {
-    let accesses = watching.then(|| debug::accesses(cpu, i));
+    let accesses = watching.then(|| (debug::accesses(cpu, i), debug::repetitions(cpu, i)));
     let shadow = std::mem::take(&mut cpu.st.shadow);
     let flags = cpu.st.flags;
     let flow = match execute(cpu, i) {
@@ -124,7 +124,11 @@ fn run(cpu: &mut Cpu, i: &Instruction, watching: bool) -> R<()> {
     cpu.st.count += 1;
     let traced = (flags | cpu.st.flags) & (flag::TF | flag::RF) != 0;
     if traced || watching || cpu.st.pending_debug != 0 {
-        let Some(accesses) = accesses else { return after(cpu, i, flags, 0) };
+        let Some((mut accesses, repetitions)) = accesses else { return after(cpu, i, flags, 0) };
+        if debug::repeats(i) {
+            let done = repetitions.wrapping_sub(debug::repetitions(cpu, i));
+            accesses.repeat(done, flags & flag::DF != 0);
+        }
         let hits = debug::Breakpoints::of_guest(cpu).data_hits(&accesses);
         let trap = after(cpu, i, flags, hits);
         return debug::stop_behind(cpu, &accesses, trap);

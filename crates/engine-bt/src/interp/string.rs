@@ -41,7 +41,7 @@ pub fn repeat(
     let size = string_address_size(i);
     // A single step ends after each iteration (SDM 3A, 17.3.1.4), and so does one
     // that looks out for data breakpoints.
-    let stepping = super::debug::watching(cpu) || cpu.st.flags & flag::TF != 0;
+    let stepping = super::debug::stops_within(cpu) || cpu.st.flags & flag::TF != 0;
     let mut budget = if stepping { 1 } else { BUDGET };
     while budget > 0 {
         let count = cpu.st.gpr[reg::RCX] & mask(size);

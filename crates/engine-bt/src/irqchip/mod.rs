@@ -203,6 +203,7 @@ impl LocalApic {
 }
 
 /// Everything that the machine has once.
+#[derive(Clone)]
 struct Legacy {
     pic: Pic,
     pit: Pit,
@@ -348,6 +349,13 @@ pub struct IrqChip {
     /// Where the search for the lowest priority begins, so that equals take turns.
     turn: AtomicUsize,
     resampler: OnceLock<Resampler>,
+}
+
+/// The controllers at one moment.
+pub struct Copied {
+    legacy: Legacy,
+    cpus: Vec<(Lapic, bool)>,
+    turn: usize,
 }
 
 impl IrqChip {
@@ -880,6 +888,32 @@ impl IrqChip {
         self.wake_all();
         self.tell_ended(watched);
         Ok(())
+    }
+
+    /// All of it as it is, for [`IrqChip::put_back`].
+    pub fn copied(&self) -> Copied {
+        let unhalted = |cpu: &LocalApic| cpu.unhalted.load(Ordering::SeqCst);
+        Copied {
+            legacy: self.legacy.lock().clone(),
+            cpus: self.cpus.iter().map(|cpu| (cpu.lapic.lock().clone(), unhalted(cpu))).collect(),
+            turn: self.turn.load(Ordering::SeqCst),
+        }
+    }
+
+    /// While no vCPU runs.
+    pub fn put_back(&self, copied: &Copied) {
+        let mut legacy = self.legacy.lock();
+        legacy.clone_from(&copied.legacy);
+        publish_bool(&self.intr, legacy.pic.output());
+        publish_u64(&self.pit_deadline, legacy.pit.next_deadline().unwrap_or(NEVER));
+        drop(legacy);
+        for (cpu, (lapic, unhalted)) in self.cpus.iter().zip(&copied.cpus) {
+            let mut current = cpu.lapic.lock();
+            current.clone_from(lapic);
+            cpu.publish(&current);
+            publish_bool(&cpu.unhalted, *unhalted);
+        }
+        self.turn.store(copied.turn, Ordering::SeqCst);
     }
 
     /// Has every vCPU look at itself.

@@ -8,7 +8,7 @@ use super::{IrqChip, Legacy, Message, ioapic};
 pub type Resampler = Box<dyn Fn(u32) + Send + Sync>;
 
 /// A bit for each line.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Resample {
     /// Lines whose ends somebody waits for.
     pub watched: u32,

@@ -14,9 +14,11 @@
 //! - [`recorder`], [`player`]: the two sides
 //! - [`gate`]: how devices get the guest to stand
 //! - [`pages`]: the sum of memory at a checkpoint
+//! - [`images`]: the checkpoints of a replay, to go back to
 //! - [`crate::exec`]`::journalled`: the vCPU's part
 
 mod gate;
+pub mod images;
 mod pages;
 pub mod player;
 pub mod recorder;
@@ -29,8 +31,8 @@ use tetrarch_journal::JournalError;
 
 /// Of a VM, if it records or replays.
 pub enum Journal {
-    Record(Recorder),
-    Replay(Player),
+    Record(Box<Recorder>),
+    Replay(Box<Player>),
 }
 
 impl Journal {
@@ -46,14 +48,14 @@ impl Journal {
     pub fn enter(&self) {
         match self {
             Self::Record(recorder) => recorder.enter(),
-            Self::Replay(player) => player.set_inside(true),
+            Self::Replay(player) => player.enter(),
         }
     }
 
     pub fn leave(&self, count: u64) {
         match self {
             Self::Record(recorder) => recorder.leave(count),
-            Self::Replay(player) => player.set_inside(false),
+            Self::Replay(player) => player.leave(count),
         }
     }
 }

@@ -141,6 +141,13 @@ impl Paravirtual {
         }
     }
 
+    /// Of a machine that records or replays, which has neither of the parts that work in guest
+    /// memory by themselves.
+    pub fn copied(&self) -> Self {
+        let Self { wall_clock, system_time, poll_control, .. } = *self;
+        Self { wall_clock, system_time, poll_control, ..Self::new() }
+    }
+
     pub fn read_msr(&self, index: u32) -> R<u64> {
         Ok(match index {
             msr::OLD_WALL_CLOCK | msr::WALL_CLOCK => self.wall_clock,

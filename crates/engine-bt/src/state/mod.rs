@@ -147,6 +147,7 @@ impl StackPage {
 pub struct Ymm(pub [u64; 4]);
 
 /// The 512-byte FXSAVE image.
+#[derive(Clone)]
 #[repr(C, align(64))]
 pub struct FxImage(pub [u8; 512]);
 
@@ -166,6 +167,7 @@ pub struct LastThunk {
 /// Two for each arithmetic flag, and for an instruction that replaces some.
 pub const FLAG_OPERANDS: usize = 16;
 
+#[derive(Clone)]
 #[repr(C, align(4096))]
 pub struct CpuState {
     pub gpr: [u64; 16],

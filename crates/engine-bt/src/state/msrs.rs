@@ -6,6 +6,7 @@ pub const VARIABLE_MTRRS: usize = 8;
 /// MISC_ENABLE: fast strings.
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 
+#[derive(Clone)]
 pub struct MsrFile {
     pub pat: u64,
     pub mtrr_default_type: u64,

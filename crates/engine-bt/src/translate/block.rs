@@ -2,6 +2,7 @@
 //! a finished block, and the places where it leaves.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::num::NonZeroU32;
 
 use iced_x86::{Decoder, Instruction, OpKind, Register};
@@ -33,12 +34,22 @@ pub struct Source<'a> {
     pub origin: &'a Origin,
     /// The machine counts instructions, and its time is the run loop's alone.
     pub counted: bool,
+    /// Linear addresses before which a block ends.
+    pub breakpoints: &'a BTreeSet<u64>,
 }
 
 /// An instruction that begins before this offset does not cross into the next page.
 const LAST_WHOLE: u64 = PAGE_SIZE - 15;
 
 impl Source<'_> {
+    /// Whether a block ends before the instruction at `ip`. Relative code is mapped anywhere.
+    pub fn breaks_at(&self, ip: u64) -> bool {
+        if self.relative() {
+            return self.breakpoints.iter().any(|linear| linear & (PAGE_SIZE - 1) == ip);
+        }
+        self.breakpoints.contains(&ip)
+    }
+
     pub fn relative(&self) -> bool {
         self.mode & mode::RELATIVE != 0
     }

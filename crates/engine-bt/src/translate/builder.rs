@@ -49,6 +49,9 @@ impl Builder {
         let mut steps = Vec::with_capacity(MAX_INSTRUCTIONS);
         let mut decoder = source.decoder(source.bytes, source.rip);
         while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
+            if !instructions.is_empty() && source.breaks_at(decoder.ip()) {
+                break;
+            }
             let mut instruction = decoder.decode();
             if instruction.is_invalid() {
                 break;
