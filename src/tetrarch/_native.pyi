@@ -34,6 +34,7 @@ __all__ = [
     "NvmeQueues",
     "Region",
     "RegisterPortAccess",
+    "Replay",
     "RustDevice",
     "SerialPort",
     "Vcpu",
@@ -821,6 +822,8 @@ class Vm:
         """Ends the recording, to be called when no vCPU runs: ("recorded", instructions,
         bytes). Of a replay: ("replayed" or, where the recorder died, "cut"; checkpoints that
         were alike; 0)."""
+    def replay(self) -> Replay | None:
+        """Of a machine that replays: the way through its recording."""
     def keep_reset_state(self) -> None:
         """Keeps what ``reset`` goes back to: before any vCPU runs or has its registers set."""
     def reset(self) -> None:
@@ -835,7 +838,8 @@ class Vm:
     def take_debug_stops(self) -> list[tuple[int, str, int]]:
         """Which vCPUs have since this was asked last, to be asked while the machine is held:
         the number, and "step" and 0, "software" and the linear address, or "hardware" and a bit
-        for each breakpoint of ``Vcpu.set_debug``."""
+        for each breakpoint of ``Vcpu.set_debug``. Of a replay also: "breakpoint" and the linear
+        address, "arrived" and 0, or "end" and 0."""
     def set_planted(self, addresses: Sequence[int]) -> None:
         """Physical addresses of the INT3s that are the debugger's. All others are the guest's."""
     def request_stop(self) -> None:
@@ -856,6 +860,30 @@ class Vm:
         engine counts, as bt (blocks, tlb misses, ...). All are live, but for the
         engine's of a vCPU whose device does not return.
         """
+
+@final
+@final
+class Replay:
+    """A machine's way through its recording. A count is how many instructions, and ways into a
+    handler, the guest has done. To be used while the machine is held."""
+
+    @property
+    def count(self) -> int:
+        """Where the guest stands."""
+    def seek(self, count: int, start: int, noted_before: int) -> None:
+        """Has the machine go to ``count``, or the recording's end, when it runs next, from a place
+        no later than ``start``; it stops there as "arrived", or "end". Nothing else stops it on the
+        way: what would, before ``noted_before``, is noted."""
+    def give_up(self) -> None:
+        """The machine goes nowhere any more but runs on."""
+    @property
+    def passed(self) -> tuple[int, tuple[int, int] | None]:
+        """Of the last seek: the count at which it began, and of the last break- or watchpoint that
+        was noted the count before its instruction, with the bits of hardware breakpoints, or 0."""
+    def set_breakpoints(self, addresses: Sequence[int]) -> None:
+        """Linear addresses before whose instructions the guest stops. They change nothing in it."""
+    def set_stay(self, stay: bool) -> None:
+        """Whether the machine stands at the end of the recording, or ends."""
 
 @final
 class Vcpu:

@@ -8,9 +8,10 @@ from typing import Literal, Protocol, TypeVar
 
 from tetrarch.aio.bridge import Twin, awaited, on_thread, same
 from tetrarch.machine.breakpoints import Breakpoint, Hit
+from tetrarch.machine.debugger import Place
 from tetrarch.machine.lifecycle import Phase
 
-__all__ = ["AsyncBreakpoint", "DebugTwin"]
+__all__ = ["AsyncBreakpoint", "AsyncReplay", "DebugTwin"]
 
 _R = TypeVar("_R")
 
@@ -36,11 +37,29 @@ class AsyncBreakpoint(Twin[Breakpoint]):
         await self.remove()
 
 
+class _Travelled(Protocol):
+    @property
+    def count(self) -> int: ...
+    def goto(self, count: int) -> Place: ...
+
+
+class AsyncReplay(Twin[_Travelled]):
+    """As ``ReplayView``."""
+
+    async def count(self) -> int:
+        return await on_thread(lambda: self.sync.count)
+
+    async def goto(self, count: int) -> Place:
+        return await on_thread(self.sync.goto, count)
+
+
 class _Debugged(Protocol):
     """A machine, wherever it runs."""
 
     @property
     def phase(self) -> Phase: ...
+    @property
+    def replay(self) -> _Travelled: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def breakpoint(
@@ -65,6 +84,11 @@ _D_co = TypeVar("_D_co", bound=_Debugged, covariant=True)
 
 
 class DebugTwin(Twin[_D_co]):
+    @property
+    def replay(self) -> AsyncReplay:
+        """As ``Machine.replay``."""
+        return AsyncReplay(self.sync.replay)
+
     async def breakpoint(
         self,
         address: int,

@@ -38,13 +38,12 @@ def registered(
         return
     with claim:
         # Before any is there: a process that is killed has no time to remove them.
-        guest = config.image or str(restored or config.kernel or _default_image())
+        guest = config.image or str(restored or config.replay or config.kernel or _default_image())
         claim.describe(guest=guest, sockets=_sockets(config))
-        changes = {
-            "name": claim.name,
-            "control": config.control or claim.socket("control"),
-            "vsock": config.vsock or claim.socket("vsock"),
-        }
+        changes = {"name": claim.name, "control": config.control or claim.socket("control")}
+        if config.record is None and config.replay is None:
+            # Of a recording it cannot be a part.
+            changes["vsock"] = config.vsock or claim.socket("vsock")
         yield config.model_copy(update=changes), claim
 
 

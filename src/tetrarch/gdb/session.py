@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from tetrarch._native import EngineError, GuestMemoryError
 from tetrarch.gdb.inspection import Inspection
@@ -17,6 +18,7 @@ from tetrarch.gdb.packets import PACKET_MAX, escape
 from tetrarch.gdb.registers import target_xml
 from tetrarch.gdb.words import BadRequest, number, numbers, unhex
 from tetrarch.machine.debugger import Debugger, Hardware, NoMemory, Stop, Watched
+from tetrarch.machine.replay import ReplayDebugger
 
 __all__ = ["Leave", "Session"]
 
@@ -119,6 +121,13 @@ class Session:
             (b"QStartNoAckMode", self._start_no_acks),
             (b"qC", self._current_thread),
         )
+        if isinstance(debugger, ReplayDebugger):
+            debugger.replay.set_stay(True)
+            self._short |= dict.fromkeys((b"G", b"P", b"M", b"X"), self._refuse_to_write)
+            self._long += (
+                (b"bs", partial(self._go_back, debugger.step_back)),
+                (b"bc", partial(self._go_back, debugger.continue_back)),
+            )
 
     # What the server calls.
 
@@ -143,6 +152,7 @@ class Session:
         """The machine has been stopped because the client asked for that."""
         told = self.stopped()
         if told is None:
+            self._debugger.interrupt()
             told = self._last = self._stop_reply(_SIGINT)
         return told
 
@@ -210,8 +220,17 @@ class Session:
     def _step_with_signal(self, rest: bytes) -> bytes | None:
         return self._step(rest.partition(b";")[2])
 
+    def _go_back(self, begin: Callable[[], None], rest: bytes) -> None:
+        begin()
+        self._debugger.resume()
+
+    def _refuse_to_write(self, rest: bytes) -> bytes:
+        return b"E.the machine replays: its registers and memory are the recording's"
+
     def _jump(self, address: bytes) -> None:
         if address:
+            if isinstance(self._debugger, ReplayDebugger):
+                raise BadRequest
             self._debugger.vcpus[self._inspection.chosen].set_regs({"rip": number(address)})
 
     def _run_threads(self, rest: bytes) -> bytes | None:
@@ -257,6 +276,8 @@ class Session:
         reasons = ""
         if stop is not None and stop.planted and self._tells_kind:
             reasons = "swbreak:;"
+        elif stop is not None and stop.place in ("begin", "end"):
+            reasons = f"replaylog:{stop.place};"
         elif stop is not None and stop.hardware is not None:
             name = self._kinds.get(stop.hardware, "hwbreak")
             if name != "hwbreak":
@@ -315,6 +336,8 @@ class Session:
         asked = rest.lstrip(b":").split(b";")
         self._tells_kind = b"swbreak+" in asked
         kinds = ";swbreak+;hwbreak+" if self._tells_kind else ""
+        if isinstance(self._debugger, ReplayDebugger):
+            kinds += ";ReverseStep+;ReverseContinue+"
         return (
             f"PacketSize={PACKET_MAX:x};qXfer:features:read+;QStartNoAckMode+;vContSupported+{kinds}"
         ).encode()

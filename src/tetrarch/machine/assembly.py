@@ -29,6 +29,7 @@ from tetrarch.machine.memory import PhysicalMemory
 from tetrarch.machine.panic import PanicWatch
 from tetrarch.machine.pc import assemble_pc
 from tetrarch.machine.recording import Recording, forbid_untrue
+from tetrarch.machine.replay import debugger_of
 from tetrarch.machine.resets import Resets
 from tetrarch.machine.state import MachineParts
 from tetrarch.machine.status import ExitStatus, StopReason
@@ -104,7 +105,7 @@ class AssembledMachine(PauseMethods):
             ]
         )
         self._attached = AttachedDevices()
-        self._debugger_port = DebuggerPort(vm, vcpus)
+        self._debugger_port = DebuggerPort(partial(debugger_of, vm, vcpus))
         self._breakpoints = Breakpoints(
             self._debugger_port, self.vcpus, _if_it_can(self.pause), _if_it_can(self.resume), end
         )

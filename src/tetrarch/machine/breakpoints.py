@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -28,6 +29,8 @@ __all__ = ["Breakpoint", "Breakpoints", "Hit", "Listener", "Owner"]
 
 # A listener that does not return when the machine has ended is left to itself.
 _END_PATIENCE_S = 10.0
+# Between looks, while somebody asks for something that has to wait.
+_LOOK_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,32 @@ class Breakpoints:
         with suppress(MachineStateError):  # the machine has ended, and its breakpoints with it
             self._do(lambda: self._change(remove) if self._debugger is not None else None)
 
+    def travel(
+        self,
+        begin: Callable[[Debugger], None],
+        lend: Callable[[], object],
+        take_back: Callable[[], object],
+    ) -> Stop:
+        """Has a debugger begin a way through a recording, and gives where it has led to.
+
+        The machine is paused, which is lent to it meanwhile. Raises MachineStateError where another
+        debugs the machine, or where that ends on the way.
+        """
+        arrived: list[Stop] = []
+
+        def travel(debugger: Debugger) -> None:
+            begin(debugger)
+            lend()
+            try:
+                debugger.resume()
+                arrived.append(self._arrival(debugger))
+            finally:
+                debugger.stop()
+                take_back()
+
+        self._do(lambda: self._change(travel))
+        return arrived[0]
+
     def close(self) -> None:
         """The machine has ended."""
         with self._lock:
@@ -273,6 +302,20 @@ class Breakpoints:
                 self._thread = None
             while not self._asked.empty():
                 self._asked.get()()  # tells that the machine has ended
+
+    def _arrival(self, debugger: Debugger) -> Stop:
+        while True:
+            ready, _, _ = select.select([self._wake, debugger.alert], [], [])
+            if self._ended:
+                raise MachineStateError("the machine has ended on the way", mend="look earlier")
+            if debugger.alert not in ready:
+                # Who asks for something waits.
+                time.sleep(_LOOK_S)
+                continue
+            debugger.stop()
+            for stop in debugger.take_stops():
+                return stop
+            debugger.resume()
 
     def _change(self, change: Callable[[Debugger], None]) -> None:
         """With the machine at rest; it goes on then, unless a listener is what asks."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ from tetrarch.errors import MachineStateError
 from tetrarch.machine.engine_vm import EngineVcpu, EngineVm
 from tetrarch.machine.memory import pages
 
-__all__ = ["Debugger", "DebuggerPort", "Hardware", "NoMemory", "Stop", "Watched"]
+__all__ = ["Debugger", "DebuggerPort", "Hardware", "NoMemory", "Place", "Stop", "Watched"]
 
 _INT3 = b"\xcc"
 _HARDWARE_MAX = 4
@@ -34,18 +34,27 @@ class NoMemory(Exception):
     """An address where no RAM of the guest's is."""
 
 
+Place = Literal["here", "begin", "end"]
+"""Where a way through a recording has led to: where it was to, or the one or the other end."""
+
+
 @dataclass(frozen=True)
 class Stop:
-    """Why a vCPU stopped: a step, a planted breakpoint or one of hardware."""
+    """Why a vCPU stopped: a step, a planted breakpoint or one of hardware, or a place in a
+    recording."""
 
     vcpu: int
     hardware: Hardware | None = None
     planted: bool = False
+    passes: bool = False
+    """The breakpoint is passed when the vCPU runs on."""
+    place: Place | None = None
 
     @property
     def repeats(self) -> bool:
         """Whether it comes again where it is not told: the vCPU stands before a breakpoint."""
-        return self.planted or (self.hardware is not None and self.hardware[0] == "execute")
+        before = self.hardware is not None and self.hardware[0] == "execute"
+        return (self.planted or before) and not self.passes
 
 
 class Debugger:
@@ -80,6 +89,9 @@ class Debugger:
             self._vm.hold()
             self.stopped = True
 
+    def interrupt(self) -> None:
+        """What was under way is given up; the machine is stopped."""
+
     def take_stops(self) -> list[Stop]:
         """Which vCPUs have stopped by themselves since this was asked last. They are let run
         by ``resume``; the machine is to be stopped."""
@@ -111,9 +123,12 @@ class Debugger:
 
     def _stop_of(self, vcpu: int, kind: str, value: int) -> Stop:
         if kind == "hardware":
-            hits = [one for bit, one in enumerate(self._hardware) if value >> bit & 1]
-            return Stop(vcpu, hardware=hits[0] if hits else None)
+            return Stop(vcpu, hardware=self._hit(value))
         return Stop(vcpu, planted=kind == "software")
+
+    def _hit(self, bits: int) -> Hardware | None:
+        hits = [one for bit, one in enumerate(self._hardware) if bits >> bit & 1]
+        return hits[0] if hits else None
 
     # Breakpoints.
 
@@ -212,9 +227,8 @@ class Debugger:
 class DebuggerPort:
     """Where a machine's debugger comes from: one at a time."""
 
-    def __init__(self, vm: EngineVm, vcpus: Sequence[EngineVcpu]) -> None:
-        self._vm = vm
-        self._vcpus = vcpus
+    def __init__(self, make: Callable[[], Debugger]) -> None:
+        self._make = make
         # Guards who has it.
         self._lock = threading.Lock()
         self._owner: str | None = None
@@ -228,7 +242,7 @@ class DebuggerPort:
                     mend="end that before: one at a time has its breakpoints",
                 )
             self._owner = who
-            return Debugger(self._vm, self._vcpus)
+            return self._make()
 
     def release(self, debugger: Debugger) -> None:
         """The debugger is closed, and another can have one."""

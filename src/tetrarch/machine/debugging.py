@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import BinaryIO, Literal
 
 from tetrarch._native import EngineError
-from tetrarch.errors import ConfigError
+from tetrarch.errors import ConfigError, HostError, MachineStateError
 from tetrarch.machine.breakpoints import Breakpoint, Hit
+from tetrarch.machine.debugger import Debugger, Stop
 from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.lifecycle import Phase
+from tetrarch.machine.replay import ReplayView
 from tetrarch.machine.running import RunMethods
 
 __all__ = ["DebugMethods"]
@@ -58,6 +60,29 @@ class DebugMethods(RunMethods):
             raise ConfigError(
                 f"watchpoint: {engine_cause(error)}", mend=engine_mend(error, "give another length")
             ) from error
+
+    @property
+    def replay(self) -> ReplayView:
+        """The way through its recording, of a machine that replays."""
+        replay = self._vm.replay()
+        if replay is None:
+            raise MachineStateError("the machine does not replay", mend="make it with replay=FILE")
+        return ReplayView(replay, self._travel)
+
+    def _travel(self, begin: Callable[[Debugger], None]) -> Stop:
+        self._life.require("goto", Phase.RUNNING, Phase.PAUSED)
+        if self.phase is Phase.RUNNING:
+            self.pause()
+        # Who resumes it waits.
+        with self._resets.lock:
+            self._life.require("goto", Phase.PAUSED)
+            try:
+                return self._breakpoints.travel(begin, self._vm.resume, self._vm.hold)
+            except EngineError as error:
+                raise HostError(
+                    f"the machine cannot be stopped on the way: {engine_cause(error)}",
+                    mend=engine_mend(error, "replay it again"),
+                ) from error
 
     def read_memory(self, address: int, length: int) -> bytes:
         """Guest physical memory. Raises GuestMemoryError outside of RAM."""

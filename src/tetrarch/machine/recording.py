@@ -25,7 +25,10 @@ __all__ = ["Recording", "RecordingEnd", "check_recorded", "forbid_untrue", "open
 #: About a second of a busy guest.
 _CHECKPOINT_EVERY: Final = 1 << 30
 #: Of a machine that lives again all else is in the recording.
-_OWN: Final = {"console", "control", "name", "replay", "engine", "rng", "balloon", "memory"}
+_OWN: Final = {
+    *("console", "control", "gdb", "gdb_wait", "name", "replay"),
+    *("engine", "rng", "balloon", "memory"),
+}
 
 #: By both: the guest would be another one from then on.
 _CHANGE_THE_GUEST: Final = {"reset", "save", "attach_virtio"}

@@ -41,6 +41,7 @@ from tetrarch.remote.engine import RemoteVcpu, RemoteVm
 from tetrarch.remote.events import RemoteEvents, report
 from tetrarch.remote.networks import attach_net
 from tetrarch.remote.process import MachineProcess
+from tetrarch.remote.replay import RemoteReplay
 
 if TYPE_CHECKING:
     from tetrarch.aio import AsyncRemoteMachine
@@ -208,6 +209,11 @@ class RemoteMachine(PauseMethods, AgentMethods):
     ) -> Breakpoint:
         """As ``Machine.watchpoint``."""
         return self._breakpoints().add(access, address, length, listener)
+
+    @property
+    def replay(self) -> RemoteReplay:
+        """The way through its recording, of a machine that replays."""
+        return RemoteReplay(self.execute)
 
     def _breakpoints(self) -> RemoteBreakpoints:
         with self._lock:

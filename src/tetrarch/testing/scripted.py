@@ -174,6 +174,9 @@ class ScriptedVm:
             self._stop = True
             self._changed.notify_all()
 
+    def replay(self) -> None:
+        return None
+
     def end_recording(self) -> None:
         return None
 
