@@ -700,6 +700,7 @@ class Vm:
         chaos: int | None = None,
         platform: Platform | None = None,
         features: Mapping[str, int] | None = None,
+        signature: int | None = None,
         record: tuple[int, str, int] | None = None,
         replay: int | None = None,
     ) -> Self:
@@ -710,7 +711,8 @@ class Vm:
         cores of each, and threads of each. ``chaos`` is the seed of disturbances by engine ``bt``
         (docs/testing.md). EngineError where the engine cannot have the ``platform``; None is
         a bare CPU. ``features`` is the most that its CPU may have, by words as ``cpu_features``
-        gives them; what it does not name is not limited.
+        gives them; what it does not name is not limited. ``signature`` is its family, model and
+        stepping as EAX of CPUID's leaf 1 has them, by default the host's.
 
         ``record`` is the descriptor of an empty file, a text about the machine, and the
         instructions from one checkpoint to the next; ``replay`` the descriptor of such a
@@ -775,6 +777,9 @@ class Vm:
         """As ``attach_ports``, in guest physical memory that is not RAM."""
     def cpu_features(self) -> list[tuple[str, int]]:
         """Words of CPUID that a running guest relies on: ("1.ECX", bits) and so on."""
+    def cpu_identity(self) -> tuple[str, int]:
+        """Who made the guest's CPU, "GenuineIntel" or another; and its family, model and stepping
+        as EAX of CPUID's leaf 1 has them."""
     def log_writes(self) -> None:
         """From now on it is noted which pages are written, anew with each call.
 
@@ -974,6 +979,9 @@ def kvm_probe(device: str = "/dev/kvm") -> KvmProbe:
     ``guest_rate`` and ``host_rate`` are instructions a second of one loop; ``hardware``
     says whether the host's CPU ran the guest's.
     """
+
+def host_cpu_features() -> list[tuple[str, int]]:
+    """Words of CPUID that the host's own CPU has, named as ``Vm.cpu_features`` names them."""
 
 def kvm_capabilities(device: str = "/dev/kvm") -> list[tuple[str, bool, str]]:
     """(name, there or not, what is lost without it); empty where KVM cannot be opened."""

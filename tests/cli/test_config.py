@@ -76,3 +76,18 @@ def test_wrong_option_is_one_line(
     assert shown.returncode == (2 if message else 0)
     assert len(shown.stderr.splitlines()) == bool(message)
     assert message in shown.stderr
+
+
+def test_cpu_of_a_model_is_written_as_it_is_read(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text('cpu = "Haswell,-pcid"\n')
+    shown = cli("config", "--config", file)
+    assert tomllib.loads(shown.stdout)["cpu"] == "Haswell,-pcid"
+    again = tmp_path / "again.toml"
+    again.write_text(shown.stdout)
+    assert (
+        remarks(cli("config", "--config", again, "--cpu", "host").stdout)["cpu"] == "option --cpu"
+    )
+    refused = cli("config", "--cpu", "Haswel")
+    assert refused.returncode == 2
+    assert refused.stderr == ("tetrarch: --cpu: 'Haswel' is no CPU model; did you mean Haswell?\n")

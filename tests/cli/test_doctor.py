@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,31 @@ def test_engines_tells_what_kvm_is_worth(cli: Cli) -> None:
     for lack in engines["kvm"]["lacks"]:
         assert lack["name"].startswith("KVM_CAP_")
         assert lack["lost"]
+
+
+def test_cpu_models_are_listed_with_what_each_engine_lacks(cli: Cli) -> None:
+    rows = {row["name"]: row for row in json.loads(cli("cpu-models", "--json").stdout)}
+    available = {
+        info["name"] for info in json.loads(cli("engines", "--json").stdout) if info["available"]
+    }
+    assert rows["x86-64-v4"]["lacks"].keys() == available
+    assert "avx512f" in rows["x86-64-v4"]["lacks"]["bt"]
+    assert {"avx2", "sse4_2"} <= set(rows["Haswell"]["features"])
+    assert rows["Haswell"]["vendor"] == "GenuineIntel"
+    strange = "EPYC" if rows["EPYC"]["lacks"]["bt"] is None else "Haswell"
+    shown = cli("cpu-models").stdout
+    assert re.search(rf"^{strange} +for hosts with a CPU of (AMD|Intel)'s$", shown, re.MULTILINE)
+    assert re.search(r"engine bt lacks .*avx512f", shown)
+
+
+def test_cpu_that_cannot_be_is_one_line(cli: Cli, tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(guests.POWER_OFF))
+    done = cli("run", "--engine", "bt", "--kernel", kernel, "--cpu", "x86-64-v4")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"tetrarch: cpu x86-64-v4: .*avx512f.*; .*give x86-64-v4,\S+\n", done.stderr
+    )
 
 
 def test_device_that_is_not_kvm_is_told_apart() -> None:

@@ -9,6 +9,7 @@ from tetrarch.errors import ConfigError
 from tetrarch.foreign import import_libvirt
 from tetrarch.foreign.xml_tree import parse_xml
 from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.cpu_spec import CpuSpec
 from tetrarch.machine.cpus import CpusSpec
 
 CWD = Path("/cwd")
@@ -128,6 +129,15 @@ def test_domain_is_carried_over_whole() -> None:
             CpusSpec(8, 2, 2, 2),
         ),
         ("<x/>", "on_reset", "restart"),
+        ("<cpu mode='host-model' check='partial'/>", "cpu", CpuSpec()),
+        (
+            "<vcpu>2</vcpu><cpu mode='custom' match='exact'>"
+            "<model fallback='forbid'>EPYC-Rome</model><topology cores='2'/>"
+            "<feature policy='disable' name='smap'/>"
+            "<feature policy='require' name='ibrs'/></cpu>",
+            "cpu",
+            CpuSpec.parse("EPYC-Rome,+ibrs,-smap"),
+        ),
     ],
 )
 def test_sizes_and_counts(text: str, option: str, value: Any) -> None:
@@ -138,7 +148,18 @@ def test_sizes_and_counts(text: str, option: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("where", "text", "lost"),
     [
-        ("rest", "<cpu mode='host-passthrough'/>", ["line 1: <cpu mode=host-passthrough>: there"]),
+        (
+            "rest",
+            "<cpu><model>Haswell-noTSX</model><feature policy='require' name='vmx'/>"
+            "<feature name='wings'/><numa/></cpu>",
+            [
+                "line 1: <cpu> Haswell-noTSX: it is Haswell",
+                "line 1: <cpu> vmx: no engine shows it",
+                "line 1: <cpu> wings",
+                "line 1: <numa>: there",
+            ],
+        ),
+        ("rest", "<cpu><model>Opteron_G5</model></cpu>", ["line 1: <cpu> Opteron_G5: the guest"]),
         ("rest", "<memory unit='acre'>1</memory>", ["line 1: <memory>: it is no size"]),
         ("rest", "<memory>1</memory>", ["<memory>: '4K' is too little"]),
         ("system", "<loader type='pflash'>/f</loader>", ["line 1: <loader type=pflash>: there is"]),

@@ -8,9 +8,11 @@ import pytest
 from tetrarch.errors import ConfigError
 from tetrarch.foreign import import_qemu, words_of_script
 from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.cpu_spec import CpuSpec
 from tetrarch.machine.cpus import CpusSpec
 
 CWD = Path("/cwd")
+ICELAKE = CpuSpec.parse("Icelake-Server,-avx512_vpopcntdq")
 
 
 def machine(*words: str) -> tuple[MachineConfig, list[str]]:
@@ -30,6 +32,13 @@ def machine(*words: str) -> tuple[MachineConfig, list[str]]:
         (["-smp", "8,sockets=2,dies=1,cores=2,threads=2"], "cpus", CpusSpec(8, 2, 2, 2)),
         (["-smp", "2,maxcpus=2"], "cpus", CpusSpec.parse(2)),
         (["-smp", "2,maxcpus=4,sockets=4"], "cpus", CpusSpec.parse(2)),
+        (["-cpu", "max"], "cpu", CpuSpec()),
+        (["-cpu", "host,migratable=on,+x2apic"], "cpu", CpuSpec()),
+        (["-cpu", "Haswell"], "cpu", CpuSpec("Haswell")),
+        (["-cpu", "Skylake-Server-noTSX-IBRS,-pcid"], "cpu", CpuSpec.parse("Skylake-Server,-pcid")),
+        (["-cpu", "EPYC-v4,ibrs=on,smap=off"], "cpu", CpuSpec.parse("EPYC,+ibrs,-smap")),
+        (["-cpu", "Icelake-Server,-vmx,avx512-vpopcntdq=off"], "cpu", ICELAKE),
+        (["-cpu", "Penryn,-pcid"], "cpu", CpuSpec.parse("host,-pcid")),
         (["-enable-kvm"], "engine", "kvm"),
         (["-accel", "tcg"], "engine", "bt"),
         (["-accel", "kvm", "-accel", "tcg"], "engine", "auto"),

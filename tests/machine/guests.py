@@ -1,5 +1,7 @@
 """Guests of a few bytes: 32-bit code as the PVH entry starts it, at 1 MiB."""
 
+import struct
+
 # mov edx, 0x604 ; mov eax, 0x3400 ; out dx, ax ; jmp $
 POWER_OFF = bytes.fromhex("ba04060000 b800340000 66ef ebfe")
 # mov al, 0xfe ; out 0x64, al ; jmp $
@@ -54,16 +56,32 @@ TICKS_BETWEEN = bytes.fromhex(
     "baf8030000 ee 31ed ebc3"
 )
 
-# For each typed byte says EBX of CPUID's leaf 7, each four bits from the lowest on as one of
-# "@" to "O".
-# wait: mov edx, 0x3fd ; in al, dx ; test al, 1 ; jz wait
-#       mov edx, 0x3f8 ; in al, dx ; mov eax, 7 ; xor ecx, ecx ; cpuid
-#       mov edx, 0x3f8 ; mov ecx, 8
-# next: mov al, bl ; and al, 0xf ; or al, 0x40 ; out dx, al ; shr ebx, 4 ; loop next ; jmp wait
-CPUID_7_EBX = bytes.fromhex(
-    "bafd030000 ec a801 74f6 baf8030000 ec b807000000 31c9 0fa2"
-    "baf8030000 b908000000 88d8 240f 0c40 ee c1eb04 e2f4 ebcf"
-)
+
+def say_cpuid(leaf: int, register: str) -> bytes:
+    """For each typed byte says EAX or EBX of a leaf of CPUID, each four bits from the lowest on as
+    one of "@" to "O".
+
+    wait: mov edx, 0x3fd ; in al, dx ; test al, 1 ; jz wait
+          mov edx, 0x3f8 ; in al, dx ; mov eax, leaf ; xor ecx, ecx ; cpuid ; mov ebx, register
+          mov edx, 0x3f8 ; mov ecx, 8
+    next: mov al, bl ; and al, 0xf ; or al, 0x40 ; out dx, al ; shr ebx, 4 ; loop next ; jmp wait
+    """
+    number, move = leaf.to_bytes(4, "little").hex(), {"EAX": "89c3", "EBX": "89db"}[register]
+    return bytes.fromhex(
+        f"bafd030000 ec a801 74f6 baf8030000 ec b8{number} 31c9 0fa2 {move}"
+        "baf8030000 b908000000 88d8 240f 0c40 ee c1eb04 e2f4 ebcd"
+    )
+
+
+def tell_cpuid(leaves: list[tuple[int, int]]) -> bytes:
+    """Writes EAX, EBX, ECX and EDX of each leaf and subleaf to port 0x500, then POWER_OFF.
+
+    mov eax, leaf ; mov ecx, subleaf ; cpuid ; mov esi, edx ; mov edx, 0x500 ; out dx, eax ;
+    mov eax, ebx ; out dx, eax ; mov eax, ecx ; out dx, eax ; mov eax, esi ; out dx, eax
+    """
+    asked = (struct.pack("<BIBI", 0xB8, leaf, 0xB9, subleaf) for leaf, subleaf in leaves)
+    told = bytes.fromhex("0fa2 89d6 ba00050000 ef 89d8 ef 89c8 ef 89f0 ef")
+    return b"".join(one + told for one in asked) + POWER_OFF
 
 
 def say(text: bytes) -> bytes:

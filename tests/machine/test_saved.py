@@ -18,6 +18,7 @@ from tests.machine import guests
 
 from tetrarch import ConfigError, HostError, Machine, MachineStateError, Phase, StateError
 from tetrarch._native import Vm
+from tetrarch.machine.cpu import GuestCpu
 from tetrarch.machine.saved import HEADER_BYTES, MAGIC, header
 from tetrarch.machine.selection import engines
 from tetrarch.testing import ScriptedVm, pvh_kernel
@@ -212,6 +213,15 @@ def sections_of(path: Path) -> dict[bytes, tuple[int, bytes]]:
     return sections
 
 
+def of_cpu(saved: Path, path: Path, **changes: Any) -> Path:
+    """A saved machine whose CPU was another."""
+    sections = sections_of(saved)
+    version, body = sections[b"machine"]
+    about = json.loads(body)
+    about["cpu"] |= changes
+    return made(path, sections | {b"machine": (version, json.dumps(about).encode())})
+
+
 ABOUT: dict[str, Any] = {
     "name": "x",
     "engine": "bt",
@@ -222,7 +232,7 @@ ABOUT: dict[str, Any] = {
     "uptime": 1.0,
     "identity": "x",
     "parent": None,
-    "cpu": {},
+    "cpu": {"vendor": "GenuineIntel", "signature": 0, "words": {}},
     "disks": {},
     "outside": {
         "options": {
@@ -250,7 +260,7 @@ def test_description_of_no_machine_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     body = json.dumps(ABOUT | change).encode()
-    path = made(tmp_path / "made", {b"machine": (2, body)})
+    path = made(tmp_path / "made", {b"machine": (3, body)})
     with pytest.raises(StateError, match=message):
         Machine.restore(path, vm=scripted())
 
@@ -267,7 +277,8 @@ def test_description_of_no_machine_is_refused(
 def test_ram_that_the_machine_has_not_is_refused(
     saved: Path, tmp_path: Path, run: tuple[int, int, int], message: str
 ) -> None:
-    sections = sections_of(saved) | {b"ram": (1, struct.pack("<QQII", *run, 0))}
+    here = of_cpu(saved, tmp_path / "here", vendor=Vm("bt", 1 << 20).cpu_identity()[0])
+    sections = sections_of(here) | {b"ram": (1, struct.pack("<QQII", *run, 0))}
     path = made(tmp_path / "made", sections)
     with pytest.raises(StateError, match=f"{path}.*{message}"):
         Machine.restore(path, engine="bt")
@@ -293,15 +304,18 @@ def test_version_that_this_program_does_not_read_is_told(saved: Path, tmp_path: 
         {"parent": {"identity": "x", "file": "../etc/passwd"}},
         {"parent": {"identity": "x", "file": ".."}},
         {"parent": 1},
-        {"cpu": {"1.ECX": "all"}},
-        {"cpu": {"1.ECX": 1 << 32}},
+        {"cpu": {"1.ECX": 1}},
+        {"cpu": {"vendor": "GenuineIntel", "signature": 0, "words": {"1.ECX": "all"}}},
+        {"cpu": {"vendor": "GenuineIntel", "signature": 0, "words": {"1.ECX": 1 << 32}}},
+        {"cpu": {"vendor": "GenuineIntel", "signature": -1, "words": {}}},
+        {"cpu": {"vendor": 7, "signature": 0, "words": {}}},
         {"disks": 5},
     ],
 )
 def test_what_names_other_files_or_says_nonsense_is_refused(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    path = made(tmp_path / "made", {b"machine": (2, json.dumps(ABOUT | change).encode())})
+    path = made(tmp_path / "made", {b"machine": (3, json.dumps(ABOUT | change).encode())})
     with pytest.raises(StateError, match="does not say"):
         Machine.restore(path, vm=scripted())
 
@@ -354,15 +368,19 @@ def test_damage_in_a_parent_is_found_and_named(kernel: Path, tmp_path: Path) -> 
 
 
 def test_cpu_that_lacks_what_the_guest_relies_on_is_told(saved: Path, tmp_path: Path) -> None:
-    sections = sections_of(saved)
-    about = json.loads(sections[b"machine"][1]) | {"cpu": {"7.EBX": 1 << 5 | 1 << 30}}
-    sections[b"machine"] = (2, json.dumps(about).encode())
-    lacking = r"does not have here: CPUID 7\.EBX bit 5, 7\.EBX bit 30; restore"
+    path = of_cpu(saved, tmp_path / "made", words={"7.EBX": 1 << 5 | 1 << 13})
+    with pytest.raises(StateError, match=r"does not have here: avx2, 7\.EBX bit 13; restore"):
+        Machine.restore(path, vm=scripted())
+
+
+def test_cpu_of_another_vendor_is_told(saved: Path, tmp_path: Path) -> None:
+    path = of_cpu(saved, tmp_path / "made", vendor="AuthenticAMD")
+    lacking = "CPU is AMD's, and this host's is Intel's; restore it on a host with a CPU of AMD's"
     with pytest.raises(StateError, match=lacking):
-        Machine.restore(made(tmp_path / "made", sections), vm=scripted())
+        Machine.restore(path, vm=scripted())
 
 
-def leaf_7_ebx(vm: Machine) -> int:
+def said_cpuid(vm: Machine) -> int:
     vm.console.send("x")
     said = vm.console.expect(re.compile("[@-O]{8}"), LIMIT_S)
     return sum((ord(four) & 15) << 4 * place for place, four in enumerate(said))
@@ -370,23 +388,38 @@ def leaf_7_ebx(vm: Machine) -> int:
 
 def test_guest_finds_no_more_in_its_cpu_than_before(tmp_path: Path) -> None:
     kernel, saved, fsgsbase = tmp_path / "kernel", tmp_path / "saved", 1 << 0
-    kernel.write_bytes(pvh_kernel(guests.CPUID_7_EBX))
+    kernel.write_bytes(pvh_kernel(guests.say_cpuid(7, "EBX")))
     # As on a host that has less than this one.
-    with Machine(kernel=kernel, memory="16M", engine="bt", features={"7.EBX": 0}) as vm:
+    less = GuestCpu(*Vm("bt", 1 << 20).cpu_identity(), {"7.EBX": 0})
+    with Machine(kernel=kernel, memory="16M", engine="bt", guest_cpu=less) as vm:
         vm.start()
-        had = leaf_7_ebx(vm)
+        had = said_cpuid(vm)
         assert not had & fsgsbase
         vm.save(saved)
     for _ in range(2):
         with Machine.restore(saved) as vm:
             vm.start()
-            assert leaf_7_ebx(vm) == had
+            assert said_cpuid(vm) == had
             vm.save(saved)
+
+
+def test_guest_finds_the_family_model_and_stepping_that_it_had(tmp_path: Path) -> None:
+    kernel, saved = tmp_path / "kernel", tmp_path / "saved"
+    kernel.write_bytes(pvh_kernel(guests.say_cpuid(1, "EAX")))
+    vendor, here = Vm("bt", 1 << 20).cpu_identity()
+    other = GuestCpu(vendor, here ^ 0x11, {})
+    with Machine(kernel=kernel, memory="16M", engine="bt", guest_cpu=other) as vm:
+        vm.start()
+        assert said_cpuid(vm) == here ^ 0x11
+        vm.save(saved)
+    with Machine.restore(saved) as vm:
+        vm.start()
+        assert said_cpuid(vm) == here ^ 0x11
 
 
 def test_portable_cpu_has_no_more_than_each_engine_of_the_host(tmp_path: Path) -> None:
     kernel, word = tmp_path / "kernel", "7.EBX"
-    kernel.write_bytes(pvh_kernel(guests.CPUID_7_EBX))
+    kernel.write_bytes(pvh_kernel(guests.say_cpuid(7, "EBX")))
     common = 0xFFFF_FFFF
     for engine in engines():
         if engine.available:
@@ -394,7 +427,7 @@ def test_portable_cpu_has_no_more_than_each_engine_of_the_host(tmp_path: Path) -
     with Machine(kernel=kernel, memory="16M", engine="bt", cpu="portable") as vm:
         vm.start()
         # FDP and the selectors of x87 are no features.
-        assert leaf_7_ebx(vm) & ~(1 << 6 | 1 << 13) == common
+        assert said_cpuid(vm) & ~(1 << 6 | 1 << 13) == common
 
 
 def test_device_without_an_end_is_no_saved_machine() -> None:

@@ -7,7 +7,7 @@ use std::thread::available_parallelism;
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{
-    Clock, DirtyPages, Doorbell, EngineError, FeatureLimit, GSI_COUNT, Halts, Irqfd, IrqfdId, Msi,
+    Clock, CpuModel, DirtyPages, Doorbell, EngineError, GSI_COUNT, Halts, Irqfd, IrqfdId, Msi,
     Platform, RecordingEnd, Replay, Unusable, Vcpu, Vm, VmState, host_tsc,
 };
 use tetrarch_journal::{Line, Reader, Writer};
@@ -38,7 +38,7 @@ pub struct Config {
     pub platform: Platform,
     /// A seed for what a host does to a guest in an evil hour; see `exec/chaos.rs`.
     pub chaos: Option<u64>,
-    pub features: FeatureLimit,
+    pub cpu: CpuModel,
 }
 
 impl Default for Config {
@@ -48,7 +48,7 @@ impl Default for Config {
             translate: true,
             platform: Platform::default(),
             chaos: None,
-            features: FeatureLimit::default(),
+            cpu: CpuModel::default(),
         }
     }
 }
@@ -162,7 +162,7 @@ pub(crate) fn build(
     irqchip.set_virtual_wire();
     let mut platform = config.platform;
     let mut kvm_leaf = [kvm::features(&platform, journal.is_some()), 0, 0, 0];
-    config.features.apply(kvm::FEATURES_LEAF, 0, &mut kvm_leaf);
+    config.cpu.apply(kvm::FEATURES_LEAF, 0, &mut kvm_leaf);
     let kvm_features = kvm_leaf[0];
     if kvm_features != 0 {
         // Behind the platform's own, which are found first.
@@ -178,7 +178,7 @@ pub(crate) fn build(
         crowded: available_parallelism().is_ok_and(|cpus| vcpus as usize > cpus.get()),
         irqchip,
         doorbells: DoorbellTable::default(),
-        cpuid: CpuidTable::new(topology, &config.features),
+        cpuid: CpuidTable::new(topology, &config.cpu),
         platform,
         kvm_features,
         kvm_time: kvm::Timebase::new(Arc::clone(&clock), tsc_hz),

@@ -11,7 +11,7 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use tetrarch_engine::cpuid::{Topology, brand, host_brand};
-use tetrarch_engine::{EngineError, FeatureLimit, Hypercalls, Platform};
+use tetrarch_engine::{CpuModel, EngineError, Hypercalls, Platform};
 
 /// Where KVM announces itself, and its features.
 const KVM_LEAVES: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_00FF;
@@ -60,7 +60,7 @@ pub fn table(
     supported: &CpuId,
     policy: Policy,
     platform: &Platform,
-    features: &FeatureLimit,
+    model: &CpuModel,
     vcpu: u32,
 ) -> Result<CpuId, EngineError> {
     let Policy { topology, intel, .. } = policy;
@@ -106,18 +106,18 @@ pub fn table(
         adapt(&mut entry, policy, apic_id, &brand);
         entries.push(entry);
     }
-    take(&mut entries, features);
+    take(&mut entries, model);
     add_platform(&mut entries, platform, vcpu);
     CpuId::from_entries(&entries).map_err(|_| {
         EngineError::Internal(format!("{} CPUID leaves are more than KVM takes", entries.len()))
     })
 }
 
-/// Takes what the guest shall not have, and of XSAVE what belongs to it (Intel SDM 1, 13.2).
-fn take(entries: &mut [kvm_cpuid_entry2], features: &FeatureLimit) {
+/// Makes the CPU the model: takes what the guest shall not have, and of XSAVE what belongs to it (Intel SDM 1, 13.2).
+fn take(entries: &mut [kvm_cpuid_entry2], model: &CpuModel) {
     for entry in entries.iter_mut() {
         let mut registers = [entry.eax, entry.ebx, entry.ecx, entry.edx];
-        features.apply(entry.function, entry.index, &mut registers);
+        model.apply(entry.function, entry.index, &mut registers);
         [entry.eax, entry.ebx, entry.ecx, entry.edx] = registers;
     }
     let word = |index: u32, entries: &[kvm_cpuid_entry2]| {
@@ -239,8 +239,8 @@ mod tests {
         Platform { kvm: true, ..Platform::default() }
     }
 
-    fn all() -> FeatureLimit {
-        FeatureLimit::default()
+    fn all() -> CpuModel {
+        CpuModel::default()
     }
 
     fn leaf(table: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -344,7 +344,7 @@ mod tests {
         let supported = CpuId::from_entries(&supported).unwrap();
         let words = [("7.EBX", 1 << 5), ("D.EAX", 7), ("D.1.EAX", 7), ("D.1.ECX", 0)];
         let words = words.map(|(name, bits)| (name.to_owned(), bits));
-        let table = table(&supported, policy(1), &kvm(), &FeatureLimit::new(&words), 0).unwrap();
+        let table = table(&supported, policy(1), &kvm(), &CpuModel::new(&words, None), 0).unwrap();
         assert_eq!(leaf(&table, 7, 0).ebx & !(1 << 6 | 1 << 13), 1 << 5);
         assert_eq!((leaf(&table, XSAVE, 0).eax, leaf(&table, XSAVE, 0).ecx), (7, 832));
         assert_eq!((leaf(&table, XSAVE, 1).eax, leaf(&table, XSAVE, 1).ecx), (7, 0));

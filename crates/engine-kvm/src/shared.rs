@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::VmFd;
-use tetrarch_engine::{Clock, EngineError, FeatureLimit, Platform};
+use tetrarch_engine::{Clock, CpuModel, EngineError, Platform};
 use tetrarch_memory::GuestMemory;
 
 use crate::cpuid::Policy;
@@ -23,7 +23,7 @@ pub struct VmShared {
     pub msrs: MsrPolicy,
     pub slots: Arc<MemorySlots>,
     pub platform: Platform,
-    pub features: FeatureLimit,
+    pub cpu: CpuModel,
     pub halts: HaltWatch,
     pub kvmclock_ctrl: bool,
     pub xcrs: bool,

@@ -117,7 +117,7 @@ impl KvmVcpu {
             .fd
             .create_vcpu(vm.policy.topology.apic_id(id).into())
             .map_err(|error| refused(&format!("make vCPU {id}"), error))?;
-        let table = cpuid::table(&vm.supported, vm.policy, &vm.platform, &vm.features, id)?;
+        let table = cpuid::table(&vm.supported, vm.policy, &vm.platform, &vm.cpu, id)?;
         fd.set_cpuid2(&table).map_err(|error| refused("set what the CPU says it is", error))?;
         platform::prepare_vcpu(&fd, &vm.platform);
         vm.msrs.initialise(&fd);

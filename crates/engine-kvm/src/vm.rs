@@ -8,7 +8,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::{Topology, host_is_intel};
 use tetrarch_engine::{
-    Clock, DirtyPages, Doorbell, Doorbells, EngineError, FeatureLimit, Irqfd, IrqfdId, Irqfds, Msi,
+    Clock, CpuModel, DirtyPages, Doorbell, Doorbells, EngineError, Irqfd, IrqfdId, Irqfds, Msi,
     Platform, Vcpu, Vm, VmState,
 };
 use tetrarch_memory::GuestMemory;
@@ -43,7 +43,7 @@ pub struct Config {
     pub device: String,
     pub dirty: DirtyTracking,
     pub platform: Platform,
-    pub features: FeatureLimit,
+    pub cpu: CpuModel,
 }
 
 impl Default for Config {
@@ -53,7 +53,7 @@ impl Default for Config {
             device: host::DEVICE.into(),
             dirty: DirtyTracking::Bitmap,
             platform: Platform::default(),
-            features: FeatureLimit::default(),
+            cpu: CpuModel::default(),
         }
     }
 }
@@ -94,7 +94,7 @@ pub fn create_vm(memory: Arc<GuestMemory>, config: Config) -> Result<Arc<KvmVm>,
         msrs,
         slots: Arc::clone(&slots),
         platform: config.platform.clone(),
-        features: config.features.clone(),
+        cpu: config.cpu.clone(),
         halts: HaltWatch::default(),
         kvmclock_ctrl: kvm.check_extension(Cap::KvmclockCtrl),
         xcrs: kvm.check_extension(Cap::Xcrs),
@@ -232,8 +232,8 @@ impl Vm for KvmVm {
     }
 
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        let VmShared { supported, policy, platform, features, .. } = &*self.shared;
-        let Ok(table) = cpuid::table(supported, *policy, platform, features, 0) else {
+        let VmShared { supported, policy, platform, cpu, .. } = &*self.shared;
+        let Ok(table) = cpuid::table(supported, *policy, platform, cpu, 0) else {
             return [0; 4];
         };
         let found = table.as_slice().iter().find(|e| (e.function, e.index) == (leaf, subleaf));

@@ -28,7 +28,7 @@ pub use debug::{DebugStop, GuestDebug, HardwareBreakpoint, Watched};
 pub use dirty::DirtyPages;
 pub use doorbell::{Doorbell, DoorbellAddress, Doorbells, MAX_DOORBELLS};
 pub use exit::{Exit, GuestFault, Reply, Trap};
-pub use features::{FeatureLimit, features};
+pub use features::{CpuModel, features, identity};
 pub use halt::{Halted, Halts};
 pub use irqfd::{Irqfd, IrqfdId, Irqfds, MAX_IRQFDS};
 pub use msi::{MSI_GSIS, Msi, MsiRoutes};

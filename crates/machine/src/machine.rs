@@ -6,8 +6,7 @@ use parking_lot::Mutex;
 use tetrarch_bus::{Bus, IrqLines, Region, RunControl, TscScale};
 use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{
-    DirtyPages, ENGINE_MMIO, ENGINE_PORTS, EngineError, FeatureLimit, GSI_COUNT, Platform,
-    Unusable, Vm,
+    CpuModel, DirtyPages, ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm,
 };
 use tetrarch_engine_bt::Recording;
 use tetrarch_io::{Around, IoThread};
@@ -77,7 +76,7 @@ impl Machine {
         memory: u64,
         processors: Processors,
         platform: Platform,
-        features: FeatureLimit,
+        cpu: CpuModel,
         recording: Option<Recording>,
     ) -> Result<Self, MachineError> {
         let Processors { topology, translate, chaos } = processors;
@@ -104,11 +103,10 @@ impl Machine {
                     .into());
             }
             let config =
-                tetrarch_engine_kvm::Config { topology, platform, features, ..Default::default() };
+                tetrarch_engine_kvm::Config { topology, platform, cpu, ..Default::default() };
             tetrarch_engine_kvm::create_vm(Arc::clone(&memory), config)?
         } else {
-            let config =
-                tetrarch_engine_bt::Config { topology, translate, platform, chaos, features };
+            let config = tetrarch_engine_bt::Config { topology, translate, platform, chaos, cpu };
             let memory = Arc::clone(&memory);
             match recording {
                 None => tetrarch_engine_bt::create_vm(memory, config)?,

@@ -10,7 +10,7 @@ use tetrarch_bus::{
     Device, DeviceDoorbell, DeviceError, HoldError, NoHandlers, RunEnd, RunError, Sizes,
 };
 use tetrarch_engine::cpuid::Topology;
-use tetrarch_engine::{Doorbell, DoorbellAddress, EngineError, FeatureLimit, Platform, Vcpu};
+use tetrarch_engine::{CpuModel, Doorbell, DoorbellAddress, EngineError, Platform, Vcpu};
 use tetrarch_machine::{Machine, MachineError, Processors, State, collect, dump, engine_available};
 use tetrarch_memory::GuestPhys;
 
@@ -38,7 +38,7 @@ fn machine(code: &[u8]) -> Machine {
         1 << 20,
         Processors::default(),
         Platform::default(),
-        FeatureLimit::default(),
+        CpuModel::default(),
         None,
     )
     .expect("engine bt");
@@ -278,13 +278,13 @@ fn engines_and_sizes_that_cannot_be_are_refused() {
             1 << 20,
             Processors::default(),
             Platform::default(),
-            FeatureLimit::default(),
+            CpuModel::default(),
             None
         ),
         Err(MachineError::Engine(_))
     ));
     assert!(matches!(
-        Machine::new("bt", 1 << 20, none, Platform::default(), FeatureLimit::default(), None),
+        Machine::new("bt", 1 << 20, none, Platform::default(), CpuModel::default(), None),
         Err(MachineError::Engine(_))
     ));
     assert!(matches!(
@@ -293,7 +293,7 @@ fn engines_and_sizes_that_cannot_be_are_refused() {
             1,
             Processors::default(),
             Platform::default(),
-            FeatureLimit::default(),
+            CpuModel::default(),
             None
         ),
         Err(MachineError::Memory(_))

@@ -140,6 +140,12 @@ mod _native {
         Some((reason.cause, reason.mend))
     }
 
+    /// Words of CPUID that the host's own CPU has, as a VM's are named.
+    #[pyfunction]
+    fn host_cpu_features() -> Vec<(String, u32)> {
+        tetrarch_engine::features(tetrarch_engine::cpuid::host)
+    }
+
     /// What the KVM behind a device is worth, by running a small guest on it.
     #[pyfunction]
     #[pyo3(signature = (device = "/dev/kvm"))]

@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use tetrarch_bus::{AttachError, Bus, Device, Sizes, Span};
 use tetrarch_engine::cpuid::Topology;
-use tetrarch_engine::{EngineError, FeatureLimit, GSI_COUNT, RecordingEnd, Saved, VmState};
+use tetrarch_engine::{CpuModel, EngineError, GSI_COUNT, RecordingEnd, Saved, VmState};
 use tetrarch_machine::{Machine, Processors, ResetState, Stats, collect};
 use tetrarch_memory::{GuestPhys, Layer, MemoryError, Run};
 
@@ -146,7 +146,8 @@ impl Vm {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "what a machine is made of, by name")]
     #[pyo3(signature = (engine, memory, vcpus = Vcpus::Count(1), *, translate = true, chaos = None,
-                        platform = None, features = None, record = None, replay = None))]
+                        platform = None, features = None, signature = None, record = None,
+                        replay = None))]
     fn new(
         engine: &str,
         memory: u64,
@@ -155,20 +156,20 @@ impl Vm {
         chaos: Option<u64>,
         platform: Option<&Bound<'_, PyAny>>,
         features: Option<HashMap<String, u32>>,
+        signature: Option<u32>,
         record: Option<(i32, &str, u64)>,
         replay: Option<i32>,
     ) -> Result<Self, Failure> {
         let recording = recording(record, replay)?;
         let topology = vcpus.topology();
-        let limit = features.map_or_else(FeatureLimit::default, |words| {
-            FeatureLimit::new(&words.into_iter().collect::<Vec<_>>())
-        });
+        let words: Vec<_> = features.unwrap_or_default().into_iter().collect();
+        let cpu = CpuModel::new(&words, signature);
         let (platform, handlers) = match platform {
             Some(platform) => PythonPlatform::new(platform, topology.vcpus())?,
             None => Default::default(),
         };
         let processors = Processors { topology, translate, chaos };
-        let machine = Machine::new(engine, memory, processors, platform, limit, recording)?;
+        let machine = Machine::new(engine, memory, processors, platform, cpu, recording)?;
         let lines = (0..GSI_COUNT).filter_map(|gsi| machine.irq.source(gsi)).collect();
         Ok(Self {
             machine,
@@ -228,7 +229,11 @@ impl Vm {
     }
 
     fn cpu_features(&self) -> Vec<(String, u32)> {
-        tetrarch_engine::features(&*self.machine.engine)
+        tetrarch_engine::features(|leaf, subleaf| self.machine.engine.cpuid(leaf, subleaf))
+    }
+
+    fn cpu_identity(&self) -> (String, u32) {
+        tetrarch_engine::identity(|leaf, subleaf| self.machine.engine.cpuid(leaf, subleaf))
     }
 
     fn log_writes(&self, py: Python<'_>) -> Result<(), Failure> {

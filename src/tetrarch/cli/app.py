@@ -14,6 +14,7 @@ __all__ = [
     "app",
     "completion",
     "config",
+    "cpu_models",
     "disk_check",
     "disk_convert",
     "disk_create",
@@ -165,6 +166,14 @@ def engines(json: Json = False) -> None:
     from tetrarch.cli.reports import show_engines
 
     show_engines(json)
+
+
+@app.command()
+def cpu_models(json: Json = False) -> None:
+    """List the CPU models for --cpu, and what each engine of this host lacks for them."""
+    from tetrarch.cli.cpu_models import show_cpu_models
+
+    show_cpu_models(json)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import Any
 
 from tetrarch.errors import ConfigError
 from tetrarch.foreign.carried import Carried
+from tetrarch.foreign.cpu import carry_cpu
 from tetrarch.foreign.xml_tree import Element, parse_xml
 
 __all__ = ["import_libvirt"]
@@ -72,6 +73,8 @@ class _Reader:
         if (name := domain.take_text("name")) is not None:
             self.carried.set("name", name, "<name>")
         self._size(domain)
+        if (processor := domain.take("cpu")) is not None:
+            self._cpu(processor)
         if (system := domain.take("os")) is not None:
             self._system(system)
         if (devices := domain.take("devices")) is not None:
@@ -119,6 +122,26 @@ class _Reader:
             self.carried.lose(shown, "there are sockets, cores and threads alone")
             return ""
         return "".join(f",{name}={value}" for name, value in levels.items())
+
+    def _cpu(self, processor: Element) -> None:
+        """``<cpu mode= match=><model>NAME</model><feature policy= name=/></cpu>``"""
+        where, mode = f"line {processor.line}: <cpu>", processor.attribute("mode", "custom")
+        for known in ("match", "check", "migratable"):
+            processor.attribute(known)
+        model = processor.take("model")
+        name = mode if model is None or mode != "custom" else model.text
+        changes = []
+        for feature in processor.take_all("feature"):
+            policy = feature.attribute("policy", "require")
+            if policy != "optional":
+                changes.append((feature.attribute("name"), policy in ("force", "require")))
+        if name != "custom":
+            carry_cpu(self.carried, name, changes, where)
+        elif changes:
+            self.carried.lose(where, "it has features, and no model")
+        self.carried.lose_keys(where, processor.attributes)
+        processor.take("vendor")
+        self._lose_rest(processor)
 
     def _system(self, system: Element) -> None:
         for tag, option in (("kernel", "kernel"), ("initrd", "initrd"), ("cmdline", "append")):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tetrarch.foreign.carried import Carried
+from tetrarch.foreign.cpu import carry_cpu
 from tetrarch.foreign.qemu_disks import QemuDisks
 from tetrarch.foreign.qemu_lines import QemuLines
 from tetrarch.foreign.qemu_nets import QemuNets
@@ -149,9 +150,14 @@ class _Reader:
         self.carried.lose_keys(f"-{option.name}", keys)
 
     def _cpu(self, option: Option) -> None:
-        kind, *features = (option.value or "").split(",")
-        if kind not in ("host", "max", "qemu64", "kvm64") or features:
-            self.carried.lose(str(option), "the guest sees the host's CPU, as docs/cpu.md says")
+        """-cpu MODEL[,+FEATURE][,-FEATURE][,FEATURE=on|off]"""
+        name, *words = (option.value or "").split(",")
+        changes = []
+        for word in words:
+            feature, _, value = word.lstrip("+-").partition("=")
+            off = word.startswith("-") or value in ("off", "no", "false")
+            changes.append((feature, not off))
+        carry_cpu(self.carried, name, changes, "-cpu")
 
     def _name(self, option: Option) -> None:
         keys = option.keys("guest")

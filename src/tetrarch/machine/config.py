@@ -23,6 +23,7 @@ from tetrarch.console.spec import ConsoleSpec, PortSpec, no_console
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.firmware.spec import FirmwareSpec
 from tetrarch.gdb.spec import GdbSpec
+from tetrarch.machine.cpu_spec import CpuSpec
 from tetrarch.machine.cpus import VCPUS_MAX, CpusSpec
 from tetrarch.net.spec import NetSpec, each_its_own
 from tetrarch.share.spec import ShareSpec, share_tags
@@ -33,7 +34,7 @@ __all__ = [
     "MIB",
     "VCPUS_MAX",
     "CdromOption",
-    "CpuName",
+    "CpuSpec",
     "CpusSpec",
     "DiskOption",
     "EngineName",
@@ -74,7 +75,6 @@ _SEED = re.compile(r"^[0-9]{1,20}$")
 _UNITS = {"K": 1 << 10, "": MIB, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 EngineName = Literal["auto", "bt", "kvm"]
-CpuName = Literal["host", "portable"]
 VirtioTransport = Literal["pci", "mmio"]
 OnReset = Literal["end", "restart"]
 DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
@@ -307,11 +307,11 @@ class MachineConfig(BaseModel):
         "Virtual CPUs, and how they lie; docs/cpu.md [default: 1].",
         "N[,sockets=N][,cores=N][,threads=N]",
     )
-    cpu: CpuName = option(
-        "host",
-        "What it can: as much as the engine offers, or no more than each engine of this host does,"
-        " so that a saved machine goes on on any [default: host].",
-        "host|portable",
+    cpu: Annotated[CpuSpec, BeforeValidator(CpuSpec.parse)] = option(
+        CpuSpec(),
+        "What it can: as much as the engine offers, no more than each engine of this host does, or"
+        " what a model has, for machines that move between hosts; docs/cpu.md [default: host].",
+        "host|portable|MODEL[,+FEATURE][,-FEATURE]...",
     )
     console: Annotated[ConsoleSpec | None, BeforeValidator(_console)] = option(
         None,
@@ -437,7 +437,7 @@ class MachineOptions(TypedDict, total=False):
     initrd: str | os.PathLike[str] | None
     append: str | None
     append_extra: str
-    cpu: CpuName
+    cpu: str | CpuSpec
     memory: str | int
     cpus: int | str | CpusSpec
     virtio_console: PortOption | Sequence[PortOption]

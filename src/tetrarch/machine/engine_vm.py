@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from tetrarch import _native
@@ -14,6 +14,7 @@ from tetrarch.platforms.platform import Platform
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
+    from tetrarch.machine.cpu import GuestCpu
 
 __all__ = [
     "BusRegion",
@@ -102,6 +103,7 @@ class MemoryAccess(Protocol):
 class EngineVm(MemoryAccess, Protocol):
     """``tetrarch.testing.ScriptedVm`` is one without a CPU."""
 
+    def cpu_identity(self) -> tuple[str, int]: ...
     def cpu_features(self) -> list[tuple[str, int]]: ...
     def log_writes(self) -> None: ...
     def save_ram(
@@ -149,9 +151,9 @@ def create_vm(
     engine: str,
     config: MachineConfig,
     platform: Platform,
-    features: Mapping[str, int] | None = None,
+    cpu: GuestCpu | None = None,
 ) -> EngineVm:
-    """``features``: the most that its CPU may have.
+    """``cpu``: what its CPU is to be; None is all that the engine offers.
 
     Raises HostError where this host cannot give what is asked.
     """
@@ -164,7 +166,8 @@ def create_vm(
                 (cpus.sockets, cpus.cores, cpus.threads),
                 chaos=config.chaos,
                 platform=platform,
-                features=features,
+                features=None if cpu is None else cpu.words,
+                signature=None if cpu is None else cpu.signature,
                 **recording,
             )
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
@@ -29,7 +29,7 @@ from tetrarch.machine.config import (
     PortOption,
     make_config,
 )
-from tetrarch.machine.cpu import portable_features
+from tetrarch.machine.cpu import GuestCpu, cpu_for
 from tetrarch.machine.debugging import DebugMethods
 from tetrarch.machine.devices import DeviceMethods
 from tetrarch.machine.engine_vm import EngineVm, create_vm
@@ -67,8 +67,8 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
     below. ``console`` is the other end of the serial line: an object, or as the
     configuration writes it; None is one for programs, ``vm.console``. ``platform`` is
     which hypervisor's interface the guest finds; the PC's is KVM's. ``agent``: programs can
-    run commands in the guest (``exec``), over a vsock socket of the machine's own. ``features``
-    limits what its CPU has, by words of CPUID, to what another machine had. ``vm`` is a
+    run commands in the guest (``exec``), over a vsock socket of the machine's own. ``guest_cpu``
+    is what its CPU is to be where ``cpu`` does not say it: as another machine's was. ``vm`` is a
     stand-in for the engine, for tests.
 
     Raises ConfigError for a value that cannot be, HostError when this host cannot
@@ -82,7 +82,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         console: ConsoleBackend | str | None = None,
         platform: Platform = PC,
         agent: bool = False,
-        features: Mapping[str, int] | None = None,
+        guest_cpu: GuestCpu | None = None,
         vm: EngineVm | None = None,
         **options: Unpack[MachineOptions],
     ) -> None:
@@ -91,9 +91,9 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
             config = config.updated({"vsock": Path(_own_directory(self), "vsock")})
         if vm is None:
             engine, self.engine_reason = chosen(config)
-            if features is None and config.cpu == "portable":
-                features = portable_features(platform)
-            vm = create_vm(engine, config, platform, features)
+            if guest_cpu is None:
+                guest_cpu = cpu_for(config.cpu, engine, platform)
+            vm = create_vm(engine, config, platform, guest_cpu)
         else:
             engine, self.engine_reason = type(vm).__name__, "as given"
         backend = _open_console(console, config.console)
@@ -344,8 +344,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
                 check_flush_points(about.disks, about.outside.images(config))
             start = about.outside.from_the_start(config)
             # Its kernel has looked once: what it did not find is not to be had now.
-            features = about.cpu
-            machine = cls(start, console=console, platform=platform, features=features, vm=vm)
+            machine = cls(start, console=console, platform=platform, guest_cpu=about.cpu, vm=vm)
             machine._take_up(saved, config, fresh_identity)
         return machine
 

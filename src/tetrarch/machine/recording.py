@@ -103,7 +103,7 @@ def check_recorded(config: MachineConfig) -> None:
         (bool(config.share), "a share, which is another process"),
         (config.vsock is not None, "a vsock device"),
         (bool(config.input), "an input device"),
-        (config.cpu == "portable", "a portable CPU"),
+        (str(config.cpu) != "host", "another CPU than the host's"),
         (config.gdb is not None, "a place for gdb"),
         (config.on_reset == "restart", "a restart at a reset"),
     ):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from tetrarch._native import EngineError
 from tetrarch.errors import ConfigError, HostError, StateError
 from tetrarch.machine.config import MachineConfig, make_config
+from tetrarch.machine.cpu import GuestCpu, maker
 from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.flush_points import flush_disks, require_kept
 from tetrarch.machine.outside import Outside
@@ -31,7 +32,7 @@ __all__ = [
 
 # Count up when a section means something else than before. The engine's sections have
 # versions of their own inside.
-_ABOUT_VERSION: Final = 2
+_ABOUT_VERSION: Final = 3
 _ABOUT_OPTIONS: Final = {
     "name",
     "engine",
@@ -68,8 +69,8 @@ class About:
     identity: str
     """Of this file, and no other."""
     parent: Parent | None
-    cpu: Mapping[str, int]
-    """Words of CPUID that the guest relies on."""
+    cpu: GuestCpu
+    """What the guest has found of its CPU."""
     disks: Mapping[str, Any]
     """Where the images stood, by the names of their nodes."""
 
@@ -108,7 +109,7 @@ def save_machine(parts: MachineParts, file: BinaryIO, parent: Parent | None = No
         "outside": Outside.of(config, parts.pc).to_json(),
         "identity": identity,
         "parent": None if parent is None else {"identity": parent.identity, "file": parent.file},
-        "cpu": dict(parts.vm.cpu_features()),
+        "cpu": asdict(GuestCpu.of(parts.vm)),
         "disks": flush_disks(parts.pc.blocks),
     }
     writer = SavedWriter(file)
@@ -201,15 +202,24 @@ def _read_about(reader: SavedReader, platform: str | None) -> About:
         raise reader.damaged("does not say what the machine had of its host") from error
     if not isinstance(identity, str) or not identity:
         raise reader.damaged("does not say which file it is")
-    if not isinstance(cpu, dict) or not all(_is_word(bits) for bits in cpu.values()):
-        raise reader.damaged("does not say what CPU the machine had")
     if not isinstance(disks, dict):
         raise reader.damaged("does not say where the machine's disks stood")
-    return About(config, float(uptime), outside, identity, _parent(reader, parent), cpu, disks)
+    return About(
+        config, float(uptime), outside, identity, _parent(reader, parent), _cpu(reader, cpu), disks
+    )
 
 
 def _is_word(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 32
+
+
+def _cpu(reader: SavedReader, value: object) -> GuestCpu:
+    if isinstance(value, dict) and value.keys() == {"vendor", "signature", "words"}:
+        vendor, signature, words = value["vendor"], value["signature"], value["words"]
+        named = isinstance(vendor, str) and isinstance(words, dict)
+        if named and _is_word(signature) and all(_is_word(bits) for bits in words.values()):
+            return GuestCpu(vendor, signature, words)
+    raise reader.damaged("does not say what CPU the machine had")
 
 
 def _parent(reader: SavedReader, value: object) -> Parent | None:
@@ -244,21 +254,27 @@ def restore_machine(parts: MachineParts, saved: Saved) -> None:
     load_state(parts, MachineState(vm, vcpus, devices, plugged, attached))
 
 
-def _require_cpu(parts: MachineParts, had: Mapping[str, int]) -> None:
-    """Raises StateError where the guest's CPU would lack what it had: its kernel looked once."""
-    have = dict(parts.vm.cpu_features())
-    lacking = [
-        f"{word} bit {bit}"
-        for word, bits in had.items()
-        for bit in range(32)
-        if bits & ~have.get(word, 0) & 1 << bit
-    ]
-    if lacking:
+def _require_cpu(parts: MachineParts, had: GuestCpu) -> None:
+    """Raises StateError where the guest's CPU would be another's, or lack what it had: its kernel
+    looked once."""
+    have = GuestCpu.of(parts.vm)
+    if have.vendor != had.vendor:
+        raise StateError(
+            f"the saved machine's CPU is {maker(had.vendor)}'s, and this host's is "
+            f"{maker(have.vendor)}'s",
+            mend=f"restore it on a host with a CPU of {maker(had.vendor)}'s",
+        )
+    missing = {word: bits & ~have.words.get(word, 0) for word, bits in had.words.items()}
+    if any(missing.values()):
+        from tetrarch.machine.cpu_models import feature_names
+
+        lacking = feature_names(missing)
         raise StateError(
             f"the saved machine's CPU had features that engine {parts.engine} does not have here:"
-            f" CPUID {', '.join(lacking)}",
+            f" {', '.join(lacking)}",
             mend="restore it on the engine and the kind of host where it was saved; a machine made"
-            " with cpu portable goes from one engine to the other",
+            " with cpu portable goes from one engine to the other, and one with the name of a model"
+            " to any host that has that",
         )
 
 

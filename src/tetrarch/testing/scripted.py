@@ -59,6 +59,9 @@ class ScriptedVm:
     def write_memory(self, address: int, data: bytes) -> None:
         self._memory[address : address + len(data)] = data
 
+    def cpu_identity(self) -> tuple[str, int]:
+        return "GenuineIntel", 0
+
     def cpu_features(self) -> list[tuple[str, int]]:
         return []
 

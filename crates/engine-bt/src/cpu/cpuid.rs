@@ -3,7 +3,8 @@
 //! The policy: a subset of the host's features, since user-level instructions
 //! run on the host, cut to what this engine implements. Vendor, family, model
 //! and stepping are the host's, since they choose among the guest's
-//! workarounds; the brand string names the engine. Leaves are those of Intel
+//! workarounds, or all but the vendor those of a model; the brand string names
+//! the engine. Leaves are those of Intel
 //! SDM 2A "CPUID" and AMD APM 3, appendix E.
 //!
 //! What is hidden, and why, stands in docs/cpu.md; a test compares each bit with
@@ -12,7 +13,7 @@
 use core::arch::x86_64::_xgetbv;
 
 use iced_x86::{Code, CpuidFeature, DecoderOptions, Instruction};
-use tetrarch_engine::FeatureLimit;
+use tetrarch_engine::CpuModel;
 use tetrarch_engine::cpuid::{Topology, brand, host, host_brand, host_is_intel};
 
 use crate::cpu::fpu::{MXCSR_MM, mxcsr_mask};
@@ -229,8 +230,8 @@ fn extended(edx: u32, intel: bool, many: bool) -> ([u32; 4], u32) {
 }
 
 impl CpuidTable {
-    /// The table for this host.
-    pub fn new(topology: Topology, limit: &FeatureLimit) -> Self {
+    /// The table for this host, with no more than the model has.
+    pub fn new(topology: Topology, model: &CpuModel) -> Self {
         let leaf0 = host(0, 0);
         let vendor_string = [leaf0[1], leaf0[2], leaf0[3]];
         let many = topology.package_vcpus() > 1;
@@ -247,13 +248,13 @@ impl CpuidTable {
         let mut xsave_1 = [if xsave { host(0xD, 1)[0] & bits::XSAVE_EAX } else { 0 }, 0, 0, 0];
         let mut e8 = [0, e8_ebx, 0, 0];
         let mut e21 = if intel { [0; 4] } else { [bits::E21_EAX, 0, bits::E21_ECX, 0] };
-        limit.apply(1, 0, &mut l1);
-        limit.apply(7, 0, &mut l7);
-        limit.apply(7, 1, &mut l7_1);
-        limit.apply(0xD, 1, &mut xsave_1);
-        limit.apply(EXTENDED_FEATURES, 0, &mut e1);
-        limit.apply(0x8000_0008, 0, &mut e8);
-        limit.apply(0x8000_0021, 0, &mut e21);
+        model.apply(1, 0, &mut l1);
+        model.apply(7, 0, &mut l7);
+        model.apply(7, 1, &mut l7_1);
+        model.apply(0xD, 1, &mut xsave_1);
+        model.apply(EXTENDED_FEATURES, 0, &mut e1);
+        model.apply(0x8000_0008, 0, &mut e8);
+        model.apply(0x8000_0021, 0, &mut e21);
 
         let cache_leaf = if intel { 4 } else { 0x8000_001D };
         let caches = (0..8)
@@ -568,7 +569,7 @@ mod tests {
     use super::*;
 
     fn table(vcpus: u32) -> CpuidTable {
-        CpuidTable::new(Topology::flat(vcpus), &FeatureLimit::default())
+        CpuidTable::new(Topology::flat(vcpus), &CpuModel::default())
     }
 
     #[test]
@@ -621,7 +622,7 @@ mod tests {
     #[test]
     fn a_limit_hides_features_and_what_follows_from_them() {
         let words = [("1.ECX".to_owned(), 0), ("7.EBX".to_owned(), 0)];
-        let t = CpuidTable::new(Topology::flat(1), &FeatureLimit::new(&words));
+        let t = CpuidTable::new(Topology::flat(1), &CpuModel::new(&words, None));
         assert_eq!((t.fixed(1, 0, 0)[2], t.fixed(0xD, 0, 0)), (0, [0; 4]));
         assert_eq!(t.fixed(1, 0, 0)[3], table(1).fixed(1, 0, 0)[3]);
         for feature in [CpuidFeature::AVX, CpuidFeature::AVX2, CpuidFeature::BMI1] {

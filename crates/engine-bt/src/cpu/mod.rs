@@ -105,7 +105,7 @@ impl VmShared {
             doorbells: DoorbellTable::default(),
             kvm_time: kvm::Timebase::new(Arc::clone(&clock), tsc_hz),
             clock,
-            cpuid: CpuidTable::new(Topology::flat(1), &tetrarch_engine::FeatureLimit::default()),
+            cpuid: CpuidTable::new(Topology::flat(1), &tetrarch_engine::CpuModel::default()),
             platform: Platform::default(),
             kvm_features: 0,
             tsc_hz,
