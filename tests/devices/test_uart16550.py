@@ -276,6 +276,22 @@ def test_guest_that_only_enables_the_interrupt_receives(bench: Bench) -> None:
     assert bench.get(DATA) == ord("x")
 
 
+def test_guest_that_only_polls_receives(bench: Bench) -> None:
+    # As OVMF: MCR 0, IER 0, and LSR is read until there is something.
+    bench.put(FCR, 0x01)
+    bench.put(MCR, 0)
+    bench.uart.receive(b"key")
+    for _ in range(3):
+        assert not bench.get(LSR) & 0x01
+    bench.put(IER, 0)
+    reads = 0
+    while not bench.get(LSR) & 0x01:
+        reads += 1
+        assert reads < 100
+    assert reads > 3
+    assert [bench.get(DATA) for _ in range(3)] == list(b"key")
+
+
 def test_loopback_returns_what_is_sent_and_sends_nothing(bench: Bench) -> None:
     bench.put(FCR, 0x01)
     bench.put(MCR, 0x10)

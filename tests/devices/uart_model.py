@@ -45,6 +45,8 @@ MCR_RTS: Final = 0x02
 MCR_OUT1: Final = 0x04
 MCR_OUT2: Final = 0x08
 MCR_LOOP: Final = 0x10
+#: Reads of LSR one after the other that are of a guest which waits for input.
+POLLS: Final = 16
 
 LSR_DR: Final = 0x01
 LSR_OE: Final = 0x02
@@ -85,9 +87,10 @@ class UartCore:
             return 0
         # Flow control: hold input back until the guest says that it receives, by RTS or by the
         # interrupt. Linux does so when the port is opened, after its startup code has cleared the
-        # FIFOs and thrown a byte away. A guest that never touched MCR may be polling.
-        ready = self.state.mcr & MCR_RTS or self.state.ier & IER_RDI or not self.state.mcr_written
-        if not ready:
+        # FIFOs and thrown a byte away. A guest that never touched MCR may be polling, and one
+        # that does nothing but read LSR is.
+        polls = not self.state.mcr_written or self.state.polls >= POLLS
+        if not (self.state.mcr & MCR_RTS or self.state.ier & IER_RDI or polls):
             return 0
         return max(self.capacity - len(self.state.rx), 0)
 
@@ -147,6 +150,7 @@ class UartCore:
             case 4:
                 return self.state.mcr
             case 5:
+                self.state.polls = min(self.state.polls + 1, POLLS)
                 return self._read_lsr()
             case 6:
                 msr = self._modem_inputs() | self.state.msr_delta
@@ -158,6 +162,7 @@ class UartCore:
 
     def write(self, offset: int, value: int) -> None:
         value &= 0xFF
+        self.state.polls = 0
         match offset:
             case 0 if self.state.lcr & LCR_DLAB:
                 self.state.divisor = self.state.divisor & 0xFF00 | value

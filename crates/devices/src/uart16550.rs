@@ -39,6 +39,9 @@ const MCR_OUT2: u8 = 0x08;
 const MCR_LOOP: u8 = 0x10;
 const MCR_MASK: u8 = 0x1F;
 
+/// A driver that starts or sends reads LSR a few times before it writes again.
+const POLLS: u8 = 16;
+
 const LSR_DR: u8 = 0x01;
 const LSR_OE: u8 = 0x02;
 const LSR_FE: u8 = 0x08;
@@ -66,6 +69,8 @@ pub struct Registers {
     pub lcr: u8,
     pub mcr: u8,
     pub mcr_written: bool,
+    /// How often LSR was read since anything was written, up to `POLLS`.
+    pub polls: u8,
     pub overrun: bool,
     pub msr_delta: u8,
     pub scr: u8,
@@ -85,6 +90,7 @@ impl Default for Registers {
             lcr: 0,
             mcr: 0,
             mcr_written: false,
+            polls: 0,
             overrun: false,
             msr_delta: 0,
             scr: 0,
@@ -122,8 +128,10 @@ impl Registers {
         // Flow control: hold input back until the guest says that it receives, by RTS
         // or by the interrupt. Linux does so when the port is opened, after its startup
         // code has cleared the FIFOs and thrown a byte away. A guest that never touched
-        // MCR may be polling.
-        let ready = self.mcr & MCR_RTS != 0 || self.ier & IER_RDI != 0 || !self.mcr_written;
+        // MCR may be polling, and one that does nothing but read LSR is: so UEFI firmware
+        // waits for a key.
+        let polls = !self.mcr_written || self.polls >= POLLS;
+        let ready = self.mcr & MCR_RTS != 0 || self.ier & IER_RDI != 0 || polls;
         if self.mcr & MCR_LOOP != 0 || !ready {
             return 0;
         }
@@ -174,7 +182,10 @@ impl Registers {
             }
             3 => self.lcr,
             4 => self.mcr,
-            5 => self.read_lsr(),
+            5 => {
+                self.polls = POLLS.min(self.polls.saturating_add(1));
+                self.read_lsr()
+            }
             6 => self.modem_inputs() | std::mem::take(&mut self.msr_delta),
             7 => self.scr,
             _ => 0xFF,
@@ -185,6 +196,7 @@ impl Registers {
     #[must_use]
     pub fn write(&mut self, offset: u64, value: u8) -> Option<u8> {
         let latch = self.lcr & LCR_DLAB != 0;
+        self.polls = 0;
         match offset {
             0 if latch => self.divisor = self.divisor & 0xFF00 | u16::from(value),
             0 => return self.transmit(value),

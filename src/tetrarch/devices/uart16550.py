@@ -38,12 +38,15 @@ RESET_DIVISOR: Final = 1
 @dataclass
 class UartState(DeviceState):
     kind = "uart16550"
+    version = 2
 
     ier: int = register(0, IER_MASK)
     fcr: int = register(0, FCR_STORED)
     lcr: int = register(0, 0xFF)
     mcr: int = register(0, MCR_MASK)
     mcr_written: bool = flag()
+    polls: int = register(0, 0x1F)
+    """How often LSR was read since anything was written, as far as that counts."""
     overrun: bool = flag()
     msr_delta: int = register(0, 0x0F)
     scr: int = register(0, 0xFF)
