@@ -19,6 +19,10 @@ class FakeVm:
     def ram(self) -> list[tuple[int, int]]:
         return [(0, len(self.memory))]
 
+    def read_memory(self, address: int, length: int) -> bytes:
+        assert 0 <= address <= len(self.memory) - length, hex(address)
+        return bytes(self.memory[address : address + length])
+
     def write_memory(self, address: int, data: bytes) -> None:
         assert 0 <= address <= len(self.memory) - len(data), hex(address)
         self.memory[address : address + len(data)] = data

@@ -246,8 +246,9 @@ def test_command_line_limit_never_exceeds_its_place(make_vm: Any, make_bzimage: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 0x201}, "boot protocol 2.01, which is too old"),
-        ({"loadflags": 0}, "zImage"),
+        ({"version": 0x1FF}, "boot protocol 1.255, which is too old"),
+        ({"version": 0x201}, "of boot protocol 2.01, which starts by a BIOS alone"),
+        ({"loadflags": 0}, "that lies below 1 MiB, which starts by a BIOS alone"),
         ({"alignment": 0}, "alignment"),
         ({"alignment": 3 * MIB}, "alignment"),
         ({"pref_address": 0x7000, "relocatable": 0}, "no place"),

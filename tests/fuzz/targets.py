@@ -50,6 +50,9 @@ class CountingVm:
         high = self.size - low
         return [(0, low)] + ([(1 << 32, high)] if high else [])
 
+    def read_memory(self, address: int, length: int) -> bytes:
+        return bytes(length)
+
     def write_memory(self, address: int, data: bytes) -> None:
         assert any(base <= address <= base + length - len(data) for base, length in self.ram)
         self.written += len(data)

@@ -31,8 +31,9 @@ HEADER_START: Final = 0x1F1
 HEADER_MAX: Final = 0x290
 BOOT_FLAG: Final = 0xAA55
 MAGIC: Final = b"HdrS"
-#: 2.02 brought cmd_line_ptr (Linux 2.4.0-test3).
-VERSION_MIN: Final = 0x0202
+VERSION_MIN: Final = 0x0200
+#: 2.02 brought cmd_line_ptr (Linux 2.4.0-test3): what is older needs its own code of 16 bits.
+DIRECT_VERSION_MIN: Final = 0x0202
 #: Of each field: the version that brought it, its offset and size, and what holds before.
 FIELDS: Final = {
     "syssize": (0x0200, 0x1F4, 4, 0),
@@ -83,6 +84,7 @@ class SetupHeader:
     init_size: int
     pref_address: int
     alignment: int
+    loaded_high: bool
     relocatable: bool
     initrd_addr_max: int
     cmdline_size: int
@@ -130,7 +132,7 @@ def parse_setup_header(source: Source) -> SetupHeader:
     if version < VERSION_MIN:
         raise source.error(
             f"speaks boot protocol {version >> 8}.{version & 0xFF:02}, which is too old",
-            mend="use Linux 2.4 or newer",
+            mend="use Linux 2.0 or newer",
         )
     jump_end = 0x202 + start[0x201]
     header_end = max(
@@ -154,8 +156,6 @@ def parse_setup_header(source: Source) -> SetupHeader:
     initrd_addr_max, alignment = field("initrd_addr_max"), field("kernel_alignment")
     relocatable = field("relocatable_kernel") != 0
     pref_address, xloadflags = field("pref_address"), field("xloadflags")
-    if not field("loadflags") & LOADED_HIGH:
-        raise source.error("is a zImage that loads below 1 MiB", mend="use a bzImage")
     setup_size = ((start[0x1F1] or 4) + 1) * SECTOR
     payload_size = source.size - setup_size
     # syssize counts the whole protected-mode part, in paragraphs.
@@ -178,6 +178,7 @@ def parse_setup_header(source: Source) -> SetupHeader:
         init_size=field("init_size") or 4 * payload_size,
         pref_address=pref_address,
         alignment=alignment,
+        loaded_high=bool(field("loadflags") & LOADED_HIGH),
         relocatable=relocatable,
         initrd_addr_max=initrd_addr_max,
         cmdline_size=field("cmdline_size"),
@@ -200,14 +201,22 @@ def load_bzimage(
     acpi_rsdp: int,
     *,
     vga: bool = False,
+    first_initrd: Source | None = None,
 ) -> dict[str, int]:
+    """``first_initrd`` comes before those that are named. Raises BootError."""
     header = parse_setup_header(source)
+    if header.version < DIRECT_VERSION_MIN or not header.loaded_high:
+        version = f"{header.version >> 8}.{header.version & 0xFF:02}"
+        kind = f"of boot protocol {version}" if header.loaded_high else "that lies below 1 MiB"
+        raise source.error(
+            f"is a kernel {kind}, which starts by a BIOS alone", mend="add --firmware seabios"
+        )
     top = low_ram_top(vm)
     if header.memory_end > top:
-        raise too_little_memory(vm, source, header.memory_end, initrd)
+        raise too_little_memory(vm, source, header.memory_end, initrd, first_initrd)
     cmdline_address = write_cmdline(vm, cmdline, header.cmdline_size)
     initrd_address, initrd_size = load_initrd(
-        vm, initrd, header.memory_end, min(top, header.initrd_end)
+        vm, initrd, header.memory_end, min(top, header.initrd_end), first_initrd
     )
     load_address = header.load_address
     copy_to_guest(vm, load_address, source, header.setup_size, header.payload_size)

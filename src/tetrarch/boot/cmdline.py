@@ -1,11 +1,11 @@
-"""The kernel command line: checked and written to its place."""
+"""The kernel command line: checked, and written to its place."""
 
 from typing import Final
 
 from tetrarch.boot.layout import CMDLINE_BASE, CMDLINE_SPACE, GuestMemory
 from tetrarch.errors import BootError
 
-__all__ = ["DEFAULT_APPEND", "LINUX_LIMIT", "write_cmdline"]
+__all__ = ["DEFAULT_APPEND", "LINUX_LIMIT", "cmdline_bytes", "write_cmdline"]
 
 #: Where the user gives none.
 DEFAULT_APPEND: Final = "console=ttyS0 quiet"
@@ -14,8 +14,8 @@ DEFAULT_APPEND: Final = "console=ttyS0 quiet"
 LINUX_LIMIT: Final = 2047
 
 
-def write_cmdline(vm: GuestMemory, cmdline: str, limit: int) -> int:
-    """Writes it with its final zero; the address. ``limit`` does not count the zero."""
+def cmdline_bytes(cmdline: str, limit: int) -> bytes:
+    """With its final zero, which ``limit`` does not count. Raises BootError."""
     data = cmdline.encode("utf-8", "surrogateescape")
     if b"\0" in data:
         raise BootError("the kernel command line holds a zero byte", mend="remove it")
@@ -25,5 +25,10 @@ def write_cmdline(vm: GuestMemory, cmdline: str, limit: int) -> int:
             f"the kernel command line is {len(data)} bytes long, this kernel takes {limit}",
             mend="shorten --append",
         )
-    vm.write_memory(CMDLINE_BASE, data + b"\0")
+    return data + b"\0"
+
+
+def write_cmdline(vm: GuestMemory, cmdline: str, limit: int) -> int:
+    """Writes it with its final zero; the address. ``limit`` does not count the zero."""
+    vm.write_memory(CMDLINE_BASE, cmdline_bytes(cmdline, limit))
     return CMDLINE_BASE

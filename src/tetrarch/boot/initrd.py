@@ -47,11 +47,15 @@ def initrd_relative_to(initrd: Path, directory: Path) -> Path:
 
 
 @contextmanager
-def open_initrd(initrd: str | os.PathLike[str]) -> Iterator[Source]:
-    """All files as one, each at a multiple of four bytes, without their arguments."""
+def open_initrd(
+    initrd: str | os.PathLike[str] | None, first: Source | None = None
+) -> Iterator[Source]:
+    """All files as one, each at a multiple of four bytes, without their arguments; ``first``
+    comes before them. One of both is there."""
     with ExitStack() as stack:
         files = initrd_files(initrd)
-        sources = [stack.enter_context(Source.open(file.path, "initrd")) for file in files]
+        sources = [] if first is None else [first]
+        sources += [stack.enter_context(Source.open(file.path, "initrd")) for file in files]
         if len(sources) == 1:
             yield sources[0]
             return

@@ -20,7 +20,7 @@ from tetrarch.boot.layout import (
 from tetrarch.boot.source import Source, copy_to_guest
 from tetrarch.errors import BootError
 
-__all__ = ["load_initrd", "too_little_memory"]
+__all__ = ["load_initrd", "place_initrd", "too_little_memory"]
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ WORKING_MEMORY: Final = 4 << 20
 MEMORY_STEP: Final = 4 << 20
 
 
-def _place_initrd(vm: GuestMemory, source: Source, floor: int, ceiling: int) -> int:
-    """The highest page-aligned address in [floor, ceiling) where the initrd fits.
+def place_initrd(vm: GuestMemory, source: Source, floor: int, ceiling: int) -> int:
+    """The highest page-aligned address in [floor, ceiling) where the initrd fits. Raises BootError.
 
     High, because the kernel unpacks and relocates itself upwards from its load address.
     """
@@ -103,10 +103,15 @@ def _warn_of_little_memory(vm: GuestMemory, kernel_end: int, initrd: Source) -> 
 
 
 def too_little_memory(
-    vm: GuestMemory, kernel: Source, kernel_end: int, initrd: str | os.PathLike[str] | None
+    vm: GuestMemory,
+    kernel: Source,
+    kernel_end: int,
+    initrd: str | os.PathLike[str] | None,
+    first: Source | None = None,
 ) -> BootError:
     with ExitStack() as stack:
-        source = None if initrd is None else stack.enter_context(open_initrd(initrd))
+        there = initrd is not None or first is not None
+        source = stack.enter_context(open_initrd(initrd, first)) if there else None
         return kernel.error(
             f"needs more than the {mib_up(total_ram(vm))} MiB of memory that the machine has",
             mend=f"give it {_enough_memory(kernel_end, source)}",
@@ -114,13 +119,17 @@ def too_little_memory(
 
 
 def load_initrd(
-    vm: GuestMemory, path: str | os.PathLike[str] | None, floor: int, ceiling: int
+    vm: GuestMemory,
+    path: str | os.PathLike[str] | None,
+    floor: int,
+    ceiling: int,
+    first: Source | None = None,
 ) -> tuple[int, int]:
-    """Writes the initrd; (address, size), or (0, 0) without one."""
-    if path is None:
+    """Writes the initrd; (address, size), or (0, 0) without one. ``first`` comes before it."""
+    if path is None and first is None:
         return 0, 0
-    with open_initrd(path) as source:
-        address = _place_initrd(vm, source, floor, ceiling)
+    with open_initrd(path, first) as source:
+        address = place_initrd(vm, source, floor, ceiling)
         copy_to_guest(vm, address, source, 0, source.size)
         _warn_of_little_memory(vm, floor, source)
         return address, source.size

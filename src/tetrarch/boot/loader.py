@@ -6,9 +6,12 @@ from typing import Final
 from tetrarch.boot import elf
 from tetrarch.boot.bzimage import is_bzimage, load_bzimage
 from tetrarch.boot.layout import GuestMemory
-from tetrarch.boot.multiboot import HEADER_WITHIN, find_header, load_multiboot
+from tetrarch.boot.multiboot import find_header, load_multiboot
+from tetrarch.boot.multiboot2 import HEADER_WITHIN, load_multiboot2
+from tetrarch.boot.multiboot2 import find_header as find_header2
 from tetrarch.boot.pvh import load_pvh
 from tetrarch.boot.source import Source
+from tetrarch.boot.unified import open_kernel
 from tetrarch.errors import BootError
 
 __all__ = ["load_kernel"]
@@ -36,16 +39,22 @@ def load_kernel(
 ) -> dict[str, int]:
     """Loads kernel, initrd and command line; the registers to start the first vCPU with.
 
-    Takes a bzImage (Linux's boot protocol), a Multiboot kernel, or an ELF file with a PVH entry.
+    Takes a bzImage (Linux's boot protocol), alone or in a unified kernel image, a Multiboot kernel
+    of either version, or an ELF file with a PVH entry.
     ``vga``: there is a screen in text mode.
     Raises ``BootError``.
     """
-    with Source.open(kernel_path, "kernel") as source:
+    with open_kernel(kernel_path) as file:
+        source = file.kernel
         start = source.read(0, min(source.size, HEADER_WITHIN))
         if is_bzimage(start):
-            return load_bzimage(vm, source, initrd_path, cmdline, acpi_rsdp, vga=vga)
+            return load_bzimage(
+                vm, source, initrd_path, cmdline, acpi_rsdp, vga=vga, first_initrd=file.initrd
+            )
         if (header := find_header(start)) is not None:
             return load_multiboot(vm, source, header, initrd_path, cmdline)
+        if (header2 := find_header2(start)) is not None:
+            return load_multiboot2(vm, source, header2, initrd_path, cmdline, acpi_rsdp, vga=vga)
         if start.startswith(elf.MAGIC):
             return load_pvh(vm, source, initrd_path, cmdline, acpi_rsdp)
         raise _unknown(source, start)

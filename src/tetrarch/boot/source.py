@@ -23,8 +23,10 @@ class Source:
     with SIGBUS.
     """
 
-    def __init__(self, file: BinaryIO, size: int, what: str, path: str) -> None:
+    def __init__(self, file: BinaryIO, size: int, what: str, path: str, start: int = 0) -> None:
+        """What of the file there is begins at ``start``."""
         self._file = file
+        self._start = start
         self.size = size
         self.what = what
         self.path = path
@@ -39,7 +41,7 @@ class Source:
                 mend="get the file again",
             )
         try:
-            self._file.seek(offset)
+            self._file.seek(self._start + offset)
             data = self._file.read(length)
         except OSError as error:
             cause = f"cannot be read: {error.strerror or error}"
@@ -49,6 +51,10 @@ class Source:
         if len(data) != length:
             raise self.error("got shorter while it was read", mend="try again when it is complete")
         return data
+
+    def part(self, offset: int, size: int, what: str) -> "Source":
+        """Some of it, which is within it, as one of its own."""
+        return Source(self._file, size, what, self.path, self._start + offset)
 
     @classmethod
     @contextmanager

@@ -12,6 +12,7 @@ from tetrarch.boot.bzimage import parse_setup_header
 from tetrarch.boot.e820 import E820Entry, E820Type, pack_e820
 from tetrarch.boot.initrd import open_initrd
 from tetrarch.boot.source import Source
+from tetrarch.boot.unified import open_kernel
 from tetrarch.devices.fw_cfg import FwCfgItem, Key
 from tetrarch.machine import map as machine_map
 
@@ -55,19 +56,21 @@ def memory_file(ram: Iterable[tuple[int, int]]) -> bytes:
 
 
 def kernel_items(kernel: Path, initrd: Path | None, cmdline: str) -> dict[int, bytes | FwCfgItem]:
-    """A bzImage in its two parts, its initrd and command line. Raises BootError."""
-    open_kernel = partial(Source.open, kernel, "kernel")
-    with open_kernel() as source:
-        header = parse_setup_header(source)
-        setup, rest = header.setup_size, source.size - header.setup_size
+    """A bzImage in its two parts, its initrd and command line; a unified kernel image is one part,
+    the firmware's to run. Raises BootError."""
+    with open_kernel(kernel) as file:
+        setup = 0 if file.unified else parse_setup_header(file.kernel).setup_size
+    whole = partial(Source.open, kernel, "kernel")
+    with whole() as source:
+        rest = source.size - setup
     words = cmdline.encode("utf-8", "surrogateescape") + b"\0"
     items: dict[int, bytes | FwCfgItem] = {
         Key.SETUP_ADDR: _number(REAL_MODE_ADDRESS),
         Key.SETUP_SIZE: _number(setup),
-        Key.SETUP_DATA: FileItem(open_kernel, 0, setup),
+        Key.SETUP_DATA: FileItem(whole, 0, setup),
         Key.KERNEL_ADDR: _number(KERNEL_ADDRESS),
         Key.KERNEL_SIZE: _number(rest),
-        Key.KERNEL_DATA: FileItem(open_kernel, setup, rest),
+        Key.KERNEL_DATA: FileItem(whole, setup, rest),
         Key.CMDLINE_ADDR: _number(CMDLINE_ADDRESS),
         Key.CMDLINE_SIZE: _number(len(words)),
         Key.CMDLINE_DATA: words,

@@ -99,6 +99,10 @@ def load_guest(
     """
     append = config.append
     if append is None:
+    if append is None and config.kernel is not None:
+        from tetrarch.boot.unified import embedded_cmdline
+
+        append = embedded_cmdline(config.kernel)
         from tetrarch.boot.cmdline import DEFAULT_APPEND
 
         append = DEFAULT_APPEND
