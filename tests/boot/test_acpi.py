@@ -56,6 +56,16 @@ def test_xsdt_and_fadt_point_to_tables() -> None:
     assert tables[b"FACS"][0] % 64 == 0
 
 
+def test_timers_are_told_where_there_are_some() -> None:
+    _, tables = build_acpi([0], RAM, timers=True)
+    (hpet,) = [data for _, data in tables if data[:4] == b"HPET"]
+    block, space, width = struct.unpack_from("<IBB", hpet, 36)
+    assert (block >> 16, block & 0xFF, space, width) == (0x8086, 1, 0, 64)
+    assert struct.unpack_from("<Q", hpet, 44) == (0xFED0_0000,)
+    assert len(hpet) == 56
+    assert b"HPET" not in by_signature(1)
+
+
 def madt_entries(vcpus: int) -> list[bytes]:
     madt = by_signature(vcpus)[b"APIC"][1]
     entries, at = [], 44

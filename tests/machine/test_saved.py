@@ -229,6 +229,7 @@ ABOUT: dict[str, Any] = {
     "memory": "16384K",
     "cpus": 1,
     "debug_exit": False,
+    "hpet": False,
     "uptime": 1.0,
     "identity": "x",
     "parent": None,

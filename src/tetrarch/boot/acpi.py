@@ -7,13 +7,13 @@ from typing import Final
 from tetrarch.boot import aml
 from tetrarch.boot.generation import generation_device, generation_event
 from tetrarch.boot.layout import ACPI_BASE, ACPI_END, align_up
-from tetrarch.devices import acpi_pm, i8042, pvpanic, reset_cf9, rtc_cmos, uart16550
+from tetrarch.devices import acpi_pm, hpet, i8042, pvpanic, reset_cf9, rtc_cmos, uart16550
 from tetrarch.errors import ConfigError
 from tetrarch.machine import map as machine_map
 from tetrarch.pci import bus as pci_bus
 from tetrarch.pci import hotplug
 
-__all__ = ["build_acpi", "virtio_mmio_device"]
+__all__ = ["build_acpi", "hpet_device", "mouse_device", "virtio_mmio_device"]
 
 IOAPIC_BASE: Final = 0xFEC0_0000
 LAPIC_BASE: Final = 0xFEE0_0000
@@ -247,6 +247,27 @@ def virtio_mmio_device(index: int) -> bytes:
     )
 
 
+def hpet_device() -> bytes:
+    return aml.device(
+        "HPET",
+        aml.name("_HID", aml.eisa_id("PNP0103")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", aml.resources(aml.memory32(hpet.BASE, hpet.BYTES))),
+    )
+
+
+def mouse_device() -> bytes:
+    """Without ports, which are the keyboard's."""
+    return _pnp("MOU", "PNP0F13", aml.irq(i8042.AUX_GSI))
+
+
+def _hpet() -> bytes:
+    """Where the timers are (IA-PC HPET 1.0a, 3.2.4)."""
+    address = struct.pack("<BBBBQ", 0, 64, 0, 0, hpet.BASE)
+    tail = struct.pack("<BHB", 0, hpet.MIN_TICK, 0)
+    return _table(b"HPET", 1, struct.pack("<I", hpet.BLOCK_ID) + address + tail)
+
+
 def _mcfg() -> bytes:
     """Where configuration space lies in memory (PCI Firmware 3.0, 4.1.2)."""
     base, end = machine_map.ECAM
@@ -328,11 +349,12 @@ def build_acpi(
     *,
     firmware: bool = False,
     vga: bool = False,
+    timers: bool = False,
 ) -> tuple[int, list[tuple[int, bytes]]]:
     """The address of the RSDP, and (address, table) of all tables, the RSDP among them.
 
     ``apic_ids`` are those of the CPUs by their numbers; ``devices`` are more devices of the
-    DSDT's ``\\_SB``; ``firmware`` places the BARs.
+    DSDT's ``\\_SB``; ``firmware`` places the BARs; ``timers`` says that there is an HPET.
     """
     if not apic_ids:
         raise ConfigError("a machine with 0 CPUs cannot be", mend="give at least 1")
@@ -355,5 +377,8 @@ def build_acpi(
 
     facs = place(_facs())
     fadt = place(_fadt(facs, place(_dsdt(ram, devices, firmware)), vga))
-    xsdt = place(_xsdt([fadt, place(_madt(apic_ids)), place(_mcfg())]))
+    listed = [fadt, place(_madt(apic_ids)), place(_mcfg())]
+    if timers:
+        listed.append(place(_hpet()))
+    xsdt = place(_xsdt(listed))
     return ACPI_BASE, [(ACPI_BASE, _rsdp(xsdt)), *tables]

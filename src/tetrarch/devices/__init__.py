@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from tetrarch.devices.debug_console import DebugConsole
     from tetrarch.devices.debug_exit import DebugExit
     from tetrarch.devices.fw_cfg import FwCfg, FwCfgCore
+    from tetrarch.devices.hpet import Hpet, HpetCore
     from tetrarch.devices.i8042 import I8042, I8042Core
     from tetrarch.devices.port_92 import Port92
     from tetrarch.devices.pvpanic import PvPanic
@@ -26,6 +27,8 @@ __all__ = [
     "FwCfg",
     "FwCfgCore",
     "I8042Core",
+    "Hpet",
+    "HpetCore",
     "Port92",
     "PvPanic",
     "ResetCf9",
@@ -47,6 +50,8 @@ _HOMES = {
     "I8042Core": "tetrarch.devices.i8042",
     "Port92": "tetrarch.devices.port_92",
     "PvPanic": "tetrarch.devices.pvpanic",
+    "Hpet": "tetrarch.devices.hpet",
+    "HpetCore": "tetrarch.devices.hpet",
     "ResetCf9": "tetrarch.devices.reset_cf9",
     "RtcCmos": "tetrarch.devices.rtc_cmos",
     "RtcCmosCore": "tetrarch.devices.rtc_cmos",

@@ -8,7 +8,6 @@ the host's wall clock and which the guest sets. While the guest holds updates (S
 in reset) the registers are plain memory.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Final
 from tetrarch.devices._access import read_bytes, write_bytes
 from tetrarch.devices._adapter import Adapter
 from tetrarch.devices._state import DeviceState, State, counter, memory, register
+from tetrarch.devices._timer import TimerThread
 
 __all__ = [
     "CENTURY",
@@ -88,9 +88,6 @@ NS: Final = 1_000_000_000
 UIP_NS: Final = 244_000
 DAY: Final = 86_400
 CMOS_SIZE: Final = 128
-
-MIN_WAIT_S: Final = 0.000_1
-MAX_WAIT_S: Final = 1.0
 
 
 def days_from_civil(year: int, month: int, day: int) -> int:
@@ -371,59 +368,34 @@ class RtcCmos(Adapter[RtcCmosCore]):
         """``ram``: (address, length) of the machine's RAM ranges, told in the CMOS memory."""
         self._clock_ns = clock_ns
         super().__init__(RtcCmosCore(clock_ns(), wall_ns(), ram), irq)
-        self._changed = threading.Condition(self._lock)
-        self._thread: threading.Thread | None = None
-        self._closed = False
+        self._timer = TimerThread("rtc", self._lock, clock_ns, self._core.next_event, self._tick)
 
     def read(self, offset: int, size: int) -> int:
         now = self._clock_ns()
-        with self._changed:
+        with self._lock:
             value = read_bytes(lambda at: self._core.read(at, now), offset, size)
-            self._arm(now)
+            self._timer.arm(now)
         self._line.update()
         return value
 
     def write(self, offset: int, size: int, value: int) -> None:
         now = self._clock_ns()
-        with self._changed:
+        with self._lock:
             write_bytes(lambda at, byte: self._core.write(at, byte, now), offset, size, value)
-            self._arm(now)
+            self._timer.arm(now)
         self._line.update()
 
     def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            thread = self._thread
-            self._changed.notify_all()
-        if thread is not None:
-            thread.join()
-
-    def _arm(self, now: int) -> None:
-        if self._thread is not None:
-            self._changed.notify_all()
-        elif not self._closed and self._core.next_event(now) is not None:
-            self._thread = threading.Thread(target=self._tick, name="rtc", daemon=True)
-            self._thread.start()
+        self._timer.close()
 
     def _tick(self) -> None:
-        while True:
-            with self._changed:
-                now = self._clock_ns()
-                self._core.advance(now)
-                irq = self._core.irq
-            if irq:
-                self._line.update()
-            with self._changed:
-                now = self._clock_ns()
-                due = self._core.next_event(now)
-                if self._closed or due is None:
-                    self._thread = None
-                    return
-                if due > now:
-                    # Bounded both ways: the machine's clock may stand still meanwhile.
-                    self._changed.wait(min(max((due - now) / NS, MIN_WAIT_S), MAX_WAIT_S))
+        with self._lock:
+            self._core.advance(self._clock_ns())
+            irq = self._core.irq
+        if irq:
+            self._line.update()
 
     def load(self, state: State) -> None:
         super().load(state)
-        with self._changed:
-            self._arm(self._clock_ns())
+        with self._lock:
+            self._timer.arm(self._clock_ns())

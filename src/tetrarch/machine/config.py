@@ -375,6 +375,7 @@ class MachineConfig(BaseModel):
         "tetrarch", "A name for the machine, for reports [default: tetrarch].", "NAME"
     )
 
+    hpet: bool = option(False, "Event timers beside the PIT; docs/devices.md.")
     @model_validator(mode="after")
     def _checked(self) -> Self:
         self._check_together()
@@ -465,6 +466,7 @@ class MachineOptions(TypedDict, total=False):
 # What pydantic's own checks say in its words, in ours: cause and mend.
 _PROBLEMS = {
     "engine": ("is no engine", "there are auto, bt and kvm"),
+    hpet: bool
     "on_reset": ("is nothing that a reset can do", "there are end and restart"),
     "name": ("is no name", "use up to 64 letters, digits, '.', '_' and '-'"),
     "debug_exit": ("is neither true nor false", "give one of them"),
@@ -478,6 +480,7 @@ _PROBLEMS = {
 Model = TypeVar("Model", bound=BaseModel)
 
 
+    "hpet": ("is neither true nor false", "give one of them"),
 def make_config(values: dict[str, Any], spelling: Spelling = plainly) -> MachineConfig:
     """The checked configuration. Raises ConfigError for the first option that is wrong."""
     return check_options(MachineConfig, values, spelling)

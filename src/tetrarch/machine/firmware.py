@@ -51,8 +51,15 @@ class MachineFirmware:
                     mend="leave --firmware or the kernel out, or take ovmf",
                 )
             items |= kernel_items(config.kernel, config.initrd, cmdline)
-        tables = build_acpi(config.cpus.apic_ids, self._ram, dsdt, firmware=True, vga=config.vga)
-        files = {
+        tables = build_acpi(
+            config.cpus.apic_ids,
+            self._ram,
+            dsdt,
+            firmware=True,
+            vga=config.vga,
+            timers=config.hpet,
+        )
+        files: dict[str, bytes | FwCfgItem] = {
             "etc/e820": memory_file(self._ram),
             **acpi_files(*tables),
             **smbios_files(config.memory),

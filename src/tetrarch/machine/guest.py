@@ -118,7 +118,9 @@ def load_guest(
         from tetrarch.boot.generation import first_generation
 
         first_generation(vm)
-        rsdp, tables = build_acpi(config.cpus.apic_ids, vm.ram, dsdt, vga=config.vga)
+        rsdp, tables = build_acpi(
+            config.cpus.apic_ids, vm.ram, dsdt, vga=config.vga, timers=config.hpet
+        )
         for address, data in tables:
             vm.write_memory(address, data)
         registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp, vga=config.vga)

@@ -5,7 +5,8 @@ memory      0 .. 0xBFFF_FFFF                RAM, up to 3 GiB of it
             0xE000_0000 .. 0xE00F_FFFF      PCI: configuration space of bus 0 (ECAM)
             0xFEB0_0000 .. 0xFEB0_7FFF      virtio-mmio: 8 pages; with firmware, PCI: BARs
             0xFEC0_0000, 0xFEE0_0000        IOAPIC, LAPIC: in the engine
-            .. 0xFFFF_FFFF                  firmware, if there is one
+            0xFED0_0000 .. 0xFED0_03FF      HPET, if there is one
+            .. 0xFFFF_FFFF                  firmware: flash with its variables, and its image
             4 GiB .. end                    the rest of the RAM
             the next multiple of 64 GiB ..  PCI: large BARs, 64 GiB
 ports       0x0600 .. 0x060F                ACPI: fixed hardware, general-purpose events
@@ -17,7 +18,7 @@ ports       0x0600 .. 0x060F                ACPI: fixed hardware, general-purpos
             others                          the table of machine/pc.py
 lines       0 .. 15                         ISA devices, at the PICs and the IOAPIC
             16 .. 19                        PCI: INTA# to INTD#, by slot
-            20 .. 23                        virtio-mmio: two pages a line
+            20 .. 23                        virtio-mmio: two pages a line; HPET, as it chooses
 """
 
 from __future__ import annotations

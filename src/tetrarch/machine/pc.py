@@ -63,7 +63,7 @@ from tetrarch.virtio.vsock import VsockKind
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
-    from tetrarch.devices import Vga
+    from tetrarch.devices import Hpet, Vga
     from tetrarch.machine.firmware import MachineFirmware
 
 __all__ = ["Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
@@ -118,6 +118,7 @@ class Pc:
 
     def save(self) -> dict[str, State]:
         return {name: device.save() for name, device in self.devices.items()}
+    hpet: Hpet | None = None
 
     def load(self, states: Mapping[str, State]) -> None:
         """Raises StateError where there is a state too many or too few."""
@@ -138,6 +139,8 @@ class Pc:
         for disk in self.disks:
             disk.close()
         if self.hotplug is not None:
+        if self.hpet is not None:
+            self.hpet.close()
             self.hotplug.close()
         self.blocks.close()
         self.netdevs.close()
@@ -285,6 +288,15 @@ def assemble_pc(
         with ExitStack() as undo:
             if config.vsock is not None:
                 vsock = VsockKind(vm, config.vsock)
+    timers: Hpet | None = None
+    if config.hpet:
+        from tetrarch.boot.acpi import hpet_device
+        from tetrarch.devices import hpet
+
+        wires = [hpet.Wire(line(gsi), vm.irq_source(gsi).pulse) for gsi in hpet.GSIS]
+        devices["hpet"] = timers = hpet.Hpet(wires, vm.clock_ns)
+        vm.attach_mmio(hpet.BASE, hpet.BYTES, timers)
+        dsdt.append(hpet_device())
                 undo.callback(vsock.close)
             undo.callback(blocks.close)
             for disk in machine_disks(vm, config, blocks):
@@ -340,3 +352,4 @@ def assemble_pc(
         firmware,
         screen,
     )
+        timers,
