@@ -81,7 +81,7 @@ DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
 CdromOption: TypeAlias = str | os.PathLike[str] | CdromSpec
 NetOption: TypeAlias = str | NetSpec
 PortOption: TypeAlias = str | ConsoleBackend | PortSpec
-InputOption = Literal["keyboard", "mouse", "tablet"]
+InputOption = Literal["keyboard", "mouse", "tablet", "ps2-keyboard", "ps2-mouse"]
 GdbOption: TypeAlias = int | str | os.PathLike[str] | GdbSpec
 ShareOption: TypeAlias = str | os.PathLike[str] | ShareSpec
 
@@ -233,13 +233,17 @@ def _share(value: object) -> ShareSpec:
 
 def _inputs(value: object) -> tuple[object, ...]:
     """One input device, or several."""
-    return _each(_input, value)
+    inputs = _each(_input, value)
+    for one in ("ps2-keyboard", "ps2-mouse"):
+        if inputs.count(one) > 1:
+            raise ValueProblem(f"{one} is given twice", mend="give it once: there is one place")
+    return inputs
 
 
 def _input(value: object) -> object:
     if value not in get_args(InputOption):
         raise ValueProblem(
-            f"{value!r} is no input device", mend="there are keyboard, mouse and tablet"
+            f"{value!r} is no input device", mend=f"there are {', '.join(get_args(InputOption))}"
         )
     return value
 
@@ -342,7 +346,9 @@ class MachineConfig(BaseModel):
         "DIR[:TAG][,readonly]",
     )
     input: Annotated[tuple[InputOption, ...], BeforeValidator(_inputs)] = option(
-        (), "A virtio input device, which a program uses. Can be repeated.", "keyboard|mouse|tablet"
+        (),
+        "An input device, at virtio or as PS/2, which a program uses. Can be repeated.",
+        "keyboard|mouse|tablet|ps2-keyboard|ps2-mouse",
     )
     vsock: FilePath | None = option(
         None, "A Unix socket for connections with the guest's vsock ports.", "PATH"

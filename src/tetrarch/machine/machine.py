@@ -17,6 +17,7 @@ from tetrarch.agent.guest import AGENT_S, AgentMethods
 from tetrarch.console import ConsoleBackend, MemoryConsole
 from tetrarch.console.spec import ConsoleSpec, PortSpec, require_console
 from tetrarch.errors import ConfigError, MachineStateError, ValueProblem
+from tetrarch.devices.input_user import InputUser
 from tetrarch.gdb.spec import GdbSpec
 from tetrarch.machine.config import (
     CdromOption,
@@ -46,7 +47,6 @@ from tetrarch.platforms.pc import PC
 from tetrarch.platforms.platform import Platform
 from tetrarch.sockets import socket_place
 from tetrarch.virtio.balloon import BalloonKind
-from tetrarch.virtio.input import InputDevice
 
 if TYPE_CHECKING:
     from tetrarch.aio import AsyncMachine
@@ -151,9 +151,9 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         return self._pc.balloon
 
     @property
-    def inputs(self) -> tuple[InputDevice, ...]:
+    def inputs(self) -> tuple[InputUser, ...]:
         """The keyboards, mice and tablets of ``input=``, in its order."""
-        return tuple(kind.device for kind in self._pc.inputs)
+        return tuple(self._pc.inputs)
 
     def screen(self) -> Screen:
         """What its screen shows; with ``vga`` alone."""

@@ -36,6 +36,7 @@ from tetrarch.devices import (
     uart16550,
 )
 from tetrarch.devices._state import State
+from tetrarch.devices.input_user import InputUser
 from tetrarch.errors import StateError
 from tetrarch.machine import map as machine_map
 from tetrarch.machine.blocks import BlockNodes
@@ -102,7 +103,9 @@ class Pc:
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
     vsock: VsockKind | None
     balloon: BalloonKind | None
-    inputs: Sequence[InputKind]
+    inputs: Sequence[InputUser]
+    """Those of virtio and at the keyboard controller, as they were asked for."""
+    input_kinds: Sequence[InputKind]
     console_ports: Sequence[ConsolePort]
     """Of the virtio console."""
     devices: Mapping[str, SavedDevice]
@@ -150,8 +153,8 @@ class Pc:
             share.close()
         if self.vsock is not None:
             self.vsock.close()
-        for device in self.inputs:
-            device.close()
+        for kind in self.input_kinds:
+            kind.close()
 
     def resumed(self) -> None:
         """The machine goes on after a hold."""
@@ -197,7 +200,13 @@ def assemble_pc(
 
     uart = Uart16550(vm.irq_source(uart16550.GSI))
     rtc = RtcCmos(line(rtc_cmos.GSI), vm.clock_ns, vm.ram)
-    keyboard = I8042(line(i8042.GSI), reset("the keyboard controller"))
+    keyboard = I8042(
+        line(i8042.GSI),
+        reset("the keyboard controller"),
+        line(i8042.AUX_GSI),
+        keyboard="ps2-keyboard" in config.input,
+        mouse="ps2-mouse" in config.input,
+    )
     with_firmware = config.firmware is not None
     acpi = AcpiPm(line(acpi_pm.GSI), vm.clock_ns, power_off, firmware=with_firmware)
     control_a = Port92(reset("port 0x92"))
@@ -229,7 +238,7 @@ def assemble_pc(
     }
 
     ports = [
-        PortRange(i8042.DATA_PORT, 1, keyboard.data),  # GSI 1
+        PortRange(i8042.DATA_PORT, 1, keyboard.data),  # GSI 1, and 12 with a mouse
         PortRange(i8042.STATUS_PORT, 1, keyboard.status),
         PortRange(rtc_cmos.PORT_BASE, rtc_cmos.PORTS, rtc),  # GSI 8
         PortRange(port_92.PORT_BASE, port_92.PORTS, control_a),
@@ -275,7 +284,16 @@ def assemble_pc(
     shares: list[MachineShare] = []
     vsock: VsockKind | None = None
     balloon: BalloonKind | None = None
-    inputs: list[InputKind] = []
+    if keyboard.mouse is not None:
+        from tetrarch.boot.acpi import mouse_device
+
+        dsdt.append(mouse_device())
+    inputs: dict[int, InputUser] = {}
+    input_kinds: list[InputKind] = []
+    for index, model in enumerate(config.input):
+        at_controller = {"ps2-keyboard": keyboard.keyboard, "ps2-mouse": keyboard.mouse}.get(model)
+        if at_controller is not None:
+            inputs[index] = at_controller
     console_ports: Sequence[ConsolePort] = ()
     if isinstance(vm, Vm):  # a stand-in has no I/O thread
         slots = VirtioSlots(vm, plugged, config.virtio, dsdt)
@@ -323,7 +341,8 @@ def assemble_pc(
             for index, model in enumerate(config.input):
                 input_kind = InputKind(vm, model, f"input{index}", end)
                 undo.callback(input_kind.close)
-                inputs.append(input_kind)
+                input_kinds.append(input_kind)
+                inputs[index] = input_kind.device
                 plug_virtio(input_kind)
             if config.virtio_console:
                 console = ConsoleKind(vm, [port.name for port in config.virtio_console])
@@ -331,6 +350,8 @@ def assemble_pc(
                 plug_virtio(console)
             undo.pop_all()
     return Pc(
+                if index in inputs:
+                    continue
         uart,
         rtc,
         acpi,
@@ -342,7 +363,8 @@ def assemble_pc(
         slots,
         vsock,
         balloon,
-        inputs,
+        [inputs[index] for index in sorted(inputs)],
+        input_kinds,
         console_ports,
         devices,
         plugged,

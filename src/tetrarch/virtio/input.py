@@ -10,20 +10,19 @@ from __future__ import annotations
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from tetrarch.devices import input_codes as codes
 from tetrarch.devices._state import DeviceState, queue, register
-from tetrarch.errors import ConfigError
-from tetrarch.virtio import input_codes as codes
+from tetrarch.devices.input_user import ABS_MAX, Event, InputModel, InputUser
 from tetrarch.virtio.served import DeviceQueues, ServedKind
 
 if TYPE_CHECKING:
     from tetrarch._native import VirtioChain, Vm
 
-__all__ = ["MODELS", "InputDevice", "InputKind", "InputModel", "InputState"]
+__all__ = ["MODELS", "InputDevice", "InputKind", "InputState", "VirtioModel"]
 
 # Queues (5.8.2).
 EVENTS: Final = 0
@@ -47,58 +46,44 @@ _ABS_INFO: Final = struct.Struct("<5I")
 _DEVICE_IDS: Final = struct.Struct("<4H")
 _VENDOR: Final = 0x1AF4
 
-#: Both coordinates of a tablet go from 0 to this.
-ABS_MAX: Final = 0x7FFF
 #: Events that may wait for buffers.
 _WAITING_MAX: Final = 1024
 #: Linux puts one event into a buffer of the status queue; others may put several.
 _STATUS_BYTES_MAX: Final = 64 * _EVENT.size
-_INT32: Final = range(-(1 << 31), 1 << 31)
-
-Event = tuple[int, int, int]
-"""Type, code, value."""
 
 
 @dataclass(frozen=True)
-class InputModel:
-    """What makes a device a keyboard, a mouse or a tablet."""
-
-    title: str
-    product: int
-    keys: Mapping[str, int]
-    bits: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    """Codes of the events other than keys that it has, by type."""
-
-    def codes(self, type_: int) -> Iterable[int]:
-        return self.keys.values() if type_ == codes.EV_KEY else self.bits.get(type_, ())
+class VirtioModel(InputModel):
+    title: str = ""
+    product: int = 0
 
 
 #: As the option ``input`` names them.
-MODELS: Final[Mapping[str, InputModel]] = {
-    "keyboard": InputModel(
-        "Tetrarch keyboard",
-        1,
+MODELS: Final[Mapping[str, VirtioModel]] = {
+    "keyboard": VirtioModel(
         codes.KEYS,
         {
             codes.EV_LED: tuple(codes.LEDS.values()),
             # The guest repeats a key that stays down.
             codes.EV_REP: (codes.REP_DELAY, codes.REP_PERIOD),
         },
+        "Tetrarch keyboard",
+        1,
     ),
-    "mouse": InputModel(
-        "Tetrarch mouse",
-        2,
+    "mouse": VirtioModel(
         codes.BUTTONS,
         {codes.EV_REL: (codes.REL_X, codes.REL_Y, codes.REL_HWHEEL, codes.REL_WHEEL)},
+        "Tetrarch mouse",
+        2,
     ),
-    "tablet": InputModel(
-        "Tetrarch tablet",
-        3,
+    "tablet": VirtioModel(
         codes.BUTTONS,
         {
             codes.EV_REL: (codes.REL_HWHEEL, codes.REL_WHEEL),
             codes.EV_ABS: (codes.ABS_X, codes.ABS_Y),
         },
+        "Tetrarch tablet",
+        3,
     ),
 }
 
@@ -114,12 +99,8 @@ class InputState(DeviceState):
     """Events that have no buffer yet, each as the number that its bytes are."""
 
 
-class InputDevice:
-    """A device of ``Machine.inputs``. Its methods may be called from any thread.
-
-    Those that send give False where the report was dropped: the guest has no driver for the
-    device, or does not take what it has got. ConfigError: this model has no such key or axis.
-    """
+class InputDevice(InputUser):
+    """An input device of virtio: a device of ``Machine.inputs``."""
 
     device_id: Final = 18
     features: Final = 0
@@ -128,15 +109,11 @@ class InputDevice:
 
     def __init__(self, model: str, serial: str) -> None:
         """``model`` is one of MODELS."""
-        self.model = model
-        self._model = MODELS[model]
+        self._what = MODELS[model]
+        super().__init__(model, self._what, threading.Lock())
         self._serial = serial.encode()
         self._state = InputState()
         self._ready = False
-        self._lock = threading.Lock()
-        self._moved_on = threading.Condition(self._lock)
-
-    # What a program does with it
 
     @property
     def leds(self) -> frozenset[str]:
@@ -144,86 +121,7 @@ class InputDevice:
         lit = self._state.leds
         return frozenset(name for name, code in codes.LEDS.items() if lit >> code & 1)
 
-    def press(self, *keys: str) -> bool:
-        """Keys or buttons go down, in one report, and stay there. Names are those of Linux
-        (input_codes.py): "a", "enter", "leftctrl"; "left", "middle", "right"."""
-        return self.send(*self._keys(keys, 1))
-
-    def release(self, *keys: str) -> bool:
-        return self.send(*self._keys(keys, 0))
-
-    def key(self, *keys: str) -> bool:
-        """Keys go down one after the other and up again, the last first: ("leftctrl", "c")."""
-        return self._offer(self._stroke(keys))
-
-    def type(self, text: str, timeout: float = 30.0) -> None:
-        """The characters of a keyboard of the United States, each as ``key()`` sends it.
-
-        Raises TimeoutError where the guest does not take them for ``timeout`` seconds.
-        """
-        for character in text:
-            if character not in codes.CHARACTERS:
-                raise ConfigError(
-                    f"no key gives {character!r}", mend="type ASCII, or press keys by their names"
-                )
-        for character in text:
-            events = self._stroke(codes.CHARACTERS[character])
-            with self._moved_on:
-                if not self._moved_on.wait_for(partial(self._admit, events), timeout):
-                    raise TimeoutError(f"the guest has not taken the keys within {timeout:g} s")
-
-    def move(self, x: int, y: int) -> bool:
-        """A mouse goes this far to the right and down; a tablet's pen is at this place, of 0 to
-        ABS_MAX each."""
-        if codes.EV_ABS in self._model.bits:
-            return self.send((codes.EV_ABS, codes.ABS_X, x), (codes.EV_ABS, codes.ABS_Y, y))
-        return self.send((codes.EV_REL, codes.REL_X, x), (codes.EV_REL, codes.REL_Y, y))
-
-    def scroll(self, up: int, right: int = 0) -> bool:
-        """Notches of the wheel."""
-        vertical = (codes.EV_REL, codes.REL_WHEEL, up)
-        horizontal = (codes.EV_REL, codes.REL_HWHEEL, right)
-        return self.send(*(event for event in (vertical, horizontal) if event[2]))
-
-    def send(self, *events: Event) -> bool:
-        """One report of events as (type, code, value); its SYN_REPORT is added."""
-        for event in events:
-            self._check(event)
-        return self._offer(_report(events))
-
-    def _keys(self, names: Iterable[str], value: int) -> list[Event]:
-        return [(codes.EV_KEY, self._code(name), value) for name in names]
-
-    def _code(self, name: str) -> int:
-        if (code := self._model.keys.get(name)) is None:
-            raise ConfigError(
-                f"a {self.model} has no {name!r}", mend="take a name of virtio/input_codes.py"
-            )
-        return code
-
-    def _stroke(self, keys: Sequence[str]) -> list[Event]:
-        down, up = self._keys(keys, 1), self._keys(reversed(keys), 0)
-        return [event for one in (*down, *up) for event in _report([one])]
-
-    def _check(self, event: Event) -> None:
-        type_, code, value = event
-        if type_ in (codes.EV_LED, codes.EV_REP) or code not in self._model.codes(type_):
-            raise ConfigError(
-                f"a {self.model} has no event of type {type_:#x} with code {code:#x}",
-                mend="send what it has",
-            )
-        if value not in (range(ABS_MAX + 1) if type_ == codes.EV_ABS else _INT32):
-            raise ConfigError(
-                f"an event's value is {value}",
-                mend=f"give 0 to {ABS_MAX} to a tablet, and 32 bits to others",
-            )
-
-    def _offer(self, events: Sequence[Event]) -> bool:
-        with self._lock:
-            return self._admit(events)
-
     def _admit(self, events: Sequence[Event]) -> bool:
-        """All of them, or none."""
         waiting = self._state.waiting
         if not self._ready or len(waiting) + len(events) > _WAITING_MAX:
             return False
@@ -255,9 +153,9 @@ class InputDevice:
         if select == ABS_INFO and subsel in self._model.codes(codes.EV_ABS):
             return _ABS_INFO.pack(0, ABS_MAX, 0, 0, 0)
         ids = {
-            ID_NAME: self._model.title.encode(),
+            ID_NAME: self._what.title.encode(),
             ID_SERIAL: self._serial,
-            ID_DEVIDS: _DEVICE_IDS.pack(codes.BUS_VIRTUAL, _VENDOR, self._model.product, 1),
+            ID_DEVIDS: _DEVICE_IDS.pack(codes.BUS_VIRTUAL, _VENDOR, self._what.product, 1),
         }
         return ids.get(select, b"") if subsel == 0 else b""
 
@@ -301,12 +199,6 @@ class InputDevice:
     def load(self, state: dict[str, Any]) -> None:
         with self._lock:
             self._state.load(state)
-
-
-def _report(events: Iterable[Event]) -> list[Event]:
-    """Nothing of nothing."""
-    found = list(events)
-    return [*found, (codes.EV_SYN, codes.SYN_REPORT, 0)] if found else []
 
 
 class InputKind(ServedKind):
