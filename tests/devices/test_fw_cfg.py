@@ -101,6 +101,34 @@ def test_items_cannot_be_written(bench: Bench) -> None:
     assert bench.take(0x12, 2) == b"\0\1"
 
 
+class Written:
+    """An item that takes what is written."""
+
+    size = 8
+
+    def __init__(self) -> None:
+        self.data = bytearray(8)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self.data[offset : offset + length])
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.data[offset : offset + len(data)] = data
+
+
+def test_file_that_takes_it_is_written_by_dma() -> None:
+    bench, file = Bench(), Written()
+    bench.device.core.provide({}, {"etc/written": file})
+    bench.memory.bytes[BUFFER : BUFFER + 6] = b"abcdef"
+    assert bench.dma(Key.FILE_FIRST << 16 | SELECT | SKIP, 2) == 0
+    assert bench.dma(WRITE, 6) == 0
+    assert bytes(file.data) == b"\0\0abcdef"
+    assert bench.dma(WRITE, 1) == ERROR
+    assert bench.dma(Key.FILE_FIRST << 16 | SELECT | WRITE, 9) == ERROR
+    assert bench.dma(Key.FILE_FIRST << 16 | SELECT | WRITE, 4, 1 << 40) == ERROR
+    assert bytes(file.data) == b"\0\0abcdef"
+
+
 def test_command_that_is_nowhere_is_lost(bench: Bench) -> None:
     bench.dma(SELECT | READ, 4, at=1 << 50)
     assert bench.memory.bytes[BUFFER : BUFFER + 4] == bytes(4)

@@ -18,12 +18,15 @@ from tetrarch.devices import (
     DebugConsole,
     DebugExit,
     FwCfg,
+    Hpet,
+    PFlash,
     Port92,
     ResetCf9,
     RtcCmos,
     Uart16550,
     Vga,
 )
+from tetrarch.devices import hpet as hpet_registers
 from tetrarch.errors import StateError
 from tetrarch.pci import PciBus
 from tetrarch.testing import ScriptedVm
@@ -64,7 +67,7 @@ class Bench:
         return got
 
     def close(self) -> None:
-        if isinstance(self.device, RtcCmos):
+        if isinstance(self.device, (RtcCmos, Hpet)):
             self.device.close()
 
 
@@ -80,6 +83,17 @@ def alone(device: Any) -> tuple[Any, list[Any]]:
 def i8042(bench: Bench) -> tuple[Any, list[Any]]:
     device = I8042(bench.irq, bench.note)
     return device, [device.data, device.status]
+
+
+def ps2(bench: Bench) -> tuple[Any, list[Any]]:
+    device = I8042(bench.irq, bench.note, keyboard=True, mouse=True)
+    return device, [device.data, device.status]
+
+
+def hpet(bench: Bench) -> tuple[Any, list[Any]]:
+    levels = {gsi: (lambda level: None) for gsi in hpet_registers.GSIS} | {20: bench.irq}
+    wires = [hpet_registers.Wire(level, lambda: None) for level in levels.values()]
+    return alone(Hpet(wires, bench.clock_ns))
 
 
 def pci(bench: Bench) -> tuple[Any, list[Any]]:
@@ -127,6 +141,9 @@ DEVICES: dict[str, Callable[[Bench], tuple[Any, list[Any]]]] = {
     "uart": uart,
     "rtc": lambda bench: alone(RtcCmos(bench.irq, bench.clock_ns, wall_ns=lambda: 1 << 60)),
     "i8042": i8042,
+    "ps2": ps2,
+    "hpet": hpet,
+    "pflash": lambda bench: alone(PFlash(bytes(8192), lambda offset, data: None)),
     "acpi": lambda bench: alone(AcpiPm(bench.irq, bench.clock_ns, bench.note)),
     "reset": lambda bench: alone(ResetCf9(bench.note)),
     "port 92": lambda bench: alone(Port92(bench.note)),
@@ -198,19 +215,23 @@ def test_loaded_device_goes_on_as_the_saved_one(
         copy.close()
 
 
-# The clock's memory and time are kept by its battery.
-@pytest.mark.parametrize("name", sorted(DEVICES.keys() - {"rtc", "acpi"}))
+# The clock's memory and time are kept by its battery, and a flash chip keeps what is in it.
+@pytest.mark.parametrize("name", sorted(DEVICES.keys() - {"rtc", "acpi", "pflash"}))
 @given(SANE_STEPS, SANE_STEPS)
 def test_reset_device_is_as_a_new_one(name: str, before: list[Step], after: list[Step]) -> None:
     used, new = Bench(name), Bench(name)
-    for step in before:
-        used.access(step)
-    used.device.reset()
-    used.done.clear()
-    for step in after:
-        assert used.access(step) == new.access(step)
-        assert used.level == new.level
-    assert used.done == new.done
+    try:
+        for step in before:
+            used.access(step)
+        used.device.reset()
+        used.done.clear()
+        for step in after:
+            assert used.access(step) == new.access(step)
+            assert used.level == new.level
+        assert used.done == new.done
+    finally:
+        used.close()
+        new.close()
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -13,8 +13,10 @@ from tests.firmware.media import boot_disk
 
 from tetrarch import Machine, MachineStateError
 from tetrarch.control import Client, ControlError
+from tetrarch.devices.ramfb import FrameBuffer, Ramfb
 from tetrarch.devices.vga import PORT_BASE, Vga
 from tetrarch.display import Screen
+from tetrarch.display.linear import linear_screen
 from tetrarch.display.vga import vga_screen
 from tetrarch.testing import pvh_kernel
 
@@ -94,6 +96,58 @@ def test_mode_of_planes_is_refused() -> None:
     put(vga, 0x3CF, 5)
     with pytest.raises(MachineStateError, match="planes"):
         vga_screen(vga.registers(), Memory().read)
+
+
+class Ram:
+    """4 KiB from 0x1000 on."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(range(256)) * 16
+
+    def read(self, address: int, length: int) -> bytes:
+        if not 0x1000 <= address <= 0x2000 - length:
+            raise LookupError
+        return bytes(self.bytes[address - 0x1000 :][:length])
+
+
+XR24 = 0x3432_5258
+
+
+def test_linear_frame_buffer_has_blue_first_and_may_have_longer_lines() -> None:
+    screen = linear_screen(FrameBuffer(0x1000, XR24, 2, 3, 16), Ram().read, LookupError)
+    points = screen.array()
+    assert points.shape == (3, 2, 3)
+    assert [points[1, 1, part] for part in range(3)] == [22, 21, 20]
+    whole = linear_screen(FrameBuffer(0x1000, XR24, 32, 32, 0), Ram().read, LookupError)
+    assert whole.array()[31, 31, 0] == 254
+
+
+@pytest.mark.parametrize(
+    ("place", "cause"),
+    [
+        (FrameBuffer(0x1000, 0x3631_4752, 2, 2, 8), "of format 0x36314752, which is not shown"),
+        (FrameBuffer(0x1000, XR24, 2, 2, 4), "2 by 2"),
+        (FrameBuffer(0x1000, XR24, 1 << 31, 2, 0), "which is not shown"),
+        (FrameBuffer(0x1000, XR24, 16384, 16384, 0), "which is not shown"),
+        (FrameBuffer(0x1FFC, XR24, 2, 1, 8), "at 0x1ffc is not in its memory"),
+        (FrameBuffer((1 << 64) - 4, XR24, 2, 1, 8), "is not in its memory"),
+    ],
+)
+def test_frame_buffer_that_cannot_be_is_refused(place: FrameBuffer, cause: str) -> None:
+    with pytest.raises(MachineStateError, match=cause):
+        linear_screen(place, Ram().read, LookupError)
+
+
+def test_firmware_sets_a_frame_buffer_up() -> None:
+    assert Ramfb().frame_buffer is None
+    device = Ramfb()
+    device.write(0, struct.pack(">QIIIII", 0x1000, XR24, 0, 32, 16, 128))
+    assert device.frame_buffer == FrameBuffer(0x1000, XR24, 32, 16, 128)
+    other = Ramfb()
+    other.load(device.save())
+    assert other.frame_buffer == device.frame_buffer
+    other.reset()
+    assert other.save() == Ramfb().save()
 
 
 def test_registers_of_a_line_are_protected() -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tetrarch.devices.fw_cfg import FwCfg, FwCfgCore
     from tetrarch.devices.hpet import Hpet, HpetCore
     from tetrarch.devices.i8042 import I8042, I8042Core
+    from tetrarch.devices.pflash import PFlash, PFlashCore
     from tetrarch.devices.port_92 import Port92
     from tetrarch.devices.pvpanic import PvPanic
     from tetrarch.devices.reset_cf9 import ResetCf9
@@ -26,9 +27,11 @@ __all__ = [
     "DebugExit",
     "FwCfg",
     "FwCfgCore",
-    "I8042Core",
     "Hpet",
     "HpetCore",
+    "I8042Core",
+    "PFlash",
+    "PFlashCore",
     "Port92",
     "PvPanic",
     "ResetCf9",
@@ -47,11 +50,13 @@ _HOMES = {
     "DebugExit": "tetrarch.devices.debug_exit",
     "FwCfg": "tetrarch.devices.fw_cfg",
     "FwCfgCore": "tetrarch.devices.fw_cfg",
-    "I8042Core": "tetrarch.devices.i8042",
-    "Port92": "tetrarch.devices.port_92",
-    "PvPanic": "tetrarch.devices.pvpanic",
     "Hpet": "tetrarch.devices.hpet",
     "HpetCore": "tetrarch.devices.hpet",
+    "I8042Core": "tetrarch.devices.i8042",
+    "PFlash": "tetrarch.devices.pflash",
+    "PFlashCore": "tetrarch.devices.pflash",
+    "Port92": "tetrarch.devices.port_92",
+    "PvPanic": "tetrarch.devices.pvpanic",
     "ResetCf9": "tetrarch.devices.reset_cf9",
     "RtcCmos": "tetrarch.devices.rtc_cmos",
     "RtcCmosCore": "tetrarch.devices.rtc_cmos",

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from operator import itemgetter
 from struct import Struct
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from tetrarch.devices._access import all_ones, read_bytes
 from tetrarch.devices._state import DeviceState, State, register
@@ -31,6 +32,7 @@ __all__ = [
     "FwCfgState",
     "GuestBytes",
     "Key",
+    "WritableItem",
 ]
 
 #: The selector takes words; a byte at the port behind it is data.
@@ -96,6 +98,14 @@ class FwCfgItem(Protocol):
         """Bytes that are within it."""
 
 
+@runtime_checkable
+class WritableItem(FwCfgItem, Protocol):
+    """One that the guest writes, too: by DMA alone."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Bytes that are within it."""
+
+
 @dataclass(frozen=True)
 class BytesItem:
     data: bytes
@@ -136,7 +146,11 @@ class FwCfgCore:
         self._items: dict[int, FwCfgItem] = {}
         self.provide({}, {})
 
-    def provide(self, items: Mapping[int, bytes | FwCfgItem], files: Mapping[str, bytes]) -> None:
+    def provide(
+        self,
+        items: Mapping[int, bytes | FwCfgItem],
+        files: Mapping[str, bytes | FwCfgItem],
+    ) -> None:
         """What there is from now on, by number and by name."""
         everything: dict[int, bytes | FwCfgItem] = {
             Key.SIGNATURE: SIGNATURE,
@@ -144,11 +158,14 @@ class FwCfgCore:
             **items,
         }
         entries = [len(files).to_bytes(4, "big")]
-        for key, (name, data) in enumerate(sorted(files.items()), Key.FILE_FIRST):
+        for key, (name, data) in enumerate(
+            sorted(files.items(), key=itemgetter(0)), Key.FILE_FIRST
+        ):
+            size = len(data) if isinstance(data, bytes) else data.size
             encoded = name.encode("ascii")
             if len(encoded) > FILE_NAME_MAX:
                 raise ValueError(f"the name {name!r} is too long for fw_cfg")
-            entries.append(FILE_ENTRY.pack(len(data), key, 0, encoded))
+            entries.append(FILE_ENTRY.pack(size, key, 0, encoded))
             everything[key] = data
         everything[Key.FILE_DIR] = b"".join(entries)
         self._items = {
@@ -213,9 +230,18 @@ class FwCfgCore:
                 self._memory.write_memory(buffer, self._take(step))
                 buffer, length = buffer + step, length - step
         elif control & DMA_WRITE:
-            return True  # no item of ours can be written
+            return self._put(length, buffer)
         elif control & DMA_SKIP:
             self.state.offset = min(self.state.offset + length, 0xFFFF_FFFF)
+        return False
+
+    def _put(self, length: int, buffer: int) -> bool:
+        """What the guest writes to an item that takes it; whether it failed."""
+        item, offset = self._items.get(self.state.key), self.state.offset
+        if not isinstance(item, WritableItem) or offset + length > item.size:
+            return True
+        item.write(offset, self._memory.read_memory(buffer, length))
+        self.state.offset += length
         return False
 
 

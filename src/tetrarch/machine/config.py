@@ -294,7 +294,9 @@ class MachineConfig(BaseModel):
         None, "bzImage, ELF vmlinux or Multiboot kernel [default: that of the image].", "FILE"
     )
     firmware: Annotated[FirmwareSpec | None, BeforeValidator(_firmware)] = option(
-        None, "What starts before the guest; docs/firmware.md.", "seabios|ovmf|PATH"
+        None,
+        "What starts before the guest; docs/firmware.md.",
+        "seabios|ovmf|PATH[,variables=FILE]",
     )
     initrd: FilePath | None = option(
         None, "Initial RAM disk or modules for the kernel.", "FILE[ WORDS][,FILE]..."
@@ -373,6 +375,7 @@ class MachineConfig(BaseModel):
     rng: bool = option(True, "A virtio device with the host's random numbers.")
     balloon: bool = option(True, "A virtio device by which the guest gives memory back.")
     vga: bool = option(False, "A screen, for text; docs/screen.md.")
+    hpet: bool = option(False, "Event timers beside the PIT; docs/devices.md.")
     chaos: Annotated[int | None, BeforeValidator(_seed)] = option(
         None, "Disturb the guest as the seed says, to find errors; docs/testing.md.", "SEED"
     )
@@ -381,7 +384,6 @@ class MachineConfig(BaseModel):
         "tetrarch", "A name for the machine, for reports [default: tetrarch].", "NAME"
     )
 
-    hpet: bool = option(False, "Event timers beside the PIT; docs/devices.md.")
     @model_validator(mode="after")
     def _checked(self) -> Self:
         self._check_together()
@@ -464,6 +466,7 @@ class MachineOptions(TypedDict, total=False):
     rng: bool
     balloon: bool
     vga: bool
+    hpet: bool
     chaos: int | None
     debug_exit: bool
     name: str
@@ -472,12 +475,12 @@ class MachineOptions(TypedDict, total=False):
 # What pydantic's own checks say in its words, in ours: cause and mend.
 _PROBLEMS = {
     "engine": ("is no engine", "there are auto, bt and kvm"),
-    hpet: bool
     "on_reset": ("is nothing that a reset can do", "there are end and restart"),
     "name": ("is no name", "use up to 64 letters, digits, '.', '_' and '-'"),
     "debug_exit": ("is neither true nor false", "give one of them"),
     "gdb_wait": ("is neither true nor false", "give one of them"),
     "vga": ("is neither true nor false", "give one of them"),
+    "hpet": ("is neither true nor false", "give one of them"),
     "rng": ("is neither true nor false", "give one of them"),
     "balloon": ("is neither true nor false", "give one of them"),
     "virtio": ("is no transport of virtio", "there are pci and mmio"),
@@ -486,7 +489,6 @@ _PROBLEMS = {
 Model = TypeVar("Model", bound=BaseModel)
 
 
-    "hpet": ("is neither true nor false", "give one of them"),
 def make_config(values: dict[str, Any], spelling: Spelling = plainly) -> MachineConfig:
     """The checked configuration. Raises ConfigError for the first option that is wrong."""
     return check_options(MachineConfig, values, spelling)

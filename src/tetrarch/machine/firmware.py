@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tetrarch._native import GuestMemoryError, Vm
 from tetrarch.boot import build_acpi
 from tetrarch.boot.cpustate import reset_state
 from tetrarch.devices.debug_console import DebugConsole
 from tetrarch.devices.fw_cfg import FwCfg, FwCfgItem
+from tetrarch.devices.pflash import PFlash
+from tetrarch.devices.ramfb import RAMFB_FILE, Ramfb
 from tetrarch.devices.uart16550 import PORT_BASE as SERIAL_PORT
 from tetrarch.display.font import vga_bios
-from tetrarch.errors import BootError
 from tetrarch.firmware.acpi_files import acpi_files
 from tetrarch.firmware.image import FirmwareImage
 from tetrarch.firmware.items import cpu_items, kernel_items, memory_file
+from tetrarch.firmware.linux_rom import linux_rom
 from tetrarch.firmware.smbios import smbios_files
 from tetrarch.firmware.spec import FirmwareSpec
+from tetrarch.firmware.variables import Variables
 from tetrarch.machine.config import MachineConfig
 
 __all__ = ["MachineFirmware"]
@@ -25,14 +28,25 @@ __all__ = ["MachineFirmware"]
 class MachineFirmware:
     """Made with the machine's devices; ``load`` puts the guest back to its first instruction."""
 
-    def __init__(self, vm: Vm, spec: FirmwareSpec) -> None:
+    def __init__(self, vm: Vm, spec: FirmwareSpec, end: Callable[[BaseException], None]) -> None:
+        """``end`` is called where the host does not take what is to be kept."""
         self._vm = vm
-        self._name = spec.name
         self._image = FirmwareImage.read(spec)
         self._ram = vm.ram
         self.fw_cfg = FwCfg(vm, GuestMemoryError)
         self.debug_console = DebugConsole()
+        self.ramfb = None if self._image.is_seabios else Ramfb()
+        """The frame buffer of UEFI firmware."""
         vm.add_memory(self._image.base, len(self._image.data))
+        self.variables = Variables.open(spec, self._image, end)
+        """Where the flash with them is, which is there with them alone."""
+        self.flash: PFlash | None = None
+        if self.variables is not None:
+            self.flash = PFlash(self.variables.content, self.variables.keep)
+
+    def close(self) -> None:
+        if self.variables is not None:
+            self.variables.close()
 
     def load(self, config: MachineConfig, cmdline: str, dsdt: Sequence[bytes]) -> dict[str, int]:
         """The registers to start the first vCPU with. Raises BootError."""
@@ -44,12 +58,11 @@ class MachineFirmware:
     def tell(self, config: MachineConfig, cmdline: str, dsdt: Sequence[bytes]) -> None:
         """Lets fw_cfg say what the machine is."""
         items: dict[int, bytes | FwCfgItem] = {**cpu_items(config.cpus.count)}
-        if config.kernel is not None:
-            if self._name == "seabios":
-                raise BootError(
-                    "SeaBIOS starts no kernel from a file by itself",
-                    mend="leave --firmware or the kernel out, or take ovmf",
-                )
+        kernel_files: dict[str, bytes] = {}
+        if config.kernel is not None and self._image.is_seabios:
+            kernel, kernel_files = linux_rom(self._vm, config.kernel, config.initrd, cmdline)
+            items |= kernel
+        elif config.kernel is not None:
             items |= kernel_items(config.kernel, config.initrd, cmdline)
         tables = build_acpi(
             config.cpus.apic_ids,
@@ -63,9 +76,13 @@ class MachineFirmware:
             "etc/e820": memory_file(self._ram),
             **acpi_files(*tables),
             **smbios_files(config.memory),
+            **kernel_files,
         }
         if config.vga:
-            files["vgaroms/vgabios.bin"] = vga_bios()
+            if self.ramfb is None:
+                files["vgaroms/vgabios.bin"] = vga_bios()
+            else:
+                files[RAMFB_FILE] = self.ramfb
         else:
             # Without a screen SeaBIOS's is the serial line.
             files["etc/sercon-port"] = SERIAL_PORT.to_bytes(2, "little")

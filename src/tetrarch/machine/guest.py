@@ -37,8 +37,9 @@ def check_files(config: MachineConfig) -> None:
             pass
     if config.firmware is not None:
         from tetrarch.firmware.image import FirmwareImage
+        from tetrarch.firmware.variables import check_variables
 
-        FirmwareImage.read(config.firmware)
+        check_variables(config.firmware, FirmwareImage.read(config.firmware))
     check_images(config)
     with disk_errors():
         images = (disk for disk in config.disk if not disk.vhost_user)
@@ -98,11 +99,11 @@ def load_guest(
     Raises BootError for files that cannot be booted.
     """
     append = config.append
-    if append is None:
     if append is None and config.kernel is not None:
         from tetrarch.boot.unified import embedded_cmdline
 
         append = embedded_cmdline(config.kernel)
+    if append is None:
         from tetrarch.boot.cmdline import DEFAULT_APPEND
 
         append = DEFAULT_APPEND

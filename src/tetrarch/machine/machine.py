@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
+from tetrarch._native import GuestMemoryError
 from tetrarch.agent import AgentStream
 from tetrarch.agent import connect as connect_agent
 from tetrarch.agent.guest import AGENT_S, AgentMethods
 from tetrarch.console import ConsoleBackend, MemoryConsole
 from tetrarch.console.spec import ConsoleSpec, PortSpec, require_console
-from tetrarch.errors import ConfigError, MachineStateError, ValueProblem
 from tetrarch.devices.input_user import InputUser
+from tetrarch.errors import ConfigError, MachineStateError, ValueProblem
 from tetrarch.gdb.spec import GdbSpec
 from tetrarch.machine.config import (
     CdromOption,
@@ -161,6 +162,12 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
 
         if self._pc.vga is None:
             raise MachineStateError("this machine has no screen", mend="make it with vga=True")
+        if self._pc.firmware is not None and self._pc.firmware.ramfb is not None:
+            place = self._pc.firmware.ramfb.frame_buffer
+            if place is not None:
+                from tetrarch.display.linear import linear_screen
+
+                return linear_screen(place, self._vm.read_memory, GuestMemoryError)
         return vga_screen(self._pc.vga.registers(), self._vm.read_memory)
 
     @property

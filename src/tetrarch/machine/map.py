@@ -13,6 +13,7 @@ ports       0x0600 .. 0x060F                ACPI: fixed hardware, general-purpos
             0x0610                          pvpanic
             0x0620 .. 0x062B                PCI: hot-plug
             0x0CF8 .. 0x0CFF                PCI: configuration
+            0xB000 .. 0xB00F                with firmware, ACPI's block once more
             0xC000 .. 0xFFFF                PCI: BARs
             0x01F0, 0x03F6, 0x0170, 0x0376  IDE: its two channels, where there are drives
             others                          the table of machine/pc.py
@@ -34,6 +35,7 @@ __all__ = [
     "PCI_HOTPLUG",
     "PCI_IO",
     "PCI_LOW",
+    "PIIX4_PM",
     "VIRTIO_MMIO_SLOTS",
     "high_window",
     "pci_gsi",
@@ -53,6 +55,9 @@ IDE_TASK_PORTS: Final = 8
 
 #: Registers of pci/hotplug.py.
 PCI_HOTPLUG: Final = 0x620
+
+#: Where a PIIX4 has its power management on QEMU's machine "pc".
+PIIX4_PM: Final = 0xB000
 
 VIRTIO_MMIO_SLOTS: Final = 8
 

@@ -118,10 +118,10 @@ class Pc:
     """A stand-in for the engine has none."""
     firmware: MachineFirmware | None = None
     vga: Vga | None = None
+    hpet: Hpet | None = None
 
     def save(self) -> dict[str, State]:
         return {name: device.save() for name, device in self.devices.items()}
-    hpet: Hpet | None = None
 
     def load(self, states: Mapping[str, State]) -> None:
         """Raises StateError where there is a state too many or too few."""
@@ -139,11 +139,11 @@ class Pc:
         """Ends what runs beside the vCPUs, and what waits for them."""
         self.plugged.close()
         self.rtc.close()
+        if self.hpet is not None:
+            self.hpet.close()
         for disk in self.disks:
             disk.close()
         if self.hotplug is not None:
-        if self.hpet is not None:
-            self.hpet.close()
             self.hotplug.close()
         self.blocks.close()
         self.netdevs.close()
@@ -155,6 +155,8 @@ class Pc:
             self.vsock.close()
         for kind in self.input_kinds:
             kind.close()
+        if self.firmware is not None:
+            self.firmware.close()
 
     def resumed(self) -> None:
         """The machine goes on after a hold."""
@@ -265,19 +267,36 @@ def assemble_pc(
         from tetrarch.devices import debug_console, fw_cfg
         from tetrarch.machine.firmware import MachineFirmware
 
-        firmware = MachineFirmware(vm, config.firmware)
+        firmware = MachineFirmware(vm, config.firmware, end)
         devices |= {"fw-cfg": firmware.fw_cfg, "debug-console": firmware.debug_console}
+        if config.vga and firmware.ramfb is not None:
+            devices["ramfb"] = firmware.ramfb
         ports += [
             PortRange(fw_cfg.SELECTOR_PORT, 2, firmware.fw_cfg.ports),
             PortRange(fw_cfg.DMA_PORT, fw_cfg.DMA_PORTS, firmware.fw_cfg.dma),
             *(PortRange(port, 1, firmware.debug_console) for port in debug_console.PORTS),
+            # Where OVMF switches off, whatever the chipset says (BaseResetSystemAcpiGetLib).
+            PortRange(machine_map.PIIX4_PM, acpi_pm.PORTS, acpi),
         ]
+        if firmware.variables is not None and firmware.flash is not None:
+            devices["flash"] = firmware.flash
+            length = len(firmware.variables.content)
+            vm.attach_mmio(firmware.variables.base, length, firmware.flash)
 
     for base, length, device, sizes in ports:
         vm.attach_ports(base, length, device, sizes=sizes)
     ecam, ecam_end = machine_map.ECAM
     vm.attach_mmio(ecam, ecam_end - ecam, pci.ecam)
     dsdt: list[bytes] = []
+    timers: Hpet | None = None
+    if config.hpet:
+        from tetrarch.boot.acpi import hpet_device
+        from tetrarch.devices import hpet
+
+        wires = [hpet.Wire(line(gsi), vm.irq_source(gsi).pulse) for gsi in hpet.GSIS]
+        devices["hpet"] = timers = hpet.Hpet(wires, vm.clock_ns)
+        vm.attach_mmio(hpet.BASE, hpet.BYTES, timers)
+        dsdt.append(hpet_device())
     slots: VirtioSlots | None = None
     disks: list[MachineDisk] = []
     nets: list[NetKind | VhostUserNet] = []
@@ -304,17 +323,10 @@ def assemble_pc(
                 devices[kind.name] = on_page
 
         with ExitStack() as undo:
+            if firmware is not None:
+                undo.callback(firmware.close)
             if config.vsock is not None:
                 vsock = VsockKind(vm, config.vsock)
-    timers: Hpet | None = None
-    if config.hpet:
-        from tetrarch.boot.acpi import hpet_device
-        from tetrarch.devices import hpet
-
-        wires = [hpet.Wire(line(gsi), vm.irq_source(gsi).pulse) for gsi in hpet.GSIS]
-        devices["hpet"] = timers = hpet.Hpet(wires, vm.clock_ns)
-        vm.attach_mmio(hpet.BASE, hpet.BYTES, timers)
-        dsdt.append(hpet_device())
                 undo.callback(vsock.close)
             undo.callback(blocks.close)
             for disk in machine_disks(vm, config, blocks):
@@ -339,6 +351,8 @@ def assemble_pc(
                 balloon = BalloonKind(vm, config.memory, balloon_changed)
                 plug_virtio(balloon)
             for index, model in enumerate(config.input):
+                if index in inputs:
+                    continue
                 input_kind = InputKind(vm, model, f"input{index}", end)
                 undo.callback(input_kind.close)
                 input_kinds.append(input_kind)
@@ -350,8 +364,6 @@ def assemble_pc(
                 plug_virtio(console)
             undo.pop_all()
     return Pc(
-                if index in inputs:
-                    continue
         uart,
         rtc,
         acpi,
@@ -373,5 +385,5 @@ def assemble_pc(
         hot_plug,
         firmware,
         screen,
-    )
         timers,
+    )
