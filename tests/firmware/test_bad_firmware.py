@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ def test_file_that_is_no_firmware(tmp_path: Path, data: bytes, cause: str) -> No
     path.write_bytes(data)
     with pytest.raises(BootError, match=cause):
         Machine(engine="bt", firmware=path)
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/usr/share/seabios/bios-256k.bin"),
+    reason="no SeaBIOS: apt-get install seabios",
+)
+@pytest.mark.parametrize("data", [b"text", bytes(1 << 20)])
+def test_disc_that_is_none(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "disc.iso"
+    path.write_bytes(data)
+    with pytest.raises(BootError, match="is no image of a disc: it has no volume descriptor"):
+        Machine(engine="bt", firmware="seabios", cdrom=path)
 
 
 def test_firmware_and_what_it_does_not_find(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tetrarch.devices.fw_cfg import Key
 from tetrarch.errors import BootError
 from tetrarch.firmware.items import FileItem
 from tetrarch.firmware.linux_rom import linux_rom
+from tetrarch.images import CachedGuest
 
 MIB = 1 << 20
 LIMIT_S = 120
@@ -135,6 +136,23 @@ def test_command_line_that_is_too_long_is_refused(tmp_path: Path) -> None:
     path.write_bytes(kernel(0x201))
     with pytest.raises(BootError, match="is 300 bytes long, this kernel takes 255"):
         linux_rom(Ram(), path, None, "x" * 300)
+
+
+@pytest.mark.long
+@needs_seabios
+def test_linux_starts_by_its_entry_of_16_bits(debian_guest: CachedGuest) -> None:
+    with Machine(
+        engine="bt",
+        memory="512M",
+        firmware="seabios",
+        kernel=debian_guest.kernel,
+        initrd=debian_guest.initrd,
+    ) as vm:
+        vm.start()
+        assert "SeaBIOS (version" in vm.console.expect("root@tetrarch:~# ", LIMIT_S)
+        vm.console.send("cat /proc/cmdline; poweroff\n")
+        vm.console.expect("console=ttyS0 quiet", LIMIT_S)
+        assert vm.wait(LIMIT_S).reason is StopReason.POWERED_OFF
 
 
 @needs_seabios

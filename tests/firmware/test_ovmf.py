@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,47 @@ def test_shell_keeps_variables_over_a_restart(tmp_path: Path) -> None:
         # The others are those that no firmware has written to.
         vm.console.send("reset -s\r")
         assert vm.wait(LIMIT_S).reason is StopReason.POWERED_OFF
+
+
+@pytest.mark.long
+@pytest.mark.timeout(4 * LIMIT_S)
+@needs_ovmf
+def test_shell_is_on_the_screen_and_hears_the_keyboard(tmp_path: Path) -> None:
+    with Machine(engine="bt", firmware="ovmf", vga=True, input="ps2-keyboard", memory="256M") as vm:
+        vm.start()
+        vm.console.expect("seconds to skip", LIMIT_S)
+        (keyboard,) = vm.inputs
+        keyboard.type("\n")
+        vm.console.expect("Shell> ", LIMIT_S)
+        shown = vm.screen()
+        assert (shown.width, shown.height) >= (640, 480)
+        points = {shown.pixels[at : at + 3] for at in range(0, len(shown.pixels), 3)}
+        assert bytes(3) in points
+        assert len(points) > 2  # text in colours
+        keyboard.type("reset -s\n")
+        assert vm.wait(LIMIT_S).reason is StopReason.POWERED_OFF
+
+
+@pytest.mark.long
+@pytest.mark.timeout(4 * LIMIT_S)
+@needs_ovmf
+def test_confined_machine_keeps_variables(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.vars"
+    run = [sys.executable, "-m", "tetrarch", "run", "--engine", "bt", "--memory", "256M"]
+    with subprocess.Popen(
+        [*run, "--firmware", f"ovmf,variables={kept}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        said = b""
+        while b"Shell> " not in said:
+            chunk = os.read(process.stdout.fileno(), 4096)
+            assert chunk, said[-1000:]
+            said += chunk
+        process.terminate()
+    assert kept.read_bytes() != VARIABLES.read_bytes()
+    assert "BootOrder".encode("utf-16-le") in kept.read_bytes()
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetrarch._native import disk_info
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["check_files", "load_guest", "resolve_guest", "with_installed_disk"]
 
 _RESET_IDT_LIMIT = 0xFFFF
+_SECTOR = 2048
+_DESCRIPTOR = 16 * _SECTOR
 
 
 def check_files(config: MachineConfig) -> None:
@@ -40,11 +43,26 @@ def check_files(config: MachineConfig) -> None:
         from tetrarch.firmware.variables import check_variables
 
         check_variables(config.firmware, FirmwareImage.read(config.firmware))
+        for cd in config.cdrom:
+            _check_disc(cd.path)
     check_images(config)
     with disk_errors():
         images = (disk for disk in config.disk if not disk.vhost_user)
         for disk in (*images, *(cd.disk for cd in config.cdrom)):
             disk_info(disk.path, disk.format)
+
+
+def _check_disc(path: Path) -> None:
+    """Raises BootError for what firmware would find nothing on: a disc has a volume descriptor in
+    its sector 16 (ECMA-119, 8.1; ECMA-167 2/9.1)."""
+    with Source.open(path, "CD-ROM") as source:
+        begins = source.size >= _DESCRIPTOR + _SECTOR
+        identifier = source.read(_DESCRIPTOR + 1, 5) if begins else b""
+        if identifier not in (b"CD001", b"BEA01"):
+            raise source.error(
+                "is no image of a disc: it has no volume descriptor",
+                mend="name an ISO image, or give it as --disk",
+            )
 
 
 def with_installed_disk(config: MachineConfig) -> MachineConfig:
