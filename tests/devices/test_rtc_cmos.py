@@ -219,6 +219,27 @@ def test_periodic_interrupt_arrives_by_the_timer_thread() -> None:
         device.close()
 
 
+def test_event_right_behind_an_acknowledgement_has_its_own_edge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    levels: list[bool] = []
+    now = 0
+    device = RtcCmos(levels.append, lambda: now, wall_ns=lambda: START)
+
+    monkeypatch.setattr(device._timer, "arm", lambda at: None)
+    device.write(0, 1, 0x0B)
+    device.write(1, 1, 0x42)  # periodic interrupts, 1024 a second
+    now = 2_000_000
+    device.write(0, 1, 0x0C)
+    device._tick()
+    assert levels == [True]
+
+    # The timer's thread comes in between.
+    monkeypatch.setattr(device._timer, "arm", lambda at: device._core.advance(at + 1_000_000))
+    assert device.read(1, 1) == 0xC0
+    assert levels == [True, False, True]
+
+
 def test_timer_thread_ends_when_the_guest_needs_none() -> None:
     device = RtcCmos(lambda level: None, time.monotonic_ns)
     device.write(0, 2, 0x420B)

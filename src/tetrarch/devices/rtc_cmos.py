@@ -374,8 +374,13 @@ class RtcCmos(Adapter[RtcCmosCore]):
         now = self._clock_ns()
         with self._lock:
             value = read_bytes(lambda at: self._core.read(at, now), offset, size)
+            cleared = offset + size > 1 and self._core.state.index == REG_C
             self._timer.arm(now)
-        self._line.update()
+        if cleared:
+            # The line was low, even if the next event has come meanwhile: that is an edge.
+            self._line.renew()
+        else:
+            self._line.update()
         return value
 
     def write(self, offset: int, size: int, value: int) -> None:
