@@ -56,6 +56,30 @@ def test_disc_boots_and_a_reset_starts_anew(tmp_path: Path, bus: str) -> None:
         assert vm.wait(LIMIT_S).reason is StopReason.POWERED_OFF
 
 
+def test_program_reads_the_keyboard_by_the_bios(tmp_path: Path) -> None:
+    # mov al, '>' ; mov dx, 0x3f8 ; out dx, al
+    # next: xor ah, ah ; int 0x16 ; cmp al, 13 ; je off ; mov dx, 0x3f8 ; out dx, al ; jmp next
+    # off: mov dx, 0x604 ; mov ax, 0x3400 ; out dx, ax ; hlt
+    code = bytes.fromhex("b03e baf803 ee 30e4 cd16 3c0d 7406 baf803 ee ebf2 ba0406 b80034 ef f4")
+    disk = tmp_path / "disk.img"
+    disk.write_bytes((code.ljust(510, b"\0") + b"\x55\xaa").ljust(1 << 20, b"\0"))
+    with Machine(
+        engine="bt",
+        firmware="seabios",
+        memory="64M",
+        disk=f"{disk},format=raw",
+        input="ps2-keyboard",
+        vga=True,
+    ) as vm:
+        vm.start()
+        vm.console.expect(">", LIMIT_S)
+        (keyboard,) = vm.inputs
+        keyboard.type("In real mode!")  # a BIOS keeps 15 keys
+        vm.console.expect("In real mode!", LIMIT_S)
+        keyboard.key("enter")
+        assert vm.wait(LIMIT_S).reason is StopReason.POWERED_OFF
+
+
 def test_saved_in_the_firmware_goes_on_from_there(tmp_path: Path) -> None:
     disk = f"{boot_disk(tmp_path / 'disk.img', b'booted from a disk')},format=raw"
     with Machine(engine="bt", firmware="seabios", memory="64M", disk=disk) as vm:
