@@ -57,6 +57,7 @@ __all__ = [
     "disk_create",
     "disk_info",
     "engine_available",
+    "host_cpu_features",
     "kvm_capabilities",
     "kvm_probe",
     "landlock_version",
@@ -838,6 +839,8 @@ class Vm:
         afterwards. EngineError without ``keep_reset_state``, or where the host refuses:
         the machine cannot run on then.
         """
+    def reset_vcpu(self, index: int) -> None:
+        """Makes a vCPU as new, while the others run: it waits for a SIPI."""
     def set_debug_alert(self, descriptor: int | None) -> None:
         """An eventfd(2) to be signalled when a vCPU has stopped for the debugger."""
     def take_debug_stops(self) -> list[tuple[int, str, int]]:
@@ -955,6 +958,9 @@ class Vcpu:
     def set_frozen(self, frozen: bool) -> None:
         """Whether the vCPU stays where it is when the machine runs. One that has stopped for the
         debugger is frozen."""
+    def set_present(self, present: bool) -> None:
+        """Whether it is in the machine, as each is at first: one that is not does not count where
+        all others halt for good. EngineError while it runs."""
 
 def recorded_configuration(file: int) -> str:
     """The text about the machine in a recording, which is open. EngineError where it is none."""

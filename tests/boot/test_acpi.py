@@ -3,6 +3,7 @@
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from tetrarch.errors import ConfigError
 RAM = [(0, 0xC000_0000), (1 << 32, 1 << 30)]
 
 
-def by_signature(vcpus: int) -> dict[bytes, tuple[int, bytes]]:
-    return {data[:4]: (address, data) for address, data in build_acpi(range(vcpus), RAM)[1]}
+def by_signature(vcpus: int, there: Sequence[int] | None = None) -> dict[bytes, tuple[int, bytes]]:
+    tables = build_acpi(range(vcpus), RAM, there=there)[1]
+    return {data[:4]: (address, data) for address, data in tables}
 
 
 def test_rsdp_has_both_checksums_and_points_to_the_xsdt() -> None:
@@ -31,9 +33,11 @@ def test_rsdp_has_both_checksums_and_points_to_the_xsdt() -> None:
     assert dict(tables)[xsdt][:4] == b"XSDT"
 
 
-@pytest.mark.parametrize("vcpus", [1, 2, 64, 300, 4000])
-def test_tables_are_sound_and_apart(vcpus: int) -> None:
-    _, tables = build_acpi(range(vcpus), RAM)
+@pytest.mark.parametrize(
+    ("vcpus", "there"), [(1, None), (2, None), (64, None), (300, None), (4000, None), (255, [0])]
+)
+def test_tables_are_sound_and_apart(vcpus: int, there: Sequence[int] | None) -> None:
+    _, tables = build_acpi(range(vcpus), RAM, there=there)
     end = 0xE_0000
     for address, data in sorted(tables):
         assert address >= end
@@ -66,8 +70,8 @@ def test_timers_are_told_where_there_are_some() -> None:
     assert b"HPET" not in by_signature(1)
 
 
-def madt_entries(vcpus: int) -> list[bytes]:
-    madt = by_signature(vcpus)[b"APIC"][1]
+def madt_entries(vcpus: int, there: Sequence[int] | None = None) -> list[bytes]:
+    madt = by_signature(vcpus, there)[b"APIC"][1]
     entries, at = [], 44
     while at < len(madt):
         entries.append(madt[at : at + madt[at + 1]])
@@ -93,22 +97,35 @@ def test_processors_from_255_on_are_x2apic_entries() -> None:
     assert [e[3] for e in x2apic] == list(range(255, 300))
 
 
+def test_processors_that_can_come_are_told_apart() -> None:
+    enabled, online_capable = 1, 2
+    assert [entry[4] for entry in madt_entries(4, [0, 2])[:4]] == [
+        *(enabled, online_capable),
+        *(enabled, online_capable),
+    ]
+    dsdt = by_signature(4, [0, 2])[b"DSDT"][1]
+    # The first is a processor, too, but none that is ejected; each slot of the PCI bus is.
+    assert dsdt.count(b"ACPI0007") == 4
+    assert dsdt.count(b"_EJ0") - by_signature(4)[b"DSDT"][1].count(b"_EJ0") == 3
+    assert b"ACPI0007" not in by_signature(4)[b"DSDT"][1]
+
+
 @pytest.mark.parametrize("vcpus", [0, -1, 100_000])
 def test_impossible_numbers_of_processors_are_refused(vcpus: int) -> None:
     with pytest.raises(ConfigError):
         build_acpi(range(vcpus), RAM)
 
 
-@pytest.mark.parametrize("vcpus", [1, 300])
+@pytest.mark.parametrize(("vcpus", "there"), [(1, None), (300, None), (40, [0, 7])])
 @pytest.mark.parametrize("signature", ["DSDT", "FACP", "APIC", "XSDT", "FACS", "MCFG"])
 def test_disassembler_reads_the_tables_without_complaint(
-    tmp_path: Path, signature: str, vcpus: int
+    tmp_path: Path, signature: str, vcpus: int, there: Sequence[int] | None
 ) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:
         pytest.skip("needs iasl (Debian: acpica-tools)")
     path = tmp_path / "table.dat"
-    path.write_bytes(by_signature(vcpus)[signature.encode()][1])
+    path.write_bytes(by_signature(vcpus, there)[signature.encode()][1])
 
     result = subprocess.run([iasl, "-d", path], capture_output=True, text=True, check=False)
 
@@ -118,12 +135,13 @@ def test_disassembler_reads_the_tables_without_complaint(
     assert "arning" not in output, output
 
 
-def test_dsdt_survives_recompilation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [None, [0]])
+def test_dsdt_survives_recompilation(tmp_path: Path, there: Sequence[int] | None) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:
         pytest.skip("needs iasl (Debian: acpica-tools)")
     path = tmp_path / "dsdt.dat"
-    dsdt = by_signature(1)[b"DSDT"][1]
+    dsdt = by_signature(3, there)[b"DSDT"][1]
     path.write_bytes(dsdt)
 
     subprocess.run([iasl, "-d", path], capture_output=True, check=True)

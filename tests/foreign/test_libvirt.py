@@ -122,7 +122,7 @@ def test_domain_is_carried_over_whole() -> None:
         ("<memory unit='GiB'>1</memory>", "memory", 1 << 30),
         ("<memory>65536</memory>", "memory", 64 << 20),
         ("<memory unit='MB'>100</memory>", "memory", 100_003_840),
-        ("<vcpu current='1'>8</vcpu>", "cpus", CpusSpec.parse(1)),
+        ("<vcpu current='1'>8</vcpu>", "cpus", CpusSpec.parse("1,max=8")),
         (
             "<vcpu>8</vcpu><cpu><topology sockets='2' dies='1' cores='2' threads='2'/></cpu>",
             "cpus",

@@ -31,7 +31,7 @@ def machine(*words: str) -> tuple[MachineConfig, list[str]]:
         (["-smp", "sockets=2,cores=3,threads=2"], "cpus", CpusSpec(12, 2, 3, 2)),
         (["-smp", "8,sockets=2,dies=1,cores=2,threads=2"], "cpus", CpusSpec(8, 2, 2, 2)),
         (["-smp", "2,maxcpus=2"], "cpus", CpusSpec.parse(2)),
-        (["-smp", "2,maxcpus=4,sockets=4"], "cpus", CpusSpec.parse(2)),
+        (["-smp", "2,maxcpus=4,sockets=4"], "cpus", CpusSpec(2, 4, 1, 1)),
         (["-cpu", "max"], "cpu", CpuSpec()),
         (["-cpu", "host,migratable=on,+x2apic"], "cpu", CpuSpec()),
         (["-cpu", "Haswell"], "cpu", CpuSpec("Haswell")),

@@ -18,6 +18,7 @@ from tetrarch import Machine
 from tetrarch._native import Disk, Vm
 from tetrarch.devices import uart16550
 from tetrarch.devices._access import all_ones
+from tetrarch.errors import MachineStateError
 from tetrarch.pci import PciBus
 from tetrarch.pci.bus import PciAddressPort, PciDataPorts, PciEcam
 from tetrarch.storage.ahci import AhciController
@@ -57,7 +58,12 @@ def ports(data: bytes) -> None:
     source = Input(data)
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(
-            Machine(kernel=kernel(), memory="16M", vm=ScriptedVm(ScriptedVm.wait_for_stop))
+            Machine(
+                kernel=kernel(),
+                memory="16M",
+                cpus="1,max=3",
+                vm=ScriptedVm(ScriptedVm.wait_for_stop),
+            )
         )
         vm, pc = machine._vm, machine._pc
         assert isinstance(vm, ScriptedVm)
@@ -71,6 +77,9 @@ def ports(data: bytes) -> None:
                     state = pc.save()
                     pc.load(state)
                     assert pc.save().keys() == state.keys()
+                case 0xFC:
+                    with contextlib.suppress(MachineStateError):  # all are there
+                        pc.vcpus.plug()
                 case 0xFD:
                     machine.irq_line(source.number(1) % 24, bool(source.number(1) & 1))
                 case _:

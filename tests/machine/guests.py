@@ -131,3 +131,34 @@ TELL_PORT_500 = bytes.fromhex("ba00050000 a100500000 ee")
 TELL_STATE = bytes.fromhex(
     "baff030000 ec ba00050000 ee e421 ee 0f20d0 ee baff030000 b05a ee e621 0f22d0"
 )
+
+
+def watch_cpu_1() -> bytes:
+    """For each typed byte: "r" says the hot-plug register of CPU 1, as one of "@" to "O"; "s"
+    starts all other CPUs, which say their APIC IDs and halt; of a digit four bits are written.
+
+          mov esi, starts ; mov edi, 0x3000 ; mov ecx, its length ; cld ; rep movsb
+    wait: mov edx, 0x3fd ; in al, dx ; test al, 1 ; jz wait ; mov edx, 0x3f8 ; in al, dx
+          cmp al, "s" ; je send ; cmp al, "r" ; je read
+          and al, 0xf ; mov edx, 0x701 ; out dx, al ; jmp wait
+    read: mov edx, 0x701 ; in al, dx ; or al, 0x40 ; mov edx, 0x3f8 ; out dx, al ; jmp wait
+    send: mov ebx, 0xfee00300 ; mov [ebx], INIT to all others ; mov [ebx], SIPI with vector 3
+          jmp wait
+    starts (16 bits): mov eax, 1 ; cpuid ; shr ebx, 24 ; mov al, bl ; or al, 0x30
+          mov dx, 0x3f8 ; out dx, al ; cli ; hlt ; jmp $-1
+    """
+    starts = bytes.fromhex("66b801000000 0fa2 66c1eb18 88d8 0c30 baf803 ee fa f4 ebfd")
+    wait = bytes.fromhex("bafd030000 ec a801 74f6 baf8030000 ec")
+    write = bytes.fromhex("240f ba01070000 ee eb")
+    read = bytes.fromhex("ba01070000 ec 0c40 baf8030000 ee eb")
+    send = bytes.fromhex("bb0003e0fe c70300450c00 c70303460c00 eb")
+    to_read, to_send = len(write) + 1, 4 + len(write) + 1 + len(read) + 1
+    choose = bytes([0x3C, ord("s"), 0x74, to_send, 0x3C, ord("r"), 0x74, to_read])
+    loop = wait + choose
+    for part in (write, read, send):
+        loop += part
+        loop += (-len(loop) - 1).to_bytes(1, "little", signed=True)
+    code_at, setup_bytes = 0x10_0000, 18
+    source = code_at + setup_bytes + len(loop)
+    setup = struct.pack("<BIBIBI", 0xBE, source, 0xBF, 0x3000, 0xB9, len(starts))
+    return setup + bytes.fromhex("fc f3a4") + loop + starts

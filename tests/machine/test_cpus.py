@@ -18,6 +18,9 @@ from tetrarch.machine.cpus import CpusSpec
         ("8,sockets=2", CpusSpec(8, 2, 4, 1)),
         ("8,cores=2,threads=2", CpusSpec(8, 2, 2, 2)),
         ("8,sockets=2,cores=2", CpusSpec(8, 2, 2, 2)),
+        ("1,max=4", CpusSpec(1, 1, 4, 1)),
+        ("2,max=8,sockets=2,threads=2", CpusSpec(2, 2, 2, 2)),
+        ("4,max=4", CpusSpec(4, 1, 4, 1)),
     ],
 )
 def test_what_is_not_given_follows(written: object, spec: CpusSpec) -> None:
@@ -34,7 +37,11 @@ def test_what_is_not_given_follows(written: object, spec: CpusSpec) -> None:
         ("8,sockets=2,cores=2,threads=1", "8 CPUs are no 2 sockets times 2 cores times 1 threads"),
         ("8,cores=16", "8 CPUs are no multiple of 16 cores"),
         ("8,cores=0", "cores is '0'; give a number from 1 on"),
-        ("8,dies=2", "'dies=2' is no option of CPUs; there are sockets, cores, threads"),
+        ("8,dies=2", "'dies=2' is no option of CPUs; there are sockets, cores, threads, max"),
+        ("4,max=2", "4 CPUs are more than the 2 of max; give max=4 or more"),
+        ("1,max=256", "256 CPUs are more than a machine can have; give 255 or less"),
+        ("2,max=6,sockets=4", "6 CPUs are no multiple of 4 sockets"),
+        ("1,max=250,cores=5", "needs APIC IDs up to 396, and 254 is the last"),
         ("250,cores=5", "'250,cores=5' needs APIC IDs up to 396, and 254 is the last"),
         ("256", "256 CPUs are more than a machine can have; give 255 or less"),
     ],
@@ -46,7 +53,7 @@ def test_what_cannot_be_is_one_line(written: object, message: str) -> None:
 
 
 def test_a_spec_made_by_hand_is_checked() -> None:
-    with pytest.raises(ValueProblem, match="8 CPUs are no 3 sockets"):
+    with pytest.raises(ValueProblem, match="8 CPUs are more than the 3 of max"):
         CpusSpec.parse(CpusSpec(8, 3, 1, 1))
 
 

@@ -234,6 +234,7 @@ ABOUT: dict[str, Any] = {
     "identity": "x",
     "parent": None,
     "cpu": {"vendor": "GenuineIntel", "signature": 0, "words": {}},
+    "vcpus": {"0": "cpu0"},
     "disks": {},
     "outside": {
         "options": {
@@ -261,7 +262,7 @@ def test_description_of_no_machine_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     body = json.dumps(ABOUT | change).encode()
-    path = made(tmp_path / "made", {b"machine": (3, body)})
+    path = made(tmp_path / "made", {b"machine": (4, body)})
     with pytest.raises(StateError, match=message):
         Machine.restore(path, vm=scripted())
 
@@ -310,13 +311,17 @@ def test_version_that_this_program_does_not_read_is_told(saved: Path, tmp_path: 
         {"cpu": {"vendor": "GenuineIntel", "signature": 0, "words": {"1.ECX": 1 << 32}}},
         {"cpu": {"vendor": "GenuineIntel", "signature": -1, "words": {}}},
         {"cpu": {"vendor": 7, "signature": 0, "words": {}}},
+        {"vcpus": {}},
+        {"vcpus": ["cpu0"]},
+        {"vcpus": {"0": 1}},
+        {"vcpus": {"0": "cpu0", "-1": "cpu1"}},
         {"disks": 5},
     ],
 )
 def test_what_names_other_files_or_says_nonsense_is_refused(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    path = made(tmp_path / "made", {b"machine": (3, json.dumps(ABOUT | change).encode())})
+    path = made(tmp_path / "made", {b"machine": (4, json.dumps(ABOUT | change).encode())})
     with pytest.raises(StateError, match="does not say"):
         Machine.restore(path, vm=scripted())
 

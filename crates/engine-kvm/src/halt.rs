@@ -25,6 +25,7 @@ const BUSY_PART: u32 = 8;
 pub struct Progress {
     kicker: Arc<Kicker>,
     inside: AtomicBool,
+    present: AtomicBool,
     /// The vCPU's number in [`Halts`].
     number: usize,
 }
@@ -49,6 +50,7 @@ impl HaltWatch {
         let progress = Arc::new(Progress {
             kicker,
             inside: AtomicBool::new(false),
+            present: AtomicBool::new(true),
             number: self.shared.halts.add(),
         });
         let mut vcpus = self.shared.vcpus.lock();
@@ -66,6 +68,11 @@ impl HaltWatch {
         }
         vcpus.push(Arc::clone(&progress));
         Ok(progress)
+    }
+
+    pub fn set_present(&self, own: &Progress, present: bool) {
+        own.present.store(present, Ordering::Relaxed);
+        self.shared.halts.set_present(own.number, present);
     }
 
     /// A vCPU looks at itself: `dead` tells what it finds. True: all are halted for
@@ -120,7 +127,8 @@ impl Shared {
                 return;
             }
             drop(ended);
-            let vcpus = self.vcpus.lock().clone();
+            let mut vcpus = self.vcpus.lock().clone();
+            vcpus.retain(|vcpu| vcpu.present.load(Ordering::Relaxed));
             let now: Vec<_> = vcpus.iter().map(|vcpu| vcpu.cpu_time()).collect();
             let asleep = now.len() == times.len()
                 && now.iter().zip(&times).all(|(now, before)| match (now, before) {

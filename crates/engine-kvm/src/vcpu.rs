@@ -731,4 +731,8 @@ impl Vcpu for KvmVcpu {
         self.shut_down = state.run == RunState::Shutdown;
         Ok(())
     }
+
+    fn set_present(&mut self, present: bool) {
+        self.vm.halts.set_present(&self.progress, present);
+    }
 }

@@ -19,6 +19,8 @@ struct Rounds {
     /// By vCPU: the first and the last of the rounds in a row in which it found
     /// itself dead.
     dead: Vec<Option<(u64, u64)>>,
+    /// By vCPU: it is not in the machine, and never looks.
+    absent: Vec<bool>,
 }
 
 /// What a look at one vCPU says of the machine.
@@ -35,7 +37,18 @@ impl Halts {
     pub fn add(&self) -> usize {
         let mut rounds = self.0.lock();
         rounds.dead.push(None);
+        rounds.absent.push(false);
         rounds.dead.len() - 1
+    }
+
+    /// Whether the vCPU is one of those that look. The last of these may have gone when the others
+    /// were dead already: they are to look once more.
+    pub fn set_present(&self, vcpu: usize, present: bool) {
+        let mut rounds = self.0.lock();
+        if let Some(absent) = rounds.absent.get_mut(vcpu) {
+            *absent = !present;
+            rounds.dead[vcpu] = None;
+        }
     }
 
     /// The round of a look that begins now.
@@ -75,7 +88,7 @@ impl Halts {
 impl Rounds {
     fn all_dead(&self) -> bool {
         let now = |dead: &Option<(u64, u64)>| dead.is_some_and(|(_, last)| last == self.round);
-        self.dead.iter().all(now)
+        self.dead.iter().zip(&self.absent).all(|(dead, absent)| *absent || now(dead))
     }
 }
 
@@ -141,6 +154,20 @@ mod tests {
         halts.next_round();
         assert_eq!(halts.report(0, round, true), Halted::Not);
         assert_eq!(report(&halts, 1, true), Halted::Not);
+        assert_eq!(report(&halts, 0, true), Halted::ForGood);
+    }
+
+    #[test]
+    fn who_is_not_there_is_not_waited_for() {
+        let halts = two();
+        halts.set_present(1, false);
+        assert_eq!(report(&halts, 0, true), Halted::Perhaps);
+        halts.set_present(1, true);
+        halts.next_round();
+        assert_eq!(report(&halts, 0, true), Halted::Not, "the other has not looked yet");
+        assert_eq!(report(&halts, 1, true), Halted::Perhaps);
+        halts.next_round();
+        halts.set_present(1, false);
         assert_eq!(report(&halts, 0, true), Halted::ForGood);
     }
 

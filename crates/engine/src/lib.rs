@@ -235,4 +235,7 @@ pub trait Vcpu: Send {
     fn save(&mut self) -> Result<VcpuState, EngineError>;
     /// Takes up what a vCPU of the same number was, on either engine.
     fn load(&mut self, state: &VcpuState) -> Result<(), EngineError>;
+    /// Whether it is in the machine, as it is when it was made. One that is not is not run, and a
+    /// machine whose others halt for good has ended.
+    fn set_present(&mut self, _present: bool) {}
 }

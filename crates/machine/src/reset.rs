@@ -1,9 +1,9 @@
 //! A warm reset: interrupt controllers, timers and vCPUs as they were made. RAM
-//! and the machine's clock go on.
+//! and the machine's clock go on. And one vCPU alone, as it comes into a machine that runs.
 
 use tetrarch_engine::{ChipsetState, EngineError, PitCounting, VcpuState, VmState};
 
-use crate::{Machine, MachineError};
+use crate::{Machine, MachineError, VcpuSlot};
 
 /// What a machine is reset to; to be taken before its guest has run.
 pub struct ResetState {
@@ -34,6 +34,19 @@ impl Machine {
             // What the chips had latched of the wires is gone, and the wires are not.
             self.irq.drive_high();
             Ok(())
+        };
+        Ok(self.held(reset)??)
+    }
+
+    /// Makes one vCPU as new: it waits for a SIPI, and its TSC is the first one's.
+    pub fn reset_vcpu(&self, slot: &VcpuSlot, to: &ResetState) -> Result<(), MachineError> {
+        let reset = || -> Result<_, EngineError> {
+            let (Some(first), Some(state)) = (self.vcpus.first(), to.vcpus.get(slot.id as usize))
+            else {
+                return Err(EngineError::Internal(format!("there is no vCPU {}", slot.id)));
+            };
+            let tsc = first.with(|vcpu| vcpu.save())?.tsc;
+            slot.with(|vcpu| vcpu.load(&VcpuState { tsc, ..state.clone() }))
         };
         Ok(self.held(reset)??)
     }

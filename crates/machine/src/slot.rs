@@ -65,6 +65,15 @@ impl VcpuSlot {
         result
     }
 
+    /// Whether it is in the machine; of one that nobody runs, so that no machine has to be held.
+    pub fn set_present(&self, present: bool) -> Result<(), EngineError> {
+        if self.running.load(Ordering::Acquire) {
+            return Err(self.busy());
+        }
+        self.with(|vcpu| vcpu.set_present(present));
+        Ok(())
+    }
+
     /// The engine's counters: now, or the last that were told where the vCPU does not come out
     /// of a device in time.
     pub fn counters(&self) -> Counters {

@@ -117,6 +117,10 @@ impl Vcpu {
         self.with(py, |_| control.set_frozen(&slot.control, frozen))
     }
 
+    fn set_present(&self, py: Python<'_>, present: bool) -> Result<(), Failure> {
+        Ok(py.detach(|| self.slot.set_present(present))?)
+    }
+
     fn save_state<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyBytes>, Failure> {
         let state = self.with(py, |vcpu| vcpu.save())??;
         Ok(PyBytes::new(py, &state.to_bytes().map_err(EngineError::from)?))

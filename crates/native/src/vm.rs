@@ -398,6 +398,14 @@ impl Vm {
         Ok(py.detach(|| self.machine.reset(state))?)
     }
 
+    fn reset_vcpu(&self, py: Python<'_>, index: usize) -> Result<(), Failure> {
+        let (Some(slot), Some(state)) = (self.machine.vcpus.get(index), self.reset_state.get())
+        else {
+            return Err(Failure::refused(format!("there is no vCPU {index} to reset")));
+        };
+        Ok(py.detach(|| self.machine.reset_vcpu(slot, state))?)
+    }
+
     fn set_debug_alert(&self, descriptor: Option<i32>) -> Result<(), Failure> {
         self.machine.control.debugger.set_alert(descriptor.map(alert).transpose()?);
         Ok(())

@@ -56,6 +56,7 @@ class AsyncMachine(DebugTwin[Machine]):
     resets = _same(lambda vm: vm.resets)
     stats = _same(lambda vm: vm.stats)
     vcpus = _same(lambda vm: vm.vcpus)
+    vcpu = _same(lambda vm: vm.vcpu)
     vcpu_threads = _same(lambda vm: vm.vcpu_threads)
     memory = _same(lambda vm: vm.memory)
     read_memory = _same(lambda vm: vm.read_memory)
@@ -77,6 +78,8 @@ class AsyncMachine(DebugTwin[Machine]):
     attach_disk = awaited(Machine.attach_disk)
     attach_net = awaited(Machine.attach_net)
     detach = awaited(Machine.detach)
+    plug_vcpu = awaited(Machine.plug_vcpu)
+    unplug_vcpu = awaited(Machine.unplug_vcpu)
     # The guest's agent.
     exec = awaited(Machine.exec)
     copy_in = awaited(Machine.copy_in)

@@ -50,6 +50,8 @@ class AsyncRemoteMachine(DebugTwin[RemoteMachine]):
     attach_disk = awaited(RemoteMachine.attach_disk)
     attach_net = awaited(RemoteMachine.attach_net)
     detach = awaited(RemoteMachine.detach)
+    plug_vcpu = awaited(RemoteMachine.plug_vcpu)
+    unplug_vcpu = awaited(RemoteMachine.unplug_vcpu)
     exec = awaited(RemoteMachine.exec)
     copy_in = awaited(RemoteMachine.copy_in)
     copy_out = awaited(RemoteMachine.copy_out)

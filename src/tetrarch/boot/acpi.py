@@ -1,13 +1,22 @@
 """The ACPI tables of a small PC (ACPI 6.5): what the machine has, said once more for its kernel."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import Final
 
 from tetrarch.boot import aml
 from tetrarch.boot.generation import generation_device, generation_event
 from tetrarch.boot.layout import ACPI_BASE, ACPI_END, align_up
-from tetrarch.devices import acpi_pm, hpet, i8042, pvpanic, reset_cf9, rtc_cmos, uart16550
+from tetrarch.devices import (
+    acpi_pm,
+    cpu_hotplug,
+    hpet,
+    i8042,
+    pvpanic,
+    reset_cf9,
+    rtc_cmos,
+    uart16550,
+)
 from tetrarch.errors import ConfigError
 from tetrarch.machine import map as machine_map
 from tetrarch.pci import bus as pci_bus
@@ -42,6 +51,11 @@ NO_VGA: Final = 1 << 2
 #: Larger than ACPI lets a usable C2 and C3 state have.
 NO_C2: Final = 101
 NO_C3: Final = 1001
+
+# MADT local APIC flags, table 5.22.
+ENABLED: Final = 1 << 0
+#: It is not there, and can be plugged in.
+ONLINE_CAPABLE: Final = 1 << 1
 
 # MADT interrupt flags, table 5.26.
 ACTIVE_HIGH: Final = 1
@@ -107,13 +121,17 @@ def _facs() -> bytes:
     return struct.pack("<4sIIIIIQB", b"FACS", 64, 0, 0, 0, 0, 0, 2).ljust(64, b"\0")
 
 
-def _madt(apic_ids: Sequence[int]) -> bytes:
+def _processor(uid: int, apic_id: int, there: bool) -> bytes:
+    flags = ENABLED if there else ONLINE_CAPABLE
+    if apic_id < FIRST_X2APIC_ID:
+        return struct.pack("<BBBBI", 0, 8, uid, apic_id, flags)
+    return struct.pack("<BBHIII", 9, 16, 0, apic_id, flags, uid)
+
+
+def _madt(apic_ids: Sequence[int], there: Container[int]) -> bytes:
     entries = bytearray()
     for uid, apic_id in enumerate(apic_ids):
-        if apic_id < FIRST_X2APIC_ID:
-            entries += struct.pack("<BBBBI", 0, 8, uid, apic_id, 1)
-        else:
-            entries += struct.pack("<BBHIII", 9, 16, 0, apic_id, 1, uid)
+        entries += _processor(uid, apic_id, uid in there)
     entries += struct.pack("<BBBBII", 1, 12, 0, 0, IOAPIC_BASE, 0)
     # The PIT is on pin 2 of the IOAPIC, where the cascade of the PICs would be.
     entries += struct.pack("<BBBBIH", 2, 10, 0, 0, 2, 0)
@@ -232,6 +250,65 @@ def _slot(number: int) -> str:
     return f"S{number:02X}"
 
 
+def _hotplug_cpus(apic_ids: Sequence[int]) -> list[bytes]:
+    """Each vCPU as a processor device (8.4), and what tells of those that come and go."""
+    numbers = range(len(apic_ids))
+    there, new, gone, eject = map(
+        aml.integer,
+        (cpu_hotplug.THERE, cpu_hotplug.NEW, cpu_hotplug.GONE, cpu_hotplug.EJECT),
+    )
+    device_check, eject_request, ready = aml.integer(1), aml.integer(3), aml.integer(0x0F)
+    tell = [
+        term
+        for number in numbers
+        for term in (
+            aml.store(_register(number), aml.LOCAL_0),
+            *(
+                aml.when(
+                    aml.bit_and(aml.LOCAL_0, bit),
+                    # What has been told is cleared first: what comes meanwhile is another event.
+                    aml.store(bit, _register(number)),
+                    aml.notify(_cpu(number), value),
+                )
+                for bit, value in ((new, device_check), (gone, eject_request))
+            ),
+        )
+    ]
+    return [
+        aml.port_registers("CREG", machine_map.CPU_HOTPLUG, *map(_register_name, numbers), bits=8),
+        *(
+            aml.device(
+                _cpu(number),
+                aml.name("_HID", aml.string("ACPI0007")),
+                aml.name("_UID", aml.integer(number)),
+                aml.name("_MAT", aml.buffer(_processor(number, apic_id, True))),
+                aml.method(
+                    "_STA",
+                    0,
+                    aml.when(aml.bit_and(_register(number), there), aml.give(ready)),
+                    aml.give(aml.integer(0)),
+                ),
+                # The first stays.
+                *([aml.method("_EJ0", 1, aml.store(eject, _register(number)))] if number else []),
+            )
+            for number, apic_id in enumerate(apic_ids)
+        ),
+        aml.method("CCHK", 0, *tell),
+    ]
+
+
+def _cpu(number: int) -> str:
+    return f"C{number:03X}"
+
+
+def _register_name(number: int) -> str:
+    return f"R{number:03X}"
+
+
+def _register(number: int) -> bytes:
+    return aml.name_string(_register_name(number))
+
+
 def virtio_mmio_device(index: int) -> bytes:
     """What Linux knows a page of virtio-mmio by (drivers/virtio/virtio_mmio.c)."""
     base, gsi = machine_map.virtio_mmio_slot(index)
@@ -274,7 +351,13 @@ def _mcfg() -> bytes:
     return _table(b"MCFG", 1, bytes(8) + struct.pack("<QHBB4x", base, 0, 0, (end - base >> 20) - 1))
 
 
-def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes], firmware: bool) -> bytes:
+def _dsdt(
+    apic_ids: Sequence[int],
+    ram: Sequence[tuple[int, int]],
+    more: Sequence[bytes],
+    firmware: bool,
+    cpus_come: bool,
+) -> bytes:
     port, line = aml.io_port, aml.irq
     devices = (
         _pnp("PIC", "PNP0000", port(0x20, 2), port(0xA0, 2), port(0x4D0, 2), line(2)),
@@ -307,6 +390,7 @@ def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes], firmware: bool)
             "PNP0C02",
             port(acpi_pm.PORT_BASE, acpi_pm.PORTS),
             port(machine_map.PCI_HOTPLUG, hotplug.PORTS),
+            *([port(machine_map.CPU_HOTPLUG, len(apic_ids))] if cpus_come else []),
             # PCI configuration, with the reset register at 0xCF9 in it.
             port(pci_bus.ADDRESS_PORT, 4 + pci_bus.DATA_PORTS),
             aml.memory32(machine_map.ECAM[0], machine_map.ECAM[1] - machine_map.ECAM[0]),
@@ -316,12 +400,14 @@ def _dsdt(ram: Sequence[tuple[int, int]], more: Sequence[bytes], firmware: bool)
         _pci_root(ram, firmware),
         # Firmware has its own memory map, and no page for it.
         *([] if firmware else [generation_device()]),
+        *(_hotplug_cpus(apic_ids) if cpus_come else []),
         *more,
     )
     s5 = aml.integer(acpi_pm.S5_TYPE)
     zero = aml.integer(0)
-    hotplug_event = f"_L{acpi_pm.PCI_HOTPLUG_EVENT:02X}"
-    events = aml.method(hotplug_event, 0, aml.call("\\_SB.PCI0.HCHK"))
+    events = aml.method(f"_L{acpi_pm.PCI_HOTPLUG_EVENT:02X}", 0, aml.call("\\_SB.PCI0.HCHK"))
+    if cpus_come:
+        events += aml.method(f"_L{acpi_pm.CPU_HOTPLUG_EVENT:02X}", 0, aml.call("\\_SB.CCHK"))
     body = (
         aml.scope("\\_SB", *devices)
         + aml.scope("\\_GPE", events, *([] if firmware else [generation_event()]))
@@ -347,14 +433,17 @@ def build_acpi(
     ram: Sequence[tuple[int, int]],
     devices: Sequence[bytes] = (),
     *,
+    there: Collection[int] | None = None,
     firmware: bool = False,
     vga: bool = False,
     timers: bool = False,
 ) -> tuple[int, list[tuple[int, bytes]]]:
     """The address of the RSDP, and (address, table) of all tables, the RSDP among them.
 
-    ``apic_ids`` are those of the CPUs by their numbers; ``devices`` are more devices of the
-    DSDT's ``\\_SB``; ``firmware`` places the BARs; ``timers`` says that there is an HPET.
+    ``apic_ids`` are those of the CPUs by their numbers. With ``there``, the numbers of those that
+    are in the machine, the others can be plugged in, and CPUs be taken out; ``devices`` are more
+    devices of the DSDT's ``\\_SB``; ``firmware`` places the BARs; ``timers`` says that there is an
+    HPET.
     """
     if not apic_ids:
         raise ConfigError("a machine with 0 CPUs cannot be", mend="give at least 1")
@@ -376,8 +465,10 @@ def build_acpi(
         return address
 
     facs = place(_facs())
-    fadt = place(_fadt(facs, place(_dsdt(ram, devices, firmware)), vga))
-    listed = [fadt, place(_madt(apic_ids)), place(_mcfg())]
+    dsdt = place(_dsdt(apic_ids, ram, devices, firmware, there is not None))
+    fadt = place(_fadt(facs, dsdt, vga))
+    madt = place(_madt(apic_ids, range(len(apic_ids)) if there is None else there))
+    listed = [fadt, madt, place(_mcfg())]
     if timers:
         listed.append(place(_hpet()))
     xsdt = place(_xsdt(listed))

@@ -14,6 +14,7 @@ __all__ = [
     "device",
     "eisa_id",
     "end_tag",
+    "give",
     "integer",
     "interrupt",
     "io_port",
@@ -48,6 +49,7 @@ STORE_OP: Final = b"\x70"
 AND_OP: Final = b"\x7b"
 NOTIFY_OP: Final = b"\x86"
 IF_OP: Final = b"\xa0"
+RETURN_OP: Final = b"\xa4"
 REGION_OP: Final = b"\x5b\x80"
 FIELD_OP: Final = b"\x5b\x81"
 DUAL_PREFIX: Final = b"\x2e"
@@ -149,16 +151,23 @@ def when(condition: bytes, *terms: bytes) -> bytes:
     return IF_OP + with_length(condition + b"".join(terms))
 
 
+def give(value: bytes) -> bytes:
+    """What a method's call is."""
+    return RETURN_OP + value
+
+
 def notify(path: str, value: bytes) -> bytes:
     return NOTIFY_OP + name_string(path) + value
 
 
-def port_registers(path: str, base: int, *fields: str) -> bytes:
-    """A region of I/O ports (20.2.5.2) with registers of 32 bits in it, one after the other."""
-    system_io, dword_access_write_as_zeros, bits = 0x01, 0x43, 32
-    region = name_string(path) + bytes([system_io]) + integer(base) + integer(4 * len(fields))
+def port_registers(path: str, base: int, *fields: str, bits: int = 32) -> bytes:
+    """A region of I/O ports (20.2.5.2) with registers in it, of 8 or 32 bits, side by side."""
+    system_io, write_as_zeros = 0x01, 0x40
+    access = {8: 1, 32: 3}[bits]
+    length = bits // 8 * len(fields)
+    region = name_string(path) + bytes([system_io]) + integer(base) + integer(length)
     listed = b"".join(name_string(field) + bytes([bits]) for field in fields)
-    flags = bytes([dword_access_write_as_zeros])
+    flags = bytes([access | write_as_zeros])
     return REGION_OP + region + FIELD_OP + with_length(name_string(path) + flags + listed)
 
 

@@ -12,6 +12,7 @@ from tetrarch.cli.options import COMMAND_WORD
 
 __all__ = [
     "add_machine_commands",
+    "attach_cpu",
     "attach_disk",
     "console",
     "cp",
@@ -255,14 +256,31 @@ def attach_disk(
     print(connect(name).attach_disk(disk, name=device))
 
 
+def attach_cpu(
+    name: Name,
+    number: Annotated[
+        int | None, typer.Argument(metavar="[NUMBER]", help="[default: the first that is not in.]")
+    ] = None,
+) -> None:
+    """Put a CPU into a machine that runs, and print its name.
+
+    The machine was made with --cpus N,max=M, and its guest brings the CPU online.
+    """
+    from tetrarch.remote import connect
+
+    print(f"cpu{connect(name).plug_vcpu(number)}")
+
+
 def detach(
     name: Name,
-    device: Annotated[str, typer.Argument(metavar="DEVICE", help="As attach-disk printed it.")],
+    device: Annotated[
+        str, typer.Argument(metavar="DEVICE", help="As attach-disk or attach-cpu printed it.")
+    ],
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="What the guest has to give it up.")
     ] = 30,
 ) -> None:
-    """Take a device out of a machine when its guest has given it up."""
+    """Take a device or a CPU out of a machine when its guest has given it up."""
     from tetrarch.remote import connect
 
     connect(name).detach(device, timeout=timeout)
@@ -283,6 +301,7 @@ _COMMANDS: list[Callable[..., int | None]] = [
     stat,
     logs,
     attach_disk,
+    attach_cpu,
     detach,
 ]
 

@@ -41,16 +41,16 @@ def human_command(machine: Machine, line: str, vcpu: int) -> str:
 
 
 def _registers(machine: Machine, vcpu: int) -> str:
-    return f"\nCPU#{vcpu}\n{machine.vcpus[vcpu].dump()}"
+    return f"\nCPU#{vcpu}\n{machine.vcpu(vcpu).dump()}"
 
 
 def _all_registers(machine: Machine, vcpu: int) -> str:
-    return "".join(_registers(machine, index) for index in range(len(machine.vcpus)))
+    return "".join(_registers(machine, vcpu.number) for vcpu in machine.vcpus)
 
 
 def _mem(machine: Machine, vcpu: int) -> str:
     """Ranges of linear addresses that are mapped: first, behind the last, bytes, rights."""
-    regs = machine.vcpus[vcpu].regs
+    regs = machine.vcpu(vcpu).regs
     levels = table_levels(regs)
     if levels == 0:
         return "PG disabled\n"

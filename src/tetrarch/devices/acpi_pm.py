@@ -10,6 +10,7 @@ from tetrarch.devices._adapter import Adapter
 from tetrarch.devices._state import DeviceState, counter, register
 
 __all__ = [
+    "CPU_HOTPLUG_EVENT",
     "GENERATION_EVENT",
     "GPE0",
     "GPE0_BYTES",
@@ -41,6 +42,8 @@ GPE0_BYTES: Final = 4
 PCI_HOTPLUG_EVENT: Final = 1
 #: That of the generation ID (boot/generation.py): \_GPE._E02.
 GENERATION_EVENT: Final = 2
+#: That of CPU hot-plug: \_GPE._L03.
+CPU_HOTPLUG_EVENT: Final = 3
 #: SLP_TYP of soft-off, as the DSDT's \_S5 says.
 S5_TYPE: Final = 5
 #: That of the PIIX4 (Intel 290562, PMCNTRL), which OVMF writes by itself.
@@ -67,7 +70,7 @@ SLP_TYP: Final = 7 << SLP_TYP_SHIFT
 SLP_EN: Final = 1 << 13
 
 #: The general-purpose events that there are.
-GPES: Final = 1 << PCI_HOTPLUG_EVENT | 1 << GENERATION_EVENT
+GPES: Final = 1 << PCI_HOTPLUG_EVENT | 1 << GENERATION_EVENT | 1 << CPU_HOTPLUG_EVENT
 
 
 @dataclass

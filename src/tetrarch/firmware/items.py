@@ -43,8 +43,9 @@ def _number(value: int, size: int = 4) -> bytes:
     return value.to_bytes(size, "little")
 
 
-def cpu_items(cpus: int) -> dict[int, bytes]:
-    return {Key.NB_CPUS: _number(cpus, 2), Key.MAX_CPUS: _number(cpus, 2)}
+def cpu_items(cpus: int, most: int) -> dict[int, bytes]:
+    """How many there are, and can be."""
+    return {Key.NB_CPUS: _number(cpus, 2), Key.MAX_CPUS: _number(most, 2)}
 
 
 def memory_file(ram: Iterable[tuple[int, int]]) -> bytes:

@@ -103,10 +103,8 @@ class _Reader:
                 self.carried.set("memory", f"{-(-size // 4096) * 4}K", "<memory>")
         if (vcpu := domain.take("vcpu")) is not None:
             count, topology = vcpu.attribute("current") or vcpu.text, self._topology(domain)
-            if topology and count != vcpu.text:
-                self.carried.lose(f"<topology>: {topology[1:]}", f"it is of {vcpu.text} CPUs")
-                topology = ""
-            self.carried.set("cpus", f"{count}{topology}", "<vcpu>")
+            later = f",max={vcpu.text}" if count != vcpu.text else ""
+            self.carried.set("cpus", f"{count}{later}{topology}", "<vcpu>")
             vcpu.attributes.pop("placement", None)
             self.carried.lose_keys(f"line {vcpu.line}: <vcpu>", vcpu.attributes)
 

@@ -110,18 +110,20 @@ class _Reader:
                 del keys[level]
         if keys.get("maxcpus") == count:
             del keys["maxcpus"]
+        most = keys.pop("maxcpus", "")
         levels = {level: keys.pop(level) for level in _LEVELS if level in keys}
         if not count:
             total = 1
             for value in levels.values():
                 total *= min(int(value), 1 << 16) if value.isascii() and value.isdecimal() else 1
-            count = str(total)
+            count = most or str(total)
         topology = "".join(f",{level}={value}" for level, value in levels.items())
         if keys and levels:
             # Their product is of more CPUs, or of levels that are not here.
             self.carried.lose(f"-smp: {topology[1:]}", "it goes with the rest")
             topology = ""
-        self.carried.set("cpus", f"{count}{topology}", str(option))
+        later = f",max={most}" if most else ""
+        self.carried.set("cpus", f"{count}{later}{topology}", str(option))
         self.carried.lose_keys("-smp", keys)
 
     def _accelerator(self, option: Option) -> None:

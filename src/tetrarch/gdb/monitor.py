@@ -44,13 +44,13 @@ def _help(machine: Machine, vcpu: int) -> str:
 
 
 def _registers(machine: Machine, vcpu: int) -> str:
-    return machine.vcpus[vcpu].dump()
+    return machine.vcpu(vcpu).dump()
 
 
 def _cpus(machine: Machine, vcpu: int) -> str:
     lines = (
-        f"{'*' if number == vcpu else ' '} CPU #{number}: rip={view.regs['rip']:#018x}\n"
-        for number, view in enumerate(machine.vcpus)
+        f"{'*' if view.number == vcpu else ' '} CPU #{view.number}: rip={view.regs['rip']:#018x}\n"
+        for view in machine.vcpus
     )
     return "".join(lines)
 

@@ -309,8 +309,7 @@ class Session:
         return b"QC%02x" % (self._inspection.chosen + 1)
 
     def _threads(self, rest: bytes) -> bytes:
-        threads = range(1, len(self._debugger.vcpus) + 1)
-        return b"m" + b",".join(b"%02x" % thread for thread in threads)
+        return b"m" + b",".join(b"%02x" % (vcpu + 1) for vcpu in self._debugger.there())
 
     def _no_more_threads(self, rest: bytes) -> bytes:
         return b"l"
@@ -326,7 +325,7 @@ class Session:
         if text in (b"-1", b"0"):
             return None
         vcpu = number(text) - 1
-        if not 0 <= vcpu < len(self._debugger.vcpus):
+        if vcpu not in self._debugger.there():
             raise BadRequest
         return vcpu
 

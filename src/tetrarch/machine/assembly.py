@@ -36,6 +36,7 @@ from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.machine.steered import PauseMethods
 from tetrarch.machine.threads import VcpuThreads
 from tetrarch.machine.vcpu import VcpuView
+from tetrarch.machine.vcpus import PluggedVcpus
 from tetrarch.platforms.platform import Platform
 
 if TYPE_CHECKING:
@@ -63,11 +64,10 @@ class AssembledMachine(PauseMethods):
         self._backend = console
         self._life = LifeCycle()
         forbid_untrue(config, self._life)
-        vcpus = [vm.vcpu(index) for index in range(self.config.cpus.count)]
-        self.vcpus: tuple[VcpuView, ...] = tuple(
+        vcpus = [vm.vcpu(index) for index in range(self.config.cpus.max)]
+        self._views = tuple(
             VcpuView(vm, vcpu, number, self._life.allow) for number, vcpu in enumerate(vcpus)
         )
-        """The virtual CPUs: their registers and memory as they have it mapped, at any time."""
         self.memory = PhysicalMemory(vm, self._life.allow)
         """RAM by guest physical address: ``vm.memory[0x1000:0x2000]``."""
 
@@ -77,9 +77,10 @@ class AssembledMachine(PauseMethods):
         # So a replay comes to its end.
         ends = ExitStatus(StopReason.STOPPED, "the recording ends")
         halted = None if self.config.replay is None else ends
-        self._threads = VcpuThreads(vm, vcpus, self._conclusion, halted)
+        plugged = PluggedVcpus(vm, self.config.cpus, partial(_device_deleted, self._events))
+        self._threads = VcpuThreads(vm, vcpus, self._conclusion, lambda: plugged.numbers, halted)
         self._recording = Recording(vm)
-        self.dumps = Dumps(vm, self.vcpus, self._life, self._events)
+        self.dumps = Dumps(vm, partial(_there, self._views, plugged), self._life, self._events)
         """The core dump that is written, or was the last."""
         panic = PanicWatch(
             self._threads.busy_time,
@@ -88,7 +89,16 @@ class AssembledMachine(PauseMethods):
             partial(self._events.tell, "guest-panicked", action="run"),
         )
         try:
-            self._pc = assemble_pc(vm, self.config, end, holder(self), self._events, panic.told)
+            self._pc = assemble_pc(
+                vm,
+                self.config,
+                end,
+                holder(self),
+                self._events,
+                panic.told,
+                plugged,
+                self._threads,
+            )
         except EngineError as error:
             raise HostError(
                 f"cannot make the machine's devices: {engine_cause(error)}",
@@ -105,9 +115,9 @@ class AssembledMachine(PauseMethods):
             ]
         )
         self._attached = AttachedDevices()
-        self._debugger_port = DebuggerPort(partial(debugger_of, vm, vcpus))
+        self._debugger_port = DebuggerPort(partial(debugger_of, vm, vcpus, lambda: plugged.numbers))
         self._breakpoints = Breakpoints(
-            self._debugger_port, self.vcpus, _if_it_can(self.pause), _if_it_can(self.resume), end
+            self._debugger_port, self._views, _if_it_can(self.pause), _if_it_can(self.resume), end
         )
         self._controls: list[ControlServer] = []
         self._gdb: list[GdbServer] = []
@@ -149,16 +159,32 @@ class AssembledMachine(PauseMethods):
 
     def become_shadow(self) -> None:
         """In a process that was forked from the machine's."""
-        for own in (self, self._vm, self.vcpus, self.memory):
+        for own in (self, self._vm, self._views, self.memory):
             keep_for_ever(own)
         self._vm = nothing = cast(EngineVm, Elsewhere())
         self.memory = PhysicalMemory(nothing)
         vcpu = cast(EngineVcpu, nothing)
-        self.vcpus = tuple(VcpuView(nothing, vcpu, view.number) for view in self.vcpus)
+        self._views = tuple(VcpuView(nothing, vcpu, view.number) for view in self._views)
         self._life.become_shadow()
         self._conclusion.become_shadow()
         if isinstance(self._backend, MemoryConsole):
             self._backend.become_shadow(elsewhere())
+
+    @property
+    def vcpus(self) -> tuple[VcpuView, ...]:
+        """The virtual CPUs that are in the machine: their registers and memory as they have it
+        mapped, at any time."""
+        return _there(self._views, self._pc.vcpus)
+
+    def vcpu(self, number: int) -> VcpuView:
+        """The one of that number, of those that there can be; one that is not in the machine is as
+        it was last, or as it was made. Raises MachineStateError where there can be none."""
+        if not 0 <= number < len(self._views):
+            raise MachineStateError(
+                f"the machine can have no CPU {number}",
+                mend=f"they are 0 to {len(self._views) - 1}",
+            )
+        return self._views[number]
 
     @property
     def phase(self) -> Phase:
@@ -171,14 +197,12 @@ class AssembledMachine(PauseMethods):
         return self._life.uptime
 
     def _parts(self) -> MachineParts:
-        vcpus = [self._vm.vcpu(index) for index in range(self.config.cpus.count)]
         return MachineParts(
             self.config,
             self.engine,
             self._platform.name,
             self.uptime,
             self._vm,
-            vcpus,
             self._pc,
             self._attached,
         )
@@ -188,6 +212,14 @@ class AssembledMachine(PauseMethods):
         self._pc.close()
         self._attached.close()
         self._conclusion.settle(ExitStatus(StopReason.STOPPED), self._descent.close)
+
+
+def _there(views: Sequence[VcpuView], plugged: PluggedVcpus) -> tuple[VcpuView, ...]:
+    return tuple(views[number] for number in plugged.numbers)
+
+
+def _device_deleted(events: Events, name: str) -> None:
+    events.tell("device-deleted", device=name, path=f"/machine/peripheral/{name}")
 
 
 def _panicked(events: Events, end: Callable[[Event], None], message: str) -> None:

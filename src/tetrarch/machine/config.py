@@ -310,8 +310,8 @@ class MachineConfig(BaseModel):
     )
     cpus: Annotated[CpusSpec, BeforeValidator(CpusSpec.parse)] = option(
         CpusSpec(),
-        "Virtual CPUs, and how they lie; docs/cpu.md [default: 1].",
-        "N[,sockets=N][,cores=N][,threads=N]",
+        "Virtual CPUs, how many there can be, and how they lie; docs/cpu.md [default: 1].",
+        "N[,max=N][,sockets=N][,cores=N][,threads=N]",
     )
     cpu: Annotated[CpuSpec, BeforeValidator(CpuSpec.parse)] = option(
         CpuSpec(),

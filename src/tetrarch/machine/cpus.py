@@ -1,4 +1,4 @@
-"""A machine's CPUs as they are written down: ``N[,sockets=N][,cores=N][,threads=N]``."""
+"""A machine's CPUs as they are written down: ``N[,max=N][,sockets=N][,cores=N][,threads=N]``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _FILLED_FIRST: Final = ("cores", "sockets", "threads")
 
 @dataclass(frozen=True)
 class CpusSpec:
-    """How many vCPUs, and how they lie: ``sockets * cores * threads == count``."""
+    """How many vCPUs, and how those lie that there can be: ``sockets * cores * threads == max``."""
 
     count: int = 1
+    """In the machine at first."""
     sockets: int = 1
     cores: int = 1
     """Of a socket."""
@@ -42,37 +43,57 @@ class CpusSpec:
         if not _COUNT.fullmatch(text) or int(text) < 1:
             raise ValueProblem(f"{value!r} is no number of CPUs", mend="give 1 or more")
         count = int(text)
-        if count > VCPUS_MAX:
+        known = (*_LEVELS, "max")
+        given = {name: _level(name, told) for name, told in options(words, known, "CPUs")}
+        most = given.pop("max", count)
+        if max(count, most) > VCPUS_MAX:
             raise ValueProblem(
-                f"{count} CPUs are more than a machine can have", mend=f"give {VCPUS_MAX} or less"
+                f"{max(count, most)} CPUs are more than a machine can have",
+                mend=f"give {VCPUS_MAX} or less",
             )
-        given = {name: _level(name, told) for name, told in options(words, _LEVELS, "CPUs")}
-        spec = cls(count, **_filled(count, given))
-        if spec.apic_id(count - 1) >= VCPUS_MAX:
+        if most < count:
             raise ValueProblem(
-                f"{value!r} needs APIC IDs up to {spec.apic_id(count - 1)}, and "
+                f"{count} CPUs are more than the {most} of max", mend=f"give max={count} or more"
+            )
+        spec = cls(count, **_filled(most, given))
+        if spec.apic_id(most - 1) >= VCPUS_MAX:
+            raise ValueProblem(
+                f"{value!r} needs APIC IDs up to {spec.apic_id(most - 1)}, and "
                 f"{VCPUS_MAX - 1} is the last",
                 mend="let cores and threads be powers of two, or give fewer",
             )
         return spec
 
-    def apic_id(self, cpu: int) -> int:
-        """Of the vCPU with that number: a field of bits for each level (Intel SDM 3A, 9.9.2)."""
+    @property
+    def max(self) -> int:
+        """How many there can be: the others are plugged in while the machine runs."""
+        return self.sockets * self.cores * self.threads
+
+    def place(self, cpu: int) -> tuple[int, int, int]:
+        """Socket, core and thread of the vCPU with that number."""
         core, thread = divmod(cpu, self.threads)
         socket, core = divmod(core, self.cores)
+        return socket, core, thread
+
+    def apic_id(self, cpu: int) -> int:
+        """Of the vCPU with that number: a field of bits for each level (Intel SDM 3A, 9.9.2)."""
+        socket, core, thread = self.place(cpu)
         thread_bits = (self.threads - 1).bit_length()
         core_bits = (self.cores - 1).bit_length()
         return (socket << core_bits | core) << thread_bits | thread
 
     @property
     def apic_ids(self) -> list[int]:
-        return [self.apic_id(cpu) for cpu in range(self.count)]
+        """Of all that there can be."""
+        return [self.apic_id(cpu) for cpu in range(self.max)]
 
     def __str__(self) -> str:
-        if (self.sockets, self.threads) == (1, 1):
-            return str(self.count)
-        levels = (f"{name}={getattr(self, name)}" for name in _LEVELS)
-        return ",".join((str(self.count), *levels))
+        words = [str(self.count)]
+        if self.max != self.count:
+            words.append(f"max={self.max}")
+        if (self.sockets, self.threads) != (1, 1):
+            words += [f"{name}={getattr(self, name)}" for name in _LEVELS]
+        return ",".join(words)
 
 
 def _level(name: str, value: str | None) -> int:

@@ -63,9 +63,17 @@ class Debugger:
     ``alert`` is an eventfd(2), which becomes readable when a vCPU has stopped by itself.
     """
 
-    def __init__(self, vm: EngineVm, vcpus: Sequence[EngineVcpu]) -> None:
+    def __init__(
+        self,
+        vm: EngineVm,
+        vcpus: Sequence[EngineVcpu],
+        there: Callable[[], Sequence[int]] | None = None,
+    ) -> None:
+        """``vcpus`` are all that there can be, ``there`` tells those that are in the machine, by
+        default all."""
         self._vm = vm
         self.vcpus = vcpus
+        self.there = there or (lambda: range(len(vcpus)))
         self.alert = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.stopped = False
         self.block_interrupts = True

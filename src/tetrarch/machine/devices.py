@@ -124,18 +124,42 @@ class DeviceMethods(AssembledMachine):
         still do it.
         """
         self._life.require("detach", Phase.MADE, Phase.RUNNING)
-        if self._threads.current or self._attached.current:
-            raise MachineStateError(
-                "a device cannot wait for its own guest", mend="detach it on another thread"
-            )
+        self._not_on_a_device("detach it on another thread")
         ask = self.phase is Phase.RUNNING
         gone = self._pc.plugged.unplug(device, ask=ask, timeout=timeout)
+        self._await_gone(repr(device), gone, timeout)
+
+    def plug_vcpu(self, number: int | None = None) -> int:
+        """Puts a CPU into the machine, the first that is not in it if none is named, and gives its
+        number; the guest is told, and may bring it online.
+
+        Raises MachineStateError where it cannot have it: see ``max`` of ``cpus``.
+        """
+        self._life.require("plug_vcpu", Phase.RUNNING, Phase.PAUSED)
+        self._not_on_a_device("plug it in on another thread")
+        return self._pc.vcpus.plug(number)
+
+    def unplug_vcpu(self, number: int, *, timeout: float | None = 30.0) -> None:
+        """Takes a CPU out; returns when the guest has given it up.
+
+        Raises TimeoutError if that has not come about after ``timeout`` seconds; the guest may
+        still do it. Raises MachineStateError for CPU 0, and one that is not in the machine.
+        """
+        self._life.require("unplug_vcpu", Phase.RUNNING)
+        self._not_on_a_device("take it out on another thread")
+        self._await_gone(f"CPU {number}", self._pc.vcpus.unplug(number, timeout), timeout)
+
+    def _not_on_a_device(self, mend: str) -> None:
+        if self._threads.current or self._attached.current:
+            raise MachineStateError("a device cannot wait for its own guest", mend=mend)
+
+    def _await_gone(self, what: str, gone: bool | None, timeout: float | None) -> None:
         if gone is None:
             raise MachineStateError(
-                "the machine ended before its guest gave the device up", mend="detach it earlier"
+                f"the machine ended before its guest gave {what} up", mend="take it out earlier"
             )
         if not gone:
-            raise TimeoutError(f"the guest has not given {device!r} up within {timeout:g} s")
+            raise TimeoutError(f"the guest has not given {what} up within {timeout:g} s")
 
     def irq_source(self, gsi: int) -> InterruptWire:
         """A wire of its own to an interrupt line, to be driven from any thread.

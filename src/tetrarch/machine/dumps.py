@@ -25,8 +25,13 @@ Hold = Callable[[], AbstractContextManager[None]]
 
 class Dumps:
     def __init__(
-        self, vm: EngineVm, vcpus: Sequence[VcpuView], life: LifeCycle, events: Events
+        self,
+        vm: EngineVm,
+        vcpus: Callable[[], Sequence[VcpuView]],
+        life: LifeCycle,
+        events: Events,
     ) -> None:
+        """``vcpus`` gives those that are in the machine."""
         self._vm = vm
         self._vcpus = vcpus
         self._life = life
@@ -69,7 +74,7 @@ class Dumps:
                     file = stack.enter_context(new_file(Path(file), "dump guest memory"))
                 if self._life.phase is not Phase.PAUSED:
                     stack.enter_context(hold())
-                registers = [vcpu.regs for vcpu in self._vcpus]
+                registers = [vcpu.regs for vcpu in self._vcpus()]
                 linear = linear_ranges(self._vm, registers) if paging else []
                 rest = stack.pop_all()
         except BaseException:

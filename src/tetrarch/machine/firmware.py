@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from tetrarch._native import GuestMemoryError, Vm
 from tetrarch.boot import build_acpi
@@ -48,16 +48,29 @@ class MachineFirmware:
         if self.variables is not None:
             self.variables.close()
 
-    def load(self, config: MachineConfig, cmdline: str, dsdt: Sequence[bytes]) -> dict[str, int]:
+    def load(
+        self,
+        config: MachineConfig,
+        cmdline: str,
+        dsdt: Sequence[bytes],
+        there: Collection[int] | None,
+    ) -> dict[str, int]:
         """The registers to start the first vCPU with. Raises BootError."""
-        self.tell(config, cmdline, dsdt)
+        self.tell(config, cmdline, dsdt, there)
         self._vm.write_memory(self._image.base, self._image.data)
         self._vm.write_memory(*self._image.low)
         return reset_state()
 
-    def tell(self, config: MachineConfig, cmdline: str, dsdt: Sequence[bytes]) -> None:
-        """Lets fw_cfg say what the machine is."""
-        items: dict[int, bytes | FwCfgItem] = {**cpu_items(config.cpus.count)}
+    def tell(
+        self,
+        config: MachineConfig,
+        cmdline: str,
+        dsdt: Sequence[bytes],
+        there: Collection[int] | None,
+    ) -> None:
+        """Lets fw_cfg say what the machine is; ``there`` as ``build_acpi`` has it."""
+        cpus = config.cpus.count if there is None else len(there)
+        items: dict[int, bytes | FwCfgItem] = {**cpu_items(cpus, config.cpus.max)}
         kernel_files: dict[str, bytes] = {}
         if config.kernel is not None and self._image.is_seabios:
             kernel, kernel_files = linux_rom(self._vm, config.kernel, config.initrd, cmdline)
@@ -68,6 +81,7 @@ class MachineFirmware:
             config.cpus.apic_ids,
             self._ram,
             dsdt,
+            there=there,
             firmware=True,
             vga=config.vga,
             timers=config.hpet,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from tetrarch.share.spec import share_tags
 if TYPE_CHECKING:
     from tetrarch.console import ConsoleBackend
     from tetrarch.images import Reporter
-    from tetrarch.machine.firmware import MachineFirmware
+    from tetrarch.machine.pc import Pc
 
 __all__ = ["check_files", "load_guest", "resolve_guest", "with_installed_disk"]
 
@@ -109,8 +108,7 @@ def load_guest(
     config: MachineConfig,
     console: ConsoleBackend,
     platform: Platform,
-    dsdt: Sequence[bytes],
-    firmware: MachineFirmware | None,
+    pc: Pc,
 ) -> None:
     """Puts a resolved guest into memory and its entry into the first vCPU's registers.
 
@@ -130,15 +128,20 @@ def load_guest(
     # For images/guest/shares; Linux leaves words with a dot in them alone.
     shares = [f"tetrarch.share={tag}" for tag in share_tags(config.share)]
     append = " ".join(filter(None, (append, *shares, config.append_extra)))
-    if firmware is not None:
-        registers = firmware.load(config, append, dsdt)
+    if pc.firmware is not None:
+        registers = pc.firmware.load(config, append, pc.dsdt, pc.vcpus.there)
     elif config.kernel is not None:
         from tetrarch.boot import build_acpi, load_kernel
         from tetrarch.boot.generation import first_generation
 
         first_generation(vm)
         rsdp, tables = build_acpi(
-            config.cpus.apic_ids, vm.ram, dsdt, vga=config.vga, timers=config.hpet
+            config.cpus.apic_ids,
+            vm.ram,
+            pc.dsdt,
+            there=pc.vcpus.there,
+            vga=config.vga,
+            timers=config.hpet,
         )
         for address, data in tables:
             vm.write_memory(address, data)

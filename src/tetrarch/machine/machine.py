@@ -177,8 +177,9 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
 
     @property
     def vcpu_threads(self) -> list[int]:
-        """The host's numbers of the threads that run the vCPUs, while they do."""
-        return self._threads.native_ids
+        """The host's numbers of the threads that run the vCPUs, while they do, in the order of
+        ``vcpus``."""
+        return list(self._threads.native_ids.values())
 
     @property
     def running(self) -> bool:

@@ -12,6 +12,7 @@ memory      0 .. 0xBFFF_FFFF                RAM, up to 3 GiB of it
 ports       0x0600 .. 0x060F                ACPI: fixed hardware, general-purpose events
             0x0610                          pvpanic
             0x0620 .. 0x062B                PCI: hot-plug
+            0x0700 .. 0x07FF                CPUs: hot-plug, where there can be more
             0x0CF8 .. 0x0CFF                PCI: configuration
             0xB000 .. 0xB00F                with firmware, ACPI's block once more
             0xC000 .. 0xFFFF                PCI: BARs
@@ -28,6 +29,7 @@ from collections.abc import Sequence
 from typing import Final
 
 __all__ = [
+    "CPU_HOTPLUG",
     "ECAM",
     "IDE_CHANNELS",
     "IDE_TASK_PORTS",
@@ -55,6 +57,8 @@ IDE_TASK_PORTS: Final = 8
 
 #: Registers of pci/hotplug.py.
 PCI_HOTPLUG: Final = 0x620
+#: Of devices/cpu_hotplug.py.
+CPU_HOTPLUG: Final = 0x700
 
 #: Where a PIIX4 has its power management on QEMU's machine "pc".
 PIIX4_PM: Final = 0xB000

@@ -50,6 +50,8 @@ from tetrarch.machine.networks import machine_nets
 from tetrarch.machine.plugged import PluggedDevices
 from tetrarch.machine.shares import MachineShare, machine_shares
 from tetrarch.machine.status import ExitStatus, StopReason
+from tetrarch.machine.threads import VcpuThreads
+from tetrarch.machine.vcpus import PluggedVcpus
 from tetrarch.machine.virtio import VirtioSlots
 from tetrarch.pci import PciBus, bus, hotplug
 from tetrarch.virtio.balloon import BalloonKind
@@ -93,6 +95,8 @@ class Pc:
     uart: Uart16550
     rtc: RtcCmos
     acpi: AcpiPm
+    vcpus: PluggedVcpus
+    """Which are in the machine."""
     pci: PciBus
     dsdt: Sequence[bytes]
     """Devices that the DSDT names beside those of every PC."""
@@ -130,6 +134,7 @@ class Pc:
             device.load(states[name])
 
     def reset(self) -> None:
+        self.vcpus.reset()
         for device in self.devices.values():
             device.reset()
         self.plugged.reset()
@@ -138,6 +143,7 @@ class Pc:
     def close(self) -> None:
         """Ends what runs beside the vCPUs, and what waits for them."""
         self.plugged.close()
+        self.vcpus.close()
         self.rtc.close()
         if self.hpet is not None:
             self.hpet.close()
@@ -179,13 +185,15 @@ def assemble_pc(
     stop: OnStop,
     events: Events,
     panicked: Callable[[], None],
+    vcpus: PluggedVcpus,
+    threads: VcpuThreads,
 ) -> Pc:
     """Makes the devices and attaches them to ``vm``.
 
     ``end`` is called, on a vCPU's thread, when the guest switches the machine off or resets it,
     and with what a filter of a network raises; ``stop`` where the machine is to be held for a
     disk. ``events`` hears of disks, of the balloon and of devices that are out; ``panicked`` is
-    called when the guest says that it has.
+    called when the guest says that it has. ``threads`` run the vCPUs.
     """
 
     def line(gsi: int) -> Callable[[bool], None]:
@@ -228,6 +236,7 @@ def assemble_pc(
         events.tell("balloon-change", actual=config.memory - actual)
 
     plugged = PluggedDevices(pci, acpi, out)
+    vcpus.connect(threads, acpi)
     devices: dict[str, SavedDevice] = {
         "i8042": keyboard,
         "rtc": rtc,
@@ -252,6 +261,9 @@ def assemble_pc(
         PortRange(reset_cf9.PORT_BASE, reset_cf9.PORTS, reset_control),
         PortRange(bus.DATA_PORT, bus.DATA_PORTS, pci.data_ports),
     ]
+    if vcpus.hotplug is not None:
+        devices["cpu-hotplug"] = vcpus.hotplug
+        ports.append(PortRange(machine_map.CPU_HOTPLUG, config.cpus.max, vcpus.hotplug, sizes=(1,)))
     if config.debug_exit:
         devices["debug-exit"] = ender = DebugExit(leave)
         ports.append(PortRange(debug_exit.PORT_BASE, debug_exit.PORTS, ender))
@@ -367,6 +379,7 @@ def assemble_pc(
         uart,
         rtc,
         acpi,
+        vcpus,
         pci,
         dsdt,
         disks,

@@ -43,6 +43,7 @@ _ARE_DEVICES: Final = {
     "detach",
     "irq_line",
     "irq_source",
+    "plug_vcpu",
     "press_power_button",
 }
 
@@ -96,7 +97,7 @@ def check_recorded(config: MachineConfig) -> None:
             )
         return
     for present, what in (
-        (config.cpus.count > 1, f"{config.cpus.count} CPUs"),
+        (config.cpus.max > 1, f"{config.cpus.max} CPUs"),
         (config.chaos is not None, "chaos"),
         (any(disk.vhost_user for disk in config.disk), "a disk of another process"),
         (any(net.kind == "vhost-user" for net in config.net), "a network card of another process"),

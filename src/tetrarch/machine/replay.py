@@ -140,9 +140,13 @@ class ReplayDebugger(Debugger):
         )
 
 
-def debugger_of(vm: EngineVm, vcpus: Sequence[EngineVcpu]) -> Debugger:
+def debugger_of(
+    vm: EngineVm, vcpus: Sequence[EngineVcpu], there: Callable[[], Sequence[int]]
+) -> Debugger:
     replay = vm.replay()
-    return Debugger(vm, vcpus) if replay is None else ReplayDebugger(vm, vcpus, replay)
+    if replay is None:
+        return Debugger(vm, vcpus, there)
+    return ReplayDebugger(vm, vcpus, replay)
 
 
 class ReplayView:

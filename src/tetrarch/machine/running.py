@@ -181,8 +181,7 @@ class RunMethods(AssembledMachine):
                 self.config,
                 self._backend,
                 self._platform,
-                self._pc.dsdt,
-                self._pc.firmware,
+                self._pc,
             )
             load()
             self._resets.load = load

@@ -77,7 +77,7 @@ class SaveMethods(RunMethods):
                 renew_cards(self._pc)
             restore_machine(self._parts(), saved)
             if self._pc.firmware is not None:
-                self._pc.firmware.tell(self.config, "", self._pc.dsdt)
+                self._pc.firmware.tell(self.config, "", self._pc.dsdt, self._pc.vcpus.there)
             elif fresh_identity:
                 from tetrarch.boot.generation import change_generation
 

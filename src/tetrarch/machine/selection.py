@@ -101,7 +101,7 @@ def choose(name: str, cpus: int = 1) -> tuple[str, str]:
 
 def chosen(config: MachineConfig) -> tuple[str, str]:
     """The same for a machine."""
-    cpus = config.cpus.count
+    cpus = config.cpus.max
     if config.engine == "auto" and (config.record or config.replay):
         name, _ = choose("bt", cpus)
         return name, "it records and replays"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,7 @@ __all__ = [
 
 # Count up when a section means something else than before. The engine's sections have
 # versions of their own inside.
-_ABOUT_VERSION: Final = 3
+_ABOUT_VERSION: Final = 4
 _ABOUT_OPTIONS: Final = {
     "name",
     "engine",
@@ -48,6 +49,7 @@ _ABOUT_OPTIONS: Final = {
 }
 _DEVICES_VERSION: Final = 1
 _RAM_VERSION: Final = 1
+_NUMBER: Final = re.compile("[0-9]{1,3}")
 #: Files of one machine that lie upon each other.
 _LAYERS_MAX: Final = 64
 
@@ -72,6 +74,8 @@ class About:
     parent: Parent | None
     cpu: GuestCpu
     """What the guest has found of its CPU."""
+    vcpus: Mapping[int, str]
+    """Those that were in the machine: what they were called, by number."""
     disks: Mapping[str, Any]
     """Where the images stood, by the names of their nodes."""
 
@@ -100,6 +104,7 @@ def save_machine(parts: MachineParts, file: BinaryIO, parent: Parent | None = No
         "platform": parts.platform,
         "memory": f"{config.memory >> 10}K",
         "cpus": str(config.cpus),
+        "vcpus": parts.pc.vcpus.names,
         "debug_exit": config.debug_exit,
         "vga": config.vga,
         "hpet": config.hpet,
@@ -125,8 +130,8 @@ def save_machine(parts: MachineParts, file: BinaryIO, parent: Parent | None = No
     writer.json("machine", _ABOUT_VERSION, about)
     writer.section("ram", _RAM_VERSION, table)
     writer.section("vm", 1, state.vm)
-    for index, vcpu in enumerate(state.vcpus):
-        writer.section(f"vcpu{index}", 1, vcpu)
+    for number, vcpu in state.vcpus.items():
+        writer.section(f"vcpu{number}", 1, vcpu)
     writer.json("devices", _DEVICES_VERSION, state.devices)
     writer.json("pci", _DEVICES_VERSION, state.pci)
     writer.json("attached", _DEVICES_VERSION, state.attached)
@@ -182,6 +187,7 @@ def _read_about(reader: SavedReader, platform: str | None) -> About:
     had = about.pop("outside", None)
     identity, parent = about.pop("identity", None), about.pop("parent", None)
     cpu, disks = about.pop("cpu", None), about.pop("disks", None)
+    vcpus = about.pop("vcpus", None)
     found = about.pop("platform", None)
     if platform is not None and found != platform:
         raise StateError(
@@ -207,7 +213,14 @@ def _read_about(reader: SavedReader, platform: str | None) -> About:
     if not isinstance(disks, dict):
         raise reader.damaged("does not say where the machine's disks stood")
     return About(
-        config, float(uptime), outside, identity, _parent(reader, parent), _cpu(reader, cpu), disks
+        config,
+        float(uptime),
+        outside,
+        identity,
+        _parent(reader, parent),
+        _cpu(reader, cpu),
+        _vcpus(reader, vcpus),
+        disks,
     )
 
 
@@ -222,6 +235,18 @@ def _cpu(reader: SavedReader, value: object) -> GuestCpu:
         if named and _is_word(signature) and all(_is_word(bits) for bits in words.values()):
             return GuestCpu(vendor, signature, words)
     raise reader.damaged("does not say what CPU the machine had")
+
+
+def _vcpus(reader: SavedReader, value: object) -> dict[int, str]:
+    entries = value.items() if isinstance(value, dict) else ()
+    found = {
+        int(number): name
+        for number, name in entries
+        if _NUMBER.fullmatch(number) and isinstance(name, str)
+    }
+    if not found or len(found) != len(entries):
+        raise reader.damaged("does not say which CPUs the machine had")
+    return found
 
 
 def _parent(reader: SavedReader, value: object) -> Parent | None:
@@ -246,8 +271,9 @@ def restore_machine(parts: MachineParts, saved: Saved) -> None:
     """Into a new machine that is held."""
     _require_cpu(parts, saved.about.cpu)
     reader = saved.reader
+    parts.pc.vcpus.load(saved.about.vcpus)
     vm = reader.section("vm", 1)
-    vcpus = [reader.section(f"vcpu{index}", 1) for index in range(len(parts.vcpus))]
+    vcpus = {number: reader.section(f"vcpu{number}", 1) for number in parts.vcpus}
     devices = _mapping(reader, "devices", _DEVICES_VERSION)
     plugged = _mapping(reader, "pci", _DEVICES_VERSION)
     attached = _mapping(reader, "attached", _DEVICES_VERSION)

@@ -8,7 +8,7 @@ into the device's state and then is an edge, as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,13 @@ class MachineParts:
     platform: str
     uptime: float
     vm: EngineVm
-    vcpus: Sequence[EngineVcpu]
     pc: Pc
     attached: AttachedDevices
+
+    @property
+    def vcpus(self) -> dict[int, EngineVcpu]:
+        """Those that are in the machine, by number."""
+        return {number: self.vm.vcpu(number) for number in self.pc.vcpus.numbers}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class MachineState:
     by their names."""
 
     vm: bytes
-    vcpus: Sequence[bytes]
+    vcpus: Mapping[int, bytes]
     devices: Mapping[str, Any]
     pci: Mapping[str, Any]
     attached: Mapping[str, Any]
@@ -58,7 +62,7 @@ def save_state(parts: MachineParts) -> MachineState:
     try:
         return MachineState(
             parts.vm.save_state(),
-            [vcpu.save_state() for vcpu in parts.vcpus],
+            {number: vcpu.save_state() for number, vcpu in parts.vcpus.items()},
             devices,
             plugged,
             attached,
@@ -78,8 +82,8 @@ def load_state(parts: MachineParts, state: MachineState) -> None:
     """
     try:
         parts.vm.load_state(state.vm)
-        for vcpu, saved in zip(parts.vcpus, state.vcpus, strict=True):
-            vcpu.load_state(saved)
+        for number, saved in state.vcpus.items():
+            parts.vm.vcpu(number).load_state(saved)
     except EngineError as error:
         raise StateError(
             f"the engine {parts.engine} cannot take the machine up: {engine_cause(error)}",

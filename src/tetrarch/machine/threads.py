@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
@@ -37,27 +37,68 @@ class VcpuThreads:
         vm: EngineVm,
         vcpus: Sequence[EngineVcpu],
         conclusion: Conclusion,
+        there: Callable[[], Sequence[int]],
         halted: ExitStatus | None = None,
     ) -> None:
-        """``halted`` is the status of a machine that halts for good, where that is no crash."""
+        """``there``: the numbers of those that are in the machine. ``halted`` is the status of a
+        machine that halts for good, where that is no crash."""
         self._vm = vm
         self._vcpus = vcpus
         self._conclusion = conclusion
+        self._there = there
         self._halted = halted
-        self._threads: list[threading.Thread] = []
+        # Guards what follows: whether there are threads, which, and which of them are to end.
+        self._changed = threading.Condition()
+        self._running = False
+        self._threads: dict[int, threading.Thread] = {}
+        self._leaving: set[int] = set()
 
     def start(self) -> None:
-        for index, vcpu in enumerate(self._vcpus):
+        with self._changed:
+            self._running = True
+        for number in self._there():
+            self.start_one(number)
+
+    def start_one(self, number: int) -> None:
+        """Of a vCPU that has come into a machine; without effect while none runs."""
+        vcpu = self._vcpus[number]
+        with self._changed:
+            if not self._running or number in self._threads:
+                return
+            vcpu.set_present(True)
             thread = threading.Thread(
-                target=self._run, args=(vcpu,), name=f"vcpu{index}", daemon=True
+                target=self._run, args=(number, vcpu), name=f"vcpu{number}", daemon=True
             )
-            self._threads.append(thread)
+            self._threads[number] = thread
             thread.start()
+
+    def let_go(self, number: int) -> None:
+        """Ends the thread of a vCPU that is out of the machine; returns at once, as it may be
+        called on that thread."""
+        with self._changed:
+            if number not in self._threads:
+                self._vcpus[number].set_present(False)
+                return
+            self._leaving.add(number)
+        self._vm.request_stop()
+
+    def wait_gone(self, number: int) -> None:
+        """Until a vCPU that was let go has left. Raises HostError where it does not return."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: number not in self._leaving, _STOP_PATIENCE_S):
+                raise HostError(
+                    f"CPU {number} has not left the machine: a device does not return from an "
+                    "access",
+                    mend="end its read() or write()",
+                )
 
     def stop(self) -> None:
         """Waits until all have ended. Raises HostError where a vCPU does not return."""
         deadline = time.monotonic() + _STOP_PATIENCE_S
-        for thread in self._threads:
+        with self._changed:
+            self._running = False
+            threads = list(self._threads.values())
+        for thread in threads:
             while thread.is_alive():
                 self._vm.request_stop()
                 thread.join(_STOP_RETRY_S)
@@ -66,20 +107,32 @@ class VcpuThreads:
                         f"{thread.name} does not stop: a device does not return from an access",
                         mend="end its read() or write()",
                     )
-        self._threads.clear()
+        with self._changed:
+            self._threads.clear()
+            for number in self._leaving:
+                self._vcpus[number].set_present(False)
+            self._leaving.clear()
+            self._changed.notify_all()
+
+    def _all(self) -> dict[int, threading.Thread]:
+        with self._changed:
+            return dict(self._threads)
 
     @property
-    def native_ids(self) -> list[int]:
-        return [thread.native_id or 0 for thread in self._threads]
+    def native_ids(self) -> dict[int, int]:
+        """Of each vCPU that runs and stays, by its number."""
+        with self._changed:
+            staying = {n: thread for n, thread in self._threads.items() if n not in self._leaving}
+        return {number: thread.native_id or 0 for number, thread in sorted(staying.items())}
 
     @property
     def current(self) -> bool:
         """Whether the caller is one of them: a device."""
-        return threading.current_thread() in self._threads
+        return threading.current_thread() in self._all().values()
 
     def busy_time(self) -> float:
         """Seconds in which they had a processor or waited for one, of all together."""
-        return sum(map(busy_time, self._threads))
+        return sum(map(busy_time, self._all().values()))
 
     def in_kernel(self) -> bool | None:
         """Whether all vCPUs are at privilege level 0; None where that cannot be seen."""
@@ -89,16 +142,18 @@ class VcpuThreads:
             return None  # a device takes its time
         try:
             # The low two bits of CS are the privilege level outside of real mode.
-            return all(vcpu.regs()["cs_selector"] & 3 == 0 for vcpu in self._vcpus)
+            there = [self._vcpus[number] for number in self._there()]
+            return all(vcpu.regs()["cs_selector"] & 3 == 0 for vcpu in there)
         finally:
             self._vm.resume()
 
-    def _run(self, vcpu: EngineVcpu) -> None:
+    def _run(self, number: int, vcpu: EngineVcpu) -> None:
         try:
-            # A stop ends nothing by itself, only a decided end does: the vCPU that has met
-            # its end stops the others before it says so.
+            # A stop ends nothing by itself, only a decided end does, or that this vCPU has left:
+            # the one that has met its end stops the others before it says so.
             while (why := vcpu.run()) == "stopped" and not self._conclusion.decided:
-                pass
+                if self._has_left(number):
+                    return
             if why == "halted" and self._halted is not None:
                 self._conclusion.post(self._halted)
             elif why != "stopped":
@@ -106,6 +161,17 @@ class VcpuThreads:
         except BaseException as error:
             # Also KeyboardInterrupt: the thread that waits is the one to see it.
             self._conclusion.post(error)
+
+    def _has_left(self, number: int) -> bool:
+        with self._changed:
+            # While all are stopped who waits for this thread does the rest.
+            if number not in self._leaving or not self._running:
+                return False
+            self._leaving.remove(number)
+            del self._threads[number]
+            self._vcpus[number].set_present(False)
+            self._changed.notify_all()
+            return True
 
 
 def _status_of(vcpu: EngineVcpu, why: str) -> ExitStatus:

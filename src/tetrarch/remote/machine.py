@@ -42,6 +42,7 @@ from tetrarch.remote.events import RemoteEvents, report
 from tetrarch.remote.networks import attach_net
 from tetrarch.remote.process import MachineProcess
 from tetrarch.remote.replay import RemoteReplay
+from tetrarch.remote.vcpus import plug_vcpu, vcpu_name
 
 if TYPE_CHECKING:
     from tetrarch.aio import AsyncRemoteMachine
@@ -181,10 +182,10 @@ class RemoteMachine(PauseMethods, AgentMethods):
     @property
     def vcpus(self) -> tuple[VcpuView, ...]:
         """The virtual CPUs: their registers and memory as they have it mapped, at any time."""
-        count = len(self.execute("query-cpus-fast"))
+        numbers = [cpu["cpu-index"] for cpu in self.execute("query-cpus-fast")]
         connect = partial(_connected, self.about)
         vm = RemoteVm(connect)
-        return tuple(VcpuView(vm, RemoteVcpu(connect, index), index) for index in range(count))
+        return tuple(VcpuView(vm, RemoteVcpu(connect, number), number) for number in numbers)
 
     def breakpoint(
         self,
@@ -396,6 +397,19 @@ class RemoteMachine(PauseMethods, AgentMethods):
         after ``timeout`` seconds; it may still do it."""
         with self._client() as client:
             detach(client, device, timeout)
+
+    def plug_vcpu(self, number: int | None = None) -> int:
+        """Puts a CPU into the machine, the first that is not in it if none is named, and gives its
+        number. Raises MachineStateError where all are in it that it can have, ControlError where it
+        refuses one."""
+        with self._client() as client:
+            return plug_vcpu(client, number)
+
+    def unplug_vcpu(self, number: int, *, timeout: float = _DETACH_S) -> None:
+        """Takes a CPU out when the guest has given it up. Raises HostError where it has not after
+        ``timeout`` seconds; it may still do it."""
+        with self._client() as client:
+            detach(client, vcpu_name(client, number), timeout)
 
     # The guest's agent.
 

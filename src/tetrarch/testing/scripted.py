@@ -159,6 +159,9 @@ class ScriptedVm:
     def keep_reset_state(self) -> None:
         self._reset_registers = dict(self.registers)
 
+    def reset_vcpu(self, index: int) -> None:
+        pass
+
     def reset(self) -> None:
         self.registers = dict(self._reset_registers)
 
@@ -342,6 +345,9 @@ class ScriptedVcpu:
         software: bool = False,
         hardware: Sequence[tuple[str, int, int]] | None = None,
     ) -> None:
+        pass
+
+    def set_present(self, present: bool) -> None:
         pass
 
     def set_frozen(self, frozen: bool) -> None:

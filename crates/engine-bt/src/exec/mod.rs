@@ -803,6 +803,12 @@ impl Vcpu for BtVcpu {
     fn load(&mut self, state: &VcpuState) -> Result<(), EngineError> {
         self.take_up(state)
     }
+
+    fn set_present(&mut self, present: bool) {
+        let vm = &self.cpu.vm;
+        vm.halts.set_present(self.number, present);
+        vm.irqchip.wake_all();
+    }
 }
 
 impl BtVcpu {

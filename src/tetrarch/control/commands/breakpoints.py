@@ -32,7 +32,7 @@ def breakpoint_add(
         raise QmpError(f"Duplicate ID '{id_}' for breakpoint")
     if not 0 <= address < 1 << 64:
         raise QmpError("Parameter 'address' expects an address")
-    if not 0 <= cpu_index < machine.config.cpus.count:
+    if cpu_index not in machine.pc.vcpus.numbers:
         raise QmpError("Parameter 'cpu-index' expects a CPU number")
     listener = _pausing(monitor, id_)
     if kind == "execute":

@@ -112,7 +112,8 @@ def translate(monitor: Monitor, cpu_index: int, address: int) -> dict[str, int |
 
 
 def _vcpu(monitor: Monitor, index: int) -> EngineVcpu:
-    _require("cpu-index", index, monitor.machine.config.cpus.count)
+    if index not in monitor.machine.pc.vcpus.numbers:
+        raise QmpError("Parameter 'cpu-index' expects a CPU number")
     return monitor.machine.engine_vm.vcpu(index)
 
 

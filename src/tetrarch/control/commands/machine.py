@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from tetrarch.control.command import command
 from tetrarch.control.human import human_command
@@ -12,13 +12,19 @@ from tetrarch.machine.machine import Machine
 from tetrarch.virtio.balloon import BalloonKind
 
 __all__ = [
+    "CPU_DRIVER",
     "balloon",
     "human_monitor_command",
     "query_balloon",
     "query_cpus_fast",
+    "query_hotpluggable_cpus",
     "query_name",
     "query_target",
 ]
+
+
+#: What device_add calls a CPU.
+CPU_DRIVER: Final = "host-x86_64-cpu"
 
 
 @command("query-name")
@@ -33,17 +39,47 @@ def query_target(monitor: Monitor) -> dict[str, str]:
 
 @command("query-cpus-fast")
 def query_cpus_fast(monitor: Monitor) -> list[dict[str, Any]]:
-    threads = monitor.machine.vcpu_threads
+    machine = monitor.machine
+    threads = machine.pc.vcpus.native_ids
     return [
         {
-            "cpu-index": index,
-            "qom-path": f"/machine/unattached/cpu[{index}]",
-            "thread-id": threads[index] if index < len(threads) else 0,
-            "props": {"socket-id": index, "core-id": 0, "thread-id": 0},
+            "cpu-index": number,
+            "qom-path": _cpu_path(machine, number),
+            "thread-id": threads.get(number, 0),
+            "props": _cpu_place(machine, number),
             "target": "x86_64",
         }
-        for index in range(monitor.machine.config.cpus.count)
+        for number in machine.pc.vcpus.numbers
     ]
+
+
+@command("query-hotpluggable-cpus")
+def query_hotpluggable_cpus(monitor: Monitor) -> list[dict[str, Any]]:
+    """All that there can be, those first that are not in the machine; the others have a path."""
+    machine = monitor.machine
+    there = machine.pc.vcpus.numbers
+    return [
+        {
+            "type": CPU_DRIVER,
+            "vcpus-count": 1,
+            "props": _cpu_place(machine, number),
+            **({"qom-path": _cpu_path(machine, number)} if number in there else {}),
+        }
+        for number in sorted(range(machine.config.cpus.max), key=lambda number: number in there)
+    ]
+
+
+def _cpu_place(machine: Machine, number: int) -> dict[str, int]:
+    socket, core, thread = machine.config.cpus.place(number)
+    return {"socket-id": socket, "core-id": core, "thread-id": thread}
+
+
+def _cpu_path(machine: Machine, number: int) -> str:
+    """Of one that has come later with its name, which device_del takes."""
+    name = machine.pc.vcpus.names.get(number)
+    if number < machine.config.cpus.count and name == f"cpu{number}":
+        return f"/machine/unattached/cpu[{number}]"
+    return f"/machine/peripheral/{name}"
 
 
 @command("balloon")
@@ -64,7 +100,7 @@ def query_balloon(monitor: Monitor) -> dict[str, int]:
 def human_monitor_command(monitor: Monitor, command_line: str, cpu_index: int | None = None) -> str:
     """Text for people, which programs had better not read."""
     index = cpu_index or 0
-    if not 0 <= index < monitor.machine.config.cpus.count:
+    if index not in monitor.machine.pc.vcpus.numbers:
         raise QmpError("Parameter 'cpu-index' expects a CPU number")
     return human_command(monitor.machine, command_line, index)
 

@@ -8,10 +8,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from tetrarch.control.command import command
+from tetrarch.control.commands.machine import CPU_DRIVER
 from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError
 from tetrarch.machine.hotplug import HotPlug
 from tetrarch.machine.lifecycle import Phase
+from tetrarch.machine.machine import Machine
 from tetrarch.net.spec import Forward, NetSpec
 
 __all__ = ["Rule", "SocketAddress", "device_add", "device_del", "netdev_add", "netdev_del"]
@@ -41,7 +43,10 @@ def device_add(
     bus: str | None = None,
     **properties: Any,
 ) -> None:
-    """Plugs a device in, and tells the guest."""
+    """Plugs a device in, or a CPU, and tells the guest."""
+    if driver == CPU_DRIVER:
+        _plug_cpu(monitor.machine, id_, properties)
+        return
     if bus not in (None, "pci.0", "pcie.0"):
         raise QmpError(f"Bus '{bus}' not found")
     announce = monitor.machine.phase is not Phase.MADE
@@ -51,10 +56,32 @@ def device_add(
 @command("device_del")
 def device_del(monitor: Monitor, id_: str) -> None:
     """Asks the guest to give it up; that it is out is the event DEVICE_DELETED."""
+    pc, name = monitor.machine.pc, id_.removeprefix("/machine/peripheral/")
     try:
-        monitor.machine.pc.plugged.request_unplug(id_.removeprefix("/machine/peripheral/"))
+        if name in pc.vcpus.names.values():
+            pc.vcpus.request_unplug(name)
+        else:
+            pc.plugged.request_unplug(name)
     except LookupError as error:
         raise QmpError(str(error), "DeviceNotFound") from None
+
+
+def _plug_cpu(machine: Machine, name: str | None, properties: dict[str, Any]) -> None:
+    """``properties``: where it lies, as query-hotpluggable-cpus tells; all of that, or nothing."""
+    given = dict(properties)
+    place = tuple(given.pop(f"{level}-id", None) for level in ("socket", "core", "thread"))
+    for left in given:
+        raise QmpError(f"Property '{CPU_DRIVER}.{left}' not found")
+    number = None
+    if place != (None, None, None):
+        cpus = machine.config.cpus
+        found = [number for number in range(cpus.max) if cpus.place(number) == place]
+        if not found:
+            raise QmpError("there is no such CPU; query-hotpluggable-cpus lists them")
+        number = found[0]
+    if name is not None and name in machine.pc.plugged.slots.values():
+        raise QmpError(f"Duplicate device ID '{name}'")
+    machine.pc.vcpus.plug(number, name)
 
 
 @command("netdev_add")
