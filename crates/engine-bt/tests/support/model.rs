@@ -289,6 +289,11 @@ pub fn sieve_accepts(i: &Instruction, code: &[u8], host: &Outcome, guest: &Outco
         Mnemonic::Xrstor => only(&[PF]) && host.fault.error == guest.fault.error,
         // With a REP prefix Zen 4 runs it, and Zen 5 does not; the manual is silent.
         Mnemonic::Clzero if i.has_rep_prefix() || i.has_repne_prefix() => vectors.contains(&UD),
+        // VEX.W does not count outside 64-bit mode (Intel SDM 2C, "PEXTRD"); a Zen refuses it.
+        // With W in 64-bit mode they are VPEXTRQ and VPINSRQ.
+        Mnemonic::Vpextrd | Mnemonic::Vpinsrd if matches!(code, [0xC4, 0xE3, w, ..] if w & 0x80 != 0) => {
+            host.fault.vector == UD
+        }
         // VPERMQ and VPERMPD ask for VEX.W; AMD's CPUs ignore it. LOCK VERW is refused by the
         // manual (AMD APM 3, 1.2.5), and not by a Zen 4 on which VERW clears buffers.
         Mnemonic::INVALID => {
