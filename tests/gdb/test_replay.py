@@ -99,6 +99,33 @@ def test_who_wrote_it_last(recorded: tuple[Path, Path]) -> None:
     assert "in work (" in said or "work (amount=1)" in said
 
 
+def test_back_by_lines_and_out_of_a_function(recorded: tuple[Path, Path]) -> None:
+    said = debugged(
+        recorded,
+        """
+        break add
+        continue
+        delete
+        reverse-finish
+        printf "before the call: %d\\n", $rip > (long)&work && $rip < (long)&main
+        break work
+        reverse-continue
+        delete
+        next
+        set var $after = $rip
+        reverse-step
+        reverse-step
+        printf "into what was called: %d\\n", $rip > (long)&add && $rip < (long)&work
+        reverse-finish
+        printf "and out, before it: %d\\n", $rip > (long)&work && $rip < $after
+        detach
+        """,
+    )
+    assert "before the call: 1" in said, said
+    assert "into what was called: 1" in said, said
+    assert "and out, before it: 1" in said, said
+
+
 def test_the_end_stands_and_nothing_is_written(recorded: tuple[Path, Path]) -> None:
     said = debugged(
         recorded,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from tetrarch.devices._access import all_ones
-from tetrarch.devices._adapter import Adapter
-from tetrarch.devices._state import DeviceState, register
+from tetrarch.devices._hotplug import HotplugAdapter, HotplugCore, HotplugState
+from tetrarch.devices._state import register
 
 __all__ = [
     "EJECT",
@@ -42,40 +42,21 @@ _ALL: Final = (1 << PORTS) - 1
 
 
 @dataclass
-class CpuHotplugState(DeviceState):
+class CpuHotplugState(HotplugState):
     kind = "cpu_hotplug"
 
     new: int = register(0, _ALL)
     gone: int = register(0, _ALL)
 
 
-class CpuHotplugCore:
+class CpuHotplugCore(HotplugCore):
     """``there`` has a bit for each vCPU that is in the machine: it is no state of the device."""
 
     def __init__(self, count: int) -> None:
         """``count``: vCPUs that the machine can have."""
-        self.state = CpuHotplugState()
+        super().__init__(CpuHotplugState(), (1 << count) - 1)
         self.there = 0
         self._count = count
-        self._ejected = 0
-
-    @property
-    def irq(self) -> bool:
-        return bool(self.state.new | self.state.gone)
-
-    def announce(self, vcpu: int) -> None:
-        self.state.new |= 1 << vcpu
-
-    def request(self, vcpu: int) -> None:
-        self.state.gone |= 1 << vcpu
-
-    def forget(self, vcpu: int) -> None:
-        self.state.new &= ~(1 << vcpu)
-        self.state.gone &= ~(1 << vcpu)
-
-    def take_ejected(self) -> list[int]:
-        ejected, self._ejected = self._ejected, 0
-        return [vcpu for vcpu in range(self._count) if ejected >> vcpu & 1]
 
     def read(self, offset: int, size: int) -> int:
         if size != 1 or not 0 <= offset < self._count:
@@ -91,46 +72,17 @@ class CpuHotplugCore:
         if value & GONE:
             self.state.gone &= ~(1 << offset)
         if value & EJECT:
-            self._ejected |= 1 << offset
+            self.eject(1 << offset)
 
 
-class CpuHotplug(Adapter[CpuHotplugCore]):
-    """The registers on a machine. ``event`` is driven while there is something to ask for;
-    ``eject`` takes a vCPU out of the machine, on another's thread or its own."""
-
+class CpuHotplug(HotplugAdapter[CpuHotplugCore]):
     def __init__(
         self, count: int, event: Callable[[bool], None], eject: Callable[[int], None]
     ) -> None:
-        super().__init__(CpuHotplugCore(count), event)
-        self._eject = eject
+        super().__init__(CpuHotplugCore(count), event, eject)
 
     def set_there(self, vcpu: int, there: bool) -> None:
         """From any thread. Nothing is asked of the guest any more that concerns it."""
         with self._lock:
             self._core.there = self._core.there & ~(1 << vcpu) | there << vcpu
-            self._core.forget(vcpu)
-        self._line.update()
-
-    def announce(self, vcpu: int) -> None:
-        """It has come; from any thread."""
-        with self._lock:
-            self._core.announce(vcpu)
-        self._line.update()
-
-    def request(self, vcpu: int) -> None:
-        """Asks the guest to give a vCPU up; from any thread."""
-        with self._lock:
-            self._core.request(vcpu)
-        self._line.update()
-
-    def read(self, offset: int, size: int) -> int:
-        with self._lock:
-            return self._core.read(offset, size)
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        with self._lock:
-            self._core.write(offset, size, value)
-            ejected = self._core.take_ejected()
-        self._line.update()
-        for vcpu in ejected:
-            self._eject(vcpu)
+        self.forget(vcpu)

@@ -1,7 +1,7 @@
 """Hot-plug of PCI functions: three registers that the DSDT's methods use (docs/pci.md).
 
 The same in kind as QEMU's "ACPI PCI hotplug interface" (docs/specs/acpi_pci_hotplug.rst there), but
-a request stays until the guest has confirmed it, and so does the general-purpose event.
+for how long a request stays.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from tetrarch.devices._access import all_ones
-from tetrarch.devices._adapter import Adapter
-from tetrarch.devices._state import DeviceState, register
+from tetrarch.devices._hotplug import HotplugAdapter, HotplugCore, HotplugState
+from tetrarch.devices._state import register
 
 __all__ = ["EJECT", "GONE", "NEW", "PORTS", "PciHotplug", "PciHotplugCore", "PciHotplugState"]
 
@@ -30,35 +30,16 @@ ALL_SLOTS: Final = 0xFFFF_FFFE
 
 
 @dataclass
-class PciHotplugState(DeviceState):
+class PciHotplugState(HotplugState):
     kind = "pci_hotplug"
 
     new: int = register(0, ALL_SLOTS)
     gone: int = register(0, ALL_SLOTS)
 
 
-class PciHotplugCore:
+class PciHotplugCore(HotplugCore):
     def __init__(self) -> None:
-        self.state = PciHotplugState()
-        self._ejected = 0
-
-    @property
-    def irq(self) -> bool:
-        return bool(self.state.new | self.state.gone)
-
-    def announce(self, slot: int) -> None:
-        self.state.new |= 1 << slot & ALL_SLOTS
-
-    def request(self, slot: int) -> None:
-        self.state.gone |= 1 << slot & ALL_SLOTS
-
-    def forget(self, slot: int) -> None:
-        self.state.new &= ~(1 << slot)
-        self.state.gone &= ~(1 << slot)
-
-    def take_ejected(self) -> list[int]:
-        ejected, self._ejected = self._ejected, 0
-        return [slot for slot in range(32) if ejected >> slot & 1]
+        super().__init__(PciHotplugState(), ALL_SLOTS)
 
     def read(self, offset: int, size: int) -> int:
         if size != 4:
@@ -82,43 +63,9 @@ class PciHotplugCore:
             case 4:
                 self.state.gone &= ~value
             case 8:
-                self._ejected |= value & ALL_SLOTS
+                self.eject(value)
 
 
-class PciHotplug(Adapter[PciHotplugCore]):
-    """The registers on a machine. ``event`` is driven while there is something to ask for;
-    ``eject`` takes a function out of its slot, on a vCPU's thread."""
-
+class PciHotplug(HotplugAdapter[PciHotplugCore]):
     def __init__(self, event: Callable[[bool], None], eject: Callable[[int], None]) -> None:
-        super().__init__(PciHotplugCore(), event)
-        self._eject = eject
-
-    def announce(self, slot: int) -> None:
-        """There is a new function; from any thread."""
-        with self._lock:
-            self._core.announce(slot)
-        self._line.update()
-
-    def request(self, slot: int) -> None:
-        """Asks the guest to give a function up; from any thread."""
-        with self._lock:
-            self._core.request(slot)
-        self._line.update()
-
-    def forget(self, slot: int) -> None:
-        """The slot is empty."""
-        with self._lock:
-            self._core.forget(slot)
-        self._line.update()
-
-    def read(self, offset: int, size: int) -> int:
-        with self._lock:
-            return self._core.read(offset, size)
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        with self._lock:
-            self._core.write(offset, size, value)
-            ejected = self._core.take_ejected()
-        self._line.update()
-        for slot in ejected:
-            self._eject(slot)
+        super().__init__(PciHotplugCore(), event, eject)

@@ -203,4 +203,24 @@ mod tests {
         while images.thin() {}
         assert_eq!(images.images.len(), 2);
     }
+
+    #[test]
+    fn what_they_hold_together_is_bounded() {
+        let (memory, mut images) = filled(6);
+        images.bytes_max = images.bytes / 2;
+        for number in 7..=9 {
+            write(&memory, 1, number as u8);
+            let count = 10 * number;
+            images
+                .add(count, &memory, [1].into_iter(), || (number as u32, Mark::default()))
+                .unwrap();
+            // An image less is a page less, where a later one has it too; that of the first six
+            // which each has alone stay, and are more than the half.
+            assert_eq!(images.images.len(), 2, "all but the start and the last are gone");
+            assert_eq!(first(&images, 1, 1), Some(number as u8));
+            assert_eq!(first(&images, 1, 13), Some(3));
+        }
+        let held = images.images.iter().flat_map(|image| image.pages.values());
+        assert_eq!(images.bytes, held.map(|packed| packed.len()).sum::<usize>());
+    }
 }
