@@ -102,6 +102,13 @@ def test_breakpoints_change_nothing_and_are_met_at_the_same_counts(
             assert vm.replay.goto(count) == "here"
             assert vm.vcpus[0].regs.rip == function
         goes_on_to_its_end(vm)
+    with Machine(replay=recording) as vm:
+        again = vm.breakpoint(function, lambda hit: None)
+        vm.start()
+        vm.replay.goto(met[-1])
+        # With a breakpoint that stays, too, the machine ends where its recording does.
+        goes_on_to_its_end(vm)
+        assert again.hits >= 1
 
 
 def test_from_another_process(recorded: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ class Session:
             (b"qC", self._current_thread),
         )
         if isinstance(debugger, ReplayDebugger):
-            debugger.replay.set_stay(True)
+            debugger.stay()
             self._short |= dict.fromkeys((b"G", b"P", b"M", b"X"), self._refuse_to_write)
             self._long += (
                 (b"bs", partial(self._go_back, debugger.step_back)),

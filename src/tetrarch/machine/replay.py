@@ -7,9 +7,7 @@ interrupt is held back while it steps, and neither memory nor registers can be w
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import NoReturn
 
-from tetrarch.errors import MachineStateError
 from tetrarch.machine.debugger import Debugger, Hardware, Place, Stop
 from tetrarch.machine.engine_vm import EngineReplay, EngineVcpu, EngineVm
 
@@ -32,6 +30,12 @@ class ReplayDebugger(Debugger):
         self._code: set[int] = set()
         self._code_hardware: set[Hardware] = set()
         self._way: _Way | None = None
+        self._stays = False
+
+    def stay(self) -> None:
+        """At the recording's end the machine stands from now on, and does not end."""
+        self._stays = True
+        self.replay.set_stay(True)
 
     def close(self) -> None:
         self.replay.set_stay(False)
@@ -59,7 +63,10 @@ class ReplayDebugger(Debugger):
         self.replay.seek(*next(way))
 
     def _go(self, count: int) -> _Way:
+        # The end may come first.
+        self.replay.set_stay(True)
         yield count, count, 0
+        self.replay.set_stay(self._stays)
         return Stop(0, place="here" if self.replay.count == count else "end")
 
     def _to_begin(self) -> _Way:
@@ -134,11 +141,6 @@ class ReplayDebugger(Debugger):
         watched: Hardware = ("execute", value, 1)
         return Stop(vcpu, None if planted else watched, planted=planted, passes=True)
 
-    def write(self, vcpu: int | None, address: int, data: bytes) -> NoReturn:
-        raise MachineStateError(
-            "memory cannot be written: the machine replays", mend="do it to a machine that does not"
-        )
-
 
 def debugger_of(
     vm: EngineVm, vcpus: Sequence[EngineVcpu], there: Callable[[], Sequence[int]]
@@ -178,7 +180,6 @@ class ReplayView:
 
         def begin(debugger: Debugger) -> None:
             assert isinstance(debugger, ReplayDebugger)
-            debugger.replay.set_stay(True)
             debugger.go(count)
 
         return self._travel(begin).place or "here"
