@@ -8,10 +8,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tools.bench import debian, disk, exits, guest, start
+from tools.bench import debian, disk, exits, guest, record, start
 from tools.bench.report import BenchError
 
-BENCHMARKS = {"guest": guest, "exits": exits, "disk": disk, "debian": debian, "start": start}
+BENCHMARKS = {
+    "guest": guest,
+    "exits": exits,
+    "disk": disk,
+    "debian": debian,
+    "start": start,
+    "record": record,
+}
 
 
 def main(arguments: list[str]) -> int:
