@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
 from contextlib import ExitStack
 from typing import Self
 
@@ -85,7 +86,7 @@ class Program:
     def network(self, spec: NetSpec | None = None) -> OpenNetwork:
         native = Network.stream("a test", self._theirs.fileno())
         self._theirs.close()
-        return OpenNetwork(spec or NetSpec("user"), native, ExitStack())
+        return OpenNetwork(spec or NetSpec("user"), native, ExitStack(), threading.Event())
 
     def send(self, frame: bytes) -> None:
         self.socket.sendall(struct.pack(">I", len(frame)) + frame)

@@ -72,6 +72,23 @@ def test_passt_that_dies_is_told_and_the_link_is_down() -> None:
     card.kind.close()
 
 
+@pytest.mark.usefixtures("need_passt")
+def test_passt_that_ends_with_its_card_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    card = Card(open_network(NetSpec("user"), told.append))
+    close = card.kind.network.close
+
+    def close_when_it_has_ended() -> None:
+        for thread in threading.enumerate():
+            if thread.name == "passt":
+                thread.join(30)
+        close()
+
+    monkeypatch.setattr(card.kind.network, "close", close_when_it_has_ended)
+    card.kind.close()
+    assert told == []
+
+
 def test_no_passt_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match=r"no passt, .*; install it \(Debian: apt-get install"):

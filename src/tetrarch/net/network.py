@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -18,10 +19,17 @@ __all__ = ["OpenNetwork", "open_network", "wrap"]
 class OpenNetwork:
     """What a card is made with, until ``close``."""
 
-    def __init__(self, spec: NetSpec, native: Network, undo: ExitStack) -> None:
+    def __init__(
+        self, spec: NetSpec, native: Network, undo: ExitStack, leaving: threading.Event
+    ) -> None:
         self.spec = spec
         self.native = native
         self._undo = undo
+        self._leaving = leaving
+
+    def leave(self) -> None:
+        """The card is about to let go of it: that it ends now is no news."""
+        self._leaving.set()
 
     def close(self) -> None:
         """Ends what was started for it. The card has let go of it before."""
@@ -38,10 +46,16 @@ def open_network(
     ``ended`` hears, on any thread, what cut the network off; ``failed`` what a filter raised,
     which then has said no.
     """
+    leaving = threading.Event()
+
+    def cut_off(cause: str) -> None:
+        if not leaving.is_set():
+            ended(cause)
+
     with ExitStack() as undo:
-        native = _open(spec, ended, undo)
+        native = _open(spec, cut_off, undo)
         wrap(native, spec, failed)
-        return OpenNetwork(spec, native, undo.pop_all())
+        return OpenNetwork(spec, native, undo.pop_all(), leaving)
 
 
 def wrap(

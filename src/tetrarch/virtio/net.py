@@ -104,6 +104,7 @@ class NetKind:
 
     def close(self) -> None:
         """Lets go of the network: the device is out, or the machine has ended."""
+        self.network.leave()
         self.data_path.close()
         self.network.close()
 
