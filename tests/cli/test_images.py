@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.machine import guests
 
 from tetrarch.block.disk import open_disk
 from tetrarch.block.spec import DiskSpec
 from tetrarch.images.store import DISK, INITRD, KERNEL, DiskManifest, DiskStore
+from tetrarch.testing import pvh_kernel
 
 from .conftest import Cli
 
@@ -56,3 +58,17 @@ def test_disk_in_use_is_not_removed(cli: Cli, store: DiskStore) -> None:
         disk.close()
     assert cli("image", "rm", "web").stdout == "removed the disk web\n"
     assert list(store.root.iterdir()) == []
+
+
+def test_installed_system_starts_again_when_it_reboots(cli: Cli, store: DiskStore) -> None:
+    found = store.find("web")
+    assert found is not None
+    code = guests.reset_until(3, guests.CF9_RESET, guests.say(b"up\n"))
+    found.kernel.write_bytes(pvh_kernel(code))
+    command = ["run", "web", "--engine", "bt"]
+    done = cli(*command)
+    assert (done.returncode, done.stdout) == (0, "up\n" * 3)
+    assert done.stderr == "tetrarch: engine bt (as asked)\n"
+    done = cli(*command, "--on-reset", "end")
+    assert (done.returncode, done.stdout) == (0, "up\n")
+    assert done.stderr == "tetrarch: engine bt (as asked)\n"

@@ -148,6 +148,7 @@ def test_reset_starts_the_guest_anew_if_it_is_asked_for(cli: Cli, tmp_path: Path
     command = ["run", "--engine", "bt", "--json", "--kernel", write(tmp_path, code)]
     ended = cli(*command)
     assert (ended.returncode, ended.stdout) == (0, "up\n")
+    assert "by port 0xCF9; --on-reset restart starts it again then\n" in ended.stderr
     done = cli(*command, "--on-reset", "restart")
     assert (done.returncode, done.stdout) == (0, "up\n" * 3)
     report = json.loads(done.stderr.splitlines()[-1])

@@ -75,12 +75,22 @@ def _run_registered(config: MachineConfig, options: CommandOptions, shell: Shell
             with with_own_vsock(options.restore, config) as config:
                 return _run_to_end(config, options, claim, shell)
         folder = None if claim is None else claim.directory
-        with with_seed(with_installed_disk(config), options, folder) as config:
+        config = _with_disk(config, options)
+        with with_seed(config, options, folder) as config:
             if options.command:
                 from tetrarch.cli.command import run_command
 
                 return run_command(config, options, claim)
             return _run_to_end(config, options, claim, shell)
+
+
+def _with_disk(config: MachineConfig, options: CommandOptions) -> MachineConfig:
+    """With the disk of its image's name, whose system starts again when it reboots."""
+    found = with_installed_disk(config)
+    chosen_already = "on_reset" in config.model_fields_set
+    if found is config or chosen_already or options.command or config.record or config.replay:
+        return found
+    return found.model_copy(update={"on_reset": "restart"})
 
 
 def _run_to_end(
@@ -137,6 +147,8 @@ def _run(
         console.close()
     if shell is None:
         _say_end(status, interactive)
+        if status.reason is StopReason.RESET and "on_reset" not in config.model_fields_set:
+            _say(f"tetrarch: {status}; --on-reset restart starts it again then")
     else:
         _log_end(status, console)
     _say_recording(machine)

@@ -367,7 +367,9 @@ class MachineConfig(BaseModel):
     )
     replay: FilePath | None = option(None, "Let a recorded machine live again.", "FILE")
     on_reset: OnReset = option(
-        "end", "What a reset by the guest does [default: end].", "end|restart"
+        "end",
+        "What a reset by the guest does [default: end; with an installed disk's NAME: restart].",
+        "end|restart",
     )
     virtio: VirtioTransport = option(
         "pci", "How virtio devices are found by the guest [default: pci].", "pci|mmio"
