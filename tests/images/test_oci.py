@@ -84,6 +84,23 @@ def device_layer(major: int) -> bytes:
     return data.getvalue()
 
 
+def pax_layer(**headers: str) -> bytes:
+    """A file with these extended headers (pax(1))."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        entry = tarfile.TarInfo("file")
+        entry.pax_headers = headers
+        tar.addfile(entry)
+    return data.getvalue()
+
+
+def header_layer(kind: bytes, size: int, count: int = 1) -> bytes:
+    """Headers that only say something of what follows."""
+    header = tarfile.TarInfo("header")
+    header.type, header.size = kind, size
+    return header.tobuf(tarfile.GNU_FORMAT) * count
+
+
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
     return Layout(tmp_path / "layout")
@@ -146,6 +163,11 @@ def test_links_are_followed_in_the_tree_alone(tmp_path: Path) -> None:
         (layer(("x", "->" + "y" * 4096)), "x has too long a link"),
         (device_layer(major=1 << 12), "sda has no device number"),
         (b"no archive at all" * 100, "cannot be read"),
+        (pax_layer(mtime="inf"), "cannot be read"),
+        (header_layer(tarfile.XHDTYPE, 0, count=3000), "cannot be read"),
+        (header_layer(tarfile.XHDTYPE, 1 << 40), "a header has 1099511627776 bytes"),
+        (header_layer(tarfile.GNUTYPE_LONGNAME, 1 << 40), "a header has 1099511627776 bytes"),
+        (layer(("x", b""))[:512] + header_layer(tarfile.GNUTYPE_LONGLINK, 1 << 40), "a header has"),
     ],
 )
 def test_layer_that_is_hostile_or_damaged_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,70 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     extract(members, "a", place, left_out)
     assert left_out == ["a/link", "a/up"]
     assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("a", tarfile.SYMTYPE, "mine"), ("a", tarfile.REGTYPE, "x")],
+        [
+            ("a", tarfile.DIRTYPE, ""),
+            ("a/b", tarfile.SYMTYPE, "../mine"),
+            ("a/b", tarfile.REGTYPE, "x"),
+        ],
+        [
+            ("a", tarfile.DIRTYPE, ""),
+            ("a/b", tarfile.SYMTYPE, ".."),
+            ("a/b/mine", tarfile.REGTYPE, "x"),
+        ],
+        [
+            ("a", tarfile.DIRTYPE, ""),
+            ("a/b", tarfile.SYMTYPE, ".."),
+            ("a/c", tarfile.LNKTYPE, "a/b/mine"),
+            ("a/c", tarfile.REGTYPE, "x"),
+        ],
+        [("a", tarfile.SYMTYPE, "."), ("a/mine", tarfile.REGTYPE, "x")],
+    ],
+)
+def test_what_lies_beside_stays_as_it_is(
+    tmp_path: Path, members: list[tuple[str, bytes, str]]
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with suppress(HostError, KeyError):
+        extract(archive(*members), "a", tmp_path / "a", [])
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} <= {"a", "mine"}
+
+
+def test_nothing_is_written_through_a_link_that_stays_inside(tmp_path: Path) -> None:
+    members = archive(
+        ("a", tarfile.DIRTYPE, ""),
+        ("a/sub", tarfile.DIRTYPE, ""),
+        ("a/b", tarfile.SYMTYPE, "sub"),
+        ("a/b/c", tarfile.REGTYPE, "x"),
+    )
+    with pytest.raises(HostError, match=r"behind the link .*/a/b"):
+        extract(members, "a", tmp_path / "a", [])
+
+
+def test_a_link_takes_the_place_of_a_file_and_a_file_that_of_a_link(tmp_path: Path) -> None:
+    for first, second in ((tarfile.SYMTYPE, tarfile.REGTYPE), (tarfile.REGTYPE, tarfile.SYMTYPE)):
+        for kind in (first, second):
+            members = archive(
+                ("a", tarfile.DIRTYPE, ""),
+                ("a/other", tarfile.REGTYPE, "text"),
+                ("a/b", kind, "other"),
+            )
+            extract(members, "a", tmp_path / "a", [])
+        assert (tmp_path / "a" / "b").is_symlink() == (second == tarfile.SYMTYPE)
+        assert (tmp_path / "a" / "other").read_text() == "text"
+
+
+def test_the_link_that_the_user_named_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a").symlink_to("elsewhere/file")
+    extract(archive(("b", tarfile.REGTYPE, "x")), "b", tmp_path / "a", [])
+    assert (tmp_path / "elsewhere" / "file").read_text() == "x"
 
 
 @pytest.mark.parametrize("kind", [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])

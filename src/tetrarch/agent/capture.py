@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,7 +53,8 @@ def run_streamed(
                 failure.append(gone)
         except BaseException as raised:
             failure.append(raised)
-            stream.send_input(b"")
+            with suppress(OSError):  # as above
+                stream.send_input(b"")
 
     stream.send(RUN, encode_run(arguments))
     feeder = threading.Thread(target=feed, name="agent-input", daemon=True)

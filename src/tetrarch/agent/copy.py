@@ -15,11 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
+from tetrarch._tar import TAR_ERRORS, Member
 from tetrarch.agent.capture import run_captured, run_streamed
 from tetrarch.agent.client import AgentStream
-from tetrarch.errors import HostError
+from tetrarch.errors import HostError, TetrarchError
 
 __all__ = ["copy_in", "copy_out", "extract"]
+
+
+class _NoArchiveError(HostError):
+    """Mostly for a reason that tar tells."""
+
 
 Open = Callable[[], AgentStream]
 """A new connection with the agent: each serves one command."""
@@ -71,8 +77,14 @@ def copy_out(agent: Open, source: str, target: Path) -> list[str]:
     left_out: list[str] = []
 
     def read(pipe: IO[bytes]) -> None:
-        with tarfile.open(fileobj=pipe, mode="r|") as archive:
-            extract(archive, name, place, left_out)
+        try:
+            with tarfile.open(fileobj=pipe, mode="r|", tarinfo=Member) as archive:
+                extract(archive, name, place, left_out)
+        except TAR_ERRORS as error:
+            raise _NoArchiveError(
+                f"the guest sends no archive that can be read: {error}",
+                mend="look at tar(1) in the guest",
+            ) from error
 
     arguments = ["-c", "-f", "-", "-C", folder or ".", f"./{name}"]
     with agent() as stream, _writing_to(read) as output:
@@ -119,16 +131,43 @@ def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 def extract(archive: tarfile.TarFile, name: str, place: Path, left_out: list[str]) -> None:
     """Writes the archive of ``name`` as ``place``. Links that lead out are added to ``left_out``;
     raises HostError for anything else that was not asked for."""
+    # Where the user's own link leads; from here on all links may be the guest's.
+    place = place.resolve()
     for member in archive:
         member.name = _renamed(member.name, name, place.name)
+        path = _without_links(place, member.name)
         if member.islnk():
             member.linkname = _renamed(member.linkname, name, place.name)
+            _without_links(place, member.linkname)
+        if member.issym() and not _leads_into(place, path.parent / member.linkname):
+            left_out.append(member.name)
+            continue
+        if path.is_symlink():  # tarfile would write what it leads to
+            path.unlink()
         try:
             archive.extract(member, place.parent, filter="data")
         except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError):
             left_out.append(member.name)
         except tarfile.FilterError as error:
             raise HostError(f"the guest sends what was not asked for: {error}") from error
+
+
+def _without_links(place: Path, name: str) -> Path:
+    """The path of a member's name, which begins with that of ``place``. Raises HostError where a
+    link is on the way: an archive that tar makes has none there, and it leads past ``place``."""
+    path = place.parent
+    for part in PurePosixPath(name).parts:
+        if path.is_symlink():
+            raise HostError(
+                f"what the guest sends is behind the link {path}",
+                mend="remove the link, if it is yours, or copy to another place",
+            )
+        path /= part
+    return path
+
+
+def _leads_into(place: Path, target: Path) -> bool:
+    return Path(os.path.realpath(target)).is_relative_to(place)
 
 
 def _renamed(path: str, name: str, to: str) -> str:
@@ -174,10 +213,14 @@ def _thread(run: Callable[[], None]) -> Iterator[None]:
 
     thread = threading.Thread(target=caught, name="copy", daemon=True)
     thread.start()
+    known = False
     try:
         yield
+    except TetrarchError:
+        known = True
+        raise
     finally:
         thread.join()
         errors = [error for error in failure if not isinstance(error, BrokenPipeError)]
-        if errors:
+        if errors and not (known and isinstance(errors[0], _NoArchiveError)):
             raise errors[0]

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 
-__all__ = ["FAILURE", "Terminated", "fail", "report_error"]
+__all__ = ["FAILURE", "Terminated", "fail", "in_one_line", "report_error"]
 
 FAILURE = 1
 BAD_USAGE = 2
@@ -73,8 +73,14 @@ def fail(message: str, code: int = FAILURE) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"tetrarch: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"tetrarch: {in_one_line(message)}", file=sys.stderr, flush=True)
     return code
+
+
+def in_one_line(message: str) -> str:
+    """Without what a terminal obeys: names and words in it may be a guest's."""
+    line = " ".join(message.split())
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def _usage_error(error: Exception) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tetrarch.agent.command import run_here
-from tetrarch.cli.failure import FAILURE, report_error
+from tetrarch.cli.failure import FAILURE, in_one_line, report_error
 from tetrarch.errors import ConfigError, HostError, TetrarchError
 from tetrarch.registry import About, machines
 from tetrarch.registry.claim import check_name, log_path
@@ -150,7 +150,8 @@ def copy(source: str, target: str, wait: float) -> None:
     elif here is not None:
         left_out = connect(here[1]).copy_out(here[2], Path(target), timeout=wait)
         for link in left_out:
-            print(f"tetrarch: {link} leads out of what was copied: left out", file=sys.stderr)
+            what = in_one_line(f"{link} leads out of what was copied: left out")
+            print(f"tetrarch: {what}", file=sys.stderr)
 
 
 def take_screenshot(name: str, file: Path) -> None:

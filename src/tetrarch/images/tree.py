@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from tetrarch._tar import TAR_ERRORS, Member
 from tetrarch.errors import ImageError
 
 __all__ = ["Node", "Tree"]
@@ -74,13 +75,13 @@ class Tree:
     def _add(self, archive: IO[bytes], added: set[str] | None) -> None:
         """``added`` are the paths that this layer has brought."""
         try:
-            with tarfile.open(fileobj=archive, mode="r|*") as tar:
+            with tarfile.open(fileobj=archive, mode="r|*", tarinfo=Member) as tar:
                 for entry in tar:
                     if added is None or not self._take_out(entry.name, added):
                         path = self._add_entry(tar, entry)
                         if added is not None:
                             added.update(_above(path))
-        except (tarfile.TarError, EOFError, ValueError) as error:
+        except TAR_ERRORS as error:
             raise ImageError(
                 f"an archive cannot be read: {error}", "make or fetch it anew"
             ) from error
