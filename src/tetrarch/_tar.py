@@ -29,6 +29,5 @@ class Member(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         member = super().frombuf(buf, encoding, errors)
         if member.type in _HEADERS and not 0 <= member.size <= _HEADER_BYTES_MAX:
-            # Of its errors, the one that it does not take for the end of the archive.
-            raise tarfile.SubsequentHeaderError(f"a header has {member.size} bytes")
+            raise tarfile.ReadError(f"a header has {member.size} bytes")
         return member
