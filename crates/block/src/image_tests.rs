@@ -342,6 +342,30 @@ fn disk_that_was_guessed_to_be_raw_cannot_be_made_another_format() {
 }
 
 #[test]
+fn first_bytes_that_change_behind_the_look_at_them_are_not_written() {
+    let folder = folder();
+    let path = folder.path().join("disk.img");
+    for (pieces, len) in [(&[(0x1000, 512)][..], 512), (&[(0x2, 30), (0x1000, 4066)], 4096)] {
+        std::fs::write(&path, [0; 8192]).unwrap();
+        let mut driver = drive(&path, PLAIN);
+        let data = driver.list(pieces);
+        data.write_at(0, &pattern(3, len));
+        driver.queue.submit(7, Request::Write { offset: 0, data: data.clone() });
+        data.write_at(0, b"QFI\xFB");
+        let done = driver.wait(1);
+        drop(driver);
+        let written = std::fs::read(&path).unwrap();
+        match done[0].1 {
+            Ok(()) => assert!(written[..len] == pattern(3, len)),
+            // It was looked at later: without io_uring.
+            error => {
+                assert_eq!((error, &written[..4]), (Err(BlockError::LooksLikeAnImage), &[0; 4][..]))
+            }
+        }
+    }
+}
+
+#[test]
 fn qcow2_whose_refcounts_leave_out_its_header_is_read_and_not_written() {
     use std::os::unix::fs::FileExt;
     let folder = folder();

@@ -5,6 +5,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use tetrarch_memory::ScatterList;
 
+use crate::backend::SECTOR;
 use crate::raw::RawFile;
 use crate::{BlockError, Format, Request};
 
@@ -27,13 +28,16 @@ pub(crate) enum By {
 pub(crate) enum Operation<'a> {
     Read(By, &'a [libc::iovec], u64),
     Write(By, &'a [libc::iovec], u64),
-    WriteBytes(&'static [u8], u64),
+    WriteBytes(&'a [u8], u64),
     Allocate(FallocateFlags, u64, u64),
     Sync,
 }
 
 pub(crate) struct Transfer {
     request: Request,
+    /// The first sector of a disk that was taken for raw by its first bytes: what was looked at
+    /// is what is written, whatever the guest makes of its memory meanwhile.
+    head: Option<Box<[u8]>>,
     /// What is left of the memory after a short read or write.
     rest: Option<Box<ScatterList>>,
     /// Bytes that are done.
@@ -49,15 +53,17 @@ impl Transfer {
     /// `Err` is a request that is done, or refused, without an operation.
     pub fn new(file: &RawFile, request: Request) -> Result<Self, Result<(), BlockError>> {
         request.check(&file.info()).map_err(Err)?;
-        if let Request::Write { offset: 0, data } = &request
-            && file.guessed
-        {
-            let mut first = [0; 64];
-            let len = data.read_at(0, &mut first);
-            if Format::of(&first[..len]) != Format::Raw {
-                return Err(Err(BlockError::LooksLikeAnImage));
+        let head = match &request {
+            Request::Write { offset: 0, data } if file.guessed => {
+                let mut first = vec![0; data.len().min(SECTOR) as usize];
+                data.read_at(0, &mut first);
+                if Format::of(&first) != Format::Raw {
+                    return Err(Err(BlockError::LooksLikeAnImage));
+                }
+                Some(first.into_boxed_slice())
             }
-        }
+            _ => None,
+        };
         let mode = match request {
             Request::Discard { .. } => Some(file.zero_mode(true).ok_or(Ok(()))?),
             Request::WriteZeroes { unmap, .. } => file.zero_mode(unmap),
@@ -66,7 +72,7 @@ impl Transfer {
         if request.range().1 == 0 && !matches!(request, Request::Flush) {
             return Err(Ok(()));
         }
-        Ok(Self { request, rest: None, done: 0, no_direct: false, mode, tries: 0 })
+        Ok(Self { request, head, rest: None, done: 0, no_direct: false, mode, tries: 0 })
     }
 
     /// The operation that is due.
@@ -84,6 +90,10 @@ impl Transfer {
                 Operation::Read(transfer(data), data.iovecs(), offset)
             }
             Request::Write { data, .. } => {
+                let head = self.head.as_ref().and_then(|head| head.get(self.done as usize..));
+                if let Some(head) = head.filter(|head| !head.is_empty()) {
+                    return Operation::WriteBytes(head, offset);
+                }
                 let data = self.rest.as_deref().unwrap_or(data);
                 Operation::Write(transfer(data), data.iovecs(), offset)
             }

@@ -78,7 +78,8 @@ impl UringQueue {
             let Some((_, transfer)) = self.slots[index].as_ref() else { continue };
             let entry = entry(&transfer.operation(&self.file)).user_data(index as u64);
             // SAFETY: what the operation points to is the slot's: guest memory, which its
-            // scatter list keeps, and iovecs, which lie in the slot's box. The slot stays as
+            // scatter list keeps, iovecs, which lie in the slot's box, and the bytes of a first
+            // sector, which are in a box of their own. The slot stays as
             // it is until the completion is taken; `drop` waits for that. The files are
             // registered, so the ring keeps them.
             if unsafe { self.ring().submission().push(&entry) }.is_err() {
