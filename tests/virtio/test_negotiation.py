@@ -154,6 +154,23 @@ def test_rings_that_cannot_be_need_a_reset(made: Made, areas: tuple[int, int, in
     assert driver.ask(0, [(DATA, 8, True)]) == 8
 
 
+def test_nonsense_again_and_again_does_not_fill_the_log(
+    made: Made, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, _, driver, _ = made
+    for _ in range(20):
+        driver.negotiate()
+        driver.device.set_up(0, 16, (1, 0x2000, 0x3000))
+        driver.device.set_status(READY)
+        assert driver.device.status() & NEEDS_RESET
+        driver.start(1)
+        driver.offer(0, [(1 << 50, 8, True)])
+        wait_until(lambda: driver.device.status() & NEEDS_RESET, "the device sees it")
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if "in a way that cannot be" in line]) == 1
+    assert len([line for line in said if "breaks the rules" in line]) == 1
+
+
 def test_chain_that_breaks_the_rules_needs_a_reset_and_then_all_is_well(made: Made) -> None:
     _, _, driver, line = made
     driver.start(1)

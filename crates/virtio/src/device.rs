@@ -19,6 +19,10 @@ pub const OWN_SOURCES: u32 = 1 << 16;
 /// How long a driver that takes memory from a device waits for what is in flight.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// A driver can break the rules and reset the device as often as it likes, and would fill the
+/// host's log: that is told again after this time at the earliest.
+const QUIET: Duration = Duration::from_secs(60);
+
 /// What a kind of device does with its queues: on an I/O thread, one call at a time.
 pub trait DataPath: Send {
     /// The driver is ready, with these features. `io` is where descriptors of the data
@@ -77,6 +81,8 @@ struct Inner<P> {
     broken: Arc<AtomicBool>,
     /// Its driver breaks the rules.
     faulty: bool,
+    /// When the log was last told of that.
+    told: Option<Instant>,
     /// The machine is at rest, or comes to it.
     paused: bool,
     /// The device may access memory: the transport says so.
@@ -95,11 +101,14 @@ impl<P: DataPath> Inner<P> {
         let Err(error) = result else { return };
         self.queues.quiet = true;
         if !std::mem::replace(&mut self.faulty, true) {
-            log::warn!(
-                "{}: its driver breaks the rules of virtio: {error}; it has to reset the \
+            if self.told.is_none_or(|told| told.elapsed() >= QUIET) {
+                self.told = Some(Instant::now());
+                log::warn!(
+                    "{}: its driver breaks the rules of virtio: {error}; it has to reset the \
                         device",
-                self.name
-            );
+                    self.name
+                );
+            }
             self.need_reset();
         }
     }
@@ -233,6 +242,7 @@ impl<P: DataPath + 'static> Device<P> {
             queues: Queues::default(),
             broken: Arc::clone(&broken),
             faulty: false,
+            told: None,
             paused: false,
             master: true,
             landed: Arc::clone(&landed),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tetrarch._native import EngineError, Intx, MsixTable, NvmeQueues
+from tetrarch._seldom import Seldom
 from tetrarch.devices._access import all_ones
 from tetrarch.devices._state import DeviceState, State, flag, register
 from tetrarch.errors import StateError
@@ -96,6 +97,7 @@ class NvmeController:
         self._closed = False
         self.state = NvmeRegistersState()
         self._lock = threading.Lock()
+        self._complaint = Seldom()
         self.msix = MsixTable(vm, queues + 1)
         line = Intx()
         self.queues = NvmeQueues(
@@ -204,7 +206,10 @@ class NvmeController:
                 (state.asq, (state.aqa & 0xFFF) + 1), (state.acq, (state.aqa >> 16) + 1)
             )
         except EngineError as error:
-            log.warning("%s: its driver set it up in a way that cannot be: %s", self.name, error)
+            if self._complaint.due():
+                log.warning(
+                    "%s: its driver set it up in a way that cannot be: %s", self.name, error
+                )
             state.fatal = True
         else:
             state.ready = True

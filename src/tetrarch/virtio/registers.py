@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tetrarch._native import EngineError, Interrupt
+from tetrarch._seldom import Seldom
 from tetrarch.devices._state import DeviceState, State, flag, register
 from tetrarch.errors import StateError
 from tetrarch.virtio.kind import VirtioKind
@@ -101,6 +102,7 @@ class VirtioRegisters:
         self.queues = [QueueRegisters(size=size) for size in kind.queue_sizes]
         self.lock = threading.Lock()
         self._interrupt = interrupt
+        self._complaint = Seldom()
         self._config = kind.config
 
     @property
@@ -143,9 +145,10 @@ class VirtioRegisters:
         try:
             self.kind.data_path.start(features, queues, self._interrupt(None))
         except EngineError as error:
-            log.warning(
-                "%s: its driver set it up in a way that cannot be: %s", self.kind.name, error
-            )
+            if self._complaint.due():
+                log.warning(
+                    "%s: its driver set it up in a way that cannot be: %s", self.kind.name, error
+                )
             self.state.status |= NEEDS_RESET
             self._interrupt(None).trigger()
 

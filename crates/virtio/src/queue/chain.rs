@@ -34,7 +34,7 @@ impl Chain {
 pub struct Used {
     /// The head of the chain, or a packed ring's buffer ID.
     pub(super) id: u16,
-    /// The slots of a packed ring that it took.
+    /// The slots of a packed ring that it took; of a split one's it counts as one.
     pub(super) slots: u16,
 }
 

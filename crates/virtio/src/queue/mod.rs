@@ -34,6 +34,8 @@ pub enum QueueError {
     NoDescriptor(u32),
     #[error("{0} buffers made available at once, more than the queue has descriptors")]
     TooManyAvailable(u16),
+    #[error("buffers made available again that the device has not given back")]
+    InFlight,
     #[error("a chain of more descriptors than the queue has")]
     TooLong,
     #[error("a chain of 4 GiB or more")]
@@ -86,6 +88,9 @@ pub struct Queue {
     generation: u64,
     config: QueueConfig,
     ring: Ring,
+    /// Descriptors of the ring whose chains were popped and not given back: a driver that makes
+    /// the same ones available again would have the device remember any number of chains.
+    in_flight: u32,
 }
 
 impl Queue {
@@ -102,7 +107,7 @@ impl Queue {
         } else {
             Ring::Split(SplitRing::new(&snapshot, &config, position)?)
         };
-        Ok(Self { memory, generation, config, ring })
+        Ok(Self { memory, generation, config, ring, in_flight: 0 })
     }
 
     pub fn size(&self) -> u16 {
@@ -122,15 +127,23 @@ impl Queue {
         if self.memory.generation() != self.generation {
             self.find_again()?;
         }
-        match &mut self.ring {
+        let chain = match &mut self.ring {
             Ring::Split(ring) => ring.pop(),
             Ring::Packed(ring) => ring.pop(),
+        }?;
+        if let Some(Chain { used, .. }) = &chain {
+            self.in_flight += u32::from(used.slots);
+            if self.in_flight > u32::from(self.config.size) {
+                return Err(QueueError::InFlight);
+            }
         }
+        Ok(chain)
     }
 
     /// Puts back the chain that was popped last: the next pop gives it again, as it is then.
     /// Of several, the last comes first.
     pub fn put_back(&mut self, used: Used) {
+        self.in_flight = self.in_flight.saturating_sub(used.slots.into());
         match &mut self.ring {
             Ring::Split(ring) => ring.put_back(),
             Ring::Packed(ring) => ring.put_back(used),
@@ -139,7 +152,8 @@ impl Queue {
 
     /// RAM came or went: the ring may be in another place now, or in none.
     fn find_again(&mut self) -> Result<(), QueueError> {
-        *self = Self::new(Arc::clone(&self.memory), self.config, Some(self.position()))?;
+        let found = Self::new(Arc::clone(&self.memory), self.config, Some(self.position()))?;
+        *self = Self { in_flight: self.in_flight, ..found };
         Ok(())
     }
 
@@ -152,6 +166,10 @@ impl Queue {
     /// Gives chains back of which the driver sees all or none.
     #[inline]
     pub fn push_all(&mut self, answers: impl Iterator<Item = (Used, u32)>) {
+        let in_flight = &mut self.in_flight;
+        let answers = answers.inspect(|(used, _)| {
+            *in_flight = in_flight.saturating_sub(used.slots.into());
+        });
         match &mut self.ring {
             Ring::Split(ring) => ring.push_all(answers),
             Ring::Packed(ring) => ring.push_all(answers),

@@ -380,6 +380,28 @@ fn what_breaks_the_rules_is_an_error_and_ends() {
 }
 
 #[test]
+fn no_more_is_in_flight_than_the_ring_has() {
+    for packed in [false, true] {
+        let (mut driver, mut queue) = pair(packed, false);
+        let mut popped = Vec::new();
+        for head in 0..SIZE {
+            driver.offer(head, &[(DATA, 16, 0)]);
+            popped.push(queue.pop().unwrap().unwrap().used);
+        }
+        // What was put back is none of them, nor what is given back.
+        queue.put_back(popped.pop().unwrap());
+        popped.push(queue.pop().unwrap().unwrap().used);
+        queue.push(popped.remove(0), 0);
+        driver.offer(0, &[(DATA, 16, 0)]);
+        popped.push(queue.pop().unwrap().unwrap().used);
+        // One of those that the device still has. RAM that comes changes nothing of it.
+        driver.memory.add_region(GuestPhys(1 << 31), 0x1000).unwrap();
+        driver.offer(1, &[(DATA, 16, 0)]);
+        assert!(matches!(queue.pop(), Err(QueueError::InFlight)), "packed {packed}");
+    }
+}
+
+#[test]
 fn rings_that_cannot_be_are_refused() {
     let memory = memory();
     for packed in [false, true] {
