@@ -273,8 +273,10 @@ def test_layer_of_zstd_is_unpacked(tmp_path: Path) -> None:
 BUSYBOX = Path("/bin/busybox")
 
 
-def make(layout: Layout, data: Path, debian_guest: CachedGuest, **config: Any) -> None:
-    """The disk box of an image with busybox, under XDG_DATA_HOME=data."""
+def make(
+    layout: Layout, data: Path, debian_guest: CachedGuest, *more: bytes, **config: Any
+) -> None:
+    """The disk box of an image with busybox, and more layers, under XDG_DATA_HOME=data."""
     for program in ("mke2fs", "debugfs", "sfdisk"):
         try:
             find_tool(program, program)
@@ -284,7 +286,7 @@ def make(layout: Layout, data: Path, debian_guest: CachedGuest, **config: Any) -
         (f"bin/{name}", "->busybox") for name in ("sh", "cat", "echo", "ps", "stty", "sync")
     ]
     base = layer(("bin/busybox", BUSYBOX.read_bytes()), *programs)
-    layout.index(layout.image([base, layer(("etc/motto", b"on a disk\n"))], **config))
+    layout.index(layout.image([base, layer(("etc/motto", b"on a disk\n")), *more], **config))
     recipe = ContainerRecipe(layout.directory, "", "box", 128 * MIB)
     import_container(recipe, DiskStore(data / "tetrarch/disks"), Cache(), Reporter())
 
@@ -357,3 +359,51 @@ def test_import_says_what_it_cannot_take_in_a_line(tmp_path: Path) -> None:
         )
         assert (done.returncode in (1, 2), done.stderr.count("\n")) == (True, 1), done.stderr
         assert said in done.stderr
+
+
+def test_disk_takes_the_newest_whole_kernel_that_is_installed_on_it(
+    layout: Layout, tmp_path: Path, debian_guest: CachedGuest
+) -> None:
+    def take() -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tetrarch", "image", "kernel", "box"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+            env={**os.environ, "XDG_DATA_HOME": str(tmp_path), "TETRARCH_ENGINE": "bt"},
+        )
+        return done.returncode, done.stdout, done.stderr.splitlines()[-1]
+
+    # One without an initial RAM disk is not whole yet.
+    old, new = "6.1.0-9-amd64", "6.1.0-10-amd64"
+    kernel = debian_guest.kernel.read_bytes()
+    boot = [(f"boot/vmlinuz-{old}", b"old"), (f"boot/initrd.img-{old}", b"old")]
+    initrd = debian_guest.initrd.read_bytes() + bytes(4)
+    boot += [(f"boot/vmlinuz-{new}", kernel), (f"boot/initrd.img-{new}", initrd)]
+    boot += [("boot/vmlinuz-6.1.0-11-amd64", b"half")]
+    tools = [(f"bin/{name}", "->busybox") for name in ("ls", "sed", "sort", "tar")]
+    make(layout, tmp_path, debian_guest, layer(*boot, *tools), Env=["PATH=/bin"])
+    store = DiskStore(tmp_path / "tetrarch/disks")
+    assert take() == (
+        0,
+        f"box: Linux {new} from its next start on\n",
+        "Starting box for its newest kernel",
+    )
+    found = store.find("box")
+    assert found is not None
+    assert found.manifest.release == new
+    assert found.kernel.read_bytes() == kernel
+    assert found.initrd.read_bytes() == initrd
+    # It starts with them; what it has then is none.
+    assert run(tmp_path, "--", "busybox", "rm", "-r", "/boot").returncode == 0
+    code, said, why = take()
+    assert (code, said) == (1, "")
+    assert why == (
+        "tetrarch: no kernel can be taken from box: sh: cd: line 0: can't cd to /boot: "
+        "No such file or directory; look into its /boot"
+    )
+    assert sorted(path.name for path in found.directory.iterdir()) == [
+        *("disk.json", "disk.raw", "initrd.img", "vmlinuz")
+    ]

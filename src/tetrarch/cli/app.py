@@ -271,6 +271,17 @@ def image_rm(
     remove(name, json)
 
 
+@image_app.command("kernel")
+def image_kernel(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A disk, as image ls names it.")],
+    json: Json = False,
+) -> None:
+    """Let a disk start with the newest kernel that is installed on it, after an upgrade there."""
+    from tetrarch.cli.images import take_kernel
+
+    take_kernel(name, json)
+
+
 @image_app.command("build")
 def image_build(
     name: ImageName = "debian",

@@ -13,7 +13,7 @@ from tetrarch.errors import ConfigError, ImageError, ValueProblem
 from tetrarch.images.names import public_keys
 from tetrarch.images.store import DiskStore, InstalledDisk, read_manifest
 
-__all__ = ["build", "build_disk", "import_disk", "info", "pull", "remove", "show"]
+__all__ = ["build", "build_disk", "import_disk", "info", "pull", "remove", "show", "take_kernel"]
 
 
 def pull(name: str, as_json: bool) -> None:
@@ -188,6 +188,17 @@ def import_disk(source: str, size: str, called: str | None, as_json: bool) -> No
     else:
         print(f"{name}: {source} on {disk.disk}")
         print(f"  run it: tetrarch run {name}")
+
+
+def take_kernel(name: str, as_json: bool) -> None:
+    from tetrarch.images.new_kernel import take_newest_kernel
+
+    with images.TerminalReporter().step(f"Starting {name} for its newest kernel"):
+        disk = take_newest_kernel(DiskStore(), name)
+    if as_json:
+        print(json.dumps(_disk_row(disk), indent=2))
+    else:
+        print(f"{name}: Linux {disk.manifest.release} from its next start on")
 
 
 def _disk_row(disk: InstalledDisk) -> dict[str, Any]:

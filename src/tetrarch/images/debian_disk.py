@@ -100,6 +100,12 @@ _INITRAMFS_HOOK = """\
 manual_add_modules virtio_pci virtio_mmio virtio_blk virtio_scsi nvme ahci ata_piix sd_mod ext4
 """
 
+# The host starts the kernel that lies beside the disk.
+_NEW_KERNEL = """\
+#!/bin/sh
+echo "tetrarch: Linux $1 is started after this command on the host: tetrarch image kernel {}"
+"""
+
 _HOST_KEYS = """\
 [Unit]
 Description=SSH host keys of this machine alone
@@ -237,6 +243,7 @@ def first_boot_files(recipe: DebianRecipe) -> dict[str, tuple[int, str | bytes]]
         "etc/systemd/system/tetrarch-shares.service": (0o644, _SHARES),
         "usr/lib/tetrarch/shares": (0o644, shares_script()),
         "etc/systemd/system/tetrarch-host-keys.service": (0o644, _HOST_KEYS),
+        "etc/kernel/postinst.d/zz-tetrarch": (0o755, _NEW_KERNEL.format(recipe.name)),
     }
     if recipe.ssh_keys:
         keys = "".join(f"{key.strip()}\n" for key in recipe.ssh_keys)

@@ -19,10 +19,10 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from tetrarch._files import read_bounded, remove_tree
+from tetrarch._files import read_bounded, remove_tree, replaced_when_whole
 from tetrarch.block.disk import open_disk
 from tetrarch.block.spec import DiskSpec
 from tetrarch.errors import ImageError
@@ -170,14 +170,24 @@ class DiskStore:
             os.close(lock)
 
     def write_manifest(self, directory: Path, manifest: DiskManifest) -> None:
-        text = json.dumps(asdict(manifest), indent=2)
-        (directory / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (directory / _MANIFEST).write_text(_text(manifest), encoding="utf-8")
+
+    def set_release(self, found: InstalledDisk, release: str) -> InstalledDisk:
+        """Writes down that the disk has another kernel now."""
+        manifest = replace(found.manifest, release=release)
+        with replaced_when_whole(found.directory / _MANIFEST) as file:
+            file.write(_text(manifest).encode())
+        return replace(found, manifest=manifest)
 
     def _unusable(self, error: OSError) -> ImageError:
         return ImageError(
             f"cannot write disks to {self.root}: {error.strerror or error}",
             unusable_mend(error, "XDG_DATA_HOME"),
         )
+
+
+def _text(manifest: DiskManifest) -> str:
+    return json.dumps(asdict(manifest), indent=2) + "\n"
 
 
 def read_manifest(path: Path) -> DiskManifest:
