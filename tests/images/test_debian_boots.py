@@ -9,7 +9,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pexpect
 import pytest
+from tests.terminals import kill
 
 from tetrarch import Machine, MachineConfig
 from tetrarch.agent import AgentError, connect, encode_run
@@ -102,6 +104,26 @@ def test_command_runs_on_the_disk_and_what_it_writes_stays(data: Path) -> None:
     start = ("run", "web", "--engine", "bt", "--", "sh", "-c")
     assert tetrarch(*start, "echo more >/root/more; exit 7") == (7, "", "")
     assert tetrarch(*start, "cat /root/more") == (0, "more\n", "")
+
+
+def test_login_has_a_terminal_as_large_as_ours(data: Path) -> None:
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "tetrarch", "run", "web", "--engine", "bt"],
+        dimensions=(33, 111),
+        timeout=LIMIT_S,
+        encoding="utf-8",
+    )
+    try:
+        child.expect("box login: ")
+        child.sendline("root")
+        child.expect("# ")
+        child.sendline("stty size")
+        child.expect("33 111\r\n")
+        child.sendline("poweroff")
+        child.expect(pexpect.EOF)
+    finally:
+        kill(child)
 
 
 def test_user_comes_in_by_ssh_and_installs_a_package(data: Path, tmp_path: Path, port: int) -> None:

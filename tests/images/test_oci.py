@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
+from tests.terminals import kill
 
 from tetrarch.errors import ImageError
 from tetrarch.images import Cache, CachedGuest
@@ -359,6 +361,44 @@ def test_import_says_what_it_cannot_take_in_a_line(tmp_path: Path) -> None:
         )
         assert (done.returncode in (1, 2), done.stderr.count("\n")) == (True, 1), done.stderr
         assert said in done.stderr
+
+
+def test_image_finds_a_terminal_as_large_as_ours(
+    layout: Layout, tmp_path: Path, debian_guest: CachedGuest
+) -> None:
+    make(layout, tmp_path, debian_guest, Cmd=["/bin/sh", "-c", "stty size"], Env=["PATH=/bin"])
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "tetrarch", "run", "box", "--engine", "bt"],
+        dimensions=(33, 111),
+        timeout=LIMIT_S,
+        env={**os.environ, "XDG_DATA_HOME": str(tmp_path)},
+        encoding="utf-8",
+    )
+    try:
+        child.expect("33 111\r\n")
+        child.expect(pexpect.EOF)
+    finally:
+        kill(child)
+
+
+def test_image_has_the_network_that_it_is_given(
+    layout: Layout, tmp_path: Path, debian_guest: CachedGuest
+) -> None:
+    if shutil.which("passt") is None:
+        pytest.skip("no passt: apt-get install passt")
+    # One that says another resolver, by a link that leads nowhere here.
+    stale = layer(("etc/resolv.conf", "->/run/nowhere/resolv.conf"))
+    make(layout, tmp_path, debian_guest, stale, Env=["PATH=/bin"])
+    script = """
+        busybox ip -4 route | busybox cut -d" " -f1,4,5
+        busybox grep -c nameserver /etc/resolv.conf
+        busybox ping -c 1 box | busybox head -1"""
+    done = run(tmp_path, "--net", "user", "--", "sh", "-c", script)
+    lines = done.stdout.splitlines()
+    assert "default dev eth0" in lines[0], (done.stdout, done.stderr)
+    assert int(lines[-2]) >= 1, done.stdout
+    assert lines[-1].startswith("PING box (127.0.1.1)"), done.stdout
 
 
 def test_disk_takes_the_newest_whole_kernel_that_is_installed_on_it(

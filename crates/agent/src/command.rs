@@ -179,7 +179,7 @@ fn open_terminal() -> io::Result<(File, File)> {
     }
 }
 
-fn set_window(terminal: &File, window: Window) {
+pub fn set_window(terminal: &File, window: Window) {
     let size =
         libc::winsize { ws_row: window.rows, ws_col: window.columns, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: the call reads the structure, which lives as long as it. It fails only for

@@ -11,13 +11,15 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use crate::command::take_terminal;
-use crate::protocol::Run;
+use crate::command::{set_window, take_terminal};
+use crate::protocol::{Run, Window};
 
 /// The image's command, environment and directory, as RUN has them (`protocol.rs`).
 const COMMAND: &str = "/etc/tetrarch/command";
 /// On the kernel's command line: the host has a command of its own.
 const HOST_COMMAND: &str = "tetrarch.command";
+/// What says how large the terminal is.
+const TERMINAL: &str = "tetrarch.tty=";
 /// Processes have so long to end by themselves.
 const PATIENCE: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(20);
@@ -105,6 +107,10 @@ fn set_up(command: &mut Command, run: &Run) {
 
 fn start_on_console(run: &Run) -> io::Result<u32> {
     let console = console()?;
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    if let Some(window) = terminal_of(&line) {
+        set_window(&console, window);
+    }
     let mut command = Command::new(&run.arguments[0]);
     command.args(&run.arguments[1..]);
     set_up(&mut command, run);
@@ -112,6 +118,13 @@ fn start_on_console(run: &Run) -> io::Result<u32> {
     // SAFETY: what it calls is allowed between fork and exec; descriptor 0 is the terminal.
     unsafe { command.pre_exec(take_terminal) };
     Ok(command.spawn()?.id())
+}
+
+/// The size of the host's terminal, where the kernel's command line has one.
+fn terminal_of(line: &str) -> Option<Window> {
+    let size = line.split_whitespace().find_map(|word| word.strip_prefix(TERMINAL))?;
+    let (rows, columns) = size.split_once('x')?;
+    Some(Window { rows: rows.parse().ok()?, columns: columns.parse().ok()? })
 }
 
 /// The device behind /dev/console: that one can control no terminal.
@@ -153,5 +166,19 @@ fn end(how: libc::c_int) -> ! {
     }
     loop {
         thread::sleep(PATIENCE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terminal_is_that_of_the_command_line() {
+        let window = terminal_of("root=/dev/vda tetrarch.tty=33x111 quiet").unwrap();
+        assert_eq!((window.rows, window.columns), (33, 111));
+        for none in ["quiet", "tetrarch.tty=none", "tetrarch.tty=1x", "tetrarch.tty=99999x1"] {
+            assert!(terminal_of(none).is_none());
+        }
     }
 }

@@ -94,6 +94,9 @@ def _prepare(tree: Tree, image: OciImage, name: str) -> str:
     tree.add_file(_AGENT, agent_program(), 0o755, image.time)
     if tree.find("etc/hostname") is None:
         tree.add_file("etc/hostname", f"{name}\n".encode(), mtime=image.time)
+    if tree.find("etc/hosts") is None:
+        hosts = f"127.0.0.1 localhost\n127.0.1.1 {name}\n::1 localhost\n"
+        tree.add_file("etc/hosts", hosts.encode(), mtime=image.time)
     if tree.find(_SYSTEMD) is not None:
         tree.add_file(_UNIT, AGENT_UNIT.encode(), mtime=image.time)
         tree.add_link(_WANTS, f"/{_UNIT}", image.time)

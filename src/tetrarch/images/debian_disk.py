@@ -100,6 +100,24 @@ _INITRAMFS_HOOK = """\
 manual_add_modules virtio_pci virtio_mmio virtio_blk virtio_scsi nvme ahci ata_piix sd_mod ext4
 """
 
+# No serial line tells this. Later changes are not told: stty(1).
+_TERMINAL = """\
+# The size that the host's terminal had when the machine started.
+case "$(tty)" in
+/dev/ttyS0)
+\tfor word in $(cat /proc/cmdline); do
+\t\tcase "$word" in
+\t\ttetrarch.tty=*x*)
+\t\t\tword="${word#*=}"
+\t\t\tstty rows "${word%x*}" cols "${word#*x}"
+\t\t\t;;
+\t\tesac
+\tdone
+\tunset word
+\t;;
+esac
+"""
+
 # The host starts the kernel that lies beside the disk.
 _NEW_KERNEL = """\
 #!/bin/sh
@@ -243,6 +261,7 @@ def first_boot_files(recipe: DebianRecipe) -> dict[str, tuple[int, str | bytes]]
         "etc/systemd/system/tetrarch-shares.service": (0o644, _SHARES),
         "usr/lib/tetrarch/shares": (0o644, shares_script()),
         "etc/systemd/system/tetrarch-host-keys.service": (0o644, _HOST_KEYS),
+        "etc/profile.d/tetrarch.sh": (0o644, _TERMINAL),
         "etc/kernel/postinst.d/zz-tetrarch": (0o755, _NEW_KERNEL.format(recipe.name)),
     }
     if recipe.ssh_keys:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tetrarch._native import disk_info
 from tetrarch.block.disk import disk_errors
 from tetrarch.block.spec import DiskSpec
+from tetrarch.boot.cmdline import TERMINAL, with_terminal
 from tetrarch.boot.initrd import initrd_files
 from tetrarch.boot.source import Source
 from tetrarch.machine.config import MachineConfig
@@ -77,7 +78,7 @@ def with_installed_disk(config: MachineConfig) -> MachineConfig:
         "image": None,
         "kernel": found.kernel,
         "initrd": config.initrd or found.initrd,
-        "append": found.manifest.append if config.append is None else config.append,
+        "append": f"{found.manifest.append} {TERMINAL}" if config.append is None else config.append,
         "disk": (DiskSpec(found.disk, format="raw"), *config.disk),
     }
     return config.model_copy(update=changes)
@@ -122,9 +123,8 @@ def load_guest(
     if append is None:
         from tetrarch.boot.cmdline import DEFAULT_APPEND
 
-        append = DEFAULT_APPEND
-        if terminal := getattr(console, "guest_terminal", ""):
-            append += f" tetrarch.tty={terminal}"  # for images/guest/profile
+        append = f"{DEFAULT_APPEND} {TERMINAL}"
+    append = with_terminal(append, getattr(console, "guest_terminal", ""))
     # For images/guest/shares; Linux leaves words with a dot in them alone.
     shares = [f"tetrarch.share={tag}" for tag in share_tags(config.share)]
     append = " ".join(filter(None, (append, *shares, config.append_extra)))
