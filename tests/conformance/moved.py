@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import cycle
 from typing import Any, cast
 
-from tests.conformance.guest import MIB, Guest
+from tests.conformance.guest import LIMIT_S, MIB, Guest
 
 from tetrarch._native import Vm
 from tetrarch.platforms import Platform
@@ -78,7 +78,7 @@ class MovedGuest(Guest):
                 asked, self._asked = self._asked, False
             if asked:
                 return end
-            piece *= 2
+            piece = min(2 * piece, LIMIT_S)
 
     def _move(self) -> None:
         engine, translate = next(self._way)

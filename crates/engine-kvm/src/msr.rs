@@ -6,14 +6,20 @@
 
 use std::collections::BTreeSet;
 
-use kvm_bindings::{MsrList, Msrs, kvm_msr_entry};
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{KVMIO, MsrList, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use parking_lot::Mutex;
-use tetrarch_engine::EngineError;
+use tetrarch_engine::{EngineError, machine_check};
 
 use crate::error::refused;
 
+// KVM_X86_SETUP_MCE (linux/kvm.h) of a vCPU's descriptor.
+vmm_sys_util::ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
+
 pub mod index {
+    pub const MC_BANKS: u32 = 0x400;
     pub const TSC: u32 = 0x10;
     pub const OLD_WALL_CLOCK: u32 = 0x11;
     pub const OLD_SYSTEM_TIME: u32 = 0x12;
@@ -63,7 +69,10 @@ impl MsrPolicy {
 
     /// All that the kernel lists and lets us read.
     pub fn read_all(&self, vcpu: &VcpuFd) -> Vec<(u32, u64)> {
-        self.saved.iter().filter_map(|&index| Some((index, get(vcpu, index)?))).collect()
+        // The kernel does not list the banks, whose number is the vCPU's own.
+        let banks = index::MC_BANKS..index::MC_BANKS + 4 * machine_check::BANKS;
+        let all = self.saved.iter().copied().chain(banks);
+        all.filter_map(|index| Some((index, get(vcpu, index)?))).collect()
     }
 
     /// Sets what the kernel takes.
@@ -76,6 +85,17 @@ impl MsrPolicy {
             }
         }
     }
+}
+
+/// Gives a new vCPU the banks that a vCPU of every engine has; by itself the kernel gives it more.
+pub fn set_up_machine_checks(vcpu: &VcpuFd) -> Result<(), EngineError> {
+    let capability = machine_check::MCG_CAP;
+    // SAFETY: the kernel reads the eight bytes of the local.
+    let done = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_X86_SETUP_MCE(), &raw const capability) };
+    if done == 0 {
+        return Ok(());
+    }
+    Err(refused("set up machine checks", kvm_ioctls::Error::last()))
 }
 
 /// A guest notices a register that reads otherwise than it should, and hardly one

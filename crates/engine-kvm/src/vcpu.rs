@@ -120,6 +120,7 @@ impl KvmVcpu {
         let table = cpuid::table(&vm.supported, vm.policy, &vm.platform, &vm.cpu, id)?;
         fd.set_cpuid2(&table).map_err(|error| refused("set what the CPU says it is", error))?;
         platform::prepare_vcpu(&fd, &vm.platform);
+        msr::set_up_machine_checks(&fd)?;
         vm.msrs.initialise(&fd);
         if let Ok(khz) = fd.get_tsc_khz() {
             let _ = vm.tsc_hz.set(u64::from(khz) * 1000);

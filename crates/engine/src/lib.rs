@@ -15,6 +15,7 @@ mod exit;
 mod features;
 mod halt;
 mod irqfd;
+pub mod machine_check;
 mod msi;
 mod platform;
 mod registers;

@@ -3,6 +3,8 @@
 //! Those that Linux, the BSDs and firmware touch on a CPU with our CPUID;
 //! anything else is #GP(0), as on hardware.
 
+use tetrarch_engine::machine_check::{BANKS, MCG_CAP};
+
 use crate::cpu::Cpu;
 use crate::cpu::cpuid::{ARCH_CAPABILITIES, Vendor};
 use crate::irqchip::ProtectionFault;
@@ -28,6 +30,7 @@ pub mod index {
     pub const SYSENTER_EIP: u32 = 0x176;
     pub const MCG_CAP: u32 = 0x179;
     pub const MCG_STATUS: u32 = 0x17A;
+    pub const MCG_CTL: u32 = 0x17B;
     pub const MISC_ENABLE: u32 = 0x1A0;
     pub const DEBUG_CONTROL: u32 = 0x1D9;
     pub const MTRR_VARIABLE: u32 = 0x200;
@@ -36,6 +39,7 @@ pub mod index {
     pub const MTRR_FIXED_4K: u32 = 0x268;
     pub const PAT: u32 = 0x277;
     pub const MTRR_DEFAULT_TYPE: u32 = 0x2FF;
+    pub const MC_BANKS: u32 = 0x400;
     pub const TSC_DEADLINE: u32 = 0x6E0;
     pub const X2APIC: u32 = 0x800;
     pub const EFER: u32 = 0xC000_0080;
@@ -62,6 +66,11 @@ pub mod index {
 pub const EFER_AUTO_IBRS: u64 = 1 << 21;
 /// HWCR.TscFreqSel: the TSC counts at the P0 frequency; read-only.
 const HWCR_TSC_FREQ: u64 = 1 << 24;
+/// HWCR.McStatusWrEn: what a bank tells can be made up (AMD APM 2, 9.3.2.2).
+const HWCR_MC_STATUS_WRITE: u64 = 1 << 18;
+/// Registers of a bank, which are four.
+const MC_CTL: usize = 0;
+const MC_STATUS: usize = 1;
 /// DE_CFG: LFENCE is always serialising.
 const DE_CFG_LFENCE: u64 = 1 << 1;
 /// MISC_ENABLE: no branch trace store, no PEBS.
@@ -88,6 +97,12 @@ fn fixed_mtrr(number: u32) -> Option<usize> {
 fn variable_mtrr(number: u32) -> Option<usize> {
     let at = number.wrapping_sub(index::MTRR_VARIABLE) as usize;
     (at < 2 * VARIABLE_MTRRS).then_some(at)
+}
+
+/// Bank and register of it.
+fn machine_check(number: u32) -> Option<(usize, usize)> {
+    let at = number.wrapping_sub(index::MC_BANKS) as usize;
+    (at < 4 * BANKS as usize).then_some((at / 4, at % 4))
 }
 
 /// Chip configuration that kernels read and write back without a check of
@@ -124,7 +139,7 @@ fn is_apic(number: u32) -> bool {
 /// The registers of a saved vCPU that have no place of their own in it, on
 /// either vendor's CPU and with every guest interface.
 pub fn saved() -> impl Iterator<Item = u32> {
-    const SINGLE: [u32; 22] = [
+    const SINGLE: [u32; 23] = [
         index::TSC_AUX,
         index::STAR,
         index::LSTAR,
@@ -140,6 +155,7 @@ pub fn saved() -> impl Iterator<Item = u32> {
         index::MTRR_FIXED_16K,
         index::MTRR_FIXED_16K + 1,
         index::MCG_STATUS,
+        index::MCG_CTL,
         index::SPEC_CTRL,
         index::MISC_ENABLE,
         index::HWCR,
@@ -152,6 +168,7 @@ pub fn saved() -> impl Iterator<Item = u32> {
         .into_iter()
         .chain(index::MTRR_FIXED_4K..index::MTRR_FIXED_4K + 8)
         .chain(index::MTRR_VARIABLE..index::MTRR_VARIABLE + 2 * VARIABLE_MTRRS as u32)
+        .chain(index::MC_BANKS..index::MC_BANKS + 4 * BANKS)
         .chain(kvm::SAVED_MSRS)
 }
 
@@ -184,15 +201,17 @@ pub fn read(cpu: &mut Cpu, number: u32) -> R<u64> {
         // Fixed ranges, write-combining, and the variable ranges.
         index::MTRR_CAP => 1 << 10 | 1 << 8 | VARIABLE_MTRRS as u64,
         index::MTRR_DEFAULT_TYPE => msrs.mtrr_default_type,
-        // No banks.
-        index::MCG_CAP => 0,
+        index::MCG_CAP => MCG_CAP,
         index::MCG_STATUS => msrs.mcg_status,
+        index::MCG_CTL => msrs.mcg_ctl,
         index::DEBUG_CONTROL => 0,
         _ => {
             if let Some(at) = fixed_mtrr(number) {
                 msrs.mtrr_fixed[at]
             } else if let Some(at) = variable_mtrr(number) {
                 msrs.mtrr_variable[at]
+            } else if let Some((bank, register)) = machine_check(number) {
+                msrs.machine_check[bank][register]
             } else if kvm::has_msr(cpu.vm.kvm_features, number) {
                 return cpu.kvm.read_msr(number);
             } else {
@@ -286,12 +305,21 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
             cpu.msrs.pat = value;
         }
         index::MCG_STATUS => cpu.msrs.mcg_status = value & 7,
+        index::MCG_CTL => {
+            if !all_or_none(value) {
+                return gp(0);
+            }
+            cpu.msrs.mcg_ctl = value;
+        }
         // Without LBR and BTS there is nothing to switch on.
         index::DEBUG_CONTROL => {}
         index::MICROCODE_UPDATE => {}
         _ => {
             if let Some(written) = write_mtrr(&mut cpu.msrs, number, value) {
                 return written;
+            }
+            if let Some((bank, register)) = machine_check(number) {
+                return write_machine_check(&mut cpu.msrs, bank, register, value);
             }
             if kvm::has_msr(cpu.vm.kvm_features, number) {
                 return cpu.write_kvm_msr(number, value);
@@ -302,6 +330,27 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
             };
         }
     }
+    Ok(())
+}
+
+/// Which errors are told: of the banks as they are here, all or none (Intel SDM 3B, 17.3.2.1).
+fn all_or_none(value: u64) -> bool {
+    value == 0 || value == !0
+}
+
+/// A register of a bank of machine checks (Intel SDM 3B, 17.3.2; AMD APM 2, 9.3.2).
+fn write_machine_check(msrs: &mut MsrFile, bank: usize, register: usize, value: u64) -> R<()> {
+    // Kernels clear bit 10 of bank 4, the GART's errors on a K8.
+    let valid = match register {
+        MC_CTL => value == 0 || value | 1 << 10 == !0,
+        // What is told is cleared, and not made up, but for a test of AMD's.
+        MC_STATUS => value == 0 || msrs.hwcr & HWCR_MC_STATUS_WRITE != 0,
+        _ => true,
+    };
+    if !valid {
+        return gp(0);
+    }
+    msrs.machine_check[bank][register] = value;
     Ok(())
 }
 

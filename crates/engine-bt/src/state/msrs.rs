@@ -1,6 +1,8 @@
 //! Model-specific registers that are only stored; [`crate::cpu::msr`] says what may
 //! be written to them.
 
+use tetrarch_engine::machine_check::BANKS;
+
 /// MTRRs of a base and a mask each.
 pub const VARIABLE_MTRRS: usize = 8;
 /// MISC_ENABLE: fast strings.
@@ -15,6 +17,9 @@ pub struct MsrFile {
     pub misc_enable: u64,
     pub spec_ctrl: u64,
     pub mcg_status: u64,
+    pub mcg_ctl: u64,
+    /// CTL, STATUS, ADDR, MISC of each bank.
+    pub machine_check: [[u64; 4]; BANKS as usize],
     pub hwcr: u64,
     pub syscfg: u64,
     pub top_mem: u64,
@@ -36,6 +41,9 @@ impl MsrFile {
             misc_enable: MISC_ENABLE_FAST_STRING,
             spec_ctrl: 0,
             mcg_status: 0,
+            // Errors of all kinds are told, as KVM has it.
+            mcg_ctl: !0,
+            machine_check: [[!0, 0, 0, 0]; BANKS as usize],
             hwcr: 0,
             syscfg: 0,
             top_mem: 0,
