@@ -274,3 +274,31 @@ def test_guest_sees_no_jump_of_its_tsc(make: Make, tmp_path: Path, engine: str) 
         long = vm.console.expect(re.compile("[01]"), timeout=LIMIT_S) == "1"
         # No TSC takes less than half a second for 2**32 ticks.
         assert not long or vm.uptime - first > 0.5
+
+
+def test_machines_of_the_past_hold_no_memory(tmp_path: Path, engine: EngineName) -> None:
+    """Though Python's collector, which would free them, does not come by itself."""
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(guests.POWER_OFF))
+    memory = 1 << 30
+    script = f"""
+import gc
+from pathlib import Path
+from tetrarch import Machine
+
+gc.disable()
+for _ in range(6):
+    assert Machine(kernel={str(kernel)!r}, engine={engine!r}, memory="1G").run({LIMIT_S}).ok
+    held = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "tetrarch-ram" in line:
+            first, last = line.split()[0].split("-")
+            held += int(last, 16) - int(first, 16)
+    print(held)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=LIMIT_S
+    )
+    held = [int(line) for line in done.stdout.split()]
+    assert held[0] > 0, "the test does not find a guest's memory"
+    assert max(held) <= 3 * memory, held

@@ -37,6 +37,7 @@ from tetrarch.machine.devices import DeviceMethods
 from tetrarch.machine.engine_vm import EngineVm, create_vm
 from tetrarch.machine.event_stream import EventStream
 from tetrarch.machine.events import EventName, MachineEvent
+from tetrarch.machine.forgotten import forget, make_room
 from tetrarch.machine.guest import check_files, with_installed_disk
 from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.pc import Pc
@@ -90,6 +91,9 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         config = with_installed_disk(_configured(config, console, options))
         if agent and config.vsock is None:
             config = config.updated({"vsock": Path(_own_directory(self), "vsock")})
+        # A stand-in has none.
+        self._ram = 0 if vm else config.memory
+        make_room(self._ram)
         if vm is None:
             engine, self.engine_reason = chosen(config)
             if guest_cpu is None:
@@ -131,6 +135,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
             self.request_stop()  # the keeper does the rest
         elif self.phase is Phase.MADE:
             self._discard()
+        forget(self._ram)
 
     # What a program does with it.
 
