@@ -14,7 +14,7 @@ use support::case::{
 use support::generate::{Generator, Item, Program};
 use support::guest::Guest;
 use support::host_cpu::HostCpu;
-use support::model::{GP, PF, alignment_is_open, left_out};
+use support::model::{GP, PF, fault_is_open, left_out};
 
 /// What came out of a case.
 enum Verdict {
@@ -51,7 +51,7 @@ impl Machines {
         let mut failures = Vec::new();
         let mut check = |name: &str, result: Result<Outcome, String>| {
             let found = match result {
-                Ok(outcome) if alignment_is_open(case, &expected, &outcome) => Vec::new(),
+                Ok(outcome) if fault_is_open(case, &expected, &outcome) => Vec::new(),
                 Ok(outcome) => differences(case, &expected, &outcome),
                 Err(error) => vec![error],
             };

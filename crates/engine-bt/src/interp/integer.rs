@@ -3,8 +3,8 @@
 use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::operand::{
-    effective_address, linear, mem_linear, op_size, read_op, read_reg, write_gpr, write_op,
-    write_reg,
+    check_alignment, effective_address, linear, mem_linear, op_size, read_op, read_reg, write_gpr,
+    write_op, write_reg,
 };
 use super::{Flow, alu};
 use crate::cpu::Cpu;
@@ -292,6 +292,7 @@ pub fn bound(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
     let user = cpu.user();
     let offset = effective_address(cpu, i);
     let low = linear(cpu, i.memory_segment(), offset, size * 2, false)?;
+    check_alignment(cpu, low, size)?;
     let lower = cpu.load(low, size, user)?;
     let upper = cpu.load(low.wrapping_add(size as u64), size, user)?;
     let signed = |value| alu::sign_extend(size, value) as i64;

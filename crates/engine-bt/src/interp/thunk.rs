@@ -100,7 +100,7 @@ enum Missing {
 
 /// Runs the instruction if it is one for the host CPU.
 pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
-    let done = hint(cpu, i).or_else(|| masked::execute(cpu, i));
+    let done = hint(cpu, i).or_else(|| zero(cpu, i)).or_else(|| masked::execute(cpu, i));
     let done = match done {
         Some(done) => done,
         None => match find(i) {
@@ -110,6 +110,20 @@ pub fn execute(cpu: &mut Cpu, i: &Instruction) -> Option<R<Flow>> {
         },
     };
     Some(done.map(|()| Flow::Next))
+}
+
+/// VZEROALL and VZEROUPPER: of eight registers outside 64-bit mode (Intel SDM 2C, "VZEROALL"),
+/// where the host, which is in it, would take all sixteen.
+fn zero(cpu: &mut Cpu, i: &Instruction) -> Option<R<()>> {
+    let first = match i.mnemonic() {
+        Mnemonic::Vzeroall => 0,
+        Mnemonic::Vzeroupper => 2,
+        _ => return None,
+    };
+    let registers = if cpu.st.code64() { 16 } else { 8 };
+    Some(check_mode(&cpu.st, class::AVX | class::VEX).map(|()| {
+        cpu.st.vec[..registers].iter_mut().for_each(|ymm| ymm.0[first..].fill(0));
+    }))
 }
 
 /// Instructions that only order or announce memory accesses.
@@ -357,12 +371,9 @@ fn classify(i: &Instruction) -> Option<u8> {
 fn class_without_register(mnemonic: Mnemonic) -> u8 {
     match mnemonic {
         Mnemonic::Emms => class::MMX,
-        Mnemonic::Vzeroall
-        | Mnemonic::Vzeroupper
-        | Mnemonic::Vcvtss2si
-        | Mnemonic::Vcvttss2si
-        | Mnemonic::Vcvtsd2si
-        | Mnemonic::Vcvttsd2si => class::AVX,
+        Mnemonic::Vcvtss2si | Mnemonic::Vcvttss2si | Mnemonic::Vcvtsd2si | Mnemonic::Vcvttsd2si => {
+            class::AVX
+        }
         // With a memory operand no vector register tells.
         Mnemonic::Cvtss2si
         | Mnemonic::Cvttss2si

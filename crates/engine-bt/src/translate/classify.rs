@@ -128,6 +128,8 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
             register if register.is_segment_register() => selector(i, register),
             _ => copy(i, source),
         },
+        // The host's would clear the eight registers that 32-bit code has not.
+        M::Vzeroall | M::Vzeroupper if source.code32() => Kind::Interpret,
         M::Rdpid => Kind::ReadControl(offset_of!(CpuState, tsc_aux)),
         M::Rdfsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::FS),
         M::Rdgsbase if mode & mode::FSGSBASE != 0 => Kind::ReadBase(seg::GS),
