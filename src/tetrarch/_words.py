@@ -25,7 +25,7 @@ def options(
         name, equals, value = word.partition("=")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            mend = f"did you mean {near[0]}?" if near else _there(known)
             raise ValueProblem(f"{word!r} is no option of {of}", mend=mend)
         if name in seen and name not in many:
             raise ValueProblem(f"{name} is given twice", mend="give it once")
@@ -35,8 +35,12 @@ def options(
 
 def one_of(name: str, value: str | None, choices: Collection[str]) -> str:
     if value is None or value not in choices:
-        raise ValueProblem(f"{name} is {shown(value)}", mend=f"there are {', '.join(choices)}")
+        raise ValueProblem(f"{name} is {shown(value)}", mend=_there(choices))
     return value
+
+
+def _there(choices: Collection[str]) -> str:
+    return f"there {'is' if len(choices) == 1 else 'are'} {', '.join(choices)}"
 
 
 def shown(value: str | None) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
+import tetrarch
 from tetrarch import Machine
 from tetrarch.agent import AgentError, AgentStream, connect, encode_run
 from tetrarch.agent.client import ERROR, EXIT, INPUT, INPUT_WINDOW, OUTPUT, RUN
@@ -99,7 +100,7 @@ def test_command_has_its_arguments_directory_and_environment(path: Path) -> None
 def test_command_that_is_missing_or_none_says_so(path: Path) -> None:
     done = run(path, "no-such-program")
     assert done.code == 127
-    assert b"no-such-program: " in done.errors
+    assert done.errors == b"no-such-program: No such file or directory\n"
     assert run(path, "/etc/hostname").code == 126
 
 
@@ -356,6 +357,27 @@ def test_run_with_a_command_on_a_terminal(debian_guest: CachedGuest) -> None:
     child.expect(pexpect.EOF)
     child.wait()
     assert child.exitstatus == 4
+
+
+def test_terminal_is_not_lost_to_a_guest_that_hangs(
+    debian_guest: CachedGuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    words = command(debian_guest, "--name", "hangs", "--", "sh")
+    child = pexpect.spawn(words[0], words[1:], timeout=LIMIT_S)
+    child.expect("# ")
+    # Where it takes what is typed, it has each of them, and goes on.
+    for _ in range(4):
+        child.sendintr()
+        child.expect("# ")
+    tetrarch.connect("hangs").pause()
+    child.send("x")
+    time.sleep(4)  # it hangs for longer than a slow one is waited for
+    for _ in range(3):
+        child.sendintr()
+    child.expect("the guest has taken nothing for 3 s, and is left")
+    child.expect(pexpect.EOF)
+    assert child.wait() == 1
 
 
 def test_run_with_a_command_ends_after_its_time(debian_guest: CachedGuest) -> None:

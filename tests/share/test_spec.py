@@ -33,7 +33,7 @@ def test_share_is_what_is_written_and_written_as_it_is(text: str, spec: ShareSpe
         ("d:a b", "'a b' is no tag", "up to 36 letters"),
         ("d:-x", "'-x' is no tag", "up to 36 letters"),
         ("d:" + 37 * "x", "is no tag", "up to 36 letters"),
-        ("d,ro", "'ro' is no option of a share", "there are readonly"),
+        ("d,ro", "'ro' is no option of a share", "there is readonly"),
         ("d,readonly=yes", "readonly is 'yes'", "write on or off"),
     ],
 )

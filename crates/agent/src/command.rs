@@ -42,7 +42,7 @@ pub fn serve(mut stream: File) -> io::Result<()> {
     let started = match start(&run) {
         Ok(started) => started,
         Err(error) => {
-            let text = format!("{}: {error}\n", run.arguments[0]);
+            let text = format!("{}: {}\n", run.arguments[0], cause(&error));
             send(&out, ERROR, text.as_bytes())?;
             let missing = error.kind() == io::ErrorKind::NotFound;
             let code = if missing { NOT_FOUND } else { NOT_RUN };
@@ -74,6 +74,12 @@ pub fn serve(mut stream: File) -> io::Result<()> {
     }
     group.close();
     send(&out, EXIT, &code(child.wait()?).to_le_bytes())
+}
+
+/// In words alone: the number behind them is the guest's.
+fn cause(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split_once(" (os error").map_or(text.as_str(), |(words, _)| words).to_owned()
 }
 
 fn code(status: ExitStatus) -> u32 {

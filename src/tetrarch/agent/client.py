@@ -69,6 +69,7 @@ class AgentStream:
         self._sending = threading.Lock()
         self._changed = threading.Condition()
         self._room = INPUT_WINDOW
+        self._waiting_since: float | None = None
         self.gone = False
         """It has ended: nothing more can be read."""
         self.on_room: Callable[[], object] = lambda: None
@@ -81,6 +82,13 @@ class AgentStream:
         """Bytes of input that can be sent without waiting."""
         with self._changed:
             return self._room
+
+    @property
+    def stalled(self) -> float:
+        """Seconds since the agent has last taken any of the input that is under way; 0 without."""
+        with self._changed:
+            since = self._waiting_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
         with self._sending:
@@ -99,6 +107,8 @@ class AgentStream:
                     raise BrokenPipeError
                 chunk = data[sent : sent + min(self._room, _CHUNK)]
                 self._room -= len(chunk)
+                if self._waiting_since is None:
+                    self._waiting_since = time.monotonic()
             self.send(INPUT, chunk)
             sent += len(chunk)
         if not data:
@@ -121,6 +131,8 @@ class AgentStream:
             if kind == TAKEN:
                 with self._changed:
                     self._room = min(self._room + int.from_bytes(data[:4], "little"), INPUT_WINDOW)
+                    full = self._room == INPUT_WINDOW
+                    self._waiting_since = None if full else time.monotonic()
                     self._changed.notify_all()
                 self.on_room()
             elif kind == SIGNALLED:

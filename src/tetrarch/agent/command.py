@@ -43,6 +43,11 @@ _INPUT = 0
 _CHUNK = 64 << 10
 #: So many signals may be under way; one more says that the guest is to be stopped.
 _PATIENCE = 2
+#: On a terminal: a guest hangs that has not taken what was typed for so long, and so many Ctrl-C
+#: after that are asked for before it is stopped.
+_STALLED_S = 3.0
+_INTERRUPT = b"\x03"
+_INTERRUPTS = 3
 _END_S = 5
 _LOOK_S = 0.2
 
@@ -68,7 +73,11 @@ def run_here(
         terminal=terminal,
     )
     on_terminal = terminal is not None
-    with _Feeder(stream) as feeder, _terminal(on_terminal), _signals(feeder, on_terminal):
+    with (
+        _Feeder(stream, on_terminal) as feeder,
+        _terminal(on_terminal),
+        _signals(feeder, on_terminal),
+    ):
         stream.send(RUN, body)
         feeder.start()
         return _follow(stream)
@@ -117,8 +126,10 @@ class _Feeder:
     for what does not move: a command that reads nothing, or a guest that hangs.
     """
 
-    def __init__(self, stream: AgentStream) -> None:
+    def __init__(self, stream: AgentStream, terminal: bool = False) -> None:
         self._stream = stream
+        self._terminal = terminal
+        self._interrupts = 0
         # Its put may interrupt itself: handlers of signals use it.
         self._wanted: SimpleQueue[tuple[bytes, bytes]] = SimpleQueue()
         self._done = False
@@ -129,6 +140,11 @@ class _Feeder:
 
     def signal(self, number: int) -> None:
         """For signal handlers. Raises AgentError where the guest has not taken those before."""
+        if self._interrupts >= _INTERRUPTS:
+            raise AgentError(
+                f"the guest has taken nothing for {_STALLED_S:g} s, and is left",
+                "see what it says on its console",
+            )
         if self._signals - self._stream.signalled >= _PATIENCE:
             raise AgentError(
                 f"the guest has not taken {_PATIENCE} signals, and is stopped",
@@ -170,6 +186,8 @@ class _Feeder:
             while not self._done:
                 if self._wait(reading):
                     data = _read_input(min(self._stream.room, _CHUNK))
+                    if self._terminal:
+                        self._count_interrupts(data)
                     self._stream.send_input(data)
                     reading = bool(data)
                 with suppress(Empty):
@@ -177,6 +195,15 @@ class _Feeder:
                         self._stream.send(*self._wanted.get_nowait())
         except OSError:  # the guest is gone: the reader sees it
             return
+
+    def _count_interrupts(self, data: bytes) -> None:
+        """A raw terminal makes no signals: the way out of a guest that hangs."""
+        if self._stream.stalled < _STALLED_S:
+            self._interrupts = 0
+            return
+        self._interrupts += data.count(_INTERRUPT)
+        if self._interrupts >= _INTERRUPTS:
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _wait(self, reading: bool) -> bool:
         """Until there is something to do; true if it is input, which the command has room for."""
