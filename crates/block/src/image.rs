@@ -243,6 +243,15 @@ impl Chain {
     ) -> Result<Option<Access>, ImageError> {
         let Some(name) = &header.backing else { return Ok(None) };
         let path = backing_path(image, name)?;
+        let named = |mut error: ImageError| {
+            if error.path == path {
+                error.cause = format!("{} (the backing file of {})", error.cause, image.display());
+                if !path.exists() {
+                    error.mend = "put it there, or name another: qemu-img rebase -u".into();
+                }
+            }
+            error
+        };
         let format = match &header.backing_format {
             Some(format) => format.parse().map_err(|UnknownFormat(_)| {
                 let cause = format!("its backing file {name} has the format {format}");
@@ -251,7 +260,7 @@ impl Chain {
             })?,
             // A guest that had the backing file as a raw disk can have made it look
             // like an image over any file of the host.
-            None => match self.guess(&path)? {
+            None => match self.guess(&path).map_err(named)? {
                 Format::Raw => Format::Raw,
                 other => {
                     let cause = format!("it does not say that its backing file is {other}");
@@ -261,12 +270,7 @@ impl Chain {
                 }
             },
         };
-        let layer = self.layer(&path, format, false).map_err(|mut error| {
-            if error.path == path {
-                error.cause = format!("{} (the backing file of {})", error.cause, image.display());
-            }
-            error
-        })?;
+        let layer = self.layer(&path, format, false).map_err(named)?;
         Ok(Some(layer.access))
     }
 }

@@ -155,6 +155,10 @@ fn backing_files_that_cannot_be_used_are_named_with_cause_and_mend() {
     let error = refusal(&at("b.qcow2"), PLAIN);
     assert!(error.contains("base.img: cannot open the image: no such file"), "{error}");
     assert!(error.contains("(the backing file of "), "{error}");
+    // Also where it is not said what that is to be.
+    std::fs::write(at("unsaid.qcow2"), header_over("base.img", "")).unwrap();
+    let error = refusal(&at("unsaid.qcow2"), PLAIN);
+    assert!(error.contains("unsaid.qcow2); put it there, or name another"), "{error}");
     std::fs::rename(at("kept.img"), at("base.img")).unwrap();
     drop(open(&at("b.qcow2"), PLAIN).unwrap());
 

@@ -213,11 +213,18 @@ impl VhostUser {
         if self.lanes[index].running { Ok(()) } else { self.run(index) }
     }
 
-    /// Gives the back end the chains that there are.
+    /// Gives the back end the chains that there are. Of those that go back to the driver at once,
+    /// for there is nothing in them, it is the turn of others on the thread after a queue full.
     fn give(&mut self, queues: &mut Queues, index: usize) -> Result<(), QueueError> {
         let lane = &mut self.lanes[index];
         let mut added = false;
+        let mut left = queues.size(index);
         let result = loop {
+            if left == 0 {
+                queues.serve_again(index);
+                break Ok(());
+            }
+            left -= 1;
             let chain = match queues.take(index) {
                 Ok(Some(chain)) => chain,
                 Ok(None) => break Ok(()),
