@@ -93,8 +93,10 @@ def test_output_error_output_and_exit_code_are_the_commands(path: Path) -> None:
 
 def test_command_has_its_arguments_directory_and_environment(path: Path) -> None:
     script = 'echo "$#:$2:$PWD:$X"'
-    done = run(path, "sh", "-c", script, "0", "a b", "ü\n", directory="/tmp", environment=["X=1 2"])
-    assert done.output.decode() == "2:ü\n:/tmp:1 2\n"
+    # The last byte of it is no UTF-8, as a file's name may be.
+    words = ["a b", "ü\n\udcff"]
+    done = run(path, "sh", "-c", script, "0", *words, directory="/tmp", environment=["X=1 2"])
+    assert bytes(done.output) == "2:ü\n".encode() + b"\xff:/tmp:1 2\n"
 
 
 def test_command_that_is_missing_or_none_says_so(path: Path) -> None:

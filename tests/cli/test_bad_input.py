@@ -1,7 +1,9 @@
 """Whatever a user does wrong gives one clear line and the right exit code."""
 
+import errno
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from tests.cli.conftest import Cli
 from tests.machine import guests
 
+from tetrarch.cli.entry import run_cli
 from tetrarch.testing import pvh_kernel
 
 
@@ -144,6 +147,35 @@ def test_report_that_cannot_be_written_is_an_error(command: str, output: str) ->
     )
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert any(text in done.stderr for text in ("standard output", "No space left"))
+
+
+def test_closed_standard_input_is_an_empty_one() -> None:
+    program = (
+        "import sys; from tetrarch.cli.entry import _open_standard_files as o; o(); "
+        "print(sys.stdin.isatty(), repr(sys.stdin.read()))"
+    )
+    done = subprocess.run(
+        ["/bin/sh", "-c", '"$0" -c "$1" <&-', sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False ''\n", "")
+
+
+def test_reader_that_has_gone_ends_a_command_as_the_signal_would(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*words: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("tetrarch.cli.life.show_log", write)
+    monkeypatch.setattr("tetrarch.cli.entry._log_to_standard_error", lambda: None)
+    for name in ("stdout", "stderr"):  # what typer puts in their place goes again
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    assert run_cli(["logs", "web"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
 
 
 def test_cache_in_a_place_that_cannot_be(cli: Cli) -> None:

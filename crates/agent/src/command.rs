@@ -4,7 +4,7 @@
 //! answers to that. None of them waits for another, so that a command which reads no input still
 //! has its signals, and one whose output nobody reads too.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -42,7 +42,7 @@ pub fn serve(mut stream: File) -> io::Result<()> {
     let started = match start(&run) {
         Ok(started) => started,
         Err(error) => {
-            let text = format!("{}: {}\n", run.arguments[0], cause(&error));
+            let text = format!("{}: {}\n", run.arguments[0].display(), cause(&error));
             send(&out, ERROR, text.as_bytes())?;
             let missing = error.kind() == io::ErrorKind::NotFound;
             let code = if missing { NOT_FOUND } else { NOT_RUN };
@@ -103,18 +103,14 @@ fn start(run: &Run) -> io::Result<Started> {
     command.args(&run.arguments[1..]);
     let home = home();
     command.env("HOME", &home).current_dir(if run.directory.is_empty() {
-        &home
+        OsStr::new(&home)
     } else {
         &run.directory
     });
     if std::env::var_os("PATH").is_none() {
         command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     }
-    for entry in &run.environment {
-        if let Some((name, value)) = entry.split_once('=') {
-            command.env(name, value);
-        }
-    }
+    command.envs(run.variables());
     match run.terminal {
         Some(window) => start_on_terminal(command, window),
         None => {

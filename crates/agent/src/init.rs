@@ -99,7 +99,7 @@ fn set_host_name(name: &str) {
 
 /// The image's environment and directory.
 fn set_up(command: &mut Command, run: &Run) {
-    command.envs(run.environment.iter().filter_map(|entry| entry.split_once('=')));
+    command.envs(run.variables());
     if fs::metadata(&run.directory).is_ok_and(|directory| directory.is_dir()) {
         command.current_dir(&run.directory);
     }

@@ -8,7 +8,9 @@
 //! no more than INPUT_WINDOW bytes on the way, and the guest tells by TAKEN how many more it took
 //! off. SIGNALLED says that one more SIGNAL was delivered.
 
+use std::ffi::{OsStr, OsString};
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 pub const HELLO: u8 = b'H';
 pub const RUN: u8 = b'R';
@@ -71,16 +73,16 @@ impl Window {
     }
 }
 
-/// What is to be run.
+/// What is to be run. Words of Linux are bytes of any kind, but zeroes.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Run {
     /// A terminal for it, of this size.
     pub terminal: Option<Window>,
     /// Where; empty: at home.
-    pub directory: String,
-    pub arguments: Vec<String>,
+    pub directory: OsString,
+    pub arguments: Vec<OsString>,
     /// "NAME=value"
-    pub environment: Vec<String>,
+    pub environment: Vec<OsString>,
 }
 
 impl Run {
@@ -98,7 +100,7 @@ impl Run {
                 let length = number(&mut rest)? as usize;
                 let text = rest.get(..length).ok_or_else(|| bad("a command cut short"))?;
                 rest = &rest[length..];
-                list.push(String::from_utf8_lossy(text).into_owned());
+                list.push(OsString::from_vec(text.to_vec()));
             }
             lists.push(list);
         }
@@ -110,6 +112,15 @@ impl Run {
         }
         let terminal = (terminal != 0).then_some(window);
         Ok(Self { terminal, directory, arguments, environment })
+    }
+
+    /// The environment as names and values.
+    pub fn variables(&self) -> impl Iterator<Item = (&OsStr, &OsStr)> {
+        self.environment.iter().filter_map(|entry| {
+            let bytes = entry.as_bytes();
+            let at = bytes.iter().position(|&byte| byte == b'=')?;
+            Some((OsStr::from_bytes(&bytes[..at]), OsStr::from_bytes(&bytes[at + 1..])))
+        })
     }
 }
 
@@ -126,17 +137,20 @@ mod tests {
     #[test]
     fn command_is_read_and_one_cut_anywhere_is_refused() {
         let mut body = vec![1, 24, 0, 80, 0];
-        for list in [&["/tmp"][..], &["echo", "a b"], &["X=1"]] {
+        let odd = &b"\xFF\xFE"[..];
+        for list in [&[&b"/tmp"[..]][..], &[b"echo", odd], &[b"X=1=2", b"none"]] {
             body.extend((list.len() as u32).to_le_bytes());
             for text in list {
                 body.extend((text.len() as u32).to_le_bytes());
-                body.extend(text.as_bytes());
+                body.extend(*text);
             }
         }
         let run = Run::decode(&body).unwrap();
         assert_eq!(run.terminal, Some(Window { rows: 24, columns: 80 }));
-        assert_eq!((run.directory.as_str(), run.arguments.len()), ("/tmp", 2));
-        assert_eq!(run.environment, ["X=1"]);
+        assert_eq!((run.directory.to_str(), run.arguments.len()), (Some("/tmp"), 2));
+        assert_eq!(run.arguments[1].as_bytes(), odd);
+        let variables: Vec<_> = run.variables().collect();
+        assert_eq!(variables, [(OsStr::new("X"), OsStr::new("1=2"))]);
         for length in 0..body.len() {
             assert!(Run::decode(&body[..length]).is_err(), "{length}");
         }

@@ -52,6 +52,7 @@ def _open_standard_files() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     # Python leaves None for a closed one, and print(file=None) is standard output. A report that
     # nobody can read is an error, as with the closed one: this file cannot be written.
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), "w")

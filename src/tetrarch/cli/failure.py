@@ -42,6 +42,8 @@ def report_error(error: BaseException) -> int:
             return fail(str(error), BAD_USAGE)
         case TetrarchError():
             return fail(str(error))
+        case SystemExit(__context__=BrokenPipeError()):  # typer's of it has code 1
+            return 128 + signal.SIGPIPE
         case KeyboardInterrupt() | Abort():
             return fail("ended by SIGINT", 128 + signal.SIGINT)
         case BrokenPipeError():

@@ -32,7 +32,7 @@ __all__ = [
     "shares_script",
 ]
 
-RECIPE_VERSION = 16
+RECIPE_VERSION = 17
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
