@@ -126,6 +126,27 @@ def test_login_has_a_terminal_as_large_as_ours(data: Path) -> None:
         kill(child)
 
 
+def test_disk_that_was_made_larger_has_a_file_system_as_large(data: Path) -> None:
+    def tetrarch(*words: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "tetrarch", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT_S,
+            check=True,
+        ).stdout
+
+    disk = data / "tetrarch/disks/web/disk.raw"
+    before = disk.stat().st_size
+    tetrarch("disk", "resize", str(disk), "+1G")
+    look = "systemctl is-system-running --wait && stat --file-system --format '%b %S' /"
+    running, room = tetrarch("run", "web", "--engine", "bt", "--", "sh", "-c", look).splitlines()
+    blocks, size = map(int, room.split())
+    assert running == "running"
+    assert blocks * size > before
+
+
 def test_user_comes_in_by_ssh_and_installs_a_package(data: Path, tmp_path: Path, port: int) -> None:
     vsock = tmp_path / "vsock"
     net = (NetSpec.parse(f"user,forward={port}:22"),)

@@ -255,7 +255,9 @@ def first_boot_files(recipe: DebianRecipe) -> dict[str, tuple[int, str | bytes]]
         "usr/sbin/tetrarch-agent": (0o755, agent_program()),
         "etc/hostname": (0o644, f"{host}\n"),
         "etc/hosts": (0o644, f"127.0.0.1 localhost\n127.0.1.1 {host}\n::1 localhost\n"),
-        "etc/fstab": (0o644, "LABEL=root / ext4 errors=remount-ro 0 1\n"),
+        "etc/fstab": (0o644, "LABEL=root / ext4 errors=remount-ro,x-systemd.growfs 0 1\n"),
+        # A disk that was made larger: systemd-repart(8), and then systemd-growfs(8).
+        "etc/repart.d/50-root.conf": (0o644, "[Partition]\nType=root\n"),
         "etc/systemd/network/80-ethernet.network": (0o644, _NETWORK),
         "etc/systemd/system/tetrarch-agent.service": (0o644, AGENT_UNIT),
         "etc/systemd/system/tetrarch-shares.service": (0o644, _SHARES),
