@@ -10,8 +10,8 @@ use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 use crate::cpu::Cpu;
 use crate::memory::rendezvous::Orders;
 use crate::memory::tlb::FetchedPage;
-use crate::state::address::{PHYS_MASK, canonical};
-use crate::state::fault::{Fault, R, Stop, pf, vector};
+use crate::state::address::{PHYS_BITS, PHYS_MASK, canonical};
+use crate::state::fault::{Fault, R, Stop, gp, pf, vector};
 use crate::state::{cr, mask};
 
 const PTE_P: u64 = 1 << 0;
@@ -22,6 +22,10 @@ const PTE_D: u64 = 1 << 6;
 const PTE_PS: u64 = 1 << 7;
 const PTE_G: u64 = 1 << 8;
 const PTE_NX: u64 = 1 << 63;
+/// Of a page-directory pointer of PAE paging (SDM 3A, table 4-8).
+const PDPTE_RESERVED: u64 = !PHYS_MASK | 0x1E6;
+/// Of a 4 MiB page's entry: what PSE-36 leaves of bits 21:13 (SDM 3A, table 4-4).
+const PDE_4M_RESERVED: u64 = ((1 << 22) - 1) & !((1 << (PHYS_BITS - 19)) - 1);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -64,7 +68,8 @@ impl Cpu {
             if user {
                 code |= pf::USER;
             }
-            let nx = self.st.efer & cr::EFER_NXE != 0 || self.st.cr4 & cr::CR4_SMEP != 0;
+            let nx = self.st.efer & cr::EFER_NXE != 0 && self.st.cr4 & cr::CR4_PAE != 0;
+            let nx = nx || self.st.cr4 & cr::CR4_SMEP != 0;
             if access == Access::Fetch && nx {
                 code |= pf::FETCH;
             }
@@ -72,14 +77,27 @@ impl Cpu {
         })
     }
 
-    /// The page-directory pointers of PAE paging have no rights of their own.
+    /// The page-directory pointers of PAE paging have no rights of their own. Those that are
+    /// wrong are met at each access where a task switch has loaded CR3, or memory has changed.
     fn walk_pae(&mut self, linear: u64, access: Access, user: bool) -> Result<Walk, u32> {
-        let slot = (self.st.cr3 & 0xFFFF_FFE0) + (linear >> 30 & 3) * 8;
-        let pdpte = self.read_entry(slot).unwrap_or(0);
+        let pdpte = self.pdpte(self.st.cr3, linear >> 30 & 3);
         if pdpte & PTE_P == 0 {
             return Err(0);
         }
+        if pdpte & PDPTE_RESERVED != 0 {
+            return Err(pf::PRESENT | pf::RESERVED);
+        }
         self.walk_levels(linear, access, user, pdpte & PHYS_MASK & !0xFFF, 2)
+    }
+
+    fn pdpte(&self, cr3: u64, index: u64) -> u64 {
+        self.read_entry((cr3 & 0xFFFF_FFE0) + index * 8).unwrap_or(0)
+    }
+
+    /// #GP(0) where PAE paging cannot begin with this CR3 (SDM 3A, 4.4.1).
+    pub fn check_pdptes(&self, cr3: u64) -> R<()> {
+        let wrong = |pdpte: u64| pdpte & PTE_P != 0 && pdpte & PDPTE_RESERVED != 0;
+        if (0..4).any(|index| wrong(self.pdpte(cr3, index))) { gp(0) } else { Ok(()) }
     }
 
     fn walk_levels(
@@ -91,7 +109,11 @@ impl Cpu {
         levels: u32,
     ) -> Result<Walk, u32> {
         let nxe = self.st.efer & cr::EFER_NXE != 0;
-        let reserved = !PHYS_MASK & 0x000F_FFFF_FFFF_F000 | if nxe { 0 } else { PTE_NX };
+        let mut reserved = !PHYS_MASK & 0x000F_FFFF_FFFF_F000 | if nxe { 0 } else { PTE_NX };
+        if levels < 4 {
+            // What four levels leave to software is reserved (SDM 3A, table 4-10).
+            reserved |= 0x7FF0_0000_0000_0000;
+        }
         'again: loop {
             let mut table = root;
             let (mut rights, mut nx) = (PTE_W | PTE_U, false);
@@ -161,6 +183,9 @@ impl Cpu {
                     }
                     slot = (entry & 0xFFFF_F000) + (linear >> 12 & 0x3FF) * 4;
                     continue;
+                }
+                if level == 1 && entry & PDE_4M_RESERVED != 0 {
+                    return Err(pf::PRESENT | pf::RESERVED);
                 }
                 let writable = self.check(rights, false, access, user)?;
                 let dirty = if access == Access::Write { PTE_D } else { 0 };

@@ -285,7 +285,10 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
             cpu.set_tsc(value);
             cpu.tsc_changed();
         }
-        // Upper bits are reserved; AMD ignores them.
+        // AMD's CPUs ignore the reserved upper half (APM 2, A.1).
+        index::TSC_AUX if value >> 32 != 0 && cpu.vm.cpuid.vendor() == Vendor::Intel => {
+            return gp(0);
+        }
         index::TSC_AUX => cpu.st.tsc_aux = value & 0xFFFF_FFFF,
         index::EFER => return write_efer(cpu, value),
         index::STAR => cpu.st.star = value,

@@ -86,7 +86,13 @@ pub fn write64(cpu: &mut Cpu, top: u64, frame: &Frame, user: bool, target: u64) 
     for (slot, value) in bytes.chunks_exact_mut(8).zip(frame.values().iter().rev()) {
         slot.copy_from_slice(&value.to_le_bytes());
     }
-    cpu.store_bytes(rsp, &bytes[..len], user)?;
+    if let Err(stop) = cpu.store_bytes(rsp, &bytes[..len], user) {
+        // CR2 tells of the first push that fails, from the top down.
+        for n in 1..=frame.len as u64 {
+            cpu.probe_write(top.wrapping_sub(8 * n), 8, user)?;
+        }
+        return Err(stop);
+    }
     Ok(rsp)
 }
 

@@ -4,8 +4,10 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use tetrarch_engine::{Exit, SegmentTable};
 
+use super::segment::system_type;
 use super::{Flow, far, io, operand, platform, segment, syscall};
 use crate::cpu::Cpu;
+use crate::cpu::cpuid::Vendor;
 use crate::cpu::fpu;
 use crate::cpu::msr;
 use crate::state::address::PHYS_BITS;
@@ -168,7 +170,11 @@ pub fn write_cr0(cpu: &mut Cpu, value: u64) -> R<()> {
     if (new ^ old) & cr::CR0_PG != 0 {
         if paging && cpu.st.efer & cr::EFER_LME != 0 {
             let code64 = cpu.st.seg[seg::CS].attributes & attr::L != 0;
-            if cpu.st.cr4 & cr::CR4_PAE == 0 || code64 {
+            let kind = cpu.st.seg[seg::TR].attributes & attr::TYPE;
+            // Intel's CPUs alone look at the TSS (SDM 2B, "MOV to Control Registers").
+            let tss16 = matches!(kind, system_type::TSS16_AVAILABLE | system_type::TSS16_BUSY)
+                && cpu.vm.cpuid.vendor() == Vendor::Intel;
+            if cpu.st.cr4 & cr::CR4_PAE == 0 || code64 || tss16 {
                 return gp(0);
             }
             cpu.st.efer |= cr::EFER_LMA;
@@ -179,6 +185,9 @@ pub fn write_cr0(cpu: &mut Cpu, value: u64) -> R<()> {
             cpu.st.efer &= !cr::EFER_LMA;
         }
     }
+    if paging && (new ^ old) & (cr::CR0_PG | cr::CR0_CD | cr::CR0_NW) != 0 {
+        check_pdptes(cpu, cpu.st.cr3, cpu.st.cr4)?;
+    }
     cpu.st.cr0 = new;
     // WP decides which pages have write entries.
     if (new ^ old) & (cr::CR0_PG | cr::CR0_WP | cr::CR0_PE) != 0 {
@@ -188,9 +197,18 @@ pub fn write_cr0(cpu: &mut Cpu, value: u64) -> R<()> {
     Ok(())
 }
 
+/// Of a load of CR3, or of bits that load the page-directory pointers of PAE paging again.
+fn check_pdptes(cpu: &Cpu, cr3: u64, cr4: u64) -> R<()> {
+    let pae = cr4 & cr::CR4_PAE != 0 && cpu.st.efer & cr::EFER_LME == 0;
+    if pae { cpu.check_pdptes(cr3) } else { Ok(()) }
+}
+
 fn write_cr3(cpu: &mut Cpu, value: u64) -> R<()> {
     if cpu.st.long_mode() && value >> PHYS_BITS != 0 {
         return gp(0);
+    }
+    if cpu.st.cr0 & cr::CR0_PG != 0 {
+        check_pdptes(cpu, value, cpu.st.cr4)?;
     }
     cpu.st.cr3 = value;
     cpu.tlb.flush(false);
@@ -203,6 +221,9 @@ fn write_cr4(cpu: &mut Cpu, value: u64) -> R<()> {
     let loses_pae = cpu.st.long_mode() && value & cr::CR4_PAE == 0;
     if value & !(CR4_BITS | xsave) != 0 || loses_pae {
         return gp(0);
+    }
+    if (value ^ old) & CR4_PAGING != 0 && cpu.st.cr0 & cr::CR0_PG != 0 {
+        check_pdptes(cpu, cpu.st.cr3, value)?;
     }
     cpu.st.cr4 = value;
     if (value ^ old) & CR4_PAGING != 0 {

@@ -27,6 +27,8 @@ const LVT_ERROR: usize = 5;
 const LVT_MASKED: u32 = 1 << 16;
 /// Writable bits in the order of the registers 320h to 370h (figure 11-8).
 const LVT_WRITABLE: [u32; LVTS] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
+/// Delivery status and remote IRR, which are read-only but not reserved.
+const LVT_STATUS: u32 = 1 << 12 | 1 << 14;
 
 const SVR_ENABLE: u32 = 1 << 8;
 const DFR_FLAT: u32 = 0xf000_0000;
@@ -661,6 +663,11 @@ impl Lapic {
             reg::SVR if value & !0x3ff != 0 => Err(ProtectionFault),
             reg::TIMER_DIVIDE if value & !0xb != 0 => Err(ProtectionFault),
             reg::SELF_IPI if value > 0xff => Err(ProtectionFault),
+            reg::LVT..=reg::LVT_LAST
+                if value & !(LVT_WRITABLE[(reg - reg::LVT) as usize] | LVT_STATUS) != 0 =>
+            {
+                Err(ProtectionFault)
+            }
             // 11.12.11: a fixed, edge-triggered interrupt to itself.
             reg::SELF_IPI => {
                 if value < 16 {

@@ -84,7 +84,7 @@ fn page_fault_on_the_way_of_a_page_fault() {
     deliver(&mut cpu, page_fault(0x1234)).unwrap();
     assert_eq!(cpu.st.rip, HANDLERS + 8 * 16);
     assert_eq!(cpu.st.gpr[reg::RSP], IST_STACK - 48);
-    assert_eq!(cpu.st.cr2, 0x40_0000_0000 - 48);
+    assert_eq!(cpu.st.cr2, 0x40_0000_0000 - 8, "the first push");
     assert_eq!(peek(&cpu, IST_STACK - 40, 8), CODE);
 }
 
@@ -105,7 +105,7 @@ fn failed_delivery_leaves_the_state() {
     poke(&cpu, TSS + 4, 0x40_0000_0000);
     let before = (cpu.st.rip, cpu.st.gpr, cpu.st.cpl, cpu.st.rflags(), cpu.st.seg);
     let stop = software_interrupt(&mut cpu, 3, CODE + 1, SoftwareInterrupt::Int3);
-    assert_eq!(stop, Err(Fault::page(0x40_0000_0000 - 40, 2).into()));
+    assert_eq!(stop, Err(Fault::page(0x40_0000_0000 - 8, 2).into()));
     assert_eq!(before, (cpu.st.rip, cpu.st.gpr, cpu.st.cpl, cpu.st.rflags(), cpu.st.seg));
 }
 
