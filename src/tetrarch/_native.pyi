@@ -1035,6 +1035,8 @@ class Disk:
     @property
     def discard_granularity(self) -> int: ...
     def resize(self, size: int) -> None: ...
+    def access(self) -> DiskBytes:
+        """Its bytes, for a device that waits for them."""
     def share(self) -> Disk:
         """The same disk once more, to be closed on its own."""
     def stats(self) -> dict[str, int]:
@@ -1047,6 +1049,17 @@ class Disk:
         """Tries writes anew that wait for the host to be mended; none do in a closed disk."""
     def close(self) -> None:
         """Lets go of the image, unless a controller has the disk too."""
+
+@final
+class DiskBytes:
+    """Reads and writes of a disk that the caller waits for; the disk is open as long as this is.
+    OSError where the host fails them."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """At most 1 MiB."""
+    def write(self, offset: int, data: bytes) -> None: ...
+    def close(self) -> None:
+        """Lets go of the disk."""
 
 @final
 class Network:

@@ -65,6 +65,7 @@ def configuration(folder: Path, port: MemoryConsole) -> dict[str, Any]:
     return {
         "disk": [f"{folder / name},bus={Path(name).stem}" for name in DISKS.values()],
         "cdrom": f"{folder / 'disc.iso'},bus=ahci",
+        "floppy": folder / "floppy.img",
         "net": [f"socket={folder / 'switch'}", f"socket={folder / 'switch'}"],
         "vsock": folder / "vsock",
         "virtio_console": PortSpec(port, "org.example.port"),
@@ -82,6 +83,7 @@ def goes_from_engine_to_engine(
     for name in DISKS.values():
         block.create(folder / name, _DISK_BYTES)
     (folder / "disc.iso").write_bytes(_TEXT.ljust(2048 * 512, b"\0"))
+    (folder / "floppy.img").write_bytes(bytes(1440 << 10))
     saved, port = folder / "saved", MemoryConsole()
     first = Machine(
         engine=engines[0],
@@ -123,7 +125,7 @@ def goes_from_engine_to_engine(
 
 
 def _begin(guest: Guest, limit: float) -> None:
-    for device in (*DISKS, "sr0"):
+    for device in (*DISKS, "sr0", "fd0"):
         # As in tests/nodes.py.
         guest.ask(f"until (: </dev/{device}) 2>/dev/null; do sleep 0.1; done")
     guest.ask("echo 1 >/proc/sys/net/ipv4/conf/all/accept_local")
@@ -158,6 +160,10 @@ def _check(guest: Guest, port: MemoryConsole, mark: str, limit: float) -> None:
         said = guest.ask(f"dd if=/dev/{device} bs=512 skip=8192 count=1 iflag=direct")
         assert mark in said, said
     guest.ask("blockdev --flushbufs /dev/sr0; head -c 20 /dev/sr0 | grep -q 'on the disc'")
+    guest.ask(f"echo {mark} | dd of=/dev/fd0 bs=512 seek=7 conv=sync,fsync")
+    guest.ask("blockdev --flushbufs /dev/fd0")
+    said = guest.ask("dd if=/dev/fd0 bs=512 skip=7 count=1")
+    assert mark in said, said
     guest.ask("arping -q -c 2 -I eth0 10.8.0.2")
     guest.ask("head -c 64 /dev/hwrng | wc -c | grep -q 64")
     guest.ask(f"echo {mark} > /dev/$port")

@@ -62,6 +62,9 @@ def test_domain_is_carried_over_whole() -> None:
               <driver name='qemu' type='raw'/>
               <source file='/iso/d.iso'/><target dev='sdb' bus='sata'/><readonly/>
             </disk>
+            <disk type='file' device='floppy'>
+              <source file='/iso/f.img'/><target dev='fda' bus='fdc'/><readonly/>
+            </disk>
             <controller type='pci' model='pcie-root'/>
             <interface type='bridge'>
               <mac address='52:54:00:aa:bb:cc'/><source bridge='br0'/><target dev='vnet3'/>
@@ -104,6 +107,7 @@ def test_domain_is_carried_over_whole() -> None:
         "/dev/vg/data,bus=ahci,readonly=on",
     ]
     assert list(map(str, config.cdrom)) == ["/iso/d.iso"]
+    assert list(map(str, config.floppy)) == ["/iso/f.img,readonly=on"]
     assert list(map(str, config.net)) == [
         "tap=vnet3,bridge=br0,queues=2,mac=52:54:00:aa:bb:cc,mtu=1400",
         "user,forward=127.0.0.1:2222:22",

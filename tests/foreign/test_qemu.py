@@ -78,6 +78,13 @@ def machine(*words: str) -> tuple[MachineConfig, list[str]]:
             "vhost-user=/s",
         ),
         (["-cdrom", "/c"], "cdrom", "/c,bus=ide"),
+        (["-fda", "/f"], "floppy", "/f"),
+        (["-drive", "file=/f,if=floppy,format=raw,readonly=on"], "floppy", "/f,readonly=on"),
+        (
+            ["-drive", "file=/f,if=none,id=f,format=raw", "-device", "floppy,drive=f"],
+            "floppy",
+            "/f",
+        ),
         (["-qmp", "unix:/q,server,wait=off"], "control", Path("/q")),
         (["-s"], "gdb", "127.0.0.1:1234"),
         (["-gdb", "tcp::9000"], "gdb", "127.0.0.1:9000"),

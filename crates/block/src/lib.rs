@@ -28,6 +28,7 @@ mod throttle;
 mod transfer;
 mod uring;
 mod vmdk;
+mod waited;
 mod wakers;
 mod workers;
 
@@ -44,3 +45,4 @@ pub use qcow2::Qcow2Header;
 pub use raw::{Cache, RawDisk, RawOptions};
 pub use stop::{OnStop, StopOnError, Waits};
 pub use throttle::{Limits, Throttled};
+pub use waited::Waited;

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use pyo3::prelude::*;
-use pyo3::types::{PyCFunction, PyDict};
+use pyo3::types::{PyBytes, PyCFunction, PyDict};
 use tetrarch_block::{
     BlockBackend, BlockError, Cache, Counted, Format, ImageError, ImageOptions, Limits, NewImage,
-    OnError, Operation, Qcow2Header, Source, StopOnError, Throttled, Waits, backing_path,
+    OnError, Operation, Qcow2Header, Source, StopOnError, Throttled, Waited, Waits, backing_path,
 };
+use tetrarch_memory::GuestMemory;
 
 use crate::descriptor::own_descriptor;
 use crate::error::Failure;
@@ -127,8 +128,15 @@ impl Disk {
     /// Waits until all that was written is durable.
     fn flush(&self, py: Python<'_>) -> Result<(), Failure> {
         let disk = self.backend()?;
-        let failed = |error: BlockError| std::io::Error::other(error.to_string());
-        Ok(py.detach(|| disk.flush()).map_err(failed)?)
+        Ok(py.detach(|| disk.flush()).map_err(os_error)?)
+    }
+
+    /// Its bytes, for a device that waits for them.
+    fn access(&self, py: Python<'_>) -> Result<DiskBytes, Failure> {
+        let disk = self.backend()?;
+        let queue = py.detach(|| disk.open_queue())?;
+        let buffer = GuestMemory::new(Waited::STEP as u64)?;
+        Ok(DiskBytes(Mutex::new(Some(Waited::new(queue, buffer)))))
     }
 
     /// The same disk once more, to be closed on its own.
@@ -153,6 +161,54 @@ impl Disk {
         let disk = self.0.lock().take();
         py.detach(|| drop(disk));
     }
+}
+
+/// Reads and writes of a disk that the caller waits for.
+#[pyclass(frozen, module = "tetrarch._native")]
+pub struct DiskBytes(Mutex<Option<Waited>>);
+
+/// No device that waits asks for more at once.
+const BYTES_MAX: usize = 1 << 20;
+
+#[pymethods]
+impl DiskBytes {
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        offset: u64,
+        length: usize,
+    ) -> Result<Bound<'py, PyBytes>, Failure> {
+        if length > BYTES_MAX {
+            return Err(Failure::refused(format!("{length} bytes at once; at most {BYTES_MAX}")));
+        }
+        let mut data = vec![0; length];
+        py.detach(|| self.waited(|disk| disk.read(offset, &mut data)))?;
+        Ok(PyBytes::new(py, &data))
+    }
+
+    fn write(&self, py: Python<'_>, offset: u64, data: Vec<u8>) -> Result<(), Failure> {
+        Ok(py.detach(|| self.waited(|disk| disk.write(offset, &data)))?)
+    }
+
+    /// Lets go of the disk.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| drop(self.0.lock().take()));
+    }
+}
+
+impl DiskBytes {
+    fn waited(
+        &self,
+        serve: impl FnOnce(&mut Waited) -> Result<(), BlockError>,
+    ) -> std::io::Result<()> {
+        let mut disk = self.0.lock();
+        let disk = disk.as_mut().ok_or_else(|| std::io::Error::other("the disk is closed"))?;
+        serve(disk).map_err(os_error)
+    }
+}
+
+fn os_error(error: BlockError) -> std::io::Error {
+    std::io::Error::other(error.to_string())
 }
 
 /// Calls Python with the error's words and what says whether the write still waits, on a

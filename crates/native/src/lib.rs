@@ -46,7 +46,7 @@ mod _native {
     #[pymodule_export]
     use crate::console::VirtioConsole;
     #[pymodule_export]
-    use crate::disk::{Disk, DiskError, DiskSource, disk_check, disk_create, disk_info};
+    use crate::disk::{Disk, DiskBytes, DiskError, DiskSource, disk_check, disk_create, disk_info};
     #[pymodule_export]
     use crate::error::{EngineError, GuestFault, GuestMemoryError};
     #[pymodule_export]

@@ -19,6 +19,7 @@ __all__ = [
     "CdromSpec",
     "DiskFormat",
     "DiskSpec",
+    "FloppySpec",
     "later_device",
     "parse_bytes",
 ]
@@ -128,6 +129,34 @@ class CdromSpec:
     def __str__(self) -> str:
         path = str(self.path).replace(",", ",,")
         return path if self.bus == "ahci" else f"{path},bus={self.bus}"
+
+
+@dataclass(frozen=True)
+class FloppySpec:
+    """A floppy drive of a machine, with a disk."""
+
+    path: Path
+    readonly: bool = False
+    """The disk's tab is open."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueProblem. A comma in the path is written twice."""
+        path, values = _parse(text, {"readonly": _switch}, "a floppy drive")
+        return cls(path, **values)
+
+    @property
+    def disk(self) -> DiskSpec:
+        """The same as a disk: its bytes are what they are."""
+        return DiskSpec(self.path, format="raw", readonly=self.readonly)
+
+    def relative_to(self, directory: Path) -> Self:
+        """With paths as they are written in a file of that directory."""
+        return replace(self, path=directory / self.path)
+
+    def __str__(self) -> str:
+        path = str(self.path).replace(",", ",,")
+        return f"{path},readonly=on" if self.readonly else path
 
 
 _Options = Mapping[str, Callable[[str, str | None], Any]]

@@ -338,6 +338,13 @@ def mouse_device() -> bytes:
     return _pnp("MOU", "PNP0F13", aml.irq(i8042.AUX_GSI))
 
 
+def floppy_device() -> bytes:
+    from tetrarch.devices import fdc82077
+
+    ports = aml.io_port(fdc82077.PORT_BASE, fdc82077.PORTS), aml.io_port(fdc82077.DIR_PORT, 1)
+    return _pnp("FDC0", "PNP0700", *ports, aml.irq(fdc82077.GSI), aml.dma(fdc82077.DMA_CHANNEL))
+
+
 def _hpet() -> bytes:
     """Where the timers are (IA-PC HPET 1.0a, 3.2.4)."""
     address = struct.pack("<BBBBQ", 0, 64, 0, 0, hpet.BASE)

@@ -188,6 +188,11 @@ def irq(line: int) -> bytes:
     return struct.pack("<BH", 0x22, 1 << line)
 
 
+def dma(channel: int) -> bytes:
+    """DMA descriptor (6.4.2.2): 8-bit transfers, at the speed of old."""
+    return struct.pack("<BBB", 0x2A, 1 << channel, 0)
+
+
 def interrupt(gsi: int, *, level: bool) -> bytes:
     """Extended interrupt descriptor (6.4.3.6): active high, of this device alone."""
     consumer_edge = 0x01 | (0 if level else 0x02)

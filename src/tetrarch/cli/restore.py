@@ -25,6 +25,7 @@ _HOSTS: Final = (
     "name",
     "disk",
     "cdrom",
+    "floppy",
     "net",
     "vsock",
     "virtio_console",

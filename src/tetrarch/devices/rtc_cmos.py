@@ -9,7 +9,7 @@ in reset) the registers are plain memory.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -54,6 +54,13 @@ CENTURY: Final = 0x32
 #: (SeaBIOS, src/boot.c, boot_init).
 BOOT_ORDER: Final = 0x3D
 DISKS_THEN_CDROMS: Final = 0x32
+#: Its high half is the third kind.
+BOOT_ORDER_LAST: Final = 0x38
+FLOPPIES: Final = 0x10
+#: The types of the floppy drives, the first in the high half.
+FLOPPY_TYPES: Final = 0x10
+#: Bit 0: there is one; the highest two bits: one less than there are.
+EQUIPMENT: Final = 0x14
 TIME_REGISTERS: Final = frozenset(
     {SECONDS, MINUTES, HOURS, DAY_OF_WEEK, DAY_OF_MONTH, MONTH, YEAR, CENTURY}
 )
@@ -151,15 +158,27 @@ class RtcCmosState(DeviceState):
 class RtcCmosCore:
     """Clock and memory. Time comes with each call, in ns of the machine's clock."""
 
-    def __init__(self, now_ns: int, wall_ns: int, ram: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        now_ns: int,
+        wall_ns: int,
+        ram: Iterable[tuple[int, int]] = (),
+        floppies: Sequence[int] = (),
+    ) -> None:
         """``wall_ns``: the time in ns since 1970 when the machine's clock is ``now_ns``.
 
-        ``ram``: (address, length) of each range.
+        ``ram``: (address, length) of each range; ``floppies``: the type of each drive.
         """
         self.state = RtcCmosState(offset_ns=wall_ns - now_ns, seen_ns=now_ns)
         self.state.cmos[REG_A] = A_INITIAL
         self.state.cmos[REG_B] = B_24H
         self.state.cmos[BOOT_ORDER] = DISKS_THEN_CDROMS
+        if floppies:
+            self.state.cmos[BOOT_ORDER_LAST] = FLOPPIES
+            self.state.cmos[FLOPPY_TYPES] = floppies[0] << 4 | (
+                floppies[1] if len(floppies) > 1 else 0
+            )
+            self.state.cmos[EQUIPMENT] = 1 | len(floppies) - 1 << 6
         for first, length, value in _memory_sizes(ram):
             self.state.cmos[first : first + length] = value.to_bytes(length, "little")
         self._store_time(now_ns)
@@ -362,12 +381,14 @@ class RtcCmos(Adapter[RtcCmosCore]):
         irq: Callable[[bool], None],
         clock_ns: Callable[[], int],
         ram: Iterable[tuple[int, int]] = (),
+        floppies: Sequence[int] = (),
         *,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """``ram``: (address, length) of the machine's RAM ranges, told in the CMOS memory."""
+        """What is told in the CMOS memory: ``ram``, (address, length) of the machine's ranges, and
+        ``floppies``, the type of each drive."""
         self._clock_ns = clock_ns
-        super().__init__(RtcCmosCore(clock_ns(), wall_ns(), ram), irq)
+        super().__init__(RtcCmosCore(clock_ns(), wall_ns(), ram, floppies), irq)
         self._timer = TimerThread("rtc", self._lock, clock_ns, self._core.next_event, self._tick)
 
     def read(self, offset: int, size: int) -> int:

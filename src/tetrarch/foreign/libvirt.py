@@ -197,6 +197,9 @@ class _Reader:
             self.carried.add(
                 "cdrom", {"path": path, "bus": "ide" if bus == "ide" else "ahci"}, name
             )
+        elif device == "floppy" and path:
+            readonly = {"readonly": True} if disk.take("readonly") is not None else {}
+            self.carried.add("floppy", {"path": path, **readonly}, name)
         elif device not in ("disk", "lun") or not path:
             what = "an empty drive" if not path and device != "disk" else f"a {kind} {device}"
             self.carried.lose(where, f"{what} cannot be")

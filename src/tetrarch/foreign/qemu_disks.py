@@ -57,6 +57,8 @@ class QemuDisks:
                 self._take({"file": option.value or ""}, self._ide, str(option))
             case "cdrom":
                 self._take_cd({"file": option.value or ""}, self._ide, str(option))
+            case "fda" | "fdb":
+                self._take_floppy({"file": option.value or ""}, str(option))
             case "snapshot":
                 self._snapshot = True
             case _:
@@ -66,6 +68,10 @@ class QemuDisks:
     def device(self, kind: str, keys: dict[str, str], source: str) -> bool:
         if kind.startswith("vhost-user-blk"):
             self._served(keys.get("chardev", ""), source)
+            return True
+        if kind == "floppy" and "drive" in keys:
+            drive, _ = self._waiting.pop(keys.pop("drive"), (None, ""))
+            self._take_floppy({} if drive is None else self._resolved(drive), source)
             return True
         found = next((name for name in _DEVICES if kind.startswith(name)), None)
         if found is None or "drive" not in keys:
@@ -109,6 +115,8 @@ class QemuDisks:
                 self._take_cd(keys, self._ide, str(option))
             case "ide":
                 self._take(keys, self._ide, str(option))
+            case "floppy":
+                self._take_floppy(keys, str(option))
             case "virtio":
                 self._take(keys, "virtio", str(option))
             case "scsi":
@@ -135,6 +143,17 @@ class QemuDisks:
             )
         else:
             self._carried.lose(source, "an empty drive cannot be")
+
+    def _take_floppy(self, keys: dict[str, str], source: str) -> None:
+        if not (path := _path(keys)):
+            self._carried.lose(source, "an empty drive cannot be")
+            return
+        if keys.get("format", keys.get("driver", "raw")) not in ("raw", "file"):
+            self._carried.lose(source, "a floppy disk's image is raw")
+            return
+        readonly = keys.get("readonly", keys.get("read-only", "off")) in _ON
+        table: dict[str, Any] = {"path": path, **({"readonly": True} if readonly else {})}
+        self._carried.add("floppy", table, source)
 
     def _take(self, keys: dict[str, str], bus: str, source: str) -> None:
         table: dict[str, Any] = {"path": _path(keys)}

@@ -32,7 +32,7 @@ __all__ = [
     "shares_script",
 ]
 
-RECIPE_VERSION = 17
+RECIPE_VERSION = 18
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -59,6 +59,7 @@ GUEST_MODULES = (
     "nvme",
     "button",
     "loop",
+    "floppy",
     "ext4",
     "overlay",
     "autofs4",

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, TypedDict, TypeVar,
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tetrarch.block.spec import CdromSpec, DiskSpec
+from tetrarch.block.spec import CdromSpec, DiskSpec, FloppySpec
 from tetrarch.console.backend import ConsoleBackend
 from tetrarch.console.spec import ConsoleSpec, PortSpec, no_console
 from tetrarch.errors import ConfigError, ValueProblem
@@ -38,6 +38,7 @@ __all__ = [
     "CpusSpec",
     "DiskOption",
     "EngineName",
+    "FloppyOption",
     "GdbOption",
     "InputOption",
     "MachineConfig",
@@ -79,6 +80,7 @@ VirtioTransport = Literal["pci", "mmio"]
 OnReset = Literal["end", "restart"]
 DiskOption: TypeAlias = str | os.PathLike[str] | DiskSpec
 CdromOption: TypeAlias = str | os.PathLike[str] | CdromSpec
+FloppyOption: TypeAlias = str | os.PathLike[str] | FloppySpec
 NetOption: TypeAlias = str | NetSpec
 PortOption: TypeAlias = str | ConsoleBackend | PortSpec
 InputOption = Literal["keyboard", "mouse", "tablet", "ps2-keyboard", "ps2-mouse"]
@@ -167,7 +169,21 @@ def _cdroms(value: object) -> tuple[CdromSpec, ...]:
     return _images(CdromSpec, value, "CD-ROM")
 
 
-ImageSpec = TypeVar("ImageSpec", DiskSpec, CdromSpec)
+# Drives of a floppy disk controller.
+_FLOPPIES_MAX = 2
+
+
+def _floppies(value: object) -> tuple[FloppySpec, ...]:
+    disks = _images(FloppySpec, value, "floppy disk")
+    if len(disks) > _FLOPPIES_MAX:
+        raise ValueProblem(
+            f"{len(disks)} floppy disks, and a controller has {_FLOPPIES_MAX} drives",
+            mend="leave some out",
+        )
+    return disks
+
+
+ImageSpec = TypeVar("ImageSpec", DiskSpec, CdromSpec, FloppySpec)
 
 
 def _images(kind: type[ImageSpec], value: object, what: str) -> tuple[ImageSpec, ...]:
@@ -337,6 +353,9 @@ class MachineConfig(BaseModel):
     cdrom: Annotated[tuple[CdromSpec, ...], BeforeValidator(_cdroms)] = option(
         (), "A CD-ROM drive with a disc. Can be repeated.", "PATH[,bus=BUS]"
     )
+    floppy: Annotated[tuple[FloppySpec, ...], BeforeValidator(_floppies)] = option(
+        (), "A floppy drive with a disk. Can be given twice.", "PATH[,readonly]"
+    )
     net: Annotated[tuple[NetSpec, ...], BeforeValidator(_nets)] = option(
         (),
         "A network card; docs/networks.md has its options. Can be repeated [default: none].",
@@ -454,6 +473,7 @@ class MachineOptions(TypedDict, total=False):
     virtio_console: PortOption | Sequence[PortOption]
     disk: DiskOption | Sequence[DiskOption]
     cdrom: CdromOption | Sequence[CdromOption]
+    floppy: FloppyOption | Sequence[FloppyOption]
     net: NetOption | Sequence[NetOption]
     share: ShareOption | Sequence[ShareOption]
     input: InputOption | Sequence[InputOption]

@@ -21,6 +21,7 @@ __all__ = ["TABLES", "as_text"]
 TABLES: dict[str, dict[str, str]] = {
     "disk": {"path": "", "vhost-user": "vhost-user="},
     "cdrom": {"path": ""},
+    "floppy": {"path": ""},
     "net": {"user": "user", "tap": "tap=", "socket": "socket=", "vhost-user": "vhost-user="},
     "share": {"directory": ""},
     "virtio_console": {"console": ""},

@@ -40,6 +40,7 @@ def check_images(config: MachineConfig) -> None:
     the other, which does not tell whose it is."""
     images = [disk for disk in config.disk if not disk.vhost_user]
     images += [cd.disk for cd in config.cdrom]
+    images += [floppy.disk for floppy in config.floppy]
     for one, other in combinations(images, 2):
         writes = any(not (disk.readonly or disk.snapshot) for disk in (one, other))
         same = False

@@ -45,10 +45,15 @@ def check_files(config: MachineConfig) -> None:
         check_variables(config.firmware, FirmwareImage.read(config.firmware))
         for cd in config.cdrom:
             _check_disc(cd.path)
+    if config.floppy:
+        from tetrarch.machine.floppies import drive_types
+
+        drive_types(config.floppy)
     check_images(config)
     with disk_errors():
         images = (disk for disk in config.disk if not disk.vhost_user)
-        for disk in (*images, *(cd.disk for cd in config.cdrom)):
+        discs = (cd.disk for cd in config.cdrom)
+        for disk in (*images, *discs, *(floppy.disk for floppy in config.floppy)):
             disk_info(disk.path, disk.format)
 
 

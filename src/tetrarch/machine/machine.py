@@ -24,6 +24,7 @@ from tetrarch.machine.config import (
     CdromOption,
     DiskOption,
     EngineName,
+    FloppyOption,
     GdbOption,
     MachineConfig,
     MachineOptions,
@@ -309,6 +310,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         platform: Platform = PC,
         disk: DiskOption | Sequence[DiskOption] = (),
         cdrom: CdromOption | Sequence[CdromOption] = (),
+        floppy: FloppyOption | Sequence[FloppyOption] = (),
         net: NetOption | Sequence[NetOption] = (),
         vsock: str | os.PathLike[str] | None = None,
         virtio_console: PortOption | Sequence[PortOption] = (),
@@ -323,7 +325,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         """A machine as it was saved; start() lets it go on from there.
 
         ``engine`` and ``name`` are those of the saved machine if they are not given. What is the
-        host's is not in the file: give ``disk`` and ``cdrom``, as they were then, ``net``,
+        host's is not in the file: give ``disk``, ``cdrom``, ``floppy``, as they were then, ``net``,
         ``vsock``, ``virtio_console`` and ``firmware`` where it had them, and attach devices of
         yours before start(). Its connections by vsock are gone.
 
@@ -342,6 +344,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
                 "name": name,
                 "disk": disk,
                 "cdrom": cdrom,
+                "floppy": floppy,
                 "net": net,
                 "vsock": vsock,
                 "virtio_console": virtio_console,

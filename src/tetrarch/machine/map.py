@@ -17,6 +17,7 @@ ports       0x0600 .. 0x060F                ACPI: fixed hardware, general-purpos
             0xB000 .. 0xB00F                with firmware, ACPI's block once more
             0xC000 .. 0xFFFF                PCI: BARs
             0x01F0, 0x03F6, 0x0170, 0x0376  IDE: its two channels, where there are drives
+            0x03F2, 0x03F7, DMA's           floppy disks, where there are drives
             others                          the table of machine/pc.py
 lines       0 .. 15                         ISA devices, at the PICs and the IOAPIC
             16 .. 19                        PCI: INTA# to INTD#, by slot

@@ -24,6 +24,7 @@ __all__ = ["Later", "Outside"]
 _KINDS: Final = {
     "disk": "disk",
     "cdrom": "CD-ROM drive",
+    "floppy": "floppy drive",
     "net": "network",
     "virtio_console": "virtio console",
     "vsock": "vsock socket",
@@ -57,6 +58,7 @@ class Outside:
         options: dict[str, list[str]] = {
             "disk": [str(disk) for disk in config.disk],
             "cdrom": [str(cd) for cd in config.cdrom],
+            "floppy": [str(floppy) for floppy in config.floppy],
             "net": [str(net) for net in config.net],
             "virtio_console": [_text(port) for port in config.virtio_console],
             "vsock": [str(config.vsock)] if pc.vsock is not None else [],
@@ -143,7 +145,8 @@ class Outside:
         later = (one.behind for one in self.later if one.driver in _BUSES)
         named |= dict(zip(later, config.disk[cold:], strict=True))
         images = {name: disk.path for name, disk in named.items() if not disk.vhost_user}
-        return images | {f"cdrom{index}": cd.path for index, cd in enumerate(config.cdrom)}
+        images |= {f"cdrom{index}": cd.path for index, cd in enumerate(config.cdrom)}
+        return images | {f"floppy{index}": one.path for index, one in enumerate(config.floppy)}
 
     def from_the_start(self, config: MachineConfig) -> MachineConfig:
         """``config`` with what the machine was made with: without what devices have that were

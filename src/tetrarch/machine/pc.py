@@ -209,7 +209,12 @@ def assemble_pc(
         end(ExitStatus(StopReason.DEBUG_EXIT, value=value))
 
     uart = Uart16550(vm.irq_source(uart16550.GSI))
-    rtc = RtcCmos(line(rtc_cmos.GSI), vm.clock_ns, vm.ram)
+    floppy_types: list[int] = []
+    if config.floppy:
+        from tetrarch.machine.floppies import drive_types
+
+        floppy_types = drive_types(config.floppy)
+    rtc = RtcCmos(line(rtc_cmos.GSI), vm.clock_ns, vm.ram, floppy_types)
     keyboard = I8042(
         line(i8042.GSI),
         reset("the keyboard controller"),
@@ -341,6 +346,21 @@ def assemble_pc(
                 vsock = VsockKind(vm, config.vsock)
                 undo.callback(vsock.close)
             undo.callback(blocks.close)
+            if config.floppy:
+                from tetrarch.boot.acpi import floppy_device
+                from tetrarch.devices import dma8237, fdc82077
+                from tetrarch.machine.floppies import MachineFloppies
+
+                floppies = MachineFloppies(vm, config.floppy, blocks)
+                disks.append(floppies)
+                dma, controller = floppies.dma, floppies.controller
+                devices |= {"dma": dma, "fdc": controller}
+                dsdt.append(floppy_device())
+                vm.attach_ports(dma8237.PORT_BASE, dma8237.PORTS, dma)
+                for channel, port in enumerate(dma8237.PAGE_PORTS):
+                    vm.attach_ports(port, 1, dma.page(channel))
+                vm.attach_ports(fdc82077.PORT_BASE, fdc82077.PORTS, controller)
+                vm.attach_ports(fdc82077.DIR_PORT, 1, controller.dir)
             for disk in machine_disks(vm, config, blocks):
                 disks.append(disk)
                 if isinstance(disk, (BlkKind, VhostUserBlk)):

@@ -33,7 +33,7 @@ __all__ = [
 
 # Count up when a section means something else than before. The engine's sections have
 # versions of their own inside.
-_ABOUT_VERSION: Final = 4
+_ABOUT_VERSION: Final = 5
 _ABOUT_OPTIONS: Final = {
     "name",
     "engine",
