@@ -14,6 +14,7 @@ __all__ = [
     "LOW_RAM_END",
     "AhciPorts",
     "Disk",
+    "DiskBytes",
     "DiskError",
     "DiskSource",
     "EngineError",
