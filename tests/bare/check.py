@@ -57,6 +57,8 @@ FEATURES = {
     "syscall": (0x8000_0001, 0, 3, 11),
     "nx": (0x8000_0001, 0, 3, 20),
     "gib_pages": (0x8000_0001, 0, 3, 26),
+    "misalignsse": (0x8000_0001, 0, 2, 7),
+    "ffxsr": (0x8000_0001, 0, 3, 25),
     "rdtscp": (0x8000_0001, 0, 3, 27),
 }
 
@@ -507,7 +509,9 @@ def look(vm: Vm, check: Check, how: str) -> Seen:
         return Seen(how, None, None, rip, flags, registers, memory)
     vector = (rip - kernel.HANDLERS) // 8
     slot = check.mode.slot
-    stack = registers["ss_base"] + registers["rsp"]
+    linear = registers["ss_base"] + registers["rsp"]
+    stack = vm.vcpu(0).translate(linear)
+    assert stack is not None, f"a handler's stack at {linear:#x}"
     # Real mode has no error codes (Intel SDM 3A, 21.1.4).
     has_error = vector in WITH_ERROR and check.mode is not Mode.REAL
     values = [int.from_bytes(vm.read_memory(stack + n * slot, slot), "little") for n in range(4)]

@@ -7,8 +7,10 @@ All is mapped to itself below 2 MiB; 1 GiB up is the page under test, and nothin
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 MIB = 1 << 20
 RAM = 8 * MIB
@@ -181,6 +183,7 @@ def handler(vector: int) -> int:
     return HANDLERS + 8 * vector
 
 
+@cache
 def handlers() -> bytes:
     """Each is an OUT to the port that ends the run; #DB's first leaves DR6 in RBP."""
     dr6 = bytes.fromhex("0f21f5")  # mov ebp, dr6
@@ -188,6 +191,7 @@ def handlers() -> bytes:
     return b"".join(stub.ljust(8, b"\x90") for stub in stubs)
 
 
+@cache
 def gdt(mode: Mode) -> bytes:
     native = {"big": not mode.long, "long": mode.long}
     entries = {
@@ -219,6 +223,7 @@ PORT_MAP = 0x88
 TSS_LIMIT = PORT_MAP + END_PORT // 8 + 1
 
 
+@cache
 def tss(mode: Mode) -> bytes:
     table = bytearray(TSS_LIMIT + 1)
     if mode.long:
@@ -236,16 +241,23 @@ def tss(mode: Mode) -> bytes:
     return bytes(table)
 
 
-def idt(mode: Mode, gates: dict[int, int]) -> bytes:
-    """Interrupt gates that user code may use; ``gates`` are some of a check's own."""
+@cache
+def _idt(mode: Mode) -> bytes:
     if mode is Mode.REAL:
         return b"".join(struct.pack("<HH", handler(vector), 0) for vector in range(256))
-    dpls = {3: 3, 4: 3} | dict.fromkeys(range(32, 256), 3)
-    table = b""
-    for vector in range(256):
-        entry = gates.get(vector, gate(0xE, handler(vector), dpl=dpls.get(vector, 0)))
-        table += struct.pack("<QQ", entry, 0) if mode.long else struct.pack("<Q", entry)
-    return table
+    users = {3, 4, *range(32, 256)}
+    size = 16 if mode.long else 8
+    gates = (gate(0xE, handler(n), dpl=3 if n in users else 0) for n in range(256))
+    return b"".join(struct.pack("<Q", entry).ljust(size, b"\0") for entry in gates)
+
+
+def idt(mode: Mode, gates: Mapping[int, int]) -> bytes:
+    """Interrupt gates, which user code may use but those of exceptions; ``gates`` are a check's
+    own. Real mode: the table of addresses."""
+    table = bytearray(_idt(mode))
+    for vector, entry in gates.items():
+        struct.pack_into("<Q", table, vector * (16 if mode.long else 8), entry)
+    return bytes(table)
 
 
 def _low_pages(user: bool) -> list[int]:
@@ -255,6 +267,7 @@ def _low_pages(user: bool) -> list[int]:
     return [at << 12 | P | W | A | D | (U if at in own else 0) for at in range(512)]
 
 
+@cache
 def page_tables(mode: Mode, page: Page | None, *, user: bool) -> dict[int, bytes]:
     """Tables at TABLES: the first 2 MiB to themselves, and the page under test at 1 GiB. Those
     that lead to it are its own."""

@@ -422,6 +422,22 @@ TIMER_CHECKS = [
     ),
 ]
 
+TIMER_CHECKS += [
+    apic(
+        "interrupts in the middle of a REP, which goes on",
+        [
+            DIVIDE_BY_1,
+            write(TIMER, PERIODIC | 0x60),
+            write(INITIAL, 20_000),
+            "mov edi, 0x100000; mov ecx, 0x600000; mov eax, 0x5A; cld; sti; rep stosb; cli",
+            write(INITIAL, 0),
+            "mov al, [0x6FFFFF]; cmp ebx, 0",
+        ],
+        done(rcx=0, rdi=0x70_0000, rax=0x5A),
+        handlers={0x60: f"inc ebx; {END_OF_INTERRUPT}; iretd"},
+    ),
+]
+
 X2APIC = {0x1B: 0xFEE0_0D00}
 
 

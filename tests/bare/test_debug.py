@@ -272,6 +272,7 @@ FETCH_CHECKS = [
 
 SET_TF = "pushfq; or dword ptr [rsp], 0x100; popfq"
 SET_TF32 = "pushfd; or dword ptr [esp], 0x100; popfd"
+BEHIND_BRANCH = db(BS, at="marked", rbx=5)
 COUNT = {DB: "inc ebx; iretq"}
 STEP_CHECKS = [
     Check("the step behind POPF", f"{SET_TF}; > mov ecx, 5; nop", db(BS, rcx=5, tf=1, now_tf=0)),
@@ -364,7 +365,32 @@ STEP_CHECKS = [
     ),
 ]
 
+# DEBUGCTL.BTF (18.4.1, 18.4.4): TF traps behind branches alone.
+BTF = "mov ecx, 0x1D9; mov eax, 2; mov edx, 0; wrmsr"
+STEP_CHECKS += [
+    Check(
+        "BTF: from branch to branch",
+        f"{BTF}; {SET_TF}; mov ebx, 5; jmp 1f; nop; 1:; nop",
+        BEHIND_BRANCH,
+    ),
+    Check(
+        "BTF: a branch that is not taken",
+        f"{BTF}; {SET_TF}; jc 1f; mov ebx, 5; jnc 1f; nop; 1:; nop",
+        BEHIND_BRANCH,
+    ),
+    Check("BTF: a call", f"{BTF}; {SET_TF}; mov ebx, 5; call 1f; nop; 1:; nop", BEHIND_BRANCH),
+    Check(
+        "BTF is clear in the handler",
+        f"{BTF}; {SET_TF}; jmp 1f; nop; 1:; push 2; popfq; mov ecx, 0x1D9; rdmsr; and eax, 2",
+        done(rax=0, rbx=3),
+        handlers=COUNT,
+    ),
+    Check("BTF without TF", f"{BTF}; jmp 1f; nop; 1:; rdmsr", done(rax=2)),
+]
+
 REGISTER_CHECKS = [
+    Check("DEBUGCTL's reserved bits", "mov ecx, 0x1D9; mov eax, 0; mov edx, 1; wrmsr", gp()),
+    Check("DEBUGCTL's bit 20", "mov ecx, 0x1D9; mov eax, 1 << 20; mov edx, 0; wrmsr", gp()),
     Check("INT1 is a trap without a cause", "> .byte 0xF1; nop", db(0)),
     Check("INT1 of user code needs no right", "> .byte 0xF1; nop", db(0), ring=3),
     Check(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from tests.bare.check import (
     AC_,
@@ -41,6 +42,8 @@ from tests.bare.kernel import (
     CODE1,
     DATA,
     EM,
+    FRAME,
+    KERNEL_CODE,
     KERNEL_DATA,
     MP,
     OSFXSR,
@@ -639,6 +642,170 @@ ORDER_CHECKS = [
         page=Page(P | A),
     ),
 ]
+
+
+# What each instruction asks of its page: the error code tells whose access it was, and what a fault
+# leaves as it was.
+OTHER_STACK: dict[str, Any] = {"idt": {PF: gate(0xE, handler(PF), low=1)}}
+READ_ONLY = Page(P | A)
+ACCESS_CHECKS = [
+    Check("CLFLUSH of an absent page", "clflush [PAGE]", pf(0)),
+    Check(
+        "CLFLUSH of a kernel's page by user code",
+        "clflush [PAGE]",
+        pf(P | U),
+        ring=3,
+        page=READ_ONLY,
+    ),
+    Check("CLFLUSH of a read-only page", "clflush [PAGE]", done(), page=READ_ONLY),
+    Check("CLFLUSH of an address that is not canonical", "mov rdi, 1 << 47; clflush [rdi]", gp()),
+    Check("PREFETCHT0 of an absent page", "prefetcht0 [PAGE]", done()),
+    Check(
+        "PREFETCHT0 of an address that is not canonical",
+        "mov rdi, 1 << 47; prefetcht0 [rdi]",
+        done(),
+    ),
+    Check("a NOP with an operand reads nothing", "nop dword ptr [PAGE]", done()),
+    Check("LEA reads nothing", "lea rax, [PAGE]", done(rax=PAGE)),
+    Check("MOVNTI to a read-only page", "movnti [PAGE], eax", pf(P | W), page=READ_ONLY),
+    Check(
+        "VMASKMOV of nothing at an absent page",
+        "mov rax, cr4; bts eax, 18; mov cr4, rax; mov eax, 7; mov edx, 0; mov ecx, 0; xsetbv; "
+        "vpxor xmm1, xmm1, xmm1; vmaskmovps xmm0, xmm1, [PAGE]",
+        done(),
+        needs=("avx",),
+    ),
+    Check("CMPXCHG8B of a register", ".byte 0x0F, 0xC7, 0xC8", ud()),
+    Check("CMPXCHG8B of a read-only page", "cmpxchg8b [PAGE]", pf(P | W), page=READ_ONLY),
+    Check("SGDT to a read-only page", "sgdt [PAGE]", pf(P | W), page=READ_ONLY),
+    Check("SLDT to an absent page", "sldt word ptr [PAGE]", pf(W)),
+    Check("SMSW to an absent page", "smsw word ptr [PAGE]", pf(W)),
+    Check("STR to an absent page of user code", "str word ptr [PAGE]", pf(W | U), ring=3),
+    Check("LGDT from an absent page leaves the GDTR", "lgdt [PAGE]", pf(0, gdtr_base=0x5000)),
+    Check("LAR of an absent page", "lar eax, word ptr [PAGE]", pf(0)),
+    Check("VERR of an absent page", "verr word ptr [PAGE]", pf(0)),
+    Check("LLDT of an absent page", "lldt word ptr [PAGE]", pf(0)),
+    Check("MOV to SS of an absent page", "mov ss, [PAGE]", pf(0)),
+    Check("MOV of a selector to a read-only page", "mov [PAGE], ds", pf(P | W), page=READ_ONLY),
+    Check("SETcc of a read-only page", "sete byte ptr [PAGE]", pf(P | W), page=READ_ONLY),
+    Check(
+        "a shift by 0 of a read-only page",
+        "shl dword ptr [PAGE], 0",
+        any_of(pf(P | W), done()),
+        page=READ_ONLY,
+    ),
+    Check(
+        "BTS beyond the operand's page",
+        "mov ecx, 0x8000; bts dword ptr [PAGE], ecx",
+        any_of(pf(W, PAGE + 0x1000), pf(0, PAGE + 0x1000)),
+        page=Page(P | W | A),
+    ),
+    Check(
+        "BT below the operand's page",
+        "mov ecx, -1; bt dword ptr [PAGE], ecx",
+        pf(0, PAGE - 4),
+        page=Page(P | W | A),
+    ),
+    Check("XLAT of an absent page", "mov rbx, PAGE - 0x80; mov al, 0x80; > xlatb; nop", pf(0)),
+    Check("FNSTENV to a read-only page", "fnstenv [PAGE]", pf(P | W), page=READ_ONLY),
+    Check("FLD of an absent page by user code", "fld qword ptr [PAGE]", pf(U), ring=3),
+    Check(
+        "FXSAVE across an absent page",
+        "fxsave [PAGE + 0xF00]",
+        pf(W, PAGE + 0x1000),
+        page=Page(P | W | A),
+    ),
+    Check("POP to an absent page leaves RSP", "push 5; > pop qword ptr [PAGE]; nop", pf(W)),
+    Check("PUSH of an absent page leaves RSP", "> push qword ptr [PAGE]; nop", pf(0)),
+    Check(
+        "PUSHAD across an absent page leaves ESP",
+        "pushad",
+        fault(PF, W, cr2=PAGE - 4),
+        Mode.PAE,
+        1,
+        regs={"rsp": PAGE + 8},
+        page=Page(P | W | U | A),
+    ),
+    Check(
+        "ENTER to an absent page leaves RSP and RBP",
+        "enter 0x1000, 0",
+        fault(PF, W, cr2=PAGE - 0x808, rbp=5),
+        regs={"rsp": PAGE + 0x800, "rbp": 5},
+        page=Page(P | W | A),
+        **OTHER_STACK,
+    ),
+    Check("LEAVE of an absent page leaves RSP", "leave", pf(0, rbp=PAGE), regs={"rbp": PAGE}),
+    Check(
+        "RET of an absent page", "ret", fault(PF, 0, cr2=PAGE), regs={"rsp": PAGE}, **OTHER_STACK
+    ),
+    Check("a far CALL through an absent page", "call fword ptr [PAGE]", pf(0)),
+    Check(
+        "a far CALL to an absent stack",
+        "call fword ptr [DATA]",
+        fault(PF, W),
+        regs={"rsp": PAGE},
+        memory={DATA: struct.pack("<IH", 0x2F00, KERNEL_CODE)},
+        **OTHER_STACK,
+    ),
+    Check(
+        "IRET of a frame across an absent page",
+        "iretq",
+        fault(PF, 0, cr2=PAGE + 0x1000),
+        regs={"rsp": PAGE + 0xFF0},
+        page=Page(P | W | A),
+        memory={FRAME + 0xFF0: struct.pack("<QQ", 0x2F00, KERNEL_CODE)},
+        **OTHER_STACK,
+    ),
+    Check(
+        "an INT of user code to an absent stack is the kernel's write",
+        "int 0x80",
+        pf(W, PAGE + 0x7F8),
+        ring=3,
+        tss={4: ("Q", PAGE + 0x800)},
+        **OTHER_STACK,
+    ),
+    Check(
+        "an INT of user code to a stack that is user's",
+        "int 0x80",
+        fault(0x80, at="behind", rsp=PAGE + 0x800 - 40),
+        ring=3,
+        tss={4: ("Q", PAGE + 0x800)},
+        page=Page(P | W | U | A),
+    ),
+    Check("an IDT on an absent page", "int 0x80", SHUTDOWN, regs={"idtr_base": PAGE}),
+    Check(
+        "REP MOVS of overlapping strings copies byte by byte",
+        "mov esi, DATA; mov edi, DATA + 1; mov ecx, 7; cld; rep movsb",
+        done(word=0x0101_0101),
+        memory={DATA: b"\x01\x02\x03"},
+        read={"word": (DATA + 4, 4)},
+    ),
+    Check(
+        "REPE CMPS ends behind the difference",
+        "mov esi, DATA; mov edi, DATA + 8; mov ecx, 8; cld; repe cmpsb",
+        done(rcx=5, zf=0),
+        memory={DATA: b"abcdefgh" + b"abXdefgh"},
+    ),
+    Check(
+        "REPNE SCAS ends behind the match",
+        "mov edi, DATA; mov ecx, 8; mov al, 0x63; cld; repne scasb",
+        done(rcx=5, zf=1),
+        memory={DATA: b"abcdefgh"},
+    ),
+    Check(
+        "REP STOS of count 0 touches nothing", "mov edi, PAGE; mov ecx, 0; rep stosb", done(rcx=0)
+    ),
+    Check(
+        "REP in 64-bit code counts with RCX",
+        "mov edi, PAGE; mov rcx, 1 << 32; cld; > rep stosb; nop",
+        pf(W, rcx=1 << 32),
+    ),
+]
+
+
+@each(ACCESS_CHECKS)
+def test_accesses(engine: Engine, check: Check) -> None:
+    run(engine, check)
 
 
 @each(VECTOR_CHECKS, PRIVILEGED_CHECKS)

@@ -294,6 +294,76 @@ RESTORE_CHECKS = [
 ]
 
 
+# AMD's own (APM 2, 3.1.7 and 11.5.4): FXSAVE of the kernel's 64-bit code leaves out XMM registers,
+# and MXCSR.MM lets SSE operands lie anywhere.
+FFXSR, MISALIGNED = {"efer": (1 << 14, 0)}, 1 << 17
+AMD_CHECKS = [
+    Check(
+        "EFER.FFXSR: FXSAVE leaves XMM0",
+        f"{FILL}fxsave [DATA]",
+        done(xmm0=CC),
+        change=FFXSR,
+        memory={DATA: DIRTY},
+        read=SEEN,
+        needs=("ffxsr",),
+    ),
+    Check(
+        "EFER.FFXSR: FXRSTOR leaves XMM0",
+        f"{FILL}fxrstor [DATA]; movq rax, xmm0",
+        done(rax=ONES),
+        change=FFXSR,
+        memory={DATA: area(xmm0=5)},
+        needs=("ffxsr",),
+    ),
+    Check(
+        "EFER.FFXSR: FXSAVE of user code has XMM0",
+        f"{FILL}fxsave [DATA]",
+        done(xmm0=ONES),
+        ring=3,
+        change=FFXSR,
+        memory={DATA: DIRTY},
+        read=SEEN,
+        needs=("ffxsr",),
+    ),
+    Check(
+        "EFER.FFXSR: FXSAVE of 32-bit code has XMM0",
+        f"{FILL}fxsave [DATA]",
+        done(xmm0=ONES),
+        Mode.COMPAT32,
+        change=FFXSR,
+        memory={DATA: DIRTY},
+        read=SEEN,
+        needs=("ffxsr",),
+    ),
+    Check(
+        "without FFXSR its bit of EFER is reserved",
+        "mov ecx, 0xC0000080; rdmsr; bts eax, 14; wrmsr",
+        gp(),
+        needs=("!ffxsr",),
+    ),
+    Check(
+        "MXCSR.MM: an operand off its alignment",
+        "ldmxcsr [DATA]; addps xmm0, [DATA + 20]",
+        done(),
+        memory={DATA: struct.pack("<I", MISALIGNED | 0x1F80)},
+        needs=("misalignsse",),
+    ),
+    Check(
+        "MXCSR.MM: MOVAPS stays aligned",
+        "ldmxcsr [DATA]; > movaps xmm0, [DATA + 20]; nop",
+        gp(),
+        memory={DATA: struct.pack("<I", MISALIGNED | 0x1F80)},
+        needs=("misalignsse",),
+    ),
+    Check("without MXCSR.MM an operand off its alignment", "addps xmm0, [DATA + 20]", gp()),
+]
+
+
+@each(AMD_CHECKS)
+def test_amd(engine: Engine, check: Check) -> None:
+    run(engine, check)
+
+
 @each(XCR0_CHECKS)
 def test_xcr0(engine: Engine, check: Check) -> None:
     run(engine, check)
