@@ -5,7 +5,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.bare.check import Check, Engine, Expected, Fault, any_of, done, each, fault, gp, run
+from tests.bare.check import (
+    ANYWHERE,
+    Check,
+    Done,
+    Engine,
+    Expected,
+    Fault,
+    any_of,
+    by_vendor,
+    done,
+    each,
+    fault,
+    gp,
+    run,
+)
 from tests.bare.kernel import PCD, Mode, P, Page, W
 
 APIC = 0xFEE0_0000
@@ -211,6 +225,8 @@ PRIORITY_CHECKS = [
     ),
 ]
 
+# Both end in the handler of #GP, behind the second NMI or before it.
+NMI_IN_FAULT, NO_NMI_IN_FAULT = Done({"rcx": 2}, ANYWHERE), Done({"rcx": 1}, ANYWHERE)
 IPI_CHECKS = [
     apic("to all", [write(ICR, ALL | 0x40), WAIT], taken(0x40)),
     apic("to all others", [write(ICR, OTHERS | 0x40), WAIT, bit(IRR, 0x40, "eax")], done(rax=0)),
@@ -289,6 +305,20 @@ IPI_CHECKS = [
         "an NMI wakes HLT",
         [write(ICR, "0x4040"), "mov edx, 0", write(ICR, NMI), "> hlt; nop"],
         any_of(taken(2), taken(0x40)),
+    ),
+]
+
+IPI_CHECKS += [
+    apic(
+        "an IRET that faults ends the blocking, too",
+        [write(ICR, NMI), "nop; nop"],
+        # AMD's manual says no more than "until an IRET is executed" (APM 2, 8.2.3).
+        by_vendor(intel=NMI_IN_FAULT, amd=any_of(NMI_IN_FAULT, NO_NMI_IN_FAULT)),
+        handlers={
+            2: f"inc ebx; cmp ebx, 2; je 1f; {write(ICR, NMI)}; push 2; push 0; push 0; iretd; "
+            "1: iretd",
+            13: "nop; nop; mov ecx, ebx",
+        },
     ),
 ]
 

@@ -17,6 +17,7 @@ use tetrarch_engine::CpuModel;
 use tetrarch_engine::cpuid::{Topology, brand, host, host_brand, host_is_intel};
 
 use crate::cpu::fpu::{MXCSR_MM, mxcsr_mask};
+use crate::cpu::msr::EFER_AUTO_IBRS;
 use crate::state::address::PHYS_BITS;
 use crate::state::{CpuState, cr};
 
@@ -64,6 +65,7 @@ mod bits {
     /// F16C RDRAND.
     pub const L1_ECX: u32 = set(&[0, 1, 9, 12, 13, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
     // Leaf 1, EDX.
+    pub const VME: u32 = 1 << 1;
     pub const APIC: u32 = 1 << 9;
     pub const HTT: u32 = 1 << 28;
     /// FPU DE PSE TSC MSR PAE MCE CX8 SEP MTRR PGE MCA CMOV PAT PSE36 CLFLUSH
@@ -182,7 +184,7 @@ fn leaf_1(host: [u32; 4], xsave: bool, avx: bool, many: bool) -> [u32; 4] {
         ecx &= !(bits::AVX | bits::FMA | bits::F16C);
     }
     ecx |= bits::HYPERVISOR | bits::X2APIC | bits::TSC_DEADLINE;
-    let mut edx = host[3] & bits::L1_EDX | bits::APIC;
+    let mut edx = host[3] & bits::L1_EDX | bits::APIC | bits::VME;
     if many {
         edx |= bits::HTT;
     }
@@ -287,6 +289,58 @@ impl CpuidTable {
         };
         table.runs = Code::values().map(|code| table.code_runs(code)).collect();
         table
+    }
+
+    /// The bits of CR4 that exist; others are reserved (SDM 3A, 2.5).
+    pub fn cr4_mask(&self) -> u64 {
+        let l1d = self.l1[3];
+        let [_, l7b, l7c, _] = self.l7;
+        let features = [
+            (l1d >> 1, cr::CR4_VME | cr::CR4_PVI),
+            (l1d >> 2, cr::CR4_DE),
+            (l1d >> 3, cr::CR4_PSE),
+            (l1d >> 4, cr::CR4_TSD),
+            (l1d >> 6, cr::CR4_PAE),
+            (l1d >> 7, cr::CR4_MCE),
+            (l1d >> 13, cr::CR4_PGE),
+            (l1d >> 24, cr::CR4_OSFXSR),
+            (l1d >> 25, cr::CR4_OSXMMEXCPT),
+            (u32::from(self.xsave()), cr::CR4_OSXSAVE),
+            (l7b, cr::CR4_FSGSBASE),
+            (l7b >> 7, cr::CR4_SMEP),
+            (l7c >> 2, cr::CR4_UMIP),
+        ];
+        // RDPMC is there without counters.
+        features
+            .iter()
+            .filter(|(word, _)| word & 1 != 0)
+            .fold(cr::CR4_PCE, |all, (_, bits)| all | bits)
+    }
+
+    /// The bits of EFER that exist (APM 2, 3.1.7).
+    pub fn efer_mask(&self) -> u64 {
+        let e1d = self.e1[3];
+        let features = [
+            (e1d >> 11, cr::EFER_SCE),
+            (e1d >> 20, cr::EFER_NXE),
+            (e1d >> 29, cr::EFER_LME | cr::EFER_LMA),
+            (u32::from(self.ffxsr()), cr::EFER_FFXSR),
+            (self.e21[0] >> 8, EFER_AUTO_IBRS),
+        ];
+        features.iter().filter(|(word, _)| word & 1 != 0).fold(0, |all, (_, bits)| all | bits)
+    }
+
+    /// Whether an entry of page-directory pointers may be that of a 1 GiB page.
+    pub fn gib_pages(&self) -> bool {
+        self.e1[3] >> 26 & 1 != 0
+    }
+
+    pub fn x2apic(&self) -> bool {
+        self.l1[2] & bits::X2APIC != 0
+    }
+
+    pub fn tsc_deadline(&self) -> bool {
+        self.l1[2] & bits::TSC_DEADLINE != 0
     }
 
     pub fn vendor(&self) -> Vendor {
@@ -596,7 +650,6 @@ mod tests {
         for bit in [3, 5, 6, 17] {
             assert_eq!(l1[2] >> bit & 1, 0, "leaf 1 ECX bit {bit}");
         }
-        assert_eq!(l1[3] >> 1 & 1, 0, "VME");
         assert_eq!(t.fixed(0x8000_0001, 0, 0)[2] >> 2 & 1, 0, "SVM");
         for feature in [CpuidFeature::AVX512F, CpuidFeature::SMAP, CpuidFeature::VMX] {
             assert!(!t.feature_exposed(feature));

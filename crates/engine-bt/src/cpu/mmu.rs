@@ -129,7 +129,7 @@ impl Cpu {
                 }
                 let leaf = level == 0 || level < 3 && entry & PTE_PS != 0;
                 let mut bad = reserved;
-                if level == 3 {
+                if level == 3 || level == 2 && !self.vm.cpuid.gib_pages() {
                     bad |= PTE_PS;
                 } else if leaf && level > 0 {
                     // Bits between the PAT bit (12) and the frame of a large page.

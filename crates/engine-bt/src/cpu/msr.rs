@@ -64,6 +64,7 @@ pub mod index {
 
 /// EFER.AutomaticIBRSEn (AMD APM 2, 3.1.7): stored, there is nothing to do.
 pub const EFER_AUTO_IBRS: u64 = 1 << 21;
+const APIC_BASE_X2APIC: u64 = 1 << 10;
 /// HWCR.TscFreqSel: the TSC counts at the P0 frequency; read-only.
 const HWCR_TSC_FREQ: u64 = 1 << 24;
 /// HWCR.McStatusWrEn: what a bank tells can be made up (AMD APM 2, 9.3.2.2).
@@ -73,6 +74,9 @@ const MC_CTL: usize = 0;
 const MC_STATUS: usize = 1;
 /// DE_CFG: LFENCE is always serialising.
 const DE_CFG_LFENCE: u64 = 1 << 1;
+const DEBUG_CONTROL_LBR: u64 = 1 << 0;
+/// EFLAGS.TF steps from branch to branch (SDM 3B, 18.4.1 and 18.4.4; APM 2, 13.1.1.5).
+pub const DEBUG_CONTROL_BTF: u64 = 1 << 1;
 /// MISC_ENABLE: no branch trace store, no PEBS.
 const MISC_ENABLE_FIXED: u64 = 1 << 11 | 1 << 12;
 
@@ -139,7 +143,7 @@ fn is_apic(number: u32) -> bool {
 /// The registers of a saved vCPU that have no place of their own in it, on
 /// either vendor's CPU and with every guest interface.
 pub fn saved() -> impl Iterator<Item = u32> {
-    const SINGLE: [u32; 23] = [
+    const SINGLE: [u32; 24] = [
         index::TSC_AUX,
         index::STAR,
         index::LSTAR,
@@ -163,6 +167,7 @@ pub fn saved() -> impl Iterator<Item = u32> {
         index::TOP_MEM,
         index::TOP_MEM2,
         index::LS_CFG,
+        index::DEBUG_CONTROL,
     ];
     SINGLE
         .into_iter()
@@ -172,8 +177,16 @@ pub fn saved() -> impl Iterator<Item = u32> {
         .chain(kvm::SAVED_MSRS)
 }
 
+/// Whether a register of the local APIC belongs to a feature that the guest's CPU lacks.
+fn lacks_apic(cpu: &Cpu, number: u32) -> bool {
+    number == index::TSC_DEADLINE && !cpu.vm.cpuid.tsc_deadline()
+}
+
 /// RDMSR.
 pub fn read(cpu: &mut Cpu, number: u32) -> R<u64> {
+    if lacks_apic(cpu, number) {
+        return gp(0);
+    }
     if is_apic(number) {
         cpu.settle_eoi();
         let (now, tsc) = (cpu.now_ns(), cpu.tsc());
@@ -204,7 +217,7 @@ pub fn read(cpu: &mut Cpu, number: u32) -> R<u64> {
         index::MCG_CAP => MCG_CAP,
         index::MCG_STATUS => msrs.mcg_status,
         index::MCG_CTL => msrs.mcg_ctl,
-        index::DEBUG_CONTROL => 0,
+        index::DEBUG_CONTROL => msrs.debug_control,
         _ => {
             if let Some(at) = fixed_mtrr(number) {
                 msrs.mtrr_fixed[at]
@@ -256,6 +269,10 @@ fn read_amd(cpu: &Cpu, number: u32) -> R<u64> {
 
 /// WRMSR.
 pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
+    let to_x2apic = number == index::APIC_BASE && value & APIC_BASE_X2APIC != 0;
+    if lacks_apic(cpu, number) || to_x2apic && !cpu.vm.cpuid.x2apic() {
+        return gp(0);
+    }
     if is_apic(number) {
         cpu.settle_eoi();
         let (now, tsc) = (cpu.now_ns(), cpu.tsc());
@@ -314,8 +331,14 @@ pub fn write(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
             }
             cpu.msrs.mcg_ctl = value;
         }
-        // Without LBR and BTS there is nothing to switch on.
-        index::DEBUG_CONTROL => {}
+        // LBR is stored, but no branches are recorded; nor do the pins of AMD's CPUs exist.
+        index::DEBUG_CONTROL => {
+            let pins = if cpu.vm.cpuid.vendor() == Vendor::Amd { 0x3C } else { 0 };
+            if value & !(DEBUG_CONTROL_LBR | DEBUG_CONTROL_BTF | pins) != 0 {
+                return gp(0);
+            }
+            cpu.msrs.debug_control = value;
+        }
         index::MICROCODE_UPDATE => {}
         _ => {
             if let Some(written) = write_mtrr(&mut cpu.msrs, number, value) {
@@ -411,15 +434,10 @@ fn write_amd(cpu: &mut Cpu, number: u32, value: u64) -> R<()> {
 /// EFER (SDM 3A, 2.2.1; APM 2, 3.1.7). LMA is not writable; LME cannot change
 /// while paging is on.
 fn write_efer(cpu: &mut Cpu, value: u64) -> R<()> {
-    let mut allowed = cr::EFER_SCE | cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE;
-    if cpu.vm.cpuid.vendor() == Vendor::Amd {
-        allowed |= EFER_AUTO_IBRS;
-    }
-    if cpu.vm.cpuid.ffxsr() {
-        allowed |= cr::EFER_FFXSR;
-    }
     let old = cpu.st.efer;
-    if value & !allowed != 0 || (value ^ old) & cr::EFER_LME != 0 && cpu.st.cr0 & cr::CR0_PG != 0 {
+    if value & !cpu.vm.cpuid.efer_mask() != 0
+        || (value ^ old) & cr::EFER_LME != 0 && cpu.st.cr0 & cr::CR0_PG != 0
+    {
         return gp(0);
     }
     cpu.st.efer = value & !cr::EFER_LMA | old & cr::EFER_LMA;

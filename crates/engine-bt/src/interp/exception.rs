@@ -7,14 +7,16 @@
 use tetrarch_engine::Segment;
 
 use crate::cpu::Cpu;
+use crate::cpu::msr::DEBUG_CONTROL_BTF;
 use crate::interp::frame::{self, Frame};
 use crate::interp::segment::{
     code_of, fail, is_null, mark_accessed, null_segment, read_descriptor, system_type,
     table_address, with_ext,
 };
+use crate::interp::stack;
 use crate::interp::task::{self, From, Reason};
 use crate::state::fault::{Fault, R, Stop, gp, vector};
-use crate::state::{attr, flag, reg, seg};
+use crate::state::{attr, cr, flag, reg, seg};
 
 /// DR6: the breakpoints hit, BD, BS and BT.
 const DR6_CAUSES: u64 = 0xE00F;
@@ -103,8 +105,13 @@ pub fn software_interrupt(
     next_rip: u64,
     kind: SoftwareInterrupt,
 ) -> R<()> {
-    if kind == SoftwareInterrupt::IntN && cpu.st.vm86() && cpu.st.flags & flag::IOPL != flag::IOPL {
-        return gp(0);
+    if kind == SoftwareInterrupt::IntN && cpu.st.vm86() {
+        if cpu.st.cr4 & cr::CR4_VME != 0 && is_programs_own(cpu, vector)? {
+            return enter_own_handler(cpu, vector, next_rip);
+        }
+        if cpu.st.flags & flag::IOPL != flag::IOPL {
+            return gp(0);
+        }
     }
     let privileged = kind == SoftwareInterrupt::Int1;
     let event = Event {
@@ -124,6 +131,47 @@ pub fn software_interrupt(
     Ok(())
 }
 
+/// Whether the TSS leaves INT n to the virtual-8086 program: its bit is clear in the map that
+/// ends where the map of ports begins (SDM 3B, 20.3.3.4 and figure 20-5).
+fn is_programs_own(cpu: &mut Cpu, vector: u8) -> R<bool> {
+    let tr = cpu.st.seg[seg::TR];
+    let at = |cpu: &mut Cpu, offset: u64, size: usize| {
+        if tr.attributes & attr::TYPE != system_type::TSS_BUSY
+            || offset + size as u64 - 1 > u64::from(tr.limit)
+        {
+            return gp(0);
+        }
+        let address = table_address(cpu, tr.base, offset);
+        cpu.load(address, size, false)
+    };
+    let ports = at(cpu, 0x66, 2)?;
+    let Some(map) = ports.checked_sub(32) else { return gp(0) };
+    let byte = at(cpu, map + u64::from(vector >> 3), 1)?;
+    Ok(byte >> (vector & 7) & 1 == 0)
+}
+
+/// INT n through the program's own table at 0, as in real mode.
+fn enter_own_handler(cpu: &mut Cpu, vector: u8, next_rip: u64) -> R<()> {
+    let entry = cpu.load(u64::from(vector) * 4, 4, false)?;
+    let virtual_if = cpu.st.flags & flag::IOPL != flag::IOPL;
+    let shown = if virtual_if { stack::with_virtual_if(cpu) } else { cpu.st.rflags() };
+    let mut frame = Frame::new();
+    frame.push(shown & 0xFFFF);
+    frame.push(u64::from(cpu.st.seg[seg::CS].selector));
+    frame.push(next_rip & 0xFFFF);
+    let segment = cpu.st.seg[seg::SS];
+    let sp = frame::write(cpu, &segment, cpu.st.gpr[reg::RSP], 2, &frame, true, 0)?;
+    frame::set_sp(cpu, &segment, sp);
+    let code = crate::interp::segment::real_segment(cpu, seg::CS, (entry >> 16) as u16);
+    cpu.st.seg[seg::CS] = code;
+    cpu.st.rip = entry & 0xFFFF;
+    let clear = flag::TF | flag::RF | if virtual_if { flag::VIF } else { flag::IF };
+    let flags = cpu.st.rflags() & !clear;
+    cpu.st.set_rflags(flags);
+    cpu.update_mode();
+    Ok(())
+}
+
 /// "Certain debug exceptions may clear bits 0-3" (SDM 3B, 17.2.3); the others
 /// only ever gather.
 fn set_causes(cpu: &mut Cpu, causes: u64) {
@@ -137,6 +185,8 @@ fn record(cpu: &mut Cpu, fault: Fault) {
         vector::DB => {
             set_causes(cpu, fault.address);
             cpu.st.dr[7] &= !DR7_GD;
+            // The debugger asks for it anew (SDM 3B, 18.4.4).
+            cpu.msrs.debug_control &= !DEBUG_CONTROL_BTF;
         }
         _ => {}
     }

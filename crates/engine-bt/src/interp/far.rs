@@ -13,10 +13,10 @@ use super::segment::{
     mark_accessed, null_segment, read_descriptor, read_far_pointer, real_segment, usable_code,
 };
 use super::task::{self, From, Reason};
-use super::{Flow, debug, frame, operand};
+use super::{Flow, debug, frame, operand, stack};
 use crate::cpu::Cpu;
 use crate::interp::exception::{SoftwareInterrupt, software_interrupt};
-use crate::state::fault::{R, gp, vector};
+use crate::state::fault::{R, Stop, gp, vector};
 use crate::state::mask;
 use crate::state::{attr, flag, reg, seg};
 
@@ -276,11 +276,19 @@ fn return_flags(cpu: &mut Cpu, value: u64, size: usize) {
     cpu.st.set_rflags(old & !(change | flag::RF) | value & change);
 }
 
+/// IRET ends the blocking of NMIs, also where it faults (SDM 3A, 6.7.1).
 fn iret(cpu: &mut Cpu, i: &Instruction, size: usize) -> R<Flow> {
+    let result = return_from_handler(cpu, i, size);
+    if matches!(result, Ok(()) | Err(Stop::Fault(_))) {
+        cpu.st.nmi_blocked = 0;
+    }
+    result?;
+    cpu.update_mode();
+    Ok(Flow::Jump)
+}
+
+fn return_from_handler(cpu: &mut Cpu, i: &Instruction, size: usize) -> R<()> {
     if without_descriptors(cpu) {
-        if cpu.st.vm86() && cpu.st.flags & flag::IOPL != flag::IOPL {
-            return gp(0);
-        }
         return iret_real(cpu, size);
     }
     if cpu.st.flags & flag::NT != 0 {
@@ -314,34 +322,40 @@ fn iret(cpu: &mut Cpu, i: &Instruction, size: usize) -> R<Flow> {
     if outer {
         drop_inner_segments(cpu, cpl);
     }
-    finish_iret(cpu)
+    Ok(())
 }
 
 /// IRET with NT set: back to the task that the link of this one names.
-fn return_to_task(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
+fn return_to_task(cpu: &mut Cpu, i: &Instruction) -> R<()> {
     let link = frame::load_tss(cpu, 0, 2)? as u16;
     let from = From { rip: i.next_ip(), flags: cpu.st.rflags() };
     task::switch(cpu, link, Reason::Return, from, None)?;
-    finish_iret(cpu)
+    Ok(())
 }
 
-fn iret_real(cpu: &mut Cpu, size: usize) -> R<Flow> {
+fn iret_real(cpu: &mut Cpu, size: usize) -> R<()> {
+    let virtual_if = stack::has_virtual_if(cpu, size)?;
     let offset = slot(cpu, 0, size, 0)?;
     let selector = slot(cpu, 1, size, 0)? as u16;
     let flags = slot(cpu, 2, size, 0)?;
     let code = real_segment(cpu, seg::CS, selector);
     check_target(cpu, &code, offset)?;
-    return_flags(cpu, flags, size);
+    if virtual_if {
+        let flags = stack::loaded_virtual_flags(cpu, flags)?;
+        cpu.st.set_rflags(flags);
+    } else {
+        return_flags(cpu, flags, size);
+    }
     let sp = cpu.st.gpr[reg::RSP].wrapping_add(3 * size as u64);
     operand::set_sp(cpu, sp);
     cpu.st.seg[seg::CS] = code;
     cpu.st.rip = offset;
-    finish_iret(cpu)
+    Ok(())
 }
 
 /// To virtual-8086 mode, with all segment registers on the stack (SDM 3A,
 /// 21.2.5).
-fn iret_vm86(cpu: &mut Cpu, offset: u64, selector: u16, flags: u64) -> R<Flow> {
+fn iret_vm86(cpu: &mut Cpu, offset: u64, selector: u16, flags: u64) -> R<()> {
     let mut values = [0; 6];
     for (n, value) in values.iter_mut().enumerate() {
         *value = slot(cpu, 3 + n as u64, 4, 0)?;
@@ -364,13 +378,7 @@ fn iret_vm86(cpu: &mut Cpu, offset: u64, selector: u16, flags: u64) -> R<Flow> {
     for (index, selector) in selectors {
         cpu.st.seg[index] = real_segment(cpu, index, selector);
     }
-    finish_iret(cpu)
-}
-
-fn finish_iret(cpu: &mut Cpu) -> R<Flow> {
-    cpu.st.nmi_blocked = 0;
-    cpu.update_mode();
-    Ok(Flow::Jump)
+    Ok(())
 }
 
 #[cfg(test)]

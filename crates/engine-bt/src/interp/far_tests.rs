@@ -110,3 +110,12 @@ fn a_return_to_the_same_level_changes_no_segment() {
     run(&mut cpu, &[0x48, 0xCF]).unwrap();
     assert_eq!(cpu.st.seg[seg::FS], before);
 }
+
+#[test]
+fn iret_that_faults_ends_the_blocking_of_nmis() {
+    let mut cpu = protected_mode();
+    cpu.st.nmi_blocked = 1;
+    push_all(&mut cpu, 4, &[0x1234, 0, flag::FIXED]);
+    assert_eq!(run(&mut cpu, &[0xCF]), gp(0));
+    assert_eq!(cpu.st.nmi_blocked, 0);
+}

@@ -48,10 +48,11 @@ pub mod thunk;
 mod vm86_tests;
 pub mod xsave;
 
-use iced_x86::{Decoder, DecoderError, Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderError, FlowControl, Instruction, Mnemonic};
 use tetrarch_memory::PAGE_SIZE;
 
 use crate::cpu::Cpu;
+use crate::cpu::msr::DEBUG_CONTROL_BTF;
 use crate::state::fault::{Fault, R, Stop, gp, ud};
 use crate::state::{flag, seg, shadow};
 
@@ -156,6 +157,8 @@ fn after(cpu: &mut Cpu, i: &Instruction, before: u64, hits: u64) -> R<()> {
         M::Syscall | M::Sysret | M::Sysretq => now & flag::TF != 0,
         _ => before & flag::TF != 0,
     };
+    let by_branch = cpu.msrs.debug_control & DEBUG_CONTROL_BTF != 0;
+    let stepped = stepped && (!by_branch || branches(cpu, i));
     let causes = std::mem::take(&mut cpu.st.pending_debug) | hits;
     if cpu.st.shadow & shadow::MOV_SS != 0 {
         // MOV SS and POP SS go unstepped, and what their operand hits waits for
@@ -165,6 +168,15 @@ fn after(cpu: &mut Cpu, i: &Instruction, before: u64, hits: u64) -> R<()> {
     }
     let causes = causes | if stepped { DR6_BS } else { 0 };
     if causes != 0 { Err(Fault::debug(causes).into()) } else { Ok(()) }
+}
+
+/// Whether the instruction, which is done, was a branch that was taken.
+fn branches(cpu: &Cpu, i: &Instruction) -> bool {
+    match i.flow_control() {
+        FlowControl::Next => false,
+        FlowControl::ConditionalBranch => cpu.st.rip == i.near_branch_target(),
+        _ => true,
+    }
 }
 
 /// Fetches and decodes the instruction at CS:RIP.

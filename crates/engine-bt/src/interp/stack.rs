@@ -10,7 +10,7 @@ use super::operand::{
 use crate::cpu::Cpu;
 use crate::state::fault::{R, gp};
 use crate::state::mask;
-use crate::state::{flag, reg, shadow};
+use crate::state::{cr, flag, reg, shadow};
 
 /// Whether PUSH or POP names a segment register.
 pub fn is_segment(i: &Instruction) -> bool {
@@ -71,21 +71,44 @@ fn iopl(cpu: &Cpu) -> u8 {
     (cpu.st.flags >> 12 & 3) as u8
 }
 
-/// Virtual-8086 mode without IOPL 3 traps PUSHF and POPF (SDM 3B, 20.2.7);
-/// CR4.VME is not offered.
-fn check_vm86(cpu: &Cpu) -> R<()> {
-    if cpu.st.vm86() && iopl(cpu) < 3 { gp(0) } else { Ok(()) }
+/// Whether IF of virtual-8086 code is VIF: below IOPL 3 with CR4.VME, and there in PUSHF, POPF
+/// and IRET of 16 bits alone (SDM 3B, 20.3.1). What has no such form is #GP(0).
+pub fn has_virtual_if(cpu: &Cpu, size: usize) -> R<bool> {
+    let virtual_if = cpu.st.vm86() && iopl(cpu) < 3;
+    if virtual_if && (size != 2 || cpu.st.cr4 & cr::CR4_VME == 0) {
+        return gp(0);
+    }
+    Ok(virtual_if)
+}
+
+/// FLAGS as virtual-8086 code with a virtual IF sees them.
+pub fn with_virtual_if(cpu: &Cpu) -> u64 {
+    let flags = cpu.st.rflags();
+    let shown = if flags & flag::VIF != 0 { flag::IF } else { 0 };
+    flags & !flag::IF | flag::IOPL | shown
+}
+
+/// The flags after a load of `image` there. #GP(0) where the monitor waits for the code to
+/// take interrupts, and for single steps.
+pub fn loaded_virtual_flags(cpu: &Cpu, image: u64) -> R<u64> {
+    let old = cpu.st.rflags();
+    if image & flag::TF != 0 || image & flag::IF != 0 && old & flag::VIP != 0 {
+        return gp(0);
+    }
+    let writable = flag::ARITH | flag::DF | flag::NT;
+    let vif = if image & flag::IF != 0 { flag::VIF } else { 0 };
+    Ok(old & !(writable | flag::TF | flag::RF | flag::VIF) | image & writable | vif)
 }
 
 pub fn pushf(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
-    check_vm86(cpu)?;
     let size = match i.code() {
         Code::Pushfw => 2,
         Code::Pushfd => 4,
         _ => 8,
     };
+    let flags = if has_virtual_if(cpu, size)? { with_virtual_if(cpu) } else { cpu.st.rflags() };
     // The image has VM and RF clear (SDM 2B, PUSHF).
-    let image = (cpu.st.rflags() & !(flag::VM | flag::RF) | flag::FIXED) & mask(size);
+    let image = (flags & !(flag::VM | flag::RF) | flag::FIXED) & mask(size);
     operand::push(cpu, image, size)?;
     Ok(Flow::Next)
 }
@@ -109,14 +132,19 @@ pub fn loaded_flags(cpu: &Cpu, image: u64, size: usize) -> u64 {
 }
 
 pub fn popf(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
-    check_vm86(cpu)?;
     let size = match i.code() {
         Code::Popfw => 2,
         Code::Popfd => 4,
         _ => 8,
     };
-    let image = operand::pop(cpu, size)?;
-    let flags = loaded_flags(cpu, image, size);
+    let flags = if has_virtual_if(cpu, size)? {
+        let before = cpu.st.gpr[reg::RSP];
+        let image = operand::pop(cpu, size)?;
+        loaded_virtual_flags(cpu, image).inspect_err(|_| cpu.st.gpr[reg::RSP] = before)?
+    } else {
+        let image = operand::pop(cpu, size)?;
+        loaded_flags(cpu, image, size)
+    };
     cpu.st.set_rflags(flags);
     cpu.update_mode();
     Ok(Flow::Next)
@@ -125,14 +153,26 @@ pub fn popf(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
 /// CLI and STI (SDM 2A, CLI; 2B, STI). STI that sets IF holds interrupts back
 /// for one more instruction.
 pub fn cli_sti(cpu: &mut Cpu, i: &Instruction) -> R<Flow> {
-    if cpu.st.protected() && cpu.st.cpl > iopl(cpu) {
-        return gp(0);
-    }
     let set = i.mnemonic() == iced_x86::Mnemonic::Sti;
+    if cpu.st.protected() && cpu.st.cpl > iopl(cpu) {
+        return cli_sti_virtual(cpu, set);
+    }
     if set && cpu.st.iflag == 0 {
         cpu.st.shadow = shadow::STI;
     }
     cpu.st.iflag = u8::from(set);
+    Ok(Flow::Next)
+}
+
+/// User code below IOPL 3 has VIF instead: in virtual-8086 mode with CR4.VME, else with CR4.PVI
+/// (SDM 3B, 20.3.1 and 20.4).
+fn cli_sti_virtual(cpu: &mut Cpu, set: bool) -> R<Flow> {
+    let offered = if cpu.st.vm86() { cr::CR4_VME } else { cr::CR4_PVI };
+    let pending = cpu.st.flags & flag::VIP != 0;
+    if cpu.st.cpl != 3 || cpu.st.cr4 & offered == 0 || set && pending {
+        return gp(0);
+    }
+    cpu.st.update_flags(flag::VIF, if set { flag::VIF } else { 0 });
     Ok(Flow::Next)
 }
 

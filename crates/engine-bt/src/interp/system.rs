@@ -27,19 +27,6 @@ const CR0_BITS: u64 = cr::CR0_PE
     | cr::CR0_NW
     | cr::CR0_CD
     | cr::CR0_PG;
-/// The bits of CR4 that exist on any host; others are #GP.
-const CR4_BITS: u64 = cr::CR4_TSD
-    | cr::CR4_DE
-    | cr::CR4_PSE
-    | cr::CR4_PAE
-    | cr::CR4_MCE
-    | cr::CR4_PGE
-    | cr::CR4_PCE
-    | cr::CR4_OSFXSR
-    | cr::CR4_OSXMMEXCPT
-    | cr::CR4_UMIP
-    | cr::CR4_FSGSBASE
-    | cr::CR4_SMEP;
 /// A change of one of these changes what page tables mean.
 const CR4_PAGING: u64 = cr::CR4_PSE | cr::CR4_PAE | cr::CR4_PGE | cr::CR4_SMEP;
 
@@ -217,9 +204,8 @@ fn write_cr3(cpu: &mut Cpu, value: u64) -> R<()> {
 
 fn write_cr4(cpu: &mut Cpu, value: u64) -> R<()> {
     let old = cpu.st.cr4;
-    let xsave = if cpu.vm.cpuid.xsave() { cr::CR4_OSXSAVE } else { 0 };
     let loses_pae = cpu.st.long_mode() && value & cr::CR4_PAE == 0;
-    if value & !(CR4_BITS | xsave) != 0 || loses_pae {
+    if value & !cpu.vm.cpuid.cr4_mask() != 0 || loses_pae {
         return gp(0);
     }
     if (value ^ old) & CR4_PAGING != 0 && cpu.st.cr0 & cr::CR0_PG != 0 {

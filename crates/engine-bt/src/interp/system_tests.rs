@@ -248,7 +248,7 @@ fn control_registers_refuse_reserved_bits() {
         (1 << 63, &[0x0F, 0x22, 0xD8]),
         (cpu.st.cr4 & !cr::CR4_PAE, &[0x0F, 0x22, 0xE0]),
         (cpu.st.cr4 | 1 << 21, &[0x0F, 0x22, 0xE0]),
-        (cpu.st.cr4 | 1 << 0, &[0x0F, 0x22, 0xE0]),
+        (cpu.st.cr4 | 1 << 15, &[0x0F, 0x22, 0xE0]),
         (16, &[0x44, 0x0F, 0x22, 0xC0]),
     ] {
         cpu.st.gpr[reg::RAX] = value;

@@ -25,6 +25,7 @@ pub struct MsrFile {
     pub top_mem: u64,
     pub top_mem2: u64,
     pub ls_cfg: u64,
+    pub debug_control: u64,
 }
 
 impl MsrFile {
@@ -49,6 +50,7 @@ impl MsrFile {
             top_mem: 0,
             top_mem2: 0,
             ls_cfg: 0,
+            debug_control: 0,
         }
     }
 }
