@@ -60,7 +60,14 @@ def run(cli: Cli, debian_guest: CachedGuest, tmp_path: Path) -> Run:
 def test_the_guests_own_end(run: Run, script: str, append: str, code: int) -> None:
     done = run(script, append=append)
     assert done.returncode == code
-    assert done.stderr == "tetrarch: engine bt (as asked)\n"
+    engine, *more = done.stderr.splitlines()
+    assert engine == "tetrarch: engine bt (as asked)"
+    if script == POWER_OFF:
+        assert more == []
+    else:
+        (reset,) = more
+        assert reset.startswith("tetrarch: the guest reset the machine")
+        assert reset.endswith("; --on-reset restart starts it again then")
 
 
 def test_panic_with_reboot_off_is_a_crash_with_a_dump(run: Run) -> None:
