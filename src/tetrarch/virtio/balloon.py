@@ -100,7 +100,8 @@ class BalloonKind:
         return self._state.actual * _PAGE
 
     def stats(self, timeout: float = 5.0) -> dict[str, int]:
-        """What the guest's kernel says of its memory, asked anew.
+        """What the guest's kernel says of its memory, asked anew; or the answer that it still
+        owes to a call which timed out.
 
         ``total``, ``free``, ``available``, ``caches``, ``swap_in`` and ``swap_out`` are bytes;
         ``major_faults``, ``minor_faults``, ``hugetlb_allocations`` and ``hugetlb_failures`` count.
