@@ -170,6 +170,8 @@ pub struct Vsock {
     /// Connections whose program on the host has no room for another one yet.
     dials: BTreeMap<Key, Dial>,
     timer: rustix::fd::OwnedFd,
+    /// The log knows that programs wait until this process has descriptors for them.
+    told_waiting: bool,
     /// Packets without data that wait for a buffer of the guest.
     control: VecDeque<Header>,
     /// The guest is to be told that all connections are gone (5.10.6.8).
@@ -182,7 +184,9 @@ impl Vsock {
         listener.set_nonblocking(true)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let data = epoll::EventData::new_u64(LISTENER);
-        epoll::add(&epoll, &listener, data, epoll::EventFlags::IN)?;
+        // Edges: one that cannot be accepted does not come again and again.
+        let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&epoll, &listener, data, edges)?;
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
         epoll::add(&epoll, &timer, epoll::EventData::new_u64(TIMER), epoll::EventFlags::IN)?;
@@ -198,6 +202,7 @@ impl Vsock {
             next_port: FIRST_PORT,
             dials: BTreeMap::new(),
             timer,
+            told_waiting: false,
             control: VecDeque::new(),
             transport_reset: false,
         })
@@ -318,7 +323,7 @@ impl Vsock {
         }
     }
 
-    /// Has [`call`](Self::call) be made again in a while.
+    /// Has [`call`](Self::call) and [`accept`](Self::accept) be made again in a while.
     fn call_again(&self) {
         let once = Itimerspec {
             it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
@@ -409,6 +414,7 @@ impl Vsock {
                 for (key, to) in std::mem::take(&mut self.dials) {
                     self.call(key, to);
                 }
+                self.accept();
             } else if let Some(&key) = self.streams.get(&data) {
                 if let Some(connection) = self.connections.get_mut(&key) {
                     connection.readable = true;
@@ -419,8 +425,18 @@ impl Vsock {
         }
     }
 
+    /// Takes all who have called. One whom the host gives no descriptor waits in the backlog.
     fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    self.wait_for_descriptors(&error);
+                    return;
+                }
+            };
             if self.connections.len() >= MAX_CONNECTIONS {
                 continue; // closed again
             }
@@ -430,6 +446,17 @@ impl Vsock {
             self.add(key, connection);
             self.greet(key);
         }
+    }
+
+    fn wait_for_descriptors(&mut self, error: &io::Error) {
+        if !std::mem::replace(&mut self.told_waiting, true) {
+            log::warn!(
+                "vsock: programs that connect to {} wait, since the host has nothing for them: \
+                 {error}; raise the limit of open files: ulimit -n",
+                self.path.display()
+            );
+        }
+        self.call_again();
     }
 
     fn free_port(&mut self) -> u32 {
