@@ -51,6 +51,36 @@ class Node:
         return self.kind == tarfile.DIRTYPE
 
 
+class _Paths:
+    """A set of paths, and of all that are above them: what is below one is found without a look
+    at the others."""
+
+    def __init__(self) -> None:
+        self._inside: dict[str, list[str]] = {"": []}
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._inside
+
+    def add(self, path: str) -> None:
+        missing = []
+        while path not in self._inside:
+            missing.append(path)
+            path = path.rpartition("/")[0]
+        for one in reversed(missing):
+            self._inside[one] = []
+            self._inside[path].append(one)
+            path = one
+
+    def take_below(self, path: str) -> list[str]:
+        """What is below a path, which itself stays; what is above others comes before them."""
+        if path not in self._inside:
+            return []
+        taken, self._inside[path] = self._inside[path], []
+        for one in taken:  # grows meanwhile
+            taken += self._inside.pop(one)
+        return taken
+
+
 class Tree:
     """Path -> node, with paths as "usr/bin/env". Hard links are the same node.
 
@@ -59,28 +89,29 @@ class Tree:
 
     def __init__(self, scratch: Path, limit: int | None = None) -> None:
         self.nodes: dict[str, Node] = {}
+        # Where each node is: in one of them at least. Both may have paths that are no more.
+        self._of_lower_layers, self._of_this_layer = _Paths(), _Paths()
         self._scratch = scratch
         self._files = 0
         self._room = limit
 
     def add_tar(self, archive: IO[bytes]) -> None:
         """Adds what an archive holds, over what there is. Raises ImageError where it is damaged."""
-        self._add(archive, None)
+        self._add(archive, whiteouts=False)
 
     def add_layer(self, archive: IO[bytes]) -> None:
         """As ``add_tar``, of a layer: its whiteouts take away what layers before it have brought
         (OCI image specification, layer.md, "Whiteouts")."""
-        self._add(archive, set())
+        for path in self._of_this_layer.take_below(""):
+            self._of_lower_layers.add(path)
+        self._add(archive, whiteouts=True)
 
-    def _add(self, archive: IO[bytes], added: set[str] | None) -> None:
-        """``added`` are the paths that this layer has brought."""
+    def _add(self, archive: IO[bytes], *, whiteouts: bool) -> None:
         try:
             with tarfile.open(fileobj=archive, mode="r|*", tarinfo=Member) as tar:
                 for entry in tar:
-                    if added is None or not self._take_out(entry.name, added):
-                        path = self._add_entry(tar, entry)
-                        if added is not None:
-                            added.update(_above(path))
+                    if not (whiteouts and self._take_out(entry.name)):
+                        self._add_entry(tar, entry)
         except TAR_ERRORS as error:
             raise ImageError(
                 f"an archive cannot be read: {error}", "make or fetch it anew"
@@ -112,8 +143,9 @@ class Tree:
 
     def empty(self, directory: str) -> None:
         """Takes out what is in it."""
-        for below in [name for name in self.nodes if name.startswith(f"{directory}/")]:
-            del self.nodes[below]
+        for paths in (self._of_lower_layers, self._of_this_layer):
+            for below in paths.take_below(directory):
+                self.nodes.pop(below, None)
 
     def remove(self, path: str) -> None:
         """What is there, with what is in it."""
@@ -130,7 +162,7 @@ class Tree:
                 found.setdefault(path, [])
         return found
 
-    def _take_out(self, name: str, added: set[str]) -> bool:
+    def _take_out(self, name: str) -> bool:
         """If the name is a whiteout, what it stands for; but nothing of its own layer."""
         parts = _parts(name)
         if not parts or not parts[-1].startswith(_WHITEOUT):
@@ -138,17 +170,16 @@ class Tree:
         *folder, last = parts
         hidden = [] if last == _OPAQUE else [last.removeprefix(_WHITEOUT)]
         top = self._place([*folder, *hidden])
-        for path in list(self.nodes):
-            inside = path.startswith(f"{top}/") or not top or (bool(hidden) and path == top)
-            if inside and path not in added:
-                del self.nodes[path]
+        # What is taken here is not looked at again: many whiteouts of one place cost no more.
+        for path in [*([top] if hidden else []), *self._of_lower_layers.take_below(top)]:
+            if path not in self._of_this_layer:
+                self.nodes.pop(path, None)
         return True
 
-    def _add_entry(self, tar: tarfile.TarFile, entry: tarfile.TarInfo) -> str:
-        """Gives its path."""
+    def _add_entry(self, tar: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
         parts = _parts(entry.name)
         if not parts:  # the root itself
-            return ""
+            return
         path = self._place(parts)
         _check(entry, path)
         if entry.islnk():
@@ -160,7 +191,7 @@ class Tree:
                     "make or fetch it anew",
                 )
             self._put(path, node)
-            return path
+            return
         node = Node(
             tarfile.REGTYPE if entry.isreg() else entry.type,
             entry.mode & 0o7777,
@@ -184,7 +215,6 @@ class Tree:
             with node.data.open("wb") as file:
                 shutil.copyfileobj(data, file, 1 << 20)
         self._put(path, node)
-        return path
 
     def _put(self, path: str, node: Node) -> None:
         folder = path
@@ -196,6 +226,7 @@ class Tree:
         if there is not None and there.is_directory and not node.is_directory:
             self.remove(path)
         self.nodes[path] = node
+        self._of_this_layer.add(path)
 
     def _place(self, parts: list[str], *, to_the_end: bool = False) -> str:
         """The path of a name: links on the way to it are followed, of itself if so asked."""
@@ -241,12 +272,6 @@ def _check(entry: tarfile.TarInfo, path: str) -> None:
             raise ImageError(
                 f"an archive cannot be read: {name} has {what}", "make or fetch it anew"
             )
-
-
-def _above(path: str) -> list[str]:
-    """A path, and the directories that it is in."""
-    parts = path.split("/")
-    return ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 def _parts(name: str) -> list[str]:
