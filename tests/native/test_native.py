@@ -809,6 +809,7 @@ except _native.EngineError as error:
         # It fits, but a machine has more to map, and would end the process in the middle.
         ("AS", 800, 512, "are left beside guest memory, and engine bt needs", "-v"),
         ("DATA", 60, 16, "MiB of data", "-d"),
+        ("FSIZE", 8, 16, "16 MiB of guest memory go beyond this process's 8 MiB", "-f"),
     ],
 )
 def test_limit_of_the_process_is_said_in_one_line(

@@ -43,6 +43,12 @@ pub enum MemoryError {
         .limit >> 20
     )]
     AddressSpace { size: u64, limit: u64 },
+    #[error(
+        "{} MiB of guest memory go beyond this process's {} MiB of one file; {LESS_OR_LONGER_FILES}",
+        mib(*.size),
+        .limit >> 20
+    )]
+    FileSize { size: u64, limit: u64 },
     #[error("memory of {len:#x} bytes at {start} overlaps a region that is there")]
     Overlap { start: GuestPhys, len: u64 },
     #[error("a machine has {MAX_REGIONS} memory regions at most")]
@@ -63,6 +69,7 @@ impl MemoryError {
         match self {
             Self::Allocate { .. } => Some(LESS),
             Self::AddressSpace { .. } => Some(LESS_OR_RAISE),
+            Self::FileSize { .. } => Some(LESS_OR_LONGER_FILES),
             _ => None,
         }
     }
@@ -77,6 +84,7 @@ impl MemoryError {
 
 const LESS: &str = "ask for less memory";
 const LESS_OR_RAISE: &str = "raise that with ulimit -v, or ask for less memory";
+const LESS_OR_LONGER_FILES: &str = "raise that with ulimit -f, or ask for less memory";
 
 /// Rounded up, so that a refused size is never shown as one that fits.
 fn mib(bytes: u64) -> u64 {
@@ -313,7 +321,13 @@ fn memfd(size: u64) -> Result<Arc<File>, MemoryError> {
     let failed = |source| MemoryError::Allocate { size, source };
     let file = memfd_create("tetrarch-ram", MemfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
     let file = File::from(file);
-    file.set_len(size).map_err(failed)?;
+    file.set_len(size).map_err(|source| match getrlimit(Resource::Fsize).current {
+        // Most programs leave SIGXFSZ alone, and end then; Python's ignore it (signal(7)).
+        Some(limit) if source.raw_os_error() == Some(libc::EFBIG) => {
+            MemoryError::FileSize { size, limit }
+        }
+        _ => failed(source),
+    })?;
     Ok(Arc::new(file))
 }
 
