@@ -3,26 +3,80 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import stat
 import tempfile
 from pathlib import Path
+from types import TracebackType
 from typing import Final
 
-from tetrarch._files import ScratchDirectory
+from tetrarch._files import remove_tree
 from tetrarch.errors import HostError
 
-__all__ = ["ListeningSocket", "remove_dead_socket", "socket_directory", "socket_place"]
+__all__ = ["ListeningSocket", "SocketDirectory", "remove_dead_socket", "socket_place"]
 
 #: What a path has, of the 107 bytes that an address holds (unix(7)), before our names.
 _PLACE_MAX: Final = 64
 _BACKLOG: Final = 16
+#: Of directories of ours that are locked, and of nothing else.
+_PREFIX: Final = "tetrarch-sock-"
 
 
-def socket_directory() -> ScratchDirectory:
-    """A private directory for sockets."""
-    return ScratchDirectory(prefix="tetrarch-", dir=socket_place())
+class SocketDirectory:
+    """A private directory for sockets, which goes with the process that has made it.
+
+    It is locked (flock(2)) as long as that process lives: what one that was killed has left goes
+    when the next one is made.
+    """
+
+    def __init__(self) -> None:
+        place = Path(socket_place())
+        _remove_what_the_dead_left(place)
+        self.path, self._lock = _locked_directory(place)
+        self._process = os.getpid()
+
+    def close(self) -> None:
+        if os.getpid() == self._process:
+            remove_tree(self.path)
+            os.close(self._lock)
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _locked_directory(place: Path) -> tuple[Path, int]:
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists():
+                return path, descriptor
+            # Somebody has found it before it was locked, and taken it for left behind.
+            os.close(descriptor)
+
+
+def _remove_what_the_dead_left(place: Path) -> None:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    for path in place.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or of a process that lives
+            descriptor = os.open(path, flags)
+            try:
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove_tree(path)
+            finally:
+                os.close(descriptor)
 
 
 def socket_place() -> str:

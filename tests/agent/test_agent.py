@@ -24,7 +24,7 @@ from tetrarch.agent import AgentError, AgentStream, connect, encode_run
 from tetrarch.agent.client import ERROR, EXIT, INPUT, INPUT_WINDOW, OUTPUT, RUN
 from tetrarch.errors import HostError, StateError
 from tetrarch.images import CachedGuest
-from tetrarch.sockets import socket_directory
+from tetrarch.sockets import SocketDirectory
 from tetrarch.virtio.vsock import listen
 
 LIMIT_S = 90
@@ -272,9 +272,9 @@ def command(guest: CachedGuest, *words: str) -> list[str]:
 
 
 def test_run_with_a_command_is_as_the_command_is(debian_guest: CachedGuest) -> None:
-    with socket_directory() as folder:
+    with SocketDirectory() as folder:
         # A place of the user's own: the confined machine takes its socket away from there.
-        vsock = Path(folder) / "vsock"
+        vsock = folder / "vsock"
         script = ("sh", "-c", "cat; echo no >&2; exit 7")
         done = subprocess.run(
             command(debian_guest, "--vsock", str(vsock), "--", *script),

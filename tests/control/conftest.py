@@ -8,7 +8,7 @@ import pytest
 from tests.machine import guests
 
 from tetrarch import Machine
-from tetrarch.sockets import socket_directory
+from tetrarch.sockets import SocketDirectory
 from tetrarch.testing import pvh_kernel
 
 Make = Callable[..., Machine]
@@ -17,8 +17,8 @@ Make = Callable[..., Machine]
 @pytest.fixture
 def socket_path() -> Iterator[Path]:
     """Where a control socket can lie: pytest's own directories have long names."""
-    with socket_directory() as directory:
-        yield Path(directory) / "control"
+    with SocketDirectory() as directory:
+        yield directory / "control"
 
 
 @pytest.fixture

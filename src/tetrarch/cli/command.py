@@ -23,7 +23,7 @@ from tetrarch.machine.machine import Machine
 from tetrarch.machine.selection import chosen
 from tetrarch.machine.status import ExitStatus, StopReason
 from tetrarch.registry import Claim
-from tetrarch.sockets import socket_directory
+from tetrarch.sockets import SocketDirectory
 
 if TYPE_CHECKING:
     from tetrarch.cli.options import CommandOptions
@@ -48,8 +48,8 @@ def run_command(config: MachineConfig, options: CommandOptions, claim: Claim | N
     check_files(config)
     config = resolve_guest(config, TerminalReporter())
     # A confined process could not remove a directory that has none of its sockets.
-    with socket_directory() if config.vsock is None else nullcontext("") as folder:
-        path = config.vsock or Path(folder) / "vsock"
+    with SocketDirectory() if config.vsock is None else nullcontext(Path()) as folder:
+        path = config.vsock or folder / "vsock"
         # For a container image on a disk: its own command is not to run (crates/agent/src/init.rs).
         words = f"{config.append_extra} tetrarch.command".strip()
         config = config.model_copy(update={"vsock": path, "append_extra": words})

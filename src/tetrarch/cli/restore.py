@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from tetrarch.errors import ConfigError
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.snapshot import about_of
-from tetrarch.sockets import socket_directory
+from tetrarch.sockets import SocketDirectory
 
 if TYPE_CHECKING:
     from tetrarch.cli.options import CommandOptions
@@ -62,8 +62,8 @@ def with_own_vsock(path: Path, config: MachineConfig) -> Iterator[MachineConfig]
     if not had or config.vsock is not None:
         yield config
         return
-    with socket_directory() as folder:
-        yield config.model_copy(update={"vsock": Path(folder) / "vsock"})
+    with SocketDirectory() as folder:
+        yield config.model_copy(update={"vsock": folder / "vsock"})
 
 
 def restored(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -48,7 +46,7 @@ from tetrarch.machine.selection import chosen
 from tetrarch.machine.status import ExitStatus
 from tetrarch.platforms.pc import PC
 from tetrarch.platforms.platform import Platform
-from tetrarch.sockets import socket_place
+from tetrarch.sockets import SocketDirectory
 from tetrarch.virtio.balloon import BalloonKind
 
 if TYPE_CHECKING:
@@ -91,7 +89,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
     ) -> None:
         config = with_installed_disk(_configured(config, console, options))
         if agent and config.vsock is None:
-            config = config.updated({"vsock": Path(_own_directory(self), "vsock")})
+            config = config.updated({"vsock": _own_directory(self) / "vsock"})
         # A stand-in has none.
         self._ram = 0 if vm else config.memory
         make_room(self._ram)
@@ -365,16 +363,11 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         return machine
 
 
-def _own_directory(machine: Machine) -> str:
-    """One that goes with the machine's object, in the process that has made it."""
-    path, process = tempfile.mkdtemp(prefix="tetrarch-", dir=socket_place()), os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == process:
-            shutil.rmtree(path, ignore_errors=True)
-
-    weakref.finalize(machine, remove)
-    return path
+def _own_directory(machine: Machine) -> Path:
+    """One that goes with the machine's object."""
+    directory = SocketDirectory()
+    weakref.finalize(machine, directory.close)
+    return directory.path
 
 
 def _configured(

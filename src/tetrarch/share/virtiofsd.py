@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tetrarch.errors import HostError
 from tetrarch.share.spec import ShareSpec
-from tetrarch.sockets import socket_directory
+from tetrarch.sockets import SocketDirectory
 
 __all__ = ["Virtiofsd"]
 
@@ -40,7 +40,7 @@ class Virtiofsd:
         self._directory = directory
         self._words: deque[str] = deque(maxlen=20)
         # In a directory of its own nobody else can connect; it is needed for a moment.
-        with socket_directory() as private:
+        with SocketDirectory() as private:
             path = f"{private}/virtiofsd"
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(path)
