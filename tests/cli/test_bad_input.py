@@ -42,6 +42,14 @@ from tetrarch.testing import pvh_kernel
         (["--net", "usr"], 2, "--net: 'usr' is no network; there are none, user, tap=NAME, socket"),
         (["--net", "user,forward=22"], 2, "--net: forward is '22'; write [HOST:]PORT:GUEST"),
         (["--net", "none", "--net", "user"], 2, "none is given beside others"),
+        (
+            ["--snapshot"],
+            2,
+            "--snapshot: a guest without a disk keeps nothing that it writes; leave",
+        ),
+        (["--snapshot", "--image", "debian"], 2, "the guest debian keeps nothing that it writes"),
+        (["--snapshot", "--disk", "vhost-user=/s"], 2, "is kept by who serves it"),
+        (["--snapshot", "--restore", "x"], 2, "--snapshot and --restore do not go together"),
         (["--image", "nope"], 2, "no image is called 'nope'"),
     ],
 )
@@ -70,6 +78,16 @@ def test_network_that_cannot_be(cli: Cli, tmp_path: Path, net: str, message: str
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"tetrarch: {message}")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_throw_away_run_of_a_file_needs_a_disk_as_one_that_is_typed(
+    cli: Cli, tmp_path: Path
+) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text("[run]\nsnapshot = true\n")
+    done = cli("run", "--config", file)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "--snapshot: a guest without a disk keeps nothing" in done.stderr
 
 
 def test_unknown_command(cli: Cli) -> None:

@@ -10,6 +10,8 @@ from tests.machine import guests
 
 from tetrarch.block.disk import open_disk
 from tetrarch.block.spec import DiskSpec
+from tetrarch.images import Cache
+from tetrarch.images.default_guest import BuiltGuest
 from tetrarch.images.store import DISK, INITRD, KERNEL, DiskManifest, DiskStore
 from tetrarch.testing import pvh_kernel
 
@@ -72,3 +74,31 @@ def test_installed_system_starts_again_when_it_reboots(cli: Cli, store: DiskStor
     done = cli(*command, "--on-reset", "end")
     assert (done.returncode, done.stdout) == (0, "up\n")
     assert done.stderr == "tetrarch: engine bt (as asked)\n"
+
+
+def test_which_of_a_disk_and_a_cached_guest_of_one_name_runs_is_said(
+    cli: Cli, store: DiskStore, tmp_path: Path
+) -> None:
+    disk = store.find("web")
+    assert disk is not None
+    disk.kernel.write_bytes(pvh_kernel(guests.say(b"disk\n") + guests.POWER_OFF))
+    manifest = json.loads((disk.directory / "disk.json").read_text())
+    (disk.directory / "disk.json").write_text(json.dumps(manifest | {"name": "debian"}))
+    disk.directory.rename(store.root / "debian")
+    cached = pvh_kernel(guests.say(b"cached\n") + guests.POWER_OFF)
+    cache = Cache(tmp_path / "cache/tetrarch")
+    with cache.lock():
+        cache.store("debian", BuiltGuest(cached, b"initrd", "6.1"), "linux-image", "6.1", {})
+    started = "tetrarch: engine bt (as asked)\n"
+    done = cli("run", "debian", "--engine", "bt")
+    path = store.root / "debian" / DISK
+    which = f"tetrarch: debian is the disk {path} here, and not the cached guest of that name\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "disk\n", which + started)
+    done = cli("image", "rm", "debian")
+    assert done.stdout == "removed the disk debian; the cached guest of that name stays\n"
+    done = cli("run", "debian", "--engine", "bt")
+    which = "tetrarch: debian is a cached guest (busybox in memory); no disk has that name\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cached\n", which + started)
+    # Nobody has named one.
+    done = cli("run", "--engine", "bt")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cached\n", started)

@@ -33,7 +33,10 @@ MIB = 1 << 20
 TIME = 1_700_000_000
 
 
-def layer(*entries: tuple[str, str | bytes | None]) -> bytes:
+Entry = tuple[str, str | bytes | None]
+
+
+def layer(*entries: Entry) -> bytes:
     """A tar of files; None is a directory, text that begins with -> a link, with => a hard link."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
@@ -138,6 +141,28 @@ def test_layers_come_over_each_other_with_their_whiteouts(tmp_path: Path) -> Non
     # What a layer brings itself its own whiteouts do not hide.
     found = tree(tmp_path, layer(("a/old", b"1")), layer(("a/new", b"2"), (".wh.a", b"")))
     assert sorted(found.nodes) == ["a", "a/new"]
+
+
+def test_whiteout_of_what_was_never_there_hides_nothing_later(tmp_path: Path) -> None:
+    found = tree(
+        tmp_path,
+        layer(("a/.wh.b", b""), (".wh.a", b""), ("c/.wh..wh..opq", b"")),
+        layer(("a/b/x", b"1"), ("c/y", b"2"), (".wh.a", b"")),
+        layer((".wh..wh..opq", b""), ("new", b"3")),
+    )
+    assert sorted(found.nodes) == ["new"]
+
+
+# A look at all that there is for each of them would take minutes.
+@pytest.mark.timeout(120)
+def test_many_whiteouts_cost_no_more_than_what_they_take_out(tmp_path: Path) -> None:
+    many = 10_000
+    files: list[Entry] = [("x", b""), *((f"d/{number}", "=>x") for number in range(2 * many))]
+    nothing = [(f"e/.wh.{number}", b"") for number in range(many)]
+    opaque = [("d/.wh..wh..opq", b"")] * many
+    replaced = [("f/x", b""), ("f", b"")] * (many // 2)
+    found = tree(tmp_path, layer(*files), layer(*nothing, *replaced, *opaque))
+    assert sorted(found.nodes) == ["d", "f", "x"]
 
 
 def test_links_are_followed_in_the_tree_alone(tmp_path: Path) -> None:
@@ -329,6 +354,16 @@ def test_image_runs_its_command_and_the_machine_ends_with_it(
     done = run(tmp_path, "--", "sh", "-c", 'cat /kept; echo "$X $PPID"; exit 7')
     assert (done.stdout.splitlines()[0], done.returncode, done.stderr) == ("kept", 7, "")
     assert done.stdout.splitlines()[1].startswith("1 2 ")
+
+
+def test_what_a_throw_away_run_writes_is_gone_at_its_end(
+    layout: Layout, tmp_path: Path, debian_guest: CachedGuest
+) -> None:
+    make(layout, tmp_path, debian_guest, Env=["PATH=/bin"])
+    write = ("--", "sh", "-c", "echo new >/etc/motto && sync && cat /etc/motto")
+    done = run(tmp_path, "--snapshot", *write)
+    assert (done.stdout, done.stderr, done.returncode) == ("new\n", "", 0)
+    assert run(tmp_path, "--", "cat", "/etc/motto").stdout == "on a disk\n"
 
 
 def test_first_program_takes_in_orphans_and_ends_what_is_left(

@@ -70,7 +70,13 @@ def remove(name: str, as_json: bool) -> None:
     disks = DiskStore()
     if disks.find(name) is not None:
         disk = disks.remove(name)
-        print(json.dumps(_disk_row(disk), indent=2) if as_json else f"removed the disk {name}")
+        if as_json:
+            print(json.dumps(_disk_row(disk), indent=2))
+            return
+        cached = images.Cache().find(name) is not None
+        print(
+            f"removed the disk {name}" + ("; the cached guest of that name stays" if cached else "")
+        )
         return
     if images.Cache().find(name) is None:
         raise _unknown(name)

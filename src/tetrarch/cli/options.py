@@ -89,6 +89,9 @@ class CommandOptions(BaseModel):
         False, "With --restore: go on as another machine than the one that was saved."
     )
     allow_changed_disks: bool = option(False, "With --restore: take disks that have changed since.")
+    snapshot: bool = option(
+        False, "What the guest writes to its disks is gone at the end; docs/disks.md."
+    )
     stats: bool = option(False, "Show counters on standard error at the end.")
     command: Several[str] = ()
     """What stands behind ``--``: words of a command for the guest."""

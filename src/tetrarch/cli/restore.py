@@ -34,13 +34,13 @@ _HOSTS: Final = (
     "gdb",
     "gdb_wait",
 )
-_CLOUD: Final = ("user", "ssh_key", "hostname", "run")
+_OF_BOOTING: Final = ("snapshot", "user", "ssh_key", "hostname", "run")
 
 
 def check_restore(config: MachineConfig, options: CommandOptions) -> None:
     """Raises ConfigError for options that only a machine which boots can have."""
     of_machine = sorted(config.model_fields_set.difference(_HOSTS, ("console",)))
-    of_command = [name for name in _CLOUD if getattr(options, name)]
+    of_command = [name for name in _OF_BOOTING if getattr(options, name)]
     for name in (*of_machine, *of_command):
         raise ConfigError(
             f"--{name.replace('_', '-')} and --restore do not go together:"

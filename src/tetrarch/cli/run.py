@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
@@ -76,6 +78,8 @@ def _run_registered(config: MachineConfig, options: CommandOptions, shell: Shell
                 return _run_to_end(config, options, claim, shell)
         folder = None if claim is None else claim.directory
         config = _with_disk(config, options)
+        if options.snapshot:
+            config = _forgetful(config)
         with with_seed(config, options, folder) as config:
             if options.command:
                 from tetrarch.cli.command import run_command
@@ -87,10 +91,37 @@ def _run_registered(config: MachineConfig, options: CommandOptions, shell: Shell
 def _with_disk(config: MachineConfig, options: CommandOptions) -> MachineConfig:
     """With the disk of its image's name, whose system starts again when it reboots."""
     found = with_installed_disk(config)
+    if found is not config:
+        _say_if_there_are_two(str(config.image), found.disk[0].path)
     chosen_already = "on_reset" in config.model_fields_set
     if found is config or chosen_already or options.command or config.record or config.replay:
         return found
     return found.model_copy(update={"on_reset": "restart"})
+
+
+def _say_if_there_are_two(name: str, disk: Path) -> None:
+    from tetrarch.images.cache import Cache
+
+    if Cache().find(name) is not None:
+        _say(f"tetrarch: {name} is the disk {disk} here, and not the cached guest of that name")
+
+
+def _forgetful(config: MachineConfig) -> MachineConfig:
+    """With disks that lose at the end what the guest has written."""
+    if not config.disk:
+        what = "a guest without a disk" if config.image is None else f"the guest {config.image}"
+        raise ConfigError(
+            f"--snapshot: {what} keeps nothing that it writes",
+            mend="leave it out, or name a disk of image build or with --disk",
+        )
+    for disk in config.disk:
+        if disk.vhost_user:
+            raise ConfigError(
+                f"--snapshot: what the guest writes to {disk} is kept by who serves it",
+                mend="give that process a copy, and leave --snapshot out",
+            )
+    disks = tuple(replace(disk, snapshot=not disk.readonly) for disk in config.disk)
+    return config.model_copy(update={"disk": disks})
 
 
 def _run_to_end(
@@ -116,7 +147,9 @@ def _run(
     chosen(config)
     check_files(config)
     if options.restore is None and config.kernel is None:
-        config = resolve_guest(config, _reporter())
+        name, config = config.image, resolve_guest(config, _reporter())
+        if name is not None and config.image is None:
+            _say(f"tetrarch: {name} is a cached guest (busybox in memory); no disk has that name")
     jailed = jail.prepare(config, options)
     console = _open_console(config, claim, shell is not None)
     interactive = _is_interactive(console) or (_has_port_on_stdio(config) and os.isatty(0))
