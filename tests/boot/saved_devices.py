@@ -40,8 +40,6 @@ LOADS = (
     # The same computation has the same sum.
     "while :; do s=$(seq 20000 | md5sum | head -c 32); [ ${k:=$s} = $s ] || "
     "echo $s >/tmp/wrong-sum; done",
-    # Frames by way of the host; what is under way when it is saved is lost.
-    "while arping -q -f -c 30 -w WAIT -I eth0 10.8.0.2; do sleep 1; done; echo none >/tmp/wrong-net",
 )
 
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,7 @@ SO_RCVBUFFORCE: Final = 33
 #: The host waits for the card after so many: a tap keeps more than that.
 AHEAD: Final = 400
 LIMIT_S: Final = 600
+STRAGGLERS_S: Final = 2
 
 # The number 0 says that it is over.
 SEND: Final = f"""
@@ -109,8 +111,16 @@ class Receiver(threading.Thread):
         self.socket.bind((HOST, PORT))
 
     def run(self) -> None:
-        while number := int.from_bytes(self.socket.recv(2 * SIZE)[:4]):
+        while number := self._number():
             self.came[number] += 1
+        # The end may overtake some: a CPU of the host's takes it while another is busy with them.
+        self.socket.settimeout(STRAGGLERS_S)
+        with suppress(TimeoutError):
+            while True:
+                self.came[self._number()] += 1
+
+    def _number(self) -> int:
+        return int.from_bytes(self.socket.recv(2 * SIZE)[:4])
 
 
 def send_to_guest(first: int, last: int) -> None:
@@ -151,7 +161,8 @@ def test_each_of_a_million_packets_is_accounted_for(
         receiver.join(LIMIT_S)
         lost = overflows(Path("/proc/thread-self/net/udp").read_text())
         receiver.socket.close()
-        assert (sum(receiver.came) + lost, max(receiver.came)) == (COUNT, 1)
+        counted = f"{of_guest(ask)}, {of_card(vm)}, {of_tap()}, {lost} of the socket"
+        assert (sum(receiver.came) + lost, max(receiver.came)) == (COUNT, 1), counted
 
         ask("(perl /bin/receive >/tmp/came 2>&1 &)")
         ask("until [ -e /tmp/ready ]; do sleep 0.1; done")
@@ -167,6 +178,8 @@ def test_each_of_a_million_packets_is_accounted_for(
         assert (int(found[1]) + lost + dropped, int(found[2])) == (COUNT, 0)
 
         # Guest, card and host have counted the same frames. What nobody asked for came to the card.
+        # Linux counts what it has sent when it takes the buffer back.
+        wait_until(lambda: of_guest(ask).sent == of_card(vm).sent, "the guest has its buffers back")
         guest, card, tap = of_guest(ask), of_card(vm), of_tap()
         assert (guest.sent, card.sent) == (card.sent, tap.sent)
         assert (guest.sent_dropped, card.sent_dropped, tap.sent_dropped) == (0, 0, 0)
