@@ -165,11 +165,11 @@ def test_saved_timers_go_on() -> None:
 
 def test_guest_waits_for_a_timer(tmp_path: Path) -> None:
     # mov esi, 0xfed00000 ; mov dword [esi+0x100], 0x2806 (level, enabled, line 20)
-    # mov dword [esi+0x10], 1 ; mov eax, [esi+0xf0] ; add eax, 200000 ; mov [esi+0x108], eax
+    # mov dword [esi+0x10], 1 ; mov eax, [esi+0xf0] ; add eax, 20000000 ; mov [esi+0x108], eax
     # mov dword [esi+0x10c], 0 ; wait: test dword [esi+0x20], 1 ; jz wait
     # mov edx, 0x604 ; mov eax, 0x3400 ; out dx, ax ; jmp $
     code = bytes.fromhex(
-        "be0000d0fe c78600010000 06280000 c74610 01000000 8b86f0000000 05400d0300"
+        "be0000d0fe c78600010000 06280000 c74610 01000000 8b86f0000000 05002d3101"
         "898608010000 c7860c010000 00000000 f7462001000000 74f7"
         "ba04060000 b800340000 66ef ebfe"
     )

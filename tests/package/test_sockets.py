@@ -1,5 +1,6 @@
 """Sockets of our own have room in their directory."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -47,8 +48,11 @@ def directory_of(process: subprocess.Popen[str]) -> Path:
 
 
 def test_directory_of_a_process_that_was_killed_goes_with_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    # pytest's own can be too long for a socket in it.
+    tmp_path = Path(tempfile.mkdtemp(dir="/tmp"))
+    request.addfinalizer(lambda: shutil.rmtree(tmp_path, ignore_errors=True))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     somebodys = tmp_path / "tetrarch-somebodys"
     somebodys.mkdir()

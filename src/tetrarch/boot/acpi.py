@@ -22,7 +22,13 @@ from tetrarch.machine import map as machine_map
 from tetrarch.pci import bus as pci_bus
 from tetrarch.pci import hotplug
 
-__all__ = ["build_acpi", "hpet_device", "mouse_device", "virtio_mmio_device"]
+__all__ = [
+    "build_acpi",
+    "floppy_device",
+    "hpet_device",
+    "mouse_device",
+    "virtio_mmio_device",
+]
 
 IOAPIC_BASE: Final = 0xFEC0_0000
 LAPIC_BASE: Final = 0xFEE0_0000

@@ -12,6 +12,7 @@ __all__ = [
     "bus_numbers",
     "call",
     "device",
+    "dma",
     "eisa_id",
     "end_tag",
     "give",

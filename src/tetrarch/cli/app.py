@@ -25,6 +25,7 @@ __all__ = [
     "image_build",
     "image_import",
     "image_info",
+    "image_kernel",
     "image_ls",
     "image_pull",
     "image_rm",

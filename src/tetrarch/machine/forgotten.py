@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 
+__all__ = ["MOST", "forget", "make_room"]
+
 #: So many bytes of RAM may wait for the collector.
 MOST = 2 << 30
 
