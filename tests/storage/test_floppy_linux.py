@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -65,3 +66,19 @@ def test_what_is_no_floppy_disk_is_refused(
     with pytest.raises(ImageError, match=cause) as refused:
         Machine(engine="bt", floppy=path)
     assert mend in refused.value.mend
+
+
+def test_machine_that_fails_lets_go_of_its_floppy_disk(tmp_path: Path) -> None:
+    floppy, disk = tmp_path / "a.img", tmp_path / "disk.img"
+    for path in (floppy, disk):
+        path.write_bytes(bytes(SIZE))
+    gc.disable()  # it would let go of it, at some time
+    try:
+        with Machine(engine="bt", disk=f"{disk},format=raw") as other:
+            with pytest.raises(ImageError, match="in use"):
+                Machine(engine="bt", floppy=floppy, disk=f"{disk},format=raw")
+            assert other.config.disk
+            with Machine(engine="bt", floppy=floppy):
+                pass
+    finally:
+        gc.enable()

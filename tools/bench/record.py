@@ -1,7 +1,7 @@
 """What a recording costs: the guest benchmark on engine bt, recorded and not, in turns.
 
 A recording keeps what came from outside, and where; the guest computes the same in both. What is
-promised is of a run's whole time, from the program's start to its end.
+promised is of the time to init, and of a whole run's, each from the program's start.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _report(
             "## Recording",
             f"`python -m tools.bench record`: the guest benchmark, recorded and not; medians of "
             f"{arguments.rounds} interleaved rounds. A ratio is the time recorded over the time "
-            f"not recorded; promised is at most {MOST:g} for a whole run. A recording of it takes "
+            f"not recorded; promised is at most {MOST:g} for either. A recording of it takes "
             f"{size / 2**20:.1f} MiB.",
             table(("", ""), describe_host()),
             table(("s", *results, "ratio"), rows),

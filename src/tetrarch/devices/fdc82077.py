@@ -44,7 +44,8 @@ GSI: Final = 6
 DMA_CHANNEL: Final = 2
 
 SECTOR: Final = 512
-DRIVES: Final = 2
+#: Of drives that the chip can have: it tells of as many after a reset.
+SENSE_MAX: Final = 4
 
 # Offsets from PORT_BASE.
 DOR: Final = 0
@@ -195,7 +196,7 @@ class Fdc82077State(DeviceState):
     """Its bytes so far."""
     result: deque[int] = queue(10)
     """What is left of its answer."""
-    sense: deque[int] = queue(4, 0xFFFF)
+    sense: deque[int] = queue(SENSE_MAX, 0xFFFF)
     """For SENSE INTERRUPT: each ST0, and the track above it."""
     irq: bool = flag()
     tracks: bytearray = memory(4)
@@ -281,7 +282,9 @@ class Fdc82077Core:
         if not state.locked:
             state.configured[:] = bytes(2)
         state.perpendicular &= 0x3C
-        state.sense = deque(ST0_POLLED | number | state.tracks[number] << 8 for number in range(4))
+        state.sense = deque(
+            ST0_POLLED | number | state.tracks[number] << 8 for number in range(SENSE_MAX)
+        )
         state.irq = True
 
     # Commands.
@@ -361,7 +364,7 @@ class Fdc82077Core:
         self._move(number, track)
         if name == RECALIBRATE and self._drive(number) is None:
             st0 |= ST0_ABNORMAL | ST0_EQUIPMENT
-        if len(state.sense) == DRIVES * 2:
+        if len(state.sense) == SENSE_MAX:
             state.sense.popleft()
         state.sense.append(st0 | state.tracks[number] << 8)
         state.irq = True

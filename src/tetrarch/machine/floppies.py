@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tetrarch.devices.dma8237 import Dma8237
@@ -44,14 +45,16 @@ class MachineFloppies:
         """Raises ImageError where an image cannot be used."""
         self._images: list[DiskBytes] = []
         drives = []
-        for index, spec in enumerate(specs):
-            name = f"floppy{index}"
-            node = blocks.open(name, spec.disk, removable=True)
-            node.device = "fdc"
-            form = check_floppy(spec, node.disk.size)
-            image = node.disk.access()
-            self._images.append(image)
-            drives.append(FloppyDrive(image, form, spec.readonly))
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for index, spec in enumerate(specs):
+                node = blocks.open(f"floppy{index}", spec.disk, removable=True)
+                node.device = "fdc"
+                form = check_floppy(spec, node.disk.size)
+                image = node.disk.access()
+                self._images.append(image)
+                drives.append(FloppyDrive(image, form, spec.readonly))
+            undo.pop_all()
         self.dma = Dma8237(vm)
         self.controller = Fdc82077(vm.irq_source(GSI).set, drives, self.dma)
 

@@ -352,6 +352,7 @@ def assemble_pc(
                 from tetrarch.machine.floppies import MachineFloppies
 
                 floppies = MachineFloppies(vm, config.floppy, blocks)
+                undo.callback(floppies.close)
                 disks.append(floppies)
                 dma, controller = floppies.dma, floppies.controller
                 devices |= {"dma": dma, "fdc": controller}
