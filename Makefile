@@ -13,6 +13,8 @@ AGENT := src/tetrarch/images/guest/tetrarch-agent
 AGENT_FLAGS := -C target-feature=+crt-static -C strip=symbols -C opt-level=s
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -path '*/src/*.rs' -o -name Cargo.toml)
+# When make starts, before it looks at any file's time.
+$(shell tools/touch-changed $(RUST_SOURCES) pyproject.toml requirements/dev.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-long bench fuzz wheel lint fmt lock clean packages

@@ -1,6 +1,7 @@
-"""What make adds to the program's own end."""
+"""What make builds anew, and what it adds to the program's own end."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,3 +30,25 @@ def test_make_run_says_the_exit_code_that_it_cannot_hand_on(
     )
     assert (done.returncode, done.stdout) == (made, "run --engine bt --memory 1G\n")
     assert (f"exit code {code}" in done.stderr) == (code != 0)
+
+
+def test_what_changed_is_built_anew_whatever_its_time(tmp_path: Path) -> None:
+    """As in a copied tree, where a source may be older than what an older one became."""
+    (tmp_path / "tools").mkdir()
+    script = shutil.copy2(ROOT / "tools" / "touch-changed", tmp_path / "tools")
+    names = ["same.rs", "changed.rs", "new file.rs"]
+    old = 1_600_000_000
+
+    def touched(names: list[str]) -> list[str]:
+        for name in names:
+            os.utime(tmp_path / name, (old, old))
+        subprocess.run([script, *names], check=True, cwd=tmp_path.parent, timeout=60)
+        return [name for name in names if (tmp_path / name).stat().st_mtime > old]
+
+    for name in names:
+        (tmp_path / name).write_text(f"// {name}\n")
+    assert touched(names[:2]) == names[:2]  # nobody knows what they were
+    assert touched(names[:2]) == []
+    (tmp_path / "changed.rs").write_text("// another\n")
+    assert touched(names) == names[1:]
+    assert touched(names) == []
