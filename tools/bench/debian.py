@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,7 @@ ROWS = {
 }
 # What bt's process may take beside its guest's memory, in MiB, while the guest is idle.
 MOST_BESIDE = 60
+_IPERF_TRIES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,26 +136,19 @@ def _disk() -> InstalledDisk:
 
 @contextmanager
 def _network() -> Iterator[None]:
-    """A tap that both programs take in turn, and a server of iperf3 behind it."""
+    """A tap that both programs take in turn."""
     commands = [
         ["ip", "tuntap", "add", TAP, "mode", "tap", "vnet_hdr"],
         ["ip", "address", "add", f"{HOST_ADDRESS}/30", "dev", TAP],
         ["ip", "link", "set", TAP, "up"],
     ]
-    server = None
     try:
         for command in commands:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise BenchError(f"{' '.join(command)}: {done.stderr.strip()}")
-        server = subprocess.Popen(
-            ["iperf3", "--server", "--bind", HOST_ADDRESS], stdout=subprocess.DEVNULL
-        )
         yield
     finally:
-        if server is not None:
-            server.kill()
-            server.wait()
         subprocess.run(["ip", "link", "delete", TAP], capture_output=True, check=False)
 
 
@@ -277,7 +271,22 @@ def fio_figure(line: str, kind: str, *, large: bool) -> float:
 
 
 def _iperf(child: pexpect.spawn[str], option: str, seconds: int) -> float:
-    said = _say(child, f"iperf3 --client {HOST_ADDRESS} --time {seconds} --format m {option}")
+    """Mbit/s; iperf3's server now and then loses its connections (select failed), so once more."""
+    client = f"iperf3 --client {HOST_ADDRESS} --time {seconds} --format m {option}"
+    said = ""
+    for _ in range(_IPERF_TRIES):
+        server = subprocess.Popen(
+            ["iperf3", "--server", "--bind", HOST_ADDRESS],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            said = _say(child, f"timeout {3 * seconds + 30} {client}")
+        finally:
+            server.kill()
+            server.wait()
+        with suppress(BenchError):
+            return iperf_figure(said)
     return iperf_figure(said)
 
 
