@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tools.bench import debian, disk, exits, guest, record, start
+from tools.bench import debian, disk, exits, guest, parallel, record, start
 from tools.bench.report import BenchError
 
 BENCHMARKS = {
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "debian": debian,
     "start": start,
     "record": record,
+    "parallel": parallel,
 }
 
 

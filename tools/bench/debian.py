@@ -24,19 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pexpect
-from tools.bench.report import (
-    ROOT,
-    BenchError,
-    describe_host,
-    table,
-    version_of,
-    write_section,
-)
+from tools.bench.installed import debian_disk
+from tools.bench.report import BenchError, describe_host, table, version_of, write_section
 
-from tetrarch.errors import TetrarchError
-from tetrarch.images.debian_disk import DebianRecipe, build_debian_disk
-from tetrarch.images.progress import TerminalReporter
-from tetrarch.images.store import DiskStore, InstalledDisk
+from tetrarch.images.store import InstalledDisk
 
 HELP = "a Debian on a disk against QEMU's TCG: boot, disk, network, memory"
 
@@ -97,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise BenchError(f"no {tool}; install it: apt-get install {package}")
     if os.geteuid() != 0:
         raise BenchError("a tap is made for the guests; run it as root")
-    disk = _disk()
+    disk = debian_disk("bench", ("fio", "iperf3"))
     found: dict[str, list[dict[str, float]]] = {TCG: [], BT: []}
     copies: list[dict[str, float]] = []
     with _network(), tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
@@ -120,18 +111,6 @@ def run(arguments: argparse.Namespace) -> int:
         write_section("debian", text)
     kept = all(ROWS[key].kept(ratio) for key, ratio in ratios.items())
     return 0 if kept and medians[BT]["beside"] <= MOST_BESIDE else 1
-
-
-def _disk() -> InstalledDisk:
-    """A Debian with what is run in it; made once."""
-    store = DiskStore(ROOT / "build" / "bench" / "disks")
-    if (disk := store.find("bench")) is not None:
-        return disk
-    recipe = DebianRecipe("bench", 2 << 30, "bench", packages=("fio", "iperf3"))
-    try:
-        return build_debian_disk(recipe, store, TerminalReporter())
-    except TetrarchError as error:
-        raise BenchError(str(error)) from error
 
 
 @contextmanager
