@@ -226,7 +226,9 @@ mod tests {
         while !came {
             assert!(Instant::now() < end, "they found no way to each other");
             if second.0.link() && third.0.link() {
-                second.send(&numbered(5));
+                // Each time round, also while it has no room for one more.
+                second.0.send(&Packet::plain(&numbered(5)));
+                second.0.flush();
             }
             for machine in [&mut second, &mut third] {
                 machine.0.work();

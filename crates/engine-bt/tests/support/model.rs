@@ -320,11 +320,13 @@ pub fn sieve_accepts(i: &Instruction, code: &[u8], host: &Outcome, guest: &Outco
             host.fault.vector == UD
         }
         // VPERMQ and VPERMPD ask for VEX.W; AMD's CPUs ignore it. LOCK VERW is refused by the
-        // manual (AMD APM 3, 1.2.5), and not by a Zen 4 on which VERW clears buffers.
+        // manual (AMD APM 3, 1.2.5), and not by a Zen 4 on which VERW clears buffers. RDPKRU and
+        // WRPKRU have no mandatory prefix ("NP", Intel SDM 2B); a Zen 5 runs them with any.
         Mnemonic::INVALID => {
             let vperm = matches!(code, [0xC4, 0xE3, 0x7D, 0 | 1, ..]);
             let verw = matches!(code, [0xF0, 0x0F, 0x00, form, ..] if form & 0xF8 == 0x28);
-            (vperm || verw) && guest.fault.vector == UD
+            let pkru = matches!(code, [0x66 | 0xF2 | 0xF3, .., 0x0F, 0x01, 0xEE | 0xEF]);
+            (vperm || verw || pkru) && guest.fault.vector == UD
         }
         _ => undefined_result(i),
     }
