@@ -580,11 +580,12 @@ impl IrqChip {
         Some(taken)
     }
 
-    /// Ends a vCPU's halt, the one that it is in or its next.
+    /// Ends the halt of the vCPU with this APIC ID, the one that it is in or its next.
     pub fn unhalt(&self, apic_id: u32) {
-        if let Some(cpu) = self.cpus.get(apic_id as usize) {
+        let Some(vcpu) = self.topology.vcpu(apic_id).map(|vcpu| vcpu as usize) else { return };
+        if let Some(cpu) = self.cpus.get(vcpu) {
             cpu.unhalted.store(true, Ordering::SeqCst);
-            self.wake.wake(apic_id as usize);
+            self.wake.wake(vcpu);
         }
     }
 

@@ -1,5 +1,7 @@
 //! What KVM's paravirtual interface asks of the chip, with several vCPUs.
 
+use tetrarch_engine::cpuid::Topology;
+
 use super::Event;
 use super::tests::Bench;
 
@@ -44,6 +46,18 @@ fn kick_wakes_its_vcpu_and_is_kept_until_it_is_taken() {
     assert_eq!(bench.woken(), [2]);
     assert!(!bench.chip.take_unhalt(1));
     assert!(bench.chip.take_unhalt(2) && !bench.chip.take_unhalt(2));
+}
+
+/// Three cores in a socket leave a gap behind their APIC IDs.
+#[test]
+fn kick_goes_by_apic_id() {
+    let topology = Topology { sockets: 2, cores: 3, threads: 1 };
+    assert_eq!([3, 4, 5].map(|vcpu| topology.apic_id(vcpu)), [4, 5, 6]);
+    let bench = Bench::of(topology);
+    bench.chip.unhalt(4);
+    bench.chip.unhalt(3);
+    assert_eq!(bench.woken(), [3]);
+    assert!(bench.chip.take_unhalt(3) && !bench.chip.take_unhalt(4));
 }
 
 #[test]

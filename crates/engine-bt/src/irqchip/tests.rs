@@ -27,8 +27,13 @@ pub struct Bench {
 impl Bench {
     /// Local APICs soft enabled, flat logical IDs 1 << vcpu (modulo 8), nothing woken yet.
     pub fn new(vcpus: usize) -> Self {
+        Self::of(Topology::flat(vcpus as u32))
+    }
+
+    pub fn of(topology: Topology) -> Self {
+        let vcpus = topology.vcpus() as usize;
         let wakes = Arc::new(Wakes::default());
-        let chip = IrqChip::new(Topology::flat(vcpus as u32), TSC_HZ, wakes.clone());
+        let chip = IrqChip::new(topology, TSC_HZ, wakes.clone());
         for vcpu in 0..vcpus {
             chip.lapic_write(vcpu, 0xf0, 0x1ff, 0, 0);
             chip.lapic_write(vcpu, 0xd0, 1 << (24 + vcpu % 8), 0, 0);
