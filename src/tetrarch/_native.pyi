@@ -796,6 +796,8 @@ class Vm:
     def irq_line(self, gsi: int, level: bool) -> None:
         """Drives one more source of the line, which all callers of this share."""
     def msi(self, address: int, data: int) -> None: ...
+    def tsc_hz(self) -> int:
+        """Ticks of the guest's TSC in a second."""
     def clock_ns(self) -> int:
         """The machine's clock: nanoseconds of run time since creation."""
     def vcpu(self, index: int) -> Vcpu: ...

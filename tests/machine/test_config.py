@@ -61,7 +61,7 @@ def test_what_is_no_size_is_refused_with_a_mend(text: object) -> None:
         ("append", "a\0b", "append: it holds a zero byte"),
         ("debug_exit", "perhaps", "debug_exit: 'perhaps' is neither"),
         ("memroy", "1G", "memroy: there is no such option; did you mean memory?"),
-        ("xyz", "x", "xyz: there is no such option; there are engine, image, kernel"),
+        ("xyz", "x", "xyz: there is no such option; there are engine, platform, image"),
         ("console", "tape", "console: 'tape' is no console; there are stdio"),
         ("disk", "d,format=qed", "disk: format is 'qed'; there are raw, qcow2, vmdk"),
         ("disk", ["d", 7], "disk: 7 is no disk; write PATH"),
@@ -90,7 +90,7 @@ def test_any_text_as_memory_is_a_size_or_a_config_error(text: str) -> None:
 
 def test_options_that_a_type_checker_sees_are_those_there_are() -> None:
     # console= takes an object too, so it is a parameter of its own.
-    seen = set(MachineOptions.__annotations__) | {"console"}
+    seen = set(MachineOptions.__annotations__) | {"console", "platform"}
     assert seen == set(MachineConfig.model_fields)
 
 

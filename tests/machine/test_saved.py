@@ -250,7 +250,7 @@ ABOUT: dict[str, Any] = {
     ("change", "message"),
     [
         ({"memory": "lots"}, "describes no machine"),
-        ({"platform": "acrn"}, "has the platform 'acrn'"),
+        ({"platform": "acrn"}, "has a platform of its own, 'acrn'"),
         ({"uptime": -1}, "how long"),
         ({"uptime": "x"}, "how long"),
         ({"outside": {}}, "had of its host"),

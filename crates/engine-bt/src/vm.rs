@@ -321,6 +321,10 @@ impl Vm for BtVm {
         platform.cpuid(leaf, subleaf, 0).unwrap_or_else(|| cpuid.fixed(leaf, subleaf, 0))
     }
 
+    fn tsc_hz(&self) -> u64 {
+        self.shared.tsc_hz
+    }
+
     fn clock(&self) -> &Arc<Clock> {
         &self.shared.clock
     }

@@ -240,6 +240,10 @@ impl Vm for KvmVm {
         found.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
     }
 
+    fn tsc_hz(&self) -> u64 {
+        self.shared.tsc_hz()
+    }
+
     fn clock(&self) -> &Arc<Clock> {
         &self.shared.clock
     }

@@ -174,6 +174,8 @@ pub trait Vm: Send + Sync {
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
     /// The machine's clock.
     fn clock(&self) -> &Arc<Clock>;
+    /// Ticks of the guest's TSC in a second, once there is a vCPU.
+    fn tsc_hz(&self) -> u64;
     /// Starts or stops to note which pages are written, by vCPUs (their page walks
     /// included) and by devices. The log begins empty; while it is off it costs
     /// nothing.

@@ -334,6 +334,10 @@ impl Vm {
         self.machine.engine.clock().now_ns()
     }
 
+    fn tsc_hz(&self) -> u64 {
+        self.machine.engine.tsc_hz()
+    }
+
     fn vcpu(slf: Bound<'_, Self>, index: usize) -> Result<Vcpu, Failure> {
         let vcpus = &slf.get().machine.vcpus;
         let Some(slot) = vcpus.get(index) else {

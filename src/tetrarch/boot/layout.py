@@ -19,6 +19,8 @@ __all__ = [
     "MULTIBOOT_END",
     "PAGE_SIZE",
     "PAGE_TABLES_BASE",
+    "SMBIOS_BASE",
+    "SMBIOS_END",
     "START_INFO_BASE",
     "ZERO_PAGE_BASE",
     "GuestMemory",
@@ -44,7 +46,9 @@ MULTIBOOT_END: Final = 0x2_0000
 #: Conventional memory ends 1 KiB below 640 KiB, where a BIOS keeps its EBDA.
 EBDA_BASE: Final = 0x9_FC00
 ACPI_BASE: Final = 0xE_0000
-ACPI_END: Final = 0xF_F000
+ACPI_END: Final = 0xF_E000
+SMBIOS_BASE: Final = 0xF_E000
+SMBIOS_END: Final = 0xF_F000
 #: The generation ID has a page of its own, reserved as the tables are (boot/generation.py).
 GENERATION_ID: Final = 0xF_F000
 HIGH_MEMORY: Final = 0x10_0000

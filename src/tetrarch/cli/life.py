@@ -29,6 +29,7 @@ __all__ = [
     "show_machines",
     "stop",
     "take_screenshot",
+    "use_guestinfo",
 ]
 
 #: A machine that does not answer is listed all the same.
@@ -152,6 +153,34 @@ def copy(source: str, target: str, wait: float) -> None:
         for link in left_out:
             what = in_one_line(f"{link} leads out of what was copied: left out")
             print(f"tetrarch: {what}", file=sys.stderr)
+
+
+def use_guestinfo(
+    name: str, action: str, key: str | None, value: str | None, as_json: bool
+) -> None:
+    given = sum(word is not None for word in (key, value))
+    if (wanted := {"list": 0, "get": 1, "set": 2}.get(action)) is None:
+        raise ConfigError(f"guestinfo: {action!r} is no action", mend="there are list, get and set")
+    if given != wanted:
+        words = {"list": "nothing", "get": "KEY", "set": "KEY and VALUE"}[action]
+        raise ConfigError(f"guestinfo: {action} takes {words}", mend=f"{given} words were given")
+    variables = connect(name).guestinfo
+    if key is not None and value is not None:
+        variables[key] = value
+    elif key is not None:
+        try:
+            found = variables[key]
+        except KeyError:
+            raise HostError(
+                f"guestinfo.{key} of {name} is not set",
+                mend=f"set it: tetrarch guestinfo {name} set {key} VALUE",
+            ) from None
+        print(json.dumps(found) if as_json else found)
+    elif as_json:
+        print(json.dumps(dict(variables), indent=2))
+    else:
+        for variable, text in variables.items():
+            print(f"{variable} = {text}")
 
 
 def take_screenshot(name: str, file: Path) -> None:

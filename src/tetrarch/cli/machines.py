@@ -18,6 +18,7 @@ __all__ = [
     "cp",
     "detach",
     "exec_",
+    "guestinfo",
     "kill",
     "logs",
     "pause",
@@ -219,6 +220,28 @@ def stat(
     show_stat(name, json, every)
 
 
+def guestinfo(
+    name: Name,
+    action: Annotated[
+        str, typer.Argument(metavar="[list|get|set]", help="What is done.", show_default=True)
+    ] = "list",
+    key: Annotated[
+        str | None, typer.Argument(metavar="[KEY]", help="The variable's name, for get and set.")
+    ] = None,
+    value: Annotated[
+        str | None, typer.Argument(metavar="[VALUE]", help='For set; "" takes the variable out.')
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show or set the variables that a guest on --platform vmware shares with its host.
+
+    The guest has them as guestinfo.KEY: vmware-rpctool "info-get guestinfo.KEY".
+    """
+    from tetrarch.cli.life import use_guestinfo
+
+    use_guestinfo(name, action, key, value, json)
+
+
 def logs(
     name: Annotated[
         str,
@@ -299,6 +322,7 @@ _COMMANDS: list[Callable[..., int | None]] = [
     snapshot,
     screenshot,
     stat,
+    guestinfo,
     logs,
     attach_disk,
     attach_cpu,

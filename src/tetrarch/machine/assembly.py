@@ -92,6 +92,7 @@ class AssembledMachine(PauseMethods):
             self._pc = assemble_pc(
                 vm,
                 self.config,
+                platform,
                 end,
                 holder(self),
                 self._events,

@@ -26,6 +26,7 @@ from tetrarch.gdb.spec import GdbSpec
 from tetrarch.machine.cpu_spec import CpuSpec
 from tetrarch.machine.cpus import VCPUS_MAX, CpusSpec
 from tetrarch.net.spec import NetSpec, each_its_own
+from tetrarch.platforms.named import PlatformName
 from tetrarch.share.spec import ShareSpec, share_tags
 
 __all__ = [
@@ -303,6 +304,9 @@ class MachineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: EngineName = option("auto", "What runs the guest's instructions.", "auto|bt|kvm")
+    platform: PlatformName = option(
+        "pc", "Whose machine the guest finds; docs/platforms.md [default: pc].", "pc|vmware"
+    )
     image: Text | None = option(
         None, "A cached guest to run, as image pull names it [default: debian].", "NAME"
     )
@@ -497,6 +501,7 @@ class MachineOptions(TypedDict, total=False):
 # What pydantic's own checks say in its words, in ours: cause and mend.
 _PROBLEMS = {
     "engine": ("is no engine", "there are auto, bt and kvm"),
+    "platform": ("is no platform", "there are pc and vmware"),
     "on_reset": ("is nothing that a reset can do", "there are end and restart"),
     "name": ("is no name", "use up to 64 letters, digits, '.', '_' and '-'"),
     "debug_exit": ("is neither true nor false", "give one of them"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from tetrarch._native import GuestMemoryError, Vm
 from tetrarch.boot import build_acpi
 from tetrarch.boot.cpustate import reset_state
+from tetrarch.boot.smbios import smbios_files
 from tetrarch.devices.debug_console import DebugConsole
 from tetrarch.devices.fw_cfg import FwCfg, FwCfgItem
 from tetrarch.devices.pflash import PFlash
@@ -17,10 +18,10 @@ from tetrarch.firmware.acpi_files import acpi_files
 from tetrarch.firmware.image import FirmwareImage
 from tetrarch.firmware.items import cpu_items, kernel_items, memory_file
 from tetrarch.firmware.linux_rom import linux_rom
-from tetrarch.firmware.smbios import smbios_files
 from tetrarch.firmware.spec import FirmwareSpec
 from tetrarch.firmware.variables import Variables
 from tetrarch.machine.config import MachineConfig
+from tetrarch.platforms.platform import SystemIdentity
 
 __all__ = ["MachineFirmware"]
 
@@ -28,11 +29,18 @@ __all__ = ["MachineFirmware"]
 class MachineFirmware:
     """Made with the machine's devices; ``load`` puts the guest back to its first instruction."""
 
-    def __init__(self, vm: Vm, spec: FirmwareSpec, end: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        vm: Vm,
+        spec: FirmwareSpec,
+        identity: Callable[[], SystemIdentity],
+        end: Callable[[BaseException], None],
+    ) -> None:
         """``end`` is called where the host does not take what is to be kept."""
         self._vm = vm
         self._image = FirmwareImage.read(spec)
         self._ram = vm.ram
+        self._identity = identity
         self.fw_cfg = FwCfg(vm, GuestMemoryError)
         self.debug_console = DebugConsole()
         self.ramfb = None if self._image.is_seabios else Ramfb()
@@ -89,7 +97,7 @@ class MachineFirmware:
         files: dict[str, bytes | FwCfgItem] = {
             "etc/e820": memory_file(self._ram),
             **acpi_files(*tables),
-            **smbios_files(config.memory),
+            **smbios_files(config.memory, self._identity()),
             **kernel_files,
         }
         if config.vga:

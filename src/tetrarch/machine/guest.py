@@ -138,8 +138,10 @@ def load_guest(
     elif config.kernel is not None:
         from tetrarch.boot import build_acpi, load_kernel
         from tetrarch.boot.generation import first_generation
+        from tetrarch.boot.smbios import place_smbios
 
         first_generation(vm)
+        place_smbios(vm, config.memory, platform.identity())
         rsdp, tables = build_acpi(
             config.cpus.apic_ids,
             vm.ram,

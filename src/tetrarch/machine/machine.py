@@ -44,7 +44,7 @@ from tetrarch.machine.recording import RecordingEnd, check_recorded, replayed
 from tetrarch.machine.saving import SaveMethods
 from tetrarch.machine.selection import chosen
 from tetrarch.machine.status import ExitStatus
-from tetrarch.platforms.pc import PC
+from tetrarch.platforms.named import PlatformName, named_platform
 from tetrarch.platforms.platform import Platform
 from tetrarch.sockets import SocketDirectory
 from tetrarch.virtio.balloon import BalloonKind
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from tetrarch.aio import AsyncMachine
     from tetrarch.display.screen import Screen
     from tetrarch.gdb.server import GdbServer
+    from tetrarch.platforms.vmware import GuestInfo, Tools, Vmware
 
 __all__ = ["Machine"]
 
@@ -67,7 +68,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
     What it is made of is a ``MachineConfig``, or its fields as keywords, listed
     below. ``console`` is the other end of the serial line: an object, or as the
     configuration writes it; None is one for programs, ``vm.console``. ``platform`` is
-    which hypervisor's interface the guest finds; the PC's is KVM's. ``agent``: programs can
+    which hypervisor's interface the guest finds: one of yours, or a name. ``agent``: programs can
     run commands in the guest (``exec``), over a vsock socket of the machine's own. ``guest_cpu``
     is what its CPU is to be where ``cpu`` does not say it: as another machine's was. ``vm`` is a
     stand-in for the engine, for tests.
@@ -81,13 +82,13 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         config: MachineConfig | None = None,
         *,
         console: ConsoleBackend | str | None = None,
-        platform: Platform = PC,
+        platform: Platform | PlatformName | None = None,
         agent: bool = False,
         guest_cpu: GuestCpu | None = None,
         vm: EngineVm | None = None,
         **options: Unpack[MachineOptions],
     ) -> None:
-        config = with_installed_disk(_configured(config, console, options))
+        config = with_installed_disk(_configured(config, console, platform, options))
         if agent and config.vsock is None:
             config = config.updated({"vsock": _own_directory(self) / "vsock"})
         # A stand-in has none.
@@ -95,11 +96,13 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         make_room(self._ram)
         if vm is None:
             engine, self.engine_reason = chosen(config)
+            platform = _platform(platform, config, engine)
             if guest_cpu is None:
                 guest_cpu = cpu_for(config.cpu, engine, platform)
             vm = create_vm(engine, config, platform, guest_cpu)
         else:
             engine, self.engine_reason = type(vm).__name__, "as given"
+            platform = _platform(platform, config, engine)
         backend = _open_console(console, config.console)
         ports = _open_ports(config.virtio_console)
         super().__init__(config, engine, vm, platform, backend, ports)
@@ -297,6 +300,26 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
     async def __aexit__(self, *error: object) -> None:
         await self.aio.__aexit__(*error)
 
+    @property
+    def guestinfo(self) -> GuestInfo:
+        """The variables that VMware's guests share with their host; docs/vmware.md. Raises
+        MachineStateError on another platform."""
+        return self._vmware.guestinfo
+
+    @property
+    def tools(self) -> Tools:
+        """The guest's open-vm-tools. Raises MachineStateError on another platform than VMware's."""
+        return self._vmware.tools
+
+    @property
+    def _vmware(self) -> Vmware:
+        if self._platform.vmware is None:
+            raise MachineStateError(
+                f"the machine's platform, {self._platform.name}, has nothing of VMware's",
+                mend="make it with the platform vmware",
+            )
+        return self._platform.vmware
+
     @classmethod
     def restore(
         cls,
@@ -305,7 +328,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         engine: EngineName | None = None,
         name: str | None = None,
         console: ConsoleBackend | str | None = None,
-        platform: Platform = PC,
+        platform: Platform | None = None,
         disk: DiskOption | Sequence[DiskOption] = (),
         cdrom: CdromOption | Sequence[CdromOption] = (),
         floppy: FloppyOption | Sequence[FloppyOption] = (),
@@ -336,7 +359,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         from tetrarch.machine.flush_points import check_flush_points
         from tetrarch.machine.snapshot import opened
 
-        with opened(Path(path), platform.name) as saved:
+        with opened(Path(path), None if platform is None else platform.name) as saved:
             given = {
                 "engine": engine,
                 "name": name,
@@ -370,10 +393,21 @@ def _own_directory(machine: Machine) -> Path:
     return directory.path
 
 
+def _platform(
+    given: Platform | PlatformName | None, config: MachineConfig, engine: str
+) -> Platform:
+    return given if isinstance(given, Platform) else named_platform(config.platform, engine)
+
+
 def _configured(
-    config: MachineConfig | None, console: ConsoleBackend | str | None, options: MachineOptions
+    config: MachineConfig | None,
+    console: ConsoleBackend | str | None,
+    platform: Platform | PlatformName | None,
+    options: MachineOptions,
 ) -> MachineConfig:
     values: dict[str, Any] = {**options}
+    if isinstance(platform, str):
+        values["platform"] = platform
     if isinstance(console, str):
         values["console"] = console
     config = make_config(values) if config is None else config.updated(values)

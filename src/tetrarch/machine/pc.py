@@ -54,6 +54,7 @@ from tetrarch.machine.threads import VcpuThreads
 from tetrarch.machine.vcpus import PluggedVcpus
 from tetrarch.machine.virtio import VirtioSlots
 from tetrarch.pci import PciBus, bus, hotplug
+from tetrarch.platforms.platform import Platform
 from tetrarch.virtio.balloon import BalloonKind
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.console import ConsoleKind, ConsolePort
@@ -181,6 +182,7 @@ def check_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
 def assemble_pc(
     vm: EngineVm,
     config: MachineConfig,
+    platform: Platform,
     end: Callable[[ExitStatus | BaseException], None],
     stop: OnStop,
     events: Events,
@@ -251,6 +253,7 @@ def assemble_pc(
         "pci-hotplug": plugged.hotplug,
         "port-92": control_a,
         "reset": reset_control,
+        **platform.devices,
     }
 
     ports = [
@@ -284,7 +287,7 @@ def assemble_pc(
         from tetrarch.devices import debug_console, fw_cfg
         from tetrarch.machine.firmware import MachineFirmware
 
-        firmware = MachineFirmware(vm, config.firmware, end)
+        firmware = MachineFirmware(vm, config.firmware, platform.identity, end)
         devices |= {"fw-cfg": firmware.fw_cfg, "debug-console": firmware.debug_console}
         if config.vga and firmware.ramfb is not None:
             devices["ramfb"] = firmware.ramfb

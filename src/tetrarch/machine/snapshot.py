@@ -19,6 +19,7 @@ from tetrarch.machine.flush_points import flush_disks, require_kept
 from tetrarch.machine.outside import Outside
 from tetrarch.machine.saved import SavedReader, SavedWriter, open_saved, read_ram
 from tetrarch.machine.state import MachineParts, MachineState, load_state, save_state
+from tetrarch.platforms.named import PLATFORMS
 
 __all__ = [
     "About",
@@ -37,6 +38,7 @@ _ABOUT_VERSION: Final = 5
 _ABOUT_OPTIONS: Final = {
     "name",
     "engine",
+    "platform",
     "memory",
     "cpus",
     "debug_exit",
@@ -156,7 +158,7 @@ def about_of(path: Path) -> About:
 
 
 @contextmanager
-def opened(path: Path, platform: str) -> Iterator[Saved]:
+def opened(path: Path, platform: str | None) -> Iterator[Saved]:
     """A saved machine, and the files that it lies upon. Raises StateError."""
     with ExitStack() as stack:
         reader = stack.enter_context(open_saved(path))
@@ -181,7 +183,7 @@ def opened(path: Path, platform: str) -> Iterator[Saved]:
 
 
 def _read_about(reader: SavedReader, platform: str | None) -> About:
-    """``platform``: what it has to be, if that is known."""
+    """``platform``: that of the program; else it is one of ours."""
     about = _mapping(reader, "machine", _ABOUT_VERSION)
     uptime = about.pop("uptime", None)
     had = about.pop("outside", None)
@@ -193,6 +195,13 @@ def _read_about(reader: SavedReader, platform: str | None) -> About:
         raise StateError(
             f"the saved machine has the platform {found!r}", mend=f"give it, not {platform!r}"
         )
+    if platform is None and isinstance(found, str):
+        if found not in PLATFORMS:
+            raise StateError(
+                f"the saved machine has a platform of its own, {found[:64]!r}",
+                mend="restore it by a program that has the platform: Machine.restore(platform=...)",
+            )
+        about["platform"] = found
     if not about.keys() <= _ABOUT_OPTIONS:
         # Nothing of a file of somebody else names files of ours.
         raise reader.damaged("describes no machine")

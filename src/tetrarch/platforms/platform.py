@@ -10,13 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from tetrarch._native import GuestCall, GuestTrap, RegisterPortAccess
     from tetrarch.machine.engine_vm import EngineVm
+    from tetrarch.platforms.vmware import Vmware
 
-__all__ = ["Hypercalls", "Msr", "Platform", "RegisterPort", "TrapHook"]
+__all__ = [
+    "Hypercalls",
+    "Msr",
+    "Platform",
+    "PlatformDevice",
+    "RegisterPort",
+    "SystemIdentity",
+    "TrapHook",
+]
 
 Registers = tuple[int, int, int, int]
 """EAX, EBX, ECX, EDX."""
@@ -69,6 +80,25 @@ class TrapHook:
     syscall: bool = False
 
 
+@dataclass(frozen=True)
+class SystemIdentity:
+    """What SMBIOS says of the machine (DSP0134, 7.2)."""
+
+    vendor: str = "Tetrarch"
+    product: str = "Tetrarch PC"
+    version: str = ""
+    serial: str = ""
+    uuid: UUID | None = None
+
+
+class PlatformDevice(Protocol):
+    """A part of the platform that has a state; saved, loaded and reset as a device's."""
+
+    def reset(self) -> None: ...
+    def save(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Platform:
     """What a guest interface adds to the bare CPU; the default adds nothing.
@@ -90,3 +120,9 @@ class Platform:
     start: Callable[[EngineVm, dict[str, int]], dict[str, int]] | None = None
     """Changes what vCPU 0 starts with: takes its registers as the boot protocol has set them, and
     returns those to be set. What it writes to memory lies over what was loaded."""
+    identity: Callable[[], SystemIdentity] = SystemIdentity
+    devices: Mapping[str, PlatformDevice] = field(default_factory=dict)
+    """Parts with a state, by the name that it is saved under. They belong to one machine, and so
+    does such a platform."""
+    vmware: Vmware | None = None
+    """What a machine on VMware's platform offers to the host."""

@@ -47,6 +47,7 @@ from tetrarch.remote.vcpus import plug_vcpu, vcpu_name
 if TYPE_CHECKING:
     from tetrarch.aio import AsyncRemoteMachine
     from tetrarch.display.screen import Screen
+    from tetrarch.remote.vmware import RemoteGuestInfo, RemoteTools
 
 __all__ = ["Completed", "RemoteMachine", "connect"]
 
@@ -176,6 +177,20 @@ class RemoteMachine(PauseMethods, AgentMethods):
             raise HostError(
                 f"there is no log of {self.name}", mend="machines in the background write one"
             ) from None
+
+    @property
+    def guestinfo(self) -> RemoteGuestInfo:
+        """As ``Machine.guestinfo``."""
+        from tetrarch.remote.vmware import RemoteGuestInfo
+
+        return RemoteGuestInfo(self.execute)
+
+    @property
+    def tools(self) -> RemoteTools:
+        """As ``Machine.tools``."""
+        from tetrarch.remote.vmware import RemoteTools
+
+        return RemoteTools(self.execute)
 
     # A look inside.
 

@@ -15,6 +15,7 @@ from tetrarch.control.commands import (
     save,
     screen,
     stats,
+    vmware,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "save",
     "screen",
     "stats",
+    "vmware",
 ]

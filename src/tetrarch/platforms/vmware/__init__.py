@@ -1,0 +1,65 @@
+"""VMware's interface, as its Linux drivers and open-vm-tools use it. See docs/vmware.md.
+
+One file each: the backdoor, what it says of the machine, messages over it, the requests of the
+guest and of the host, and the variables that both share.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tetrarch.platforms.platform import Hypercalls, Platform, RegisterPort
+from tetrarch.platforms.vmware.backdoor import PORT, Backdoor
+from tetrarch.platforms.vmware.facts import KERNEL_ONLY, Facts
+from tetrarch.platforms.vmware.guestinfo import GuestInfo
+from tetrarch.platforms.vmware.identity import Identity
+from tetrarch.platforms.vmware.messages import MESSAGE, Channels
+from tetrarch.platforms.vmware.rpci import RPCI, Rpci
+from tetrarch.platforms.vmware.tclo import TCLO, ToolsError
+from tetrarch.platforms.vmware.tools import Tools, ToolsStatus
+
+__all__ = ["GuestInfo", "Tools", "ToolsError", "ToolsStatus", "Vmware"]
+
+#: The leaf where Linux looks for how to call (arch/x86/kernel/cpu/vmware.c), and what it finds
+#: there in ECX: VMCALL, or nothing, and then it is the port. Of two bits it takes neither.
+FEATURES_LEAF: Final = 0x4000_0010
+VMCALL: Final = 1 << 1
+
+
+class Vmware:
+    """What one machine on this platform has beside its devices."""
+
+    def __init__(self) -> None:
+        self.identity = Identity()
+        self.guestinfo = GuestInfo()
+        self.tools = Tools(self.guestinfo)
+        self.channels = Channels({RPCI: Rpci(self.tools.requests()), TCLO: self.tools.tclo})
+        facts = Facts(lambda: self.identity.uuid)
+        self._backdoor = Backdoor({**facts.commands(), MESSAGE: self.channels.command}, KERNEL_ONLY)
+
+    def platform(self, *, hypercalls: bool, any_privilege: bool) -> Platform:
+        """``hypercalls``: the engine hands all of them over. ``any_privilege``: programs of the
+        guest reach the port too."""
+        backdoor = self._backdoor
+        return Platform(
+            name="vmware",
+            cpuid={
+                0x4000_0000: (FEATURES_LEAF, *_words(b"VMwareVMware")),
+                FEATURES_LEAF: (0, 0, VMCALL if hypercalls else 0, 0),
+            },
+            hypercalls=Hypercalls(backdoor.hypercall, user_mode=True) if hypercalls else None,
+            ports={PORT: RegisterPort(backdoor.port, any_privilege=any_privilege)},
+            identity=self.identity.system,
+            devices={
+                "vmware-identity": self.identity,
+                "guestinfo": self.guestinfo,
+                "vmware-tools": self.tools,
+                "vmware-channels": self.channels,
+            },
+            vmware=self,
+        )
+
+
+def _words(text: bytes) -> tuple[int, int, int]:
+    first, second, third = (int.from_bytes(text[at : at + 4], "little") for at in (0, 4, 8))
+    return first, second, third

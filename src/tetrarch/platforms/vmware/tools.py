@@ -1,0 +1,205 @@
+"""What the host knows of the guest's tools, and asks of them: open-vm-tools' service, ``vmtoolsd``.
+
+The tools say what they are by RPCI, and do what TCLO asks (open-vm-tools, services/vmtoolsd and
+services/plugins).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tetrarch.errors import StateError
+from tetrarch.platforms.vmware.guestinfo import PREFIX, GuestInfo
+from tetrarch.platforms.vmware.rpci import RpcRefused
+from tetrarch.platforms.vmware.tclo import Tclo, ToolsError
+
+__all__ = ["Tools", "ToolsStatus"]
+
+_LOG: Final = logging.getLogger(__name__)
+#: Lines of the guest's that go to the log in a minute; the rest is counted.
+_LINES_A_MINUTE: Final = 100
+_LONGEST_LINE: Final = 512
+#: Facts and capabilities that a guest can leave here.
+_MOST: Final = 256
+_LONGEST: Final = 4096
+
+#: Numbers of ``SetGuestInfo`` whose value is a line of text (lib/include/guestInfo.h).
+_FACTS: Final = {
+    "1": "hostname",
+    "4": "build",
+    "5": "os",
+    "6": "os-family",
+    "7": "uptime",
+    "11": "os-detailed",
+}
+
+
+@dataclass(frozen=True)
+class ToolsStatus:
+    """The guest's tools as they are now."""
+
+    running: bool
+    heartbeat_s: float | None
+    """Seconds since they came last; they come at least once in a second."""
+    version: str
+    """As VMware counts: 12389 is 12.1.5. Empty: they have not said."""
+    capabilities: Mapping[str, str]
+    facts: Mapping[str, str]
+    """Of the guest: ``hostname``, ``os``, ``uptime`` and others, as far as it has said."""
+
+
+@dataclass
+class _Said:
+    version: str = ""
+    capabilities: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+class Tools:
+    """``power_off`` and ``reset`` end the machine's run where the guest's tools say that it ends by
+    them; the guest itself does the rest."""
+
+    def __init__(self, guestinfo: GuestInfo) -> None:
+        self._guestinfo = guestinfo
+        self._said = _Said()
+        self._minute = (0.0, 0)
+        self.tclo = Tclo(self._came)
+
+    @property
+    def status(self) -> ToolsStatus:
+        age = self.tclo.last_seen
+        said = self._said
+        return ToolsStatus(
+            age is not None, age, said.version, dict(said.capabilities), dict(said.facts)
+        )
+
+    def halt(self, timeout: float = 30.0) -> None:
+        """The guest shuts down and switches off. Raises ToolsError."""
+        self.tclo.ask("OS_Halt", timeout)
+
+    def reboot(self, timeout: float = 30.0) -> None:
+        self.tclo.ask("OS_Reboot", timeout)
+
+    def synchronize_time(self, timeout: float = 30.0) -> None:
+        """The guest sets its clock, now, to the host's."""
+        self.tclo.ask("Time_Synchronize 1", timeout)
+
+    def set_resolution(self, width: int, height: int, timeout: float = 30.0) -> None:
+        """Of the guest's screen, where a program there draws one."""
+        self.tclo.ask(f"Resolution_Set {width} {height}", timeout)
+
+    def requests(self) -> Mapping[str, Callable[[str], str]]:
+        """What the guest's programs may ask for by RPCI."""
+        return {
+            "info-get": self._info_get,
+            "info-set": self._info_set,
+            "log": self._log,
+            "SetGuestInfo": self._fact,
+            "tools.set.version": self._version,
+            "tools.set.versiontype": self._version,
+            "tools.capability.*": lambda rest: "",
+            "tools.os.statechange.*": lambda rest: "",
+            "vmx.capability.*": lambda rest: "",
+        } | {
+            f"tools.capability.{name}": self._capability(name)
+            for name in (
+                "auto_upgrade",
+                "guest_conf_directory",
+                "guest_temp_directory",
+                "hgfs_server",
+                "printer_set",
+                "resolution_set",
+                "resolution_server",
+                "statechange",
+                "softpowerop_retry",
+                "update_service",
+            )
+        }
+
+    def _came(self) -> None:
+        """As VMware does when the service has started."""
+        for text in ("Capabilities_Register", "Set_Option synctime 0", "OS_PowerOn"):
+            with suppress(ToolsError):  # it has gone again
+                self.tclo.post(text)
+
+    def _info_get(self, rest: str) -> str:
+        name = rest.strip()
+        value = self._guestinfo.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+        if value is None:
+            raise RpcRefused("No value found")
+        return value
+
+    def _info_set(self, rest: str) -> str:
+        name, _, value = rest.lstrip().partition(" ")
+        if not name.startswith(PREFIX):
+            raise RpcRefused("Permission denied")
+        try:
+            self._guestinfo[name.removeprefix(PREFIX)] = value
+        except ValueError as error:
+            raise RpcRefused(str(error)) from None
+        return ""
+
+    def _log(self, rest: str) -> str:
+        begun, lines = self._minute
+        now = time.monotonic()
+        if now - begun > 60:
+            begun, lines = now, 0
+        self._minute = begun, lines + 1
+        if lines < _LINES_A_MINUTE:
+            text = rest[:_LONGEST_LINE].encode(errors="replace").decode(errors="replace")
+            _LOG.info("guest: %s", "".join(c if c.isprintable() else "?" for c in text))
+        return ""
+
+    def _fact(self, rest: str) -> str:
+        number, _, value = rest.strip().partition(" ")
+        if (name := _FACTS.get(number)) is not None:
+            self._said.facts[name] = value.strip()[:_LONGEST]
+        return ""
+
+    def _version(self, rest: str) -> str:
+        self._said.version = rest.split(" ")[0][:16]
+        return ""
+
+    def _capability(self, name: str) -> Callable[[str], str]:
+        def keep(rest: str) -> str:
+            self._said.capabilities[name] = rest[:_LONGEST]
+            return ""
+
+        return keep
+
+    def reset(self) -> None:
+        self._said = _Said()
+
+    def save(self) -> dict[str, Any]:
+        said = self._said
+        return {
+            "device": "vmware-tools",
+            "version": 1,
+            "tools": said.version,
+            "capabilities": dict(said.capabilities),
+            "facts": dict(said.facts),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        tables = [state.get(name) for name in ("capabilities", "facts")]
+        version = state.get("tools")
+        if not isinstance(version, str) or not all(_is_texts(table) for table in tables):
+            raise StateError("saved state of 'vmware-tools' is none", mend="save it again")
+        self._said = _Said(version, *(dict(table) for table in tables if table is not None))
+
+
+def _is_texts(table: object) -> bool:
+    return (
+        isinstance(table, dict)
+        and len(table) <= _MOST
+        and all(
+            isinstance(text, str) and len(text) <= _LONGEST
+            for pair in table.items()
+            for text in pair
+        )
+    )

@@ -1,0 +1,127 @@
+"""Linux and open-vm-tools find VMware."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.userland.debian import DebianRoot
+
+from tetrarch import Machine, MachineStateError
+from tetrarch.images import CachedGuest
+
+PROMPT = "root@tetrarch"
+PATIENCE = 120.0
+
+
+def said(vm: Machine, command: str) -> str:
+    """What a command prints, between two marks that its echo does not have."""
+    vm.console.send(f"echo BEG''IN; {command}; echo EN''D\n")
+    vm.console.expect("BEGIN", PATIENCE)
+    return vm.console.expect("END", PATIENCE).rpartition("END")[0].strip()
+
+
+def test_linux_says_that_it_is_on_vmware(debian_guest: CachedGuest, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    with Machine(engine="bt", platform="vmware", cpus=2) as vm:
+        vm.start()
+        vm.console.expect(PROMPT, PATIENCE)
+        log = said(vm, "dmesg")
+        for line in (
+            "Hypervisor detected: VMware",
+            "vmware: hypercall mode: 0x02",
+            "DMI: VMware, Inc. VMware Virtual Platform",
+            "Booting paravirtualized kernel on VMware hypervisor",
+        ):
+            assert line in log
+        mhz = re.search(r"vmware: TSC freq read from hypervisor : (\d+\.\d+) MHz", log)
+        assert mhz is not None
+        assert said(vm, "grep -c x2apic /proc/cpuinfo") == "2"
+        dmi = said(vm, "cd /sys/class/dmi/id; cat sys_vendor product_serial product_uuid")
+        vendor, serial, uuid = dmi.split("\r\n")
+        assert vendor == "VMware, Inc."
+        assert serial.replace(" ", "").removeprefix("VMware-").replace("-", "") == uuid.replace(
+            "-", ""
+        )
+        clock = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
+        assert said(vm, clock) == "tsc"
+        vm.guestinfo["kept"] = "yes"
+        vm.save(saved)
+    with Machine.restore(saved) as vm:
+        vm.start()
+        assert vm.config.platform == "vmware"
+        assert dict(vm.guestinfo) == {"kept": "yes"}
+        assert said(vm, "cat /sys/class/dmi/id/product_uuid") == uuid
+        before, begun = float(said(vm, "cut -d' ' -f1 /proc/uptime")), time.monotonic()
+        after = float(said(vm, "sleep 2; cut -d' ' -f1 /proc/uptime"))
+        assert after - before == pytest.approx(time.monotonic() - begun, abs=0.5)
+
+
+def test_another_platform_has_neither_variables_nor_tools(debian_guest: CachedGuest) -> None:
+    with Machine(engine="bt") as vm:
+        with pytest.raises(MachineStateError, match="pc, has nothing of VMware's; make it with"):
+            vm.guestinfo["x"] = "y"
+        with pytest.raises(MachineStateError, match="nothing of VMware's"):
+            _ = vm.tools
+
+
+class Small:
+    """A guest with Debian's open-vm-tools, without systemd."""
+
+    def __init__(self, kernel: CachedGuest) -> None:
+        root = DebianRoot(("busybox-static", "open-vm-tools", "coreutils", "dash"))
+        root.build()
+        self.vm = Machine(
+            kernel=kernel.kernel,
+            initrd=root.initrd,
+            append="console=ttyS0 quiet reboot=t panic=-1",
+            memory="1G",
+            engine="bt",
+            platform="vmware",
+        )
+        self.vm.start()
+        self.vm.console.expect("=== ready\r\n", PATIENCE)
+
+    def run(self, command: str) -> str:
+        self.vm.console.send(f"x {command}\n")
+        self.vm.console.expect("=== begin x\r\n", PATIENCE)
+        output = self.vm.console.expect(re.compile(r"=== end x (\d+)\r\n"), PATIENCE)
+        return output.rpartition("=== end x ")[0].replace("\r\n", "\n")
+
+
+@pytest.fixture(scope="module")
+def tools(debian_guest: CachedGuest) -> Iterator[Small]:
+    small = Small(debian_guest)
+    yield small
+    small.vm.kill()
+
+
+def test_programs_of_open_vm_tools_work(tools: Small) -> None:
+    assert "good" in tools.run("vmware-checkvm")
+    tools.vm.guestinfo["x"] = "from the host"
+    assert tools.run("vmware-rpctool 'info-get guestinfo.x'") == "from the host\n"
+    tools.run("vmware-rpctool 'info-set guestinfo.y from the guest'")
+    assert tools.vm.guestinfo["y"] == "from the guest"
+    assert "Unknown command" in tools.run("vmware-rpctool 'no.such.thing'")
+    mhz = re.search(r"(\d+) MHz", tools.run("vmware-toolbox-cmd stat speed"))
+    assert mhz is not None
+    assert int(mhz[1]) == tools.vm._vm.tsc_hz() // 1_000_000  # type: ignore[attr-defined]
+    assert re.search(r"\d\d:\d\d:\d\d", tools.run("vmware-toolbox-cmd stat hosttime"))
+
+
+def test_service_of_open_vm_tools_comes_and_is_asked(tools: Small) -> None:
+    tools.run("vmtoolsd -b /tmp/pid >/tmp/log 2>&1; sleep 1")
+    deadline = time.monotonic() + PATIENCE
+    while not tools.vm.tools.status.capabilities:
+        assert time.monotonic() < deadline, tools.run("cat /tmp/log")
+        time.sleep(0.2)
+    status = tools.vm.tools.status
+    assert status.running
+    assert status.version == "12352"
+    # The clock goes back to the host's.
+    tools.run("date -s '2001-01-01'")
+    tools.vm.tools.synchronize_time()
+    assert abs(int(tools.run("date +%s")) - time.time()) < 5
