@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from typing import Any
@@ -27,6 +28,7 @@ from tests.platforms.caller import (
     Program,
 )
 
+from tetrarch.aio.tools import AsyncTools
 from tetrarch.errors import StateError
 from tetrarch.platforms.vmware import GuestInfo, ToolsError, Vmware
 from tetrarch.platforms.vmware.backdoor import MAGIC, NO_COMMAND, PORT
@@ -343,3 +345,26 @@ def test_any_calls_are_answered(calls: list[tuple[int, int, int, int, bool]]) ->
         if command == MESSAGE and kind == OPEN and done["rcx"] >> 16 & SUCCESS:
             cookies[done["rdx"] >> 16] = (done["rsi"], done["rdi"])
     assert len(vmware.guestinfo) <= len(calls)
+
+
+def test_tools_in_coroutines(vmware: Vmware, program: Program) -> None:
+    daemon = Daemon(program, {b"Resolution_Set 800 600": b"ERROR no screen"})
+    daemon.come()
+    tools = AsyncTools(vmware.tools)
+
+    async def ask() -> None:
+        asked = asyncio.create_task(tools.set_resolution(800, 600, LIMIT_S))
+        while not asked.done():
+            daemon.come()
+            await asyncio.sleep(0.01)
+        with pytest.raises(ToolsError, match="refuse 'Resolution_Set 800 600': no screen"):
+            await asked
+        halted = asyncio.create_task(tools.halt(LIMIT_S))
+        while not halted.done():
+            daemon.come()
+            await asyncio.sleep(0.01)
+        await halted
+
+    asyncio.run(ask())
+    assert daemon.asked[-1] == b"OS_Halt"
+    assert tools.status.running

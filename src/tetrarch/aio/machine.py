@@ -10,6 +10,7 @@ from tetrarch._patience import patience
 from tetrarch.aio.bridge import awaited, on_thread, same
 from tetrarch.aio.console import AsyncConsole
 from tetrarch.aio.debugging import DebugTwin
+from tetrarch.aio.tools import AsyncTools
 from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.status import ExitStatus
@@ -85,6 +86,8 @@ class AsyncMachine(DebugTwin[Machine]):
     copy_in = awaited(Machine.copy_in)
     copy_out = awaited(Machine.copy_out)
     agent = awaited(Machine.agent)
+    # What VMware's guests have.
+    guestinfo = _same(lambda vm: vm.guestinfo)
     # Others that steer it.
     serve_control = _same(lambda vm: vm.serve_control)
     serve_gdb = _same(lambda vm: vm.serve_gdb)
@@ -94,6 +97,11 @@ class AsyncMachine(DebugTwin[Machine]):
     def console(self) -> AsyncConsole:
         """The serial line. Only where no other console was given."""
         return AsyncConsole(self.sync.console)
+
+    @property
+    def tools(self) -> AsyncTools:
+        """As ``Machine.tools``."""
+        return AsyncTools(self.sync.tools)
 
     async def wait(self, timeout: float | None = None) -> ExitStatus:
         """As ``Machine.wait``, without a thread."""

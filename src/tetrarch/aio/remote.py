@@ -8,6 +8,7 @@ from typing import TypeVar
 from tetrarch.aio.bridge import awaited, same
 from tetrarch.aio.console import AsyncConsole
 from tetrarch.aio.debugging import DebugTwin
+from tetrarch.aio.tools import AsyncTools
 from tetrarch.remote.machine import RemoteMachine
 
 __all__ = ["AsyncRemoteMachine"]
@@ -56,6 +57,12 @@ class AsyncRemoteMachine(DebugTwin[RemoteMachine]):
     copy_in = awaited(RemoteMachine.copy_in)
     copy_out = awaited(RemoteMachine.copy_out)
     agent = awaited(RemoteMachine.agent)
+    guestinfo = _same(lambda vm: vm.guestinfo)
+
+    @property
+    def tools(self) -> AsyncTools:
+        """As ``RemoteMachine.tools``."""
+        return AsyncTools(self.sync.tools)
 
     @property
     def console(self) -> AsyncConsole:

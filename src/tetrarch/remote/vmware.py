@@ -59,6 +59,11 @@ class RemoteTools:
         """As ``Tools.synchronize_time``."""
         self._ask("synchronize-time", timeout)
 
+    def set_resolution(self, width: int, height: int, timeout: float = 30.0) -> None:
+        """As ``Tools.set_resolution``."""
+        arguments = {"width": width, "height": height, "timeout": timeout}
+        self._execute("x-tools-resolution", arguments, timeout=timeout + 10)
+
     def _ask(self, what: str, timeout: float) -> None:
         arguments = {"what": what, "timeout": timeout}
         self._execute("x-tools-ask", arguments, timeout=timeout + 10)

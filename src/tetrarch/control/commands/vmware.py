@@ -9,7 +9,7 @@ from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError
 
-__all__ = ["guestinfo", "guestinfo_get", "guestinfo_set", "tools", "tools_ask"]
+__all__ = ["guestinfo", "guestinfo_get", "guestinfo_set", "tools", "tools_ask", "tools_resolution"]
 
 
 @command("x-guestinfo")
@@ -48,3 +48,8 @@ def tools_ask(
         "synchronize-time": service.synchronize_time,
     }
     ask[what](timeout)
+
+
+@command("x-tools-resolution")
+def tools_resolution(monitor: Monitor, width: int, height: int, timeout: float = 30) -> None:
+    monitor.machine.tools.set_resolution(width, height, timeout)
