@@ -53,12 +53,14 @@ class BlockNode:
 
 
 class BlockNodes:
-    """Lock: ``_lock``, held for a change of the list alone."""
+    """Locks: ``_opening``, held while an image is opened, so that of two of one name one is; then
+    ``_lock``, for a change of the list or of who has an image."""
 
     def __init__(self, stop: OnStop, events: Events) -> None:
         """``stop`` is called with what the machine is to be held for."""
         self._stop = stop
         self._events = events
+        self._opening = threading.Lock()
         self._lock = threading.Lock()
         self._nodes: dict[str, BlockNode] = {}
 
@@ -75,9 +77,19 @@ class BlockNodes:
 
         Raises ImageError where the image cannot be used, ConfigError for a name in use.
         """
-        if name in self._nodes:
-            raise ConfigError(f"Duplicate nodes with node-name='{name}'")
+        with self._opening:
+            if name in self._nodes:
+                raise ConfigError(f"Duplicate nodes with node-name='{name}'")
+            return self._open(name, spec, kept, removable, files)
 
+    def _open(
+        self,
+        name: str,
+        spec: DiskSpec,
+        kept: bool,
+        removable: bool,
+        files: Sequence[int] | None,
+    ) -> BlockNode:
         def stopped(cause: str, waits: Callable[[], bool]) -> None:
             self._tell_error(name, "write", "stop", True, cause)
             self._stop(f"{name} ({spec.path}): {cause}", waits)
@@ -118,6 +130,17 @@ class BlockNodes:
 
     def get(self, name: str) -> BlockNode | None:
         return self._nodes.get(name)
+
+    def take(self, name: str, device: str) -> BlockNode | None:
+        """For a device, until it is ``released``; None where there is no such image. Raises
+        ConfigError where another has it."""
+        with self._lock:
+            node = self._nodes.get(name)
+            if node is not None:
+                if node.device is not None:
+                    raise ConfigError(f"Drive '{name}' is already in use by {node.device}")
+                node.device = device
+            return node
 
     def remove(self, name: str) -> None:
         """Closes an image that no device has. Raises MachineStateError."""

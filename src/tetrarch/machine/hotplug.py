@@ -6,12 +6,13 @@ opened before and has a name too.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tetrarch.errors import ConfigError, ValueProblem
-from tetrarch.machine.blocks import BlockNodes
+from tetrarch.machine.blocks import BlockNode, BlockNodes
 from tetrarch.machine.netdevs import Netdevs
 from tetrarch.machine.plugged import PciDevice, PluggedDevices
 from tetrarch.net.mac import parse_mac, random_mac
@@ -44,6 +45,8 @@ class Added:
 
 
 class HotPlug:
+    """Lock: ``_adding``, held while a device is put in: of two of one name one comes in."""
+
     def __init__(
         self, vm: Vm, plugged: PluggedDevices, blocks: BlockNodes, netdevs: Netdevs
     ) -> None:
@@ -51,6 +54,7 @@ class HotPlug:
         self._plugged = plugged
         self._blocks = blocks
         self._netdevs = netdevs
+        self._adding = threading.Lock()
         self._closing: dict[str, _Closing] = {}
         self.added: dict[str, Added] = {}
         """Those that are in, by name."""
@@ -72,20 +76,29 @@ class HotPlug:
             raise ConfigError(
                 f"'{driver}' is not a valid device model name", mend=f"there are {known}"
             )
+        with self._adding:
+            self._add(driver, properties, name, announce)
+
+    def _add(
+        self, driver: str, properties: Mapping[str, Any], name: str | None, announce: bool
+    ) -> None:
         if name is None:
             self._count += 1
             name = f"{driver}.{self._count}"
-        if name in self._plugged.slots.values():
+        if _has_surrogates(name):
+            raise ConfigError("Parameter 'id' expects text", mend="name it in Unicode")
+        if self._plugged.has(name):
             raise ConfigError(f"Duplicate device ID '{name}'")
         given = dict(properties)
         slot = _slot(given.pop("addr", None))
-        device = self._drivers[driver](name, given)
         try:
+            device = self._drivers[driver](name, given)
             for left in given:
                 raise ConfigError(f"Property '{driver}.{left}' not found")
             self._plugged.plug(name, device, slot, announce=announce)
         except BaseException:
-            self._closing.pop(name).close()
+            if (closing := self._closing.pop(name, None)) is not None:
+                closing.close()
             self.released(name)
             raise
         own = {key: properties[key] for key in ("serial", "mac") if key in properties}
@@ -110,21 +123,21 @@ class HotPlug:
             kind.close()
 
     def _virtio_blk(self, name: str, given: Properties) -> PciDevice:
-        node = self._node("virtio-blk-device", given)
+        node = self._node("virtio-blk-device", name, given)
         kind = BlkKind(self._vm, node.disk.share(), name, 1)
-        node.device, node.tell_size = name, kind.data_path.config_changed
+        node.tell_size = kind.data_path.config_changed
         self._closing[name] = kind
         return VirtioPci(self._vm, kind)
 
     def _nvme(self, name: str, given: Properties) -> PciDevice:
-        node = self._node("nvme", given)
         serial = given.pop("serial", None)
         if serial is not None and not isinstance(serial, str):
             raise ConfigError("Property 'nvme.serial' expects text")
+        node = self._node("nvme", name, given)
         from tetrarch.storage.nvme import NvmeController
 
         controller = NvmeController(self._vm, node.disk.share(), name=name, serial=serial)
-        node.device, node.tell_size = name, controller.queues.resized
+        node.tell_size = controller.queues.resized
         self._closing[name] = controller
         return controller
 
@@ -137,7 +150,11 @@ class HotPlug:
         except ValueProblem as problem:
             raise ConfigError(f"Property 'virtio-net-pci.mac': {problem.cause}") from None
         network = self._netdevs.take(netdev, name)
-        kind = NetKind(self._vm, network, name, mac)
+        try:
+            kind = NetKind(self._vm, network, name, mac)
+        except BaseException:
+            network.close()
+            raise
         self._closing[name] = kind
         return VirtioPci(self._vm, kind)
 
@@ -146,16 +163,19 @@ class HotPlug:
         self._closing[name] = _Nothing()
         return VirtioPci(self._vm, kind)
 
-    def _node(self, driver: str, given: Properties) -> Any:
+    def _node(self, driver: str, name: str, given: Properties) -> BlockNode:
         drive = given.pop("drive", None)
         if drive is None:
             raise ConfigError("drive property not set")
-        node = self._blocks.get(drive) if isinstance(drive, str) else None
+        node = self._blocks.take(drive, name) if isinstance(drive, str) else None
         if node is None:
             raise ConfigError(f"Property '{driver}.drive' can't find value '{drive}'")
-        if node.device is not None:
-            raise ConfigError(f"Drive '{drive}' is already in use by {node.device}")
         return node
+
+
+def _has_surrogates(name: str) -> bool:
+    """Halves of characters, as JSON may have them; no name outside of Python."""
+    return any("\ud800" <= char <= "\udfff" for char in name)
 
 
 class _Nothing:

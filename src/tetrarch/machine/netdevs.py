@@ -29,21 +29,24 @@ class Netdev:
 
 
 class Netdevs:
-    """Lock: ``_lock``, for a change of the list."""
+    """Locks: ``_opening``, held while a network is opened, so that of two of one name one is; then
+    ``_lock``, for a change of the list or of who has a network."""
 
     def __init__(self, machine: str, fail: Callable[[BaseException], None]) -> None:
         self._log = MachineLog(machine)
         self._fail = fail
+        self._opening = threading.Lock()
         self._lock = threading.Lock()
         self._netdevs: dict[str, Netdev] = {}
 
     def add(self, name: str, spec: NetSpec, *, kept: bool = True) -> None:
         """Raises HostError where the host does not give it, ConfigError for a name in use."""
-        if name in self._netdevs:
-            raise ConfigError(f"Duplicate ID '{name}' for netdev")
-        netdev = Netdev(name, spec, self._open(name, spec), kept=kept)
-        with self._lock:
-            self._netdevs[name] = netdev
+        with self._opening:
+            if name in self._netdevs:
+                raise ConfigError(f"Duplicate ID '{name}' for netdev")
+            netdev = Netdev(name, spec, self._open(name, spec), kept=kept)
+            with self._lock:
+                self._netdevs[name] = netdev
 
     def all(self) -> list[Netdev]:
         with self._lock:
@@ -51,13 +54,14 @@ class Netdevs:
 
     def take(self, name: str, device: str) -> OpenNetwork:
         """For a card, until it is out; then the network is opened anew for another."""
-        netdev = self._netdevs.get(name)
-        if netdev is None or netdev.device is not None:
-            why = "can't find value" if netdev is None else "is in use:"
-            raise ConfigError(f"Property 'virtio-net-pci.netdev' {why} '{name}'")
-        network, netdev.network = netdev.network or self._open(name, netdev.spec), None
-        netdev.device = device
-        return network
+        with self._lock:
+            netdev = self._netdevs.get(name)
+            if netdev is None or netdev.device is not None:
+                why = "can't find value" if netdev is None else "is in use:"
+                raise ConfigError(f"Property 'virtio-net-pci.netdev' {why} '{name}'")
+            netdev.device = device
+            network, netdev.network = netdev.network, None
+        return network or self._open(name, netdev.spec)
 
     def remove(self, name: str) -> None:
         with self._lock:

@@ -234,15 +234,17 @@ def assemble_pc(
     netdevs = Netdevs(config.name, end)
     hot_plug: HotPlug | None = None
 
-    def out(name: str) -> None:
+    def released(name: str) -> None:
         if hot_plug is not None:
             hot_plug.released(name)
+
+    def deleted(name: str) -> None:
         events.tell("device-deleted", device=name, path=f"/machine/peripheral/{name}")
 
     def balloon_changed(actual: int) -> None:
         events.tell("balloon-change", actual=config.memory - actual)
 
-    plugged = PluggedDevices(pci, acpi, out)
+    plugged = PluggedDevices(pci, acpi, released, deleted)
     vcpus.connect(threads, acpi)
     devices: dict[str, SavedDevice] = {
         "i8042": keyboard,

@@ -47,14 +47,22 @@ class PluggedDevices:
     without it."""
 
     def __init__(
-        self, bus: PciBus, acpi: AcpiPm, out: Callable[[str], object] = lambda name: None
+        self,
+        bus: PciBus,
+        acpi: AcpiPm,
+        release: Callable[[str], object] = lambda name: None,
+        tell: Callable[[str], object] = lambda name: None,
     ) -> None:
-        """``out`` is called with the name of a device that was taken out."""
-        self._out = out
+        """Called with the name of a device that was taken out: ``release`` lets go of what it had,
+        then its name is free; ``tell`` is called at last."""
+        self._release = release
+        self._tell = tell
         self.hotplug = PciHotplug(lambda level: acpi.set_gpe(PCI_HOTPLUG_EVENT, level), self._eject)
         self._bus = bus
         self._lock = threading.Lock()
         self._devices: dict[str, _Plugged] = {}
+        self._leaving: set[str] = set()
+        """Those that are out, and have not let go of all that they had: their names are theirs."""
         self._ended = False
         self.awaited: dict[str, tuple[int, State]] = {}
         """Slot and state of devices of a saved machine that have not been plugged in yet."""
@@ -64,7 +72,7 @@ class PluggedDevices:
     ) -> int:
         """Puts a device into a slot; ``announce`` tells the guest, which runs."""
         with self._lock:
-            if name in self._devices:
+            if name in self._devices or name in self._leaving:
                 raise ConfigError(f"there is a device {name!r} already", mend="name it otherwise")
             if any(plugged.device is device for plugged in self._devices.values()):
                 raise ConfigError(
@@ -115,6 +123,7 @@ class PluggedDevices:
                 return
             (name,) = found
             plugged = self._devices.pop(name)
+            self._leaving.add(name)
             self._bus.unplug(slot)
         self.hotplug.forget(slot)
         try:
@@ -123,9 +132,14 @@ class PluggedDevices:
             if callable(close := getattr(plugged.device, "close", None)):
                 close()
         finally:
-            plugged.out = True
-            plugged.gone.set()
-            self._out(name)
+            try:
+                self._release(name)
+            finally:
+                with self._lock:
+                    self._leaving.discard(name)
+                plugged.out = True
+                plugged.gone.set()
+                self._tell(name)
 
     def close(self) -> None:
         """The machine has ended: nobody waits for its guest any longer."""
@@ -133,6 +147,11 @@ class PluggedDevices:
             self._ended = True
             for plugged in self._devices.values():
                 plugged.gone.set()
+
+    def has(self, name: str) -> bool:
+        """Whether a device of that name is there, or has yet to let go of what it had."""
+        with self._lock:
+            return name in self._devices or name in self._leaving
 
     @property
     def slots(self) -> dict[int, str]:
