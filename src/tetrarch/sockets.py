@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -15,13 +18,18 @@ from typing import Final
 from tetrarch._files import remove_tree
 from tetrarch.errors import HostError
 
-__all__ = ["ListeningSocket", "SocketDirectory", "remove_dead_socket", "socket_place"]
+__all__ = ["Backlog", "ListeningSocket", "SocketDirectory", "remove_dead_socket", "socket_place"]
 
 #: What a path has, of the 107 bytes that an address holds (unix(7)), before our names.
 _PLACE_MAX: Final = 64
 _BACKLOG: Final = 16
 #: Of directories of ours that are locked, and of nothing else.
 _PREFIX: Final = "tetrarch-sock-"
+#: The host has no descriptor or no memory for a client, who waits (accept(2)).
+_NO_ROOM: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_AGAIN_S: Final = 0.02
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class SocketDirectory:
@@ -85,6 +93,47 @@ def socket_place() -> str:
     return place if len(os.fsencode(place)) <= _PLACE_MAX else "/tmp"
 
 
+class Backlog:
+    """Those who have connected with a socket that listens, and wait to be served.
+
+    Where the process has no descriptor for one, that one waits, and the log says so once.
+    """
+
+    def __init__(self, listener: socket.socket, name: str) -> None:
+        self._listener = listener
+        self._name = name
+        self._told_waiting = False
+        self.closed = False
+
+    def accept(self) -> socket.socket | None:
+        """The next; None where it is ``closed``, and where there is none to be had at the moment.
+        Then it has taken a moment, so that who asks again and again does not spin."""
+        try:
+            return self._listener.accept()[0]
+        except OSError as error:
+            if not self.closed and error.errno in _NO_ROOM:
+                self._wait(error)
+            return None
+
+    def close(self) -> None:
+        """Also wakes a thread that waits in accept()."""
+        self.closed = True
+        # close() alone does not wake it.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _wait(self, error: OSError) -> None:
+        if not self._told_waiting:
+            self._told_waiting = True
+            _LOG.warning(
+                "who connects to %s waits: %s; raise the limit of open files: ulimit -n",
+                self._name,
+                error.strerror,
+            )
+        time.sleep(_AGAIN_S)
+
+
 class ListeningSocket:
     """A socket at a path, for this user alone (mode 0600).
 
@@ -108,17 +157,19 @@ class ListeningSocket:
                 f"cannot listen on the {what} socket {path}: {error.strerror or error}",
                 mend="name another path",
             ) from error
+        self._backlog = Backlog(self._socket, str(path))
 
     def fileno(self) -> int:
         """For who waits for clients among other things."""
         return self._socket.fileno()
 
+    @property
+    def closed(self) -> bool:
+        return self._backlog.closed
+
     def accept(self) -> socket.socket | None:
-        """The next client; None once it is closed."""
-        try:
-            return self._socket.accept()[0]
-        except OSError:
-            return None
+        """The next client, as ``Backlog.accept``."""
+        return self._backlog.accept()
 
     def close(self) -> None:
         """Also wakes a thread that waits in accept()."""
@@ -126,10 +177,7 @@ class ListeningSocket:
             # Somebody may have put another in its place.
             if os.stat(self.path).st_ino == self._inode:
                 self.path.unlink()
-        # close() alone does not wake it.
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        self._backlog.close()
 
 
 def remove_dead_socket(path: Path) -> None:

@@ -6,7 +6,6 @@ length (little-endian), and the rest. Input is sent as far as the agent has room
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
 import threading
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Self
 
+from tetrarch._readiness import readable
 from tetrarch.errors import TetrarchError
 
 __all__ = [
@@ -122,7 +122,7 @@ class AgentStream:
 
     def ready(self, timeout: float) -> bool:
         """Whether there is something to read, within so many seconds."""
-        return bool(select.select([self._stream], [], [], timeout)[0])
+        return bool(readable(self._stream, timeout=timeout))
 
     def read(self) -> tuple[bytes, bytes]:
         """The next frame that is the command's. Raises AgentError where there is none any more."""
@@ -243,7 +243,7 @@ def _try(path: Path, alive: Callable[[], bool]) -> AgentStream | None:
 def _await_word(stream: socket.socket, alive: Callable[[], bool]) -> None:
     """Waits until there is something to read. Raises ConnectionError where nothing comes."""
     deadline = time.monotonic() + _ANSWER_S
-    while not select.select([stream], [], [], _RETRY_S)[0]:
+    while not readable(stream, timeout=_RETRY_S):
         if not alive() or time.monotonic() >= deadline:
             raise ConnectionError
 

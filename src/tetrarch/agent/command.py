@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import signal
 import struct
 import sys
@@ -17,6 +16,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import BinaryIO, Self
 
+from tetrarch._readiness import readable
 from tetrarch.agent.client import (
     ERROR,
     EXIT,
@@ -208,10 +208,7 @@ class _Feeder:
     def _wait(self, reading: bool) -> bool:
         """Until there is something to do; true if it is input, which the command has room for."""
         own = [_INPUT] if reading and self._stream.room else []
-        try:
-            ready, _, _ = select.select([self._wake, *own], [], [])
-        except (OSError, ValueError):  # input is closed
-            return True
+        ready = readable(self._wake, *own)
         if self._wake in ready:
             with suppress(BlockingIOError):
                 os.read(self._wake, 4096)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
-import stat
 import threading
 from pathlib import Path
 
 from tetrarch._files import open_to_write
 from tetrarch.console.backend import ConsoleError, Leave, Receive
+from tetrarch.errors import HostError
+from tetrarch.sockets import ListeningSocket
 
 __all__ = ["FileConsole", "SocketConsole"]
 
@@ -60,24 +60,15 @@ class SocketConsole:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         # _lock guards the client and the backlog.
         self._lock = threading.Lock()
         self._client: socket.socket | None = None
         self._backlog = bytearray()
         self._closed = False
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            _remove_stale(path)
-            self._listener.bind(str(path))
-            os.chmod(path, 0o600)
-            self._listener.listen(1)
-        except OSError as error:
-            self._listener.close()
-            reason = error.strerror or str(error)
-            raise ConsoleError(
-                f"cannot listen for the console on {path}: {reason}", mend="name another path"
-            ) from error
+            self._listener = ListeningSocket(path, "console")
+        except HostError as error:
+            raise ConsoleError(error.cause, mend=error.mend) from error
 
     def start(self, receive: Receive, leave: Leave) -> None:
         threading.Thread(
@@ -99,15 +90,13 @@ class SocketConsole:
             self._closed = True
             if self._client is not None:
                 _hang_up(self._client)
-        _hang_up(self._listener)
-        self._path.unlink(missing_ok=True)
+        self._listener.close()
 
     def _serve(self, receive: Receive) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:  # close() was called
-                return
+        while not self._listener.closed:
+            client = self._listener.accept()
+            if client is None:
+                continue
             client.settimeout(_CLIENT_TIMEOUT_S)
             with self._lock:
                 taken = self._closed or self._client is not None
@@ -147,17 +136,6 @@ class SocketConsole:
             # recv() in _serve sees the end and makes room for the next client.
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
-
-
-def _remove_stale(path: Path) -> None:
-    """Removes the socket of a run that was killed; one that answers stays."""
-    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
 
 
 def _hang_up(end: socket.socket) -> None:

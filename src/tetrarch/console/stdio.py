@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
 
+from tetrarch._readiness import await_room, readable
 from tetrarch.console.backend import ConsoleError, Leave, Receive, Resize
 from tetrarch.console.terminal import RawTerminal
 
@@ -70,7 +70,7 @@ class StdioConsole:
                 view = view[os.write(self._out, view) :]
             except BlockingIOError:
                 # Whoever shares the terminal with us made it non-blocking.
-                select.select((), (self._out,), ())
+                await_room(self._out)
             except OSError as error:
                 raise ConsoleError(
                     f"cannot write the console to standard output: {error.strerror}",
@@ -104,7 +104,7 @@ class StdioConsole:
     def _read(self, receive: Receive, leave: Leave) -> None:
         while True:
             try:
-                ready, _, _ = select.select((self._in, self._wake), (), ())
+                ready = readable(self._in, self._wake)
                 if self._wake in ready:
                     return
                 data = os.read(self._in, _READ_BYTES)

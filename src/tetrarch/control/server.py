@@ -67,16 +67,29 @@ class ControlServer:
             session.end(deadline)
 
     def _accept(self) -> None:
-        while (connection := self._socket.accept()) is not None:
-            with self._lock:
-                if self._closed or len(self._sessions) >= _CLIENTS_MAX:
-                    _turn_away(connection)
-                    continue
+        while not self._socket.closed:
+            if (connection := self._socket.accept()) is not None:
+                self._admit(connection)
+
+    def _admit(self, connection: socket.socket) -> None:
+        with self._lock:
+            if self._closed or len(self._sessions) >= _CLIENTS_MAX:
+                _turn_away(connection, f"the machine has {_CLIENTS_MAX} clients already")
+                return
+            try:
                 session = Session(connection, self._machine)
-                self._sessions.add(session)
+            except RuntimeError as error:  # the host gives no thread
+                _turn_away(connection, str(error))
+                return
+            self._sessions.add(session)
+        try:
             threading.Thread(
                 target=self._serve, args=(session,), name="control-client", daemon=True
             ).start()
+        except RuntimeError:
+            with self._lock:
+                self._sessions.discard(session)
+            session.end(time.monotonic())
 
     def _serve(self, session: Session) -> None:
         try:
@@ -86,8 +99,8 @@ class ControlServer:
                 self._sessions.discard(session)
 
 
-def _turn_away(connection: socket.socket) -> None:
+def _turn_away(connection: socket.socket, why: str) -> None:
     """What is sent first never waits."""
-    refusal = QmpError(f"the machine has {_CLIENTS_MAX} clients already")
+    refusal = QmpError(why)
     with suppress(OSError), connection:
         connection.send(encode(error_reply(refusal)))

@@ -8,7 +8,6 @@ machine for a client, and lets it run on without breakpoints when the client goe
 from __future__ import annotations
 
 import os
-import select
 import socket
 import threading
 import weakref
@@ -16,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
+from tetrarch._readiness import readable
 from tetrarch.errors import HostError, MachineStateError
 from tetrarch.gdb.monitor import Monitor
 from tetrarch.gdb.packets import PacketReader, Signal, frame
@@ -23,7 +23,7 @@ from tetrarch.gdb.session import Leave, Session
 from tetrarch.gdb.spec import GdbSpec
 from tetrarch.machine.debugger import Debugger, DebuggerPort
 from tetrarch.machine.log import MachineLog
-from tetrarch.sockets import ListeningSocket
+from tetrarch.sockets import Backlog, ListeningSocket
 
 if TYPE_CHECKING:
     from tetrarch.machine.machine import Machine
@@ -94,7 +94,7 @@ class GdbServer:
 
     def _accept(self) -> socket.socket | None:
         while True:
-            ready, _, _ = select.select([self._listener, self._end], [], [])
+            ready = readable(self._listener, self._end)
             if self._end in ready:
                 return None
             client = self._listener.accept()
@@ -160,12 +160,12 @@ class _Connection:
             watched: list[socket.socket | int] = [self._client, self._end]
             if not self._debugger.stopped:
                 watched.append(self._debugger.alert)
-            ready, _, _ = select.select(watched, [], [])
+            ready = readable(*watched)
             if self._end in ready:
                 raise _Gone
             if self._debugger.alert in ready:
                 self._vcpu_stopped()
-            if self._client in ready:
+            if self._client.fileno() in ready:
                 self._read()
 
     def _read(self) -> None:
@@ -232,6 +232,7 @@ class _TcpListener:
     def __init__(self, host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, port), family=family, backlog=1)
+        self._backlog = Backlog(self._socket, str(self.spec))
 
     @property
     def spec(self) -> GdbSpec:
@@ -242,15 +243,14 @@ class _TcpListener:
         return self._socket.fileno()
 
     def accept(self) -> socket.socket | None:
-        try:
-            client, _ = self._socket.accept()
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError:  # it was in a hurry, and is gone by now
-            return None
+        client = self._backlog.accept()
+        if client is not None:
+            with suppress(OSError):  # it was in a hurry, and is gone by now
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return client
 
     def close(self) -> None:
-        self._socket.close()
+        self._backlog.close()
 
 
 def _listen(spec: GdbSpec) -> ListeningSocket | _TcpListener:

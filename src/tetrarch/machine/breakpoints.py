@@ -8,7 +8,6 @@ instruction it stands before, which no other vCPU may run past meanwhile.
 from __future__ import annotations
 
 import os
-import select
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Protocol, Self
 
 from tetrarch._native import EngineError
 from tetrarch._patience import patience
+from tetrarch._readiness import readable
 from tetrarch.errors import HostError, MachineStateError
 from tetrarch.machine.debugger import Debugger, DebuggerPort, Hardware, NoMemory, Stop, Watched
 from tetrarch.machine.vcpu import VcpuView
@@ -281,7 +281,7 @@ class Breakpoints:
                 watched = [self._wake]
                 if self._debugger is not None:
                     watched.append(self._debugger.alert)
-                ready, _, _ = select.select(watched, [], [])
+                ready = readable(*watched)
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
                     while not self._asked.empty():
@@ -305,7 +305,7 @@ class Breakpoints:
 
     def _arrival(self, debugger: Debugger) -> Stop:
         while True:
-            ready, _, _ = select.select([self._wake, debugger.alert], [], [])
+            ready = readable(self._wake, debugger.alert)
             if self._ended:
                 raise MachineStateError("the machine has ended on the way", mend="look earlier")
             if debugger.alert not in ready:

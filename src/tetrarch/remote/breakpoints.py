@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import secrets
-import select
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
+from tetrarch._readiness import readable
 from tetrarch.control.client import Client
 from tetrarch.errors import HostError, MachineStateError, TetrarchError
 from tetrarch.machine.breakpoints import Breakpoint, Hit, Listener
@@ -108,7 +108,7 @@ class RemoteBreakpoints:
     def _serve(self) -> None:
         try:
             while not self._ended:
-                ready, _, _ = select.select([self._client.fileno(), self._wake], [], [])
+                ready = readable(self._client, self._wake)
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
                     while not self._asked.empty():
