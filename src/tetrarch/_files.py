@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from tetrarch.errors import ConfigError
 
 __all__ = [
     "ScratchDirectory",
+    "open_regular",
     "open_to_write",
     "read_bounded",
     "read_text",
     "remove_tree",
     "replaced_when_whole",
+    "write_all",
 ]
 
 #: Far above any description of a machine, and any list of packages or keys.
@@ -40,17 +43,36 @@ def read_bounded(path: Path, most: int = _BYTES_MAX) -> bytes:
     return data
 
 
-def open_to_write(path: Path) -> BinaryIO:
-    """An emptied or new file, unbuffered. Raises OSError, so for a FIFO that nobody reads."""
+def open_regular(path: str | Path) -> int:
+    """A descriptor that reads a file. Raises OSError, also for what is none: a FIFO would be waited
+    for, and a device has no end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def open_to_write(path: Path, mode: int = 0o666, buffering: int = 0) -> BinaryIO:
+    """An emptied or new file. Raises OSError, so for a FIFO that nobody reads."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags, mode)
     except OSError as error:
         if error.errno == errno.ENXIO and path.is_fifo():
             raise OSError(errno.ENXIO, "nobody reads the FIFO yet", str(path)) from error
         raise
     os.set_blocking(descriptor, True)
-    return os.fdopen(descriptor, "wb", buffering=0)
+    return os.fdopen(descriptor, "wb", buffering=buffering)
+
+
+def write_all(path: Path, data: bytes) -> None:
+    """As ``Path.write_bytes``, but that a FIFO which nobody reads is an OSError."""
+    with open_to_write(path, buffering=-1) as file:
+        file.write(data)
 
 
 def remove_tree(path: str | Path) -> None:

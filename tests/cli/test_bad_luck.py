@@ -60,6 +60,7 @@ def run(cli: Cli, tmp_path: Path) -> Cli:
         (["--disk", "{here}/disk", "--ssh-key", "{here}/fifo"], "fifo: '' is no public SSH key"),
         (["--disk", "{here}/disk", "--ssh-key", "/dev/zero"], "it has more than 1 MiB; give a"),
         (["--disk", "{here}/fifo"], "is neither a file nor a block device"),
+        (["--record", "{here}/fifo"], "cannot record to {here}/fifo: nobody reads the FIFO yet"),
         (["--share", "{here}/fifo"], "fifo: Not a directory; name a directory that you can"),
     ],
 )
@@ -71,8 +72,28 @@ def test_nothing_is_waited_for(
     # An empty file of options has none.
     assert done.returncode == (0 if message is None else 1), done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert message is None or message in done.stderr
+    assert message is None or message.format(here=tmp_path) in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "--restore", "{fifo}"], "cannot read {fifo}: it is no regular file"),
+        (["run", "--replay", "{fifo}"], "cannot replay {fifo}: it is no regular file"),
+        (["symbols", "{fifo}", "-o", "out"], "{fifo} has no address of a kernel"),
+        (["symbols", "{names}", "-o", "{fifo}"], "{fifo}: nobody reads the FIFO yet"),
+    ],
+)
+def test_fifo_that_nobody_writes_is_not_waited_for(
+    cli: Cli, tmp_path: Path, words: list[str], message: str
+) -> None:
+    fifo, names = tmp_path / "fifo", tmp_path / "names"
+    os.mkfifo(fifo)
+    names.write_text("ffffffff81000000 T _stext\nffffffff81000100 T _etext\n")
+    done = cli(*(word.format(fifo=fifo, names=names) for word in words))
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert message.format(fifo=fifo) in done.stderr
 
 
 def test_frames_go_to_no_fifo_that_nobody_reads(run: Cli, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files that a client has opened, and what is made of them."""
 
 import os
+import re
 import select
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,78 @@ def test_descriptors_that_are_of_no_use(make: Make, socket_path: Path, tmp_path:
         )
 
     session(socket_path, talk)
+
+
+@pytest.mark.parametrize("command", ["x-save", "dump-guest-memory"])
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        (".", os.O_RDONLY, "'f' is not open for that"),
+        ("new", os.O_RDONLY | os.O_CREAT, "'f' is not open for that"),
+        ("new", os.O_PATH, "'f' is not open for that"),
+        ("full", os.O_WRONLY, "No space left|no empty file"),
+    ],
+)
+def test_what_cannot_be_written_is_not_kept_open(
+    make: Make, socket_path: Path, tmp_path: Path, command: str, name: str, flags: int, words: str
+) -> None:
+    started(make)
+    (tmp_path / "new").touch()
+    (tmp_path / "full").symlink_to("/dev/full")
+
+    async def talk(client: QMPClient) -> None:
+        for _ in range(2):
+            descriptor = os.open(tmp_path / name, flags)
+            client.send_fd_scm(descriptor)
+            os.close(descriptor)
+            await client.execute("getfd", {"fdname": "f"})
+            before = len(os.listdir("/proc/self/fd"))
+            assert re.search(words, await refused(client, command, protocol="fd:f"))
+            assert len(os.listdir("/proc/self/fd")) < before
+
+    session(socket_path, talk)
+
+
+def test_machine_is_saved_to_an_empty_file_alone(
+    make: Make, socket_path: Path, tmp_path: Path
+) -> None:
+    started(make)
+    (tmp_path / "old").write_bytes(b"something")
+
+    async def talk(client: QMPClient) -> None:
+        flags = os.O_WRONLY | os.O_CREAT
+        for path, how in (
+            (tmp_path / "old", flags),
+            (tmp_path / "new", flags | os.O_APPEND),
+            (Path(os.devnull), flags),
+        ):
+            descriptor = os.open(path, how)
+            client.send_fd_scm(descriptor)
+            os.close(descriptor)
+            await client.execute("getfd", {"fdname": "f"})
+            assert "no empty file" in await refused(client, "x-save", protocol="fd:f")
+
+    session(socket_path, talk)
+    assert (tmp_path / "old").read_bytes() == b"something"
+
+
+def test_command_takes_what_came_with_it(make: Make, socket_path: Path, tmp_path: Path) -> None:
+    make()
+
+    async def talk(client: QMPClient) -> None:
+        for name in "ab":
+            descriptor = os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT)
+            client.send_fd_scm(descriptor)
+            os.close(descriptor)
+            if name == "a":
+                assert "'fdname'" in await refused(client, "getfd", fdname=1)
+        await client.execute("add-fd", {"fdset-id": 1})
+        arguments = {"val": 0, "size": 7, "filename": "/dev/fdset/1"}
+        await client.execute("pmemsave", arguments)
+        assert "No file descriptor supplied" in await refused(client, "add-fd")
+
+    session(socket_path, talk)
+    assert [(tmp_path / name).stat().st_size for name in "ab"] == [0, 7]
 
 
 def test_what_a_client_has_sent_goes_with_it(make: Make, socket_path: Path, tmp_path: Path) -> None:

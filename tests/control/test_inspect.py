@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("x-memory-write", {"val": -1, "filename": "in"}, "'val'"),
     ("x-memory-write", {"val": 0, "filename": "none"}, "No such file"),
     ("x-memory-write", {"val": 0, "filename": "/dev/fdset/3"}, "not found"),
+    ("x-memory-write", {"val": 0, "filename": "fifo"}, "fifo: it is no regular file"),
+    ("x-memory-write", {"val": 0, "filename": "."}, "Is a directory"),
+    ("pmemsave", {"val": 0, "size": 1, "filename": "fifo"}, "nobody reads the FIFO yet"),
+    ("pmemsave", {"val": 0, "size": 1, "filename": "."}, "^.: Is a directory$"),
+    ("memsave", {"val": 0, "size": 1, "filename": "fifo"}, "nobody reads the FIFO yet"),
+    ("screendump", {"filename": "fifo"}, "nobody reads the FIFO yet"),
     ("pmemsave", {"val": 0, "size": 1 << 63, "filename": "out"}, "is RAM"),
     ("pmemsave", {"val": 0, "size": -1, "filename": "out"}, "'size'"),
     ("pmemsave", {"val": 0, "size": 1, "filename": "\0"}, "null byte"),
@@ -78,7 +85,8 @@ def test_what_cannot_be_is_an_error_of_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").write_bytes(b"1234")
-    vm = make()
+    os.mkfifo(tmp_path / "fifo")
+    vm = make(vga=True)
     vm.start()
     vm.console.expect("up", LIMIT_S)
     with Client(socket_path) as client:

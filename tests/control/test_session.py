@@ -177,6 +177,10 @@ def test_reset_by_the_guest_is_told(make: Make, socket_path: Path) -> None:
         ("qmp_capabilities", {}, "CommandNotFound", "already complete"),
         ("stop", {"now": True}, "GenericError", "'now' is unexpected"),
         ("cont", {}, "GenericError", "not been started"),
+        ("device_add", {"driver": "nvme", "monitor": 1}, "GenericError", "drive property"),
+        ("device_add", {"driver": "virtio-rng-pci", "id_": "x"}, "GenericError", "'.*id_' not"),
+        ("device_add", {"driver": "virtio-rng-pci", "monitor": 1}, "GenericError", "monitor' not"),
+        ("device_add", {"driver": "virtio-rng-pci", "id": "\ud800"}, "GenericError", "'id'"),
     ],
 )
 def test_command_that_cannot_be_is_refused(

@@ -437,6 +437,8 @@ def test_portable_cpu_has_no_more_than_each_engine_of_the_host(tmp_path: Path) -
         assert said_cpuid(vm) & ~(1 << 6 | 1 << 13) == common
 
 
-def test_device_without_an_end_is_no_saved_machine() -> None:
-    with pytest.raises(StateError, match="is no saved machine"):
-        Machine.restore("/dev/zero")
+def test_what_is_no_file_is_no_saved_machine(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in ("/dev/zero", tmp_path / "fifo"):
+        with pytest.raises(HostError, match="it is no regular file"):
+            Machine.restore(path)

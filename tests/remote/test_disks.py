@@ -107,3 +107,5 @@ def test_what_a_confined_machine_may_not_open_is_told(guest: RemoteMachine, tmp_
         ) as told:
             guest.execute(command, arguments)
         assert "--allow" in str(told.value)
+    with pytest.raises(ControlError, match="not permitted; this machine is confined"):
+        guest.execute("netdev_add", {"type": "user", "id": "x"})

@@ -11,9 +11,11 @@ use crate::descriptor::own_descriptor;
 use crate::error::Failure;
 
 fn failed(error: &JournalError) -> Failure {
-    EngineError::Refused(format!("the recording: {error}"))
-        .mended_by("name a file that --record has written")
-        .into()
+    mended(error, "name a file that --record has written")
+}
+
+fn mended(error: &JournalError, mend: &str) -> Failure {
+    EngineError::Refused(format!("the recording: {error}")).mended_by(mend).into()
 }
 
 /// Of a machine: a new file, its configuration and the instructions between checkpoints; or a
@@ -26,7 +28,8 @@ pub fn recording(
         (Some(_), Some(_)) => return Err(Failure::refused("a replay is not recorded again")),
         (Some((file, configuration, checkpoint_every)), None) => {
             let file = File::from(own_descriptor(file)?);
-            let writer = Writer::new(file, configuration).map_err(|error| failed(&error))?;
+            let writer = Writer::new(file, configuration)
+                .map_err(|error| mended(&error, "free the space, or record to another file"))?;
             Some(Recording::Record { writer, checkpoint_every })
         }
         (None, Some(file)) => {

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tetrarch._files import read_text
+from tetrarch._files import read_text, write_all
 from tetrarch.errors import ConfigError
 from tetrarch.foreign import (
     Carried,
@@ -60,4 +60,4 @@ def _write(carried: Carried, directory: Path, heading: str, output: Path | None)
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text)
+        write_all(output, text.encode())

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tetrarch._files import write_all
 from tetrarch.agent.command import run_here
 from tetrarch.cli.failure import FAILURE, in_one_line, report_error
 from tetrarch.errors import ConfigError, HostError, TetrarchError
@@ -186,7 +187,7 @@ def use_guestinfo(
 def take_screenshot(name: str, file: Path) -> None:
     picture = base64.b64decode(connect(name).execute("x-screen")["png"])
     try:
-        file.write_bytes(picture)
+        write_all(file, picture)
     except OSError as error:
         raise HostError(
             f"{file}: cannot be written: {error.strerror}", mend="name another file"

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, BinaryIO, Final, NotRequired, TypedDict
+from typing import Any, BinaryIO, Final, Literal, NotRequired, TypedDict
 
 from tetrarch.control.protocol import QmpError
 from tetrarch.machine.breakpoints import Breakpoint
 from tetrarch.machine.machine import Machine
 
-__all__ = ["Descriptors", "FdInfo", "Monitor"]
+__all__ = ["Descriptors", "FdInfo", "Monitor", "as_file"]
 
 
 #: How a file of a set is named where a path is.
 _SET_PREFIX: Final = "/dev/fdset/"
+_NUMBER: Final = re.compile("[0-9]{1,20}")
 _BUFFER: Final = 1 << 20
+
+
+def as_file(descriptor: int, mode: Literal["rb", "wb"], name: str) -> BinaryIO:
+    """One that a client has sent, which is the file's from now on. Raises QmpError."""
+    refused = os.O_RDONLY if mode == "wb" else os.O_WRONLY
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        if flags & os.O_PATH or flags & os.O_ACCMODE == refused:
+            raise QmpError(f"File descriptor named '{name}' is not open for that")
+        return os.fdopen(descriptor, mode, buffering=_BUFFER)
+    except OSError as error:
+        os.close(descriptor)
+        raise QmpError(f"File descriptor named '{name}': {error.strerror}") from error
+    except QmpError:
+        os.close(descriptor)
+        raise
 
 
 class FdInfo(TypedDict):
@@ -38,8 +57,12 @@ class Descriptors:
         self.sets: dict[int, list[FdInfo]] = {}
 
     def take(self, sent: list[int]) -> None:
-        """They came with what was read."""
-        self._sent += sent
+        """They came with what was read. Those that came before and no command has taken go, as with
+        QEMU: else the next command would take another's."""
+        if sent:
+            for descriptor in self._sent:
+                os.close(descriptor)
+            self._sent = sent
 
     def name(self, name: str) -> None:
         """Gives the next that was sent a name, and closes one that had it."""
@@ -76,7 +99,7 @@ class Descriptors:
         if not path.startswith(_SET_PREFIX):
             return None
         number = path.removeprefix(_SET_PREFIX)
-        found = self.sets.get(int(number), []) if number.isdecimal() else []
+        found = self.sets.get(int(number), []) if _NUMBER.fullmatch(number) else []
         if not found:
             raise QmpError(f"File descriptor named 'fdset-id:{number}' not found")
         return found[0]
@@ -101,7 +124,7 @@ class Descriptors:
         if kind == "file":
             yield name
             return
-        with os.fdopen(self.pop(name), "wb", buffering=_BUFFER) as file:
+        with as_file(self.pop(name), "wb", name) as file:
             yield file
 
     def close(self) -> None:

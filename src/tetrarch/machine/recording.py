@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tetrarch import __version__
+from tetrarch._files import open_regular, open_to_write
 from tetrarch._native import EngineError, recorded_configuration
 from tetrarch.errors import ConfigError, HostError, StateError
 from tetrarch.machine.engine_errors import engine_cause, engine_mend
@@ -142,7 +143,7 @@ def replayed(config: MachineConfig) -> MachineConfig:
     """
     if config.replay is None:
         return config
-    descriptor = _open(config.replay, os.O_RDONLY, "replay")
+    descriptor = _open(config.replay, open_regular, "replay")
     try:
         about = json.loads(recorded_configuration(descriptor))
         memory = int(about["memory"])
@@ -170,11 +171,10 @@ def opened(config: MachineConfig) -> Iterator[dict[str, Any]]:
     if config.record is not None:
         about = json.dumps({"tetrarch": __version__, "memory": config.memory})
         # Of a machine that is gone: another's memory shall not be left behind it.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        descriptor = _open(config.record, flags, "record to")
+        descriptor = _open(config.record, _open_to_record, "record to")
         arguments: dict[str, Any] = {"record": (descriptor, about, _CHECKPOINT_EVERY)}
     elif config.replay is not None:
-        descriptor = _open(config.replay, os.O_RDONLY, "replay")
+        descriptor = _open(config.replay, open_regular, "replay")
         arguments = {"replay": descriptor}
     else:
         yield {}
@@ -185,9 +185,14 @@ def opened(config: MachineConfig) -> Iterator[dict[str, Any]]:
         os.close(descriptor)
 
 
-def _open(path: Path, flags: int, what: str) -> int:
+def _open_to_record(path: Path) -> int:
+    with open_to_write(path, 0o600) as file:
+        return os.dup(file.fileno())
+
+
+def _open(path: Path, opener: Callable[[Path], int], what: str) -> int:
     try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+        return opener(path)
     except OSError as error:
         raise HostError(
             f"cannot {what} {path}: {error.strerror}", mend="name another file"

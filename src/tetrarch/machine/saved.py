@@ -16,8 +16,10 @@ nothing in it is more than data.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from tetrarch._files import open_regular
 from tetrarch._native import EngineError
 from tetrarch.errors import HostError, StateError
 from tetrarch.machine.engine_errors import engine_cause
@@ -61,7 +64,16 @@ class SavedWriter:
     """Writes RAM and then sections to a file, in the order of the calls."""
 
     def __init__(self, file: BinaryIO) -> None:
-        """The file is empty."""
+        """Raises HostError for a file that is not empty, and for what is none."""
+        found = os.fstat(file.fileno())
+        # The header comes last, to the file's start.
+        appends = fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_APPEND
+        if not stat.S_ISREG(found.st_mode) or found.st_size or appends:
+            raise HostError(
+                "cannot save the machine: what was opened for it is no empty file that can be"
+                " written anywhere",
+                mend="open a new file, and not to append",
+            )
         self._file = file
         self._sections = HEADER_BYTES
         file.write(bytes(HEADER_BYTES))
@@ -97,7 +109,6 @@ class SavedReader:
         self.path = path
         self._file = file
         size = os.fstat(file.fileno()).st_size
-        # Of a file, whatever it is: a device has no size, and no end.
         page = file.read(HEADER_BYTES)
         if page[: len(MAGIC)] != MAGIC:
             if page[: len(MAGIC) - 1] == MAGIC[:-1] and len(page) >= len(MAGIC):
@@ -167,7 +178,7 @@ class SavedReader:
 @contextmanager
 def open_saved(path: Path) -> Iterator[SavedReader]:
     try:
-        with path.open("rb", buffering=_BUFFER) as file:
+        with os.fdopen(open_regular(path), "rb", buffering=_BUFFER) as file:
             yield SavedReader(file, path)
     except OSError as error:
         raise HostError(

@@ -28,8 +28,8 @@ def add_fd(
     monitor: Monitor, fdset_id: int | None = None, opaque: str | None = None
 ) -> dict[str, int]:
     """Puts one into a set, which goes with the client. ``opaque`` is what it is called."""
-    if fdset_id is not None and fdset_id < 0:
-        raise QmpError("Parameter 'fdset-id' expects a non-negative value")
+    if fdset_id is not None and not 0 <= fdset_id < 1 << 63:
+        raise QmpError("Parameter 'fdset-id' expects a number from 0 to 0x7fffffffffffffff")
     number, descriptor = monitor.descriptors.add(fdset_id, opaque)
     return {"fdset-id": number, "fd": descriptor}
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterable
-from typing import BinaryIO, Final, cast
+from pathlib import Path
+from typing import Final
 
+from tetrarch._files import open_regular, open_to_write
 from tetrarch.control.command import command
-from tetrarch.control.monitor import Monitor
+from tetrarch.control.monitor import Monitor, as_file
 from tetrarch.control.protocol import QmpError
 from tetrarch.machine.engine_vm import EngineVcpu
 from tetrarch.machine.memory import pages
@@ -16,7 +18,6 @@ from tetrarch.machine.memory import pages
 __all__ = ["memory_write", "memsave", "msr", "pmemsave", "ram", "registers", "translate", "xsave"]
 
 _CHUNK: Final = 1 << 20
-_FLAGS: Final = {"rb": os.O_RDONLY, "wb": os.O_WRONLY | os.O_CREAT | os.O_TRUNC}
 
 
 @command("x-ram")
@@ -59,7 +60,9 @@ def memsave(
 @command("x-memory-write")
 def memory_write(monitor: Monitor, val: int, filename: str) -> None:
     """What is in a file into guest physical memory."""
-    with _opened(monitor, filename, "rb") as file:
+    info = monitor.descriptors.in_set(filename)
+    descriptor = open_regular(filename) if info is None else os.dup(info["fd"])
+    with as_file(descriptor, "rb", filename) as file:
         file.seek(0)
         while data := file.read(_CHUNK):
             _require("val", val, 1 << 64)
@@ -123,13 +126,12 @@ def _require(name: str, value: int, end: int) -> None:
 
 
 def _save(monitor: Monitor, steps: Iterable[tuple[int, int]], filename: str) -> None:
-    with _opened(monitor, filename, "wb") as file:
+    info = monitor.descriptors.in_set(filename)
+    opened = (
+        open_to_write(Path(filename), buffering=_CHUNK)
+        if info is None
+        else as_file(os.dup(info["fd"]), "wb", filename)
+    )
+    with opened as file:
         for address, length in steps:
             file.write(monitor.machine.read_memory(address, length))
-
-
-def _opened(monitor: Monitor, filename: str, mode: str) -> BinaryIO:
-    """A file by its path, or that of a set: /dev/fdset/N."""
-    info = monitor.descriptors.in_set(filename)
-    descriptor = os.open(filename, _FLAGS[mode], 0o666) if info is None else os.dup(info["fd"])
-    return cast(BinaryIO, os.fdopen(descriptor, mode))

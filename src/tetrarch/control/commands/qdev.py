@@ -35,13 +35,13 @@ class SocketAddress(BaseModel):
     path: str
 
 
-@command("device_add", open_ended=True)
+@command("device_add", open_end="properties")
 def device_add(
     monitor: Monitor,
     driver: str,
+    properties: dict[str, Any],
     id_: str | None = None,
     bus: str | None = None,
-    **properties: Any,
 ) -> None:
     """Plugs a device in, or a CPU, and tells the guest."""
     if driver == CPU_DRIVER:

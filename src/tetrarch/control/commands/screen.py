@@ -6,6 +6,7 @@ import base64
 from pathlib import Path
 from typing import Any, Literal
 
+from tetrarch._files import write_all
 from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError
@@ -38,4 +39,4 @@ def screendump(
     if head is not None:
         raise QmpError("'head' must be specified together with 'device'")
     shown = machine.screen()
-    Path(filename).write_bytes(shown.png() if format == "png" else shown.ppm())
+    write_all(Path(filename), shown.png() if format == "png" else shown.ppm())
