@@ -729,6 +729,9 @@ class Vm:
         there, the engine does not hear of."""
     def read_memory(self, address: int, length: int) -> bytes: ...
     def write_memory(self, address: int, data: bytes) -> None: ...
+    def discard_memory(self, address: int, length: int) -> int:
+        """Gives whole pages back to the host: they are zero from now on. How many bytes of the
+        range were RAM."""
     def save_ram(self, descriptor: int, offset: int, *, written: bool = False) -> tuple[bytes, int]:
         """Writes the pages that are not zero to a file, from ``offset`` on, a multiple of 4096;
         or those that were ``written`` since ``log_writes()``.

@@ -18,7 +18,7 @@ REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp")
 class StandIn:
     """What a command sees of a machine."""
 
-    ram = ((0, 3 << 30), (4 << 30, 1 << 30))
+    ram: tuple[tuple[int, int], ...] = ((0, 3 << 30), (4 << 30, 1 << 30))
 
     def tsc_hz(self) -> int:
         return 5_000_000_123

@@ -12,6 +12,7 @@ from tests.virtio.host_memory import with_resident
 
 from tetrarch import Machine
 from tetrarch.images import CachedGuest
+from tetrarch.platforms.named import PLATFORMS, PlatformName
 
 PROMPT = "root@tetrarch:~# "
 MIB = 1 << 20
@@ -60,10 +61,14 @@ def down_and_up(guest: Guest, times: int) -> None:
     guest.free()
 
 
-def started(debian_guest: CachedGuest) -> Guest:
+def started(debian_guest: CachedGuest, platform: PlatformName = "pc") -> Guest:
     guest = Guest(
         lambda: Machine(
-            engine="bt", kernel=debian_guest.kernel, initrd=debian_guest.initrd, memory=MEMORY >> 20
+            engine="bt",
+            platform=platform,
+            kernel=debian_guest.kernel,
+            initrd=debian_guest.initrd,
+            memory=MEMORY >> 20,
         )
     )
     guest.vm.start()
@@ -103,8 +108,11 @@ def test_memory_of_the_host_follows_the_balloon(debian_guest: CachedGuest, tmp_p
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_balloon_goes_down_and_up_twenty_times(debian_guest: CachedGuest) -> None:
-    guest = started(debian_guest)
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_balloon_goes_down_and_up_twenty_times(
+    debian_guest: CachedGuest, platform: PlatformName
+) -> None:
+    guest = started(debian_guest, platform)
     with guest.vm:
         # Meanwhile the guest uses memory, and has in it what it has put there.
         guest.ask("head -c 20000000 /dev/urandom >/tmp/kept; touch /tmp/turns")

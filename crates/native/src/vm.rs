@@ -228,6 +228,11 @@ impl Vm {
         Ok(py.detach(|| self.machine.memory.write(GuestPhys(address), data))?)
     }
 
+    /// As what the guest's balloon holds.
+    fn discard_memory(&self, py: Python<'_>, address: u64, length: u64) -> PyResult<u64> {
+        Ok(py.detach(|| self.machine.memory.discard(GuestPhys(address), length))?)
+    }
+
     fn cpu_features(&self) -> Vec<(String, u32)> {
         tetrarch_engine::features(|leaf, subleaf| self.machine.engine.cpuid(leaf, subleaf))
     }

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["place_smbios", "smbios_files"]
 
 MEMORY_END: Final = 127
+#: Of what stands for firmware where there is none.
+FIRMWARE_VERSION: Final = "1"
+FIRMWARE_DATE: Final = "01/01/2026"
 #: Largest memory device that its 16-bit field of MiB can say (7.18.4).
 DEVICE_MIB_MAX: Final = 0x7FFF
 UNKNOWN: Final = 2
@@ -36,7 +39,7 @@ def smbios_files(memory_bytes: int, identity: SystemIdentity) -> dict[str, bytes
 
 def place_smbios(vm: EngineVm, memory_bytes: int, identity: SystemIdentity) -> None:
     """In the segment that a kernel searches for the entry point (5.2.2)."""
-    tables = b"".join(_structures(memory_bytes, identity))
+    tables = b"".join([_firmware(identity), *_structures(memory_bytes, identity)])
     at = SMBIOS_BASE + 32
     if at + len(tables) > SMBIOS_END:
         raise ConfigError("the platform's identity is too long", mend="shorten its texts")
@@ -51,6 +54,14 @@ def _entry_point(address: int, length: int) -> bytes:
     )
     entry[5] = -sum(entry) & 0xFF
     return bytes(entry)
+
+
+def _firmware(identity: SystemIdentity) -> bytes:
+    """BIOS information (7.1), which firmware has of its own. Drivers are found by names that begin
+    with it."""
+    # Characteristics are not said (bit 3); in a virtual machine (byte 2, bit 4).
+    body = struct.pack("<BBHBBQBBBBBB", 1, 2, 0xF000, 3, 0, 1 << 3, 0, 1 << 4, 0, 0, 0xFF, 0xFF)
+    return _structure(0, 0, body, identity.vendor, FIRMWARE_VERSION, FIRMWARE_DATE)
 
 
 def _structures(memory_bytes: int, identity: SystemIdentity) -> list[bytes]:

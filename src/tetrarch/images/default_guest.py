@@ -32,7 +32,7 @@ __all__ = [
     "shares_script",
 ]
 
-RECIPE_VERSION = 18
+RECIPE_VERSION = 19
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -47,6 +47,7 @@ GUEST_MODULES = (
     "virtio_net",
     "virtio_console",
     "virtio_balloon",
+    "vmw_balloon",
     "virtio_rng",
     "virtio_input",
     "evdev",

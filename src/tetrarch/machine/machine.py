@@ -18,6 +18,7 @@ from tetrarch.console.spec import ConsoleSpec, PortSpec, require_console
 from tetrarch.devices.input_user import InputUser
 from tetrarch.errors import ConfigError, MachineStateError, ValueProblem
 from tetrarch.gdb.spec import GdbSpec
+from tetrarch.machine.balloon import Balloon
 from tetrarch.machine.config import (
     CdromOption,
     DiskOption,
@@ -47,7 +48,6 @@ from tetrarch.machine.status import ExitStatus
 from tetrarch.platforms.named import PlatformName, named_platform
 from tetrarch.platforms.platform import Platform
 from tetrarch.sockets import SocketDirectory
-from tetrarch.virtio.balloon import BalloonKind
 
 if TYPE_CHECKING:
     from tetrarch.aio import AsyncMachine
@@ -152,7 +152,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         return self._backend
 
     @property
-    def balloon(self) -> BalloonKind:
+    def balloon(self) -> Balloon:
         """By which the guest gives memory back: ``target``, ``actual``, ``stats()``."""
         if self._pc.balloon is None:
             raise MachineStateError("this machine has no balloon", mend="make it with balloon=True")

@@ -39,6 +39,7 @@ from tetrarch.devices._state import State
 from tetrarch.devices.input_user import InputUser
 from tetrarch.errors import StateError
 from tetrarch.machine import map as machine_map
+from tetrarch.machine.balloon import Balloon
 from tetrarch.machine.blocks import BlockNodes
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.disks import MachineDisk, machine_disks
@@ -107,7 +108,7 @@ class Pc:
     virtio: VirtioSlots | None
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
     vsock: VsockKind | None
-    balloon: BalloonKind | None
+    balloon: Balloon | None
     inputs: Sequence[InputUser]
     """Those of virtio and at the keyboard controller, as they were asked for."""
     input_kinds: Sequence[InputKind]
@@ -324,7 +325,7 @@ def assemble_pc(
     nets: list[NetKind | VhostUserNet] = []
     shares: list[MachineShare] = []
     vsock: VsockKind | None = None
-    balloon: BalloonKind | None = None
+    balloon: Balloon | None = None
     if keyboard.mouse is not None:
         from tetrarch.boot.acpi import mouse_device
 
@@ -385,9 +386,13 @@ def assemble_pc(
                 plug_virtio(vsock)
             if config.rng:
                 plug_virtio(RngKind(vm))
-            if config.balloon:
-                balloon = BalloonKind(vm, config.memory, balloon_changed)
-                plug_virtio(balloon)
+            if config.balloon and platform.vmware is not None:
+                balloon = platform.vmware.balloon
+                platform.vmware.balloon.connect(config.memory, balloon_changed)
+            elif config.balloon:
+                virtio_balloon = BalloonKind(vm, config.memory, balloon_changed)
+                plug_virtio(virtio_balloon)
+                balloon = virtio_balloon
             for index, model in enumerate(config.input):
                 if index in inputs:
                     continue

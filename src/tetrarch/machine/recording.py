@@ -16,6 +16,7 @@ from tetrarch._native import EngineError, recorded_configuration
 from tetrarch.errors import ConfigError, HostError, StateError
 from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.lifecycle import LifeCycle, Phase
+from tetrarch.platforms.named import PLATFORMS
 
 if TYPE_CHECKING:
     from tetrarch.machine.config import MachineConfig
@@ -147,6 +148,9 @@ def replayed(config: MachineConfig) -> MachineConfig:
     try:
         about = json.loads(recorded_configuration(descriptor))
         memory = int(about["memory"])
+        platform = about.get("platform", "pc")
+        if platform not in PLATFORMS:
+            raise ValueError(f"it has the platform {str(platform)[:64]!r}")
     except (
         EngineError,
         ValueError,
@@ -161,7 +165,8 @@ def replayed(config: MachineConfig) -> MachineConfig:
         ) from error
     finally:
         os.close(descriptor)
-    changes = {"engine": "bt", "memory": memory, "rng": False, "balloon": False}
+    changes: dict[str, Any] = {"engine": "bt", "memory": memory, "rng": False, "balloon": False}
+    changes["platform"] = platform
     return config.model_copy(update=changes)
 
 
@@ -169,7 +174,13 @@ def replayed(config: MachineConfig) -> MachineConfig:
 def opened(config: MachineConfig) -> Iterator[dict[str, Any]]:
     """What an engine's VM is made with to record or to replay; the files are open meanwhile."""
     if config.record is not None:
-        about = json.dumps({"tetrarch": __version__, "memory": config.memory})
+        about = json.dumps(
+            {
+                "tetrarch": __version__,
+                "memory": config.memory,
+                "platform": config.platform,
+            }
+        )
         # Of a machine that is gone: another's memory shall not be left behind it.
         descriptor = _open(config.record, _open_to_record, "record to")
         arguments: dict[str, Any] = {"record": (descriptor, about, _CHECKPOINT_EVERY)}

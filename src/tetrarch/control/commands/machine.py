@@ -8,8 +8,8 @@ from tetrarch.control.command import command
 from tetrarch.control.human import human_command
 from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError
+from tetrarch.machine.balloon import Balloon
 from tetrarch.machine.machine import Machine
-from tetrarch.virtio.balloon import BalloonKind
 
 __all__ = [
     "CPU_DRIVER",
@@ -105,7 +105,7 @@ def human_monitor_command(monitor: Monitor, command_line: str, cpu_index: int | 
     return human_command(monitor.machine, command_line, index)
 
 
-def _balloon(machine: Machine) -> BalloonKind:
+def _balloon(machine: Machine) -> Balloon:
     if not machine.config.balloon:
         raise QmpError("No balloon device has been activated", "DeviceNotActive")
     return machine.balloon

@@ -10,6 +10,7 @@ from typing import Final
 
 from tetrarch.platforms.platform import Hypercalls, Platform, RegisterPort
 from tetrarch.platforms.vmware.backdoor import PORT, Backdoor
+from tetrarch.platforms.vmware.balloon import BALLOON_PORT, VmwareBalloon
 from tetrarch.platforms.vmware.facts import KERNEL_ONLY, Facts
 from tetrarch.platforms.vmware.guestinfo import GuestInfo
 from tetrarch.platforms.vmware.identity import Identity
@@ -18,7 +19,7 @@ from tetrarch.platforms.vmware.rpci import RPCI, Rpci
 from tetrarch.platforms.vmware.tclo import TCLO, ToolsError
 from tetrarch.platforms.vmware.tools import Tools, ToolsStatus
 
-__all__ = ["GuestInfo", "Tools", "ToolsError", "ToolsStatus", "Vmware"]
+__all__ = ["GuestInfo", "Tools", "ToolsError", "ToolsStatus", "Vmware", "VmwareBalloon"]
 
 #: The leaf where Linux looks for how to call (arch/x86/kernel/cpu/vmware.c), and what it finds
 #: there in ECX: VMCALL, or nothing, and then it is the port. Of two bits it takes neither.
@@ -32,6 +33,7 @@ class Vmware:
     def __init__(self) -> None:
         self.identity = Identity()
         self.guestinfo = GuestInfo()
+        self.balloon = VmwareBalloon()
         self.tools = Tools(self.guestinfo)
         self.channels = Channels({RPCI: Rpci(self.tools.requests()), TCLO: self.tools.tclo})
         facts = Facts(lambda: self.identity.uuid)
@@ -48,13 +50,17 @@ class Vmware:
                 FEATURES_LEAF: (0, 0, VMCALL if hypercalls else 0, 0),
             },
             hypercalls=Hypercalls(backdoor.hypercall, user_mode=True) if hypercalls else None,
-            ports={PORT: RegisterPort(backdoor.port, any_privilege=any_privilege)},
+            ports={
+                PORT: RegisterPort(backdoor.port, any_privilege=any_privilege),
+                BALLOON_PORT: RegisterPort(self.balloon.port),
+            },
             identity=self.identity.system,
             devices={
                 "vmware-identity": self.identity,
                 "guestinfo": self.guestinfo,
                 "vmware-tools": self.tools,
                 "vmware-channels": self.channels,
+                "vmware-balloon": self.balloon,
             },
             vmware=self,
         )
