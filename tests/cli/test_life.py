@@ -21,6 +21,7 @@ from tests.machine import guests
 from tests.terminals import kill
 
 import tetrarch
+from tetrarch.cli.detach import _Stamped
 from tetrarch.errors import HostError
 from tetrarch.registry import Claim, machines
 from tetrarch.testing import pvh_kernel
@@ -150,6 +151,33 @@ def test_what_would_end_the_foreground_comes_from_the_background_too(
         done = cli("run", "--detach", "--kernel", path, *wrong)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert leftovers(runtime) == []
+
+
+@pytest.mark.parametrize("what", ["fifo", "folder"])
+def test_machine_that_can_have_no_log_is_not_started(
+    cli: Cli, runtime: Path, kernel: Kernel, what: str
+) -> None:
+    log = runtime / "log" / "web.log"
+    log.parent.mkdir(parents=True, mode=0o700)
+    runtime.chmod(0o700)
+    if what == "fifo":
+        os.mkfifo(log)
+    else:
+        log.mkdir()
+    words = ("run", "--detach", "--name", "web", "--engine", "bt", "--kernel")
+    done = cli(*words, kernel(guests.ENDLESS_LOOP))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"cannot write the machine's log {log}" in done.stderr.splitlines()[-1]
+    assert cli("ps", "--quiet").stdout == ""
+    shown = cli("logs", "web")
+    assert (shown.returncode, len(shown.stderr.splitlines())) == (1, 1)
+
+
+def test_full_disk_ends_no_machine_for_want_of_its_log() -> None:
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    print("it goes on", file=_Stamped(full), flush=True)
+    with pytest.raises(OSError, match="No space"):
+        full.close()
 
 
 def test_name_in_use_is_one_line(cli: Cli, start: Callable[..., None], kernel: Kernel) -> None:

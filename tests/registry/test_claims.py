@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -68,6 +69,34 @@ def test_name_is_taken_until_it_is_given_back(registry: Path) -> None:
         assert claim.directory.is_dir()
     assert machines() == []
     assert list((registry / "machines").iterdir()) == []
+
+
+def test_what_clears_old_files_passes_over_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its sockets lie elsewhere: the path here is too long for them.
+    place = tmp_path / ("x" * 100)
+    place.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    with Claim("web") as claim:
+        folders = [claim.directory, claim.socket("control").parent]
+        for folder in folders:
+            descriptor = os.open(folder, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):  # as systemd-tmpfiles asks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(descriptor)
+        assert len(set(folders)) == 2
+    assert not any(folder.exists() for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["lock", "machine.json"])
+def test_fifo_in_an_entry_is_not_waited_for(registry: Path, name: str) -> None:
+    entry = registry_directory() / "machines" / "web"
+    entry.mkdir(parents=True)
+    os.mkfifo(entry / name)
+    assert machines() == []
+    with Claim("web"):
+        assert find("web").pid == os.getpid()
 
 
 def test_death_gives_the_name_back(holder: subprocess.Popen[str], registry: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -31,11 +32,12 @@ class Shell:
     def release(self, claim: Claim) -> None:
         """The machine runs: whoever waits goes on, and what there is to say goes to the log.
 
-        Raises BrokenPipeError where nobody waits any more, and so nobody knows of the machine.
+        Raises BrokenPipeError where nobody waits any more, and so nobody knows of the machine;
+        HostError where it can have no log.
         """
+        log = claim.open_log()  # before who waits is told that all is well
         os.write(self._pipe, claim.name.encode())
         os.close(self._pipe)
-        log = claim.open_log()
         for descriptor in (1, 2):
             os.dup2(log, descriptor)
         os.close(log)
@@ -100,7 +102,7 @@ def _leave_terminal() -> None:
 
 
 class _Stamped(io.TextIOBase):
-    """Begins each line with the time (RFC 3339)."""
+    """Begins each line with the time (RFC 3339). A full disk loses lines, and ends no machine."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -115,8 +117,10 @@ class _Stamped(io.TextIOBase):
     def write(self, text: str) -> int:
         *lines, self._part = (self._part + text).split("\n")
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._stream.write("".join(f"{now} {line}\n" for line in lines))
+        with suppress(OSError):
+            self._stream.write("".join(f"{now} {line}\n" for line in lines))
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        with suppress(OSError):
+            self._stream.flush()

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tetrarch._files import write_all
+from tetrarch._files import open_regular, write_all
 from tetrarch.agent.command import run_here
 from tetrarch.cli.failure import FAILURE, in_one_line, report_error
 from tetrarch.errors import ConfigError, HostError, TetrarchError
@@ -198,14 +198,17 @@ def show_log(name: str, follow: bool) -> None:
     check_name(name)
     path = log_path(name)
     try:
-        with path.open("rb") as log:
-            for data in _log_parts(name, log.fileno(), follow):
-                sys.stdout.buffer.write(data)
-                sys.stdout.buffer.flush()
+        log = open_regular(path)
     except FileNotFoundError:
         raise HostError(
             f"there is no log of {name}", mend="machines in the background write one"
         ) from None
+    try:
+        for data in _log_parts(name, log, follow):
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+    finally:
+        os.close(log)
 
 
 def _log_parts(name: str, descriptor: int, follow: bool) -> Iterator[bytes]:

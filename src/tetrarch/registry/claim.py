@@ -12,6 +12,7 @@ who only looks takes no lock.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -24,6 +25,7 @@ from typing import Any, Final, Self
 
 from pydantic import ValidationError
 
+from tetrarch._files import read_bounded
 from tetrarch.errors import ConfigError, HostError
 from tetrarch.registry.about import About
 from tetrarch.registry.lock import is_locked, open_lock, take, try_take
@@ -60,6 +62,7 @@ class Claim:
             if is_locked(self.directory / "lock"):
                 raise _in_use(name)
             self.directory.mkdir(mode=0o700, parents=True)
+            self._folders = [_held(self.directory)]
             self._lock = open_lock(self.directory / "lock")
             if not try_take(self._lock):
                 raise _in_use(name)  # by something that is none of ours
@@ -74,6 +77,7 @@ class Claim:
             self._write()
         if self._about.socket_folder is not None:
             self._about.socket_folder.mkdir(mode=0o700)
+            self._folders.append(_held(self._about.socket_folder))
 
     @property
     def about(self) -> About:
@@ -89,13 +93,20 @@ class Claim:
         self._write()
 
     def open_log(self) -> int:
-        """A descriptor that appends to the machine's log."""
+        """A descriptor that appends to the machine's log. Raises HostError."""
         path = log_path(self.name)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        if path.exists() and path.stat().st_size > _LOG_BYTES_MAX:
-            path.replace(path.with_suffix(".log.old"))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(path, flags, 0o600)
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            if path.is_file() and path.stat().st_size > _LOG_BYTES_MAX:
+                path.replace(path.with_suffix(".log.old"))
+            # A FIFO that is there in its place would be waited for.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            return os.open(path, flags | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise HostError(
+                f"cannot write the machine's log {path}: {error.strerror}",
+                mend="remove what is there, or give the machine another --name",
+            ) from error
 
     def close(self) -> None:
         """Gives the name back. May be called twice."""
@@ -105,6 +116,8 @@ class Claim:
             _remove(self.directory, self._about)
             os.close(self._lock)
             self._lock = -1
+            for descriptor in self._folders:
+                os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -139,7 +152,7 @@ def log_path(name: str) -> Path:
 def read_about(name: str) -> About | None:
     """None where there is no such machine."""
     try:
-        return About.model_validate_json((machine_directory(name) / "machine.json").read_bytes())
+        return About.model_validate_json(read_bounded(machine_directory(name) / "machine.json"))
     except (OSError, ValidationError):
         return None
 
@@ -164,6 +177,14 @@ def _remove(directory: Path, about: About | None) -> None:
         if about.socket_folder is not None:
             shutil.rmtree(about.socket_folder, ignore_errors=True)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _held(directory: Path) -> int:
+    """A descriptor that has it locked (flock(2)): what clears /tmp of old files passes over it
+    then (tmpfiles.d(5), "Age")."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
 
 
 def _socket_folder(directory: Path) -> Path | None:

@@ -41,7 +41,9 @@ def try_take(descriptor: int) -> bool:
 def is_locked(path: Path) -> bool:
     """Whether somebody has it; false where there is no such file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # A FIFO that is there in its place would be waited for.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags)
     except OSError:
         return False
     try:
