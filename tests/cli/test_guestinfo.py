@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,34 @@ def test_variables_are_listed_got_and_set(cli: Cli, tmp_path: Path) -> None:
         vm.tools.halt()
     del vm.guestinfo["color"]
     assert dict(vm.guestinfo) == {}
+
+
+def test_variables_are_there_from_the_start(cli: Cli, tmp_path: Path) -> None:
+    start(cli, tmp_path, "--platform", "vmware", "--guestinfo", "a=1=2, 3", "--guestinfo", "b.c=")
+    assert json.loads(cli("guestinfo", "web", "list", "--json").stdout) == {"a": "1=2, 3"}
+    (tmp_path / "vm.toml").write_text('platform = "vmware"\nguestinfo = ["x=y z"]\n')
+    shown = cli("config", "--config", tmp_path / "vm.toml", "--guestinfo", "more=1")
+    assert tomllib.loads(shown.stdout)["guestinfo"] == ["more=1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guestinfo", "a=b"], "a guest on platform pc has no guestinfo; give platform vmware"),
+        (["--guestinfo", "a"], "--guestinfo: 'a' is no variable; write KEY=VALUE"),
+        (["--guestinfo", "=b"], "--guestinfo: '' is no name of a variable"),
+        (["--platform", "vmwear"], "--platform: 'vmwear' is no platform; there are pc and vmware"),
+    ],
+)
+def test_wrong_options_are_told_in_a_line(
+    cli: Cli, tmp_path: Path, options: list[str], message: str
+) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(guests.POWER_OFF))
+    done = cli("run", "--engine", "bt", "--kernel", kernel, *options)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -63,3 +63,20 @@ def test_what_is_no_such_file_is_one_line(cli: Cli, tmp_path: Path, kind: str) -
         assert (done.returncode, done.stdout) == (2, "")
         assert len(done.stderr.splitlines()) == 1
         assert str(path) in done.stderr
+
+
+def test_machine_of_vmware_is_imported(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "web.vmx"
+    file.write_text(
+        'config.version = "8"\ndisplayName = "web"\nmemsize = "64"\nide0:0.present = "TRUE"\n'
+        'ide0:0.fileName = "web.raw"\nguestinfo.role = "db"\nsound.present = "TRUE"\n'
+    )
+    done = cli("import", "vmx", file)
+    assert done.stderr == "tetrarch: not carried over: sound: there is nothing like it\n"
+    values = tomllib.loads(done.stdout)
+    assert (values["platform"], values["guestinfo"]) == ("vmware", ["role=db"])
+    assert values["disk"] == [f"{tmp_path}/web.raw,bus=ide"]
+    (tmp_path / "none.vmx").write_text("<xml/>")
+    none = cli("import", "vmx", tmp_path / "none.vmx")
+    assert (none.returncode != 0, none.stderr.count("\n")) == (True, 1)
+    assert f"{tmp_path}/none.vmx: this is no virtual machine of VMware's" in none.stderr

@@ -60,6 +60,22 @@ def test_linux_says_that_it_is_on_vmware(debian_guest: CachedGuest, tmp_path: Pa
         assert after - before == pytest.approx(time.monotonic() - begun, abs=0.5)
 
 
+def test_recorded_guest_lives_again_on_its_platform(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    recording = tmp_path / "recording"
+    with Machine(engine="bt", platform="vmware", rng=False, balloon=False, record=recording) as vm:
+        vm.start()
+        vm.console.expect(PROMPT, PATIENCE)
+        vm.console.send("poweroff\n")
+        vm.wait(PATIENCE)
+    with Machine(replay=recording) as vm:
+        vm.start()
+        vm.wait(PATIENCE)
+        assert vm.recording is not None
+        assert vm.recording.kind == "replayed"
+
+
 def test_another_platform_has_neither_variables_nor_tools(debian_guest: CachedGuest) -> None:
     with Machine(engine="bt") as vm:
         with pytest.raises(MachineStateError, match="pc, has nothing of VMware's; make it with"):

@@ -32,6 +32,7 @@ __all__ = [
     "import_firecracker",
     "import_libvirt",
     "import_qemu",
+    "import_vmx",
     "man",
     "root",
     "run",
@@ -147,6 +148,17 @@ def import_libvirt(
     from tetrarch.cli.imports import libvirt
 
     libvirt(path, output)
+
+
+@import_app.command("vmx")
+def import_vmx(
+    path: Annotated[Path, typer.Argument(metavar="FILE.vmx", help="Of Workstation or ESXi.")],
+    output: Output = None,
+) -> None:
+    """Import a virtual machine of VMware's. What cannot be carried over is named, a line each."""
+    from tetrarch.cli.imports import vmx
+
+    vmx(path, output)
 
 
 @app.command()

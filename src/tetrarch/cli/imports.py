@@ -13,11 +13,12 @@ from tetrarch.foreign import (
     import_firecracker,
     import_libvirt,
     import_qemu,
+    import_vmx,
     is_qemu,
     words_of_script,
 )
 
-__all__ = ["firecracker", "libvirt", "qemu"]
+__all__ = ["firecracker", "libvirt", "qemu", "vmx"]
 
 
 def qemu(words: Sequence[str], output: Path | None) -> None:
@@ -34,6 +35,10 @@ def firecracker(path: Path, output: Path | None) -> None:
 
 def libvirt(path: Path, output: Path | None) -> None:
     _file(path, import_libvirt, "libvirt domain", output)
+
+
+def vmx(path: Path, output: Path | None) -> None:
+    _file(path, import_vmx, "virtual machine of VMware's", output)
 
 
 def _script(text: str) -> Carried:

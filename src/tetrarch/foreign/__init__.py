@@ -5,6 +5,7 @@ from tetrarch.foreign.firecracker import import_firecracker
 from tetrarch.foreign.libvirt import import_libvirt
 from tetrarch.foreign.qemu import import_qemu
 from tetrarch.foreign.qemu_words import is_qemu, words_of_script
+from tetrarch.foreign.vmx import import_vmx
 
 __all__ = [
     "Carried",
@@ -12,6 +13,7 @@ __all__ = [
     "import_firecracker",
     "import_libvirt",
     "import_qemu",
+    "import_vmx",
     "is_qemu",
     "words_of_script",
 ]

@@ -96,16 +96,20 @@ class Carried:
         Raises ConfigError where there is nothing that could run.
         """
         if not self.has("kernel"):
-            if not self.has("disk"):
+            if not self.has("disk") and not self.has("cdrom"):
                 raise ConfigError(
                     "nothing is left to run: neither a kernel nor a disk was carried over",
                     mend="name one there",
                 )
-            self.lose("firmware", "the default guest's kernel boots the system on the first disk")
+            by_firmware = self.has("firmware")
+            if not by_firmware:
+                why = "the default guest's kernel boots the system on the first disk"
+                self.lose("firmware", why)
             for name in ("initrd", "append"):
                 if self._values.pop(name, None) is not None:
                     self.lose(" ".join(self._sources.pop(name)), "it goes with a kernel")
-            self.set("append_extra", "root=auto", "no kernel")
+            if not by_firmware:
+                self.set("append_extra", "root=auto", "no kernel")
         try:
             config = make_config(self._values)
         except ConfigError as error:

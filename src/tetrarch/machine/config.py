@@ -265,6 +265,24 @@ def _input(value: object) -> object:
     return value
 
 
+def _variables(value: object) -> tuple[object, ...]:
+    return _each(_variable, value)
+
+
+def _variable(value: object) -> object:
+    """KEY=VALUE, for the guest's guestinfo.KEY."""
+    from tetrarch.platforms.vmware.guestinfo import GuestInfo
+
+    name, equals, text = value.partition("=") if isinstance(value, str) else ("", "", "")
+    if not equals:
+        raise ValueProblem(f"{value!r} is no variable", mend="write KEY=VALUE")
+    try:
+        GuestInfo()[name] = text
+    except ValueError as error:
+        raise ValueProblem(str(error), mend="write KEY=VALUE") from None
+    return value
+
+
 def _gdb(value: object) -> GdbSpec | None:
     return None if value is None else GdbSpec.parse(value)
 
@@ -375,6 +393,11 @@ class MachineConfig(BaseModel):
         "An input device, at virtio or as PS/2, which a program uses. Can be repeated.",
         "keyboard|mouse|tablet|ps2-keyboard|ps2-mouse",
     )
+    guestinfo: Annotated[tuple[str, ...], BeforeValidator(_variables)] = option(
+        (),
+        "A variable that a guest on platform vmware finds; docs/vmware.md. Can be repeated.",
+        "KEY=VALUE",
+    )
     vsock: FilePath | None = option(
         None, "A Unix socket for connections with the guest's vsock ports.", "PATH"
     )
@@ -481,6 +504,7 @@ class MachineOptions(TypedDict, total=False):
     net: NetOption | Sequence[NetOption]
     share: ShareOption | Sequence[ShareOption]
     input: InputOption | Sequence[InputOption]
+    guestinfo: str | Sequence[str]
     vsock: str | os.PathLike[str] | None
     control: str | os.PathLike[str] | None
     gdb: GdbOption | None

@@ -106,6 +106,9 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         backend = _open_console(console, config.console)
         ports = _open_ports(config.virtio_console)
         super().__init__(config, engine, vm, platform, backend, ports)
+        for variable in config.guestinfo:
+            name, _, value = variable.partition("=")
+            self.guestinfo[name] = value
         if self.config.control is not None:
             self.serve_control(self.config.control)
         if self.config.gdb is not None:
@@ -396,7 +399,13 @@ def _own_directory(machine: Machine) -> Path:
 def _platform(
     given: Platform | PlatformName | None, config: MachineConfig, engine: str
 ) -> Platform:
-    return given if isinstance(given, Platform) else named_platform(config.platform, engine)
+    platform = given if isinstance(given, Platform) else named_platform(config.platform, engine)
+    if config.guestinfo and platform.vmware is None:
+        raise ConfigError(
+            f"a guest on platform {platform.name} has no guestinfo",
+            mend="give platform vmware too",
+        )
+    return platform
 
 
 def _configured(

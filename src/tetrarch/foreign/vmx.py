@@ -1,0 +1,225 @@
+"""A virtual machine of VMware's, as its .vmx file has it, as a configuration of ours.
+
+The file is lines of ``name = "value"``; names are told apart without regard to case. VMware
+documents few of them: those here are what Workstation and ESXi write, and libvirt reads
+(src/vmx/vmx.c). What switches itself off or only describes is no loss.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+from tetrarch.errors import ConfigError
+from tetrarch.foreign.carried import Carried
+
+__all__ = ["import_vmx"]
+
+_LINE: Final = re.compile(r'\s*([A-Za-z.][\w.:\-]*)\s*=\s*"((?:[^"])*)"\s*')
+#: A byte that a value cannot have stands as | and two hexadecimal digits.
+_ESCAPED: Final = re.compile(r"\|([0-9A-Fa-f]{2})")
+
+#: Controller -> bus of ours. A SCSI disk becomes one that systems have a driver for from the start.
+_BUSES: Final = {"scsi": "ahci", "sata": "ahci", "ide": "ide", "nvme": "nvme"}
+#: A machine has one of these at least.
+_ALWAYS: Final = frozenset(
+    {"config.version", "virtualhw.version", "memsize", "guestos", "displayname"}
+)
+_UNITS: Final = 64
+_CARDS: Final = 10
+_DISKS: Final = frozenset({"", "disk", "scsi-harddisk", "ata-harddisk", "nvme-harddisk"})
+_DISCS: Final = frozenset({"cdrom-image"})
+
+#: What says how a machine was or is shown, or what VMware does beside it.
+_SAYS_NOTHING: Final = re.compile(
+    r"\.encoding|config\.version|virtualhw\.(version|productcompatibility)|guestos(\.detailed.*)?|"
+    r"annotation|cleanshutdown|softpoweroff|extendedconfigfile|nvram|vmxstats\.filename|"
+    r"(powertype|gui|mks|monitor|tools|toolsinstallmanager|sched|migrate|vmotion|replay|isolation|"
+    r"checkpoint|snapshot|unity|vc|vm|ulm|numa|policy|log|logging|answer|time)\..*|"
+    r"pcibridge\d+\..*|vmci0\..*|uuid\.(location|action)|vc\.uuid|migrate\.hostlog|scsi\d+\.shared.*|"
+    r".*\.(pcislotnumber|redo|addresstype|generatedaddress(offset)?|linkstatepropagation\..*|"
+    r"uptcompatibility|wakeonpcktrcv|checkmacaddress|allowguestconnectioncontrol|autodetect|"
+    r"exclusive|clientdevice|vcpu\..*|sas.wwid|ctkenabled|shares|throughputcap|devices)|"
+    r"floppy\d\..*|svga\..*|acpi\..*|cpuid\.(?!corespersocket).*|numvcpus|memsize|displayname|"
+    r"mem\.hotadd|memhotadd.*|vcpu\.hotadd|hgfs\..*|disk\.enableuuid|chipset\..*|roamingvm\..*|"
+    r"virtualssd.*|rtc\..*|serial\d+\.(yieldonmsrread|startconnected|trynorxloss)"
+)
+
+
+def import_vmx(text: str) -> Carried:
+    """Raises ConfigError for what is no such file."""
+    values: dict[str, str] = {}
+    names: dict[str, str] = {}
+    carried = Carried()
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        found = _LINE.fullmatch(line)
+        if found is None:
+            carried.lose(f"line {number}: {line}", 'it is not name = "value"')
+            continue
+        names[found[1].lower()] = found[1]
+        values[found[1].lower()] = _ESCAPED.sub(lambda code: chr(int(code[1], 16)), found[2])
+    if not _ALWAYS & set(values):
+        raise ConfigError(
+            "this is no virtual machine of VMware's",
+            mend='name a .vmx file: lines of name = "value"',
+        )
+    _Reader(values, names, carried)
+    return carried
+
+
+class _Reader:
+    def __init__(self, values: dict[str, str], names: dict[str, str], carried: Carried) -> None:
+        """``names``: as they are written, by their small letters."""
+        self._values, self._names, self.carried = values, names, carried
+        self._read: set[str] = set()
+        self.carried.set("platform", "vmware", "VMware")
+        self._machine()
+        for bus in _BUSES:
+            for controller in range(4):
+                self._drives(f"{bus}{controller}", _BUSES[bus])
+        for number in range(2):
+            self._floppy(f"floppy{number}")
+        for number in range(_CARDS):
+            self._card(f"ethernet{number}")
+        self._rest()
+
+    def _take(self, name: str, default: str = "") -> str:
+        self._read.add(name)
+        return self._values.get(name, default)
+
+    def _on(self, name: str, default: bool = False) -> bool:
+        return self._take(name, "TRUE" if default else "FALSE").upper() == "TRUE"
+
+    def _machine(self) -> None:
+        if name := self._take("displayname"):
+            # Names of ours are words.
+            word = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:64]
+            if word:
+                self.carried.set("name", word, "displayName")
+        memory = self._take("memsize", "32")
+        self.carried.set("memory", f"{memory}M", "memsize")
+        cpus, cores = self._take("numvcpus", "1"), self._take("cpuid.corespersocket", "1")
+        if (
+            cores.isdecimal()
+            and cpus.isdecimal()
+            and int(cores) > 1
+            and int(cpus) % int(cores) == 0
+        ):
+            sockets = int(cpus) // int(cores)
+            self.carried.set("cpus", f"{cpus},sockets={sockets},cores={cores}", "numvcpus")
+        elif cpus != "1":
+            self.carried.set("cpus", cpus, "numvcpus")
+        efi = self._take("firmware", "bios").lower() == "efi"
+        self.carried.set("firmware", "ovmf" if efi else "seabios", "firmware")
+        if self._on("uefi.secureboot.enabled"):
+            self.carried.lose("uefi.secureBoot.enabled", "there is no secure boot")
+        if self._on("hpet0.present"):
+            self.carried.set("hpet", True, "hpet0.present")
+        for key, value in self._values.items():
+            if key.startswith("guestinfo."):
+                self._read.add(key)
+                self.carried.add("guestinfo", f"{self._names[key].partition('.')[2]}={value}", key)
+        if self._take("uuid.bios"):
+            self.carried.lose("uuid.bios", "a machine draws its own")
+
+    def _drives(self, controller: str, bus: str) -> None:
+        kind = self._take(f"{controller}.virtualdev")
+        # IDE's two channels are always there.
+        there = self._on(f"{controller}.present", default=controller.startswith("ide"))
+        if there and controller.startswith("scsi"):
+            self.carried.lose(
+                f"{controller}.virtualDev={kind or 'lsilogic'}",
+                "its disks are at an AHCI controller",
+            )
+        for unit in range(_UNITS):
+            name = f"{controller}:{unit}"
+            if self._on(f"{name}.present") and there:
+                self._drive(name, bus)
+            else:
+                self._forget(name)
+
+    def _drive(self, name: str, bus: str) -> None:
+        kind = self._take(f"{name}.devicetype").lower()
+        path = self._take(f"{name}.filename")
+        mode = self._take(f"{name}.mode", "persistent").lower()
+        connected = self._on(f"{name}.startconnected", default=True)
+        if kind in _DISKS:
+            table: dict[str, Any] = {"path": path, "bus": bus}
+            if mode.endswith("nonpersistent"):
+                table["snapshot"] = True
+            if self._on(f"{name}.writethrough"):
+                self.carried.lose(f"{name}.writeThrough", "the guest flushes what it must")
+            self.carried.add("disk", table, name)
+        elif kind in _DISCS and connected:
+            place = "ide" if bus == "ide" else "ahci"
+            self.carried.add("cdrom", {"path": path, "bus": place}, name)
+        elif kind not in _DISCS:
+            why = "a drive of the host" if "raw" in kind else "there is no such device"
+            self.carried.lose(f"{name}.deviceType={kind}", why)
+        self._forget(name)
+
+    def _floppy(self, name: str) -> None:
+        # The first is there unless it is switched off, and mostly without a disk.
+        there = self._on(f"{name}.present", default=name == "floppy0")
+        kind, path = self._take(f"{name}.filetype", "device"), self._take(f"{name}.filename")
+        if there and kind.lower() == "file" and path:
+            self.carried.add("floppy", {"path": path}, name)
+        elif there and path:
+            self.carried.lose(f"{name}.fileType={kind}", "a drive of the host")
+        self._forget(name)
+
+    def _card(self, name: str) -> None:
+        if not self._on(f"{name}.present"):
+            self._forget(name)
+            return
+        model = self._take(f"{name}.virtualdev", "vlance")
+        self.carried.lose(f"{name}.virtualDev={model}", "the card is virtio's")
+        connection = self._take(f"{name}.connectiontype", "bridged").lower()
+        network = self._take(f"{name}.networkname") or self._take(f"{name}.vnet")
+        if connection != "nat":
+            what = f"{name}.connectionType={connection}" + (f" {network}" if network else "")
+            self.carried.lose(what, "the guest is behind the host's address; give it a tap")
+        table: dict[str, Any] = {"user": True}
+        address = self._take(f"{name}.address") or self._take(f"{name}.generatedaddress")
+        if address:
+            table["mac"] = address
+        self.carried.add("net", table, name)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """What else is said of a device that was carried over, or is not there."""
+        prefix = f"{name}."
+        self._read.update(key for key in self._values if key.startswith(prefix))
+
+    def _rest(self) -> None:
+        present = re.compile(r"(.+)\.present")
+        absent = {
+            found[1]
+            for key, value in self._values.items()
+            if (found := present.fullmatch(key)) and value.upper() != "TRUE"
+        }
+        whole = {
+            found[1]
+            for key, value in self._values.items()
+            if (found := present.fullmatch(key)) and value.upper() == "TRUE"
+        }
+        tests: list[Callable[[str], bool]] = [
+            lambda key: key in self._read,
+            lambda key: key.partition(".")[0].partition(":")[0] in absent,
+            lambda key: key.rpartition(".")[0] in absent,
+            lambda key: _SAYS_NOTHING.fullmatch(key) is not None,
+        ]
+        told: set[str] = set()
+        for key, value in self._values.items():
+            device = key.partition(".")[0]
+            if any(test(key) for test in tests):
+                continue
+            if device in whole:
+                if device not in told:
+                    told.add(device)
+                    self.carried.lose(device, "there is nothing like it")
+            else:
+                self.carried.lose(f"{key}={value}", "there is nothing like it")
