@@ -43,6 +43,16 @@ def test_hundred_unknown_things_are_a_line_each(cli: Cli, tmp_path: Path) -> Non
     assert tomllib.loads(done.stdout)["kernel"] == str(tmp_path / "k")
 
 
+def test_any_number_of_disks_takes_a_moment(cli: Cli, tmp_path: Path) -> None:
+    disk = '<disk type="file"><source file="x"/></disk>'
+    file = tmp_path / "d.xml"
+    file.write_text(f"<domain><devices>{disk * 14_000}</devices></domain>")
+    done = cli("import", "libvirt", file)
+    assert done.returncode == 0
+    assert len(tomllib.loads(done.stdout)["disk"]) == 256
+    assert "13744 more things" in done.stderr or "13744 times" in done.stderr
+
+
 def test_what_was_lost_is_said_also_where_nothing_is_left(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "d.xml"
     file.write_text("<domain>\n<devices>\n<video/></devices></domain>")

@@ -93,6 +93,7 @@ def test_tables_say_what_texts_say(tmp_path: Path) -> None:
         ('append = """\na\nb"""\nkernel = "x"\nimage = "y"', ": image and kernel both"),
         ("name = 'a'\nname = 'b'", "m.toml is no TOML file: Cannot overwrite a value"),
         ("a = 1\nb = \n", "2: this is no TOML: Invalid value; correct it"),
+        ("\ndisk = [" + "'x'," * 257 + "]", "2: disk: there are 257 of them; give 256 at most"),
         ("run = 3", "1: run: it is no table; write [run]"),
     ],
 )

@@ -147,13 +147,19 @@ def several(value: object) -> tuple[object, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+#: Far more of anything than a machine has room for; there are looks at each with each other.
+_MANY = 256
+
 Made = TypeVar("Made")
 
 
 def _each(make: Callable[[Any], Made], value: object) -> tuple[Made, ...]:
     """What ``make`` makes of each; a problem says which it is about."""
+    given = several(value)
+    if len(given) > _MANY:
+        raise ValueProblem(f"there are {len(given)} of them", mend=f"give {_MANY} at most")
     made = []
-    for index, one in enumerate(several(value)):
+    for index, one in enumerate(given):
         try:
             made.append(make(one))
         except ValueProblem as problem:
