@@ -100,3 +100,34 @@ def test_a_network_has_one_card_and_a_name_one_device(
         device: Request = ("device_add", {"driver": "virtio-rng-pci", "id": "same"})
         assert len(at_once(clients, [device] * CLIENTS)) == 1
         vm.detach("same")
+
+
+def test_images_and_devices_come_and_go_while_others_look_and_save(
+    vm: Machine, clients: Sequence[Client], tmp_path: Path
+) -> None:
+    vm.start()
+    image, saved = tmp_path / "image", tmp_path / "saved"
+    image.write_bytes(bytes(1 << 20))
+    node = {"driver": "file", "node-name": "n", "filename": str(image)}
+    done = threading.Event()
+
+    def come_and_go() -> None:
+        for number in range(20):
+            device = {"driver": "virtio-rng-pci", "id": f"d{number}"}
+            clients[0].execute("device_add", device)
+            for _ in range(20):
+                clients[0].execute("blockdev-add", node)
+                clients[0].execute("blockdev-del", {"node-name": "n"})
+        done.set()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        while not done.is_set():
+            clients[1].execute("query-block")
+            clients[1].execute("query-blockstats")
+            clients[1].execute("x-save", {"protocol": f"file:{saved}"})
+            with Machine.restore(saved, console="none") as restored:
+                assert not restored.running
+    finally:
+        thread.join()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -53,8 +54,8 @@ class BlockNode:
 
 
 class BlockNodes:
-    """Locks: ``_opening``, held while an image is opened, so that of two of one name one is; then
-    ``_lock``, for a change of the list or of who has an image."""
+    """Locks: ``_opening``, held while an image is opened, so that of two of one name one is, and
+    while none may go; then ``_lock``, for a change of the list or of who has an image."""
 
     def __init__(self, stop: OnStop, events: Events) -> None:
         """``stop`` is called with what the machine is to be held for."""
@@ -142,9 +143,15 @@ class BlockNodes:
                 node.device = device
             return node
 
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """No image comes or goes meanwhile."""
+        with self._opening:
+            yield
+
     def remove(self, name: str) -> None:
         """Closes an image that no device has. Raises MachineStateError."""
-        with self._lock:
+        with self._opening, self._lock:
             node = self._nodes.get(name)
             if node is None:
                 raise MachineStateError(f"Failed to find node with node-name='{name}'")

@@ -7,7 +7,8 @@ opened before and has a name too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,6 +66,13 @@ class HotPlug:
             "virtio-net-pci": self._virtio_net,
             "virtio-rng-pci": self._virtio_rng,
         }
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """No device comes meanwhile, and no image comes or goes. Of a machine that is held: then
+        its guest gives none up."""
+        with self._adding, self._blocks.steady():
+            yield
 
     def add(
         self, driver: str, properties: Mapping[str, Any], name: str | None, *, announce: bool

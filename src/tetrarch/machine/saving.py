@@ -58,6 +58,8 @@ class SaveMethods(RunMethods):
                     "the machine cannot be saved: its guest is switching it off or resetting it",
                     mend="resume it; after a reset save it again",
                 )
+            if self._pc.hotplug is not None:
+                stack.enter_context(self._pc.hotplug.steady())
             identity = save_machine(self._parts(), path, parent)
             if track:
                 self._vm.log_writes()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from tetrarch._native import EngineError
 from tetrarch.block.spec import DiskSpec
 from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
@@ -56,27 +57,12 @@ class CacheOptions(BaseModel):
 @command("query-block")
 def query_block(monitor: Monitor) -> list[dict[str, Any]]:
     """BlockInfo of each image."""
-    return [_block_info(node) for node in monitor.machine.pc.blocks.all()]
+    return list(_each(monitor, _block_info))
 
 
 @command("query-blockstats")
 def query_blockstats(monitor: Monitor) -> list[dict[str, Any]]:
-    return [
-        {
-            **_device(node),
-            "node-name": node.name,
-            "stats": {
-                **node.disk.stats(),
-                "rd_merged": 0,
-                "wr_merged": 0,
-                "unmap_merged": 0,
-                "account_invalid": True,
-                "account_failed": True,
-                "timed_stats": [],
-            },
-        }
-        for node in monitor.machine.pc.blocks.all()
-    ]
+    return list(_each(monitor, _block_stats))
 
 
 @command("block_resize")
@@ -159,6 +145,35 @@ def _device(node: BlockNode) -> dict[str, str]:
     """A drive of the configuration has the name of its image, one that was added none."""
     named = {"device": "" if node.kept else node.name}
     return named if node.device is None else {**named, "qdev": f"/machine/peripheral/{node.device}"}
+
+
+def _each(
+    monitor: Monitor, about: Callable[[BlockNode], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Of each image, but for those that somebody closes meanwhile."""
+    blocks = monitor.machine.pc.blocks
+    for node in blocks.all():
+        try:
+            yield about(node)
+        except EngineError:
+            if blocks.get(node.name) is node:
+                raise
+
+
+def _block_stats(node: BlockNode) -> dict[str, Any]:
+    return {
+        **_device(node),
+        "node-name": node.name,
+        "stats": {
+            **node.disk.stats(),
+            "rd_merged": 0,
+            "wr_merged": 0,
+            "unmap_merged": 0,
+            "account_invalid": True,
+            "account_failed": True,
+            "timed_stats": [],
+        },
+    }
 
 
 def _block_info(node: BlockNode) -> dict[str, Any]:
