@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tests.gdb.debuggee import attempt, build_kernel, gdb_script
 
 from tetrarch import Machine
+from tetrarch.gdb.packets import PacketReader, frame
 from tetrarch.machine.status import StopReason
+from tetrarch.testing import pvh_kernel
 
 LIMIT_S = 120
 
@@ -141,3 +146,102 @@ def test_the_end_stands_and_nothing_is_written(recorded: tuple[Path, Path]) -> N
     assert "No more reverse-execution history." in said
     assert "at the end: 1" in said
     assert said.count("refused:") == 2, said
+
+
+#: Writes to WRITTEN once in ROUND instructions:
+#: mov $WRITTEN, %ebx ; 1: incl (%ebx) ; mov $0x400000, %ecx ; 2: dec %ecx ; jnz 2b ; jmp 1b
+WRITTEN, ROUND = 0x200000, (1 << 23) + 3
+SELDOM = bytes.fromhex("bb00002000 ff03 b900004000 49 75fd ebf4")
+#: Its INC; code is at 1 MiB.
+AT_WRITE = 0x100005
+
+
+@pytest.fixture(scope="module")
+def seldom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording of 100 writes and more."""
+    folder = tmp_path_factory.mktemp("seldom")
+    kernel, recording = folder / "kernel", folder / "recording"
+    kernel.write_bytes(pvh_kernel(SELDOM))
+    with Machine(kernel=kernel, memory="16M", engine="bt", console="none", record=recording) as vm:
+        vm.start()
+        deadline = time.monotonic() + LIMIT_S
+        while int.from_bytes(vm.memory[WRITTEN : WRITTEN + 4], "little") < 100:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    return recording
+
+
+class Gdb:
+    """At a machine that replays and stands at a count."""
+
+    def __init__(self, vm: Machine, stream: socket.socket) -> None:
+        self.vm = vm
+        self._stream = stream
+        self._reader = PacketReader()
+
+    def ask(self, packet: str) -> str:
+        self._stream.sendall(frame(packet.encode()))
+        while True:
+            for found in self._reader.feed(self._stream.recv(4096)):
+                assert isinstance(found, bytes)
+                self._stream.sendall(b"+")
+                return found.decode()
+
+
+@contextmanager
+def gdb_at(recording: Path, count: int) -> Iterator[Gdb]:
+    with Machine(replay=recording, console="none") as vm:
+        vm.start()
+        vm.replay.goto(count)
+        host, port = vm.serve_gdb().address.split(":")
+        with socket.create_connection((host, int(port)), timeout=LIMIT_S) as stream:
+            gdb = Gdb(vm, stream)
+            assert gdb.ask("?").startswith("T05")
+            vm.resume()  # gdb alone holds it
+            yield gdb
+
+
+def write_number(number: int) -> int:
+    """The count before it."""
+    return 1 + number * ROUND
+
+
+def test_the_way_to_a_count_is_translated_whatever_interrupts_it(seldom: Path) -> None:
+    for _ in range(20):
+        with Machine(replay=seldom, console="none") as vm:
+            vm.start()
+            assert vm.replay.goto(write_number(3)) == "here"
+            assert vm.replay.count == write_number(3)
+            assert vm.stats()["bt"]["interpreted"] < 10_000
+
+
+def test_a_write_near_by_is_found_without_interpreting_all_that_was_before(seldom: Path) -> None:
+    with gdb_at(seldom, write_number(60) + 1000) as gdb:
+        assert gdb.ask(f"Z2,{WRITTEN:x},4") == "OK"
+        before = gdb.vm.stats()["bt"]["interpreted"]
+        for number in (60, 59):
+            assert gdb.ask("bc") == f"T05thread:01;watch:{WRITTEN:x};"
+            assert gdb.vm.replay.count == write_number(number)
+        interpreted = gdb.vm.stats()["bt"]["interpreted"] - before
+        # The image before it is the recording's start, which is 60 rounds away.
+        assert ROUND < interpreted < 5 * ROUND, interpreted
+        before += interpreted
+        assert gdb.ask("bs").startswith("T05")
+        assert gdb.vm.replay.count == write_number(59) - 1
+        assert gdb.vm.stats()["bt"]["interpreted"] - before < ROUND
+
+
+@pytest.mark.parametrize("before", [1, 1 << 22, (1 << 22) - 1, (1 << 22) + 1])
+def test_a_breakpoint_is_met_wherever_a_watchpoint_is_looked_for(seldom: Path, before: int) -> None:
+    with gdb_at(seldom, write_number(60) + before) as gdb:
+        assert gdb.ask("Z2,300000,4") == "OK"
+        assert gdb.ask(f"Z0,{AT_WRITE:x},1") == "OK"
+        assert gdb.ask("bc").startswith("T05thread:01;")
+        assert gdb.vm.replay.count == write_number(60)
+
+
+def test_back_to_the_start_where_a_watchpoint_is_not_met(seldom: Path) -> None:
+    with gdb_at(seldom, write_number(2)) as gdb:
+        assert gdb.ask("Z2,300000,4") == "OK"
+        assert gdb.ask("bc") == "T05thread:01;replaylog:begin;"
+        assert gdb.vm.replay.count == 0

@@ -114,11 +114,15 @@ class Debugger:
                 step=number in steps,
                 block_interrupts=self.block_interrupts,
                 software=bool(self._planted),
-                hardware=self._hardware,
+                hardware=self._armed(),
             )
             vcpu.set_frozen(number in frozen)
         self.stopped = False
         self._vm.resume()
+
+    def _armed(self) -> Sequence[Hardware]:
+        """The hardware breakpoints that vCPUs look for."""
+        return self._hardware
 
     def detach(self) -> None:
         """Takes all breakpoints away, and lets the machine run if it is stopped."""

@@ -15,6 +15,8 @@ __all__ = ["ReplayDebugger", "ReplayView", "debugger_of"]
 
 #: Beyond each recording's end.
 _END = (1 << 64) - 1
+#: How far back a watchpoint is looked for first: about a second, as all of it is interpreted.
+_NEAR = 1 << 22
 
 _Way = Generator[tuple[int, int, int], None, Stop]
 """Seeks of a way that has several, and where it has led to."""
@@ -30,6 +32,8 @@ class ReplayDebugger(Debugger):
         self._code: set[int] = set()
         self._code_hardware: set[Hardware] = set()
         self._way: _Way | None = None
+        self._blind = False
+        """The part of the way that is under way tells nothing of watchpoints."""
         self._stays = False
 
     def stay(self) -> None:
@@ -65,28 +69,46 @@ class ReplayDebugger(Debugger):
     def _go(self, count: int) -> _Way:
         # The end may come first.
         self.replay.set_stay(True)
+        self._blind = True
         yield count, count, 0
         self.replay.set_stay(self._stays)
         return Stop(0, place="here" if self.replay.count == count else "end")
 
     def _to_begin(self) -> _Way:
+        self._blind = True
         yield 0, 0, 0
         return Stop(0, place="begin")
 
     def _continue_back(self) -> _Way:
         now = end = self.replay.count
+        reach = _NEAR
         while end > 0:
-            yield end, end - 1, now
+            start = end - 1
+            if self._hardware:
+                # Watchpoints have all code interpreted: up to where they are looked for the guest
+                # runs without, and most are met not far from here.
+                start, reach = max(0, end - reach), reach * 2
+                if start:
+                    self._blind = True
+                    yield start, start, 0
+            self._blind = False
+            yield end, start, now
             began, met = self.replay.passed
             if met is not None:
                 count, hits = met
+                self._blind = True
                 yield count, count, 0
                 return Stop(0, hardware=self._hit(hits), place="here")
-            end = began
+            # A breakpoint right where the guest stood meanwhile has yet to be met.
+            end = began + 1 if self._hardware and began else began
         return (yield from self._to_begin())
+
+    def _armed(self) -> Sequence[Hardware]:
+        return () if self._blind else self._hardware
 
     def interrupt(self) -> None:
         self._way = None
+        self._blind = False
         self.replay.give_up()
 
     def take_stops(self) -> list[Stop]:
@@ -97,6 +119,7 @@ class ReplayDebugger(Debugger):
             self.replay.seek(*next(self._way))
         except StopIteration as arrived:
             self._way = None
+            self._blind = False
             return [arrived.value]
         return []
 

@@ -349,7 +349,10 @@ impl BtVcpu {
 
     /// Code has come to a block of so many instructions in which the limit lies.
     pub(super) fn at_limit(&mut self, block: u8) {
+        let limit = self.cpu.tlb.block.shared().limit.load(Ordering::SeqCst);
         match self.cpu.vm.journal.as_deref() {
+            // Somebody wants something; the next stop may be far away.
+            _ if limit == 0 => self.cpu.tlb.block.shared().raise(),
             // A stop within the block was where it left by itself, as it will again: the
             // recording stood at no other place than this or that.
             Some(Journal::Replay(_)) if self.cpu.st.count < self.clocked.next_stop => {
@@ -360,10 +363,7 @@ impl BtVcpu {
                 }
             }
             // A checkpoint is made where the block begins, not in it.
-            _ if self.cpu.tlb.block.shared().limit.load(Ordering::SeqCst) != 0 => {
-                self.clocked.next_stop = self.cpu.st.count;
-            }
-            _ => self.cpu.tlb.block.shared().raise(),
+            _ => self.clocked.next_stop = self.cpu.st.count,
         }
     }
 }
