@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Cli
+from tests.firmware.media import boot_disk
 from tests.machine import guests
 
 from tetrarch.testing import pvh_kernel
@@ -90,3 +91,18 @@ def test_machine_of_vmware_is_imported(cli: Cli, tmp_path: Path) -> None:
     none = cli("import", "vmx", tmp_path / "none.vmx")
     assert (none.returncode != 0, none.stderr.count("\n")) == (True, 1)
     assert f"{tmp_path}/none.vmx: this is no virtual machine of VMware's" in none.stderr
+
+
+def test_machine_of_vmware_runs_as_it_is(cli: Cli, tmp_path: Path) -> None:
+    """A disk whose boot sector says so, from the BIOS to the serial line."""
+    boot_disk(tmp_path / "web.raw", b"from the disk")
+    file = tmp_path / "web.vmx"
+    file.write_text(
+        'config.version = "8"\nmemsize = "64"\nide0:0.present = "TRUE"\n'
+        'ide0:0.fileName = "web.raw"\nsound.present = "TRUE"\n'
+    )
+    done = cli("run", file, "--engine", "bt", "--timeout", "50")
+    assert "from the disk" in done.stdout, done.stderr
+    assert "tetrarch: not carried over: sound: there is nothing like it\n" in done.stderr
+    both = cli("run", file, "--config", "x.toml")
+    assert "web.vmx and --config name a machine each" in both.stderr

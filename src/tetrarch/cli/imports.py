@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tetrarch._files import read_text, write_all
 from tetrarch.errors import ConfigError
@@ -18,7 +19,10 @@ from tetrarch.foreign import (
     words_of_script,
 )
 
-__all__ = ["firecracker", "libvirt", "qemu", "vmx"]
+if TYPE_CHECKING:
+    from tetrarch.machine.config import MachineConfig
+
+__all__ = ["firecracker", "libvirt", "qemu", "vmx", "vmx_machine"]
 
 
 def qemu(words: Sequence[str], output: Path | None) -> None:
@@ -41,6 +45,17 @@ def vmx(path: Path, output: Path | None) -> None:
     _file(path, import_vmx, "virtual machine of VMware's", output)
 
 
+def vmx_machine(path: Path) -> MachineConfig:
+    """To be run as it is; what is not carried over is named on standard error."""
+    carried = import_vmx(read_text(path, "virtual machine of VMware's"))
+    try:
+        return carried.finish(path.parent.absolute())
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.cause}", mend=error.mend) from None
+    finally:
+        _name_lost(carried)
+
+
 def _script(text: str) -> Carried:
     return import_qemu(words_of_script(text))
 
@@ -60,9 +75,13 @@ def _write(carried: Carried, directory: Path, heading: str, output: Path | None)
     try:
         text = carried.toml(carried.finish(directory.absolute()), heading)
     finally:
-        for lost in carried.lost:
-            print(f"tetrarch: not carried over: {lost}", file=sys.stderr)
+        _name_lost(carried)
     if output is None:
         print(text, end="")
     else:
         write_all(output, text.encode())
+
+
+def _name_lost(carried: Carried) -> None:
+    for lost in carried.lost:
+        print(f"tetrarch: not carried over: {lost}", file=sys.stderr)

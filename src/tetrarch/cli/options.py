@@ -139,7 +139,8 @@ def _annotations() -> Iterator[tuple[str, Any]]:
     yield "config", Annotated[str | None, file]
     guest = typer.Argument(
         metavar="[NAME] [-- COMMAND...]",
-        help="A disk of image build, or a cached guest; COMMAND runs in it, and then it ends.",
+        help="A disk of image build, a cached guest, or FILE.vmx; COMMAND runs in it, and then it"
+        " ends.",
         show_default=False,
     )
     yield "guest", Annotated[str | None, guest]
@@ -195,7 +196,14 @@ def effective(typed: dict[str, Any]) -> Effective:
             raise ConfigError(
                 f"{guest}, --image and --kernel name a guest each", mend="give one of them"
             )
-        given["image"], origins["image"] = guest, "argument"
+        if _is_vmx(guest):
+            if "config" in given:
+                raise ConfigError(
+                    f"{guest} and --config name a machine each", mend="give one of them"
+                )
+            given["config"] = guest
+        else:
+            given["image"], origins["image"] = guest, "argument"
     machine = {name: given.pop(name) for name in list(given) if name in MachineConfig.model_fields}
     variables = _environment(given, machine)
     file = variables.pop("config", None)
@@ -208,10 +216,20 @@ def effective(typed: dict[str, Any]) -> Effective:
     return Effective(config, check_options(CommandOptions, run | given, _spelled_error), sources)
 
 
+def _is_vmx(name: str) -> bool:
+    """Whether it names a virtual machine of VMware's."""
+    return name.lower().endswith(".vmx")
+
+
 def _of_file(path: str | None) -> tuple[MachineConfig, dict[str, Any], dict[str, str]]:
     """Machine, command and where each option of them is, of a file if there is one."""
     if path is None:
         return MachineConfig(), {}, {}
+    if _is_vmx(path):
+        from tetrarch.cli.imports import vmx_machine
+
+        machine = vmx_machine(Path(path))
+        return machine, {}, dict.fromkeys(machine.model_fields_set, path)
     from tetrarch.machine.config_file import RUN_TABLE, ConfigFile
 
     file = ConfigFile.read(Path(path))
