@@ -94,7 +94,7 @@ def test_descriptors_that_are_of_no_use(make: Make, socket_path: Path, tmp_path:
         (".", os.O_RDONLY, "'f' is not open for that"),
         ("new", os.O_RDONLY | os.O_CREAT, "'f' is not open for that"),
         ("new", os.O_PATH, "'f' is not open for that"),
-        ("full", os.O_WRONLY, "No space left|no empty file"),
+        ("full", os.O_WRONLY, "No space left on device; free the space|no empty file"),
     ],
 )
 def test_what_cannot_be_written_is_not_kept_open(

@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, BinaryIO, Final, Literal, NotRequired, TypedDict
@@ -124,8 +124,14 @@ class Descriptors:
         if kind == "file":
             yield name
             return
-        with as_file(self.pop(name), "wb", name) as file:
+        file = as_file(self.pop(name), "wb", name)
+        try:
             yield file
+        except BaseException:
+            with suppress(OSError):  # what could not be written before cannot be now
+                file.close()
+            raise
+        file.close()
 
     def close(self) -> None:
         in_sets = [info["fd"] for infos in self.sets.values() for info in infos]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 from tetrarch.errors import MachineStateError
 from tetrarch.machine.events import Events
 from tetrarch.machine.lifecycle import LifeCycle, Phase
-from tetrarch.machine.new_file import new_file
+from tetrarch.machine.new_file import host_errors, new_file
 
 if TYPE_CHECKING:
     from tetrarch.machine.engine_vm import EngineVm
@@ -72,6 +72,8 @@ class Dumps:
                 file = target
                 if isinstance(file, (str, os.PathLike)):
                     file = stack.enter_context(new_file(Path(file), "dump guest memory"))
+                else:
+                    stack.enter_context(host_errors("dump guest memory"))
                 if self._life.phase is not Phase.PAUSED:
                     stack.enter_context(hold())
                 registers = [vcpu.regs for vcpu in self._vcpus()]

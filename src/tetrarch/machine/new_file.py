@@ -17,7 +17,7 @@ from typing import BinaryIO, Final
 
 from tetrarch.errors import HostError
 
-__all__ = ["new_file"]
+__all__ = ["host_errors", "new_file"]
 
 _BUFFER: Final = 1 << 20
 _PREFIX: Final = ".tetrarch-"
@@ -31,7 +31,7 @@ def new_file(path: Path, what: str) -> Iterator[BinaryIO]:
 
     ``what`` is what is done, for the HostError where it cannot be: "save the machine".
     """
-    try:
+    with host_errors(f"{what} to {path}"):
         # A device or a socket would be replaced by the file.
         if "\0" in str(path) or (path.exists() and not path.is_file()):
             raise HostError(
@@ -50,9 +50,16 @@ def new_file(path: Path, what: str) -> Iterator[BinaryIO]:
             with suppress(OSError):
                 scratch.unlink()
             raise
+
+
+@contextmanager
+def host_errors(what: str) -> Iterator[None]:
+    """A HostError where the host does not let ``what`` be done with a file."""
+    try:
+        yield
     except OSError as error:
         raise HostError(
-            f"cannot {what} to {path}: {error.strerror or error}",
+            f"cannot {what}: {error.strerror or error}",
             mend="free the space" if error.errno in _FULL else "name another file",
         ) from error
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from tetrarch.errors import MachineStateError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.lifecycle import Phase
-from tetrarch.machine.new_file import new_file
+from tetrarch.machine.new_file import host_errors, new_file
 from tetrarch.machine.running import RunMethods
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class SaveMethods(RunMethods):
         with ExitStack() as stack:
             if isinstance(path, (str, os.PathLike)):
                 path = stack.enter_context(new_file(Path(path), "save the machine"))
+            else:
+                stack.enter_context(host_errors("save the machine"))
             if self.phase is not Phase.PAUSED:
                 stack.enter_context(self.paused())
             if self._conclusion.decided:
