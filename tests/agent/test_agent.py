@@ -248,6 +248,17 @@ def test_guest_without_agent_is_told_after_the_time(tmp_path: Path) -> None:
         connect(tmp_path / "nothing", LIMIT_S, lambda: False)
 
 
+def test_agent_that_is_silent_is_waited_for_no_longer_than_asked(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        began = time.monotonic()
+        with pytest.raises(AgentError, match=r"after 0\.2 s: the machine is paused"):
+            connect(path, 0.2, paused=lambda: True)
+        assert time.monotonic() - began < 3
+
+
 def test_socket_that_is_in_use_is_refused_and_one_left_behind_replaced(tmp_path: Path) -> None:
     path = tmp_path / "vsock"
     with listen(path):

@@ -51,6 +51,8 @@ from tetrarch.testing import pvh_kernel
         (["--snapshot", "--disk", "vhost-user=/s"], 2, "is kept by who serves it"),
         (["--snapshot", "--restore", "x"], 2, "--snapshot and --restore do not go together"),
         (["--image", "nope"], 2, "no image is called 'nope'"),
+        (["--record", "x", "--", "true"], 2, "--record and a command do not go together"),
+        (["--replay", "x", "--", "true"], 2, "--replay and a command do not go together"),
     ],
 )
 def test_bad_run_option(cli: Cli, arguments: list[str], code: int, message: str) -> None:

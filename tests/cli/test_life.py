@@ -399,6 +399,29 @@ def test_log_tells_how_a_guest_ended_after_its_end(cli: Cli, start: Callable[...
     assert cli("logs", "db").stderr.startswith("tetrarch: there is no log of db;")
 
 
+def test_log_has_nothing_of_the_guest_that_a_terminal_obeys(
+    cli: Cli, start: Callable[..., None]
+) -> None:
+    start("web", code=guests.say(b"\nred \x1b[31m\ta  b") + guests.TRIPLE_FAULT)
+    said = cli("logs", "--follow", "web").stdout
+    assert "\x1b" not in said
+    assert re.search(r"console: red \\x1b\[31m +a  b$", said, re.MULTILINE), said
+
+
+def test_guest_of_a_paused_machine_is_not_blamed(cli: Cli, start: Callable[..., None]) -> None:
+    start("web")
+    assert cli("pause", "web").returncode == 0
+    done = cli("exec", "--wait", "0.1", "web", "--", "true")
+    assert done.returncode == 1
+    assert "tetrarch: web is paused; tetrarch resume web lets it run\n" in done.stderr
+    assert "after 0.1 s: the machine is paused" in done.stderr
+
+
+def test_usage_of_a_command_for_a_guest(cli: Cli) -> None:
+    assert "tetrarch exec [OPTIONS] {NAME -- COMMAND...}" in cli("exec", "--help").stdout
+    assert "tetrarch stop [OPTIONS] {NAME}..." in cli("stop", "--help").stdout
+
+
 def test_log_is_followed_until_the_machine_ends(cli: Cli, start: Callable[..., None]) -> None:
     start("web")
     with subprocess.Popen(

@@ -110,6 +110,8 @@ async def machine(session: Session) -> None:
     assert re.match(r"0{10}100000: (0x[0-9a-f]{2} ?){4}\n", await shown("xp /4xb 0x100000"))
     assert "Cannot access memory" in await shown("xp /1xg 0xfffffffffffffff0")
     assert "unknown command" in await shown("info fly")
+    for line in (await shown("help")).splitlines():
+        assert "unknown command" not in await shown(line.replace("/COUNTxSIZE ADDRESS", "/1xb 0"))
 
 
 async def disks(session: Session, image: Path) -> None:

@@ -23,6 +23,8 @@ def test_command_in_the_guest_has_our_pipes_and_its_exit_code(guest: RemoteMachi
     assert (done.returncode, done.stdout, done.stderr) == (7, b"hello\n/etc\ninput", b"no\n")
     captured = guest.exec(["cat"], b"bytes")
     assert (captured.code, captured.stdout, captured.stderr) == (0, b"bytes", b"")
+    with pytest.raises(TypeError, match=r"the words of a command: \['ls'\]"):
+        guest.exec("ls")
 
 
 def test_files_go_in_and_come_back(guest: RemoteMachine, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ _HEAD: Final = struct.Struct("<cI")
 _CHUNK: Final = 64 << 10
 _LONGEST: Final = 1 << 20
 _RETRY_S: Final = 0.05
-_ANSWER_S: Final = 5
+_ANSWER_S: Final = 5.0
+_ANSWER_S_LEAST: Final = 0.5
 
 
 class AgentError(TetrarchError):
@@ -189,33 +190,42 @@ class AgentStream:
         self.close()
 
 
-def connect(path: Path, timeout: float, alive: Callable[[], bool] = lambda: True) -> AgentStream:
+def connect(
+    path: Path,
+    timeout: float,
+    alive: Callable[[], bool] = lambda: True,
+    paused: Callable[[], bool] = lambda: False,
+) -> AgentStream:
     """Waits for the agent behind a vsock socket: until then the guest is booting.
 
-    Raises AgentError after ``timeout`` seconds, or when ``alive`` says no.
+    Raises AgentError after ``timeout`` seconds, with another mend where ``paused`` says that the
+    machine is, or when ``alive`` says no.
     """
     deadline = time.monotonic() + timeout
     while alive():
-        if (stream := _try(path, alive)) is not None:
+        wait = min(_ANSWER_S, max(deadline - time.monotonic(), _ANSWER_S_LEAST))
+        if (stream := _try(path, alive, wait)) is not None:
             return stream
         if time.monotonic() >= deadline:
+            cause = f"no agent answers in the guest after {timeout:g} s"
+            if paused():
+                raise AgentError(f"{cause}: the machine is paused", "let it run: resume")
             raise AgentError(
-                f"no agent answers in the guest after {timeout:g} s",
-                "run a guest that has one: debian, or a disk of tetrarch image build",
+                cause, "run a guest that has one: debian, or a disk of tetrarch image build"
             )
         time.sleep(_RETRY_S)
     raise AgentError("the guest ended before its agent answered", "see what it says on its console")
 
 
-def _try(path: Path, alive: Callable[[], bool]) -> AgentStream | None:
+def _try(path: Path, alive: Callable[[], bool], wait: float) -> AgentStream | None:
     """None where nobody listens yet, or ever will."""
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        stream.settimeout(_ANSWER_S)
+        stream.settimeout(wait)
         stream.connect(str(path))
         stream.sendall(b"CONNECT %d\n" % PORT)
         answer = b""
-        _await_word(stream, alive)
+        _await_word(stream, alive, wait)
         while not answer.endswith(b"\n"):
             byte = stream.recv(1)
             if not byte:
@@ -223,7 +233,7 @@ def _try(path: Path, alive: Callable[[], bool]) -> AgentStream | None:
             answer += byte
         if not answer.startswith(b"OK "):
             raise ConnectionError
-        _await_word(stream, alive)
+        _await_word(stream, alive, wait)
     except OSError:
         stream.close()
         return None
@@ -240,9 +250,9 @@ def _try(path: Path, alive: Callable[[], bool]) -> AgentStream | None:
     return agent
 
 
-def _await_word(stream: socket.socket, alive: Callable[[], bool]) -> None:
+def _await_word(stream: socket.socket, alive: Callable[[], bool], wait: float) -> None:
     """Waits until there is something to read. Raises ConnectionError where nothing comes."""
-    deadline = time.monotonic() + _ANSWER_S
+    deadline = time.monotonic() + wait
     while not readable(stream, timeout=_RETRY_S):
         if not alive() or time.monotonic() >= deadline:
             raise ConnectionError

@@ -33,6 +33,8 @@ class AgentMethods(ABC):
 
         Raises AgentError where none does.
         """
+        if isinstance(arguments, (str, bytes)):  # a sequence of its letters
+            raise TypeError(f"exec() takes the words of a command: [{arguments!r}]")
         with self.agent(timeout) as stream:
             return run_captured(stream, arguments, data)
 

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 
-__all__ = ["FAILURE", "Terminated", "fail", "in_one_line", "report_error"]
+__all__ = ["FAILURE", "Terminated", "fail", "harmless", "in_one_line", "report_error"]
 
 FAILURE = 1
 BAD_USAGE = 2
@@ -81,7 +81,11 @@ def fail(message: str, code: int = FAILURE) -> int:
 
 def in_one_line(message: str) -> str:
     """Without what a terminal obeys: names and words in it may be a guest's."""
-    line = " ".join(message.split())
+    return harmless(" ".join(message.split()))
+
+
+def harmless(line: str) -> str:
+    """What a terminal would obey is spelled."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 

@@ -137,7 +137,7 @@ def execute(
     for entry in env:
         if "=" not in entry:
             raise ConfigError(f"--env: {entry!r} sets nothing", mend="write NAME=VALUE")
-    with connect(name).agent(wait) as stream:
+    with _guest_of(name).agent(wait) as stream:
         return run_here(stream, command, environment=env, directory=directory)
 
 
@@ -148,9 +148,9 @@ def copy(source: str, target: str, wait: float) -> None:
             "one of the two is to be a guest's", mend="write NAME:PATH for it, the other as PATH"
         )
     if there is not None:
-        connect(there[1]).copy_in(source, there[2], timeout=wait)
+        _guest_of(there[1]).copy_in(source, there[2], timeout=wait)
     elif here is not None:
-        left_out = connect(here[1]).copy_out(here[2], Path(target), timeout=wait)
+        left_out = _guest_of(here[1]).copy_out(here[2], Path(target), timeout=wait)
         for link in left_out:
             what = in_one_line(f"{link} leads out of what was copied: left out")
             print(f"tetrarch: {what}", file=sys.stderr)
@@ -182,6 +182,14 @@ def use_guestinfo(
     else:
         for variable, text in variables.items():
             print(f"{variable} = {text}")
+
+
+def _guest_of(name: str) -> RemoteMachine:
+    """The machine, for something that its guest is to do."""
+    machine = connect(name)
+    if machine.is_paused:
+        print(f"tetrarch: {name} is paused; tetrarch resume {name} lets it run", file=sys.stderr)
+    return machine
 
 
 def take_screenshot(name: str, file: Path) -> None:

@@ -40,7 +40,7 @@ def _names(incomplete: str) -> list[str]:
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="As ps names it.", autocompletion=_names)]
 Names = Annotated[
-    list[str], typer.Argument(metavar="NAME...", help="As ps names them.", autocompletion=_names)
+    list[str], typer.Argument(metavar="NAME", help="As ps names them.", autocompletion=_names)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Wait = Annotated[
@@ -126,7 +126,12 @@ def console(
 
 
 def exec_(
-    name: Name,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME -- COMMAND...", help="As ps names it; COMMAND.", autocompletion=_names
+        ),
+    ],
     command: Annotated[list[str] | None, typer.Option(COMMAND_WORD, hidden=True)] = None,
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Of the command; repeatable.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tetrarch._native import EngineError
 from tetrarch.cli import jail
 from tetrarch.cli.cloud import with_seed
-from tetrarch.cli.failure import FAILURE, report_error
+from tetrarch.cli.failure import FAILURE, harmless, report_error
 from tetrarch.cli.registered import describe, registered
 from tetrarch.cli.reports import report_end
 from tetrarch.cli.resume import resumed_by_signal
@@ -48,6 +48,12 @@ def run_guest(config: MachineConfig, options: CommandOptions) -> int:
         from tetrarch.cli.restore import check_restore
 
         check_restore(config, options)
+    if options.command and (config.record or config.replay):
+        raise ConfigError(
+            f"--{'record' if config.record else 'replay'} and a command do not go together:"
+            " it comes by a device that cannot be recorded",
+            mend="type it at the guest's console",
+        )
     if not options.detach:
         return _run_registered(config, options, None)
     _check_background(config, options)
@@ -198,7 +204,8 @@ def _say_recording(machine: Machine) -> None:
         _say(f"tetrarch: recorded {end.count} instructions in {config.record}, {size}")
         return
     cut = "; its recorder died here" if end.kind == "cut" else ""
-    _say(f"tetrarch: replayed {config.replay}: {end.count} checkpoints alike{cut}")
+    alike = "1 checkpoint" if end.count == 1 else f"{end.count} checkpoints"
+    _say(f"tetrarch: replayed {config.replay}: {alike} alike{cut}")
 
 
 def _has_port_on_stdio(config: MachineConfig) -> bool:
@@ -246,7 +253,7 @@ def _log_end(status: ExitStatus, console: ConsoleBackend) -> None:
         _say(status.dump.rstrip())
     if not status.ok and isinstance(console, SharedConsole):
         for line in console.text.splitlines()[-_LAST_LINES:]:
-            _say(f"console: {line}")
+            _say(f"console: {harmless(line.expandtabs())}")
 
 
 def _is_interactive(console: ConsoleBackend) -> bool:

@@ -157,7 +157,12 @@ def _examine(machine: Machine, count: int, size: int, address: int) -> str:
     return text
 
 
+def _help(machine: Machine, vcpu: int) -> str:
+    return "".join(f"{name}\n" for name in (*_COMMANDS, "xp /COUNTxSIZE ADDRESS"))
+
+
 _COMMANDS: dict[str, Callable[[Machine, int], str]] = {
+    "help": _help,
     "info registers": _registers,
     "info registers -a": _all_registers,
     "info mem": _mem,

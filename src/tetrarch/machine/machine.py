@@ -288,7 +288,12 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
                 "the machine has no way to an agent in its guest", mend="make it with agent=True"
             )
         alive = (Phase.RUNNING, Phase.PAUSED)
-        return connect_agent(self.config.vsock, timeout, lambda: self.phase in alive)
+        return connect_agent(
+            self.config.vsock,
+            timeout,
+            lambda: self.phase in alive,
+            lambda: self.phase is Phase.PAUSED,
+        )
 
     @property
     def aio(self) -> AsyncMachine:

@@ -140,6 +140,13 @@ class RemoteMachine(PauseMethods, AgentMethods):
         return _PHASES[status]
 
     @property
+    def is_paused(self) -> bool:
+        """Whether it says so; one that does not answer says nothing."""
+        with suppress(TetrarchError, TimeoutError):
+            return self.phase is Phase.PAUSED
+        return False
+
+    @property
     def uptime(self) -> float:
         """Seconds for which the machine has run."""
         return float(self.execute("x-stats")["uptime_s"])
@@ -432,7 +439,7 @@ class RemoteMachine(PauseMethods, AgentMethods):
         """A connection with the guest's agent, for one command."""
         if self.about.vsock is None:
             raise AgentError(f"{self.name} has no vsock socket", "start it again")
-        return connect_agent(self.about.vsock, timeout, lambda: self.alive)
+        return connect_agent(self.about.vsock, timeout, lambda: self.alive, lambda: self.is_paused)
 
 
 def _connected(about: About, timeout: float = _END_S) -> Client:
