@@ -121,6 +121,28 @@ def test_domain_is_carried_over_whole() -> None:
 
 
 @pytest.mark.parametrize(
+    ("system", "firmware"),
+    [
+        ("<os firmware='efi'/>", "ovmf"),
+        ("<os firmware='bios'/>", "seabios"),
+        ("<os><loader type='rom'>/bios.bin</loader></os>", "/bios.bin"),
+        (
+            "<os firmware='efi'><loader readonly='yes' type='pflash'>/code.fd</loader>"
+            "<nvram template='/vars.fd'>/web.fd</nvram></os>",
+            "/code.fd,variables=/web.fd",
+        ),
+    ],
+)
+def test_firmware_boots_the_disk_as_there(system: str, firmware: str) -> None:
+    disk = "<disk type='file'><source file='/x'/><target dev='vda' bus='virtio'/></disk>"
+    carried = import_libvirt(f"<domain>{system}<devices>{disk}</devices></domain>")
+    config = carried.finish(CWD)
+    assert str(config.firmware) == firmware
+    assert config.append_extra is None or "root=" not in config.append_extra
+    assert not carried.lost
+
+
+@pytest.mark.parametrize(
     ("text", "option", "value"),
     [
         ("<memory unit='GiB'>1</memory>", "memory", 1 << 30),
@@ -166,7 +188,23 @@ def test_sizes_and_counts(text: str, option: str, value: Any) -> None:
         ("rest", "<cpu><model>Opteron_G5</model></cpu>", ["line 1: <cpu> Opteron_G5: the guest"]),
         ("rest", "<memory unit='acre'>1</memory>", ["line 1: <memory>: it is no size"]),
         ("rest", "<memory>1</memory>", ["<memory>: '4K' is too little"]),
-        ("system", "<loader type='pflash'>/f</loader>", ["line 1: <loader type=pflash>: there is"]),
+        (
+            "system",
+            "<loader secure='yes'>/f</loader>",
+            ["line 1: <loader secure=yes>: there is no"],
+        ),
+        (
+            "system",
+            "<loader>/f</loader><nvram format='qcow2'>/v</nvram>",
+            ["line 1: <nvram>: it is no raw file"],
+        ),
+        ("system", "<nvram>/v</nvram>", ["line 1: <nvram>: it is no raw file"]),
+        ("system", "<boot dev='cdrom'/>", ["line 1: <boot dev=cdrom>: firmware goes its own way"]),
+        (
+            "rest",
+            "<memory>2097152</memory><currentMemory>1048576</currentMemory>",
+            ["line 1: <currentMemory>: the balloon begins empty"],
+        ),
         ("devices", "<video/><sound model='ich9'/>", ["line 1: <video>: ", "line 1: <sound model"]),
         (
             "devices",

@@ -137,8 +137,13 @@ def test_what_is_carried_over(words: list[str], option: str, value: Any) -> None
             ["-foo bar: there is nothing like it", "-S: add gdb_wait, which needs gdb"],
         ),
         (["-qmp", "tcp:h:1,server"], ["-qmp tcp:h:1,server: the control socket is a Unix socket"]),
-        (["-bios", "x"], ["-bios x: there is no firmware"]),
-        (["-drive", "if=pflash,file=x"], ["-drive if=pflash,file=x: there is no firmware"]),
+        (["-boot", "d"], ["-boot d: firmware goes its own way"]),
+        (
+            ["-drive", "if=pflash,format=qcow2,file=x"],
+            ["-drive if=pflash,format=qcow2,file=x: firmware and its variables are raw files"],
+        ),
+        (["-M", "microvm", "-bios", "x"], ["-bios x: it finds no virtio by MMIO"]),
+        (["-pflash", "a", "-pflash", "b", "-pflash", "c"], ["-pflash c: there is one image of"]),
         (
             ["-drive", "file=nbd://h/x,if=virtio"],
             ["-drive file=nbd://h/x,if=virtio: an image is a"],
@@ -163,6 +168,29 @@ def test_what_is_lost_is_named(words: list[str], lost: list[str]) -> None:
     _, named = machine(*words)
     assert len(named) == len(lost)
     assert all(map(str.startswith, named, lost)), named
+
+
+@pytest.mark.parametrize(
+    ("words", "firmware"),
+    [
+        (["-bios", "bios-256k.bin"], "seabios"),
+        (["-bios", "/usr/share/ovmf/OVMF.fd"], "/usr/share/ovmf/OVMF.fd"),
+        (["-pflash", "code"], f"{CWD}/code"),
+        (
+            [
+                *("-drive", "if=pflash,unit=1,format=raw,file=a,,b"),
+                *("-drive", "if=pflash,unit=0,format=raw,readonly=on,file=code"),
+            ],
+            f"{CWD}/code,variables={CWD}/a,,b",
+        ),
+    ],
+)
+def test_firmware_boots_the_disk_as_there(words: list[str], firmware: str) -> None:
+    carried = import_qemu(["kvm", "-hda", "x", *words])
+    config = carried.finish(CWD)
+    assert str(config.firmware) == firmware
+    assert config.append_extra is None or "root=" not in config.append_extra
+    assert not carried.lost
 
 
 def test_disk_without_a_kernel_is_booted_by_the_default_guests() -> None:

@@ -71,6 +71,18 @@ class Carried:
             self._values[name] = several
             self._sources.setdefault(name, []).append(source)
 
+    def add_firmware(self, path: str, source: str) -> None:
+        """What starts before the guest: an image, then the file of its variables."""
+        named = path.replace(",", ",,")
+        before = self._values.get("firmware")
+        if before is None:
+            self.set("firmware", named, source)
+        elif ",variables=" in before:
+            self.lose(source, "there is one image of firmware, with one file of variables")
+        elif self._checked("firmware", text := f"{before},variables={named}", source):
+            self._values["firmware"] = text
+            self._sources["firmware"].append(source)
+
     def has(self, name: str) -> bool:
         return name in self._values
 
@@ -95,6 +107,8 @@ class Carried:
 
         Raises ConfigError where there is nothing that could run.
         """
+        if self._values.get("virtio") == "mmio" and self._values.pop("firmware", None) is not None:
+            self.lose(" ".join(self._sources.pop("firmware")), "it finds no virtio by MMIO")
         if not self.has("kernel"):
             if not self.has("disk") and not self.has("cdrom"):
                 raise ConfigError(

@@ -38,7 +38,6 @@ _SATISFIED = {
     "title",
     "description",
     "metadata",
-    "currentMemory",
     "on_poweroff",
     "on_crash",
     "resource",
@@ -94,13 +93,19 @@ class _Reader:
 
     def _size(self, domain: Element) -> None:
         if (memory := domain.take("memory")) is not None:
-            size = _bytes(memory.text, memory.attribute("unit", "KiB"))
+            memory_unit = memory.attribute("unit", "KiB")
+            size = _bytes(memory.text, memory_unit)
             source = f"line {memory.line}: {_shown(memory)}"
             if size is None:
                 self.carried.lose(source, "it is no size")
             else:
                 # As libvirt does: up to whole KiB, and here to whole pages.
                 self.carried.set("memory", f"{-(-size // 4096) * 4}K", "<memory>")
+        if (current := domain.take("currentMemory")) is not None and memory is not None:
+            size = _bytes(current.text, current.attribute("unit", "KiB"))
+            if size != _bytes(memory.text, memory_unit):
+                what = f"line {current.line}: <currentMemory>"
+                self.carried.lose(what, "the balloon begins empty")
         if (vcpu := domain.take("vcpu")) is not None:
             count, topology = vcpu.attribute("current") or vcpu.text, self._topology(domain)
             later = f",max={vcpu.text}" if count != vcpu.text else ""
@@ -151,10 +156,30 @@ class _Reader:
                 self.carried.lose(f"arch={architecture}", "the machine is an x86-64 one")
             if "microvm" in kind.attribute("machine"):
                 self.carried.set("virtio", "mmio", "machine=microvm")
+        self._firmware(system)
         for boot in system.take_all("boot"):
+            shown = _shown(boot)
             if boot.attribute("dev") not in ("", "hd"):
-                self.carried.lose(f"line {boot.line}: {_shown(boot)}", "there is no firmware")
-        self._lose_rest(system, "there is no firmware")
+                self.carried.lose(f"line {boot.line}: {shown}", "firmware goes its own way")
+        self._lose_rest(system)
+
+    def _firmware(self, system: Element) -> None:
+        """``<loader>IMAGE</loader><nvram>VARIABLES</nvram>``, or ``<os firmware='efi'>``."""
+        loader, variables = system.take("loader"), system.take("nvram")
+        chosen = system.attribute("firmware")
+        if loader is not None and loader.text:
+            self.carried.add_firmware(loader.text, "<loader>")
+        elif chosen:
+            name = {"efi": "ovmf", "bios": "seabios"}.get(chosen, chosen)
+            self.carried.add_firmware(name, f"firmware={chosen}")
+        if loader is not None and loader.attribute("secure") == "yes":
+            self.carried.lose(f"line {loader.line}: <loader secure=yes>", "there is no SMM")
+        if variables is None or not variables.text:
+            return
+        if variables.attribute("format", "raw") == "raw" and self.carried.has("firmware"):
+            self.carried.add_firmware(variables.text, "<nvram>")
+        else:
+            self.carried.lose(f"line {variables.line}: <nvram>", "it is no raw file of firmware's")
 
     def _devices(self, devices: Element) -> None:
         for disk in devices.take_all("disk"):

@@ -39,7 +39,9 @@ _SATISFIED_DEVICES = (
     "pcie-root-port",
     "pci-bridge",
 )
-_NO_FIRMWARE = ("bios", "pflash", "boot", "option-rom", "L")
+_OF_FIRMWARE = ("boot", "option-rom", "L")
+#: SeaBIOS as QEMU brings it.
+_SEABIOS = ("bios.bin", "bios-256k.bin")
 _DEBUG_EXIT_PORT = 0xF4
 
 
@@ -75,8 +77,8 @@ class _Reader:
         elif any(part.option(option) for part in (self._disks, self._nets, self._lines)):
             pass
         elif name not in _SATISFIED or (option.value or "") != _SATISFIED[name]:
-            why = "there is no firmware" if name in _NO_FIRMWARE else "there is nothing like it"
-            self.carried.lose(str(option), why)
+            other = "firmware goes its own way" if name in _OF_FIRMWARE else ""
+            self.carried.lose(str(option), other or "there is nothing like it")
 
     def _device(self, option: Option) -> None:
         keys = option.keys("driver")
@@ -193,6 +195,11 @@ class _Reader:
         else:
             self.carried.lose(str(option), "gdb is served at a TCP port or a Unix socket")
 
+    def _bios(self, option: Option) -> None:
+        """-bios FILE, in QEMU's own directory where it is a name alone."""
+        path = option.value or ""
+        self.carried.add_firmware("seabios" if path in _SEABIOS else path, str(option))
+
     def _as(self, name: str, option: Option) -> None:
         self.carried.set(name, option.value or "", f"-{option.name}")
 
@@ -206,6 +213,7 @@ class _Reader:
         "cpu": _cpu,
         "name": _name,
         "action": _action,
+        "bios": _bios,
         "qmp": _control,
         "qmp-pretty": _control,
         "gdb": _gdb,

@@ -44,6 +44,8 @@ class QemuDisks:
         self._waiting: dict[str, tuple[dict[str, str], str]] = {}
         """Drives with ``if=none`` and block nodes, and where they stand, by name."""
         self._disks: list[tuple[dict[str, Any], str]] = []
+        self._flash: list[tuple[str, dict[str, str], str]] = []
+        """Chips with firmware, by their units."""
 
     def option(self, option: Option) -> bool:
         """Whether it is one of these."""
@@ -59,6 +61,9 @@ class QemuDisks:
                 self._take_cd({"file": option.value or ""}, self._ide, str(option))
             case "fda" | "fdb":
                 self._take_floppy({"file": option.value or ""}, str(option))
+            case "pflash":
+                keys = {"file": option.value or ""}
+                self._flash.append((str(len(self._flash)), keys, str(option)))
             case "snapshot":
                 self._snapshot = True
             case _:
@@ -93,6 +98,11 @@ class QemuDisks:
             # One that only another node is made of was taken with it.
             if "filename" not in keys or "if" in keys:
                 self._carried.lose(source, "no device has it")
+        for _, keys, source in sorted(self._flash, key=lambda chip: chip[0]):
+            if keys.get("format", "raw") == "raw" and (path := _path(keys)):
+                self._carried.add_firmware(path, source)
+            else:
+                self._carried.lose(source, "firmware and its variables are raw files")
         for table, source in self._disks:
             if self._snapshot:
                 table["snapshot"] = True
@@ -122,9 +132,11 @@ class QemuDisks:
             case "scsi":
                 self._carried.lose(f"{option}: if=scsi", "it is a virtio disk")
                 self._take(keys, "virtio", str(option))
+            case "pflash":
+                unit = keys.get("unit", str(len(self._flash)))
+                self._flash.append((unit, keys, str(option)))
             case other:
-                why = "there is no firmware" if other == "pflash" else f"there is no {other}"
-                self._carried.lose(str(option), why)
+                self._carried.lose(str(option), f"there is no {other}")
 
     def _resolved(self, keys: dict[str, str]) -> dict[str, str]:
         """A block node with the node of its file."""
