@@ -20,6 +20,7 @@ from tetrarch.foreign import (
     import_firecracker,
     import_libvirt,
     import_qemu,
+    import_vmx,
     words_of_script,
 )
 from tetrarch.machine.config_file import ConfigFile
@@ -31,6 +32,27 @@ WORDS = [
     *("\udcff", "\x1b[2J", "\n", "é", "=", ",", ",,", ":", "{", "}", "[", "]", '"', "'", "#"),
     *("$X", "\\", "&amp;", "<", ">", "</", "/>", "<!DOCTYPE d>", "<a b='c'>", "]]>"),
 ]
+VMX = """
+config.version = "8"
+displayName = "web|20server"
+memsize = "2048"
+numvcpus = "4"
+cpuid.coresPerSocket = "2"
+firmware = "efi"
+scsi0.present = "TRUE"
+scsi0:0.present = "TRUE"
+scsi0:0.fileName = "a.vmdk"
+scsi0:0.mode = "independent-nonpersistent"
+ide1:0.present = "TRUE"
+ide1:0.deviceType = "cdrom-image"
+ide1:0.fileName = "/d.iso"
+ethernet0.present = "TRUE"
+ethernet0.connectionType = "nat"
+ethernet0.generatedAddress = "00:0c:29:aa:bb:cc"
+floppy0.fileType = "file"
+floppy0.fileName = "f.flp"
+guestinfo.Role = "a=b"
+"""
 TOML = """
 kernel = "k"  # [
 memory = "1G"
@@ -152,6 +174,11 @@ def firecracker(data: bytes) -> None:
 def libvirt(data: bytes) -> None:
     source = Input(data)
     _check(lambda: import_libvirt(_changed(source, LIBVIRT)))
+
+
+def vmx(data: bytes) -> None:
+    source = Input(data)
+    _check(lambda: import_vmx(_changed(source, VMX)))
 
 
 def config_file(data: bytes) -> None:

@@ -423,6 +423,7 @@ TARGETS: dict[str, Target] = {
     "qemu": configs.qemu,
     "firecracker": configs.firecracker,
     "libvirt": configs.libvirt,
+    "vmx": configs.vmx,
     "qmp": steering.qmp,
     "gdb": steering.gdb,
     "recording": recording.recording,
