@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,6 +189,30 @@ def test_clients_beyond_what_there_can_be_are_hung_up_on(wire: Wire, socket_path
             if b'"QMP"' in late.makefile("rb").readline():
                 break
             assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("name", ["control-send", "control-client"])
+def test_client_that_the_host_has_no_thread_for_is_hung_up_on(
+    wire: Wire, socket_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX) as refused:
+        patch.setattr(threading.Thread, "start", refuse)
+        refused.settimeout(LIMIT_S)
+        refused.connect(str(socket_path))
+        with refused.makefile("rb") as file:
+            said = file.read()
+        assert said == b"" or "can't start new thread" in description(json.loads(said))
+    assert wire.ask(NEGOTIATE) == {"return": {}}
+    other = Wire(socket_path)
+    assert other.ask(NEGOTIATE) == {"return": {}}
+    other.close()
 
 
 def test_half_a_command_is_nothing(ready: Wire) -> None:
