@@ -266,17 +266,31 @@ def test_process_that_does_not_answer_is_listed_and_can_be_killed(
 def test_killed_process_leaves_no_ghost(
     cli: Cli, start: Callable[..., None], runtime: Path, tmp_path: Path
 ) -> None:
-    socket_path = tmp_path / "s"
-    start("web", "--control", socket_path)
+    socket_path, gdb = tmp_path / "s", tmp_path / "g"
+    start("web", "--control", socket_path, "--gdb", gdb)
     vm = tetrarch.connect("web")
+    assert gdb.is_socket()
     os.kill(vm.about.pid, signal.SIGKILL)
     vm.wait(LIMIT_S)
     assert listed(cli) == {}
     assert leftovers(runtime) == []
     assert not socket_path.exists()
+    assert not gdb.exists()
     with pytest.raises(HostError, match="no machine named web runs"):
         tetrarch.connect("web")
     start("web")
+
+
+def test_machine_of_a_file_whose_name_is_no_text_is_listed(
+    cli: Cli, runtime: Path, kernel: Kernel
+) -> None:
+    path = kernel(guests.ENDLESS_LOOP).rename(runtime.parent / os.fsdecode(b"k\xff\nl"))
+    done = cli("run", "--detach", "--name", "web", "--engine", "bt", "--kernel", path)
+    assert (done.returncode, done.stdout) == (0, "web\n"), done.stderr
+    assert cli("ps").stdout.splitlines()[1].endswith(r"k\udcff l")
+    (shown,) = json.loads(cli("ps", "--json").stdout)
+    assert shown["guest"] == str(path)
+    assert cli("kill", "web").returncode == 0
 
 
 def test_socket_of_a_dead_machine_is_one_line(start: Callable[..., None]) -> None:

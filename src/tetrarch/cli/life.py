@@ -51,7 +51,7 @@ def show_machines(as_json: bool, names_alone: bool) -> None:
     # What has ended since is gone.
     rows = [(about, state) for about, state in zip(found, states, strict=True) if state]
     if as_json:
-        print(json.dumps([_as_json(about, state) for about, state in rows], indent=2))
+        print(json.dumps([_as_json(*row) for row in rows], indent=2, default=os.fspath))
         return
     heads = ("NAME", "STATE", "PROCESS", "ENGINE", "CPUS", "MEMORY", "UP", "GUEST")
     lines = [heads, *(_row(about, state) for about, state in rows)]
@@ -73,7 +73,7 @@ def _state(about: About) -> str:
 
 
 def _as_json(about: About, state: str) -> dict[str, Any]:
-    row = about.model_dump(mode="json", exclude={"ready", "sockets", "socket_folder"})
+    row = about.model_dump(exclude={"ready", "sockets", "socket_folder"})
     return {**row, "state": state, "up_s": round(time.time() - about.started, 3)}
 
 
@@ -86,7 +86,7 @@ def _row(about: About, state: str) -> tuple[str, ...]:
         str(about.cpus or "-"),
         f"{about.memory >> 20}M" if about.memory else "-",
         _duration(time.time() - about.started),
-        about.guest or "-",
+        in_one_line(about.guest) or "-",
     )
 
 

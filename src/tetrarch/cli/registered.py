@@ -67,7 +67,8 @@ def _sockets(config: MachineConfig) -> tuple[Path, ...]:
     """Those that the machine makes where its user says."""
     ends = (config.console, *(port.console for port in config.virtio_console))
     consoles = (end.path for end in ends if isinstance(end, ConsoleSpec) and end.kind == "socket")
-    paths = (*consoles, config.control, config.vsock)
+    gdb = None if config.gdb is None else config.gdb.path
+    paths = (*consoles, config.control, config.vsock, gdb)
     return tuple(path.absolute() for path in paths if path is not None)
 
 

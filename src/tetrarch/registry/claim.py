@@ -13,6 +13,7 @@ who only looks takes no lock.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -22,8 +23,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
-
-from pydantic import ValidationError
 
 from tetrarch._files import read_bounded
 from tetrarch.errors import ConfigError, HostError
@@ -128,7 +127,8 @@ class Claim:
     def _write(self) -> None:
         # Whoever reads meets the one or the other, and never half of it.
         new = self.directory / "machine.json.new"
-        new.write_text(self._about.model_dump_json(indent=2) + "\n")
+        # ASCII: a path need not be text.
+        new.write_text(json.dumps(self._about.model_dump(), indent=2, default=os.fspath) + "\n")
         new.replace(self.directory / "machine.json")
 
 
@@ -152,8 +152,9 @@ def log_path(name: str) -> Path:
 def read_about(name: str) -> About | None:
     """None where there is no such machine."""
     try:
-        return About.model_validate_json(read_bounded(machine_directory(name) / "machine.json"))
-    except (OSError, ValidationError):
+        text = read_bounded(machine_directory(name) / "machine.json")
+        return About.model_validate(json.loads(text))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
