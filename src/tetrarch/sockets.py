@@ -18,7 +18,14 @@ from typing import Final
 from tetrarch._files import remove_tree
 from tetrarch.errors import HostError
 
-__all__ = ["Backlog", "ListeningSocket", "SocketDirectory", "remove_dead_socket", "socket_place"]
+__all__ = [
+    "Backlog",
+    "ListeningSocket",
+    "SocketDirectory",
+    "remove_dead_network",
+    "remove_dead_socket",
+    "socket_place",
+]
 
 #: What a path has, of the 107 bytes that an address holds (unix(7)), before our names.
 _PLACE_MAX: Final = 64
@@ -178,6 +185,22 @@ class ListeningSocket:
             if os.stat(self.path).st_ino == self._inode:
                 self.path.unlink()
         self._backlog.close()
+
+
+def remove_dead_network(path: Path) -> None:
+    """Removes the socket of a network, and its lock, unless a machine that lives has it
+    (crates/net/src/switch.rs)."""
+    lock = path.with_name(f"{path.name}.lock")
+    with contextlib.suppress(OSError):
+        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had it may have removed the file before it was locked here.
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                remove_dead_socket(path)
+                lock.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def remove_dead_socket(path: Path) -> None:

@@ -266,19 +266,36 @@ def test_process_that_does_not_answer_is_listed_and_can_be_killed(
 def test_killed_process_leaves_no_ghost(
     cli: Cli, start: Callable[..., None], runtime: Path, tmp_path: Path
 ) -> None:
-    socket_path, gdb = tmp_path / "s", tmp_path / "g"
-    start("web", "--control", socket_path, "--gdb", gdb)
+    socket_path, gdb, net = tmp_path / "s", tmp_path / "g", tmp_path / "n"
+    start("web", "--control", socket_path, "--gdb", gdb, "--net", f"socket={net}")
     vm = tetrarch.connect("web")
     assert gdb.is_socket()
+    assert net.is_socket()
     os.kill(vm.about.pid, signal.SIGKILL)
     vm.wait(LIMIT_S)
     assert listed(cli) == {}
     assert leftovers(runtime) == []
     assert not socket_path.exists()
     assert not gdb.exists()
+    assert [path.name for path in tmp_path.glob("n*")] == []
     with pytest.raises(HostError, match="no machine named web runs"):
         tetrarch.connect("web")
     start("web")
+
+
+def test_network_of_a_killed_machine_stays_with_another_that_has_joined(
+    cli: Cli, start: Callable[..., None], tmp_path: Path
+) -> None:
+    net = tmp_path / "n"
+    for name in ("one", "other"):
+        start(name, "--net", f"socket={net}")
+    vm = tetrarch.connect("other")  # the first has the switch
+    os.kill(vm.about.pid, signal.SIGKILL)
+    vm.wait(LIMIT_S)
+    assert listed(cli) == {"one": "running"}
+    assert net.is_socket()
+    assert cli("kill", "one").returncode == 0
+    assert [path.name for path in tmp_path.glob("n*")] == []
 
 
 def test_machine_of_a_file_whose_name_is_no_text_is_listed(

@@ -73,7 +73,7 @@ def _state(about: About) -> str:
 
 
 def _as_json(about: About, state: str) -> dict[str, Any]:
-    row = about.model_dump(exclude={"ready", "sockets", "socket_folder"})
+    row = about.model_dump(exclude={"ready", "sockets", "networks", "socket_folder"})
     return {**row, "state": state, "up_s": round(time.time() - about.started, 3)}
 
 

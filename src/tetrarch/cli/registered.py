@@ -39,7 +39,12 @@ def registered(
     with claim:
         # Before any is there: a process that is killed has no time to remove them.
         guest = config.image or str(restored or config.replay or config.kernel or _default_image())
-        claim.describe(guest=guest, sockets=_sockets(config))
+        networks = (Path(net.target) for net in config.net if net.kind == "socket")
+        claim.describe(
+            guest=guest,
+            sockets=_sockets(config),
+            networks=tuple(path.absolute() for path in networks),
+        )
         changes = {"name": claim.name, "control": config.control or claim.socket("control")}
         if config.record is None and config.replay is None:
             # Of a recording it cannot be a part.

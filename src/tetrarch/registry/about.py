@@ -42,5 +42,7 @@ class About(BaseModel):
     log: Path | None = None
     sockets: tuple[Path, ...] = ()
     """Sockets at paths that the user gave, which a process that was killed leaves behind."""
+    networks: tuple[Path, ...] = ()
+    """Networks at such paths, which other machines may have joined."""
     socket_folder: Path | None = None
     """A directory of sockets that had to lie elsewhere, whose path would be too long here."""

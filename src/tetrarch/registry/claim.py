@@ -29,7 +29,7 @@ from tetrarch.errors import ConfigError, HostError
 from tetrarch.registry.about import About
 from tetrarch.registry.lock import is_locked, open_lock, take, try_take
 from tetrarch.registry.place import registry_directory
-from tetrarch.sockets import remove_dead_socket
+from tetrarch.sockets import remove_dead_network, remove_dead_socket
 
 __all__ = [
     "Claim",
@@ -175,6 +175,8 @@ def _remove(directory: Path, about: About | None) -> None:
     if about is not None:
         for path in about.sockets:
             remove_dead_socket(path)
+        for path in about.networks:
+            remove_dead_network(path)
         if about.socket_folder is not None:
             shutil.rmtree(about.socket_folder, ignore_errors=True)
     shutil.rmtree(directory, ignore_errors=True)
