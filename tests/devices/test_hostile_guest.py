@@ -139,7 +139,9 @@ def uart(bench: Bench) -> tuple[Any, list[Any]]:
 
 DEVICES: dict[str, Callable[[Bench], tuple[Any, list[Any]]]] = {
     "uart": uart,
-    "rtc": lambda bench: alone(RtcCmos(bench.irq, bench.clock_ns, wall_ns=lambda: 1 << 60)),
+    "rtc": lambda bench: alone(
+        RtcCmos(bench.irq, bench.clock_ns, wall_ns=lambda: (1 << 60) + bench.clock_ns())
+    ),
     "i8042": i8042,
     "ps2": ps2,
     "hpet": hpet,

@@ -240,6 +240,28 @@ def test_event_right_behind_an_acknowledgement_has_its_own_edge(
     assert levels == [True, False, True]
 
 
+def test_reset_catches_up_with_the_time_for_which_the_machine_stood() -> None:
+    now = stood = 0
+    device = RtcCmos(lambda level: None, lambda: now, wall_ns=lambda: START + now + stood)
+
+    def get(register: int) -> int:
+        device.write(0, 1, register)
+        return device.read(1, 1)
+
+    stood = 3600 * NS
+    now = 2 * NS
+    assert [get(register) for register in (7, 4, 2, 0)] == [0x01, 0x00, 0x00, 0x00]
+    device.reset()
+    assert [get(register) for register in (7, 4, 2, 0)] == [0x01, 0x01, 0x00, 0x00]
+    # Half an hour later, by the guest; that stays, and nothing is counted twice.
+    device.write(0, 1, 2)
+    device.write(1, 1, 0x30)
+    device.reset()
+    now += NS
+    assert [get(register) for register in (7, 4, 2, 0)] == [0x01, 0x01, 0x30, 0x01]
+    device.close()
+
+
 def test_timer_thread_ends_when_the_guest_needs_none() -> None:
     device = RtcCmos(lambda level: None, time.monotonic_ns)
     device.write(0, 2, 0x420B)

@@ -69,6 +69,7 @@ A_UIP: Final = 0x80
 A_DIVIDER: Final = 0x70
 A_DIVIDER_RESET: Final = 0x60
 A_RATE: Final = 0x0F
+_OFFSET_NS_MAX: Final = (1 << 63) - 1
 #: 32.768 kHz time base and 1024 Hz: the PC's settings.
 A_INITIAL: Final = 0x26
 
@@ -242,7 +243,9 @@ class RtcCmosCore:
         # The clock runs on from the registers when it is let go, and also when the guest sets
         # the time without holding it.
         if not self._held and (held or register in TIME_REGISTERS):
-            self.state.offset_ns = self._stored_time(self._clock(now_ns) % NS, held) - now_ns
+            offset_ns = self._stored_time(self._clock(now_ns) % NS, held) - now_ns
+            # As far as a saved machine has it: from 1677 to 2262.
+            self.state.offset_ns = min(max(offset_ns, -_OFFSET_NS_MAX), _OFFSET_NS_MAX)
             self.state.seen_ns = now_ns
 
     def _updating(self, now_ns: int) -> bool:
@@ -388,6 +391,9 @@ class RtcCmos(Adapter[RtcCmosCore]):
         """What is told in the CMOS memory: ``ram``, (address, length) of the machine's ranges, and
         ``floppies``, the type of each drive."""
         self._clock_ns = clock_ns
+        self._wall_ns = wall_ns
+        self._ahead_ns = wall_ns() - clock_ns()
+        """The host's time, less the machine's clock, when they were last compared."""
         super().__init__(RtcCmosCore(clock_ns(), wall_ns(), ram, floppies), irq)
         self._timer = TimerThread("rtc", self._lock, clock_ns, self._core.next_event, self._tick)
 
@@ -411,6 +417,15 @@ class RtcCmos(Adapter[RtcCmosCore]):
             self._timer.arm(now)
         self._line.update()
 
+    def reset(self) -> None:
+        """A system that starts anew takes its time from here: the clock catches up with the host's
+        for as long as the machine has stood. What the guest has set it to counts on."""
+        with self._lock:
+            ahead_ns = self._wall_ns() - self._clock_ns()
+            self._core.state.offset_ns += ahead_ns - self._ahead_ns
+            self._ahead_ns = ahead_ns
+        super().reset()
+
     def close(self) -> None:
         self._timer.close()
 
@@ -424,4 +439,7 @@ class RtcCmos(Adapter[RtcCmosCore]):
     def load(self, state: State) -> None:
         super().load(state)
         with self._lock:
-            self._timer.arm(self._clock_ns())
+            now = self._clock_ns()
+            # What is loaded goes on as it was: its clock stands where it stood.
+            self._ahead_ns = self._wall_ns() - now
+            self._timer.arm(now)
