@@ -130,9 +130,11 @@ class Pc:
         return {name: device.save() for name, device in self.devices.items()}
 
     def load(self, states: Mapping[str, State]) -> None:
-        """Raises StateError where there is a state too many or too few."""
+        """Raises StateError where there is a state too many or too few, or one that is none."""
         check_names("device", states, self.devices)
         for name, device in self.devices.items():
+            if not isinstance(states[name], Mapping):
+                raise StateError(f"saved state of {name!r} is none", mend="save it again")
             device.load(states[name])
 
     def reset(self) -> None:
