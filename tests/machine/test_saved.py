@@ -275,6 +275,8 @@ def test_description_of_no_machine_is_refused(
         ((0, 4096, 1 << 31), "a run of RAM of absurd size"),
         ((0, 1 << 40, 4096), "cut short"),
         ((8, 4096, 4096), "begins in a page"),
+        ((0, (1 << 64) - 4096, 4096), "beyond any file"),
+        ((0, 1 << 63, 4096), "beyond any file"),
     ],
 )
 def test_ram_that_the_machine_has_not_is_refused(

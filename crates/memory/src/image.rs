@@ -238,6 +238,11 @@ impl GuestMemory {
             if !aligned(run.address.0) || !aligned(length) || !aligned(run.offset) {
                 return damaged("has a run of RAM that begins in a page");
             }
+            let beyond =
+                run.offset.checked_add(length).is_none_or(|end| i64::try_from(end).is_err());
+            if beyond {
+                return damaged("has a run of RAM beyond any file");
+            }
             if run.address.0 < end {
                 return damaged("has a run of RAM upon another");
             }

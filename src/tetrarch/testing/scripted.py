@@ -89,7 +89,8 @@ class ScriptedVm:
             for address, offset, length, crc in _RUN.iter_unpack(table):
                 if address + length > len(self._memory):
                     raise EngineError(f"{name} has RAM where the machine has none")
-                data = os.pread(descriptor, length, offset)
+                there = offset + length <= os.fstat(descriptor).st_size
+                data = os.pread(descriptor, length, offset) if there else b""
                 if len(data) < length or zlib.crc32(data) != crc:
                     raise EngineError(f"{name} has RAM with a wrong checksum")
                 self.write_memory(address, data)
