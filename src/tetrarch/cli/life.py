@@ -21,6 +21,7 @@ from tetrarch.registry import About, machines
 from tetrarch.registry.claim import check_name, log_path
 from tetrarch.registry.listing import alive
 from tetrarch.remote import RemoteMachine, connect
+from tetrarch.remote.machine import is_paused
 
 __all__ = [
     "copy",
@@ -187,7 +188,7 @@ def use_guestinfo(
 def _guest_of(name: str) -> RemoteMachine:
     """The machine, for something that its guest is to do."""
     machine = connect(name)
-    if machine.is_paused:
+    if is_paused(machine):
         print(f"tetrarch: {name} is paused; tetrarch resume {name} lets it run", file=sys.stderr)
     return machine
 

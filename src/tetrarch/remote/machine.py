@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from tetrarch.display.screen import Screen
     from tetrarch.remote.vmware import RemoteGuestInfo, RemoteTools
 
-__all__ = ["Completed", "RemoteMachine", "connect"]
+__all__ = ["Completed", "RemoteMachine", "connect", "is_paused"]
 
 #: What a process takes to end its machine, however busy its host.
 _END_S: Final = 10.0
@@ -138,13 +138,6 @@ class RemoteMachine(PauseMethods, AgentMethods):
                 raise
             return Phase.ENDED
         return _PHASES[status]
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether it says so; one that does not answer says nothing."""
-        with suppress(TetrarchError, TimeoutError):
-            return self.phase is Phase.PAUSED
-        return False
 
     @property
     def uptime(self) -> float:
@@ -439,7 +432,14 @@ class RemoteMachine(PauseMethods, AgentMethods):
         """A connection with the guest's agent, for one command."""
         if self.about.vsock is None:
             raise AgentError(f"{self.name} has no vsock socket", "start it again")
-        return connect_agent(self.about.vsock, timeout, lambda: self.alive, lambda: self.is_paused)
+        return connect_agent(self.about.vsock, timeout, lambda: self.alive, lambda: is_paused(self))
+
+
+def is_paused(machine: RemoteMachine) -> bool:
+    """Whether it says so; one that does not answer says nothing."""
+    with suppress(TetrarchError, TimeoutError):
+        return machine.phase is Phase.PAUSED
+    return False
 
 
 def _connected(about: About, timeout: float = _END_S) -> Client:
