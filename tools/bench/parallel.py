@@ -2,7 +2,8 @@
 
 A Debian on a disk does the same work with one virtual CPU and with two, and a small guest boots
 with one, four and sixteen. The machines take turns. A second virtual CPU can be worth something
-only on a host with two CPUs that are otherwise idle.
+only on a host with two CPUs that are otherwise idle, and where these are threads of one core, as
+much as that gives: the host itself does the work too, on one of its CPUs and on two.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ _FUNCTION = """int fN(const char *s, double *d)
 _PROMPT = "root@tetrarch"
 # What each row runs in the guest, in /root/work; its amount for a second or more on one CPU.
 ROWS = {
-    "stress-ng --matrix 2": "stress-ng --quiet --matrix 2 --matrix-ops 600",
-    "pthread spin lock, two threads": "./loops spin 3000000",
+    "stress-ng --matrix 2": "stress-ng --quiet --matrix 2 --matrix-ops 6000",
+    "pthread spin lock, two threads": "./loops spin 1200000",
     "futex ping-pong, two pairs": "./loops futex 200000",
     f"make -j2, {_FILES} files of C": "make --silent clean && make --silent -j2",
 }
@@ -68,10 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if len(os.sched_getaffinity(0)) < 2:
         raise BenchError("two virtual CPUs need two CPUs of the host")
-    if shutil.which("gcc") is None:
-        raise BenchError("no gcc; install it: apt-get install gcc libc6-dev")
+    for tool, package in (("gcc", "gcc libc6-dev"), ("stress-ng", "stress-ng")):
+        if shutil.which(tool) is None:
+            raise BenchError(f"no {tool}; install it: apt-get install {package}")
     disk = debian_disk("bench-c", ("gcc", "libc6-dev", "make", "stress-ng"))
     work: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    host: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     boots: dict[int, list[float]] = {cpus: [] for cpus in (1, *BOOTS)}
     idle: list[float] = []
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
@@ -82,23 +85,24 @@ def run(arguments: argparse.Namespace) -> int:
             try:
                 for cpus, rounds in work.items():
                     rounds.append(_work(disk, cpus, project, arguments.timeout))
+                for cpus, rounds in host.items():
+                    rounds.append(_on_host(cpus, project, arguments.timeout))
                 for cpus, seconds in boots.items():
                     seconds.append(_boot(cpus, arguments.timeout))
                 idle.append(_idle(arguments.timeout))
             except TetrarchError as error:
                 raise BenchError(str(error)) from error
-    taken = {
-        cpus: {row: statistics.median(done[row] for done in rounds) for row in ROWS}
-        for cpus, rounds in work.items()
-    }
+    taken = _medians(work)
+    native = _medians(host)
     booted = {cpus: statistics.median(seconds) for cpus, seconds in boots.items()}
     gains = {row: taken[1][row] / taken[2][row] for row in ROWS}
+    hosts = {row: native[1][row] / native[2][row] for row in ROWS}
     costs = {cpus: booted[cpus] / booted[1] for cpus in BOOTS}
     share = statistics.median(idle)
     if arguments.json:
-        print(json.dumps({"gains": gains, "boots": costs, "idle": share}, indent=2))
+        print(json.dumps({"gains": gains, "host": hosts, "boots": costs, "idle": share}, indent=2))
     else:
-        text = _report(taken, gains, booted, share, arguments)
+        text = _report(taken, gains, hosts, booted, share, arguments)
         print(text)
         write_section("parallel", text)
     kept = all(costs[cpus] <= most for cpus, most in BOOTS.items()) and share <= IDLE_MOST
@@ -139,6 +143,33 @@ def _work(disk: InstalledDisk, cpus: int, project: Path, timeout: float) -> dict
         return {row: _timed(vm, command, timeout) for row, command in ROWS.items()}
 
 
+def _medians(done: dict[int, list[dict[str, float]]]) -> dict[int, dict[str, float]]:
+    return {
+        cpus: {row: statistics.median(one[row] for one in rounds) for row in ROWS}
+        for cpus, rounds in done.items()
+    }
+
+
+def _on_host(cpus: int, project: Path, timeout: float) -> dict[str, float]:
+    """The same on so many CPUs of the host."""
+    mine = sorted(os.sched_getaffinity(0))[:cpus]
+    found = {}
+    for row, command in ROWS.items():
+        begun = time.monotonic()
+        done = subprocess.run(
+            ["taskset", "-c", ",".join(map(str, mine)), "sh", "-c", command],
+            cwd=project,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if done.returncode:
+            raise BenchError(f"{command} ended with {done.returncode}: {done.stderr.strip()}")
+        found[row] = time.monotonic() - begun
+    return found
+
+
 def _timed(vm: Machine, command: str, timeout: float) -> float:
     begun = time.monotonic()
     done = vm.exec(["sh", "-c", f"cd /root/work && {command}"], timeout=timeout)
@@ -173,12 +204,13 @@ def _idle(timeout: float) -> float:
 def _report(
     taken: dict[int, dict[str, float]],
     gains: dict[str, float],
+    hosts: dict[str, float],
     booted: dict[int, float],
     share: float,
     arguments: argparse.Namespace,
 ) -> str:
     rows: list[Sequence[str]] = [
-        (row, f"{taken[1][row]:.2f}", f"{taken[2][row]:.2f}", f"{gain:.2f}")
+        (row, f"{taken[1][row]:.2f}", f"{taken[2][row]:.2f}", f"{gain:.2f}", f"{hosts[row]:.2f}")
         for row, gain in gains.items()
     ]
     boots: list[Sequence[str]] = [
@@ -192,7 +224,7 @@ def _report(
             f"interleaved rounds. The work is the same with one virtual CPU and with two; promised "
             f"is that each row runs at least {LEAST:g} times as fast.",
             table(("", ""), describe_host()),
-            table(("seconds", "1 virtual CPU", "2", "gain"), rows),
+            table(("seconds", "1 virtual CPU", "2", "gain", "the host's own"), rows),
             "From a machine's start to the shell of Debian's cloud kernel:",
             table(("virtual CPUs", "seconds", "ratio", "promised"), boots),
             f"An idle guest with {IDLE_CPUS} virtual CPUs takes {share:.1%} of one CPU of the "

@@ -29,7 +29,7 @@ static void *spin(void *own)
 {
 	uint64_t value = (uintptr_t)own;
 	for (long n = 0; n < rounds; n++) {
-		value = scramble(value, 400);
+		value = scramble(value, 1000);
 		pthread_spin_lock(&lock);
 		counted += 1 + (value == 0);
 		pthread_spin_unlock(&lock);
