@@ -61,8 +61,8 @@ class _Said:
 
 
 class Tools:
-    """``power_off`` and ``reset`` end the machine's run where the guest's tools say that it ends by
-    them; the guest itself does the rest."""
+    """What is asked of the guest waits for its tools, and raises ToolsError where they are not
+    there, do not answer or refuse."""
 
     def __init__(self, guestinfo: GuestInfo) -> None:
         self._guestinfo = guestinfo
