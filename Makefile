@@ -14,7 +14,8 @@ AGENT_FLAGS := -C target-feature=+crt-static -C strip=symbols -C opt-level=s
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -path '*/src/*.rs' -o -name Cargo.toml)
 # When make starts, before it looks at any file's time.
-$(shell tools/touch-changed $(RUST_SOURCES) pyproject.toml requirements/dev.txt)
+$(shell find crates -name '*.rs' -print0 | xargs -0 tools/touch-changed \
+	Cargo.lock $(wildcard Cargo.toml crates/*/Cargo.toml) pyproject.toml requirements/dev.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-long bench fuzz wheel lint fmt lock clean packages
