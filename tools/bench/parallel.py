@@ -174,9 +174,8 @@ def _timed(vm: Machine, command: str, timeout: float) -> float:
     begun = time.monotonic()
     done = vm.exec(["sh", "-c", f"cd /root/work && {command}"], timeout=timeout)
     if done.code:
-        raise BenchError(
-            f"{command} ended with {done.code}: {done.stderr.decode(errors='replace')}"
-        )
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        raise BenchError(f"{command} ended with {done.code}: {said}")
     return time.monotonic() - begun
 
 
