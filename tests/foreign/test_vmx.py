@@ -105,6 +105,7 @@ def test_machine_of_esxi_with_uefi_and_nvme() -> None:
         'ethernet0.address = "00:50:56:00:00:01"\n'
         'floppy0.fileType = "file"\nfloppy0.fileName = "boot.flp"\n'
         'floppy1.present = "TRUE"\nfloppy1.fileName = "A:"\n'
+        'nvme0:0.mode = "undoable"\nide1:0.present = "TRUE"\nide1:0.deviceType = "atapi-cdrom"\n'
     )
     assert str(config.firmware) == "ovmf"
     assert list(map(str, config.disk)) == ["/cwd/a.vmdk,bus=nvme"]
@@ -112,6 +113,8 @@ def test_machine_of_esxi_with_uefi_and_nvme() -> None:
     assert list(map(str, config.floppy)) == ["/cwd/boot.flp"]
     assert lost == [
         "uefi.secureBoot.enabled: there is no secure boot",
+        "ide1:0.deviceType=atapi-cdrom: a drive of the host",
+        "nvme0:0.mode=undoable: what the guest writes is kept",
         "floppy1.fileType=device: a drive of the host",
         "ethernet0.virtualDev=vmxnet3: the card is virtio's",
         "ethernet0.connectionType=bridged VM Network: the guest is behind the host's address; "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,13 +48,13 @@ def vmx(path: Path, output: Path | None) -> None:
 
 def vmx_machine(path: Path) -> MachineConfig:
     """To be run as it is; what is not carried over is named on standard error."""
-    carried = import_vmx(read_text(path, "virtual machine of VMware's"))
-    try:
-        return carried.finish(path.parent.absolute())
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error.cause}", mend=error.mend) from None
-    finally:
-        _name_lost(carried)
+    text = read_text(path, "virtual machine of VMware's")
+    with _about(path):
+        carried = import_vmx(text)
+        try:
+            return carried.finish(path.parent.absolute())
+        finally:
+            _name_lost(carried)
 
 
 def _script(text: str) -> Carried:
@@ -62,9 +63,16 @@ def _script(text: str) -> Carried:
 
 def _file(path: Path, take: Callable[[str], Carried], what: str, output: Path | None) -> None:
     text = read_text(path, what)
-    try:
-        heading = " ".join(f"From {path.name}, a {what}.".split())
+    heading = " ".join(f"From {path.name}, a {what}.".split())
+    with _about(path):
         _write(take(text), path.parent, heading, output)
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """What is wrong is told with the file's name."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.cause}", mend=error.mend) from None
 

@@ -1,14 +1,13 @@
 """A virtual machine of VMware's, as its .vmx file has it, as a configuration of ours.
 
 The file is lines of ``name = "value"``; names are told apart without regard to case. VMware
-documents few of them: those here are what Workstation and ESXi write, and libvirt reads
-(src/vmx/vmx.c). What switches itself off or only describes is no loss.
+documents few of them: what they mean and what holds where one is missing is as libvirt has it
+(src/vmx/vmx.c), where that knows them. What switches itself off or only describes is no loss.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any, Final
 
 from tetrarch.errors import ConfigError
@@ -30,6 +29,7 @@ _UNITS: Final = 64
 _CARDS: Final = 10
 _DISKS: Final = frozenset({"", "disk", "scsi-harddisk", "ata-harddisk", "nvme-harddisk"})
 _DISCS: Final = frozenset({"cdrom-image"})
+_DRIVES_OF_HOST: Final = frozenset({"cdrom-raw", "atapi-cdrom"})
 
 #: What says how a machine was or is shown, or what VMware does beside it.
 _SAYS_NOTHING: Final = re.compile(
@@ -102,12 +102,8 @@ class _Reader:
         memory = self._take("memsize", "32")
         self.carried.set("memory", f"{memory}M", "memsize")
         cpus, cores = self._take("numvcpus", "1"), self._take("cpuid.corespersocket", "1")
-        if (
-            cores.isdecimal()
-            and cpus.isdecimal()
-            and int(cores) > 1
-            and int(cpus) % int(cores) == 0
-        ):
+        numbers = cores.isdecimal() and cpus.isdecimal()
+        if numbers and int(cores) > 1 and int(cpus) % int(cores) == 0:
             sockets = int(cpus) // int(cores)
             self.carried.set("cpus", f"{cpus},sockets={sockets},cores={cores}", "numvcpus")
         elif cpus != "1":
@@ -150,6 +146,8 @@ class _Reader:
             table: dict[str, Any] = {"path": path, "bus": bus}
             if mode.endswith("nonpersistent"):
                 table["snapshot"] = True
+            elif not mode.endswith("persistent"):
+                self.carried.lose(f"{name}.mode={mode}", "what the guest writes is kept")
             if self._on(f"{name}.writethrough"):
                 self.carried.lose(f"{name}.writeThrough", "the guest flushes what it must")
             self.carried.add("disk", table, name)
@@ -157,7 +155,8 @@ class _Reader:
             place = "ide" if bus == "ide" else "ahci"
             self.carried.add("cdrom", {"path": path, "bus": place}, name)
         elif kind not in _DISCS:
-            why = "a drive of the host" if "raw" in kind else "there is no such device"
+            host = kind in _DRIVES_OF_HOST
+            why = "a drive of the host" if host else "there is no such device"
             self.carried.lose(f"{name}.deviceType={kind}", why)
         self._forget(name)
 
@@ -195,31 +194,23 @@ class _Reader:
         self._read.update(key for key in self._values if key.startswith(prefix))
 
     def _rest(self) -> None:
-        present = re.compile(r"(.+)\.present")
-        absent = {
-            found[1]
+        there = {
+            key.removesuffix(".present"): value.upper() == "TRUE"
             for key, value in self._values.items()
-            if (found := present.fullmatch(key)) and value.upper() != "TRUE"
+            if key.endswith(".present")
         }
-        whole = {
-            found[1]
-            for key, value in self._values.items()
-            if (found := present.fullmatch(key)) and value.upper() == "TRUE"
-        }
-        tests: list[Callable[[str], bool]] = [
-            lambda key: key in self._read,
-            lambda key: key.partition(".")[0].partition(":")[0] in absent,
-            lambda key: key.rpartition(".")[0] in absent,
-            lambda key: _SAYS_NOTHING.fullmatch(key) is not None,
-        ]
+        absent = {name for name, present in there.items() if not present}
         told: set[str] = set()
         for key, value in self._values.items():
             device = key.partition(".")[0]
-            if any(test(key) for test in tests):
+            if (
+                key in self._read
+                or _SAYS_NOTHING.fullmatch(key)
+                or {device.partition(":")[0], key.rpartition(".")[0]} & absent
+            ):
                 continue
-            if device in whole:
-                if device not in told:
-                    told.add(device)
-                    self.carried.lose(device, "there is nothing like it")
-            else:
+            if not there.get(device):
                 self.carried.lose(f"{key}={value}", "there is nothing like it")
+            elif device not in told:
+                told.add(device)
+                self.carried.lose(device, "there is nothing like it")
