@@ -70,7 +70,7 @@ def test_time_is_the_hosts(program: Program) -> None:
     assert before - 1 <= short["rax"] <= time.time()
 
 
-@pytest.mark.parametrize("command", [0, 2, 99, 101, 0xFFFF])
+@pytest.mark.parametrize("command", [0, 2, 91, 99, 101, 0xFFFF])
 def test_unknown_command_leaves_all_but_eax(program: Program, command: int) -> None:
     done = program.call(command, rbx=0x1234, rsi=5, rdi=6)
     assert done["rax"] == NO_COMMAND
@@ -86,13 +86,6 @@ def test_without_the_magic_number_nobody_is_there(program: Program) -> None:
     # What is written is lost, and strings have a port of their own.
     assert program.call(10, Access(input_=False))["rbx"] == 0
     assert program.call(10, Access(string=True))["rbx"] == 0
-
-
-def test_command_of_the_kernel_is_unknown_to_programs(vmware: Vmware) -> None:
-    steal_clock = 91
-    assert Program(vmware, cpl=3).call(steal_clock, rsi=0, rdi=1)["rax"] == NO_COMMAND
-    # To the kernel it says that it is not to be had.
-    assert Program(vmware, cpl=0).call(steal_clock, rsi=0, rdi=1)["rax"] == NO_COMMAND
 
 
 def test_variables_are_shared(vmware: Vmware, program: Program) -> None:

@@ -153,8 +153,9 @@ def test_driver_of_a_restored_machine_begins_anew(kernel: Kernel) -> None:
     assert other.call(LOCK, 9)["rax"] == RESET
     other.call(START, 0x7E)
     assert other.batch(BATCHED_LOCK, [7]) == [OK]
-    with pytest.raises(StateError):
-        other.balloon.load({"target": -1})
+    for damaged in (-1, PAGES + 1, None):
+        with pytest.raises(StateError, match="vmware-balloon"):
+            other.balloon.load({"target": damaged})
 
 
 @settings(max_examples=200, deadline=None)

@@ -23,8 +23,6 @@ FIRMWARE_DATE: Final = "01/01/2026"
 DEVICE_MIB_MAX: Final = 0x7FFF
 UNKNOWN: Final = 2
 OTHER_ENCLOSURE: Final = 1
-
-
 _ENTRY_BYTES: Final = 24
 
 

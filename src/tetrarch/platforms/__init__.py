@@ -2,7 +2,15 @@
 
 from tetrarch._native import GuestCall, GuestFault, GuestTrap, RegisterPortAccess
 from tetrarch.platforms.pc import PC
-from tetrarch.platforms.platform import Hypercalls, Msr, Platform, RegisterPort, TrapHook
+from tetrarch.platforms.platform import (
+    Hypercalls,
+    Msr,
+    Platform,
+    PlatformDevice,
+    RegisterPort,
+    SystemIdentity,
+    TrapHook,
+)
 
 __all__ = [
     "PC",
@@ -12,7 +20,9 @@ __all__ = [
     "Hypercalls",
     "Msr",
     "Platform",
+    "PlatformDevice",
     "RegisterPort",
     "RegisterPortAccess",
+    "SystemIdentity",
     "TrapHook",
 ]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from tetrarch._native import VirtioBalloon
+from tetrarch.devices._balloon import PAGE, target_pages
 from tetrarch.devices._state import DeviceState, register
-from tetrarch.errors import ConfigError
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
@@ -25,8 +25,6 @@ STATS_VQ: Final = 1 << 1
 DEFLATE_ON_OOM: Final = 1 << 2
 REPORTING: Final = 1 << 5
 
-#: The unit of page numbers and sizes, whatever the guest's pages are (5.5.6).
-_PAGE: Final = 4096
 #: struct virtio_balloon_config (5.5.4), without what belongs to features that are not offered.
 _PAGES_MAX: Final = (1 << 32) - 1
 _CONFIG: Final = struct.Struct("<II")
@@ -72,7 +70,7 @@ class BalloonKind:
         thread, with the bytes that are in the balloon now."""
         self._changed = changed
         self.data_path = VirtioBalloon(vm, self.name)
-        self._memory = min(memory, _PAGES_MAX * _PAGE)
+        self._memory = min(memory, _PAGES_MAX * PAGE)
         self._state = BalloonState()
 
     @property
@@ -82,22 +80,17 @@ class BalloonKind:
         The guest follows as it can; one that is short of memory takes some back
         (DEFLATE_ON_OOM). Raises ConfigError for more than the machine has.
         """
-        return self._state.target * _PAGE
+        return self._state.target * PAGE
 
     @target.setter
     def target(self, size: int) -> None:
-        if not 0 <= size <= self._memory:
-            raise ConfigError(
-                f"a balloon of {size} bytes in a machine that has {self._memory}",
-                mend=f"give 0 to {self._memory}",
-            )
-        self._state.target = size // _PAGE
+        self._state.target = target_pages(size, self._memory)
         self.data_path.config_changed()
 
     @property
     def actual(self) -> int:
         """Bytes that are in the balloon now, as the guest's driver says."""
-        return self._state.actual * _PAGE
+        return self._state.actual * PAGE
 
     def stats(self, timeout: float = 5.0) -> dict[str, int]:
         """What the guest's kernel says of its memory, asked anew; or the answer that it still

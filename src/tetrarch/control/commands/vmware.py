@@ -7,22 +7,13 @@ from typing import Any, Literal
 
 from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
-from tetrarch.control.protocol import QmpError
 
-__all__ = ["guestinfo", "guestinfo_get", "guestinfo_set", "tools", "tools_ask", "tools_resolution"]
+__all__ = ["guestinfo", "guestinfo_set", "tools", "tools_ask", "tools_resolution"]
 
 
 @command("x-guestinfo")
 def guestinfo(monitor: Monitor) -> dict[str, str]:
     return dict(monitor.machine.guestinfo)
-
-
-@command("x-guestinfo-get")
-def guestinfo_get(monitor: Monitor, name: str) -> str:
-    try:
-        return monitor.machine.guestinfo[name]
-    except KeyError:
-        raise QmpError(f"guestinfo.{name} is not set") from None
 
 
 @command("x-guestinfo-set")

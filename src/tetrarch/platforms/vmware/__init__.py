@@ -11,7 +11,7 @@ from typing import Final
 from tetrarch.platforms.platform import Hypercalls, Platform, RegisterPort
 from tetrarch.platforms.vmware.backdoor import PORT, Backdoor
 from tetrarch.platforms.vmware.balloon import BALLOON_PORT, VmwareBalloon
-from tetrarch.platforms.vmware.facts import KERNEL_ONLY, Facts
+from tetrarch.platforms.vmware.facts import Facts
 from tetrarch.platforms.vmware.guestinfo import GuestInfo
 from tetrarch.platforms.vmware.identity import Identity
 from tetrarch.platforms.vmware.messages import MESSAGE, Channels
@@ -37,7 +37,7 @@ class Vmware:
         self.tools = Tools(self.guestinfo)
         self.channels = Channels({RPCI: Rpci(self.tools.requests()), TCLO: self.tools.tclo})
         facts = Facts(lambda: self.identity.uuid)
-        self._backdoor = Backdoor({**facts.commands(), MESSAGE: self.channels.command}, KERNEL_ONLY)
+        self._backdoor = Backdoor({**facts.commands(), MESSAGE: self.channels.command})
 
     def platform(self, *, hypercalls: bool, any_privilege: bool) -> Platform:
         """``hypercalls``: the engine hands all of them over. ``any_privilege``: programs of the

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
+from tetrarch.devices._balloon import PAGE, target_pages
 from tetrarch.errors import ConfigError, StateError
 from tetrarch.platforms.vmware.backdoor import low
 
@@ -22,7 +23,6 @@ __all__ = ["BALLOON_PORT", "VmwareBalloon"]
 
 BALLOON_PORT: Final = 0x5670
 MAGIC: Final = 0x456C_6D6F
-_PAGE: Final = 4096
 _LARGE: Final = 512
 """Pages of 4 KiB in one of 2 MiB."""
 
@@ -53,9 +53,8 @@ PAGE_UNLOCKED: Final = 4
 RESET: Final = 7
 
 #: Entries of a page that lists pages: a status in the low bits, a page's number above bit 12.
-_BATCH_MAX: Final = _PAGE // 8
+_BATCH_MAX: Final = PAGE // 8
 _STATUS: Final = 0x1F
-_STATES_MAX: Final = 1 << 52
 
 
 class _Locked:
@@ -114,23 +113,18 @@ class VmwareBalloon:
     @property
     def target(self) -> int:
         """As ``Balloon.target``."""
-        return self._target * _PAGE
+        return self._target * PAGE
 
     @target.setter
     def target(self, size: int) -> None:
-        if not 0 <= size <= self._memory:
-            raise ConfigError(
-                f"a balloon of {size} bytes in a machine that has {self._memory}",
-                mend=f"give 0 to {self._memory}",
-            )
-        self._target = size // _PAGE
+        self._target = target_pages(size, self._memory)
 
     @property
     def actual(self) -> int:
         """As ``Balloon.actual``."""
         # A list may be half done: its pages count when the host has them.
         with self._lock:
-            return self._locked.count * _PAGE
+            return self._locked.count * PAGE
 
     def stats(self, timeout: float = 5.0) -> dict[str, int]:
         """Raises TimeoutError: VMware's balloon says nothing of the guest's memory."""
@@ -146,7 +140,7 @@ class VmwareBalloon:
             status = self._command(call)
             after = self._locked.count
         if before != after:
-            self._changed(after * _PAGE)
+            self._changed(after * PAGE)
         return status
 
     def _command(self, call: GuestCall) -> int:
@@ -175,10 +169,10 @@ class VmwareBalloon:
         if not 0 < count <= _BATCH_MAX or not _in_ram(call, page, 1):
             return PAGE_INVALID
         form = struct.Struct(f"<{count}Q")
-        entries = form.unpack(call.vm.read_memory(page * _PAGE, form.size))
+        entries = form.unpack(call.vm.read_memory(page * PAGE, form.size))
         states = self._move(call, [entry >> 12 for entry in entries], pages, lock=lock)
         done = [entry & ~_STATUS | state for entry, state in zip(entries, states, strict=True)]
-        call.vm.write_memory(page * _PAGE, form.pack(*done))
+        call.vm.write_memory(page * PAGE, form.pack(*done))
         return OK
 
     def _move(
@@ -197,7 +191,7 @@ class VmwareBalloon:
             else:
                 states.append(PAGE_LOCKED)
         for first, length in _runs(sorted(taken), pages):
-            call.vm.discard_memory(first * _PAGE, length * _PAGE)
+            call.vm.discard_memory(first * PAGE, length * PAGE)
         return states
 
     def reset(self) -> None:
@@ -211,8 +205,14 @@ class VmwareBalloon:
 
     def load(self, state: Mapping[str, Any]) -> None:
         target = state.get("target")
-        if not isinstance(target, int) or not 0 <= target <= _STATES_MAX:
-            raise StateError("saved state of 'vmware-balloon' has no target", mend="save it again")
+        try:
+            if not isinstance(target, int):
+                raise ConfigError("it has no target")
+            target_pages(target * PAGE, self._memory)
+        except ConfigError as error:
+            raise StateError(
+                f"saved state of 'vmware-balloon' is damaged: {error.cause}", mend="save it again"
+            ) from None
         with self._lock:
             self._target = target
             self._locked.clear()
@@ -221,7 +221,7 @@ class VmwareBalloon:
 
 
 def _in_ram(call: GuestCall, page: int, pages: int) -> bool:
-    start, end = page * _PAGE, (page + pages) * _PAGE
+    start, end = page * PAGE, (page + pages) * PAGE
     return any(base <= start and end <= base + length for base, length in call.vm.ram)
 
 

@@ -12,7 +12,7 @@ from tetrarch.platforms.vmware.backdoor import MAGIC, Command
 if TYPE_CHECKING:
     from tetrarch._native import GuestCall
 
-__all__ = ["KERNEL_ONLY", "Facts"]
+__all__ = ["Facts"]
 
 GETMHZ: Final = 1
 GETVERSION: Final = 10
@@ -27,9 +27,6 @@ GETHZ: Final = 45
 GETTIMEFULL: Final = 46
 GETTIMEFULL_WITH_LAG: Final = 55
 GET_VCPU_INFO: Final = 68
-STEALCLOCK: Final = 91
-
-KERNEL_ONLY: Final = frozenset({STEALCLOCK})
 
 #: Of the backdoor, and of the product that answers (VMX_TYPE_WORKSTATION, vm_version.h).
 VERSION: Final = 6
@@ -39,8 +36,6 @@ HARDWARE_VERSION: Final = 19
 APIC_HZ: Final = 1_000_000_000
 #: Of GET_VCPU_INFO: x2APIC mode works without remapping of interrupts.
 LEGACY_X2APIC_OK: Final = 1 << 3
-#: Of STEALCLOCK.
-UNAVAILABLE: Final = 0xFFFF_FFFF
 #: How far behind the guest's clock is at most, in us: it is the host's.
 _LAG_US: Final = 0
 
@@ -67,7 +62,6 @@ class Facts:
             GETTIMEFULL: self.full_time,
             GETTIMEFULL_WITH_LAG: self.full_time_with_lag,
             GET_VCPU_INFO: lambda call: LEGACY_X2APIC_OK,
-            STEALCLOCK: lambda call: UNAVAILABLE,
         }
 
     def version(self, call: GuestCall) -> int:

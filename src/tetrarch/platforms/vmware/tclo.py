@@ -60,9 +60,8 @@ class Tclo:
     def last_seen(self) -> float | None:
         """Seconds since the toolbox came last; None: it is not there."""
         with self._lock:
-            ages = [time.monotonic() - link.seen for link in self._links.values() if link.name]
-        age = min(ages, default=_GONE_S)
-        return age if age < _GONE_S else None
+            link = self._toolbox()
+            return None if link is None else time.monotonic() - link.seen
 
     def ask(self, text: str, timeout: float) -> str:
         """Raises ToolsError where the tools are not there, do not answer or refuse."""

@@ -21,7 +21,7 @@ from tetrarch.platforms.vmware.tclo import Tclo, ToolsError
 __all__ = ["Tools", "ToolsStatus"]
 
 _LOG: Final = logging.getLogger(__name__)
-#: Lines of the guest's that go to the log in a minute; the rest is counted.
+#: Lines of the guest's that go to the log in a minute; the rest is lost.
 _LINES_A_MINUTE: Final = 100
 _LONGEST_LINE: Final = 512
 #: Facts and capabilities that a guest can leave here.
@@ -45,9 +45,9 @@ class ToolsStatus:
 
     running: bool
     heartbeat_s: float | None
-    """Seconds since they came last; they come at least once in a second."""
+    """Seconds since they came last to ask what there is to do."""
     version: str
-    """As VMware counts: 12389 is 12.1.5. Empty: they have not said."""
+    """As VMware counts: 12352 is 12.2.0, in steps of 1024, 32 and 1. Empty: they have not said."""
     capabilities: Mapping[str, str]
     facts: Mapping[str, str]
     """Of the guest: ``hostname``, ``os``, ``uptime`` and others, as far as it has said."""
