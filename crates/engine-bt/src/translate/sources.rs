@@ -172,7 +172,7 @@ impl Recipe {
                 OpKind::Memory if matches!(mnemonic, M::Cmp | M::Test) => slots.memory(size)?,
                 // The result alone tells, or the result and what it was made from.
                 OpKind::Memory => Operand::Constant(0),
-                _ => Operand::Constant(i.immediate(op)),
+                _ => Operand::Constant(i.try_immediate(op).ok()?),
             })
         };
         let first = other(0)?;
