@@ -87,3 +87,8 @@ fn saved() {
 fn platform() {
     random_inputs("platform", 800);
 }
+
+#[test]
+fn smp() {
+    random_inputs("smp", 60);
+}

@@ -13,21 +13,23 @@ mod guest;
 mod input;
 mod irqchip;
 mod machine;
+mod smp;
 mod state;
 mod tables;
 mod watchdog;
 
 pub use differential::differential;
-pub use input::Random;
+pub use input::{Input, Random};
 pub use irqchip::irqchip;
 pub use machine::{interpreter, platform, translator};
+pub use smp::smp;
 pub use state::{saved, state};
 
 /// A fuzz target: never panics unless it found something.
 pub type Target = fn(&[u8]);
 
 /// All targets by the names of their corpora.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("interpreter", interpreter),
     ("translator", translator),
     ("differential", |data| {
@@ -36,5 +38,6 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("irqchip", irqchip),
     ("platform", platform),
     ("saved", saved),
+    ("smp", smp),
     ("state", state),
 ];

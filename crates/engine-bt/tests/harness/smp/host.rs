@@ -1,0 +1,196 @@
+//! What the host does to a machine that runs.
+
+use tetrarch_engine::Vcpu;
+use tetrarch_memory::GuestPhys;
+
+use super::Machine;
+use super::layout::*;
+use super::program::{Counted, HOST_FLAG, LOWEST, REGION_GENERATION};
+use crate::harness::Input;
+
+/// An event, and how long after the one before.
+#[derive(Clone, Copy, Debug)]
+pub struct Event {
+    pub after_us: u16,
+    pub what: What,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum What {
+    Kick(u8),
+    Interrupt(u8),
+    Nmi(u8),
+    LowestPriority,
+    /// Changes the host's function.
+    Code,
+    DirtyLog(bool),
+    TakeLog,
+    /// The machine stands for it:
+    Pause,
+    /// A vCPU is saved and loaded,
+    Reload(u8),
+    /// its registers are read and set,
+    SetRegisters(u8),
+    /// all of the machine is saved and loaded,
+    ReloadAll,
+    /// the region comes or goes.
+    Region,
+}
+
+impl Event {
+    pub fn read(input: &mut Input) -> Self {
+        let (kind, number, after) = (input.u8(), input.u8(), input.u8());
+        let what = match kind % 16 {
+            0 | 1 => What::Kick(number),
+            2 | 3 => What::Interrupt(number),
+            4 => What::Nmi(number),
+            5 => What::LowestPriority,
+            6 | 7 => What::Code,
+            8 => What::DirtyLog(number & 1 != 0),
+            9 => What::TakeLog,
+            10 => What::Pause,
+            11 => What::Reload(number),
+            12 => What::SetRegisters(number),
+            13 => What::ReloadAll,
+            _ => What::Region,
+        };
+        Self { after_us: u16::from(after) * if after & 0xC0 == 0xC0 { 16 } else { 1 }, what }
+    }
+}
+
+/// A vCPU of a machine that stands. One that has ended is in the middle of its last instruction.
+pub struct Standing<'a> {
+    pub vcpu: &'a mut dyn Vcpu,
+    pub ended: bool,
+}
+
+impl What {
+    /// Whether the vCPUs have to stand between two instructions.
+    pub fn needs_pause(self) -> bool {
+        matches!(
+            self,
+            Self::Pause | Self::Reload(_) | Self::SetRegisters(_) | Self::ReloadAll | Self::Region
+        )
+    }
+}
+
+impl Machine {
+    fn add(&self, at: u64) -> u32 {
+        let value = self.u32(at) + 1;
+        put32(&self.memory, at, value);
+        value
+    }
+
+    /// An event for which nobody has to stand.
+    pub fn at_once(&self, what: What) {
+        let vcpu = |number: u8| usize::from(number) % self.setup.vcpus;
+        let to = |id: usize| 0xFEE0_0000 | (id as u64) << 12;
+        match what {
+            What::Kick(number) => self.kickers[vcpu(number)].kick(),
+            What::Interrupt(number) => {
+                let id = vcpu(number);
+                let kind = if number & 0x80 == 0 { Counted::Low } else { Counted::High };
+                self.add(kind.sent_by_host(id));
+                self.vm.msi(to(id), kind.vector().into());
+            }
+            What::Nmi(number) => {
+                // The victim may have no handler at the moment.
+                let id = vcpu(number) % (self.setup.vcpus - usize::from(self.setup.victim));
+                self.add(Counted::Nmi.sent_by_host(id));
+                self.vm.msi(to(id), 0x400);
+            }
+            What::LowestPriority => {
+                // Logical destination with redirection hint: all of them.
+                let all = (1u64 << self.setup.vcpus) - 1;
+                self.vm.msi(0xFEE0_000C | all << 12, 0x100 | u32::from(LOWEST));
+            }
+            What::Code => {
+                let value = self.add(FUNCTIONS + MAX_VCPUS as u64 * 0x1000 + 4);
+                put32(&self.memory, HOST_FLAG, value);
+            }
+            What::DirtyLog(on) => self.vm.set_dirty_log(on).expect("a log"),
+            What::TakeLog => drop(self.vm.take_dirty_log().expect("a log")),
+            _ => {}
+        }
+    }
+
+    /// An event at which all vCPUs stand.
+    pub fn standing(&self, what: What, vcpus: &mut [Standing<'_>]) {
+        let clock = self.vm.clock();
+        clock.stop().expect("the clock can stand");
+        match what {
+            What::Reload(number) => {
+                let id = usize::from(number) % vcpus.len();
+                reload(&mut vcpus[id]);
+            }
+            What::SetRegisters(number) => {
+                let id = usize::from(number) % vcpus.len();
+                set_registers(&mut vcpus[id]);
+            }
+            What::ReloadAll if vcpus.iter().all(|vcpu| !vcpu.ended) => {
+                let state = self.vm.save().expect("the chips can be saved");
+                let save = |standing: &mut Standing| standing.vcpu.save().expect("it stands");
+                let states: Vec<_> = vcpus.iter_mut().map(save).collect();
+                self.vm.load(&state).expect("what was saved");
+                for (standing, state) in vcpus.iter_mut().zip(&states) {
+                    standing.vcpu.load(state).expect("what was saved");
+                }
+            }
+            What::Region => self.change_region(),
+            _ => {}
+        }
+        clock.start().expect("the clock can run");
+    }
+
+    fn change_region(&self) {
+        const COUNT: u64 = REGION_GENERATION + 4;
+        if self.u32(REGION_GENERATION) != 0 {
+            put32(&self.memory, REGION_GENERATION, 0);
+            drop(self.memory.remove_region(GuestPhys(REGION)).expect("it is there"));
+            return;
+        }
+        self.memory.add_region(GuestPhys(REGION), REGION_LEN).expect("it is not there");
+        let generation = self.add(COUNT);
+        for word in [0x10, 0xFF8, 0x1800] {
+            put32(&self.memory, REGION + word, generation);
+        }
+        put32(&self.memory, REGION_GENERATION, generation);
+    }
+}
+
+fn reload(standing: &mut Standing) {
+    if standing.ended {
+        return;
+    }
+    let state = standing.vcpu.save().expect("it stands");
+    standing.vcpu.load(&state).expect("what was saved");
+    let again = standing.vcpu.save().expect("it stands");
+    assert_eq!(state, again, "a vCPU is another when it was saved and loaded");
+}
+
+fn set_registers(standing: &mut Standing) {
+    if standing.ended {
+        return;
+    }
+    let state = standing.vcpu.save().expect("it stands");
+    let vcpu = &mut *standing.vcpu;
+    let image = vcpu.xsave().expect("state");
+    vcpu.set_xsave(&image).expect("what was read");
+    for index in [0x10u32, 0x277, 0xC000_0100, 0xC000_0102] {
+        let value = vcpu.msr(index).expect("state").expect("an MSR that exists");
+        if index != 0x10 {
+            assert!(vcpu.set_msr(index, value).expect("state"), "MSR {index:#x}");
+        }
+    }
+    let mut code = [0; 16];
+    vcpu.peek(state.registers.rip, &mut code);
+    vcpu.translate(state.registers.rip);
+    // What waits for the next instruction, and HLT, end with registers that are set.
+    let events = state.events;
+    let plain = !events.shadow_sti && !events.shadow_mov_ss && events.interrupt.is_none();
+    if plain && events.exception.is_none() && state.run == tetrarch_engine::RunState::Runnable {
+        let (registers, system) = (vcpu.registers(), vcpu.system_registers());
+        vcpu.set_system_registers(&system.expect("state")).expect("what was read");
+        vcpu.set_registers(&registers.expect("state")).expect("what was read");
+    }
+}
