@@ -33,6 +33,7 @@ __all__ = [
     "Network",
     "NullPort",
     "NvmeQueues",
+    "PvscsiRings",
     "Region",
     "RegisterPortAccess",
     "Replay",
@@ -293,8 +294,8 @@ class MsixTable(RustDevice):
         """False, and nothing taken, where they are of another number of vectors."""
 
 @type_check_only
-class AtaDriveForm(TypedDict):
-    """A drive at an ATA controller."""
+class DriveForm(TypedDict):
+    """A drive at a controller of ATA or SCSI."""
 
     name: str
     disk: Disk
@@ -307,7 +308,7 @@ class AhciPorts(RustDevice):
 
     MAX_PORTS: int
     def __new__(
-        cls, vm: Vm, name: str, drives: Sequence[AtaDriveForm], line: Wire, message: Interrupt
+        cls, vm: Vm, name: str, drives: Sequence[DriveForm], line: Wire, message: Interrupt
     ) -> Self:
         """``line`` is driven while there are interrupts, and ``message`` raised for each that
         is new. EngineError for no drive, or more than MAX_PORTS."""
@@ -342,7 +343,7 @@ class IdeChannels:
     DRIVES: int
     """Of each channel."""
     def __new__(
-        cls, vm: Vm, name: str, drives: Sequence[AtaDriveForm | None], lines: tuple[Wire, Wire]
+        cls, vm: Vm, name: str, drives: Sequence[DriveForm | None], lines: tuple[Wire, Wire]
     ) -> Self:
         """The first channel's two, then the second's. EngineError for more."""
     def task_ports(self, channel: int) -> RustDevice:
@@ -424,6 +425,75 @@ class NvmeQueues:
         """Requests that wait for the host to be mended."""
     def close(self) -> None:
         """Lets go of the disk."""
+
+@type_check_only
+class PvscsiState(TypedDict):
+    """A PVSCSI controller as it is saved, in numbers: ``crates/storage`` says which."""
+
+    interrupts: list[int]
+    positions: list[int]
+    state: int
+    requests: list[int]
+    completions: list[int]
+    messages: list[int]
+    answers: list[int]
+    news: list[int]
+    leaving: list[int]
+    targets: list[list[int]]
+
+@final
+class PvscsiRings(RustDevice):
+    """A PVSCSI controller but for the registers of its commands: a device for the registers from
+    its BAR's second page on, rings and targets on the machine's I/O thread."""
+
+    MAX_TARGETS: int
+    MAX_RING_PAGES: int
+    MAX_MESSAGE_PAGES: int
+    def __new__(cls, vm: Vm, name: str, line: Wire, messages: Sequence[Interrupt]) -> Self:
+        """``line`` is driven while something has happened that is not masked, and each of
+        ``messages`` raised when it does."""
+    def attach(self, target: int, drive: DriveForm) -> None:
+        """Puts a drive at a target, and tells the driver where it has asked for news. EngineError
+        where there is one, or no such target."""
+    def ask_to_leave(self, target: int) -> None:
+        """Tells the driver that a target is to go."""
+    def has_left(self, target: int) -> bool:
+        """Whether the driver has dealt with that, or asks for no news."""
+    def detach(self, target: int) -> None:
+        """Takes a target away; what is in flight ends."""
+    def resized(self, target: int) -> None:
+        """The disk has another size: the next command is told."""
+    def set_up_rings(self, state: int, requests: Sequence[int], completions: Sequence[int]) -> None:
+        """With numbers of pages. EngineError where they cannot be; then there are no rings."""
+    def set_up_messages(self, pages: Sequence[int]) -> None:
+        """EngineError where they cannot be, or where there are no rings."""
+    def set_threshold(self, enable: bool) -> None:
+        """EngineError where there are no rings."""
+    def configuration(self, number: int, address: int, at: int) -> None:
+        """Writes a page of configuration to guest memory. EngineError for one that is not there."""
+    def issue(self, request: int, completion: int) -> None:
+        """Carries out a request outside of the rings, whose completion has an address of its own.
+        EngineError where it is not in RAM."""
+    def abort(self) -> None:
+        """Takes what the ring holds, and answers what has ended."""
+    def reset_targets(self, only: int | None = None) -> None:
+        """Ends what is in flight. EngineError for a target that is not there."""
+    def reset_adapter(self) -> None:
+        """When it returns nothing touches guest memory, and there are no rings."""
+    def reset(self) -> None:
+        """As it was made, but for its targets."""
+    def set_master(self, master: bool) -> None:
+        """Whether the device may access memory; at first it may. When it was taken from it, nothing
+        is written there any more, and it goes on when it is given back."""
+    def save(self) -> PvscsiState:
+        """Exact while the machine is held."""
+    def load(self, state: PvscsiState) -> None:
+        """EngineError, and the controller is reset, where it is of another."""
+    @property
+    def stopped(self) -> int:
+        """Requests that wait for the host to be mended."""
+    def close(self) -> None:
+        """Lets go of the disks."""
 
 @type_check_only
 class VirtioQueue(TypedDict):

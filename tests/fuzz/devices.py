@@ -22,9 +22,10 @@ from tetrarch.errors import MachineStateError
 from tetrarch.pci import PciBus
 from tetrarch.pci.bus import PciAddressPort, PciDataPorts, PciEcam
 from tetrarch.storage.ahci import AhciController
-from tetrarch.storage.drives import AtaDrive
+from tetrarch.storage.drives import AtaDrive, ScsiDrive
 from tetrarch.storage.ide import IdeController
 from tetrarch.storage.nvme import NvmeController
+from tetrarch.storage.pvscsi import PvscsiController
 from tetrarch.testing import ScriptedVm, pvh_kernel
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.kind import VirtioKind
@@ -134,6 +135,9 @@ class Bus:
             NvmeController(self.vm, disk(1), queues=2),
             AhciController(self.vm, [AtaDrive("sata", disk(2))]),
             IdeController(self.vm, [AtaDrive("ide", disk(3)), AtaDrive("cd", disk(4), cd=True)]),
+            PvscsiController(
+                self.vm, [ScsiDrive("scsi", disk(5)), ScsiDrive("c", disk(6), cd=True)]
+            ),
         ]
         self.devices: list[Any] = [*self.functions, *self.controllers]
         for device in self.devices:
@@ -165,7 +169,7 @@ def functions(data: bytes) -> None:
         match choice & 7:
             case 0 | 1:
                 # A slot that has a function, most of the time, and a register that does something.
-                devfn = (1 + source.number(1) % 6) << 3 if choice & 8 else source.number(1)
+                devfn = (1 + source.number(1) % 7) << 3 if choice & 8 else source.number(1)
                 at = devfn << 12 | source.number(1)
                 size = SIZES[choice >> 4 & 3]
                 if choice & 1:

@@ -1,6 +1,6 @@
 //! A window on guest RAM: what a device reads and writes again and again.
 
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use vm_memory::{ByteValued, Bytes, VolatileMemory, VolatileSlice};
 
@@ -57,6 +57,30 @@ impl Window {
         Some(unsafe { AtomicU16::from_ptr(address) })
     }
 
+    fn u32_at(&self, offset: usize) -> Option<&AtomicU32> {
+        let end = offset.checked_add(4)?;
+        let address = self.host.wrapping_add(offset).cast::<u32>();
+        if end > self.length || !address.is_aligned() {
+            return None;
+        }
+        // SAFETY: as in `u16_at`, of four bytes.
+        Some(unsafe { AtomicU32::from_ptr(address) })
+    }
+
+    /// A little-endian number, at a multiple of 4.
+    #[inline]
+    pub fn load_u32(&self, offset: usize, order: Ordering) -> u32 {
+        self.u32_at(offset).map_or(0, |cell| u32::from_le(cell.load(order)))
+    }
+
+    #[inline]
+    pub fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
+        if let Some(cell) = self.u32_at(offset) {
+            cell.store(value.to_le(), order);
+            self.memory.written(self.start.offset(offset as u64), 4);
+        }
+    }
+
     /// A little-endian number, which is at an even address.
     #[inline]
     pub fn load_u16(&self, offset: usize, order: Ordering) -> u16 {
@@ -103,6 +127,13 @@ mod tests {
         window.store_u16(usize::MAX, 0xFFFF, Ordering::Release);
         assert_eq!(window.load_u16(4, Ordering::Acquire), 0x1234);
         assert_eq!(window.load_u16(6, Ordering::Acquire), 0);
+        assert_eq!(window.load_u32(0, Ordering::Acquire), 0);
+        window.store_u32(0, 0x0102_0304, Ordering::Release);
+        for offset in [2, 4, usize::MAX] {
+            window.store_u32(offset, 0xFFFF_FFFF, Ordering::Release);
+            assert_eq!(window.load_u32(offset, Ordering::Acquire), 0);
+        }
+        assert_eq!(window.load_u32(0, Ordering::Acquire), 0x0102_0304);
         window.write(4, 0xAAAA_AAAA_u32);
         assert_eq!(window.read::<u32>(4), 0);
         assert_eq!(window.read::<u32>(3), 0x0012_3400);

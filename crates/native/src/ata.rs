@@ -1,13 +1,14 @@
-//! Drives as Python gives them to a controller.
+//! Drives as Python gives them to a controller, of ATA or of SCSI.
 
 use pyo3::prelude::*;
 use tetrarch_storage::DamagedState;
 use tetrarch_storage::ata::Drive;
+use tetrarch_storage::scsi::Unit;
 
 use crate::disk::Disk;
 use crate::error::Failure;
 
-/// A drive at an ATA controller.
+/// A drive at a controller.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 pub struct AtaDrive {
@@ -26,6 +27,11 @@ impl AtaDrive {
         } else {
             Drive::disk(disk, &self.serial, sata)
         })
+    }
+
+    pub fn unit(&self) -> Result<Unit, Failure> {
+        let disk = self.disk.get().backend()?;
+        Ok(if self.cd { Unit::cd(disk, &self.serial) } else { Unit::disk(disk, &self.serial) })
     }
 }
 

@@ -20,6 +20,7 @@ mod lent;
 mod msix;
 mod net;
 mod nvme;
+mod pvscsi;
 mod python_device;
 mod python_platform;
 mod recording;
@@ -63,6 +64,8 @@ mod _native {
     use crate::net::{Network, VirtioNet};
     #[pymodule_export]
     use crate::nvme::NvmeQueues;
+    #[pymodule_export]
+    use crate::pvscsi::PvscsiRings;
     #[pymodule_export]
     use crate::recording::recorded_configuration;
     #[pymodule_export]

@@ -1,5 +1,5 @@
-//! Waiting for what is in flight, where a driver takes the bus from its device (PCI Local Bus
-//! 3.0, 6.2.2).
+//! Waiting for what is in flight: where a driver takes the bus from its device (PCI Local Bus 3.0,
+//! 6.2.2), or waits at a register.
 
 use std::time::{Duration, Instant};
 
@@ -22,14 +22,25 @@ impl Landed {
         &self,
         name: &str,
         device: &mut MutexGuard<'_, T>,
-        mut settled: impl FnMut(&mut T) -> bool,
+        settled: impl FnMut(&mut T) -> bool,
     ) {
+        if !self.comes(device, settled) {
+            log::warn!("{name}: what is in flight goes on without the bus");
+        }
+    }
+
+    /// Whether `done` says yes in time.
+    pub fn comes<T>(
+        &self,
+        device: &mut MutexGuard<'_, T>,
+        mut done: impl FnMut(&mut T) -> bool,
+    ) -> bool {
         let deadline = Instant::now() + PATIENCE;
-        while !settled(device) {
+        while !done(device) {
             if self.0.wait_until(device, deadline).timed_out() {
-                log::warn!("{name}: what is in flight goes on without the bus");
-                return;
+                return false;
             }
         }
+        true
     }
 }

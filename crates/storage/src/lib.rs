@@ -3,11 +3,13 @@
 
 pub mod ahci;
 pub mod ata;
-mod atapi;
 pub mod ide;
 mod landed;
 pub mod nvme;
+pub mod pvscsi;
 mod requests;
+mod runs;
 mod saved;
+pub mod scsi;
 
 pub use saved::DamagedState;

@@ -92,6 +92,12 @@ impl<T> Requests<T> {
         }
     }
 
+    /// Waits for what is in flight, and gives whose it was.
+    pub fn abandon(self) -> impl Iterator<Item = T> {
+        drop(self.queue);
+        self.pending.into_iter().flatten().map(|pending| pending.owner)
+    }
+
     /// The machine is to come to rest: what waits for a limit goes now.
     pub fn hurry(&mut self) {
         self.queue.hurry();

@@ -217,10 +217,11 @@ class PciFunction:
         at = self.add_capability(MSI_CAPABILITY, body, writable)
         self._msi = at + 2, vectors
 
-    def add_msix(self, table: MsixTable, bar: int) -> None:
-        """The MSI-X capability of a table that is a page at the start of a BAR (6.8.2)."""
+    def add_msix(self, table: MsixTable, bar: int, offset: int = 0) -> None:
+        """The MSI-X capability of a table that is a page of a BAR, at ``offset`` (6.8.2)."""
         control = (table.vectors - 1).to_bytes(2, "little")
-        places = bar.to_bytes(4, "little") + (MsixTable.PENDING_OFFSET | bar).to_bytes(4, "little")
+        at = offset | bar
+        places = at.to_bytes(4, "little") + (MsixTable.PENDING_OFFSET | at).to_bytes(4, "little")
         writable = (MSIX_ENABLE | MSIX_MASK).to_bytes(2, "little")
         at = self.add_capability(MSIX_CAPABILITY, control + places, writable)
         self._msix = at + 2, table

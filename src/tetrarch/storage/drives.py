@@ -1,4 +1,4 @@
-"""Drives at an ATA controller: disks, and CD-ROM drives that take packets (ATAPI)."""
+"""Drives at a controller that has several: disks, and CD-ROM drives."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tetrarch._native import Disk
 from tetrarch.errors import StateError
 
 if TYPE_CHECKING:
-    from tetrarch._native import AtaDriveForm
+    from tetrarch._native import DriveForm
 
-__all__ = ["AtaDrive", "drive_form", "refuse_stopped"]
+__all__ = ["AtaDrive", "Drive", "ScsiDrive", "drive_form", "refuse_stopped"]
 
 
 @dataclass(frozen=True)
-class AtaDrive:
+class Drive:
     """A drive: what messages call it, and what is in it."""
 
     name: str
@@ -27,7 +27,15 @@ class AtaDrive:
     """The guest's name for it, by default ours."""
 
 
-def drive_form(drive: AtaDrive) -> AtaDriveForm:
+class AtaDrive(Drive):
+    """One at an ATA controller."""
+
+
+class ScsiDrive(Drive):
+    """One at a SCSI controller."""
+
+
+def drive_form(drive: Drive) -> DriveForm:
     return {
         "name": drive.name,
         "disk": drive.disk,
@@ -36,7 +44,7 @@ def drive_form(drive: AtaDrive) -> AtaDriveForm:
     }
 
 
-def refuse_stopped(drives: Sequence[AtaDrive], stopped: int) -> None:
+def refuse_stopped(drives: Sequence[Drive], stopped: int) -> None:
     """Raises StateError where requests are held back: they are no part of a saved state."""
     if stopped:
         raise StateError(

@@ -7,8 +7,8 @@ use super::SLOTS;
 use super::fis::{Received, Result as Ended, TYPE_COMMAND};
 use super::table::Slot;
 use crate::ata::{self, By, Drive, Medium, Refusal, SECTOR, Step, TaskFile, status};
-use crate::atapi::{Answer, PACKET, Sense};
 use crate::requests::Requests;
+use crate::scsi::{Answer, PACKET, Sense};
 
 /// Bits of PxIS (3.3.5), of which software clears all but the change of the port.
 pub mod interrupt {

@@ -6,7 +6,7 @@ use tetrarch_block::{BlockBackend, BlockError, BlockInfo};
 
 use super::identify::{self, About, Current, MULTIPLE};
 use super::{SECTOR, TaskFile, error};
-use crate::atapi::Cd;
+use crate::scsi::Cd;
 
 /// What is behind a drive.
 pub enum Medium {

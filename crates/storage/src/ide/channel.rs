@@ -11,8 +11,8 @@ use super::DRIVES;
 use super::bus_master::{BusMaster, Change};
 use super::device::{PACKET, Registers, SELECT, TO_HOST};
 use crate::ata::{self, By, Drive, Medium, Refusal, SECTOR, Step, TaskFile, error, status};
-use crate::atapi::{self, Answer, Sense};
 use crate::requests::Requests;
+use crate::scsi::{self, Answer, Sense};
 
 /// Device control: no interrupts, reset, what was written before the last (ATA8-APT 7.4).
 const NO_INTERRUPTS: u8 = 1 << 1;
@@ -338,8 +338,8 @@ impl Channel {
     fn next_block(&mut self) {
         let work = &self.work;
         if work.purpose == Purpose::Packet {
-            let mut packet = [0; atapi::PACKET];
-            packet.copy_from_slice(&work.buffer[..atapi::PACKET]);
+            let mut packet = [0; scsi::PACKET];
+            packet.copy_from_slice(&work.buffer[..scsi::PACKET]);
             return self.packet(&packet);
         }
         if work.at < work.buffer.len() {
@@ -451,7 +451,7 @@ impl Channel {
                 self.submit(vec![Request::Flush], false, true);
             }
             Step::Packet => {
-                let buffer = vec![0; atapi::PACKET];
+                let buffer = vec![0; scsi::PACKET];
                 let (purpose, dma) = (Purpose::Packet, task.features & 1 != 0);
                 self.work = Work {
                     wait: Wait::Writes,
@@ -488,7 +488,7 @@ impl Channel {
         }
     }
 
-    fn packet(&mut self, packet: &[u8; atapi::PACKET]) {
+    fn packet(&mut self, packet: &[u8; scsi::PACKET]) {
         let dma = self.work.dma;
         let limit = self.current().byte_limit();
         let Some(device) = self.device() else { return };

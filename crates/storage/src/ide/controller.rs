@@ -13,9 +13,9 @@ use super::channel::{BUFFER, Channel, Device, Purpose, Wait, Work};
 use super::device::Registers;
 use super::{CHANNELS, DRIVES};
 use crate::ata::{Drive, status};
-use crate::atapi;
 use crate::landed::Landed;
 use crate::saved::{DamagedState, load_drive, save_drive};
+use crate::scsi;
 
 struct Channels(Vec<Channel>, Arc<Landed>);
 
@@ -240,7 +240,7 @@ fn load_channel(channel: &mut Channel, saved: &[u64], buffer: &[u64]) -> Result<
     };
     let limit = BUFFER as u64;
     let length_good = length <= limit && buffer.len() as u64 == length.div_ceil(8);
-    let packet_good = purpose != Purpose::Packet || (length == atapi::PACKET as u64 && writes == 0);
+    let packet_good = purpose != Purpose::Packet || (length == scsi::PACKET as u64 && writes == 0);
     if !length_good || !packet_good || at > end || end > length || block > limit {
         return Err(DamagedState);
     }

@@ -5,6 +5,7 @@ use tetrarch_memory::{GuestMemory, GuestPhys, ScatterList};
 use super::command::Command;
 use super::status::Status;
 use super::{MAX_TRANSFER, PAGE};
+use crate::runs::Runs;
 
 /// Entries of a list that fills a page.
 const ENTRIES: u64 = PAGE / 8;
@@ -21,7 +22,7 @@ pub fn data(memory: &GuestMemory, command: &Command, length: u64) -> Result<Scat
     if !first.is_multiple_of(4) {
         return Err(Status::PRP_OFFSET);
     }
-    let mut pages = Pages { list: ScatterList::new(memory.snapshot()), run: None };
+    let mut pages = Pages(Runs::new(memory));
     let mut left = length;
     let here = (PAGE - first % PAGE).min(left);
     pages.add(first, here)?;
@@ -31,7 +32,7 @@ pub fn data(memory: &GuestMemory, command: &Command, length: u64) -> Result<Scat
     } else if left > 0 {
         pages.add(aligned(second)?, left)?;
     }
-    pages.finish()
+    pages.0.finish().map_err(|_| Status::DATA_TRANSFER)
 }
 
 /// The rest, by the list at `at`: the last entry of a page leads to the next list where it does
@@ -67,38 +68,12 @@ fn aligned(entry: u64) -> Result<u64, Status> {
     if entry.is_multiple_of(PAGE) { Ok(entry) } else { Err(Status::PRP_OFFSET) }
 }
 
-/// Puts pages that follow each other together.
-struct Pages {
-    list: ScatterList,
-    run: Option<(u64, u64)>,
-}
+/// Runs of pages.
+struct Pages(Runs);
 
 impl Pages {
     fn add(&mut self, address: u64, length: u64) -> Result<(), Status> {
-        match &mut self.run {
-            Some((start, so_far)) if start.checked_add(*so_far) == Some(address) => {
-                *so_far += length;
-            }
-            _ => {
-                self.push()?;
-                self.run = Some((address, length));
-            }
-        }
-        Ok(())
-    }
-
-    fn push(&mut self) -> Result<(), Status> {
-        match self.run.take() {
-            Some((start, length)) => {
-                self.list.push(GuestPhys(start), length).map_err(|_| Status::DATA_TRANSFER)
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn finish(mut self) -> Result<ScatterList, Status> {
-        self.push()?;
-        Ok(self.list)
+        self.0.add(address, length).map_err(|_| Status::DATA_TRANSFER)
     }
 }
 

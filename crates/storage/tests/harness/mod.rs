@@ -9,6 +9,7 @@ mod ide;
 #[path = "../../../virtio/tests/harness/input.rs"]
 mod input;
 mod nvme;
+mod pvscsi;
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -189,9 +190,10 @@ fn drives(sata: bool) -> Vec<Option<(String, Drive)>> {
 /// A driver of a controller, which the first byte chooses.
 pub fn controllers(data: &[u8]) {
     let mut input = Input::new(data);
-    match input.byte() % 3 {
+    match input.byte() % 4 {
         0 => nvme::drive(&mut input),
         1 => ahci::drive(&mut input),
+        2 => pvscsi::drive(&mut input),
         _ => ide::drive(&mut input),
     }
 }

@@ -189,7 +189,7 @@ impl Cd {
         let mut pages = Vec::new();
         let (control, page) = (which >> 6, which & 0x3F);
         if control == 3 {
-            return Err(Sense { qualifier: 0, code: 0x39, key: 5 }); // none is saved
+            return Err(Sense::NOT_SAVED);
         }
         let wanted = |number| page == number || page == 0x3F;
         let mut known = false;
