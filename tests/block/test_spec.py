@@ -46,7 +46,7 @@ def test_disk_is_what_is_written_and_written_as_it_is(text: str, spec: DiskSpec)
         ("d,readonyl", "'readonyl' is no option of a disk", "did you mean readonly?"),
         ("d,format=qed", "format is 'qed'", "there are raw, qcow2, vmdk"),
         ("d,format", "format is nothing", "there are raw, qcow2, vmdk"),
-        ("d,bus=scsi", "bus is 'scsi'", "there are virtio, nvme, ahci, ide"),
+        ("d,bus=scsi", "bus is 'scsi'", "there are virtio, nvme, pvscsi, ahci, ide"),
         ("d,snapshot=yes", "snapshot is 'yes'", "write on or off"),
         ("d,iops=0", "iops is '0'", "give a number a second"),
         ("d,bps=fast", "'fast' is no size", "write 8G"),

@@ -36,6 +36,7 @@ UNUSED = {
     "tetrarch.storage.ahci",
     "tetrarch.storage.ide",
     "tetrarch.storage.nvme",
+    "tetrarch.storage.pvscsi",
 }
 #: Of a machine that boots.
 BOOT = {"tetrarch.boot.acpi", "tetrarch.boot.loader", "tetrarch.boot.bzimage"}

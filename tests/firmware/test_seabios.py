@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(
         pytest.param("ahci", marks=pytest.mark.long),
         pytest.param("ide", marks=pytest.mark.long),
         pytest.param("nvme", marks=pytest.mark.long),
+        pytest.param("pvscsi", marks=pytest.mark.long),
     ],
 )
 def test_disk_boots(tmp_path: Path, bus: str) -> None:

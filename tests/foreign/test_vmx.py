@@ -76,8 +76,8 @@ def test_machine_of_workstation() -> None:
     assert (config.name, config.platform, config.memory) == ("web-server-old", "vmware", 2 << 30)
     assert (config.cpus.count, config.cpus.sockets, config.cpus.cores) == (4, 2, 2)
     assert list(map(str, config.disk)) == [
-        "/cwd/web server.vmdk,bus=ahci",
-        "/cwd/data.vmdk,bus=ahci,snapshot=on",
+        "/cwd/web server.vmdk,bus=pvscsi",
+        "/cwd/data.vmdk,bus=pvscsi,snapshot=on",
     ]
     assert list(map(str, config.cdrom)) == ["/iso/debian.iso,bus=ide"]
     assert list(map(str, config.net)) == ["user,mac=00:0c:29:aa:bb:cc"]
@@ -87,13 +87,26 @@ def test_machine_of_workstation() -> None:
     assert config.guestinfo == ("Role=database",)
     assert lost == [
         "uuid.bios: a machine draws its own",
-        "scsi0.virtualDev=lsilogic: its disks are at an AHCI controller",
+        "scsi0.virtualDev=lsilogic: its disks are at a PVSCSI controller",
         "sata0:1.deviceType=cdrom-raw: a drive of the host",
         "ethernet0.virtualDev=e1000: the card is virtio's",
         "usb: there is nothing like it",
         "ehci: there is nothing like it",
         "sound: there is nothing like it",
     ]
+
+
+def test_scsi_disks_and_discs_are_at_vmwares_own_controller() -> None:
+    config, lost = machine(
+        'memsize = "64"\nscsi0.present = "TRUE"\nscsi0.virtualDev = "pvscsi"\n'
+        'scsi0:0.present = "TRUE"\nscsi0:0.fileName = "a.vmdk"\n'
+        'scsi0:5.present = "TRUE"\nscsi0:5.deviceType = "cdrom-image"\n'
+        'scsi0:5.fileName = "c.iso"\nscsi1.present = "TRUE"\n'
+        'scsi1:0.present = "TRUE"\nscsi1:0.fileName = "b.vmdk"\n'
+    )
+    assert list(map(str, config.disk)) == ["/cwd/a.vmdk,bus=pvscsi", "/cwd/b.vmdk,bus=pvscsi"]
+    assert list(map(str, config.cdrom)) == ["/cwd/c.iso,bus=pvscsi"]
+    assert lost == ["scsi1.virtualDev=lsilogic: its disks are at a PVSCSI controller"]
 
 
 def test_machine_of_esxi_with_uefi_and_nvme() -> None:

@@ -159,7 +159,7 @@ DISKS = st.builds(
     DiskSpec,
     PATHS,
     format=st.sampled_from([None, "raw", "qcow2"]),
-    bus=st.sampled_from(["virtio", "nvme", "ide"]),
+    bus=st.sampled_from(["virtio", "nvme", "pvscsi", "ide"]),
     readonly=st.booleans(),
     bps=st.none() | st.integers(1, 1 << 50),
 )

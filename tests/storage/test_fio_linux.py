@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
         ("virtio", "qcow2", "vda"),
         ("nvme", "raw", "nvme0n1"),
         ("nvme", "qcow2", "nvme0n1"),
+        ("pvscsi", "raw", "sda"),
+        ("pvscsi", "qcow2", "sda"),
         ("ahci", "raw", "sda"),
         ("ide", "raw", "sda"),
     ],

@@ -28,6 +28,7 @@ FULL = (
 BUSES = [
     ("virtio", "vda"),
     ("nvme", "nvme0n1"),
+    ("pvscsi", "sda"),
     pytest.param("ahci", "sda", marks=pytest.mark.long),
     ("ide", "sda"),
 ]

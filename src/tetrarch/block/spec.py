@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 DiskFormat = Literal["raw", "qcow2", "vmdk"]
-Bus = Literal["virtio", "nvme", "ahci", "ide"]
-CdromBus = Literal["ahci", "ide"]
+Bus = Literal["virtio", "nvme", "pvscsi", "ahci", "ide"]
+CdromBus = Literal["ahci", "ide", "pvscsi"]
 CacheMode = Literal["writeback", "none"]
 OnWriteError = Literal["report", "stop"]
 

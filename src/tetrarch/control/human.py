@@ -20,6 +20,7 @@ _SIZES = {"b": 1, "h": 2, "w": 4, "g": 8}
 _CLASSES = {
     0x0101: "IDE controller",
     0x0106: "SATA controller",
+    0x0107: "SAS controller",
     0x0108: "NVMe controller",
     0x0180: "SCSI controller",
     0x0200: "Ethernet controller",

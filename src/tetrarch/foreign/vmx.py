@@ -19,8 +19,9 @@ _LINE: Final = re.compile(r'\s*([A-Za-z.][\w.:\-]*)\s*=\s*"((?:[^"])*)"\s*')
 #: A byte that a value cannot have stands as | and two hexadecimal digits.
 _ESCAPED: Final = re.compile(r"\|([0-9A-Fa-f]{2})")
 
-#: Controller -> bus of ours. A SCSI disk becomes one that systems have a driver for from the start.
-_BUSES: Final = {"scsi": "ahci", "sata": "ahci", "ide": "ide", "nvme": "nvme"}
+#: Controller -> bus of ours. Of SCSI there is VMware's own, and what it was is said.
+_BUSES: Final = {"scsi": "pvscsi", "sata": "ahci", "ide": "ide", "nvme": "nvme"}
+_SCSI: Final = "pvscsi"
 #: A machine has one of these at least.
 _ALWAYS: Final = frozenset(
     {"config.version", "virtualhw.version", "memsize", "guestos", "displayname"}
@@ -125,10 +126,10 @@ class _Reader:
         kind = self._take(f"{controller}.virtualdev")
         # IDE's two channels are always there.
         there = self._on(f"{controller}.present", default=controller.startswith("ide"))
-        if there and controller.startswith("scsi"):
+        if there and controller.startswith("scsi") and kind.lower() != _SCSI:
             self.carried.lose(
                 f"{controller}.virtualDev={kind or 'lsilogic'}",
-                "its disks are at an AHCI controller",
+                "its disks are at a PVSCSI controller",
             )
         for unit in range(_UNITS):
             name = f"{controller}:{unit}"
@@ -152,7 +153,7 @@ class _Reader:
                 self.carried.lose(f"{name}.writeThrough", "the guest flushes what it must")
             self.carried.add("disk", table, name)
         elif kind in _DISCS and connected:
-            place = "ide" if bus == "ide" else "ahci"
+            place = bus if bus in ("ide", "pvscsi") else "ahci"
             self.carried.add("cdrom", {"path": path, "bus": place}, name)
         elif kind not in _DISCS:
             host = kind in _DRIVES_OF_HOST

@@ -98,6 +98,7 @@ _INITRAMFS_HOOK = """\
 [ "$1" = prereqs ] && exit 0
 . /usr/share/initramfs-tools/hook-functions
 manual_add_modules virtio_pci virtio_mmio virtio_blk virtio_scsi nvme ahci ata_piix sd_mod ext4
+manual_add_modules vmw_pvscsi
 """
 
 # No serial line tells this. Later changes are not told: stty(1).

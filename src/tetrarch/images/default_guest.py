@@ -32,7 +32,7 @@ __all__ = [
     "shares_script",
 ]
 
-RECIPE_VERSION = 19
+RECIPE_VERSION = 20
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -58,6 +58,7 @@ GUEST_MODULES = (
     "sd_mod",
     "sr_mod",
     "nvme",
+    "vmw_pvscsi",
     "button",
     "loop",
     "floppy",

@@ -164,7 +164,8 @@ class BlockNodes:
         """Also the driver hears of it. Raises ImageError, or MachineStateError where it cannot."""
         if node.device is not None and node.tell_size is None:
             raise MachineStateError(
-                f"the device {node.device} has a disk of one size", mend="use virtio or nvme"
+                f"the device {node.device} has a disk of one size",
+                mend="use virtio, nvme or pvscsi",
             )
         with disk_errors():
             node.disk.resize(size)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Protocol
 
 from tetrarch.errors import ConfigError
-from tetrarch.machine.blocks import BlockNodes
+from tetrarch.machine.blocks import BlockNode, BlockNodes
 from tetrarch.machine.config import MachineConfig
-from tetrarch.storage.drives import AtaDrive
+from tetrarch.storage.drives import AtaDrive, ScsiDrive
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.vhost_user import VhostUserBlk
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
-    from tetrarch.storage import AhciController, IdeController, NvmeController
+    from tetrarch.storage import (
+        AhciController,
+        IdeController,
+        NvmeController,
+        PvscsiController,
+    )
 
 __all__ = ["MachineDisk", "check_images", "machine_disks"]
 
@@ -55,12 +61,15 @@ def check_images(config: MachineConfig) -> None:
 
 def machine_disks(
     vm: Vm, config: MachineConfig, blocks: BlockNodes
-) -> Iterator[BlkKind | VhostUserBlk | NvmeController | AhciController | IdeController]:
+) -> Iterator[
+    BlkKind | VhostUserBlk | NvmeController | PvscsiController | AhciController | IdeController
+]:
     """What the machine's disks are, in their order; then the controllers that have several."""
     check_images(config)
     queues = min(config.cpus.count, _QUEUES_MAX)
     ahci: list[AtaDrive] = []
     ide: list[AtaDrive] = []
+    scsi: list[tuple[BlockNode, ScsiDrive]] = []
     for index, spec in enumerate(config.disk):
         name = f"disk{index}"
         if spec.vhost_user:
@@ -82,6 +91,8 @@ def machine_disks(
             case "ahci":
                 node.device = "ahci"
                 ahci.append(AtaDrive(name, disk))
+            case "pvscsi":
+                scsi.append((node, ScsiDrive(name, disk)))
             case "ide":
                 node.device = "ide"
                 ide.append(AtaDrive(name, disk))
@@ -89,12 +100,15 @@ def machine_disks(
         name = f"cdrom{index}"
         node = blocks.open(name, cd.disk, removable=True)
         node.device = cd.bus
-        drive = AtaDrive(name, node.disk.share(), cd=True)
+        disk = node.disk.share()
         match cd.bus:
             case "ahci":
-                ahci.append(drive)
+                ahci.append(AtaDrive(name, disk, cd=True))
             case "ide":
-                ide.append(drive)
+                ide.append(AtaDrive(name, disk, cd=True))
+            case "pvscsi":
+                scsi.append((node, ScsiDrive(name, disk, cd=True)))
+    yield from _pvscsi(vm, scsi)
     if ahci:
         from tetrarch.storage.ahci import AhciController
 
@@ -103,3 +117,21 @@ def machine_disks(
         from tetrarch.storage.ide import IdeController
 
         yield IdeController(vm, ide)
+
+
+def _pvscsi(vm: Vm, drives: Sequence[tuple[BlockNode, ScsiDrive]]) -> Iterator[PvscsiController]:
+    """As many controllers as the drives need: ``pvscsi``, ``pvscsi1`` and on."""
+    if not drives:
+        return
+    from tetrarch.storage.pvscsi import PvscsiController
+
+    for first in range(0, len(drives), PvscsiController.TARGETS):
+        some = drives[first : first + PvscsiController.TARGETS]
+        number = first // PvscsiController.TARGETS
+        name = f"pvscsi{number or ''}"
+        controller = PvscsiController(vm, [drive for _, drive in some], name=name)
+        for target, (node, drive) in enumerate(some):
+            node.device = name
+            if not drive.cd:
+                node.tell_size = partial(controller.rings.resized, target)
+        yield controller
