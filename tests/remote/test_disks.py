@@ -34,7 +34,9 @@ def in_guest(guest: RemoteMachine, script: str) -> bytes:
     return guest.exec(["sh", "-c", script]).stdout
 
 
-@pytest.mark.parametrize(("bus", "device"), [("virtio", "vda"), ("nvme", "nvme0n1")])
+@pytest.mark.parametrize(
+    ("bus", "device"), [("virtio", "vda"), ("nvme", "nvme0n1"), ("pvscsi", "sda")]
+)
 def test_disk_comes_and_goes(guest: RemoteMachine, image: Path, bus: str, device: str) -> None:
     in_guest(guest, "true")  # it has booted, and looked for devices
     done = tetrarch_cli("attach-disk", "--device", "data", "web", f"{image},bus={bus}")

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -641,26 +642,30 @@ def test_driver_hears_of_targets_that_come_and_go(driver: PvscsiDriver, tmp_path
     driver.set_state(132, 1)
     driver.ready(5)
     assert driver.write(1, b"\5" * 512, target=5).good
-    controller.rings.ask_to_leave(5)
-    wait_until(lambda: driver.state(128) == 2, "the message")
+    with pytest.raises(TimeoutError, match="has not given target 5 of pvscsi up"):
+        controller.detach(5, timeout=0.1)
+    assert driver.state(128) == 2
     assert driver.vm.read_memory(MESSAGES + 128, 128) == struct.pack("<III", 1, 0, 5) + bytes(116)
-    assert not controller.rings.has_left(5)
     assert driver.read(1, 512, target=5) == b"\5" * 512, "it is there until then"
     driver.set_state(132, 2)
-    assert controller.rings.has_left(5)
+    hears = threading.Timer(0.1, driver.set_state, (132, 3))
+    hears.start()
     controller.detach(5)
+    hears.join()
+    with pytest.raises(LookupError, match="pvscsi has no target 5"):
+        controller.detach(5)
     assert driver.ask(bytes(6), flags=NO_DATA, target=5).host == NO_TARGET
     block.open_disk(block.DiskSpec(path)).close()
     # Of more than there is room for, some wait.
     for _ in range(40):
         controller.rings.ask_to_leave(7)
     driver.kick()
-    wait_until(lambda: driver.state(128) == 34, "a full ring")
+    wait_until(lambda: driver.state(128) == 35, "a full ring")
     assert not controller.rings.has_left(7)
-    driver.set_state(132, 34)
+    driver.set_state(132, 35)
     driver.kick()
-    wait_until(lambda: driver.state(128) == 42, "the rest")
-    driver.set_state(132, 42)
+    wait_until(lambda: driver.state(128) == 43, "the rest")
+    driver.set_state(132, 43)
     assert controller.rings.has_left(7)
 
 

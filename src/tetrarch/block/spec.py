@@ -33,7 +33,11 @@ OnWriteError = Literal["report", "stop"]
 FORMATS: tuple[DiskFormat, ...] = get_args(DiskFormat)
 BUSES: tuple[Bus, ...] = get_args(Bus)
 #: The buses where a disk can come to a machine that runs, and QEMU's names of its devices there.
-LATER_DRIVERS: Mapping[Bus, str] = {"virtio": "virtio-blk-pci", "nvme": "nvme"}
+LATER_DRIVERS: Mapping[Bus, str] = {
+    "virtio": "virtio-blk-pci",
+    "nvme": "nvme",
+    "pvscsi": "pvscsi",
+}
 _NVME_SERIAL_MAX = 20
 
 _BYTES = re.compile(r"([0-9]{1,19})\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)

@@ -271,7 +271,7 @@ def attach_disk(
         str,
         typer.Argument(
             metavar="PATH[,OPTION=VALUE]...",
-            help="As --disk of run: format=, bus=virtio|nvme, readonly, cache=.",
+            help="As --disk of run: format=, bus=virtio|nvme|pvscsi, readonly, cache=.",
         ),
     ],
     device: Annotated[

@@ -21,8 +21,8 @@ def add_disk(pc: Pc, spec: DiskSpec, name: str | None, *, announce: bool) -> str
     ImageError where the image cannot be used: then nothing is left of it."""
     if spec.bus not in LATER_DRIVERS or spec.vhost_user:
         raise ConfigError(
-            "a disk that comes later is a file, at virtio or nvme",
-            mend="take bus=virtio or bus=nvme",
+            "a disk that comes later is a file, at virtio, nvme or pvscsi",
+            mend="take bus=virtio, bus=nvme or bus=pvscsi",
         )
     name = name or f"disk-{secrets.token_hex(4)}"
     hotplug, blocks = _places(pc), pc.blocks

@@ -93,8 +93,8 @@ class DeviceMethods(AssembledMachine):
         return self._pc.plugged.plug(name, device, slot, announce=announce)
 
     def attach_disk(self, disk: DiskOption, *, name: str | None = None) -> str:
-        """Puts a disk into a slot, at virtio or nvme, as ``disk=`` is written; gives the device's
-        name, which ``detach`` takes.
+        """Puts a disk into a slot, at virtio, nvme or pvscsi, as ``disk=`` is written; gives the
+        device's name, which ``detach`` takes.
 
         Raises ConfigError for what a disk that comes later cannot be, ImageError where the image
         cannot be used.

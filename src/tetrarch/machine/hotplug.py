@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tetrarch.errors import ConfigError, ValueProblem
@@ -63,6 +64,7 @@ class HotPlug:
         self._drivers: Mapping[str, Callable[[str, Properties], PciDevice]] = {
             "virtio-blk-pci": self._virtio_blk,
             "nvme": self._nvme,
+            "pvscsi": self._pvscsi,
             "virtio-net-pci": self._virtio_net,
             "virtio-rng-pci": self._virtio_rng,
         }
@@ -138,14 +140,25 @@ class HotPlug:
         return VirtioPci(self._vm, kind)
 
     def _nvme(self, name: str, given: Properties) -> PciDevice:
-        serial = given.pop("serial", None)
-        if serial is not None and not isinstance(serial, str):
-            raise ConfigError("Property 'nvme.serial' expects text")
+        serial = _serial("nvme", given)
         node = self._node("nvme", name, given)
         from tetrarch.storage.nvme import NvmeController
 
         controller = NvmeController(self._vm, node.disk.share(), name=name, serial=serial)
         node.tell_size = controller.queues.resized
+        self._closing[name] = controller
+        return controller
+
+    def _pvscsi(self, name: str, given: Properties) -> PciDevice:
+        """A controller of its own, with one disk."""
+        serial = _serial("pvscsi", given)
+        node = self._node("pvscsi", name, given)
+        from tetrarch.storage.drives import ScsiDrive
+        from tetrarch.storage.pvscsi import PvscsiController
+
+        drive = ScsiDrive(name, node.disk.share(), serial=serial)
+        controller = PvscsiController(self._vm, [drive], name=name)
+        node.tell_size = partial(controller.rings.resized, 0)
         self._closing[name] = controller
         return controller
 
@@ -179,6 +192,13 @@ class HotPlug:
         if node is None:
             raise ConfigError(f"Property '{driver}.drive' can't find value '{drive}'")
         return node
+
+
+def _serial(driver: str, given: Properties) -> str | None:
+    serial = given.pop("serial", None)
+    if serial is not None and not isinstance(serial, str):
+        raise ConfigError(f"Property '{driver}.serial' expects text")
+    return serial
 
 
 def _has_surrogates(name: str) -> bool:

@@ -35,7 +35,7 @@ def attach_disk(client: Client, spec: DiskSpec, name: str) -> None:
     if spec.bus not in LATER_DRIVERS:
         raise ConfigError(
             f"a disk at {spec.bus} cannot be put into a machine that runs",
-            mend="take bus=virtio or bus=nvme",
+            mend="take bus=virtio, bus=nvme or bus=pvscsi",
         )
     plain = DiskSpec(spec.path, spec.format, spec.bus, readonly=spec.readonly, cache=spec.cache)
     if spec != plain:

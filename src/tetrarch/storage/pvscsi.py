@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from tetrarch._native import EngineError, Intx, MsiVectors, MsixTable, PvscsiRings
+from tetrarch._patience import patience
 from tetrarch._seldom import Seldom
 from tetrarch.devices._access import all_ones
 from tetrarch.devices._state import DeviceState, State, queue, register
@@ -67,6 +69,9 @@ WORDS: Final = {
 #: The status of a command that is not known, or has failed.
 FAILED: Final = 0xFFFF_FFFF
 _U32: Final = 0xFFFF_FFFF
+
+#: How often a driver is looked after that is to let go of a target.
+_POLL_S: Final = 0.02
 
 
 @dataclass
@@ -140,9 +145,24 @@ class PvscsiController:
             self.drives[number] = drive
             return number
 
-    def detach(self, target: int) -> None:
-        """Takes a drive away, whether or not its driver has let go of it, and closes its image.
-        Raises LookupError where there is none."""
+    def detach(self, target: int, *, timeout: float | None = 30.0) -> None:
+        """Takes a drive away and closes its image, when its driver has let go of it.
+
+        Raises LookupError where there is none, and TimeoutError where the driver has not after
+        ``timeout`` seconds: then it may still do so, and the drive stays.
+        """
+        limit = patience(timeout)
+        if target not in self.drives:
+            raise LookupError(f"{self.name} has no target {target}")
+        self.rings.ask_to_leave(target)
+        end = None if limit is None else time.monotonic() + limit
+        # Its driver says so in memory alone.
+        while not self.rings.has_left(target):
+            if end is not None and time.monotonic() >= end:
+                raise TimeoutError(
+                    f"the guest has not given target {target} of {self.name} up; end what uses it"
+                )
+            time.sleep(_POLL_S)
         with self._lock:
             drive = self.drives.pop(target)
             self.rings.detach(target)

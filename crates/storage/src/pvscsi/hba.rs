@@ -290,13 +290,14 @@ impl Hba {
 
     /// Gives the driver the news that there are, where it has asked for them.
     pub fn tell(&mut self) {
-        if !self.works() {
-            return;
-        }
+        let works = self.works();
         let Some(rings) = self.rings.as_mut().filter(|rings| rings.tells()) else {
             // It looks for targets when it begins.
             return self.news.clear();
         };
+        if !works {
+            return;
+        }
         let mut told = false;
         while let Some(&News { kind, target }) = self.news.front() {
             let Some(index) = rings.tell(kind, target as u32) else { break };
