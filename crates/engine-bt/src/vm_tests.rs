@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use tetrarch_engine::{Exit, Registers, Reply};
+use tetrarch_engine::{Exit, Registers, Reply, RunState};
 use tetrarch_memory::{GuestPhys, MemoryObserver};
 
 use super::*;
@@ -123,6 +123,18 @@ fn init_of_the_bootstrap_processor_keeps_what_the_manual_says() {
     send(&vm, 0, SIPI | 0x10);
     run_kicked(&mut *vcpu);
     assert_eq!(vcpu.system_registers().expect("state").cs.base, 0xFFFF_0000);
+}
+
+#[test]
+fn halt_that_a_kick_has_ended_is_saved_as_none() {
+    let vm = vm(1);
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    let mut state = vcpu.save().unwrap();
+    state.run = RunState::Halted;
+    vcpu.load(&state).unwrap();
+    assert_eq!(vcpu.save().unwrap().run, RunState::Halted);
+    vm.shared.irqchip.unhalt(0);
+    assert_eq!(vcpu.save().unwrap().run, RunState::Runnable);
 }
 
 struct Fails;

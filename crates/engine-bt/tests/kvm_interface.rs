@@ -28,12 +28,16 @@ const GP: End = End::Fault(Fault { vector: 13, error: 0, cr2: 0 });
 
 const PAGE: u64 = FREE + 0x1000;
 
+fn guest(translate: bool) -> Guest {
+    let platform = Platform { kvm: true, ..Platform::default() };
+    let mut guest = Guest::on_platform(translate, platform);
+    guest.map(CODE, CODE_AT, P | W | U);
+    guest
+}
+
 fn on_both(body: impl Fn(&mut Guest, &str)) {
     for (translate, name) in [(false, "interpreter"), (true, "translator")] {
-        let platform = Platform { kvm: true, ..Platform::default() };
-        let mut guest = Guest::on_platform(translate, platform);
-        guest.map(CODE, CODE_AT, P | W | U);
-        body(&mut guest, name);
+        body(&mut guest(translate), name);
     }
 }
 
@@ -367,6 +371,25 @@ fn another_vcpus_wish_for_a_tlb_flush_is_seen_on_return() {
     });
 }
 
+/// It is away while the machine is held, and so saved. Whoever took it for away when it runs
+/// again would spare it the interrupt of a shootdown.
+#[test]
+fn vcpu_that_was_loaded_is_not_away() {
+    on_both(|guest, name| {
+        if !has_steal_time(guest) {
+            return;
+        }
+        write_msr(guest, STEAL_TIME, PAGE | 1).unwrap();
+        kicked(guest);
+        let state = guest.vcpu.save().unwrap();
+        guest.vcpu.load(&state).unwrap();
+        // out 0x80, al
+        guest.write(KERNEL_CODE, &[0xE6, 0x80]);
+        assert!(matches!(guest.run_raw(), Exit::PortOut { .. }), "{name}");
+        assert_eq!(guest.read64(PAGE + 16) & 0xFF, 0, "{name}: it runs");
+    });
+}
+
 #[test]
 fn poll_control_has_one_bit() {
     on_both(|guest, name| {
@@ -400,5 +423,28 @@ fn kick_ends_one_halt() {
             [0xB8, 5, 0, 0, 0, 0x31, 0xDB, 0x31, 0xC9, 0x0F, 0x01, 0xC1, HLT, 0xBA, 7, 0, 0, 0];
         run(guest, &code, [0; 16]).unwrap();
         assert_eq!(guest.vcpu.registers().expect("state").gpr[2], 7, "{name}");
+    });
+}
+
+/// A lock's waiter looks whether it may sleep, is kicked, and is saved before it has halted.
+#[test]
+fn kick_is_not_lost_with_the_machine_it_came_in() {
+    on_both(|old, name| {
+        // mov eax, 5 ; xor ebx, ebx ; xor ecx, ecx ; vmcall ; out 0x80, al ; hlt ; mov edx, 7 ; hlt
+        let code = [
+            0xB8, 5, 0, 0, 0, 0x31, 0xDB, 0x31, 0xC9, 0x0F, 0x01, 0xC1, 0xE6, 0x80, HLT, 0xBA, 7,
+            0, 0, 0, HLT,
+        ];
+        old.write(KERNEL_CODE, &code);
+        old.start(true, BASE + KERNEL_CODE, [0; 16], 2);
+        assert!(matches!(old.run_raw(), Exit::PortOut { .. }), "{name}");
+        old.vcpu.reply(tetrarch_engine::Reply::Done);
+        old.vcpu.kicker().kick();
+        assert_eq!(old.run_raw(), Exit::Kicked, "{name}");
+        let mut new = guest(true);
+        new.write(KERNEL_CODE, &code);
+        new.vcpu.load(&old.vcpu.save().unwrap()).unwrap();
+        assert_eq!(new.run_raw(), Exit::Halt, "{name}");
+        assert_eq!(new.vcpu.registers().expect("state").gpr[2], 7, "{name}");
     });
 }

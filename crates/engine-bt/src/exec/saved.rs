@@ -6,7 +6,9 @@ use tetrarch_engine::{
 
 use super::{BtVcpu, Interruption, Unfinished};
 use crate::cpu::{fpu, msr};
+use crate::kvm::feature;
 use crate::state::fault::{Fault, vector};
+use crate::state::flag;
 use crate::state::shadow;
 
 /// DR6 and DR7 bits that can be set; the others read as fixed (Intel SDM 3B, 18.2).
@@ -115,7 +117,7 @@ impl BtVcpu {
                 RunState::Shutdown
             } else if waits_for_sipi {
                 RunState::WaitForSipi
-            } else if st.halted != 0 {
+            } else if st.halted != 0 && !self.cpu.vm.irqchip.is_unhalted(id) {
                 RunState::Halted
             } else {
                 RunState::Runnable
@@ -153,6 +155,13 @@ impl BtVcpu {
         let waits = state.run == RunState::WaitForSipi;
         irqchip.set_waiting(id, (false, state.events.init, state.events.sipi, waits));
         self.set_registers(&state.registers)?;
+        // A state has no place for a kick that ends a halt which is still to come. One too many
+        // has a waiter look again; without one that was there it would sleep for ever. It came,
+        // if it did, behind the waiter's last look, which is made with interrupts off.
+        let closed = state.registers.rflags & flag::IF == 0 || state.events.shadow_sti;
+        let may_be_kicked = self.cpu.vm.kvm_features & feature::PV_UNHALT != 0
+            && state.run == RunState::Runnable
+            && closed;
         let st = &mut *self.cpu.st;
         let DebugRegisters { breakpoints, dr6, dr7 } = state.debug;
         st.dr[..4].copy_from_slice(&breakpoints);
@@ -167,6 +176,7 @@ impl BtVcpu {
         }
         st.shadow = held_back;
         st.halted = u8::from(matches!(state.run, RunState::Halted | RunState::WaitForSipi));
+        irqchip.set_unhalted(id, may_be_kicked);
         self.nmi_pending = state.events.nmi;
         self.set_pending(&state.events);
         self.shut_down = state.run == RunState::Shutdown;

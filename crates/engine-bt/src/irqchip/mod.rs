@@ -807,6 +807,18 @@ impl IrqChip {
         cpu.unhalted.load(Ordering::SeqCst) && cpu.unhalted.swap(false, Ordering::SeqCst)
     }
 
+    /// Whether there is one. Takes none.
+    pub fn is_unhalted(&self, vcpu: usize) -> bool {
+        self.cpus.get(vcpu).is_some_and(|cpu| cpu.unhalted.load(Ordering::SeqCst))
+    }
+
+    /// Whether the next halt of a vCPU that does not run ends at once.
+    pub fn set_unhalted(&self, vcpu: usize, unhalted: bool) {
+        if let Some(cpu) = self.cpus.get(vcpu) {
+            cpu.unhalted.store(unhalted, Ordering::SeqCst);
+        }
+    }
+
     /// Whether the guest may keep its next EOI to itself, see [`Lapic::offer_quiet_eoi`]. The
     /// vCPU is woken when something arrives for which that matters.
     pub fn offer_quiet_eoi(&self, vcpu: usize) -> bool {

@@ -56,7 +56,7 @@ pub struct StealTime {
     /// and what they said last.
     waited: Option<u64>,
     next_ns: u64,
-    /// `preempted` says that the vCPU does not run.
+    /// `preempted` is to be cleared when the vCPU goes on.
     away: bool,
 }
 
@@ -87,6 +87,12 @@ impl StealTime {
         }
         let statistics = self.statistics.take();
         *self = Self { msr: value, statistics, ..Self::default() };
+        if let Some(flags) = self.preempted_flags(guest) {
+            // A vCPU that was saved was away then: nobody would say that it is not any more. A
+            // wish for a flush stays until it goes on.
+            flags.fetch_and(!IS_PREEMPTED, Ordering::SeqCst);
+            self.away = true;
+        }
         self.update(guest);
         Ok(())
     }
