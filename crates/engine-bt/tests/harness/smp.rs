@@ -13,10 +13,10 @@ mod turns;
 mod wild;
 
 use std::fmt::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tetrarch_engine::cpuid::Topology;
-use tetrarch_engine::{Exit, Kick, Reply, Vcpu, Vm};
+use tetrarch_engine::{Exit, GuestDebug, Kick, Platform, Reply, Vcpu, Vm};
 use tetrarch_engine_bt::{Config, create_vm};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
@@ -51,7 +51,8 @@ impl Plan {
             x2apic: on(1),
             global: on(2),
             victim: on(3),
-            rounds: if turns { rounds % 8 } else { rounds % 64 },
+            kvm: on(5),
+            rounds: if turns { rounds % 8 } else { rounds % 16 },
         };
         let mut actions = vec![Vec::new(); vcpus];
         for actions in &mut actions {
@@ -84,64 +85,122 @@ enum Step {
     Wrong(String),
 }
 
-/// Runs a vCPU to its next exit and answers that.
-fn step(vcpu: &mut dyn Vcpu) -> Step {
-    let exit = match vcpu.run() {
-        Ok(exit) => exit,
-        Err(error) => return Step::Wrong(format!("the engine gave up: {error}")),
-    };
-    let port = |number: u8| u16::from(number);
-    let (reply, step) = match exit {
-        Exit::Kicked => return Step::Kicked,
-        Exit::PortOut { port: at, data, .. } if at == port(WRONG) => {
-            let wrong = WRONGS.get(data as usize).unwrap_or(&"an unknown wrong");
-            (Reply::Done, Step::Wrong((*wrong).into()))
+/// A vCPU, and the single steps that it is to go.
+struct Cpu {
+    vcpu: Box<dyn Vcpu>,
+    steps: u32,
+}
+
+impl Cpu {
+    fn begin_steps(&mut self, count: u32) {
+        self.steps = count;
+        let debug = GuestDebug {
+            step: count != 0,
+            block_interrupts: count & 8 != 0,
+            ..GuestDebug::default()
+        };
+        self.vcpu.set_guest_debug(&debug).expect("single steps");
+    }
+
+    /// Runs it to its next exit and answers that.
+    fn step(&mut self) -> Step {
+        let exit = match self.vcpu.run() {
+            Ok(exit) => exit,
+            Err(error) => return Step::Wrong(format!("the engine gave up: {error}")),
+        };
+        let port = |number: u8| u16::from(number);
+        let (reply, step) = match exit {
+            Exit::Kicked => return Step::Kicked,
+            Exit::PortOut { port: at, data, .. } if at == port(WRONG) => {
+                let wrong = WRONGS.get(data as usize).unwrap_or(&"an unknown wrong");
+                (Reply::Done, Step::Wrong((*wrong).into()))
+            }
+            Exit::PortOut { port: at, data, .. } if at == port(FAULT) => {
+                (Reply::Done, Step::Wrong(format!("exception {data}")))
+            }
+            Exit::PortOut { port: at, .. } if at == port(YIELD) => (Reply::Done, Step::Yield),
+            Exit::PortOut { port: at, .. } if at == port(END) => (Reply::Done, Step::Ended),
+            Exit::MmioRead { .. } => (Reply::Value(NO_REGION.into()), Step::On),
+            Exit::MmioWrite { .. } | Exit::Debug(_) => (Reply::Done, Step::On),
+            other => return Step::Wrong(format!("an exit that no action makes: {other:?}")),
+        };
+        self.vcpu.reply(reply);
+        if matches!(exit, Exit::Debug(_)) {
+            self.begin_steps(self.steps.saturating_sub(1));
         }
-        Exit::PortOut { port: at, data, .. } if at == port(FAULT) => {
-            (Reply::Done, Step::Wrong(format!("exception {data}")))
-        }
-        Exit::PortOut { port: at, .. } if at == port(YIELD) => (Reply::Done, Step::Yield),
-        Exit::PortOut { port: at, .. } if at == port(END) => (Reply::Done, Step::Ended),
-        Exit::MmioRead { .. } => (Reply::Value(NO_REGION.into()), Step::On),
-        Exit::MmioWrite { .. } => (Reply::Done, Step::On),
-        other => return Step::Wrong(format!("an exit that no action makes: {other:?}")),
-    };
-    vcpu.reply(reply);
-    step
+        step
+    }
 }
 
 struct Machine {
     setup: Setup,
     memory: Arc<GuestMemory>,
+    config: Config,
+    /// Another one after it was saved and loaded there.
+    now: Mutex<Now>,
+}
+
+struct Now {
     vm: Arc<dyn Vm>,
     kickers: Vec<Arc<dyn Kick>>,
 }
 
+impl Now {
+    fn new(memory: &Arc<GuestMemory>, config: &Config) -> (Self, Vec<Box<dyn Vcpu>>) {
+        let vm = create_vm(Arc::clone(memory), config.clone()).expect("the engine runs here");
+        let vcpus: Vec<_> = (0..config.topology.vcpus())
+            .map(|id| vm.create_vcpu(id).expect("the VM has it"))
+            .collect();
+        let kickers = vcpus.iter().map(|vcpu| vcpu.kicker()).collect();
+        (Self { vm, kickers }, vcpus)
+    }
+}
+
 impl Machine {
-    fn new(plan: &Plan) -> (Self, Vec<Box<dyn Vcpu>>) {
+    fn new(plan: &Plan) -> (Self, Vec<Cpu>) {
         let setup = plan.setup;
         let memory = Arc::new(GuestMemory::new(RAM).expect("2 MiB of memory"));
         let config = Config {
             topology: Topology::flat(setup.vcpus as u32),
             translate: plan.translate,
             chaos: plan.chaos,
+            platform: Platform { kvm: setup.kvm, ..Platform::default() },
             ..Config::default()
         };
         layout::write_tables(&memory, setup.vcpus, setup.global);
         layout::write_functions(&memory);
-        let vm = create_vm(Arc::clone(&memory), config).expect("the engine runs on this host");
         for (id, actions) in plan.actions.iter().enumerate() {
             program::load(&memory, id, setup, actions, plan.seed << 8 | id as u64);
         }
-        let vcpus: Vec<Box<dyn Vcpu>> = (0..setup.vcpus)
-            .map(|id| {
-                let mut vcpu = vm.create_vcpu(id as u32).expect("the VM has it");
-                layout::start(&mut *vcpu, id, setup.x2apic);
-                vcpu
-            })
-            .collect();
-        let kickers = vcpus.iter().map(|vcpu| vcpu.kicker()).collect();
-        (Self { setup, memory, vm, kickers }, vcpus)
+        let (now, mut vcpus) = Now::new(&memory, &config);
+        for (id, vcpu) in vcpus.iter_mut().enumerate() {
+            layout::start(&mut **vcpu, id, setup.x2apic);
+        }
+        let vcpus = vcpus.into_iter().map(|vcpu| Cpu { vcpu, steps: 0 }).collect();
+        (Self { setup, memory, config, now: Mutex::new(now) }, vcpus)
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn vm(&self) -> Arc<dyn Vm> {
+        Arc::clone(&self.now().vm)
+    }
+
+    /// Another machine over the same memory takes the place of this one.
+    fn renew(&self) -> Vec<Box<dyn Vcpu>> {
+        let (now, vcpus) = Now::new(&self.memory, &self.config);
+        *self.now() = now;
+        vcpus
+    }
+
+    fn kick(&self, id: usize) {
+        self.now().kickers[id].kick();
+    }
+
+    fn kick_all(&self) {
+        self.now().kickers.iter().for_each(|kicker| kicker.kick());
     }
 
     fn u64(&self, at: u64) -> u64 {
@@ -183,7 +242,7 @@ impl Machine {
         None
     }
 
-    fn report(&self, plan: &Plan, what: &str, vcpus: &mut [Box<dyn Vcpu>]) -> String {
+    fn report(&self, plan: &Plan, what: &str, vcpus: &mut [Cpu]) -> String {
         let mut text = format!(
             "{what}\n{:?}, translated: {}, chaos: {:?}\n{:?}\n",
             self.setup, plan.translate, plan.chaos, plan.events
@@ -191,7 +250,7 @@ impl Machine {
         for (id, actions) in plan.actions.iter().enumerate() {
             let _ = writeln!(text, "vCPU {id}: {actions:?}");
         }
-        for (id, vcpu) in vcpus.iter_mut().enumerate() {
+        for (id, Cpu { vcpu, .. }) in vcpus.iter_mut().enumerate() {
             let registers = vcpu.registers();
             let found = self.u32(program::found(id));
             let _ = writeln!(text, "vCPU {id}: found {found:#x}, {registers:x?}");

@@ -148,7 +148,12 @@ pub fn emit(e: &mut Emit, action: Action) -> Done {
         Kind::SleepForTimer => sleep_for_timer(e, form),
         // Somebody must be there to wake it.
         Kind::SleepUntilWoken if e.setup.victim && e.setup.vcpus == 2 => sleep_for_timer(e, form),
-        Kind::SleepUntilWoken => e.sleep_until_woken(),
+        Kind::SleepUntilWoken => e.sleep_until_woken(match form & 3 {
+            // One that starts up has no handler for an NMI yet.
+            2 if !e.is_victim() => Waking::Nmi,
+            3 if e.setup.kvm => Waking::Kick,
+            _ => Waking::Interrupt,
+        }),
         Kind::Serve => e.serve(),
         Kind::Registers => registers(e, form),
         Kind::Msr => msr(e, form),
@@ -310,19 +315,27 @@ fn change_function(e: &mut Emit, form: u8) -> Done {
     Ok(())
 }
 
+fn call_somehow(e: &mut Emit, function: u64) -> Done {
+    match e.below(4) {
+        0 => {
+            e.a.mov(rax, function)?;
+            e.a.call(rax)
+        }
+        1 => {
+            e.a.mov(rax, function + HIGH)?;
+            e.a.call(rax)
+        }
+        _ => e.a.call(function),
+    }
+}
+
 fn call(e: &mut Emit, function: u64, flag: u64) -> Done {
     e.a.mov(esi, dword_ptr(flag))?;
     e.a.xor(eax, eax)?;
     e.a.cpuid()?;
     e.gap()?;
     let function = e.either(function);
-    match e.below(3) {
-        0 => {
-            e.a.mov(eax, function as u32)?;
-            e.a.call(rax)?;
-        }
-        _ => e.a.call(function)?,
-    }
+    call_somehow(e, function)?;
     e.a.cmp(eax, esi)?;
     e.require(2, CodeAssembler::jae)
 }
@@ -425,12 +438,7 @@ fn call_rewritten(e: &mut Emit, form: u8) -> Done {
     e.a.cpuid()?;
     e.gap()?;
     let at = e.either(function);
-    if form & 0x80 == 0 {
-        e.a.call(at)?;
-    } else {
-        e.a.mov(eax, at as u32)?;
-        e.a.call(rax)?;
-    }
+    call_somehow(e, at)?;
     e.a.cmp(eax, dword_ptr(version))?;
     e.require(3, CodeAssembler::je)?;
     e.release(lock)
@@ -448,10 +456,14 @@ fn use_slot(e: &mut Emit, form: u8) -> Done {
                 e.a.cmp(eax, MAGIC)?;
                 e.require(4, CodeAssembler::je)?;
             }
+            2 if e.below(2) == 0 => {
+                e.a.mov(rdi, HIGH + page)?;
+                e.a.mov(dword_ptr(rdi + own), r12d)?;
+            }
             2 => e.a.mov(dword_ptr(page + own), r12d)?,
             3 => e.a.lock().inc(dword_ptr(page + own + 4))?,
             4 => {
-                e.a.call(page + SLOT_FUNCTION)?;
+                call_somehow(e, page + SLOT_FUNCTION)?;
                 e.a.cmp(eax, MAGIC)?;
                 e.require(5, CodeAssembler::je)?;
             }
@@ -599,6 +611,7 @@ fn interrupt(e: &mut Emit, form: u8) -> Done {
     let others: Vec<usize> = e.others().collect();
     // Logical destinations of one cluster are masks in both modes.
     let mask = u32::from(form >> 4) & ((1 << e.setup.vcpus) - 1);
+    let hypercall = e.setup.kvm && form >> 1 & 7 == 7;
     let masked = all.iter().copied().filter(|id| mask >> id & 1 != 0).collect();
     let (to, low, destination): (Vec<usize>, u32, u32) = match form >> 1 & 7 {
         0 | 1 => (vec![one], 0x4000, one as u32),
@@ -606,6 +619,7 @@ fn interrupt(e: &mut Emit, form: u8) -> Done {
         3 => (all, 0x8_4000, 0),
         4 => (others, 0xC_4000, 0),
         5 if mask != 0 => (masked, 0x4800, mask),
+        7 if hypercall => (masked, 0x4000, mask),
         6 => (all, 0x4000, if e.setup.x2apic { u32::MAX } else { 0xFF }),
         _ => (vec![one], 0x4000, one as u32),
     };
@@ -613,6 +627,14 @@ fn interrupt(e: &mut Emit, form: u8) -> Done {
         e.note_sent(kind, to)?;
     }
     e.gap()?;
+    if hypercall {
+        e.a.mov(eax, 10)?;
+        e.a.mov(ebx, destination)?;
+        e.a.xor(ecx, ecx)?;
+        e.a.xor(edx, edx)?;
+        e.a.mov(esi, low | vector)?;
+        return e.a.vmcall();
+    }
     e.send(low | vector, destination)
 }
 

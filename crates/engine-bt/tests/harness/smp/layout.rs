@@ -1,6 +1,7 @@
 //! Where everything of the machine of several vCPUs lies, and its descriptor and page tables.
 //!
-//! The low 2 MiB are mapped as they are, and once more at [`ALIAS`]. All is open to user mode.
+//! The low 2 MiB are mapped as they are, once more at [`ALIAS`], and both at [`HIGH`]. All is open
+//! to user mode.
 
 use tetrarch_engine::{Registers, RunState, Segment, SegmentTable, SystemRegisters, Vcpu};
 use tetrarch_memory::{GuestMemory, GuestPhys, PAGE_SIZE};
@@ -10,6 +11,9 @@ pub const MAX_VCPUS: usize = 4;
 
 /// The same memory by other linear pages.
 pub const ALIAS: u64 = 1 << 30;
+
+/// Where the programs of processes are, whose translations know no address.
+pub const HIGH: u64 = 1 << 40;
 
 const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
@@ -132,6 +136,7 @@ pub fn returning(value: u32) -> Vec<u8> {
 
 pub fn write_tables(memory: &GuestMemory, vcpus: usize, global: bool) {
     put64(memory, PML4, PDPT | TABLE);
+    put64(memory, PML4 + (HIGH >> 39) * 8, PDPT | TABLE);
     put64(memory, PDPT, PD | TABLE);
     put64(memory, PDPT + 8, PD | TABLE);
     put64(memory, PDPT + 3 * 8, APIC_PD | TABLE);

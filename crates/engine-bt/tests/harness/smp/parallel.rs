@@ -1,13 +1,12 @@
 //! Each vCPU on a thread of its own.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
-use tetrarch_engine::Vcpu;
-
 use super::host::Standing;
-use super::{Machine, Plan, Step, step};
+use super::{Cpu, Machine, Plan, Step};
 
 /// Who is kicked and does not come back for so long hangs; so do vCPUs that come on no more.
 const HANG: Duration = Duration::from_secs(40);
@@ -75,15 +74,15 @@ impl Gate {
     }
 }
 
-type Slot = Mutex<Box<dyn Vcpu>>;
+type Slot = Mutex<Cpu>;
 
-fn lock(slot: &Slot) -> MutexGuard<'_, Box<dyn Vcpu>> {
+fn lock(slot: &Slot) -> MutexGuard<'_, Cpu> {
     slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn live(slot: &Slot, gate: &Gate, what: &str) -> Option<String> {
     loop {
-        let stepped = catch_unwind(AssertUnwindSafe(|| step(&mut **lock(slot))));
+        let stepped = catch_unwind(AssertUnwindSafe(|| lock(slot).step()));
         match stepped {
             Ok(Step::On | Step::Yield) => {}
             Ok(Step::Kicked) => {
@@ -101,13 +100,13 @@ fn live(slot: &Slot, gate: &Gate, what: &str) -> Option<String> {
 /// Holds the machine for `during`.
 fn hold(machine: &Machine, slots: &[Slot], gate: &Gate, during: impl FnOnce(&mut [Standing])) {
     gate.lock().held = true;
-    machine.kickers.iter().for_each(|kicker| kicker.kick());
+    machine.kick_all();
     let ended = gate.all_stand(slots.len()).ended.clone();
     let mut vcpus: Vec<_> = slots.iter().map(lock).collect();
     let mut standing: Vec<_> = vcpus
         .iter_mut()
         .enumerate()
-        .map(|(id, vcpu)| Standing { vcpu: &mut ***vcpu, ended: ended.contains(&id) })
+        .map(|(id, vcpu)| Standing { cpu: &mut *vcpu, ended: ended.contains(&id) })
         .collect();
     during(&mut standing);
     drop(standing);
@@ -139,19 +138,28 @@ fn wait_for_end(machine: &Machine, gate: &Gate) {
     }
 }
 
+/// Waits until the threads are gone: what they have of their own seems to leak as long as they end.
+pub fn join(threads: Vec<ScopedJoinHandle<'_, ()>>) {
+    for thread in threads {
+        if let Err(panic) = thread.join() {
+            resume_unwind(panic);
+        }
+    }
+}
+
 pub fn run(plan: &Plan) {
     let (machine, vcpus) = Machine::new(plan);
     let slots: Vec<Slot> = vcpus.into_iter().map(Mutex::new).collect();
     let gate = Gate::default();
     std::thread::scope(|scope| {
+        let (gate, mut threads) = (&gate, Vec::new());
         for (id, slot) in slots.iter().enumerate() {
-            let gate = &gate;
-            scope.spawn(move || {
+            threads.push(scope.spawn(move || {
                 let wrong = live(slot, gate, &format!("vCPU {id}"));
                 gate.end(id, wrong);
-            });
+            }));
         }
-        wait_until_up(&machine, &gate);
+        wait_until_up(&machine, gate);
         for event in &plan.events {
             std::thread::sleep(Duration::from_micros(event.after_us.into()));
             let state = gate.lock();
@@ -160,17 +168,18 @@ pub fn run(plan: &Plan) {
             }
             drop(state);
             if event.what.needs_pause() {
-                hold(&machine, &slots, &gate, |vcpus| machine.standing(event.what, vcpus));
+                hold(&machine, &slots, gate, |vcpus| machine.standing(event.what, vcpus));
             } else {
                 machine.at_once(event.what);
             }
         }
-        wait_for_end(&machine, &gate);
+        wait_for_end(&machine, gate);
         // Who found nothing stops, too.
         gate.lock().stop = true;
         gate.changed.notify_all();
-        machine.kickers.iter().for_each(|kicker| kicker.kick());
+        machine.kick_all();
         drop(gate.all_stand(slots.len()));
+        join(threads);
     });
     let wrong = gate.lock().wrong.take().or_else(|| machine.wrong_sums());
     if let Some(wrong) = wrong {

@@ -26,6 +26,8 @@ pub struct Setup {
     pub global: bool,
     /// The last vCPU is sent INIT at any time, and starts anew.
     pub victim: bool,
+    /// It has KVM's interface: interrupts end by memory, and hypercalls send some.
+    pub kvm: bool,
     pub rounds: u8,
 }
 
@@ -96,6 +98,28 @@ pub const SLOT_NOW: u64 = SHARED + 0x300;
 pub const REGION_GENERATION: u64 = SHARED + 0x340;
 pub const HOST_FLAG: u64 = SHARED + 0x380;
 
+/// How a vCPU that sleeps wants to be woken; the numbers are those of [`WANTED`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Waking {
+    Interrupt = 1,
+    /// With interrupts off.
+    Nmi,
+    /// By KVM's hypercall, with interrupts off.
+    Kick,
+}
+
+impl Waking {
+    /// Set by whoever has woken the vCPU.
+    fn flag(self, id: usize) -> u64 {
+        block(id)
+            + match self {
+                Self::Interrupt => 0x48,
+                Self::Nmi => 0x4C,
+                Self::Kick => 0x54,
+            }
+    }
+}
+
 /// Of a vCPU's own page.
 pub fn progress(id: usize) -> u64 {
     block(id)
@@ -103,6 +127,11 @@ pub fn progress(id: usize) -> u64 {
 
 pub fn own_count(id: usize, place: usize) -> u64 {
     block(id) + 8 + 8 * place as u64
+}
+
+/// Where KVM's interface says whether the vCPU is away.
+fn steal_time(id: usize) -> u64 {
+    block(id) + 0x200
 }
 
 /// The guest writes a number here before it is wrong.
@@ -272,8 +301,8 @@ impl Emit {
             }
             _ => {
                 for slot in 0..SLOTS {
-                    for base in [SLOT_AT, SLOT_AT + ALIAS] {
-                        self.a.mov(eax, (base + slot * 4096) as u32)?;
+                    for base in [0, ALIAS, HIGH, HIGH + ALIAS] {
+                        self.a.mov(rax, base + SLOT_AT + slot * 4096)?;
                         self.a.invlpg(byte_ptr(rax))?;
                     }
                 }
@@ -282,52 +311,97 @@ impl Emit {
         Ok(())
     }
 
-    /// A shootdown, with the lock of the page tables held. Clobbers RAX to RDX.
+    /// A shootdown, with the lock of the page tables held. Who sleeps with interrupts off is woken
+    /// meanwhile. Clobbers RAX, RCX, RDX.
     pub fn shoot(&mut self) -> Done {
         self.a.inc(dword_ptr(SHOOT_REQUEST))?;
         self.gap()?;
         self.flush()?;
         let vector = u32::from(SHOOT);
-        if self.below(2) == 0 {
+        let way = self.below(4);
+        if way == 0 {
             self.send(0xC_4000 | vector, 0)?;
+        } else if way == 1 && self.setup.kvm && !self.setup.global {
+            for other in self.others() {
+                self.shoot_or_leave_word(other)?;
+            }
         } else {
             for other in self.others() {
                 self.send(0x4000 | vector, other as u32)?;
                 self.gap()?;
             }
         }
+        let [mut again, mut first] = [(); 2].map(|()| self.a.create_label());
+        self.a.jmp(first)?;
+        self.a.set_label(&mut again)?;
+        self.relax()?;
+        self.serve()?;
+        self.a.set_label(&mut first)?;
         self.a.mov(eax, dword_ptr(SHOOT_REQUEST))?;
         for other in self.others() {
-            let [mut again, mut there] = [(); 2].map(|()| self.a.create_label());
-            self.a.set_label(&mut again)?;
             self.a.cmp(dword_ptr(ACKNOWLEDGED + other as u64 * 64), eax)?;
-            self.a.je(there)?;
-            self.relax()?;
-            self.a.jmp(again)?;
-            self.a.set_label(&mut there)?;
-            self.a.nop()?;
+            self.a.jne(again)?;
         }
         Ok(())
     }
 
+    /// Of a vCPU that KVM's interface says is away the TLB is flushed before it comes back, if that
+    /// is asked there. Clobbers EAX, ECX, EDX.
+    fn shoot_or_leave_word(&mut self, other: usize) -> Done {
+        let away = byte_ptr(steal_time(other) + 16);
+        let [mut send, mut done] = [(); 2].map(|()| self.a.create_label());
+        self.a.mov(al, away)?;
+        self.a.test(al, 1)?;
+        self.a.jz(send)?;
+        self.a.mov(cl, al)?;
+        self.a.or(cl, 2)?;
+        self.gap()?;
+        self.a.lock().cmpxchg(away, cl)?;
+        self.a.jne(send)?;
+        self.a.mov(eax, dword_ptr(SHOOT_REQUEST))?;
+        self.a.mov(dword_ptr(ACKNOWLEDGED + other as u64 * 64), eax)?;
+        self.a.jmp(done)?;
+        self.a.set_label(&mut send)?;
+        self.send(0x4000 | u32::from(SHOOT), other as u32)?;
+        self.a.set_label(&mut done)?;
+        self.a.nop()
+    }
+
     /// Sleeps until another has answered. Interrupts are on before and after. Of those that go
     /// to sleep the last wakes all others.
-    pub fn sleep_until_woken(&mut self) -> Done {
-        let woken = self.block() + 0x48;
-        let mut again = self.a.create_label();
+    pub fn sleep_until_woken(&mut self, by: Waking) -> Done {
+        let woken = dword_ptr(by.flag(self.id));
+        let [mut again, mut halt, mut awake] = [(); 3].map(|()| self.a.create_label());
         self.a.cli()?;
-        self.a.mov(dword_ptr(woken), 0)?;
-        self.a.mov(eax, 1)?;
+        if by == Waking::Nmi {
+            // One may come between the look and HLT: its handler goes back to the look.
+            self.a.lea(rax, qword_ptr(again))?;
+            self.a.mov(qword_ptr(self.halt_range()), rax)?;
+            self.a.lea(rax, qword_ptr(halt))?;
+            self.a.mov(qword_ptr(self.halt_range() + 8), rax)?;
+        }
+        self.a.mov(woken, 0)?;
+        self.a.mov(eax, by as u32)?;
         self.a.xchg(dword_ptr(WANTED + self.id as u64 * 64), eax)?;
         self.gap()?;
         self.serve()?;
         self.a.set_label(&mut again)?;
-        self.a.sti()?;
+        self.a.cmp(woken, 0)?;
+        self.a.jne(awake)?;
+        if by == Waking::Interrupt {
+            self.a.sti()?;
+        }
+        self.a.set_label(&mut halt)?;
         self.a.hlt()?;
         self.a.cli()?;
-        self.a.cmp(dword_ptr(woken), 0)?;
-        self.a.je(again)?;
+        self.a.jmp(again)?;
+        self.a.set_label(&mut awake)?;
         self.a.sti()
+    }
+
+    /// The addresses between which an NMI has the vCPU look again whether it may sleep.
+    fn halt_range(&self) -> u64 {
+        self.block() + 0x1E0
     }
 
     /// Wakes whoever wants to be. Clobbers EAX, ECX, EDX.
@@ -336,14 +410,27 @@ impl Emit {
             return Ok(());
         }
         for other in self.others() {
-            let mut no = self.a.create_label();
+            let [mut no, mut by_nmi, mut by_kick] = [(); 3].map(|()| self.a.create_label());
             self.a.xor(eax, eax)?;
             self.a.xchg(dword_ptr(WANTED + other as u64 * 64), eax)?;
+            self.a.cmp(eax, Waking::Nmi as i32)?;
+            self.a.je(by_nmi)?;
+            self.a.ja(by_kick)?;
             self.a.test(eax, eax)?;
             self.a.jz(no)?;
             self.gap()?;
             self.note_sent(Counted::Wake, other)?;
             self.send(0x4000 | u32::from(Counted::Wake.vector()), other as u32)?;
+            self.a.jmp(no)?;
+            self.a.set_label(&mut by_nmi)?;
+            self.note_sent(Counted::Nmi, other)?;
+            self.send(0x4400, other as u32)?;
+            self.a.jmp(no)?;
+            self.a.set_label(&mut by_kick)?;
+            self.a.mov(dword_ptr(Waking::Kick.flag(other)), 1)?;
+            self.a.mov(eax, 5)?;
+            self.a.mov(ecx, other as u32)?;
+            self.a.vmcall()?;
             self.a.set_label(&mut no)?;
             self.a.nop()?;
         }
@@ -357,6 +444,16 @@ impl Emit {
         if !self.setup.x2apic {
             self.apic(0xE0, u32::MAX)?;
             self.apic(0xD0, 1 << (24 + self.id))?;
+        }
+        if self.setup.kvm {
+            for (index, offset) in
+                [(0x4B56_4D04u32, 0xE0), (0x4B56_4D03, 0x200), (0x4B56_4D01, 0x240)]
+            {
+                self.a.mov(ecx, index)?;
+                self.a.mov(eax, (self.block() + offset) as u32 | 1)?;
+                self.a.xor(edx, edx)?;
+                self.a.wrmsr()?;
+            }
         }
         self.a.sti()?;
         self.a.mov(dword_ptr(ONLINE + self.id as u64 * 4), 1)?;
@@ -421,9 +518,15 @@ impl Emit {
 
     /// The end of an interrupt whose handler has saved EAX, ECX and EDX.
     fn leave_handler(&mut self, eoi: bool) -> Done {
+        let mut done = self.a.create_label();
+        if eoi && self.setup.kvm {
+            self.a.btr(dword_ptr(self.block() + 0xE0), 0)?;
+            self.a.jc(done)?;
+        }
         if eoi {
             self.apic(0xB0, 0)?;
         }
+        self.a.set_label(&mut done)?;
         self.a.pop(rdx)?;
         self.a.pop(rcx)?;
         self.a.pop(rax)?;
@@ -447,8 +550,26 @@ impl Emit {
             self.a.mov(dword_ptr(seen), eax)?;
         }
         self.a.inc(dword_ptr(kind.received(self.id)))?;
-        if kind == Counted::Wake {
-            self.a.mov(dword_ptr(self.block() + 0x48), 1)?;
+        let woken = match kind {
+            Counted::Wake => Some(Waking::Interrupt),
+            Counted::Nmi => Some(Waking::Nmi),
+            _ => None,
+        };
+        if let Some(by) = woken {
+            self.a.mov(dword_ptr(by.flag(self.id)), 1)?;
+        }
+        if kind == Counted::Nmi {
+            let mut elsewhere = self.a.create_label();
+            let rip = qword_ptr(rsp + 24);
+            self.a.mov(rax, rip)?;
+            self.a.cmp(rax, qword_ptr(self.halt_range() + 8))?;
+            self.a.ja(elsewhere)?;
+            self.a.mov(rcx, qword_ptr(self.halt_range()))?;
+            self.a.cmp(rax, rcx)?;
+            self.a.jb(elsewhere)?;
+            self.a.mov(rip, rcx)?;
+            self.a.set_label(&mut elsewhere)?;
+            self.a.nop()?;
         }
         self.leave_handler(kind != Counted::Nmi)
     }
@@ -463,9 +584,10 @@ impl Emit {
                 let mut no = self.a.create_label();
                 self.a.push(rax)?;
                 self.a.mov(rax, cr2)?;
-                self.a.and(eax, !(ALIAS as i32))?;
-                self.a.sub(eax, SLOT_AT as i32)?;
-                self.a.cmp(eax, (SLOTS * 4096) as i32)?;
+                self.a.btr(rax, HIGH.trailing_zeros() as i32)?;
+                self.a.btr(rax, ALIAS.trailing_zeros() as i32)?;
+                self.a.sub(rax, SLOT_AT as i32)?;
+                self.a.cmp(rax, (SLOTS * 4096) as i32)?;
                 self.a.jae(no)?;
                 self.relax()?;
                 self.a.pop(rax)?;
@@ -508,7 +630,7 @@ impl Emit {
         }
     }
 
-    /// Does an action in user mode. Clobbers RAX.
+    /// Does an action in user mode. Clobbers RAX and RCX.
     pub fn in_user_mode(&mut self, body: impl FnOnce(&mut Self) -> Done) -> Done {
         let [mut user, mut back] = [(); 2].map(|()| self.a.create_label());
         let block = self.block();
@@ -522,6 +644,10 @@ impl Emit {
         self.a.push(0x3202)?;
         self.a.push(i32::from(USER_CODE64))?;
         self.a.lea(rax, qword_ptr(user))?;
+        if self.below(2) == 0 {
+            self.a.mov(rcx, HIGH)?;
+            self.a.add(rax, rcx)?;
+        }
         self.a.push(rax)?;
         self.gap()?;
         self.a.iretq()?;
@@ -605,10 +731,10 @@ pub fn load(memory: &GuestMemory, id: usize, setup: Setup, actions: &[Action], s
     let own = [SHOOT, LOWEST, TIMER, BACK];
     let vectors = (0..32).chain(own).chain(Counted::ALL.map(Counted::vector));
     for (number, vector) in (0..).zip(vectors) {
-        let at = code(id) + HANDLERS + number * 0x80;
+        let at = code(id) + HANDLERS + number * 0x100;
         random.next();
         let handler = Emit::new(id, setup, random.clone()).assembled(at, |e| e.handler(vector));
-        assert!(handler.len() <= 0x80, "{} bytes of a handler", handler.len());
+        assert!(handler.len() <= 0x100, "{} bytes of a handler", handler.len());
         put(memory, at, &handler);
         put_gate(memory, id, vector, at);
     }

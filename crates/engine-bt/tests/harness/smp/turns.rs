@@ -4,10 +4,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tetrarch_engine::Vcpu;
-
 use super::host::Standing;
-use super::{Machine, Plan, Step, step};
+use super::parallel::join;
+use super::{Cpu, Machine, Plan, Step};
 use crate::harness::Random;
 
 /// A vCPU that has run for so long without giving its turn away sleeps.
@@ -38,14 +37,14 @@ fn watch(machine: &Machine, now: &Now) {
             eprintln!("the vCPU does not answer a kick: it hangs");
             std::process::abort();
         } else if turn & 1 == 0 && since.elapsed() >= TURN {
-            machine.kickers[now.vcpu.load(Ordering::SeqCst) as usize].kick();
+            machine.kick(now.vcpu.load(Ordering::SeqCst) as usize);
         }
     }
 }
 
 struct Turns<'a> {
     machine: &'a Machine,
-    vcpus: Vec<Box<dyn Vcpu>>,
+    vcpus: Vec<Cpu>,
     ended: Vec<bool>,
     now: &'a Now,
     number: u64,
@@ -58,7 +57,7 @@ impl Turns<'_> {
         self.number += 2;
         self.now.turn.store(self.number, Ordering::SeqCst);
         let result = loop {
-            match step(&mut *self.vcpus[id]) {
+            match self.vcpus[id].step() {
                 Step::On => {}
                 Step::Yield | Step::Kicked => break Ok(()),
                 Step::Ended => {
@@ -75,12 +74,12 @@ impl Turns<'_> {
     /// All stand between two instructions.
     fn stand(&mut self) -> Result<(), String> {
         for id in 0..self.vcpus.len() {
-            self.machine.kickers[id].kick();
+            self.machine.kick(id);
             loop {
                 if self.ended[id] {
                     break;
                 }
-                match step(&mut *self.vcpus[id]) {
+                match self.vcpus[id].step() {
                     Step::On | Step::Yield => {}
                     Step::Kicked => break,
                     Step::Ended => self.ended[id] = true,
@@ -102,7 +101,7 @@ impl Turns<'_> {
             .vcpus
             .iter_mut()
             .zip(ended)
-            .map(|(vcpu, &ended)| Standing { vcpu: &mut **vcpu, ended })
+            .map(|(vcpu, &ended)| Standing { cpu: vcpu, ended })
             .collect();
         self.machine.standing(what, &mut standing);
         Ok(())
@@ -150,11 +149,12 @@ pub fn run(plan: &Plan) {
     let now = Now { turn: AtomicU64::new(1), ..Now::default() };
     std::thread::scope(|scope| {
         let (machine, now) = (&machine, &now);
-        scope.spawn(|| watch(machine, now));
+        let watching = scope.spawn(|| watch(machine, now));
         let ended = vec![false; vcpus.len()];
         let mut turns = Turns { machine, vcpus, ended, now, number: 0 };
         let wrong = turns.play(plan).err();
         now.turn.store(OVER, Ordering::SeqCst);
+        join(vec![watching]);
         if let Some(wrong) = wrong.or_else(|| machine.wrong_sums()) {
             panic!("{}", machine.report(plan, &wrong, &mut turns.vcpus));
         }

@@ -2,7 +2,8 @@
 //! the engine.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use tetrarch_engine::cpuid::Topology;
@@ -12,6 +13,7 @@ use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use super::super::guest::Guest;
 use super::super::tables;
+use super::parallel::join;
 use crate::harness::{Input, Random};
 
 const TIME: Duration = Duration::from_millis(3);
@@ -96,17 +98,17 @@ pub fn run(data: &[u8]) {
         }
     }
     let kickers: Vec<_> = vcpus.iter().map(|vcpu| vcpu.kicker()).collect();
-    let (over, left) = (AtomicBool::new(false), AtomicUsize::new(vcpus.len()));
+    let over = AtomicBool::new(false);
     let start = Instant::now();
     std::thread::scope(|scope| {
+        let mut threads = Vec::new();
         for (id, vcpu) in (0u64..).zip(&mut vcpus) {
-            let (over, left) = (&over, &left);
-            scope.spawn(move || {
-                live(&mut **vcpu, over, Random(u64::from(seed) << 8 | id));
-                left.fetch_sub(1, Ordering::SeqCst);
-            });
+            let over = &over;
+            let random = Random(u64::from(seed) << 8 | id);
+            threads.push(scope.spawn(move || live(&mut **vcpu, over, random)));
         }
-        while left.load(Ordering::SeqCst) != 0 && start.elapsed() < TIME {
+        let run = |threads: &[ScopedJoinHandle<()>]| threads.iter().any(|t| !t.is_finished());
+        while run(&threads) && start.elapsed() < TIME {
             if events.is_empty() {
                 std::thread::sleep(Duration::from_micros(200));
             } else {
@@ -115,12 +117,13 @@ pub fn run(data: &[u8]) {
         }
         over.store(true, Ordering::SeqCst);
         kickers.iter().for_each(|kicker| kicker.kick());
-        while left.load(Ordering::SeqCst) != 0 {
+        while run(&threads) {
             std::thread::sleep(Duration::from_micros(100));
             if start.elapsed() > HANG {
                 eprintln!("a vCPU does not answer a kick: it hangs");
                 std::process::abort();
             }
         }
+        join(threads);
     });
 }
