@@ -172,7 +172,7 @@ fn oracle_short() {
 #[test]
 #[ignore = "takes minutes; run it after a change of the translator or the interpreter"]
 fn oracle_long() {
-    oracle(1_000_000);
+    oracle(10_000_000);
 }
 
 /// CMPS reads two operands, and CPU models differ in which one's fault comes first.

@@ -389,5 +389,5 @@ fn oracle_short_of_32_bit_code() {
 #[test]
 #[ignore = "takes minutes; run it after a change of the translator or the interpreter"]
 fn oracle_long_of_32_bit_code() {
-    oracle(1_000_000);
+    oracle(10_000_000);
 }
