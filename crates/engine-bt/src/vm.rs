@@ -190,7 +190,7 @@ pub(crate) fn build(
     });
     thunk::prepare();
     let cache = if config.translate {
-        let cache = CodeCache::new(cache_bytes, exec::fill).map_err(|error| {
+        let cache = CodeCache::new(cache_bytes, &exec::CALLS).map_err(|error| {
             Unusable::refused("no memory for translated code", &error, "use engine kvm")
         })?;
         Some(Arc::new(Mutex::new(cache)))

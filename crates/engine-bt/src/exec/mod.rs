@@ -43,7 +43,7 @@ use chaos::Chaos;
 use journalled::Clocked;
 use seek::Seeking;
 use translator::Translator;
-pub use translator::fill;
+pub use translator::CALLS;
 
 pub struct BtVcpu {
     cpu: Box<Cpu>,

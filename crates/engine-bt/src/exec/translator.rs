@@ -29,12 +29,14 @@ use crate::translate::builder::{Builder, MAX_BLOCK_CODE};
 use crate::translate::cache::CodeCache;
 use crate::translate::liveness::{ALL, FlagUse};
 use crate::translate::sources::{Origin, Sources};
-use crate::translate::stubs::exit_kind;
+use crate::translate::stubs::{Calls, exit_kind};
 use crate::translate::translations::{ExecPage, Key, Translations};
+
+pub const CALLS: Calls = Calls { fill, tsc };
 
 /// Called by translated code on a TLB miss. Returns whether to try again; if not,
 /// [`Cpu::missed`] tells what was found.
-pub extern "sysv64" fn fill(cpu: u64, linear: u64, write: u64) -> u64 {
+extern "sysv64" fn fill(cpu: u64, linear: u64, write: u64) -> u64 {
     // SAFETY: `CpuState::cpu` is set to the vCPU's own `Cpu` before translated
     // code is entered, and nothing else borrows it while that code runs.
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
@@ -52,6 +54,14 @@ pub extern "sysv64" fn fill(cpu: u64, linear: u64, write: u64) -> u64 {
         Err(fault) => cpu.missed = Missed::Fault { linear, fault },
     }
     0
+}
+
+/// Called by translated code that counts, for RDTSC: what it reads is the journal's.
+extern "sysv64" fn tsc(cpu: u64) -> u64 {
+    // SAFETY: as in `fill`.
+    let cpu = unsafe { &mut *(cpu as *mut Cpu) };
+    cpu.st.note_upper_halves();
+    cpu.tsc()
 }
 
 /// An instruction whose memory access once left translated code.

@@ -20,7 +20,7 @@ use tetrarch_memory::GuestPhys;
 use super::block::{Built, Site, What};
 use super::directory::Entry;
 use super::sources::Origin;
-use super::stubs::{self, Fill, Stubs};
+use super::stubs::{self, Calls, Stubs};
 use super::translations::{
     Block, ExecPage, Key, MAX_ORIGINS, MAX_RECORDS, MAX_SITES, Translations,
 };
@@ -65,12 +65,11 @@ impl CodeCache {
         CodeMemory::new("tetrarch-code", 4096).map(drop)
     }
 
-    /// `fill` is what translated code calls on a TLB miss.
-    pub fn new(bytes: usize, fill: Fill) -> std::io::Result<Self> {
+    pub fn new(bytes: usize, calls: &Calls) -> std::io::Result<Self> {
         let mut memory = CodeMemory::new("tetrarch-code", bytes)?;
         let avx = crate::cpu::fpu::host_avx();
         let (bytes, stubs) =
-            stubs::assemble(memory.run_address(0), avx, fill).map_err(std::io::Error::other)?;
+            stubs::assemble(memory.run_address(0), avx, calls).map_err(std::io::Error::other)?;
         memory.write(0, &bytes);
         let first = bytes.len().next_multiple_of(64);
         // A fault in the stubs themselves is ours and must not look like a guest's.

@@ -61,6 +61,8 @@ pub struct Stubs {
     /// that page in r14 and 4096 less its size in r13. Returns with the host
     /// address in r14.
     pub stack: [u64; 4],
+    /// Called for the guest's TSC, where it goes by the machine's journal. Returns with it in r14.
+    pub tsc: u64,
 }
 
 const fn gpr(index: usize) -> usize {
@@ -142,7 +144,15 @@ fn load_vectors(a: &mut CodeAssembler, avx: bool) -> Result<(), IcedError> {
     a.zero_bytes()
 }
 
-/// Called by the fill stubs. Returns whether the access can be tried again.
+/// What translated code calls in Rust.
+#[derive(Clone, Copy)]
+pub struct Calls {
+    /// At a TLB miss. Returns whether the access can be tried again.
+    pub fill: Fill,
+    /// For the guest's TSC.
+    pub tsc: extern "sysv64" fn(cpu: u64) -> u64,
+}
+
 pub type Fill = extern "sysv64" fn(cpu: u64, linear: u64, write: u64) -> u64;
 
 /// The tag and the host page of the TLB entry whose offset is in r13.
@@ -154,10 +164,21 @@ fn host_page(user: bool, write: bool) -> AsmMemoryOperand {
     qword_ptr(r13 + (tlb_offset(user, write) + offset_of!(TlbEntry, host)) as i32).gs()
 }
 
-/// A TLB miss for the linear address in r14: the caller-saved guest registers
-/// and the vectors are put aside and Rust walks the page tables. Leaves ZF set
-/// if the access cannot hit. Clobbers r13 and r14.
+/// A TLB miss for the linear address in r14. Leaves ZF set if the access cannot hit.
+/// Clobbers r13 and r14.
 fn call_fill(a: &mut CodeAssembler, avx: bool, fill: Fill, write: bool) -> Result<(), IcedError> {
+    call_rust(a, avx, fill as usize as u64, write)?;
+    a.test(r14, r14)
+}
+
+/// Calls a function of [`Calls`] with r14 as its second argument: the caller-saved guest
+/// registers and the vectors are put aside. Its result comes in r14. Clobbers r13 and the flags.
+fn call_rust(
+    a: &mut CodeAssembler,
+    avx: bool,
+    function: u64,
+    write: bool,
+) -> Result<(), IcedError> {
     let caller_saved = [0, 1, 2, 6, 7, 8, 9, 10, 11];
     for (host, guest) in LIVE {
         if caller_saved.contains(&guest) {
@@ -172,7 +193,7 @@ fn call_fill(a: &mut CodeAssembler, avx: bool, fill: Fill, write: bool) -> Resul
     a.mov(rdi, at(offset_of!(CpuState, cpu)))?;
     a.mov(rsi, r14)?;
     a.mov(edx, write as u32)?;
-    a.mov(rax, fill as usize as u64)?;
+    a.mov(rax, function)?;
     a.call(rax)?;
     a.mov(r14, rax)?;
     a.mov(rsp, at(offset_of!(CpuState, scratch) + 8))?;
@@ -183,7 +204,17 @@ fn call_fill(a: &mut CodeAssembler, avx: bool, fill: Fill, write: bool) -> Resul
             a.mov(host, at(gpr(guest)))?;
         }
     }
-    a.test(r14, r14)
+    Ok(())
+}
+
+/// See [`Stubs::tsc`].
+fn tsc(a: &mut CodeAssembler, avx: bool, calls: &Calls) -> Result<CodeLabel, IcedError> {
+    let label = here(a)?;
+    a.pop(r13)?;
+    a.mov(at(offset_of!(CpuState, address)), r13)?;
+    call_rust(a, avx, calls.tsc as usize as u64, false)?;
+    a.jmp(at(offset_of!(CpuState, address)))?;
+    Ok(label)
 }
 
 /// See [`Stubs::stack`]. The page becomes the stack page if it may be written.
@@ -353,7 +384,7 @@ fn misses(
 }
 
 /// Assembles the stubs for address `base`. Returns their bytes and addresses.
-pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), IcedError> {
+pub fn assemble(base: u64, avx: bool, calls: &Calls) -> Result<(Vec<u8>, Stubs), IcedError> {
     let mut a = CodeAssembler::new(64)?;
     let enter = enter(&mut a, avx)?;
     let leave = leave(&mut a, avx)?;
@@ -369,8 +400,9 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
     let kinds = [(false, false), (false, true), (true, false), (true, true)];
     let mut missed = Vec::with_capacity(kinds.len());
     for kind in kinds {
-        missed.push(misses(&mut a, avx, fill, kind, leave)?);
+        missed.push(misses(&mut a, avx, calls.fill, kind, leave)?);
     }
+    let tsc = tsc(&mut a, avx, calls)?;
 
     let done =
         a.assemble_options(base, iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
@@ -386,6 +418,7 @@ pub fn assemble(base: u64, avx: bool, fill: Fill) -> Result<(Vec<u8>, Stubs), Ic
         leave_limit: address(limit)?,
         leave_slow: address(slow)?,
         leave_signal: address(signal)?,
+        tsc: address(tsc)?,
         ..Stubs::default()
     };
     for (index, missed) in missed.iter().enumerate() {
