@@ -31,7 +31,7 @@ use crate::cpu::replay::Replay;
 use crate::cpu::x87_pointers::CodePlaces;
 use crate::doorbells::DoorbellTable;
 use crate::irqchip::IrqChip;
-use crate::journal::Journal;
+use crate::journal::{Counting, Journal};
 use crate::kvm::{self, Paravirtual};
 use crate::memory::code_map::CodeMap;
 use crate::memory::dirty_log::DirtyLog;
@@ -197,6 +197,8 @@ pub struct Cpu {
     pub debugger: GuestDebug,
     /// Linear addresses before whose instructions a replay stops. No block has one in it.
     pub breakpoints: Arc<BTreeSet<u64>>,
+    /// How translations are made.
+    pub counting: Counting,
     /// No other vCPU runs guest code now.
     pub alone: bool,
     /// How often PAUSE was met where vCPUs outnumber the host's CPUs.
@@ -209,6 +211,11 @@ impl Cpu {
     pub fn new(id: usize, vm: Arc<VmShared>) -> std::io::Result<Self> {
         let tlb = Tlb::new()?;
         let st = NonNull::new(tlb.block.state_ptr()).ok_or_else(std::io::Error::last_os_error)?;
+        let counting = match vm.journal.as_deref() {
+            None => Counting::Not,
+            Some(Journal::Record(_)) => Counting::Recorded,
+            Some(Journal::Replay(_)) => Counting::Replayed,
+        };
         let mut cpu = Self {
             id,
             st: StateRef(st),
@@ -222,6 +229,7 @@ impl Cpu {
             counts: Counts::default(),
             debugger: GuestDebug::default(),
             breakpoints: Arc::default(),
+            counting,
             alone: false,
             pauses: 0,
             tsc_base: 0,

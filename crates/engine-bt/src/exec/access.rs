@@ -53,7 +53,7 @@ impl Access {
         }
         cpu.st.rip = self.next;
         cpu.st.flags &= !flag::RF;
-        cpu.st.count += 1;
+        cpu.st.count_one();
     }
 }
 

@@ -1,7 +1,6 @@
 //! A vCPU of a machine that records or replays; see [`crate::journal`].
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use tetrarch_engine::{DirtyPages, EngineError, Exit, ReplayStop, Saved, Vcpu, VcpuState, VmState};
 use tetrarch_journal::{Bytes, Checkpoint, Line, Outside, Start, Stop};
@@ -10,7 +9,7 @@ use tetrarch_memory::{GuestMemory, GuestPhys};
 use super::{BtVcpu, Inside, Unfinished};
 use crate::cpu::fpu;
 use crate::journal::player::{Due, astray};
-use crate::journal::{Journal, Player, Recorder};
+use crate::journal::{Counting, Journal, Player, Recorder};
 use crate::state::reg;
 
 /// What a vCPU keeps of it.
@@ -42,7 +41,7 @@ struct InJournal<'a>(&'a Journal, &'a mut BtVcpu);
 
 impl Drop for InJournal<'_> {
     fn drop(&mut self) {
-        self.0.leave(self.1.cpu.st.count);
+        self.0.leave(self.1.cpu.st.count());
     }
 }
 
@@ -157,7 +156,7 @@ impl BtVcpu {
             }
         };
         vm.dirty.set(&vm.memory, true);
-        self.cpu.st.count = 0;
+        self.cpu.st.clear_count();
         vm.irqchip.set_chipset(&state.chipset).map_err(|what| {
             EngineError::Refused(format!("engine bt cannot take up these chips: {what}"))
         })?;
@@ -231,17 +230,14 @@ impl BtVcpu {
         }
     }
 
-    /// Begins to attend: the limit is set before the request flag is looked at, so that who
-    /// raises both is not overheard. Returns whether a checkpoint is due.
+    /// Begins to attend. Returns whether a checkpoint is due.
     pub(super) fn begin_stop(&mut self) -> bool {
         let Some(Journal::Record(recorder)) = self.cpu.vm.journal.as_deref() else { return false };
-        let count = self.cpu.st.count;
+        let count = self.cpu.st.count();
         let due = count >= self.clocked.next_stop;
         if due {
             self.clocked.next_stop = count.saturating_add(recorder.checkpoint_every);
         }
-        let limit = self.clocked.next_stop;
-        self.cpu.tlb.block.shared().limit.store(limit, Ordering::SeqCst);
         due
     }
 
@@ -256,7 +252,7 @@ impl BtVcpu {
             }
             Some(Journal::Replay(player)) => {
                 // Where nothing was run between them, there are several at a count.
-                while let Some(due) = player.due(self.cpu.st.count)? {
+                while let Some(due) = player.due(self.cpu.st.count())? {
                     let Due::Stop(stop) = due else { return Ok(Some(self.end())) };
                     self.replay_stop(player, stop)?;
                 }
@@ -285,7 +281,7 @@ impl BtVcpu {
         }
         let checkpoint =
             if checkpoint { Some(self.checkpoint(|| recorder.pages())?.0) } else { None };
-        recorder.put_stop(Stop { count: self.cpu.st.count, outside, timers, checkpoint })
+        recorder.put_stop(Stop { count: self.cpu.st.count(), outside, timers, checkpoint })
     }
 
     fn replay_stop(&mut self, player: &Player, stop: Stop) -> Result<(), EngineError> {
@@ -335,35 +331,33 @@ impl BtVcpu {
         Ok((checkpoint, written))
     }
 
-    /// Before code runs: how far. False where somebody wants something first.
-    pub(super) fn set_limit(&mut self) -> bool {
-        let Some(Journal::Replay(_)) = self.cpu.vm.journal.as_deref() else { return true };
+    /// Before code runs: how far.
+    #[inline]
+    pub(super) fn set_limit(&mut self) {
+        if self.cpu.vm.journal.is_none() {
+            return;
+        }
         let limit = match std::mem::take(&mut self.clocked.pass) {
             0 => self.clocked.next_stop,
-            block => self.cpu.st.count + u64::from(block),
+            block => self.cpu.st.count() + u64::from(block),
         };
-        let shared = self.cpu.tlb.block.shared();
-        shared.limit.store(limit, Ordering::SeqCst);
-        shared.request.load(Ordering::SeqCst) == 0
+        self.cpu.st.set_count_limit(limit);
     }
 
     /// Code has come to a block of so many instructions in which the limit lies.
     pub(super) fn at_limit(&mut self, block: u8) {
-        let limit = self.cpu.tlb.block.shared().limit.load(Ordering::SeqCst);
         match self.cpu.vm.journal.as_deref() {
-            // Somebody wants something; the next stop may be far away.
-            _ if limit == 0 => self.cpu.tlb.block.shared().raise(),
             // A stop within the block was where it left by itself, as it will again: the
             // recording stood at no other place than this or that.
-            Some(Journal::Replay(_)) if self.cpu.st.count < self.clocked.next_stop => {
-                if self.seeking.disturbed {
+            Some(Journal::Replay(_)) if self.cpu.st.count() < self.clocked.next_stop => {
+                if self.cpu.counting == Counting::Sought {
                     self.clocked.interpret_until = self.clocked.next_stop;
                 } else {
                     self.clocked.pass = block;
                 }
             }
             // A checkpoint is made where the block begins, not in it.
-            _ => self.clocked.next_stop = self.cpu.st.count,
+            _ => self.clocked.next_stop = self.cpu.st.count(),
         }
     }
 }

@@ -42,8 +42,8 @@ use access::{Access, Then};
 use chaos::Chaos;
 use journalled::Clocked;
 use seek::Seeking;
-use translator::Translator;
 pub use translator::CALLS;
+use translator::Translator;
 
 pub struct BtVcpu {
     cpu: Box<Cpu>,
@@ -201,7 +201,7 @@ impl BtVcpu {
     fn take_turn(&mut self) -> Result<Option<Exit>, EngineError> {
         let shared = self.cpu.tlb.block.shared();
         let wanted = shared.request.load(Ordering::Relaxed) != 0;
-        if (wanted || self.cpu.st.count >= self.clocked.next_stop)
+        if (wanted || self.cpu.st.count() >= self.clocked.next_stop)
             && let Some(exit) = self.attend()?
         {
             return Ok(Some(exit));
@@ -249,11 +249,9 @@ impl BtVcpu {
             let cpu = &self.cpu;
             timer.arm(deadline, || cpu.vm.clock.now_ns());
         }
-        if !self.set_limit() {
-            return Ok(None);
-        }
+        self.set_limit();
         let then = match Tier::of(&mut self.translator, &self.cpu) {
-            _ if self.cpu.st.count < self.clocked.interpret_until => Then::Interpret,
+            _ if self.cpu.st.count() < self.clocked.interpret_until => Then::Interpret,
             Tier::Interpret => Then::Interpret,
             Tier::Translate(translator) => translator.run(&mut self.cpu)?,
         };
@@ -390,7 +388,7 @@ impl BtVcpu {
         };
         match result {
             Ok(()) => {
-                self.cpu.st.count += 1;
+                self.cpu.st.count_one();
                 self.stepped()
             }
             Err(Stop::Exit(exit)) => {
@@ -415,7 +413,7 @@ impl BtVcpu {
         let pending = self.cpu.vm.irqchip.pending(self.cpu.id);
         if pending && self.cpu.st.iflag != 0 || self.cpu.vm.irqchip.take_unhalt(self.cpu.id) {
             self.cpu.st.halted = 0;
-            self.cpu.st.count += 1;
+            self.cpu.st.count_one();
             return None;
         }
         if self.cpu.st.iflag == 0 {
@@ -492,14 +490,14 @@ impl BtVcpu {
     /// Interprets one instruction, unless there is a breakpoint of a replay before it.
     #[cold]
     fn step_or_break(&mut self) -> Option<Exit> {
-        if self.cpu.st.count >= self.clocked.next_stop {
+        if self.cpu.st.count() >= self.clocked.next_stop {
             // Where no breakpoint is, code that is translated begins here, and stands.
             return None;
         }
         if let Some(exit) = self.meet_breakpoint() {
             return Some(exit);
         }
-        let (rip, count) = (self.cpu.st.rip, self.cpu.st.count);
+        let (rip, count) = (self.cpu.st.rip, self.cpu.st.count());
         let exit = self.step();
         self.go_on_within(rip, count);
         exit

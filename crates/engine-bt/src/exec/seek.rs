@@ -12,7 +12,7 @@ use crate::interp::debug::linear_rip;
 use crate::irqchip;
 use crate::journal::images::Images;
 use crate::journal::player::Wishes;
-use crate::journal::{Journal, Player};
+use crate::journal::{Counting, Journal, Player};
 use crate::kvm::Paravirtual;
 use crate::state::CpuState;
 use crate::state::msrs::MsrFile;
@@ -41,21 +41,12 @@ pub struct Seeking {
     noted_before: u64,
     /// The count at which a breakpoint was told, or noted: it is passed there.
     told: u64,
-    /// Code stands where the recording's did not: from then on each count is found by
-    /// interpreting up to it.
-    pub disturbed: bool,
     pub stay: bool,
 }
 
 impl Seeking {
-    pub const NOT: Self = Self {
-        images: None,
-        target: NOWHERE,
-        noted_before: 0,
-        told: u64::MAX,
-        disturbed: false,
-        stay: false,
-    };
+    pub const NOT: Self =
+        Self { images: None, target: NOWHERE, noted_before: 0, told: u64::MAX, stay: false };
 }
 
 fn numbers(written: &[DirtyPages]) -> impl Iterator<Item = u64> + '_ {
@@ -75,7 +66,7 @@ impl BtVcpu {
         written: &[DirtyPages],
     ) -> Result<(), EngineError> {
         let Some(mut images) = self.seeking.images.take() else { return Ok(()) };
-        let (vm, count) = (Arc::clone(&self.cpu.vm), self.cpu.st.count);
+        let (vm, count) = (Arc::clone(&self.cpu.vm), self.cpu.st.count());
         let result =
             images.add(count, &vm.memory, numbers(written), || (self.image(), player.mark()));
         self.seeking.images = Some(images);
@@ -118,8 +109,14 @@ impl BtVcpu {
         if Arc::ptr_eq(&breakpoints, &self.cpu.breakpoints) {
             return;
         }
-        self.seeking.disturbed |= !breakpoints.is_empty();
+        if !breakpoints.is_empty() {
+            self.cpu.counting = Counting::Sought;
+        }
         self.cpu.breakpoints = breakpoints;
+        self.translate_anew();
+    }
+
+    fn translate_anew(&mut self) {
         if let Some(translator) = &mut self.translator {
             translator.clear_cache(&mut self.cpu);
         }
@@ -128,15 +125,18 @@ impl BtVcpu {
     fn begin_seek(&mut self, player: &Player, seek: Seek) -> Result<(), EngineError> {
         let Seek { count, from, noted_before } = seek;
         let latest = count.min(from);
-        let now = self.cpu.st.count;
+        let now = self.cpu.st.count();
         if let Some(images) = &self.seeking.images {
             let index = images.latest(latest);
             if now > latest || images.get(index).count > now {
                 self.go_to_image(player, index)?;
             }
         }
-        player.set_passed(Passed { began: self.cpu.st.count, last_met: None });
-        self.seeking.disturbed = true;
+        player.set_passed(Passed { began: self.cpu.st.count(), last_met: None });
+        if self.cpu.counting != Counting::Sought {
+            self.cpu.counting = Counting::Sought;
+            self.translate_anew();
+        }
         self.seeking.target = count.min(NOWHERE - 1);
         self.seeking.noted_before = noted_before;
         self.set_next_stop(player);
@@ -242,7 +242,7 @@ impl BtVcpu {
 
     /// The machine stands, if it has come to where it was to.
     pub(super) fn arrive(&mut self) -> Option<Exit> {
-        let arrived = self.cpu.st.count >= self.seeking.target;
+        let arrived = self.cpu.st.count() >= self.seeking.target;
         arrived.then(|| self.stop_replay(ReplayStop::Arrived))
     }
 
@@ -259,7 +259,7 @@ impl BtVcpu {
 
     /// Before an instruction is interpreted: whether the machine stands at a breakpoint.
     pub(super) fn meet_breakpoint(&mut self) -> Option<Exit> {
-        let (linear, count) = (linear_rip(&self.cpu), self.cpu.st.count);
+        let (linear, count) = (linear_rip(&self.cpu), self.cpu.st.count());
         if self.seeking.told == count || !self.cpu.breakpoints.contains(&linear) {
             return None;
         }
@@ -274,7 +274,7 @@ impl BtVcpu {
     /// A string instruction that goes on has been begun: it is passed until it ends.
     pub(super) fn go_on_within(&mut self, rip: u64, count: u64) {
         if self.cpu.st.rip == rip && self.seeking.told == count {
-            self.seeking.told = self.cpu.st.count;
+            self.seeking.told = self.cpu.st.count();
         }
     }
 
@@ -284,7 +284,7 @@ impl BtVcpu {
             return true;
         }
         if let DebugStop::Hardware { hits } = stop {
-            self.note(Met { count: self.cpu.st.count - 1, hits });
+            self.note(Met { count: self.cpu.st.count() - 1, hits });
         }
         false
     }

@@ -316,7 +316,7 @@ impl Translator {
             looked: Cell::new(0),
             cpuid: &vm.cpuid,
             yields: vm.crowded,
-            counted: vm.journal.is_some(),
+            counting: cpu.counting,
             breakpoints: &breakpoints,
             origin: translations.origin(key.origin)?,
         };
@@ -424,7 +424,7 @@ impl Translator {
             looked: Cell::new(0),
             cpuid: &cpu.vm.cpuid,
             yields: cpu.vm.crowded,
-            counted: cpu.vm.journal.is_some(),
+            counting: cpu.counting,
             breakpoints: &cpu.breakpoints,
             origin: &Origin::Saved,
         };
@@ -523,19 +523,20 @@ impl Translator {
                 exit_kind::BRANCH | exit_kind::REQUEST_BRANCH => {
                     let target = cpu.st.address;
                     if !canonical(target) && matches!(site.what, What::Branch) {
-                        uncount(cpu, site.left);
+                        cpu.st.uncount(site.left);
                         return Ok(branch_to_nowhere(cpu, &site));
                     }
                     continue_at(cpu, target, true);
                     return Ok(Then::Continue);
                 }
                 exit_kind::LIMIT => {
+                    cpu.st.uncount(site.left);
                     continue_at(cpu, site.rip, site.saved);
                     restore_at(&site, &self.translations, cpu, &mut self.info);
                     return Ok(Then::Limit(site.left));
                 }
                 _ => {
-                    uncount(cpu, site.left);
+                    cpu.st.uncount(site.left);
                     continue_at(cpu, site.rip, site.saved);
                 }
             }
@@ -594,6 +595,7 @@ impl Translator {
         cpu.st.saved_flags = ((flags & 0xD7) << 8 | flags >> 11 & 1) as u32;
         let address = &raw mut *cpu as u64;
         cpu.st.cpu = address;
+        cpu.st.code_rsp = &raw const *cpu.st as u64;
         // SAFETY: `enter` is the stub assembled for this purpose; GS is this
         // vCPU's block (set in `run`); `entry` is a live translation for the
         // state in that block.
@@ -615,7 +617,7 @@ impl Translator {
             site.at == at && site.page.is_none_or(|page| page == cpu.st.code_page)
         };
         if let Some(site) = self.slow_sites[slot].as_ref().filter(|site| here(site)) {
-            uncount(cpu, site.left);
+            cpu.st.uncount(site.left);
         } else {
             self.slow_sites[slot] = None;
             let (block, place) = self.leave_at(cpu, at)?;
@@ -662,7 +664,7 @@ impl Translator {
     fn leave_at(&self, cpu: &mut Cpu, at: u64) -> Result<(Key, MapEntry), EngineError> {
         let found = self.translations.instruction_at(at);
         let (&block, _, place) = found.ok_or_else(|| broken("address", at))?;
-        uncount(cpu, place.left);
+        cpu.st.uncount(place.left);
         continue_at(cpu, block.place(place.rip, cpu.st.code_page), place.saved());
         Ok((block, place))
     }
@@ -736,11 +738,6 @@ fn branch_to_nowhere(cpu: &mut Cpu, site: &Site) -> Then {
     let rsp = &mut cpu.st.gpr[reg::RSP];
     *rsp = rsp.wrapping_sub(moved);
     Then::Execute(i)
-}
-
-/// Of the instructions that were counted so many are not done.
-fn uncount(cpu: &mut Cpu, left: u8) {
-    cpu.st.count = cpu.st.count.wrapping_sub(left.into());
 }
 
 /// Takes over RIP and the arithmetic flags from translated code.

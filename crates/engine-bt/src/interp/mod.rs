@@ -122,7 +122,7 @@ fn run(cpu: &mut Cpu, i: &Instruction, watching: bool) -> R<()> {
     }
     cpu.replay.clear();
     cpu.counts.interpreted += 1;
-    cpu.st.count += 1;
+    cpu.st.count_one();
     let traced = (flags | cpu.st.flags) & (flag::TF | flag::RF) != 0;
     if traced || watching || cpu.st.pending_debug != 0 {
         let Some((mut accesses, repetitions)) = accesses else { return after(cpu, i, flags, 0) };

@@ -12,6 +12,7 @@ use rustc_hash::FxHashMap;
 use tetrarch_engine::EngineError;
 use tetrarch_memory::{GuestMemory, GuestPhys, PAGE_SHIFT, PAGE_SIZE};
 
+use super::pages::is_zero;
 use super::player::Mark;
 
 /// What all images together may hold: then some in the middle go.
@@ -59,7 +60,7 @@ impl<M> Images<M> {
         let mut pages = FxHashMap::default();
         for page in written {
             memory.read(GuestPhys(page << PAGE_SHIFT), &mut data)?;
-            let zero = data.iter().all(|&byte| byte == 0);
+            let zero = is_zero(&data);
             let packed = if zero { Vec::new() } else { lz4_flex::block::compress(&data) };
             self.bytes += packed.len();
             pages.insert(page, packed.into_boxed_slice());

@@ -29,6 +29,20 @@ pub use recorder::Recorder;
 use tetrarch_engine::EngineError;
 use tetrarch_journal::JournalError;
 
+/// Whether code counts its instructions, which is what a machine does that records or replays;
+/// its time is the run loop's alone then.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Counting {
+    Not,
+    /// It stands where it polls, and where code leaves by itself.
+    Recorded,
+    /// The same, before any block: a recording also stands behind an indirect branch.
+    Replayed,
+    /// The same with all flags exact there, for a debugger. The code is not the recording's, so
+    /// that a stop in a block is found by interpreting up to it.
+    Sought,
+}
+
 /// Of a VM, if it records or replays.
 pub enum Journal {
     Record(Box<Recorder>),

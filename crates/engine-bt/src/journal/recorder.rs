@@ -12,7 +12,7 @@ use tetrarch_memory::{GuestMemory, GuestPhys, MemoryObserver, PAGE_SIZE, Refusal
 
 use super::failed;
 use super::gate::Gate;
-use super::pages::{Pages, each_page, is_hole};
+use super::pages::{Pages, each_page, is_hole, is_zero};
 use crate::irqchip::Wake;
 
 /// What devices did since the guest last stood.
@@ -155,7 +155,7 @@ impl Recorder {
             }
             let mut data = vec![0; length as usize];
             memory.read(GuestPhys(address), &mut data)?;
-            if length >= PAGE_SIZE && data.iter().all(|&byte| byte == 0) {
+            if length >= PAGE_SIZE && is_zero(&data) {
                 taken.holes.push((address, length));
                 continue;
             }

@@ -2,7 +2,13 @@
 //!
 //! Everything that translated code looks up without a call lies at a constant
 //! distance from GS: the TLBs, the table of indirect branch targets and the
-//! table of executable pages. The block is one sparse mapping; tables of 65,536
+//! table of executable pages. While that code runs, RSP holds the same address, and
+//! it finds all of them by RSP: CPUs keep what was stored at a displacement from
+//! RSP in a register for the load that follows (memory renaming: AMD since Zen 2,
+//! Intel since Golden Cove), so that a guest register that lives here, or flags put
+//! aside, cost no trip through the cache. Below the block is room for what is pushed
+//! then: the way back from a stub, and a signal's frame where a handler has no stack
+//! of its own. The block is one sparse mapping; tables of 65,536
 //! entries cost only the pages that are touched, and make index computation one
 //! rotate and one mask, with no conflicts within 256 MiB.
 
@@ -41,6 +47,10 @@ pub const EXEC_OFFSET: usize = BRANCH_OFFSET + 2 * BRANCH_BYTES;
 pub const EXEC_PAGE_OFFSET: usize = EXEC_OFFSET + 2 * EXEC_BYTES;
 pub const TLB_OFFSET: usize = EXEC_PAGE_OFFSET + EXEC_PAGE_BYTES;
 pub const BLOCK_BYTES: usize = TLB_OFFSET + 4 * TLB_BYTES;
+
+/// Below the block: the stack of translated code.
+const CODE_STACK_BYTES: usize = 64 * 1024;
+const MAPPED_BYTES: usize = CODE_STACK_BYTES + BLOCK_BYTES;
 
 /// The part of the block that other threads write.
 pub const SHARED_OFFSET: usize = STATE_BYTES / 2;
@@ -89,6 +99,7 @@ pub struct BranchEntry {
 /// The memory. It lives as long as anybody has a pointer into it: the vCPU, or a
 /// bell or timer that sets its flags.
 struct Mapping {
+    /// Where the block begins, behind the stack.
     base: NonNull<u8>,
     /// What another process would map.
     _memfd: OwnedFd,
@@ -103,27 +114,30 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     fn new() -> std::io::Result<Self> {
         let memfd = memfd_create("tetrarch-vcpu", MemfdFlags::CLOEXEC)?;
-        ftruncate(&memfd, BLOCK_BYTES as u64)?;
+        ftruncate(&memfd, MAPPED_BYTES as u64)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice.
-        let base = unsafe { mmap(null_mut(), BLOCK_BYTES, protection, flags, &memfd, 0)? };
-        let base = NonNull::new(base.cast::<u8>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        let start = unsafe { mmap(null_mut(), MAPPED_BYTES, protection, flags, &memfd, 0)? };
         // Huge pages would turn the sparse tables into dense ones, and a child of
         // fork would share a running CPU.
         for advice in [Advice::LinuxNoHugepage, Advice::LinuxDontFork] {
             // SAFETY: the range is the mapping just made. A kernel without huge
             // pages refuses the first.
-            let _ = unsafe { madvise(base.as_ptr().cast(), BLOCK_BYTES, advice) };
+            let _ = unsafe { madvise(start, MAPPED_BYTES, advice) };
         }
+        // SAFETY: inside the mapping.
+        let base = unsafe { start.cast::<u8>().add(CODE_STACK_BYTES) };
+        let base = NonNull::new(base).ok_or(std::io::ErrorKind::OutOfMemory)?;
         Ok(Self { base, _memfd: memfd })
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours and nothing borrows from it any more.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), BLOCK_BYTES) };
+        // SAFETY: the mapping, of which `base` is so far from the start, is ours and nothing
+        // borrows from it any more.
+        let _ = unsafe { munmap(self.base.as_ptr().sub(CODE_STACK_BYTES).cast(), MAPPED_BYTES) };
     }
 }
 

@@ -14,7 +14,7 @@ pub mod block;
 pub mod fault;
 pub mod msrs;
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use tetrarch_engine::{Segment, SegmentTable};
 
@@ -115,8 +115,6 @@ pub struct Shared {
     pub request: AtomicU8,
     /// An interrupt waits for IF: polled where translated code sets IF.
     pub irq_wait: AtomicU8,
-    /// Code that counts begins no block that would take [`CpuState::count`] beyond this.
-    pub limit: AtomicU64,
 }
 
 impl Shared {
@@ -124,8 +122,6 @@ impl Shared {
     #[inline]
     pub fn raise(&self) {
         self.request.store(1, Ordering::SeqCst);
-        // In this order: who sets the limit anew looks at the flag behind it.
-        self.limit.store(0, Ordering::SeqCst);
     }
 }
 
@@ -204,9 +200,9 @@ pub struct CpuState {
     /// Host RFLAGS when translated code was left.
     pub exit_flags: u64,
     pub scratch: [u64; 4],
-    /// Instructions, iterations of a REP prefix that ran together, and ways into a handler that
-    /// are done. Exact whenever Rust code of the run loop runs, where the machine counts.
-    pub count: u64,
+    /// [`Self::count`] less the limit: code that counts begins no block that takes it above zero.
+    pub beyond_limit: i64,
+    pub count_limit: u64,
     /// Where the relative code that runs is mapped; see [`mode::RELATIVE`].
     pub code_page: u64,
     /// The same of the last such code with an x87 instruction.
@@ -216,6 +212,8 @@ pub struct CpuState {
     /// 4096 less the size of an access through rsp that missed.
     pub stack_limit: u64,
     pub host_rsp: u64,
+    /// RSP of translated code: the address of this state.
+    pub code_rsp: u64,
     /// The [`crate::cpu::Cpu`] that owns this state, for calls out of translated code.
     pub cpu: u64,
     pub host_mxcsr: u32,
@@ -261,7 +259,36 @@ pub struct CpuState {
     pub last_thunk: LastThunk,
 }
 
+/// A limit is at most so far away that what is missing is a signed number.
+const MOST_AHEAD: u64 = 1 << 62;
+
 impl CpuState {
+    /// Instructions, iterations of a REP prefix that ran together, and ways into a handler that
+    /// are done. Exact whenever Rust code of the run loop runs, where the machine counts.
+    pub fn count(&self) -> u64 {
+        self.count_limit.wrapping_add_signed(self.beyond_limit)
+    }
+
+    pub fn count_one(&mut self) {
+        self.beyond_limit = self.beyond_limit.wrapping_add(1);
+    }
+
+    /// Of what was counted so much is not done.
+    pub fn uncount(&mut self, left: u8) {
+        self.beyond_limit = self.beyond_limit.wrapping_sub(left.into());
+    }
+
+    /// Begins to count anew.
+    pub fn clear_count(&mut self) {
+        (self.beyond_limit, self.count_limit) = (0, 0);
+    }
+
+    pub fn set_count_limit(&mut self, limit: u64) {
+        let count = self.count();
+        self.count_limit = limit.min(count.saturating_add(MOST_AHEAD));
+        self.beyond_limit = count.wrapping_sub(self.count_limit) as i64;
+    }
+
     /// RFLAGS as the guest sees it.
     #[inline]
     pub fn rflags(&self) -> u64 {

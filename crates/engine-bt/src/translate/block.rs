@@ -8,8 +8,11 @@ use std::num::NonZeroU32;
 use iced_x86::{Decoder, Instruction, OpKind, Register};
 use tetrarch_memory::PAGE_SIZE;
 
+use super::classify::Kind;
 use super::sources::Origin;
 use crate::cpu::cpuid::CpuidTable;
+use crate::journal::Counting;
+use crate::memory::code_map;
 use crate::state::mode;
 
 /// What the guest's code bytes are, and where.
@@ -32,8 +35,7 @@ pub struct Source<'a> {
     pub yields: bool,
     /// Where flags are at the entry that the block does not need.
     pub origin: &'a Origin,
-    /// The machine counts instructions, and its time is the run loop's alone.
-    pub counted: bool,
+    pub counting: Counting,
     /// Linear addresses before which a block ends.
     pub breakpoints: &'a BTreeSet<u64>,
 }
@@ -52,6 +54,25 @@ impl Source<'_> {
 
     pub fn relative(&self) -> bool {
         self.mode & mode::RELATIVE != 0
+    }
+
+    pub fn counted(&self) -> bool {
+        self.counting != Counting::Not
+    }
+
+    /// Notes that what is made of the code depends on an instruction of its page.
+    pub fn look_at(&self, i: &Instruction) {
+        let seen = code_map::lines(i.ip() & (PAGE_SIZE - 1), i.len().max(1) as u64);
+        self.looked.set(self.looked.get() | seen);
+    }
+
+    /// Whether code that counts polls the request flag in a block from `start` to `last`. Blocks
+    /// that do not are left before long: each loop has a branch back, or one of those branches
+    /// that poll by themselves.
+    pub fn polls(&self, start: u64, last: &Instruction, kind: Kind) -> bool {
+        let back = matches!(kind, Kind::Jmp | Kind::Jcc | Kind::Loop | Kind::Call)
+            && last.near_branch_target() <= start;
+        self.counted() && (back || kind == Kind::CallIndirect)
     }
 
     /// 32-bit code, with 32-bit addresses.

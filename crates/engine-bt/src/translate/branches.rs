@@ -27,7 +27,7 @@ impl Job<'_> {
         let mut guard = None;
         let mut places = Vec::new();
         let mut request = None;
-        let needs_poll = backward && !polled && !self.source.counted;
+        let needs_poll = backward && !polled && !self.source.counted();
         if (needs_poll || !same_page) && self.flags == Flags::Host && live != 0 {
             self.e.save_flags(R13);
             self.flags = Flags::Saved;
@@ -188,7 +188,8 @@ impl Job<'_> {
         let target = offset_of!(CpuState, call_target);
         self.target_to_r13(i);
         self.e.store(target, R13);
-        let poll = !self.source.counted;
+        // Code that counts has polled at the block's start.
+        let poll = !self.source.counted();
         let (miss, request) = self.e.find_target(branch_offset(self.user), poll);
         self.e.store(scratch, R13);
         self.push_return(i);
@@ -224,12 +225,10 @@ impl Job<'_> {
     }
 
     fn indirect_from(&mut self, table: usize, site: Site) {
-        let (miss, request) = self.e.indirect(table, !self.source.counted);
+        let (miss, request) = self.e.indirect(table);
         self.cold.push(Cold::Leave { places: vec![miss], stub: self.stubs.leave_branch, site });
-        if let Some(request) = request {
-            let stub = self.stubs.leave_request_branch;
-            self.cold.push(Cold::Leave { places: vec![request], stub, site });
-        }
+        let stub = self.stubs.leave_request_branch;
+        self.cold.push(Cold::Leave { places: vec![request], stub, site });
     }
 }
 

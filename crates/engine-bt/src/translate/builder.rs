@@ -23,6 +23,7 @@ use super::job::{Flags, Job};
 use super::liveness::{self, ALL, Ahead, Step};
 use super::sources;
 use super::stubs::Stubs;
+use crate::journal::Counting;
 use crate::state::mode;
 
 const MAX_INSTRUCTIONS: usize = 64;
@@ -62,10 +63,7 @@ impl Builder {
             let kind = classify(&instruction, source);
             instructions.push(instruction);
             kinds.push(kind);
-            let mut step = Step::of(&instruction, kind, source.counted);
-            // Code that counts may be left where the block begins.
-            step.shows |= source.counted && steps.is_empty();
-            steps.push(step);
+            steps.push(Step::of(&instruction, kind, source.counted()));
             if kind.ends_block() {
                 break;
             }
@@ -75,6 +73,8 @@ impl Builder {
         }
         let last = *instructions.last()?;
         let ends = kinds.last().is_some_and(|kind| kind.ends_block());
+        let polls = kinds.last().is_some_and(|&kind| source.polls(source.rip, &last, kind));
+        steps[0].shows |= polls || source.counting == Counting::Sought;
         let followed = sources::follow(&instructions, &steps, source.origin, &mut self.info);
         let mut ahead = Ahead { source, sources: &followed.end, info: &mut self.info };
         let ways = liveness::ways(&last, ends, &mut ahead);
@@ -123,6 +123,7 @@ impl Builder {
             current: 0,
             instructions: &instructions,
             kinds: &kinds,
+            polls,
             x87_loaded: false,
         };
         job.run(ends);

@@ -105,7 +105,7 @@ pub fn classify(i: &Instruction, source: &Source<'_>) -> Kind {
         M::Cli if kernel => Kind::Cli,
         M::Sti if kernel => Kind::Sti,
         M::Swapgs if kernel => Kind::Swapgs,
-        M::Rdrand | M::Rdseed if source.counted => Kind::Interpret,
+        M::Rdrand | M::Rdseed if source.counted() => Kind::Interpret,
         M::Rdtsc if kernel || mode & mode::TSC != 0 => Kind::Rdtsc,
         M::Rdtscp if kernel || mode & mode::TSC != 0 => Kind::Rdtscp,
         M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq => {

@@ -25,7 +25,6 @@ pub const R14: u8 = 14;
 pub const R15: u8 = 15;
 
 pub const REQUEST: usize = SHARED_OFFSET + offset_of!(Shared, request);
-pub const LIMIT: usize = SHARED_OFFSET + offset_of!(Shared, limit);
 pub const IRQ_WAIT: usize = SHARED_OFFSET + offset_of!(Shared, irq_wait);
 
 pub const fn gpr_offset(guest: u8) -> usize {
@@ -40,6 +39,7 @@ pub mod cc {
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
+    pub const G: u8 = 15;
 }
 
 /// A base + index * scale + displacement in host registers.
@@ -103,83 +103,88 @@ impl Emitter {
         }
     }
 
-    /// `opcode reg, gs:[offset]` in its plain absolute form.
-    fn gs(&mut self, wide: bool, opcode: &[u8], reg: u8, offset: usize) {
-        self.bytes(&[0x65, 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2]);
+    /// `opcode reg, [rsp + offset]`: the state block by the stack pointer (see
+    /// [`crate::state::block`]).
+    fn state(&mut self, wide: bool, opcode: &[u8], reg: u8, offset: usize) {
+        self.bytes(&[0x40 | u8::from(wide) << 3 | (reg >> 3) << 2]);
         self.bytes(opcode);
-        self.bytes(&[(reg & 7) << 3 | 4, 0x25]);
-        self.imm32(offset as u32);
+        if let Ok(near) = i8::try_from(offset) {
+            self.bytes(&[0x44 | (reg & 7) << 3, 0x24, near as u8]);
+        } else {
+            self.bytes(&[0x84 | (reg & 7) << 3, 0x24]);
+            self.imm32(offset as u32);
+        }
     }
 
     pub fn load(&mut self, reg: u8, offset: usize) {
-        self.gs(true, &[0x8B], reg, offset);
+        self.state(true, &[0x8B], reg, offset);
     }
 
     pub fn store(&mut self, offset: usize, reg: u8) {
-        self.gs(true, &[0x89], reg, offset);
+        self.state(true, &[0x89], reg, offset);
     }
 
     pub fn load32(&mut self, reg: u8, offset: usize) {
-        self.gs(false, &[0x8B], reg, offset);
+        self.state(false, &[0x8B], reg, offset);
     }
 
     pub fn store32(&mut self, offset: usize, reg: u8) {
-        self.gs(false, &[0x89], reg, offset);
+        self.state(false, &[0x89], reg, offset);
     }
 
-    /// `movzx reg, byte gs:[offset]`
+    /// `movzx reg, byte [rsp + offset]`
     pub fn load8(&mut self, reg: u8, offset: usize) {
-        self.gs(false, &[0x0F, 0xB6], reg, offset);
+        self.state(false, &[0x0F, 0xB6], reg, offset);
     }
 
     pub fn store8_imm(&mut self, offset: usize, value: u8) {
-        self.gs(false, &[0xC6], 0, offset);
+        self.state(false, &[0xC6], 0, offset);
         self.bytes(&[value]);
     }
 
     pub fn store32_imm(&mut self, offset: usize, value: u32) {
-        self.gs(false, &[0xC7], 0, offset);
+        self.state(false, &[0xC7], 0, offset);
         self.imm32(value);
     }
 
     pub fn store64_imm(&mut self, offset: usize, value: i32) {
-        self.gs(true, &[0xC7], 0, offset);
+        self.state(true, &[0xC7], 0, offset);
         self.imm32(value as u32);
     }
 
     pub fn store8(&mut self, offset: usize, reg: u8) {
-        self.gs(false, &[0x88], reg, offset);
+        self.state(false, &[0x88], reg, offset);
     }
 
     pub fn store16(&mut self, offset: usize, reg: u8) {
         self.bytes(&[0x66]);
-        self.gs(false, &[0x89], reg, offset);
+        self.state(false, &[0x89], reg, offset);
     }
 
-    /// `movzx reg, word gs:[offset]`
+    /// `movzx reg, word [rsp + offset]`
     pub fn load16(&mut self, reg: u8, offset: usize) {
-        self.gs(false, &[0x0F, 0xB7], reg, offset);
+        self.state(false, &[0x0F, 0xB7], reg, offset);
     }
 
     pub fn cmp8_imm(&mut self, offset: usize, value: u8) {
-        self.gs(false, &[0x80], 7, offset);
+        self.state(false, &[0x80], 7, offset);
         self.bytes(&[value]);
     }
 
-    /// `cmp dword gs:[offset], imm32`. Returns where the immediate is.
+    /// `cmp dword [rsp + offset], imm32`. Returns where the immediate is.
     pub fn cmp32_imm(&mut self, offset: usize, value: u32) -> u32 {
-        self.gs(false, &[0x81], 7, offset);
+        self.state(false, &[0x81], 7, offset);
         self.imm32(value);
         self.pos() - 4
     }
 
-    /// `cmp reg, gs:[offset]`
-    pub fn cmp_gs(&mut self, reg: u8, offset: usize) {
-        self.gs(true, &[0x3B], reg, offset);
+    /// `cmp reg, [rsp + offset]`
+    pub fn cmp_state(&mut self, reg: u8, offset: usize) {
+        self.state(true, &[0x3B], reg, offset);
     }
 
-    pub fn add_gs(&mut self, reg: u8, offset: usize) {
-        self.gs(true, &[0x03], reg, offset);
+    pub fn add_state(&mut self, reg: u8, offset: usize) {
+        self.state(true, &[0x03], reg, offset);
     }
 
     /// mov reg, value in its shortest form. Leaves the flags.
@@ -408,11 +413,11 @@ impl Emitter {
         self.jcc(condition)
     }
 
-    /// `cmp dword gs:[offset], imm32` that can be patched. Returns where the
+    /// `cmp dword [rsp + offset], imm32` that can be patched. Returns where the
     /// immediate is.
     pub fn patched_cmp32(&mut self, offset: usize, value: u32) -> u32 {
-        // GS, REX, opcode, ModRM, SIB and the offset come first.
-        self.align_patch(9);
+        // REX, opcode, ModRM, SIB and the offset, which is no small one, come first.
+        self.align_patch(8);
         self.cmp32_imm(offset, value)
     }
 
@@ -487,12 +492,12 @@ impl Emitter {
             self.shr_imm(R13, 8);
         }
         self.and32_imm(R13, (TLB_ENTRIES as u32 - 1) << 4);
-        self.bytes(&[0x65, 0x4D, 0x2B, 0xB5]); // sub r14, gs:[r13 + tag]
+        self.bytes(&[0x4E, 0x2B, 0xB4, 0x2C]); // sub r14, [rsp + r13 + tag]
         self.imm32(table);
         self.bytes(&[0x49, 0x81, 0xFE]); // cmp r14, 4096 - size
         self.imm32(4096 - size);
         let miss = self.jcc(cc::A);
-        self.bytes(&[0x65, 0x4D, 0x03, 0xB5]); // add r14, gs:[r13 + host]
+        self.bytes(&[0x4E, 0x03, 0xB4, 0x2C]); // add r14, [rsp + r13 + host]
         self.imm32(table + 8);
         miss
     }
@@ -501,11 +506,11 @@ impl Emitter {
     pub fn check_constant(&mut self, page: u64, user: bool, write: bool) -> u32 {
         let entry = tlb_offset(user, write) + tlb_index(page) * 16;
         if page as i64 == i64::from(page as i32) {
-            self.gs(true, &[0x81], 7, entry);
+            self.state(true, &[0x81], 7, entry);
             self.imm32(page as u32);
         } else {
             self.mov_imm(R13, page);
-            self.gs(true, &[0x39], R13, entry);
+            self.state(true, &[0x39], R13, entry);
         }
         let miss = self.jcc(cc::NE);
         self.load(R14, entry + 8);
@@ -518,57 +523,61 @@ impl Emitter {
     pub fn check_stack(&mut self, wide: bool, disp: i32, size: u32, user: bool) -> u32 {
         self.lea(wide, R14, Address { base: Some(R15), index: None, scale: 1, disp });
         let entry = stack_offset(user);
-        self.gs(true, &[0x2B], R14, entry + offset_of!(StackPage, page)); // sub r14, page
+        self.state(true, &[0x2B], R14, entry + offset_of!(StackPage, page)); // sub r14, page
         self.cmp_imm(R14, 4096 - size);
         let miss = self.jcc(cc::A);
-        self.add_gs(R14, entry + offset_of!(StackPage, host));
+        self.add_state(R14, entry + offset_of!(StackPage, host));
         miss
     }
 
     /// Looks the guest address in r13 up in the table of branch targets and
     /// jumps there. Clobbers r14 and the flags. Returns the rel32s of the miss
-    /// and, with `poll`, of the request exit.
-    pub fn indirect(&mut self, table: usize, poll: bool) -> (u32, Option<u32>) {
-        let exits = self.look_up(table, poll);
-        self.bytes(&[0x65, 0x41, 0xFF, 0xA6]); // jmp gs:[r14 + host]
+    /// and of the request exit.
+    pub fn indirect(&mut self, table: usize) -> (u32, u32) {
+        let miss = self.look_up(table);
+        self.cmp8_imm(REQUEST, 0);
+        let request = self.jcc(cc::NE);
+        self.bytes(&[0x42, 0xFF, 0xA4, 0x34]); // jmp [rsp + r14 + host]
         self.imm32(table as u32 + 8);
-        exits
+        (miss, request)
     }
 
     /// Looks the guest address in r13 up as [`Emitter::indirect`] does, and leaves
-    /// the host's in r13.
+    /// the host's in r13. The request exit is there with `poll`.
     pub fn find_target(&mut self, table: usize, poll: bool) -> (u32, Option<u32>) {
-        let exits = self.look_up(table, poll);
-        self.bytes(&[0x65, 0x4D, 0x8B, 0xAE]); // mov r13, gs:[r14 + host]
-        self.imm32(table as u32 + 8);
-        exits
-    }
-
-    /// r14 := the offset in the table of the target in r13.
-    fn look_up(&mut self, table: usize, poll: bool) -> (u32, Option<u32>) {
-        self.bytes(&[0x45, 0x0F, 0xB7, 0xF5]); // movzx r14d, r13w
-        self.bytes(&[0x41, 0xC1, 0xE6, 4]); // shl r14d, 4
-        self.bytes(&[0x65, 0x4D, 0x3B, 0xAE]); // cmp r13, gs:[r14 + target]
-        self.imm32(table as u32);
-        let miss = self.jcc(cc::NE);
+        let miss = self.look_up(table);
         let request = poll.then(|| {
             self.cmp8_imm(REQUEST, 0);
             self.jcc(cc::NE)
         });
+        self.bytes(&[0x4E, 0x8B, 0xAC, 0x34]); // mov r13, [rsp + r14 + host]
+        self.imm32(table as u32 + 8);
         (miss, request)
     }
 
-    /// Adds to the count of instructions. Clobbers r13 and the flags. Returns the rel32 of the
-    /// exit at the limit, where nothing is counted.
-    pub fn count(&mut self, instructions: u8) -> u32 {
-        let count = offset_of!(CpuState, count);
-        self.load(R13, count);
+    /// r14 := the offset in the table of the target in r13. Returns the rel32 of the miss.
+    fn look_up(&mut self, table: usize) -> u32 {
+        self.bytes(&[0x45, 0x0F, 0xB7, 0xF5]); // movzx r14d, r13w
+        self.bytes(&[0x41, 0xC1, 0xE6, 4]); // shl r14d, 4
+        self.bytes(&[0x4E, 0x3B, 0xAC, 0x34]); // cmp r13, [rsp + r14 + target]
+        self.imm32(table as u32);
+        self.jcc(cc::NE)
+    }
+
+    /// Adds to the count of instructions. Leaves the flags as a comparison with the limit does.
+    pub fn count(&mut self, instructions: u8) {
+        // add qword [rsp + count], imm8
+        self.state(true, &[0x83], 0, offset_of!(CpuState, beyond_limit));
+        self.bytes(&[instructions]);
+    }
+
+    /// The same, which leaves the flags alone. Uses `scratch`.
+    pub fn count_beside_flags(&mut self, instructions: u8, scratch: u8) {
+        let count = offset_of!(CpuState, beyond_limit);
+        self.load(scratch, count);
         let disp = i32::from(instructions);
-        self.lea(true, R13, Address { base: Some(R13), index: None, scale: 1, disp });
-        self.cmp_gs(R13, LIMIT);
-        let limit = self.jcc(cc::A);
-        self.store(count, R13);
-        limit
+        self.lea(true, scratch, Address { base: Some(scratch), index: None, scale: 1, disp });
+        self.store(count, scratch);
     }
 
     /// Checks that the page `disp` behind the running relative code is the one of an exec
@@ -579,20 +588,19 @@ impl Emitter {
         self.mov(R14, R13);
         self.shr_imm(R14, 12);
         self.bytes(&[0x45, 0x0F, 0xB7, 0xF6]); // movzx r14d, r14w
-        self.bytes(&[0x65, 0x4E, 0x39, 0x2C, 0xF5]); // cmp gs:[r14 * 8 + pages], r13
+        self.bytes(&[0x4E, 0x39, 0xAC, 0xF4]); // cmp [rsp + r14 * 8 + pages], r13
         self.imm32(EXEC_PAGE_OFFSET as u32);
         let page = self.jcc(cc::NE);
-        self.bytes(&[0x65, 0x42, 0x81, 0x3C, 0xB5]); // cmp dword gs:[r14 * 4 + ids], id
+        self.bytes(&[0x42, 0x81, 0xBC, 0xB4]); // cmp dword [rsp + r14 * 4 + ids], id
         self.imm32(exec_offset(true) as u32);
         self.imm32(id);
         let other = self.jcc(cc::NE);
         (page, other)
     }
 
-    /// `jmp gs:[offset]`
+    /// `jmp [rsp + offset]`
     pub fn jmp_state(&mut self, offset: usize) {
-        self.bytes(&[0x65, 0xFF, 0x24, 0x25]);
-        self.imm32(offset as u32);
+        self.state(false, &[0xFF], 4, offset);
     }
 
     pub fn raw(&mut self, bytes: &[u8]) {

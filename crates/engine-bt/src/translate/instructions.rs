@@ -169,7 +169,7 @@ impl Job<'_> {
         self.e.mov(R13, offset);
         self.e.and32_imm(R13, size as u32 * 8 - 1);
         self.e.store(scratch, R13);
-        let flags = FlagUse::of(i, self.source.counted);
+        let flags = FlagUse::of(i, self.source.counted());
         self.need_flags(flags.read, i.rflags_modified());
         self.e.load(R13, scratch);
         let mut copy = *i;

@@ -12,6 +12,7 @@ use super::liveness::{ALL, Way};
 use super::operands::{flag_operand, number};
 use super::sources::{Keep, Kept, Sources};
 use super::stubs::Stubs;
+use crate::journal::Counting;
 use crate::state::CpuState;
 use crate::state::block::{exec_index, exec_offset};
 
@@ -79,6 +80,8 @@ pub(super) struct Job<'a> {
     pub(super) current: usize,
     pub(super) instructions: &'a [Instruction],
     pub(super) kinds: &'a [Kind],
+    /// See [`Source::polls`].
+    pub(super) polls: bool,
     /// The block has made sure that the guest's x87 state is in the host CPU.
     pub(super) x87_loaded: bool,
 }
@@ -94,7 +97,7 @@ impl Job<'_> {
             self.e.store(offset_of!(CpuState, code_page), R13);
         }
         self.built.saved_entry = self.e.pos();
-        if self.source.counted {
+        if self.source.counted() {
             self.count();
         } else {
             if self.live[0] != 0 {
@@ -109,12 +112,13 @@ impl Job<'_> {
         // A backward branch needs a poll of the request flag somewhere in the
         // loop: here, at the last place where no flag is live.
         let last = instructions.len() - 1;
-        let poll_at = if !self.source.counted && loops_back(&instructions[last], self.source.rip) {
+        let poll_at = if !self.source.counted() && loops_back(&instructions[last], self.source.rip)
+        {
             (0..=last).rev().find(|&index| self.live[index] == 0)
         } else {
             None
         };
-        let mut polled = self.source.counted;
+        let mut polled = self.source.counted();
         let mut index = 0;
         while index <= last {
             self.current = index;
@@ -143,9 +147,27 @@ impl Job<'_> {
     }
 
     /// Both entries, in code that counts: the block is counted where it begins, and left there
-    /// at the limit, which is what it polls.
+    /// beyond the limit. Where it polls, it does so there, since a replay can stand nowhere else.
     fn count(&mut self) {
         let live = self.live[0] != 0;
+        let stands = self.polls || self.source.counting != Counting::Recorded;
+        if live && !self.polls {
+            self.e.restore_flags(R13);
+            self.built.entry = self.e.pos();
+            self.mark(0);
+            if stands {
+                self.e.save_flags(R13);
+                self.flags = Flags::Saved;
+                self.mark(0);
+                self.count_to_limit();
+                self.e.restore_flags(R13);
+                self.flags = Flags::Host;
+                self.mark(0);
+            } else {
+                self.e.count_beside_flags(self.instructions.len() as u8, R13);
+            }
+            return;
+        }
         let saved = live.then(|| self.e.jmp());
         self.built.entry = self.e.pos();
         self.mark(0);
@@ -155,13 +177,25 @@ impl Job<'_> {
             self.flags = Flags::Saved;
             self.mark(0);
         }
-        let limit = self.e.count(self.instructions.len() as u8);
+        if stands {
+            self.count_to_limit();
+        } else {
+            self.e.count(self.instructions.len() as u8);
+        }
+        if self.polls {
+            self.poll();
+        }
+    }
+
+    fn count_to_limit(&mut self) {
+        self.e.count(self.instructions.len() as u8);
+        let limit = self.e.jcc(cc::G);
         self.leave(limit, self.stubs.leave_limit, What::Nothing);
     }
 
     /// Instructions from `index` on, where they are counted.
     fn left(&self, index: usize) -> u8 {
-        if self.source.counted { self.instructions.len().saturating_sub(index) as u8 } else { 0 }
+        if self.source.counted() { self.instructions.len().saturating_sub(index) as u8 } else { 0 }
     }
 
     /// Notes that the code from here on belongs to instruction `index`.

@@ -6,7 +6,7 @@ use super::block::Source;
 use super::classify::{Kind, classify, keeps_flags_sometimes, may_leave};
 use super::code32;
 use super::sources::Sources;
-use crate::memory::code_map;
+use crate::journal::Counting;
 
 /// The six arithmetic flags, as iced counts them.
 pub const ALL: u32 = RflagsBits::OF
@@ -160,6 +160,24 @@ impl Ahead<'_> {
         }
     }
 
+    /// Whether a block at an address of the page polls before its first instruction.
+    fn may_poll(&self, rip: u64) -> bool {
+        let source = self.source;
+        let mut decoder = source.decoder(&source.page[(rip & 0xFFF) as usize..], rip);
+        for _ in 0..LOOK_AHEAD {
+            let mut i = decoder.decode();
+            if source.code32() {
+                code32::use_common_form(&mut i);
+            }
+            source.look_at(&i);
+            let kind = if i.is_invalid() { Kind::Interpret } else { classify(&i, source) };
+            if kind.ends_block() {
+                return source.polls(rip, &i, kind);
+            }
+        }
+        true
+    }
+
     /// Looks only inside the block's own page and notes where, so that a change there
     /// ends the block and the answer with it.
     fn look(&mut self, rip: u64, mut sources: Sources, jumps: u32) -> Found {
@@ -170,7 +188,7 @@ impl Ahead<'_> {
             found.read = ALL;
             return found;
         }
-        if source.counted {
+        if source.counting == Counting::Sought || source.counted() && self.may_poll(rip) {
             // The block there may be left before its first instruction, with all flags.
             found.shown = open;
             found.lost = sources.lost();
@@ -182,10 +200,9 @@ impl Ahead<'_> {
             if source.code32() {
                 code32::use_common_form(&mut i);
             }
-            let seen = code_map::lines(i.ip() & 0xFFF, i.len().max(1) as u64);
-            source.looked.set(source.looked.get() | seen);
+            source.look_at(&i);
             let kind = if i.is_invalid() { Kind::Interpret } else { classify(&i, source) };
-            let Step { flags, shows, fixed } = Step::of(&i, kind, source.counted);
+            let Step { flags, shows, fixed } = Step::of(&i, kind, source.counted());
             if let Some(needed) = fixed {
                 found.read |= needed & open;
                 found.shown &= !(needed & open);

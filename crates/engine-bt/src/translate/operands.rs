@@ -118,14 +118,14 @@ impl Job<'_> {
         }
         let Some(segment) = self.source.segment(i.memory_segment()) else { return };
         if self.wide {
-            self.e.add_gs(R14, base_offset(segment));
+            self.e.add_state(R14, base_offset(segment));
             return;
         }
         let end = Address { base: Some(R14), index: None, scale: 1, disp: size as i32 };
         self.e.lea(true, R13, end);
-        self.e.cmp_gs(R13, offset_of!(CpuState, reach) + segment * 8);
+        self.e.cmp_state(R13, offset_of!(CpuState, reach) + segment * 8);
         self.slow_if(cc::A);
-        self.e.add_gs(R14, base_offset(segment));
+        self.e.add_state(R14, base_offset(segment));
         self.e.mov32(R14, R14);
     }
 
@@ -194,7 +194,7 @@ impl Job<'_> {
 
     /// Copies an instruction with its operands replaced. False if it cannot be.
     pub(super) fn copy(&mut self, i: &Instruction) -> bool {
-        let flags = FlagUse::of(i, self.source.counted);
+        let flags = FlagUse::of(i, self.source.counted());
         let read = i.rflags_read() | flags.read;
         let written = i.rflags_modified();
         let memory = (0..i.op_count()).find(|&op| i.op_kind(op) == OpKind::Memory);

@@ -2,7 +2,8 @@
 //!
 //! Register use in translated code: rax-rdi and r8-r12 are the guest's own;
 //! r15 is the guest's rsp; r13 and r14 are scratch; the guest's r13-r15 live in
-//! the state block. GS is the state block. rsp is the host's stack.
+//! the state block. GS and rsp are the state block; the stubs, which are called, go by
+//! GS. Below it is a stack for them.
 
 use std::mem::offset_of;
 
@@ -301,6 +302,7 @@ fn enter(a: &mut CodeAssembler, avx: bool) -> Result<CodeLabel, IcedError> {
     }
     // As behind an indirect branch.
     a.mov(r13, at(offset_of!(CpuState, rip)))?;
+    a.mov(rsp, at(offset_of!(CpuState, code_rsp)))?;
     a.jmp(at(offset_of!(CpuState, scratch)))?;
     Ok(label)
 }

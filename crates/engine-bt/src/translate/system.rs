@@ -175,7 +175,7 @@ impl Job<'_> {
     pub(super) fn rdtsc(&mut self, with_aux: bool) {
         self.free_flags();
         let rdx = 2;
-        if self.source.counted {
+        if self.source.counted() {
             let call = self.e.call();
             self.e.bind_outward(call, self.stubs.tsc);
             self.e.mov(RAX, R14);
@@ -183,7 +183,7 @@ impl Job<'_> {
             self.e.raw(&[0x0F, 0x31]); // rdtsc
             self.e.shl_imm(rdx, 32);
             self.e.or(RAX, rdx);
-            self.e.add_gs(RAX, offset_of!(CpuState, tsc_offset));
+            self.e.add_state(RAX, offset_of!(CpuState, tsc_offset));
         }
         self.e.mov(rdx, RAX);
         self.e.shr_imm(rdx, 32);
