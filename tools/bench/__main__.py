@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tools.bench import debian, disk, exits, guest, parallel, record, start
+from tools.bench import buses, debian, disk, exits, guest, parallel, record, start
 from tools.bench.report import BenchError
 
 BENCHMARKS = {
     "guest": guest,
     "exits": exits,
     "disk": disk,
+    "buses": buses,
     "debian": debian,
     "start": start,
     "record": record,
