@@ -134,6 +134,7 @@ mod tests {
             assert_eq!(window.load_u32(offset, Ordering::Acquire), 0);
         }
         assert_eq!(window.load_u32(0, Ordering::Acquire), 0x0102_0304);
+        window.store_u32(0, 0, Ordering::Release);
         window.write(4, 0xAAAA_AAAA_u32);
         assert_eq!(window.read::<u32>(4), 0);
         assert_eq!(window.read::<u32>(3), 0x0012_3400);
