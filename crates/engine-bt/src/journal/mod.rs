@@ -8,8 +8,8 @@
 //! - What an instruction asks for (a clock, a random number, a device's answer) is an *input*;
 //!   inputs are in the order in which they were asked for.
 //! - What comes by itself (memory that devices wrote, interrupt lines, timers) is applied while
-//!   the guest stands between two instructions: a *stop*, at a count. Translated code polls where
-//!   blocks begin alone, so that a replay finds the same places.
+//!   the guest stands between two instructions: a *stop*, at a count. Translated code that counts
+//!   polls only where a replay can stand: before a block, and behind an indirect branch.
 //!
 //! - [`recorder`], [`player`]: the two sides
 //! - [`gate`]: how devices get the guest to stand

@@ -435,3 +435,27 @@ pub mod attr {
 pub fn mask(size: usize) -> u64 {
     if size >= 8 { u64::MAX } else { (1 << (size * 8)) - 1 }
 }
+
+#[cfg(test)]
+mod tests {
+    use tetrarch_memory::GuestMemory;
+
+    use super::MOST_AHEAD;
+    use crate::cpu::{Cpu, VmShared};
+
+    #[test]
+    fn a_count_is_the_same_under_any_limit() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        let mut cpu = Cpu::new(0, VmShared::alone(memory)).unwrap();
+        let st = &mut *cpu.st;
+        st.clear_count();
+        st.count_one();
+        for limit in [u64::MAX, 0, 1, 2, MOST_AHEAD + 1, u64::MAX] {
+            st.set_count_limit(limit);
+            assert_eq!(st.count(), 1, "{limit:#x}");
+            assert_eq!(st.beyond_limit > 0, limit == 0, "{limit:#x}");
+        }
+        st.uncount(1);
+        assert_eq!(st.count(), 0);
+    }
+}
