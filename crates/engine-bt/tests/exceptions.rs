@@ -137,6 +137,24 @@ fn stack_address_that_is_not_canonical_is_a_stack_fault() {
 }
 
 #[test]
+fn pushf_that_faults_leaves_the_registers() {
+    on_both(|guest, engine| {
+        for rsp in [1 << 63, (1 << 63) + 0x808, 0x66_6000] {
+            // mov rsp, rbx ; pushfq
+            prepare(guest, 0, &[0x48, 0x89, 0xDC, 0x9C]);
+            guest.unmap(0x66_5000);
+            let mut gpr = [0; 16];
+            (gpr[0], gpr[3]) = (0xABCD, rsp);
+            let End::Fault(fault) = run_user(guest, 0, gpr) else { panic!("{engine}: no fault") };
+            assert!(fault.vector == 12 || fault.vector == 14, "{engine} {rsp:#x}: {fault:x?}");
+            let gpr = guest.vcpu.registers().expect("state").gpr;
+            assert_eq!(gpr[0], 0xABCD, "{engine} {rsp:#x}");
+            assert_eq!(guest.frame.rsp, rsp, "{engine} {rsp:#x}");
+        }
+    });
+}
+
+#[test]
 fn handler_returns_with_iret_to_the_instruction_that_faulted() {
     on_both(|guest, engine| {
         // The handler maps the page: add rsp, 8 ; mov [rsi], r8 ; iretq

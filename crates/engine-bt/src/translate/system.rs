@@ -147,12 +147,13 @@ impl Job<'_> {
         // PUSHF reads every flag, so all of them are put aside here.
         self.free_flags();
         let word = self.word();
-        self.stack(-word, word as u32, true);
         let scratch = offset_of!(CpuState, scratch) + 16;
-        self.e.store(scratch, RAX);
-        self.compose_rflags(RAX);
-        self.e.store_at(self.wide, R14, 0, RAX);
-        self.e.load(RAX, scratch);
+        self.compose_rflags(R14);
+        self.e.store(scratch, R14);
+        // The store can fault on the host, and must find the guest's registers as they are.
+        self.stack(-word, word as u32, true);
+        self.e.load(R13, scratch);
+        self.e.store_at(self.wide, R14, 0, R13);
         self.move_rsp(-word);
     }
 
