@@ -216,6 +216,28 @@ def test_request_outside_of_the_rings_has_its_own_completion(driver: PvscsiDrive
     assert driver.read(5, 512) == b"\5" * 512
 
 
+def test_request_outside_of_the_rings_waits_for_no_place_in_them(raw: Path) -> None:
+    driver = started(drive(raw, ",iops=20"))
+    for _ in range(30):
+        _, entry = driver.entry(cdb(0x28, 0, 1), 512)
+        driver.put(entry)
+    driver.kick()
+    wait_until(lambda: driver.state(4) == driver.state(0), "all to be taken")
+    taken = driver.state(16)
+    driver.set_state(16, taken - 128)  # no place for an answer
+    assert driver.command(RESET_DEVICE, 0, 0, 0) == 0
+    context, entry = driver.entry(bytes(6), flags=NO_DATA)
+    driver.vm.write_memory(LISTS, entry)
+    assert driver.command(ISSUE_SCSI, LISTS, 0, LISTS + 0x1000, 0) == 0
+    completion = driver.vm.read_memory(LISTS + 0x1000, 32)
+    assert struct.unpack("<QQIHHQ", completion) == (context, 0, 18, OK, CHECK, 0)
+    driver.set_state(16, taken)
+    driver.kick()
+    for _ in range(30):
+        driver.wait()
+    driver.controller.close()
+
+
 def test_requests_are_taken_again_where_the_driver_asks_to_be_spared_kicks(
     driver: PvscsiDriver,
 ) -> None:

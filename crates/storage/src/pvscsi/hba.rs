@@ -210,10 +210,14 @@ impl Hba {
     }
 
     fn complete(&mut self, completion: Completion) {
-        if completion.reply == Reply::Ring {
-            self.in_flight = self.in_flight.saturating_sub(1);
+        match completion.reply {
+            Reply::Ring => {
+                self.in_flight = self.in_flight.saturating_sub(1);
+                self.answers.push_back(completion);
+            }
+            // Its driver waits at the register: not for a place in the ring.
+            Reply::At(_) => self.answers.push_front(completion),
         }
-        self.answers.push_back(completion);
     }
 
     /// Looks what the disks have done.
