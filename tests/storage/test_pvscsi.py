@@ -346,7 +346,12 @@ def test_what_a_disk_refuses_it_says_why(driver: PvscsiDriver) -> None:
         (b"\x1a\0\xc8\0\xff\0", (5, 0x39, 0)),
         (b"\xa0" + bytes(5) + struct.pack(">I", 15) + bytes(2), FIELD),
         (b"\xff" + bytes(15), NO_COMMAND),
-        (b"\x9e\x12" + bytes(14), NO_COMMAND),
+        (b"\x9e\x12" + bytes(14), FIELD),
+        (cdb(0x2F, 0, 1, 2), FIELD),
+        (cdb(0x8F, 0, 1, 4), FIELD),
+        # A block with its own number in each place.
+        (cdb(0x93, 0, 1, 2), FIELD),
+        (cdb(0x41, 0, 1, 4), FIELD),
     ):
         done = driver.ask(command, 512, flags=0)
         assert (done.host, done.scsi, done.sense) == (OK, CHECK, sense), command

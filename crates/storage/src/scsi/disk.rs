@@ -23,6 +23,8 @@ const PROTECT: u8 = 0b111 << 5;
 /// Of WRITE SAME, in byte 1.
 const UNMAP: u8 = 1 << 3;
 const ANCHOR: u8 = 1 << 4;
+/// Each block has its own number in it, of two kinds (SBC-2).
+const NUMBERED: u8 = 0b11 << 1;
 const NO_DATA: u8 = 1 << 0;
 
 /// What a disk remembers between commands.
@@ -74,6 +76,7 @@ impl Disk {
             0x25 => Ok(Step::Data(capacity_10(info))),
             // SERVICE ACTION IN (16), of which it is one.
             0x9E if cdb.byte(1) & 0x1F == 0x10 => cut(capacity_16(info), cdb.long(10)),
+            0x9E => Err(Sense::INVALID_FIELD),
             0x08 | 0x28 | 0xA8 | 0x88 => {
                 let (offset, length) = transfer(cdb, info)?;
                 Ok(if length == 0 { Step::Done } else { Step::Read { offset, length } })
@@ -85,7 +88,10 @@ impl Disk {
                 Ok(if length == 0 { Step::Done } else { Step::Write { offset, length, durable } })
             }
             // VERIFY (10) and (16), which compare with nothing.
-            0x2F | 0x8F if cdb.byte(1) & (PROTECT | 0b110) == 0 => {
+            0x2F | 0x8F => {
+                if cdb.byte(1) & (PROTECT | 0b110) != 0 {
+                    return Err(Sense::INVALID_FIELD);
+                }
                 let (first, count) = cdb.blocks();
                 extent(info, first, count).map(|_| Step::Done)
             }
@@ -171,7 +177,8 @@ fn write_same(cdb: &Cdb, info: &BlockInfo) -> Result<Step, Sense> {
     let (first, count) = cdb.blocks();
     let flags = cdb.byte(1);
     let no_data = cdb.code() == 0x93 && flags & NO_DATA != 0;
-    let refused = flags & (PROTECT | ANCHOR) != 0 || (flags & UNMAP != 0 && !info.discards);
+    let refused =
+        flags & (PROTECT | ANCHOR | NUMBERED) != 0 || (flags & UNMAP != 0 && !info.discards);
     if refused || !(1..=MAX_SAME_BLOCKS).contains(&count) {
         return Err(Sense::INVALID_FIELD);
     }
@@ -264,12 +271,14 @@ mod tests {
             (&[0x35, 0, 0, 0, 4, 0, 0, 0, 1], Sense::OUT_OF_RANGE),
             (&[0x41, 0, 0, 0, 0, 0, 0, 0, 0], Sense::INVALID_FIELD),
             (&[0x93, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], Sense::INVALID_FIELD),
-            (&[0x2F, 2, 0, 0, 0, 0, 0, 0, 1], Sense::INVALID_COMMAND),
+            (&[0x41, 2, 0, 0, 0, 0, 0, 0, 1], Sense::INVALID_FIELD),
+            (&[0x93, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], Sense::INVALID_FIELD),
+            (&[0x2F, 2, 0, 0, 0, 0, 0, 0, 1], Sense::INVALID_FIELD),
             (&[0x12, 0, 0x80, 0, 255], Sense::INVALID_FIELD),
             (&[0x12, 1, 0xB9, 0, 255], Sense::INVALID_FIELD),
             (&[0x1A, 0, 0x08 | 0xC0, 0, 255], Sense::NOT_SAVED),
             (&[0x1A, 0, 0x1C, 0, 255], Sense::INVALID_FIELD),
-            (&[0x9E, 0x11], Sense::INVALID_COMMAND),
+            (&[0x9E, 0x11], Sense::INVALID_FIELD),
             (&[0xFF], Sense::INVALID_COMMAND),
         ] {
             assert_eq!(ask(bytes), Err(sense), "{bytes:x?}");
