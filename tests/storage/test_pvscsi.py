@@ -273,6 +273,9 @@ def test_disk_says_what_it_is(driver: PvscsiDriver) -> None:
     assert struct.unpack_from(">QIBBB", capacity) == (BLOCKS - 1, 512, 0, 3, 0x80)
     caching = driver.data(b"\x1a\x08\x08\0\xff\0")
     assert (caching[2], caching[4], caching[6] & 4) == (0x10, 8, 4)
+    # Requests pass each other.
+    assert driver.data(b"\x1a\x08\x0a\0\xff\0")[4:] == b"\x0a\x0a\0\x10" + bytes(8)
+    assert driver.data(b"\x1a\x08\x4a\0\xff\0")[4:] == b"\x0a\x0a" + bytes(10)
     assert driver.data(b"\xa0" + bytes(5) + struct.pack(">I", 16) + bytes(2)) == (
         bytes([0, 0, 0, 8]) + bytes(12)
     )

@@ -14,6 +14,8 @@ const ALL: u8 = 0x3F;
 
 /// A write cache, which is flushed.
 const WRITE_CACHE: u8 = 1 << 2;
+/// Requests may pass each other, though they be for the same blocks.
+const REORDERS: u8 = 1 << 4;
 /// Of the header: writes are refused, and DPO and FUA are known.
 const WRITE_PROTECT: u8 = 1 << 7;
 const FORCE_ACCESS: u8 = 1 << 4;
@@ -35,8 +37,12 @@ pub fn sense(cdb: &Cdb, info: &BlockInfo, short: bool) -> Result<Step, Sense> {
         let start = pages.len();
         pages.extend([number, length]);
         pages.resize(start + 2 + usize::from(length), 0);
-        if number == CACHING && control != 1 {
-            pages[start + 2] = WRITE_CACHE;
+        match number {
+            // Of what can be changed.
+            _ if control == 1 => {}
+            CACHING => pages[start + 2] = WRITE_CACHE,
+            CONTROL => pages[start + 3] = REORDERS,
+            _ => {}
         }
     }
     if pages.is_empty() {
