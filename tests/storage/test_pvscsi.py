@@ -699,6 +699,35 @@ def test_driver_hears_of_targets_that_come_and_go(driver: PvscsiDriver, tmp_path
     assert controller.rings.has_left(7)
 
 
+def test_who_waits_for_a_drive_to_go_takes_no_other(driver: PvscsiDriver, tmp_path: Path) -> None:
+    controller = driver.controller
+    for name in ("late", "other"):
+        block.create(tmp_path / f"{name}.img", SIZE)
+    other = drive(tmp_path / "other.img", name="other")
+    assert driver.set_up_messages() == 34
+    controller.attach(drive(tmp_path / "late.img", name="late"), 5)
+    ends: list[str] = []
+
+    def swap() -> None:
+        try:
+            controller.detach(5)
+            controller.attach(other, 5)
+            ends.append("swapped")
+        except LookupError as error:
+            ends.append(str(error))
+
+    both = [threading.Thread(target=swap) for _ in range(2)]
+    for one in both:
+        one.start()
+    wait_until(lambda: driver.state(128) == 3, "both to have asked")
+    driver.set_state(132, 3)
+    for one in both:
+        one.join()
+    assert sorted(ends) == ["pvscsi has no target 5", "swapped"]
+    assert controller.drives[5] is other
+    driver.ready(5)
+
+
 def test_places_are_the_first_that_are_free(raw: Path, tmp_path: Path) -> None:
     controller = PvscsiDriver([drive(raw)]).controller
     path = tmp_path / "more.img"

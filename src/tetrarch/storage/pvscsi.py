@@ -152,8 +152,10 @@ class PvscsiController:
         ``timeout`` seconds: then it may still do so, and the drive stays.
         """
         limit = patience(timeout)
-        if target not in self.drives:
-            raise LookupError(f"{self.name} has no target {target}")
+        gone = LookupError(f"{self.name} has no target {target}")
+        drive = self.drives.get(target)
+        if drive is None:
+            raise gone
         self.rings.ask_to_leave(target)
         end = None if limit is None else time.monotonic() + limit
         # Its driver says so in memory alone.
@@ -164,7 +166,9 @@ class PvscsiController:
                 )
             time.sleep(_POLL_S)
         with self._lock:
-            drive = self.drives.pop(target)
+            if self.drives.get(target) is not drive:
+                raise gone  # somebody else was faster
+            del self.drives[target]
             self.rings.detach(target)
         drive.disk.close()
 
