@@ -699,6 +699,30 @@ def test_driver_hears_of_targets_that_come_and_go(driver: PvscsiDriver, tmp_path
     assert controller.rings.has_left(7)
 
 
+def test_target_that_is_to_go_is_told_anew_in_another_ring(
+    driver: PvscsiDriver, tmp_path: Path
+) -> None:
+    path = tmp_path / "late.img"
+    block.create(path, SIZE)
+    rings = driver.controller.rings
+    assert driver.set_up_messages() == 34
+    rings.ask_to_leave(0)
+    wait_until(lambda: driver.state(128) == 1, "the message")
+    driver.vm.write_memory(MESSAGES, bytes(128))
+    assert driver.set_up_messages() == 34
+    wait_until(lambda: driver.state(128) == 1, "the message anew")
+    assert driver.vm.read_memory(MESSAGES, 12) == struct.pack("<III", 1, 0, 0)
+    assert not rings.has_left(0)
+    driver.set_state(132, 1)
+    assert rings.has_left(0)
+    # What was heard is not told again, and no message of another stands for it.
+    assert driver.set_up_messages() == 34
+    assert rings.has_left(0)
+    driver.controller.attach(drive(path, name="late"), 5)
+    wait_until(lambda: driver.state(128) == 1, "the only message")
+    assert driver.vm.read_memory(MESSAGES, 12) == struct.pack("<III", 0, 0, 5)
+
+
 def test_who_waits_for_a_drive_to_go_takes_no_other(driver: PvscsiDriver, tmp_path: Path) -> None:
     controller = driver.controller
     for name in ("late", "other"):

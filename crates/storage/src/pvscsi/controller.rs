@@ -160,11 +160,23 @@ impl Pvscsi {
         Ok(())
     }
 
-    /// SETUP_MSG_RING.
+    /// SETUP_MSG_RING. Which target is to go is told anew where it was not heard in a ring of
+    /// before, whose indices say nothing here.
     pub fn set_up_messages(&self, pages: &[u64]) -> Result<(), CommandError> {
         let hba = &mut *self.hba.lock();
-        let memory = Arc::clone(&hba.memory);
-        Ok(rings(hba)?.set_messages(&memory, pages)?)
+        let (memory, leaving) = (Arc::clone(&hba.memory), hba.leaving.clone());
+        let rings = rings(hba)?;
+        let unheard = |index: &Option<u32>| index.is_some_and(|index| !rings.has_heard(index));
+        let unheard: Vec<_> = leaving.iter().map(unheard).collect();
+        rings.set_messages(&memory, pages)?;
+        for (target, unheard) in unheard.into_iter().enumerate() {
+            hba.leaving[target] = None;
+            if unheard {
+                hba.news.push_back(News { kind: REMOVED, target });
+            }
+        }
+        self.event.signal();
+        Ok(())
     }
 
     /// SETUP_REQCALLTHRESHOLD.
