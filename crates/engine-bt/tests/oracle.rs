@@ -1,7 +1,8 @@
 //! The host CPU as the oracle: random programs run natively, interpreted and
 //! translated must end alike.
 //!
-//! `ORACLE_SEED` and `ORACLE_CASES` choose which and how many.
+//! `ORACLE_SEED`, `ORACLE_CASES` and `ORACLE_FIRST` choose which, up to which number, and from
+//! which on.
 
 mod support;
 
@@ -124,7 +125,7 @@ fn oracle(cases: u64) {
     let alone = (generator.codes() as u64 * 3).min(cases / 2);
     let (mut same, mut ended, mut failed, mut undecided) = (0, 0, 0, 0);
     let mut left_out: BTreeMap<&str, u64> = BTreeMap::new();
-    for number in 0..cases {
+    for number in self::number("ORACLE_FIRST", 0)..cases {
         let own = seed.wrapping_mul(0x1_0000_0001).wrapping_add(number);
         let code = (number < alone).then(|| (number.wrapping_add(seed - 1)) as usize);
         let program = generator.program(own, code);

@@ -10,7 +10,8 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tetrarch_engine::{
-    Exit, Kick, Platform, Registers, Reply, Segment, SegmentTable, SystemRegisters, Vcpu, Vm,
+    DebugStop, Exit, GuestDebug, Kick, Platform, Registers, Reply, Segment, SegmentTable,
+    SystemRegisters, Vcpu, Vm,
 };
 use tetrarch_engine_bt::{Config, create_vm};
 use tetrarch_memory::{GuestMemory, GuestPhys};
@@ -19,6 +20,7 @@ use super::case::{
     CODE, CODE_PAGES, Case, DATA, DATA_BYTES, DATA_HIGH, Fault, Fpu, GS_BASE, HOLE, Outcome, PAGE,
     READ_ONLY, State,
 };
+use super::model::instruction_at;
 
 pub const RAM: u64 = 8 << 20;
 /// Where the guest's physical memory is mapped for its kernel.
@@ -349,13 +351,45 @@ impl Guest {
         }
     }
 
-    /// Runs a case that is in place.
-    pub fn run_case(&mut self, case: &Case) -> Result<Outcome, String> {
+    fn begin_case(&mut self, case: &Case) {
         let start = &case.start;
         self.write(DATA_AT, &start.data);
         self.vcpu.set_xsave(&start.fpu.image()).unwrap();
         let begin = if case.code32 { Self::start32 } else { Self::start };
         begin(self, case.kernel, start.rip, start.gpr, start.rflags);
+    }
+
+    /// Whether a case runs anything but its own instructions, step by step: it jumps between
+    /// them, or writes over them.
+    pub fn runs_wild(&mut self, case: &Case) -> bool {
+        let mut starts = vec![case.start.rip];
+        while let Some(i) = instruction_at(case, starts[starts.len() - 1]) {
+            starts.push(i.next_ip());
+        }
+        self.place(case);
+        self.begin_case(case);
+        self.vcpu.set_guest_debug(&GuestDebug { step: true, ..GuestDebug::default() }).unwrap();
+        let mut strays = false;
+        while self.run_raw() == Exit::Debug(DebugStop::Step) {
+            self.vcpu.reply(Reply::Done);
+            let rip = self.vcpu.registers().expect("state").rip;
+            if rip >= BASE {
+                break; // its end: a handler
+            }
+            strays = !starts.contains(&rip);
+            if strays {
+                break;
+            }
+        }
+        self.vcpu.set_guest_debug(&GuestDebug::default()).unwrap();
+        let mut now = vec![0; case.pages().len()];
+        self.memory.read(GuestPhys(CODE_AT), &mut now).unwrap();
+        strays || now != case.pages()
+    }
+
+    /// Runs a case that is in place.
+    pub fn run_case(&mut self, case: &Case) -> Result<Outcome, String> {
+        self.begin_case(case);
         match self.run() {
             End::Fault(fault) => {
                 let mut state = State {
