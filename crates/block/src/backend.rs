@@ -25,6 +25,17 @@ pub struct BlockInfo {
     pub discard_granularity: u32,
 }
 
+impl BlockInfo {
+    /// Where a disk was: the machine has ended.
+    pub const NONE: Self = Self {
+        size: 0,
+        block_size: 512,
+        readonly: true,
+        discards: false,
+        discard_granularity: 512,
+    };
+}
+
 /// A request to a disk. Data moves between guest memory and `offset` bytes into the
 /// disk, at any alignment.
 #[derive(Debug, Clone)]

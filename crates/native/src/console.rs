@@ -10,6 +10,7 @@ use tetrarch_virtio::console::{MAX_PORTS, PortKind, PortState, queues};
 use tetrarch_virtio::{Console, Device};
 
 use crate::error::Failure;
+use crate::saved::saved_state;
 use crate::virtio::{VirtioDevice, no_io};
 use crate::vm::Vm;
 
@@ -104,27 +105,10 @@ impl VirtioConsole {
     }
 }
 
-/// `PortState`, as a dictionary.
-#[derive(FromPyObject, IntoPyObject)]
-#[pyo3(from_item_all)]
-struct State {
+saved_state!(State of PortState {
     input: Vec<u8>,
     sent: u32,
     known: bool,
     open: bool,
     due: u8,
-}
-
-impl From<PortState> for State {
-    fn from(from: PortState) -> Self {
-        let PortState { input, sent, known, open, due } = from;
-        Self { input, sent, known, open, due }
-    }
-}
-
-impl From<State> for PortState {
-    fn from(from: State) -> Self {
-        let State { input, sent, known, open, due } = from;
-        Self { input, sent, known, open, due }
-    }
-}
+});

@@ -9,6 +9,7 @@ use crate::ata::AtaDrive;
 use crate::error::Failure;
 use crate::irq::drive;
 use crate::rust_device::RustDevice;
+use crate::saved::saved_state;
 use crate::virtio::no_io;
 use crate::vm::Vm;
 
@@ -16,14 +17,11 @@ use crate::vm::Vm;
 #[pyclass(frozen, module = "tetrarch._native")]
 pub struct IdeChannels(Arc<Ide>);
 
-/// A saved state, in numbers.
-#[derive(FromPyObject, IntoPyObject)]
-#[pyo3(from_item_all)]
-struct State {
+saved_state!(State of Saved {
     channels: Vec<Vec<u64>>,
     buffers: Vec<Vec<u64>>,
     drives: Vec<Vec<u64>>,
-}
+});
 
 #[pymethods]
 impl IdeChannels {
@@ -80,13 +78,11 @@ impl IdeChannels {
     }
 
     fn save(&self, py: Python<'_>) -> State {
-        let Saved { channels, buffers, drives } = py.detach(|| self.0.save());
-        State { channels, buffers, drives }
+        py.detach(|| self.0.save()).into()
     }
 
     fn load(&self, py: Python<'_>, state: State) -> Result<(), Failure> {
-        let State { channels, buffers, drives } = state;
-        Ok(py.detach(|| self.0.load(&Saved { channels, buffers, drives }))?)
+        Ok(py.detach(|| self.0.load(&state.into()))?)
     }
 
     /// Requests that wait for the host to be mended.

@@ -27,6 +27,7 @@ mod recording;
 mod region;
 mod replay;
 mod rust_device;
+mod saved;
 mod serial_port;
 mod vcpu;
 mod vhost_user;

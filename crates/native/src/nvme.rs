@@ -9,6 +9,7 @@ use crate::disk::Disk;
 use crate::error::Failure;
 use crate::irq::drive;
 use crate::rust_device::RustDevice;
+use crate::saved::saved_state;
 use crate::virtio::{Interrupt, no_io};
 use crate::vm::Vm;
 
@@ -16,16 +17,13 @@ use crate::vm::Vm;
 #[pyclass(frozen, module = "tetrarch._native")]
 pub struct NvmeQueues(Nvme);
 
-/// A saved state, in numbers.
-#[derive(FromPyObject, IntoPyObject)]
-#[pyo3(from_item_all)]
-struct State {
+saved_state!(State of Saved {
     submissions: Vec<u64>,
     completions: Vec<u64>,
     features: Vec<u64>,
     requests: Vec<u64>,
     events: Vec<u64>,
-}
+});
 
 #[pymethods]
 impl NvmeQueues {
@@ -107,14 +105,11 @@ impl NvmeQueues {
     }
 
     fn save(&self, py: Python<'_>) -> State {
-        let Saved { submissions, completions, features, requests, events } =
-            py.detach(|| self.0.save());
-        State { submissions, completions, features, requests, events }
+        py.detach(|| self.0.save()).into()
     }
 
     fn load(&self, py: Python<'_>, state: State, shut_down: bool) -> Result<(), Failure> {
-        let State { submissions, completions, features, requests, events } = state;
-        let saved = Saved { submissions, completions, features, requests, events };
+        let saved = Saved::from(state);
         Ok(py.detach(|| {
             self.0.load(&saved)?;
             self.0.set_shut_down(shut_down);

@@ -11,6 +11,7 @@ use crate::ata::AtaDrive;
 use crate::error::Failure;
 use crate::irq::drive;
 use crate::rust_device::RustDevice;
+use crate::saved::saved_state;
 use crate::virtio::{Interrupt, no_io};
 use crate::vm::Vm;
 
@@ -18,10 +19,7 @@ use crate::vm::Vm;
 #[pyclass(frozen, extends = RustDevice, module = "tetrarch._native")]
 pub struct PvscsiRings(Arc<Pvscsi>);
 
-/// A saved state, in numbers.
-#[derive(FromPyObject, IntoPyObject)]
-#[pyo3(from_item_all)]
-struct State {
+saved_state!(State of Saved {
     interrupts: [u32; 2],
     positions: Vec<u64>,
     state: u64,
@@ -32,7 +30,7 @@ struct State {
     news: Vec<u64>,
     leaving: Vec<u64>,
     targets: Vec<Vec<u64>>,
-}
+});
 
 #[pymethods]
 impl PvscsiRings {
@@ -136,58 +134,11 @@ impl PvscsiRings {
     }
 
     fn save(&self, py: Python<'_>) -> State {
-        let Saved {
-            interrupts,
-            positions,
-            state,
-            requests,
-            completions,
-            messages,
-            answers,
-            news,
-            leaving,
-            targets,
-        } = py.detach(|| self.0.save());
-        State {
-            interrupts,
-            positions,
-            state,
-            requests,
-            completions,
-            messages,
-            answers,
-            news,
-            leaving,
-            targets,
-        }
+        py.detach(|| self.0.save()).into()
     }
 
     fn load(&self, py: Python<'_>, state: State) -> Result<(), Failure> {
-        let State {
-            interrupts,
-            positions,
-            state,
-            requests,
-            completions,
-            messages,
-            answers,
-            news,
-            leaving,
-            targets,
-        } = state;
-        let saved = Saved {
-            interrupts,
-            positions,
-            state,
-            requests,
-            completions,
-            messages,
-            answers,
-            news,
-            leaving,
-            targets,
-        };
-        Ok(py.detach(|| self.0.load(&saved))?)
+        Ok(py.detach(|| self.0.load(&state.into()))?)
     }
 
     /// Requests that wait for the host to be mended.

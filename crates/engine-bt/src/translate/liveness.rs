@@ -1,6 +1,6 @@
 //! Which arithmetic flags are needed where.
 
-use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic, RflagsBits};
+use iced_x86::{Decoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, RflagsBits};
 
 use super::block::Source;
 use super::classify::{Kind, classify, keeps_flags_sometimes, may_leave};
@@ -160,17 +160,23 @@ impl Ahead<'_> {
         }
     }
 
+    /// The next instruction of the page, on which the block depends from here on.
+    fn next(&self, decoder: &mut Decoder<'_>) -> (Instruction, Kind) {
+        let mut i = decoder.decode();
+        if self.source.code32() {
+            code32::use_common_form(&mut i);
+        }
+        self.source.look_at(&i);
+        let kind = if i.is_invalid() { Kind::Interpret } else { classify(&i, self.source) };
+        (i, kind)
+    }
+
     /// Whether a block at an address of the page polls before its first instruction.
     fn may_poll(&self, rip: u64) -> bool {
         let source = self.source;
         let mut decoder = source.decoder(&source.page[(rip & 0xFFF) as usize..], rip);
         for _ in 0..LOOK_AHEAD {
-            let mut i = decoder.decode();
-            if source.code32() {
-                code32::use_common_form(&mut i);
-            }
-            source.look_at(&i);
-            let kind = if i.is_invalid() { Kind::Interpret } else { classify(&i, source) };
+            let (i, kind) = self.next(&mut decoder);
             if kind.ends_block() {
                 return source.polls(rip, &i, kind);
             }
@@ -196,12 +202,7 @@ impl Ahead<'_> {
         let bytes = &source.page[(rip & 0xFFF) as usize..];
         let mut decoder = source.decoder(bytes, rip);
         for _ in 0..LOOK_AHEAD {
-            let mut i = decoder.decode();
-            if source.code32() {
-                code32::use_common_form(&mut i);
-            }
-            source.look_at(&i);
-            let kind = if i.is_invalid() { Kind::Interpret } else { classify(&i, source) };
+            let (i, kind) = self.next(&mut decoder);
             let Step { flags, shows, fixed } = Step::of(&i, kind, source.counted());
             if let Some(needed) = fixed {
                 found.read |= needed & open;

@@ -121,14 +121,7 @@ impl Drive {
     }
 
     pub fn info(&self) -> BlockInfo {
-        let none = BlockInfo {
-            size: 0,
-            block_size: 512,
-            readonly: true,
-            discards: false,
-            discard_granularity: 512,
-        };
-        self.disk.as_ref().map_or(none, |disk| disk.info())
+        self.disk.as_ref().map_or(BlockInfo::NONE, |disk| disk.info())
     }
 
     /// What the registers hold after a reset (9.12): count, and LBA.

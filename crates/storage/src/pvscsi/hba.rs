@@ -355,12 +355,8 @@ impl Hba {
     /// Whether nothing is in flight.
     pub fn settled(&mut self) -> bool {
         // Of each target, whatever the others say: all are to hurry.
-        let busy = self
-            .targets
-            .iter_mut()
-            .flatten()
-            .filter_map(|target| if target.settled() { None } else { Some(()) });
-        busy.count() == 0
+        let targets = self.targets.iter_mut().flatten();
+        targets.filter_map(|target| (!target.settled()).then_some(())).count() == 0
     }
 }
 

@@ -78,14 +78,7 @@ impl Unit {
     }
 
     pub fn info(&self) -> BlockInfo {
-        let none = BlockInfo {
-            size: 0,
-            block_size: 512,
-            readonly: true,
-            discards: false,
-            discard_granularity: 512,
-        };
-        self.disk.as_ref().map_or(none, |disk| disk.info())
+        self.disk.as_ref().map_or(BlockInfo::NONE, |disk| disk.info())
     }
 
     pub fn reset(&mut self) {
