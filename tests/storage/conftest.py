@@ -1,8 +1,10 @@
 """What tests of disk controllers share."""
 
+from pathlib import Path
+
 import pytest
 
-from tetrarch import images
+from tetrarch import block, images
 from tetrarch.images import CachedGuest
 
 
@@ -11,3 +13,21 @@ def standard_guest() -> CachedGuest:
     """Debian's kernel for machines: that for clouds has no driver of AHCI. Only long tests use
     it, since it is fetched for them alone."""
     return images.ensure(images.Cache(), "debian-amd64", images.TerminalReporter())
+
+
+#: Bytes of the disks below.
+DISK_BYTES = 8 << 20
+
+
+@pytest.fixture(params=["disk.img", "disk.qcow2"])
+def image(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    path = tmp_path / str(request.param)
+    block.create(path, DISK_BYTES)
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    block.create(path, DISK_BYTES)
+    return path

@@ -43,6 +43,38 @@ class Linux:
         return found[0]
 
 
+def fill_and_trim(linux: Linux, device: str, path: Path) -> str:
+    """Writes a file to a disk, and gives back what another took; gives the file's checksum."""
+    linux.ask(f"mount -t ext4 /dev/{device} /mnt")
+    linux.ask("dd if=/dev/urandom of=/mnt/data bs=64k count=300 && sync")
+    written = linux.sha256("/mnt/data")
+    linux.ask("cp /mnt/data /mnt/more && sync && rm /mnt/more && sync")
+    allocated = block.info(path)["allocated"]
+    linux.ask("fstrim -v /mnt && umount /mnt")
+    assert block.info(path)["allocated"] < allocated - (10 << 20)
+    return written
+
+
+def save_busy(linux: Linux, device: str, saved: Path) -> None:
+    """Saves a machine that writes to a disk, and leaves it paused: the disk is not to change."""
+    machine = linux.machine
+    linux.ask(f"mount -t ext4 /dev/{device} /mnt")
+    machine.console.send("while :; do dd if=/dev/zero of=/mnt/x bs=64k count=50; sync; done &\n")
+    machine.console.expect("records out", 60)
+    for _ in range(10):
+        with machine.paused():
+            pass
+    machine.pause()
+    machine.save(saved)
+
+
+def go_on_and_unmount(restored: Machine) -> None:
+    """What ``save_busy`` has saved writes on, and then lets go of its disk."""
+    restored.start()
+    restored.console.send("kill %1; wait; echo kept > /mnt/y; umount /mnt; echo do''ne $?\n")
+    restored.console.expect("done 0", 120)
+
+
 def ext4(path: Path) -> Path:
     """A raw disk with a file system."""
     block.create(path, SIZE, image_format="raw")

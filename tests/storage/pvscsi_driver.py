@@ -6,7 +6,7 @@ import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypedDict, Unpack
 
 from tetrarch._native import Vm
 from tetrarch.pci.function import BUS_MASTER, COMMAND
@@ -55,6 +55,18 @@ class Completion:
     @property
     def good(self) -> bool:
         return (self.host, self.scsi, self.sense) == (OK, 0, None)
+
+
+class Fields(TypedDict, total=False):
+    """What ``PvscsiDriver.entry`` fills in."""
+
+    address: int
+    flags: int
+    target: int
+    lun: int
+    bus: int
+    sense: tuple[int, int]
+    """Where sense data may go, and how many bytes."""
 
 
 class PvscsiDriver:
@@ -194,28 +206,8 @@ class PvscsiDriver:
             time.sleep(0.0005)
         return done
 
-    def ask(
-        self,
-        cdb: bytes,
-        room: int = 0,
-        *,
-        address: int = DATA,
-        flags: int = TO_GUEST,
-        target: int = 0,
-        lun: int = 0,
-        bus: int = 0,
-        sense: tuple[int, int] = (SENSE, 96),
-    ) -> Completion:
-        context, entry = self.entry(
-            cdb,
-            room,
-            address=address,
-            flags=flags,
-            target=target,
-            lun=lun,
-            bus=bus,
-            sense=sense,
-        )
+    def ask(self, cdb: bytes, room: int = 0, **fields: Unpack[Fields]) -> Completion:
+        context, entry = self.entry(cdb, room, **fields)
         self.put(entry)
         self.kick()
         done = self.wait()

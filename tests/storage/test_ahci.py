@@ -49,6 +49,8 @@ from tests.storage.ahci_driver import (
     WRITE_QUEUED,
     AhciDriver,
 )
+from tests.storage.conftest import DISK_BYTES
+from tests.storage.wire import Wire
 from tests.virtio.driver import wait_until
 
 from tetrarch import block
@@ -56,19 +58,12 @@ from tetrarch.errors import ConfigError, ImageError, StateError
 from tetrarch.storage import AtaDrive
 
 MIB = 1 << 20
-SIZE = 8 * MIB
+SIZE = DISK_BYTES
 SECTORS = SIZE // 512
 RAM = 16 * MIB
 BLOCKS = 300
 
 ABORT, NOT_FOUND, UNCORRECTABLE = 1 << 2, 1 << 4, 1 << 6
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    block.create(path, SIZE)
-    return path
 
 
 @pytest.fixture
@@ -529,17 +524,6 @@ def test_any_words_at_all_do_no_harm(raw: Path, iso: Path) -> None:
 
 
 # Interrupts
-
-
-class Wire:
-    def __init__(self) -> None:
-        self._level = False
-
-    def set(self, level: bool) -> None:
-        self._level = level
-
-    def is_high(self) -> bool:
-        return self._level
 
 
 def test_line_is_high_while_a_port_has_an_interrupt_that_is_enabled(driver: AhciDriver) -> None:

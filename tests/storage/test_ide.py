@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.storage.conftest import DISK_BYTES
 from tests.storage.ide_driver import (
     ABORT,
     ACTIVE,
@@ -53,17 +54,10 @@ from tetrarch.errors import ConfigError, ImageError, StateError
 from tetrarch.storage import AtaDrive
 
 MIB = 1 << 20
-SIZE = 8 * MIB
+SIZE = DISK_BYTES
 SECTORS = SIZE // 512
 RAM = 16 * MIB
 BLOCKS = 300
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    block.create(path, SIZE)
-    return path
 
 
 @pytest.fixture

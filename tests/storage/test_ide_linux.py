@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 from tests.nodes import can_be_opened
 from tests.storage.iso import make_iso
-from tests.storage.linux import Linux, check, ext4, needs_ext4, sha256_in
+from tests.storage.linux import (
+    Linux,
+    check,
+    ext4,
+    go_on_and_unmount,
+    needs_ext4,
+    save_busy,
+    sha256_in,
+)
 
 from tetrarch import Machine, block
 from tetrarch.images import CachedGuest
@@ -73,21 +81,10 @@ def test_saved_machine_goes_on_with_its_disk(debian_guest: CachedGuest, tmp_path
     with machine:
         linux = Linux(machine)
         linux.ask(READY)
-        linux.ask("mount -t ext4 /dev/sda /mnt")
-        machine.console.send(
-            "while :; do dd if=/dev/zero of=/mnt/x bs=64k count=50; sync; done &\n"
-        )
-        machine.console.expect("records out", 60)
-        for _ in range(10):
-            with machine.paused():
-                pass
-        machine.pause()  # its disk is not to change any more
-        machine.save(saved)
+        save_busy(linux, "sda", saved)
     restored = Machine.restore(saved, disk=f"{path},bus=ide", cdrom=f"{iso},bus=ide")
     with restored:
-        restored.start()
-        restored.console.send("kill %1; wait; echo kept > /mnt/y; umount /mnt; echo do''ne $?\n")
-        restored.console.expect("done 0", 120)
+        go_on_and_unmount(restored)
         restored.console.send(
             "mount -t iso9660 /dev/sr0 /mnt; cat /mnt/data.txt; echo fi''nished\n"
         )

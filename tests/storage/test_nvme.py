@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.storage.conftest import DISK_BYTES
 from tests.storage.nvme_driver import (
     ABORT,
     CREATE_CQ,
@@ -33,6 +34,7 @@ from tests.storage.nvme_driver import (
     ZEROES,
     NvmeDriver,
 )
+from tests.storage.wire import Wire
 from tests.virtio.driver import wait_until
 
 from tetrarch import block
@@ -40,7 +42,7 @@ from tetrarch.errors import ImageError, StateError
 from tetrarch.storage.nvme import ENABLE, FATAL, SHUT_DOWN
 
 MIB = 1 << 20
-SIZE = 8 * MIB
+SIZE = DISK_BYTES
 BLOCKS = SIZE // 512
 RAM = 16 * MIB
 
@@ -51,31 +53,6 @@ NO_CQ, NO_QUEUE, QUEUE_SIZE, TOO_MANY, VECTOR, NO_PAGE, DELETION, NOT_SAVED = (
     *(0x100, 0x101, 0x102, 0x105),
     *(0x108, 0x109, 0x10C, 0x10D),
 )
-
-
-class Wire:
-    def __init__(self) -> None:
-        self._level = False
-
-    def set(self, level: bool) -> None:
-        self._level = level
-
-    def is_high(self) -> bool:
-        return self._level
-
-
-@pytest.fixture(params=["disk.img", "disk.qcow2"])
-def image(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    path = tmp_path / str(request.param)
-    block.create(path, SIZE)
-    return path
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    block.create(path, SIZE)
-    return path
 
 
 def opened(path: Path, options: str = "", queues: int = 2) -> NvmeDriver:

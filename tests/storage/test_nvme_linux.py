@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.nodes import can_be_opened
-from tests.storage.linux import Linux, check, ext4, needs_ext4, sha256_in
+from tests.storage.linux import (
+    Linux,
+    check,
+    ext4,
+    fill_and_trim,
+    go_on_and_unmount,
+    needs_ext4,
+    save_busy,
+    sha256_in,
+)
 
 from tetrarch import Machine, block
 from tetrarch._native import Vm
@@ -29,13 +38,7 @@ def test_file_system_is_mounted_written_trimmed_and_clean(
         linux = Linux(machine)
         assert "disk0" in linux.ask("cat /sys/block/nvme0n1/device/serial")
         assert "Tetrarch" in linux.ask("cat /sys/block/nvme0n1/device/model")
-        linux.ask("mount -t ext4 /dev/nvme0n1 /mnt")
-        linux.ask("dd if=/dev/urandom of=/mnt/data bs=64k count=300 && sync")
-        written = linux.sha256("/mnt/data")
-        linux.ask("cp /mnt/data /mnt/more && sync && rm /mnt/more && sync")
-        allocated = block.info(path)["allocated"]
-        linux.ask("fstrim -v /mnt && umount /mnt")
-        assert block.info(path)["allocated"] < allocated - (10 << 20)
+        written = fill_and_trim(linux, "nvme0n1", path)
         complaints = linux.ask("dmesg | grep -iE 'nvme.*(error|timeout|invalid|fail)' || true")
         assert "nvme nvme0" not in complaints, complaints
     check(path)
@@ -52,22 +55,10 @@ def test_saved_machine_goes_on_with_its_disk(debian_guest: CachedGuest, tmp_path
         memory="256M",
     )
     with machine:
-        linux = Linux(machine)
-        linux.ask("mount -t ext4 /dev/nvme0n1 /mnt")
-        machine.console.send(
-            "while :; do dd if=/dev/zero of=/mnt/x bs=64k count=50; sync; done &\n"
-        )
-        machine.console.expect("records out", 60)
-        for _ in range(10):
-            with machine.paused():
-                pass
-        machine.pause()  # its disk is not to change any more
-        machine.save(saved)
+        save_busy(Linux(machine), "nvme0n1", saved)
     restored = Machine.restore(saved, disk=f"{path},bus=nvme")
     with restored:
-        restored.start()
-        restored.console.send("kill %1; wait; echo kept > /mnt/y; umount /mnt; echo do''ne $?\n")
-        restored.console.expect("done 0", 120)
+        go_on_and_unmount(restored)
     check(path)
 
 

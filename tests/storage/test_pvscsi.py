@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.storage.conftest import DISK_BYTES
 from tests.storage.iso import make_iso
 from tests.storage.pvscsi_driver import (
     BUS_RESET,
@@ -36,6 +37,7 @@ from tests.storage.pvscsi_driver import (
     TO_GUEST,
     PvscsiDriver,
 )
+from tests.storage.wire import Wire
 from tests.virtio.driver import wait_until
 
 from tetrarch import block
@@ -56,7 +58,7 @@ from tetrarch.storage.pvscsi import (
 )
 
 MIB = 1 << 20
-SIZE = 8 * MIB
+SIZE = DISK_BYTES
 BLOCKS = SIZE // 512
 RAM = 16 * MIB
 
@@ -64,31 +66,6 @@ RAM = 16 * MIB
 NO_COMMAND, RANGE, FIELD, NO_UNIT = (5, 0x20, 0), (5, 0x21, 0), (5, 0x24, 0), (5, 0x25, 0)
 PARAMETER, LIST_LENGTH = (5, 0x26, 0), (5, 0x1A, 0)
 RESET, CAPACITY, PROTECTED, STOPPED = (6, 0x29, 0), (6, 0x2A, 9), (7, 0x27, 0), (2, 4, 2)
-
-
-class Wire:
-    def __init__(self) -> None:
-        self._level = False
-
-    def set(self, level: bool) -> None:
-        self._level = level
-
-    def is_high(self) -> bool:
-        return self._level
-
-
-@pytest.fixture(params=["disk.img", "disk.qcow2"])
-def image(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    path = tmp_path / str(request.param)
-    block.create(path, SIZE)
-    return path
-
-
-@pytest.fixture
-def raw(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    block.create(path, SIZE)
-    return path
 
 
 def drive(path: Path, options: str = "", *, name: str = "disk0", cd: bool = False) -> ScsiDrive:

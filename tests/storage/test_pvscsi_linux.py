@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 from tests.nodes import can_be_opened
 from tests.storage.iso import make_iso
-from tests.storage.linux import Linux, check, ext4, needs_ext4, sha256_in
+from tests.storage.linux import (
+    Linux,
+    check,
+    ext4,
+    fill_and_trim,
+    go_on_and_unmount,
+    needs_ext4,
+    save_busy,
+    sha256_in,
+)
 
 from tetrarch import Machine, block
 from tetrarch._native import Vm
@@ -36,13 +45,8 @@ def test_file_system_is_mounted_written_trimmed_and_clean(
         assert "write back" in linux.ask("cat /sys/block/sda/queue/write_cache")
         linux.ask("[ $(cat /sys/block/sda/ro) = 0 ] && [ $(cat /sys/block/sdb/ro) = 1 ]")
         linux.ask("mount -t iso9660 /dev/sr0 /mnt && cat /mnt/*")
-        linux.ask("umount /mnt && mount -t ext4 /dev/sda /mnt")
-        linux.ask("dd if=/dev/urandom of=/mnt/data bs=64k count=300 && sync")
-        written = linux.sha256("/mnt/data")
-        linux.ask("cp /mnt/data /mnt/more && sync && rm /mnt/more && sync")
-        allocated = block.info(path)["allocated"]
-        linux.ask("fstrim -v /mnt && umount /mnt")
-        assert block.info(path)["allocated"] < allocated - (10 << 20)
+        linux.ask("umount /mnt")
+        written = fill_and_trim(linux, "sda", path)
         assert "vmw_pvscsi: using MSI-X" in linux.ask("dmesg | grep pvscsi")
         complaints = linux.ask(
             "dmesg | grep -iE 's[dr] 0:.*(error|abort|timeout|fail|illegal|add. sense)' || true"
@@ -87,22 +91,10 @@ def test_saved_machine_goes_on_with_its_disk(debian_guest: CachedGuest, tmp_path
         memory="256M",
     )
     with machine:
-        linux = Linux(machine)
-        linux.ask("mount -t ext4 /dev/sda /mnt")
-        machine.console.send(
-            "while :; do dd if=/dev/zero of=/mnt/x bs=64k count=50; sync; done &\n"
-        )
-        machine.console.expect("records out", 60)
-        for _ in range(10):
-            with machine.paused():
-                pass
-        machine.pause()  # its disk is not to change any more
-        machine.save(saved)
+        save_busy(Linux(machine), "sda", saved)
     restored = Machine.restore(saved, disk=f"{path},bus=pvscsi")
     with restored:
-        restored.start()
-        restored.console.send("kill %1; wait; echo kept > /mnt/y; umount /mnt; echo do''ne $?\n")
-        restored.console.expect("done 0", 120)
+        go_on_and_unmount(restored)
     check(path)
 
 

@@ -208,34 +208,33 @@ class PvscsiController:
 
     def _carry_out(self, command: int, words: list[int]) -> None:
         rings, state = self.rings, self.state
-        match command:
-            case 1:  # ADAPTER_RESET
-                rings.reset_adapter()
-            case 2:  # ISSUE_SCSI
-                rings.issue(*_quads(words))
-            case 3:  # SETUP_RINGS
-                requests, completions = words[:2]
-                pages, first = _quads(words[2:]), 1 + _RING
-                _at_most(_RING, requests, completions)
-                rings.set_up_rings(pages[0], pages[1 : 1 + requests], pages[first:][:completions])
-            case 4:  # RESET_BUS
-                rings.reset_targets()
-            case 5:  # RESET_DEVICE, of which there is unit 0
-                if any(words[1:]):
-                    raise EngineError("there is no such unit")
-                rings.reset_targets(words[0])
-            case 6:  # ABORT_CMD
-                rings.abort()
-            case 7:  # CONFIG
-                at, address = _quads(words[:4])
-                rings.configuration(words[4], address, at)
-            case 8:  # SETUP_MSG_RING
-                _at_most(_MESSAGES, words[0])
-                rings.set_up_messages(_quads(words[2:])[: words[0]])
-                state.status = WORDS[SETUP_MSG_RING]
-            case 10:  # SETUP_REQCALLTHRESHOLD: whether it is on now
-                rings.set_threshold(bool(words[0]))
-                state.status = int(bool(words[0]))
+        if command == ADAPTER_RESET:
+            rings.reset_adapter()
+        elif command == ISSUE_SCSI:
+            rings.issue(*_quads(words))
+        elif command == SETUP_RINGS:
+            requests, completions = words[:2]
+            pages, first = _quads(words[2:]), 1 + _RING
+            _at_most(_RING, requests, completions)
+            rings.set_up_rings(pages[0], pages[1 : 1 + requests], pages[first:][:completions])
+        elif command == RESET_BUS:
+            rings.reset_targets()
+        elif command == RESET_DEVICE:
+            if any(words[1:]):  # each target has unit 0 alone
+                raise EngineError("there is no such unit")
+            rings.reset_targets(words[0])
+        elif command == ABORT_CMD:
+            rings.abort()
+        elif command == CONFIG:
+            at, address = _quads(words[:4])
+            rings.configuration(words[4], address, at)
+        elif command == SETUP_MSG_RING:
+            _at_most(_MESSAGES, words[0])
+            rings.set_up_messages(_quads(words[2:])[: words[0]])
+            state.status = WORDS[SETUP_MSG_RING]
+        elif command == SETUP_REQCALLTHRESHOLD:
+            rings.set_threshold(bool(words[0]))
+            state.status = int(bool(words[0]))  # whether it is on now
 
     # Life
 
