@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use iced_x86::{Decoder, DecoderOptions, Instruction};
 use tetrarch_engine::{
     DebugStop, Exit, GuestDebug, Kick, Platform, Registers, Reply, Segment, SegmentTable,
     SystemRegisters, Vcpu, Vm,
@@ -20,7 +21,6 @@ use super::case::{
     CODE, CODE_PAGES, Case, DATA, DATA_BYTES, DATA_HIGH, Fault, Fpu, GS_BASE, HOLE, Outcome, PAGE,
     READ_ONLY, State,
 };
-use super::model::instruction_at;
 
 pub const RAM: u64 = 8 << 20;
 /// Where the guest's physical memory is mapped for its kernel.
@@ -359,32 +359,28 @@ impl Guest {
         begin(self, case.kernel, start.rip, start.gpr, start.rflags);
     }
 
-    /// Whether a case runs anything but its own instructions, step by step: it jumps between
-    /// them, or writes over them.
-    pub fn runs_wild(&mut self, case: &Case) -> bool {
-        let mut starts = vec![case.start.rip];
-        while let Some(i) = instruction_at(case, starts[starts.len() - 1]) {
-            starts.push(i.next_ip());
-        }
+    /// Goes through a case step by step, and tells of each instruction in its pages before it is
+    /// run, also of those that the case jumps into or has written itself. Ends where `each` says
+    /// false.
+    pub fn step_case(&mut self, case: &Case, mut each: impl FnMut(&Instruction) -> bool) {
         self.place(case);
         self.begin_case(case);
         self.vcpu.set_guest_debug(&GuestDebug { step: true, ..GuestDebug::default() }).unwrap();
-        let mut strays = false;
-        while self.run_raw() == Exit::Debug(DebugStop::Step) {
-            self.vcpu.reply(Reply::Done);
+        loop {
             let rip = self.vcpu.registers().expect("state").rip;
-            if rip >= BASE {
-                break; // its end: a handler
-            }
-            strays = !starts.contains(&rip);
-            if strays {
+            let at = rip.wrapping_sub(CODE);
+            if at >= CODE_PAGES * PAGE {
                 break;
             }
+            let mut bytes = [0; 15];
+            self.memory.read(GuestPhys(CODE_AT + at), &mut bytes).unwrap();
+            let mut decoder = Decoder::with_ip(case.bits(), &bytes, rip, DecoderOptions::NONE);
+            if !each(&decoder.decode()) || self.run_raw() != Exit::Debug(DebugStop::Step) {
+                break;
+            }
+            self.vcpu.reply(Reply::Done);
         }
         self.vcpu.set_guest_debug(&GuestDebug::default()).unwrap();
-        let mut now = vec![0; case.pages().len()];
-        self.memory.read(GuestPhys(CODE_AT), &mut now).unwrap();
-        strays || now != case.pages()
     }
 
     /// Runs a case that is in place.
