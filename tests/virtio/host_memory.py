@@ -13,17 +13,19 @@ def with_resident(make: Callable[[], Made]) -> tuple[Made, Callable[[], int]]:
     """Makes a machine; tells how many bytes of the host's its RAM takes."""
     before = _memfds()
     made = make()
-    (descriptor,) = _memfds() - before
+    ((_, descriptor),) = _memfds() - before
     return made, lambda: os.stat(f"/proc/self/fd/{descriptor}").st_blocks * 512
 
 
-def _memfds() -> set[str]:
+def _memfds() -> set[tuple[int, str]]:
+    """RAM of this process: the file, and its descriptor, which may have been another machine's
+    that is collected meanwhile."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
+        path = f"/proc/self/fd/{name}"
         try:
-            target = os.readlink(f"/proc/self/fd/{name}")
+            if "tetrarch-ram" in os.readlink(path):
+                found.add((os.stat(path).st_ino, name))
         except FileNotFoundError:  # that of the listing
             continue
-        if "tetrarch-ram" in target:
-            found.add(name)
     return found
