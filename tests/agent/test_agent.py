@@ -197,8 +197,10 @@ def test_signals_reach_what_a_command_left_running(path: Path) -> None:
 
 def test_input_that_the_agent_has_no_room_for_ends_the_command(path: Path) -> None:
     with begin(path, "sleep", "1000") as stream:
-        for _ in range(8):
-            stream.send(INPUT, bytes(64 << 10))
+        # The agent may hang up before the last of it is sent.
+        with suppress(BrokenPipeError):
+            for _ in range(8):
+                stream.send(INPUT, bytes(64 << 10))
         assert Done(stream).code == 128 + signal.SIGHUP
 
 
