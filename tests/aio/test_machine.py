@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.machine import guests
 
-from tetrarch import ExpectTimeout, Machine, MachineStateError, Phase, StopReason
+from tetrarch import BootError, ExpectTimeout, Machine, MachineStateError, Phase, StopReason
 from tetrarch.aio import AsyncBreakpoint, AsyncConsole, AsyncMachine, AsyncRemoteMachine
 from tetrarch.console import MemoryConsole
 from tetrarch.machine.breakpoints import Breakpoint
@@ -56,7 +56,6 @@ def test_twin_has_all_that_its_class_has(sync: type, twin: type, without: set[st
 def test_two_machines_are_talked_to_at_once(tmp_path: Path) -> None:
     async def talk(word: str) -> str:
         async with make(tmp_path, guests.ECHO) as vm:
-            await vm.start()
             vm.console.send(word)
             said = await vm.console.expect(word)
             assert vm.vcpus[0].regs.rip
@@ -73,7 +72,6 @@ def test_two_machines_are_talked_to_at_once(tmp_path: Path) -> None:
 def test_loop_runs_on_while_a_machine_is_waited_for(tmp_path: Path) -> None:
     async def main() -> None:
         async with make(tmp_path, guests.ECHO) as vm:
-            await vm.start()
             end = asyncio.create_task(vm.wait(LIMIT_S))
             waiting = asyncio.create_task(vm.console.expect("x", LIMIT_S))
             await asyncio.sleep(0)
@@ -89,7 +87,6 @@ def test_loop_runs_on_while_a_machine_is_waited_for(tmp_path: Path) -> None:
 def test_many_machines_wait_without_a_thread_each(tmp_path: Path) -> None:
     async def main() -> None:
         async with make(tmp_path, guests.ECHO) as vm:
-            await vm.start()
             before = set(threading.enumerate())
             tasks = [asyncio.create_task(vm.console.expect("never")) for _ in range(50)]
             tasks += [asyncio.create_task(vm.events().__anext__()) for _ in range(50)]  # type: ignore[arg-type]
@@ -106,7 +103,6 @@ def test_many_machines_wait_without_a_thread_each(tmp_path: Path) -> None:
 def test_cancelled_expect_has_taken_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with make(tmp_path, guests.ECHO) as vm:
-            await vm.start()
             task = asyncio.create_task(vm.console.expect("abc"))
             vm.console.send("ab")
             await asyncio.sleep(0.05)
@@ -134,7 +130,6 @@ def test_errors_are_those_without_asyncio(tmp_path: Path) -> None:
         with pytest.raises(ExpectTimeout, match=r"the machine ended \(the guest powered off"):
             await vm.console.expect("x")
         async with make(tmp_path, guests.ENDLESS_LOOP) as other:
-            await other.start()
             with pytest.raises(ExpectTimeout, match=r"0.05 s passed without 'x'"):
                 await other.console.expect("x", 0.05)
             with pytest.raises(TimeoutError, match="still runs"):
@@ -161,10 +156,10 @@ def test_loop_ends_though_a_call_still_waits(tmp_path: Path) -> None:
 
 def test_events_come_to_who_iterates(tmp_path: Path) -> None:
     async def main() -> list[str]:
-        async with make(tmp_path, guests.ECHO) as vm:
-            events = vm.events()
-            resets = vm.events("reset")
-            await vm.start()
+        machine = make(tmp_path, guests.ECHO)
+        events = machine.events()
+        resets = machine.events("reset")
+        async with machine as vm:
             async with vm.paused():
                 assert vm.phase is Phase.PAUSED
             vm.reset()
@@ -198,23 +193,70 @@ def test_events_without_asyncio_are_a_loop_that_ends_with_the_machine(tmp_path: 
 
 def test_breakpoint_is_awaited(tmp_path: Path) -> None:
     async def main() -> None:
-        async with make(tmp_path, guests.ENDLESS_LOOP) as vm:
-            async with await vm.breakpoint(0x10_0000, hardware=True) as point:
-                await vm.start()
-                hit = await point.wait(LIMIT_S)
-                assert hit.vcpu.regs.rip == point.address == 0x10_0000
-                await vm.resume()
+        twin = make(tmp_path, guests.ENDLESS_LOOP).aio
+        async with await twin.breakpoint(0x10_0000, hardware=True) as point, twin as vm:
+            hit = await point.wait(LIMIT_S)
+            assert hit.vcpu.regs.rip == point.address == 0x10_0000
+            await vm.resume()
             await vm.kill()
 
     asyncio.run(main())
+
+
+def test_entering_starts_a_machine_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with make(tmp_path, guests.ECHO) as vm:
+            await vm.start()
+            assert vm.phase is Phase.RUNNING
+            with pytest.raises(MachineStateError, match="already started"):
+                await vm.sync.aio.start()
+        async with make(tmp_path, guests.POWER_OFF) as short:
+            assert (await short.run(LIMIT_S)).reason is StopReason.POWERED_OFF
+
+    asyncio.run(main())
+
+
+def test_machine_that_cannot_start_is_not_entered(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"no kernel")
+
+    async def main() -> None:
+        with pytest.raises(BootError):
+            async with Machine(kernel=broken, engine="bt", memory="16M"):
+                pytest.fail("entered")
+
+    asyncio.run(main())
+
+
+def test_machine_whose_start_is_cancelled_ends(tmp_path: Path) -> None:
+    vm = make(tmp_path, guests.ENDLESS_LOOP)
+    within, go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        within.set()
+        assert go.wait(LIMIT_S)
+
+    vm.seal_with(wait)
+
+    async def main() -> None:
+        task = asyncio.create_task(vm.__aenter__())
+        while not within.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.sleep(0.001)
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert vm.phase is Phase.ENDED
 
 
 def test_machine_of_a_cancelled_block_is_stopped(tmp_path: Path) -> None:
     vm = make(tmp_path, guests.ENDLESS_LOOP)
 
     async def block(inside: asyncio.Event) -> None:
-        async with vm as twin:
-            await twin.start()
+        async with vm:
             inside.set()
             await asyncio.Event().wait()
 

@@ -26,15 +26,18 @@ def _same(get: Callable[[Machine], _R]) -> same[Machine, _R]:
 
 
 class AsyncMachine(DebugTwin[Machine]):
-    """As ``Machine``: what waits is awaited. ``async with Machine(...) as vm`` gives one, and
-    ``Machine.aio`` is one.
+    """As ``Machine``: what waits is awaited. ``async with Machine(...) as vm`` starts the machine,
+    gives one, and ends the machine; ``Machine.aio`` is one.
 
     Registers and memory are read at once: a machine that runs is held for a moment then.
     """
 
+    def __init__(self, sync: Machine) -> None:
+        super().__init__(sync)
+        self._entered = False
+
     # How it runs.
     load = awaited(Machine.load)
-    start = awaited(Machine.start)
     pause = awaited(Machine.pause)
     resume = awaited(Machine.resume)
     stop = awaited(Machine.stop)
@@ -103,6 +106,11 @@ class AsyncMachine(DebugTwin[Machine]):
         """As ``Machine.tools``."""
         return AsyncTools(self.sync.tools)
 
+    async def start(self) -> None:
+        """As ``Machine.start``; without effect where ``async with`` has started the machine."""
+        if not self._entered:
+            await on_thread(self.sync.start)
+
     async def wait(self, timeout: float | None = None) -> ExitStatus:
         """As ``Machine.wait``, without a thread."""
         if self.sync.phase is not Phase.MADE:
@@ -128,6 +136,19 @@ class AsyncMachine(DebugTwin[Machine]):
             raise
 
     async def __aenter__(self) -> AsyncMachine:
+        if self.sync.phase is Phase.MADE:
+            starting = asyncio.ensure_future(on_thread(self.sync.start))
+
+            async def give_up() -> None:
+                await asyncio.wait([starting])  # a start that is cancelled goes on
+                await self.__aexit__()
+
+            try:
+                await asyncio.shield(starting)
+            except BaseException:
+                await asyncio.shield(give_up())
+                raise
+            self._entered = True
         return self
 
     async def __aexit__(self, *error: object) -> None:

@@ -297,13 +297,13 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
 
     @property
     def aio(self) -> AsyncMachine:
-        """It in coroutines: what waits is awaited. ``async with`` gives the same."""
+        """It in coroutines: what waits is awaited. ``async with`` gives the same, started."""
         from tetrarch.aio import AsyncMachine
 
         return AsyncMachine(self)
 
     async def __aenter__(self) -> AsyncMachine:
-        return self.aio
+        return await self.aio.__aenter__()
 
     async def __aexit__(self, *error: object) -> None:
         await self.aio.__aexit__(*error)
