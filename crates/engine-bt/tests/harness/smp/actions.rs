@@ -802,7 +802,7 @@ fn region(e: &mut Emit, form: u8) -> Done {
     e.gap()?;
     e.a.cmp(ebx, dword_ptr(REGION_GENERATION))?;
     e.a.jne(changed)?;
-    e.a.test(ebx, ebx)?;
+    e.a.test(ebx, 1)?;
     e.a.jz(none)?;
     e.a.cmp(eax, ebx)?;
     e.a.jmp(compare)?;

@@ -167,18 +167,15 @@ impl Machine {
     }
 
     fn change_region(&self) {
-        const COUNT: u64 = REGION_GENERATION + 4;
-        if self.u32(REGION_GENERATION) != 0 {
-            put32(&self.memory, REGION_GENERATION, 0);
+        let generation = self.add(REGION_GENERATION);
+        if generation % 2 == 0 {
             drop(self.memory.remove_region(GuestPhys(REGION)).expect("it is there"));
             return;
         }
         self.memory.add_region(GuestPhys(REGION), REGION_LEN).expect("it is not there");
-        let generation = self.add(COUNT);
         for word in [0x10, 0xFF8, 0x1800] {
             put32(&self.memory, REGION + word, generation);
         }
-        put32(&self.memory, REGION_GENERATION, generation);
     }
 }
 

@@ -95,6 +95,7 @@ pub const INITS: u64 = SHARED + 0xC0;
 const ACKNOWLEDGED: u64 = SHARED + 0x100;
 const WANTED: u64 = SHARED + 0x200;
 pub const SLOT_NOW: u64 = SHARED + 0x300;
+/// How often the region has come or gone; odd while it is there.
 pub const REGION_GENERATION: u64 = SHARED + 0x340;
 pub const HOST_FLAG: u64 = SHARED + 0x380;
 
