@@ -48,6 +48,7 @@ class Userland:
     debian: DebianRoot
     kernel: CachedGuest
     memory: str
+    cpus: int = 1
     machine: Machine | None = None
 
     def run(self, name: str, command: str, limit: float) -> tuple[int, str]:
@@ -73,6 +74,7 @@ class Userland:
             initrd=self.debian.initrd,
             append="console=ttyS0 quiet reboot=t panic=-1",
             memory=self.memory,
+            cpus=self.cpus,
             engine="bt",
         )
         machine.start()
