@@ -511,6 +511,9 @@ def test_command_needs_a_command_and_a_guest_with_an_agent(
     assert "no agent answers in the guest after 0.1 s" in done.stderr
     for paths in (["a", "b"], ["web:a", "web:b"]):
         assert "one of the two is to be a guest's" in cli("cp", *paths).stderr
+    for paths in (["", "web:a"], ["web:a", ""]):
+        assert "an empty path names nothing" in cli("cp", *paths).stderr
+    assert "'=x' sets nothing" in cli("exec", "--env", "=x", "web", "--", "env").stderr
 
 
 def test_completion_knows_the_names_of_machines() -> None:

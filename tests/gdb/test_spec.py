@@ -22,6 +22,7 @@ from tetrarch.testing import ScriptedVm
         ("[::1]:1", GdbSpec(host="::1", port=1), "[::1]:1"),
         ("gdb.sock", GdbSpec(path=Path("gdb.sock")), "gdb.sock"),
         ("./1234", GdbSpec(path=Path("1234")), "./1234"),
+        (Path("100000"), GdbSpec(path=Path("100000")), "./100000"),
         (Path("1234"), GdbSpec(path=Path("1234")), "./1234"),
     ],
 )
@@ -31,7 +32,11 @@ def test_places_are_ports_or_paths(text: object, spec: GdbSpec, shown: str) -> N
     assert GdbSpec.parse(shown) == spec
 
 
-@pytest.mark.parametrize("text", ["", "65536", "a\0b", True, None, 1.5])
+@pytest.mark.parametrize(
+    "text",
+    ["", "65536", 100000, -1, "-1", "h:100000", "9" * 5000, "a\0b", True, None, 1.5],
+    ids=lambda text: repr(text)[:8],
+)
 def test_what_is_no_place_is_refused(text: object) -> None:
     with pytest.raises(ValueProblem):
         GdbSpec.parse(text)

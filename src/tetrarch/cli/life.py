@@ -136,13 +136,16 @@ def execute(
     if not command:
         raise ConfigError("there is no command", mend=f"write tetrarch exec {name} -- COMMAND")
     for entry in env:
-        if "=" not in entry:
+        if entry.find("=") < 1:
             raise ConfigError(f"--env: {entry!r} sets nothing", mend="write NAME=VALUE")
     with _guest_of(name).agent(wait) as stream:
         return run_here(stream, command, environment=env, directory=directory)
 
 
 def copy(source: str, target: str, wait: float) -> None:
+    if not source or not target:
+        # As a path it would be the directory where the command was typed.
+        raise ConfigError("an empty path names nothing", mend="name a file or a directory")
     here, there = _IN_GUEST.fullmatch(source), _IN_GUEST.fullmatch(target)
     if (here is None) == (there is None):
         raise ConfigError(

@@ -12,7 +12,7 @@ from tetrarch.errors import ValueProblem
 
 __all__ = ["GdbSpec"]
 
-_TCP = re.compile(r"(?:(\[[^\]]*\]|[^:/]*):)?([0-9]{1,5})")
+_TCP = re.compile(r"(?:(\[[^\]]*\]|[^:/]*):)?(-?[0-9]+)")
 _LOCALHOST = "127.0.0.1"
 
 
@@ -37,10 +37,11 @@ class GdbSpec:
             if not text or "\0" in text:
                 raise ValueProblem(f"{value!r} is no place for gdb", mend="write PORT or PATH")
             return cls(path=Path(text))
-        port = int(match[2])
-        if port > 0xFFFF:
-            raise ValueProblem(f"{port} is no TCP port", mend="give one up to 65535")
-        return cls(host=(match[1] or _LOCALHOST).strip("[]"), port=port)
+        # Compared as text: a number can have more digits than int() takes.
+        port = match[2].lstrip("0") or "0"
+        if len(port) > 5 or not 0 <= int(port) <= 0xFFFF:
+            raise ValueProblem(f"{match[2]} is no TCP port", mend="give one up to 65535")
+        return cls(host=(match[1] or _LOCALHOST).strip("[]"), port=int(port))
 
     def relative_to(self, directory: Path) -> Self:
         """With its path as it is written in a file of that directory."""
