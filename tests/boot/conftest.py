@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tetrarch.boot.source import Source
+
 MIB = 1 << 20
 
 
@@ -35,6 +37,11 @@ class FakeVm:
 
     def text(self, address: int) -> bytes:
         return bytes(self.memory[address : self.memory.index(0, address)])
+
+
+def source_of(image: bytes) -> Source:
+    """A kernel's file with these bytes."""
+    return Source(lambda at, length: image[at : at + length], len(image), "kernel", "k")
 
 
 def build_bzimage(

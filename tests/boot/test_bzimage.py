@@ -1,6 +1,5 @@
 """Linux's 64-bit boot protocol, by what the guest finds in memory and registers."""
 
-import io
 import struct
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tests.boot.conftest import source_of
 
 from tetrarch.boot.bzimage import load_bzimage, parse_setup_header
 from tetrarch.boot.loader import load_kernel
-from tetrarch.boot.source import Source
 from tetrarch.errors import BootError
 
 MIB = 1 << 20
@@ -19,9 +18,7 @@ ZERO_PAGE = 0x7000
 
 
 def boot(vm: Any, image: bytes, initrd: Any = None, cmdline: str = "quiet") -> dict[str, int]:
-    return load_bzimage(
-        vm, Source(io.BytesIO(image), len(image), "kernel", "k"), initrd, cmdline, 0
-    )
+    return load_bzimage(vm, source_of(image), initrd, cmdline, 0)
 
 
 def test_kernel_is_entered_at_its_64_bit_entry(make_vm: Any, make_bzimage: Any, write: Any) -> None:
@@ -305,7 +302,7 @@ def test_damaged_kernels_boot_or_are_refused(
 )
 def test_accepted_headers_keep_what_they_promise(make_bzimage: Any, fields: dict[str, Any]) -> None:
     image = make_bzimage(**fields)
-    source = Source(io.BytesIO(image), len(image), "kernel", "k")
+    source = source_of(image)
     try:
         header = parse_setup_header(source)
     except BootError:

@@ -1,23 +1,22 @@
 """The PVH boot protocol and the ELF reader under it."""
 
-import io
 import struct
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.boot.conftest import source_of
 
 from tetrarch.boot.loader import load_kernel
 from tetrarch.boot.pvh import load_pvh
-from tetrarch.boot.source import Source
 from tetrarch.errors import BootError
 
 MIB = 1 << 20
 
 
 def boot(vm: Any, image: bytes, cmdline: str = "quiet") -> dict[str, int]:
-    return load_pvh(vm, Source(io.BytesIO(image), len(image), "kernel", "k"), None, cmdline, 0)
+    return load_pvh(vm, source_of(image), None, cmdline, 0)
 
 
 def test_kernel_is_entered_in_protected_mode_with_start_info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,13 @@ def test_command_line_is_its_own_unless_one_is_given(make_bzimage: Any, write: A
 
 def test_firmware_gets_all_of_it(make_bzimage: Any, write: Any) -> None:
     data = unified({".linux": make_bzimage()})
-    items = kernel_items(write("uki.efi", data), None, "")
-    kernel = items[Key.KERNEL_DATA]
-    assert isinstance(kernel, FileItem)
-    assert items[Key.SETUP_SIZE] == bytes(4)
-    assert items[Key.KERNEL_SIZE] == len(data).to_bytes(4, "little")
-    assert kernel.read(0, len(data)) == data
+    with ExitStack() as files:
+        items = kernel_items(write("uki.efi", data), None, "", files)
+        kernel = items[Key.KERNEL_DATA]
+        assert isinstance(kernel, FileItem)
+        assert items[Key.SETUP_SIZE] == bytes(4)
+        assert items[Key.KERNEL_SIZE] == len(data).to_bytes(4, "little")
+        assert kernel.read(0, len(data)) == data
 
 
 @pytest.mark.parametrize(

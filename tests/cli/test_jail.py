@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Cli
 from tests.display.test_screen import needs_font
+from tests.firmware.test_linux_rom import kernel as linux_kernel
+from tests.firmware.test_linux_rom import needs_seabios
 from tests.machine import guests
 
 from tetrarch import _native
@@ -91,6 +93,23 @@ def test_jailed_guest_resets_and_starts_again_from_its_file(cli: Cli, tmp_path: 
     )
     assert done.returncode == 124, done.stderr
     assert (tmp_path / "log").read_bytes().count(b"up") > 1
+
+
+@needs_seabios
+def test_firmware_of_a_jailed_machine_reads_kernel_and_initrds(cli: Cli, tmp_path: Path) -> None:
+    """The guest asks for them, so a thread reads them that may open nothing."""
+    # mov dx, 0x3f8 ; mov al, '!' ; out dx, al ; mov dx, 0x604 ; mov ax, 0x3400 ; out dx, ax ; hlt
+    code = bytes.fromhex("baf803 b021 ee ba0406 b80034 ef f4")
+    kernel, first, second = (tmp_path / name for name in ("kernel", "first", "second"))
+    kernel.write_bytes(linux_kernel(0x20F, code=code))
+    first.write_bytes(b"first")
+    second.write_bytes(b"second")
+    done = cli(
+        *("run", "--engine", "bt", "--memory", "64M", "--firmware", "seabios"),
+        *("--kernel", kernel, "--initrd", f"{first},{second}", "--timeout", "50"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("!")
 
 
 @needs_font

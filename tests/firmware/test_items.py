@@ -1,5 +1,6 @@
 """What fw_cfg hands to firmware of a kernel and its initrds."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.fuzz.targets import bzimage
@@ -13,11 +14,12 @@ def test_firmware_gets_several_initrds_behind_each_other(tmp_path: Path) -> None
     kernel.write_bytes(bzimage())
     first.write_bytes(b"first")
     second.write_bytes(b"second")
-    items = kernel_items(kernel, Path(f"{first},{second}"), "")
     whole = b"first\0\0\0second"
-    data = items[Key.INITRD_DATA]
-    assert isinstance(data, FileItem)
-    assert items[Key.INITRD_SIZE] == len(whole).to_bytes(4, "little")
-    assert data.size == len(whole)
-    assert data.read(0, len(whole)) == whole
-    assert data.read(3, 7) == whole[3:10]
+    with ExitStack() as files:
+        items = kernel_items(kernel, Path(f"{first},{second}"), "", files)
+        data = items[Key.INITRD_DATA]
+        assert isinstance(data, FileItem)
+        assert items[Key.INITRD_SIZE] == len(whole).to_bytes(4, "little")
+        assert data.size == len(whole)
+        assert data.read(0, len(whole)) == whole
+        assert data.read(3, 7) == whole[3:10]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,8 @@ def test_parts_go_where_the_protocol_has_them(
     path, initrd = tmp_path / "kernel", tmp_path / "initrd"
     path.write_bytes(kernel(version, loadflags=loadflags))
     initrd.write_bytes(b"archive" * 1000)
-    items, files = linux_rom(Ram(), path, initrd, "a=1")
+    opened = ExitStack()
+    items, files = linux_rom(Ram(), path, initrd, "a=1", opened)
     assert files["bootorder"] == b"/rom@" + ROM.encode()
     asked = commands(files[ROM])
     assert asked[Key.SETUP_DATA] == (setup_at, 5 * 512)
@@ -113,7 +115,8 @@ def test_parts_go_where_the_protocol_has_them(
         assert struct.unpack_from("<HH", setup, 0x20) == (0xA33F, 0x9800)
     part = items[Key.KERNEL_DATA]
     assert isinstance(part, FileItem)
-    assert part.read(0, 4) == b"\x90" * 4
+    with opened:
+        assert part.read(0, 4) == b"\x90" * 4
 
 
 @pytest.mark.parametrize(
@@ -127,15 +130,16 @@ def test_parts_go_where_the_protocol_has_them(
 def test_kernel_that_cannot_start_is_refused(tmp_path: Path, data: bytes, cause: str) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(data)
-    with pytest.raises(BootError, match=cause):
-        linux_rom(Ram(), path, None, "")
+    with ExitStack() as files, pytest.raises(BootError, match=cause):
+        linux_rom(Ram(), path, None, "", files)
 
 
 def test_command_line_that_is_too_long_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "kernel"
     path.write_bytes(kernel(0x201))
-    with pytest.raises(BootError, match="is 300 bytes long, this kernel takes 255"):
-        linux_rom(Ram(), path, None, "x" * 300)
+    too_long = "is 300 bytes long, this kernel takes 255"
+    with ExitStack() as files, pytest.raises(BootError, match=too_long):
+        linux_rom(Ram(), path, None, "x" * 300, files)
 
 
 @pytest.mark.long

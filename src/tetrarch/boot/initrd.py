@@ -7,7 +7,6 @@ each other, as it takes archives
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -60,33 +59,27 @@ def open_initrd(
             yield sources[0]
             return
         joined = _Joined(sources)
-        yield Source(joined, joined.size, "initrd", ",".join(source.path for source in sources))
+        yield Source(
+            joined.read_at, joined.size, "initrd", ",".join(source.path for source in sources)
+        )
 
 
-class _Joined(io.BytesIO):
+class _Joined:
     """Files behind each other, with zeros between them."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        super().__init__()
         self._parts: list[tuple[int, Source]] = []
-        self._at = 0
         self.size = 0
         for source in sources:
             start = align_up(self.size, ALIGNMENT)
             self._parts.append((start, source))
             self.size = start + source.size
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset
-        return offset
-
-    def read(self, size: int | None = -1) -> bytes:
-        size = self.size - self._at if size is None or size < 0 else size
-        data = bytearray(size)
+    def read_at(self, offset: int, length: int) -> bytes:
+        data = bytearray(length)
         for start, source in self._parts:
-            first = max(self._at, start)
-            end = min(self._at + size, start + source.size)
+            first = max(offset, start)
+            end = min(offset + length, start + source.size)
             if first < end:
-                data[first - self._at : end - self._at] = source.read(first - start, end - first)
-        self._at += size
+                data[first - offset : end - offset] = source.read(first - start, end - first)
         return bytes(data)

@@ -3,9 +3,9 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Final
+from typing import Final
 
 from tetrarch.boot.layout import GuestMemory
 from tetrarch.errors import BootError
@@ -17,15 +17,22 @@ CHUNK: Final = 1 << 20
 
 
 class Source:
-    """A seekable file of known size; reads are bounded and never short.
+    """A file of known size; reads are bounded and never short.
 
     Read, not mapped: a mapped file that shrinks while it is used would kill the process
-    with SIGBUS.
+    with SIGBUS. Read at a place: a confined vCPU has no call to go to one.
     """
 
-    def __init__(self, file: BinaryIO, size: int, what: str, path: str, start: int = 0) -> None:
-        """What of the file there is begins at ``start``."""
-        self._file = file
+    def __init__(
+        self,
+        read_at: Callable[[int, int], bytes],
+        size: int,
+        what: str,
+        path: str,
+        start: int = 0,
+    ) -> None:
+        """``read_at`` takes offset and length; what of the file there is begins at ``start``."""
+        self._read_at = read_at
         self._start = start
         self.size = size
         self.what = what
@@ -41,8 +48,7 @@ class Source:
                 mend="get the file again",
             )
         try:
-            self._file.seek(self._start + offset)
-            data = self._file.read(length)
+            data = self._read_at(self._start + offset, length)
         except OSError as error:
             cause = f"cannot be read: {error.strerror or error}"
             raise self.error(
@@ -54,7 +60,7 @@ class Source:
 
     def part(self, offset: int, size: int, what: str) -> "Source":
         """Some of it, which is within it, as one of its own."""
-        return Source(self._file, size, what, self.path, self._start + offset)
+        return Source(self._read_at, size, what, self.path, self._start + offset)
 
     @classmethod
     @contextmanager
@@ -75,8 +81,7 @@ class Source:
                 )
             if info.st_size == 0:
                 raise BootError(f"{what} {name}: is empty", mend="get the file again")
-            with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
-                yield cls(file, info.st_size, what, name)
+            yield cls(lambda at, length: os.pread(fd, length, at), info.st_size, what, name)
         finally:
             os.close(fd)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -25,18 +24,16 @@ KERNEL_ADDRESS: Final = 0x10_0000
 
 
 class FileItem:
-    """A part of a file, which is opened and read when the guest reads it."""
+    """A part of an open file, which is read when the guest reads it: on the thread of a vCPU,
+    which may open none where the machine is confined."""
 
-    def __init__(
-        self, opened: Callable[[], AbstractContextManager[Source]], offset: int, size: int
-    ) -> None:
-        self._opened = opened
+    def __init__(self, source: Source, offset: int, size: int) -> None:
+        self._source = source
         self._offset = offset
         self.size = size
 
     def read(self, offset: int, length: int) -> bytes:
-        with self._opened() as source:
-            return source.read(self._offset + offset, length)
+        return self._source.read(self._offset + offset, length)
 
 
 def _number(value: int, size: int = 4) -> bytes:
@@ -56,14 +53,15 @@ def memory_file(ram: Iterable[tuple[int, int]]) -> bytes:
     return pack_e820(sorted(entries))
 
 
-def kernel_items(kernel: Path, initrd: Path | None, cmdline: str) -> dict[int, bytes | FwCfgItem]:
+def kernel_items(
+    kernel: Path, initrd: Path | None, cmdline: str, files: ExitStack
+) -> dict[int, bytes | FwCfgItem]:
     """A bzImage in its two parts, its initrd and command line; a unified kernel image is one part,
-    the firmware's to run. Raises BootError."""
+    the firmware's to run. ``files`` has what they are read from. Raises BootError."""
     with open_kernel(kernel) as file:
         setup = 0 if file.unified else parse_setup_header(file.kernel).setup_size
-    whole = partial(Source.open, kernel, "kernel")
-    with whole() as source:
-        rest = source.size - setup
+    whole = files.enter_context(Source.open(kernel, "kernel"))
+    rest = whole.size - setup
     words = cmdline.encode("utf-8", "surrogateescape") + b"\0"
     items: dict[int, bytes | FwCfgItem] = {
         Key.SETUP_ADDR: _number(REAL_MODE_ADDRESS),
@@ -77,11 +75,9 @@ def kernel_items(kernel: Path, initrd: Path | None, cmdline: str) -> dict[int, b
         Key.CMDLINE_DATA: words,
     }
     if initrd is not None:
-        joined = partial(open_initrd, initrd)
-        with joined() as source:
-            size = source.size
+        joined = files.enter_context(open_initrd(initrd))
         items |= {
-            Key.INITRD_SIZE: _number(size),
-            Key.INITRD_DATA: FileItem(joined, 0, size),
+            Key.INITRD_SIZE: _number(joined.size),
+            Key.INITRD_DATA: FileItem(joined, 0, joined.size),
         }
     return items

@@ -9,9 +9,8 @@ Specification 1.01, 3.3), and the first in SeaBIOS's order.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,7 +19,6 @@ from tetrarch.boot.cmdline import cmdline_bytes
 from tetrarch.boot.initrd import open_initrd
 from tetrarch.boot.initrd_memory import place_initrd, too_little_memory
 from tetrarch.boot.layout import HIGH_MEMORY, GuestMemory, low_ram_top
-from tetrarch.boot.source import Source
 from tetrarch.boot.unified import open_kernel
 from tetrarch.devices.fw_cfg import (
     DMA_COMMAND,
@@ -74,29 +72,28 @@ class _Part(NamedTuple):
 
 
 def linux_rom(
-    vm: GuestMemory, kernel: Path, initrd: Path | None, cmdline: str
+    vm: GuestMemory, kernel: Path, initrd: Path | None, cmdline: str, files: ExitStack
 ) -> tuple[dict[int, bytes | FwCfgItem], dict[str, bytes]]:
-    """Items and files for fw_cfg. Raises BootError."""
-    with open_kernel(kernel) as file:
-        source = file.kernel
-        header = parse_setup_header(source)
-        setup = bytearray(source.read(0, header.setup_size))
-        kernel_size = source.size - header.setup_size
-        embedded = file.initrd is not None
-        modern = header.version >= CMDLINE_POINTER_SINCE and header.loaded_high
-        base, heap_end = (LOW_SETUP, HEAP_END) if modern else (OLD_SETUP, OLD_HEAP_END)
-        kernel_at = HIGH_MEMORY if header.loaded_high else LOW_KERNEL
-        if len(setup) > heap_end - HEAP_BYTES or (
-            kernel_at < HIGH_MEMORY and kernel_at + kernel_size > base
-        ):
-            raise source.error("does not fit below 1 MiB", mend="get the file again, it is damaged")
-        top = low_ram_top(vm) - BIOS_TABLES
-        if header.memory_end > top:
-            end = header.memory_end + BIOS_TABLES
-            raise too_little_memory(vm, source, end, initrd, file.initrd)
+    """Items and files for fw_cfg; ``files`` has what they are read from. Raises BootError."""
+    file = files.enter_context(open_kernel(kernel))
+    source = file.kernel
+    header = parse_setup_header(source)
+    setup = bytearray(source.read(0, header.setup_size))
+    kernel_size = source.size - header.setup_size
+    modern = header.version >= CMDLINE_POINTER_SINCE and header.loaded_high
+    base, heap_end = (LOW_SETUP, HEAP_END) if modern else (OLD_SETUP, OLD_HEAP_END)
+    kernel_at = HIGH_MEMORY if header.loaded_high else LOW_KERNEL
+    if len(setup) > heap_end - HEAP_BYTES or (
+        kernel_at < HIGH_MEMORY and kernel_at + kernel_size > base
+    ):
+        raise source.error("does not fit below 1 MiB", mend="get the file again, it is damaged")
+    top = low_ram_top(vm) - BIOS_TABLES
+    if header.memory_end > top:
+        end = header.memory_end + BIOS_TABLES
+        raise too_little_memory(vm, source, end, initrd, file.initrd)
     words = cmdline_bytes(cmdline, header.cmdline_size)
     items: dict[int, bytes | FwCfgItem] = {
-        Key.KERNEL_DATA: FileItem(partial(_kernel, kernel), header.setup_size, kernel_size),
+        Key.KERNEL_DATA: FileItem(source, header.setup_size, kernel_size),
         Key.CMDLINE_DATA: words,
     }
     parts = [
@@ -104,28 +101,15 @@ def linux_rom(
         _Part(Key.KERNEL_DATA, kernel_at, kernel_size),
         _Part(Key.CMDLINE_DATA, base + heap_end, len(words)),
     ]
-    if initrd is not None or embedded:
-        joined = partial(_initrd, kernel, initrd)
-        with joined() as source:
-            at = place_initrd(vm, source, header.memory_end, min(top, header.initrd_end))
-            items[Key.INITRD_DATA] = FileItem(joined, 0, source.size)
-            parts.append(_Part(Key.INITRD_DATA, at, source.size))
-            struct.pack_into("<II", setup, 0x218, at, source.size)
+    if initrd is not None or file.initrd is not None:
+        joined = files.enter_context(open_initrd(initrd, file.initrd))
+        at = place_initrd(vm, joined, header.memory_end, min(top, header.initrd_end))
+        items[Key.INITRD_DATA] = FileItem(joined, 0, joined.size)
+        parts.append(_Part(Key.INITRD_DATA, at, joined.size))
+        struct.pack_into("<II", setup, 0x218, at, joined.size)
     _fill_header(setup, header, base, heap_end, len(words))
     items[Key.SETUP_DATA] = bytes(setup)
     return items, {ROM_FILE: _rom(parts, base, heap_end), ORDER_FILE: b"/rom@" + ROM_FILE.encode()}
-
-
-@contextmanager
-def _kernel(kernel: Path) -> Iterator[Source]:
-    with open_kernel(kernel) as file:
-        yield file.kernel
-
-
-@contextmanager
-def _initrd(kernel: Path, initrd: Path | None) -> Iterator[Source]:
-    with open_kernel(kernel) as file, open_initrd(initrd, file.initrd) as source:
-        yield source
 
 
 def _fill_header(

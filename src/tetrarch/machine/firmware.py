@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 
 from tetrarch._native import GuestMemoryError, Vm
 from tetrarch.boot import build_acpi
@@ -41,6 +42,7 @@ class MachineFirmware:
         self._image = FirmwareImage.read(spec)
         self._ram = vm.ram
         self._identity = identity
+        self._kernel_files = ExitStack()
         self.fw_cfg = FwCfg(vm, GuestMemoryError)
         self.debug_console = DebugConsole()
         self.ramfb = None if self._image.is_seabios else Ramfb()
@@ -53,6 +55,7 @@ class MachineFirmware:
             self.flash = PFlash(self.variables.content, self.variables.keep)
 
     def close(self) -> None:
+        self._kernel_files.close()
         if self.variables is not None:
             self.variables.close()
 
@@ -77,14 +80,30 @@ class MachineFirmware:
         there: Collection[int] | None,
     ) -> None:
         """Lets fw_cfg say what the machine is; ``there`` as ``build_acpi`` has it."""
+        with ExitStack() as opened:
+            self.fw_cfg.core.provide(*self._told(config, cmdline, dsdt, there, opened))
+            self._kernel_files.close()
+            self._kernel_files = opened.pop_all()
+
+    def _told(
+        self,
+        config: MachineConfig,
+        cmdline: str,
+        dsdt: Sequence[bytes],
+        there: Collection[int] | None,
+        opened: ExitStack,
+    ) -> tuple[dict[int, bytes | FwCfgItem], dict[str, bytes | FwCfgItem]]:
+        """Items and files."""
         cpus = config.cpus.count if there is None else len(there)
         items: dict[int, bytes | FwCfgItem] = {**cpu_items(cpus, config.cpus.max)}
         kernel_files: dict[str, bytes] = {}
         if config.kernel is not None and self._image.is_seabios:
-            kernel, kernel_files = linux_rom(self._vm, config.kernel, config.initrd, cmdline)
+            kernel, kernel_files = linux_rom(
+                self._vm, config.kernel, config.initrd, cmdline, opened
+            )
             items |= kernel
         elif config.kernel is not None:
-            items |= kernel_items(config.kernel, config.initrd, cmdline)
+            items |= kernel_items(config.kernel, config.initrd, cmdline, opened)
         tables = build_acpi(
             config.cpus.apic_ids,
             self._ram,
@@ -108,4 +127,4 @@ class MachineFirmware:
         else:
             # Without a screen SeaBIOS's is the serial line.
             files["etc/sercon-port"] = SERIAL_PORT.to_bytes(2, "little")
-        self.fw_cfg.core.provide(items, files)
+        return items, files
