@@ -8,6 +8,7 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tetrarch._native import Vm
 from tetrarch.machine.cpu import GuestCpu
 from tetrarch.machine.saved import HEADER_BYTES, MAGIC, header
 from tetrarch.machine.selection import engines
+from tetrarch.machine.snapshot import parent_of
 from tetrarch.testing import ScriptedVm, pvh_kernel
 
 LIMIT_S = 30
@@ -345,6 +347,10 @@ def test_files_of_what_was_written_since_lie_upon_each_other(kernel: Path, tmp_p
             vm.save(tmp_path / "other", parent=base)
         with pytest.raises(ConfigError, match="in two directories"):
             vm.save(tmp_path / "kernel" / "x", parent=base)
+        with pytest.raises(ConfigError, match=f"{base} would replace a file that it lies upon"):
+            vm.save(base, parent=second)
+        with pytest.raises(ConfigError, match=f"{second} would replace a file that it lies upon"):
+            vm.save(tmp_path / "." / "second", parent=second)
     assert second.stat().st_size < base.stat().st_size / 8
     for path, word in ((base, b"xxxxxx"), (second, b"second"), (third, b"third!")):
         with Machine.restore(path, vm=scripted()) as copy:
@@ -358,6 +364,23 @@ def test_files_of_what_was_written_since_lie_upon_each_other(kernel: Path, tmp_p
     (tmp_path / "gone").rename(second)
     with pytest.raises(StateError, match=f"{second} is not the file that {third} was saved upon"):
         Machine.restore(third, vm=scripted())
+
+
+def test_nothing_is_saved_upon_more_files_than_are_restored(kernel: Path, tmp_path: Path) -> None:
+    files = [tmp_path / str(number) for number in range(65)]
+    with Machine(kernel=kernel, memory="16M", vm=scripted()) as vm:
+        vm.start()
+        with vm.paused():
+            vm.save(files[0], track=True)
+            for parent, child in pairwise(files[:-1]):
+                vm.save(child, parent=parent, track=True)
+            with pytest.raises(ConfigError, match="lies upon so many files that"):
+                vm.save(files[-1], parent=files[-2])
+    Machine.restore(files[-2], vm=scripted()).kill()
+    assert not files[-1].exists()
+    files[1].unlink()
+    with pytest.raises(HostError, match=f"cannot read {files[1]}"):
+        parent_of(files[3], None)
 
 
 def test_damage_in_a_parent_is_found_and_named(kernel: Path, tmp_path: Path) -> None:

@@ -142,14 +142,44 @@ def save_machine(parts: MachineParts, file: BinaryIO, parent: Parent | None = No
 
 
 def parent_of(parent: Path, child: Path | None) -> Parent:
-    """What a child of a file says of it. Raises ConfigError where they are not in one directory:
-    a file names no other of the host."""
+    """What a child of a file says of it. Raises ConfigError where they are not in one directory,
+    as a file names no other of the host, and where nobody could restore the child."""
     if child is not None and child.parent.resolve() != parent.parent.resolve():
         raise ConfigError(
             f"{child} and its parent {parent} are in two directories",
             mend="write it beside its parent",
         )
-    return Parent(about_of(parent).identity, parent.name)
+    path, about = parent, about_of(parent)
+    said = Parent(about.identity, parent.name)
+    for _ in range(_LAYERS_MAX - 1):
+        if child is not None and _same_file(child, path):
+            raise ConfigError(
+                f"{child} would replace a file that it lies upon", mend="name another file"
+            )
+        if about.parent is None:
+            return said
+        above, path = path, path.with_name(about.parent.file)
+        below = about_of(path)
+        _require_parent(above, about.parent, path, below)
+        about = below
+    raise ConfigError(
+        f"{parent} lies upon so many files that no other can lie upon it: {_LAYERS_MAX} at most",
+        mend="save without a parent",
+    )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # it is not there, or cannot be: who writes it says so
+        return False
+
+
+def _require_parent(child: Path, wanted: Parent, path: Path, found: About) -> None:
+    if found.identity != wanted.identity:
+        raise StateError(
+            f"{path} is not the file that {child} was saved upon", mend="put that one there"
+        )
 
 
 def about_of(path: Path) -> About:
@@ -170,11 +200,7 @@ def opened(path: Path, platform: str | None) -> Iterator[Saved]:
                 raise reader.damaged(f"lies upon more than {_LAYERS_MAX} others")
             below = stack.enter_context(open_saved(path.with_name(parent.file)))
             other = _read_about(below, platform)
-            if other.identity != parent.identity:
-                raise StateError(
-                    f"{below.path} is not the file that {layers[-1][0].path} was saved upon",
-                    mend="put that one there",
-                )
+            _require_parent(layers[-1][0].path, parent, below.path, other)
             if other.config.memory != about.config.memory:
                 raise below.damaged("has another amount of memory than its child")
             layers.append((below, _read_table(below, other)))
