@@ -114,6 +114,17 @@ def test_machine_in_the_background_is_listed_until_it_is_killed(
     assert leftovers(runtime) == []
 
 
+def test_machine_of_firmware_alone_is_listed_with_it(
+    cli: Cli, runtime: Path, tmp_path: Path
+) -> None:
+    firmware = tmp_path / "bios.bin"
+    firmware.write_bytes(b"\xeb\xfe".rjust(65536 - 14, b"\0").ljust(65536, b"\0"))  # jmp $
+    machine = ("run", "--detach", "--name", "web", "--engine", "bt", "--memory", "16M")
+    assert cli(*machine, "--firmware", firmware).returncode == 0
+    (row,) = json.loads(cli("ps", "--json").stdout)
+    assert row["guest"] == str(firmware)
+
+
 def test_machine_outlives_the_shell_that_started_it(kernel: Kernel) -> None:
     path = kernel(guests.say(b"ready") + guests.ECHO)
     shell = pexpect.spawn("/bin/bash", ["--norc", "-i"], encoding="utf-8", timeout=LIMIT_S)

@@ -41,5 +41,8 @@ def test_disc_that_is_none(tmp_path: Path, data: bytes) -> None:
 def test_firmware_and_what_it_does_not_find(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="on the PCI bus alone; leave virtio at pci"):
         Machine(engine="bt", firmware="seabios", virtio="mmio")
+    for option in ("initrd", "append"):
+        with pytest.raises(ConfigError, match=f"has no kernel that {option} could be for"):
+            Machine(engine="bt", firmware="seabios", **{option: "x"})  # type: ignore[arg-type]
     with pytest.raises(BootError, match=r"firmware .*/none.bin: no such file"):
         Machine(engine="bt", firmware=tmp_path / "none.bin")

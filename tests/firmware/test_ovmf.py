@@ -179,7 +179,7 @@ def test_variables_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no option of firmware; did you mean variables"):
         Machine(engine="bt", firmware="ovmf,variable=x")
     (tmp_path / "MINE_VARS.fd").write_bytes(volume(8192))
-    with pytest.raises(HostError, match="cannot keep firmware variables"):
+    with pytest.raises(HostError, match="cannot write firmware variables to"):
         Machine(engine="bt", firmware=f"{code},variables={tmp_path}/none/kept")
     code.write_bytes(volume(1 << 16)[:-1] + b"\x90")
     with pytest.raises(BootError, match="has its variables in itself"):

@@ -37,6 +37,7 @@ def test_what_is_not_given_follows(written: object, spec: CpusSpec) -> None:
         ("8,sockets=2,cores=2,threads=1", "8 CPUs are no 2 sockets times 2 cores times 1 threads"),
         ("8,cores=16", "8 CPUs are no multiple of 16 cores"),
         ("8,cores=0", "cores is '0'; give a number from 1 on"),
+        ("8,cores", "cores is nothing; give a number from 1 on"),
         ("8,dies=2", "'dies=2' is no option of CPUs; there are sockets, cores, threads, max"),
         ("4,max=2", "4 CPUs are more than the 2 of max; give max=4 or more"),
         ("1,max=256", "256 CPUs are more than a machine can have; give 255 or less"),

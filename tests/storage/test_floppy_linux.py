@@ -68,6 +68,14 @@ def test_what_is_no_floppy_disk_is_refused(
     assert mend in refused.value.mend
 
 
+def test_directory_is_no_floppy_disk(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="is a directory"):
+        Machine(engine="bt", floppy=tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ImageError, match="is no regular file"):
+        Machine(engine="bt", floppy=tmp_path / "fifo")
+
+
 def test_machine_that_fails_lets_go_of_its_floppy_disk(tmp_path: Path) -> None:
     floppy, disk = tmp_path / "a.img", tmp_path / "disk.img"
     for path in (floppy, disk):

@@ -38,7 +38,8 @@ def registered(
         return
     with claim:
         # Before any is there: a process that is killed has no time to remove them.
-        guest = config.image or str(restored or config.replay or config.kernel or _default_image())
+        started = restored or config.replay or config.kernel or config.firmware
+        guest = config.image or str(started or _default_image())
         networks = (Path(net.target) for net in config.net if net.kind == "socket")
         claim.describe(
             guest=guest,

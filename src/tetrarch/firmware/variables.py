@@ -91,7 +91,7 @@ class Variables:
         self._writer: Thread | None = None
         if self._path is not None:
             if not self._path.exists():
-                with new_file(self._path, "keep firmware variables") as file:
+                with new_file(self._path, "write firmware variables") as file:
                     file.write(content)
             self._file = _open(self._path)
             self._writer = Thread(target=self._write, name="variables", daemon=True)
@@ -137,7 +137,7 @@ def _open(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise HostError(
-            f"cannot keep firmware variables in {path}: {error.strerror}", mend="name another file"
+            f"cannot write firmware variables to {path}: {error.strerror}", mend="name another file"
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -448,6 +448,7 @@ class MachineConfig(BaseModel):
         self._one_on_stdio()
         self._wait_with_gdb()
         self._firmware_with_pci()
+        self._firmware_with_kernel()
         self._chaos_on_bt()
 
     def _one_kernel(self) -> None:
@@ -470,6 +471,16 @@ class MachineConfig(BaseModel):
             raise ValueProblem(
                 "firmware finds virtio devices on the PCI bus alone", mend="leave virtio at pci"
             )
+
+    def _firmware_with_kernel(self) -> None:
+        if self.firmware is None or self.kernel is not None or self.image is not None:
+            return
+        for name in ("initrd", "append"):
+            if getattr(self, name) is not None:
+                raise ValueProblem(
+                    f"firmware has no kernel that {name} could be for",
+                    mend="give kernel, or leave it out",
+                )
 
     def _chaos_on_bt(self) -> None:
         if self.chaos is not None and self.engine == "kvm":

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Self
 
-from tetrarch._words import options, split
+from tetrarch._words import options, shown, split
 from tetrarch.errors import ValueProblem
 
 __all__ = ["VCPUS_MAX", "CpusSpec"]
@@ -98,7 +98,7 @@ class CpusSpec:
 
 def _level(name: str, value: str | None) -> int:
     if value is None or not _COUNT.fullmatch(value) or int(value) < 1:
-        raise ValueProblem(f"{name} is {value!r}", mend="give a number from 1 on")
+        raise ValueProblem(f"{name} is {shown(value)}", mend="give a number from 1 on")
     return int(value)
 
 

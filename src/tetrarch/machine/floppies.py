@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -21,11 +22,13 @@ __all__ = ["MachineFloppies", "check_floppy", "drive_types"]
 def check_floppy(spec: FloppySpec, size: int | None = None) -> FloppyFormat:
     """How its sectors lie, by the image's size in bytes. Raises ImageError for what is no disk."""
     try:
-        size = spec.path.stat().st_size if size is None else size
+        info = spec.path.stat()
     except OSError as error:
-        raise ImageError(
-            f"{spec.path}: cannot be read: {error.strerror}", mend="name an image of a floppy disk"
-        ) from error
+        raise _no_image(spec, f"cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(info.st_mode):
+        is_directory = stat.S_ISDIR(info.st_mode)
+        raise _no_image(spec, f"is {'a directory' if is_directory else 'no regular file'}")
+    size = info.st_size if size is None else size
     if size not in FORMATS:
         sizes = ", ".join(f"{known >> 10}" for known in sorted(FORMATS))
         raise ImageError(
@@ -33,6 +36,10 @@ def check_floppy(spec: FloppySpec, size: int | None = None) -> FloppyFormat:
             mend=f"give an image of {sizes} KiB",
         )
     return FORMATS[size]
+
+
+def _no_image(spec: FloppySpec, cause: str) -> ImageError:
+    return ImageError(f"{spec.path}: {cause}", mend="name an image of a floppy disk")
 
 
 def drive_types(specs: Sequence[FloppySpec]) -> list[int]:
