@@ -136,6 +136,22 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
         Machine(replay=tmp_path / "absent")
 
 
+def test_recording_without_a_start_is_made_anew(recorded: tuple[Path, str], tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    cut.write_bytes(recorded[0].read_bytes()[:5000])
+    cause = f"cannot replay {cut}: the recording ends before the guest has begun; record again"
+    with pytest.raises(HostError, match=cause):
+        Machine(replay=cut)
+
+
+def test_memory_is_that_of_the_recording(recorded: tuple[Path, str]) -> None:
+    with Machine(replay=recorded[0]) as vm:
+        had = vm.config
+    Machine(had).kill()
+    with pytest.raises(ConfigError, match="memory is given beside it"):
+        Machine(replay=recorded[0], memory="64M")
+
+
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
@@ -269,7 +285,15 @@ def test_qmp_refuses_what_would_change_a_recorded_guest(waiting: Machine, tmp_pa
     with Client(tmp_path / "control") as client:
         with pytest.raises(ControlError, match="the machine records"):
             client.execute("system_reset")
+        image = client.execute("x-xsave", {"cpu-index": 0})
         client.execute("stop")
+        for command, arguments in (
+            ("x-registers", {"set": {"rax": 1}}),
+            ("x-xsave", {"set": image}),
+            ("x-msr", {"index": 0x174, "set": 1}),
+        ):
+            with pytest.raises(ControlError, match="the machine records"):
+                client.execute(command, {"cpu-index": 0, **arguments})
         client.execute("cont")
 
 

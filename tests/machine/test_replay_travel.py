@@ -7,19 +7,23 @@ import hashlib
 import random
 import re
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
+from tests.machine import guests
 from tests.remote.conftest import tetrarch_cli
 
 import tetrarch
 from tetrarch import Machine
+from tetrarch._native import EngineError
 from tetrarch.control import ControlError
 from tetrarch.errors import MachineStateError
 from tetrarch.images import CachedGuest
 from tetrarch.machine.lifecycle import Phase
 from tetrarch.machine.status import StopReason
 from tetrarch.remote import RemoteMachine
+from tetrarch.testing import pvh_kernel
 
 LIMIT_S = 120
 PROMPT = "root@tetrarch:~# "
@@ -129,12 +133,37 @@ def test_from_another_process(recorded: tuple[Path, int], monkeypatch: pytest.Mo
         with pytest.raises(ControlError, match="-5 is no count"):
             vm.execute("replay-seek", {"icount": -5})
         assert asyncio.run(there_and_back(vm)) == ("here", 54321, "here")
-        vm.kill()
+        with pytest.raises(EngineError, match="the machine replays"):
+            vm.vcpus[0].regs.rax = 1
+        # Nothing presses a button that its guest never hears: that would be 90 s.
+        begun = time.monotonic()
+        stopped = tetrarch_cli("stop", "again")
+        assert (stopped.returncode, stopped.stderr) == (0, b"")
+        assert time.monotonic() - begun < 60
+        assert not vm.alive
 
 
 async def there_and_back(vm: RemoteMachine) -> tuple[str, int, str]:
     replay = vm.aio.replay
     return await replay.goto(54321), await replay.count(), await replay.goto(12345)
+
+
+def test_only_a_replay_of_another_process_has_a_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(pvh_kernel(guests.ENDLESS_LOOP))
+    with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as place:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", place)
+        options = ("--kernel", kernel, "--engine", "bt", "--memory", "16M")
+        started = tetrarch_cli("run", "--detach", "--name", "first", *options)
+        assert started.returncode == 0, started.stderr
+        vm = tetrarch.connect("first")
+        try:
+            with pytest.raises(MachineStateError, match="does not replay"):
+                _ = vm.replay.count
+        finally:
+            vm.kill()
 
 
 def test_only_a_replay_has_a_way(recorded: tuple[Path, int], debian_guest: CachedGuest) -> None:

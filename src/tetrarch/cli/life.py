@@ -21,7 +21,7 @@ from tetrarch.registry import About, machines
 from tetrarch.registry.claim import check_name, log_path
 from tetrarch.registry.listing import alive
 from tetrarch.remote import RemoteMachine, connect
-from tetrarch.remote.machine import is_paused
+from tetrarch.remote.machine import is_paused, replays
 
 __all__ = [
     "copy",
@@ -123,7 +123,8 @@ def each(names: Sequence[str], act: Callable[[RemoteMachine], object]) -> int:
 
 
 def stop(machine: RemoteMachine, grace: float) -> None:
-    if not machine.stop(grace):
+    heard = not replays(machine)
+    if not machine.stop(grace) and heard:
         print(
             f"tetrarch: {machine.name} did not switch itself off in {grace:g} s, and was ended",
             file=sys.stderr,

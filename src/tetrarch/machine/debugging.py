@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import BinaryIO, Literal
 
 from tetrarch._native import EngineError
-from tetrarch.errors import ConfigError, HostError, MachineStateError
+from tetrarch.errors import ConfigError, HostError
 from tetrarch.machine.breakpoints import Breakpoint, Hit
 from tetrarch.machine.debugger import Debugger, Stop
 from tetrarch.machine.engine_errors import engine_cause, engine_mend
 from tetrarch.machine.lifecycle import Phase
-from tetrarch.machine.replay import ReplayView
+from tetrarch.machine.replay import ReplayView, not_replayed
 from tetrarch.machine.running import RunMethods
 
 __all__ = ["DebugMethods"]
@@ -66,7 +66,7 @@ class DebugMethods(RunMethods):
         """The way through its recording, of a machine that replays."""
         replay = self._vm.replay()
         if replay is None:
-            raise MachineStateError("the machine does not replay", mend="make it with replay=FILE")
+            raise not_replayed()
         return ReplayView(replay, self._travel)
 
     def _travel(self, begin: Callable[[Debugger], None]) -> Stop:

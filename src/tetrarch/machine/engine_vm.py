@@ -173,9 +173,13 @@ def create_vm(
                 **recording,
             )
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
+        what = (
+            f"make a machine with {config.memory // MIB} MiB of memory and "
+            f"{cpus.count} CPU{'s' if cpus.count > 1 else ''}"
+            if config.replay is None
+            else f"replay {config.replay}"
+        )
         raise HostError(
-            f"cannot make a machine with {config.memory // MIB} MiB of memory and "
-            f"{cpus.count} CPU{'s' if cpus.count > 1 else ''}: "
-            f"{engine_cause(error) or type(error).__name__}",
+            f"cannot {what}: {engine_cause(error) or type(error).__name__}",
             mend=engine_mend(error, "try less memory"),
         ) from error

@@ -140,7 +140,8 @@ def _is_changed(config: MachineConfig, name: str) -> bool:
 def replayed(config: MachineConfig) -> MachineConfig:
     """``config`` with what the recording says of its machine.
 
-    Raises StateError where it is none of this version, HostError where it cannot be read.
+    Raises StateError where it is none of this version, HostError where it cannot be read,
+    ConfigError for other memory than it has.
     """
     if config.replay is None:
         return config
@@ -165,6 +166,12 @@ def replayed(config: MachineConfig) -> MachineConfig:
         ) from error
     finally:
         os.close(descriptor)
+    if "memory" in config.model_fields_set and config.memory != memory:
+        # Not among what cannot be given: a configuration that has been replayed has it.
+        raise ConfigError(
+            "replay: memory is given beside it, and all comes from the recording",
+            mend="leave memory out",
+        )
     changes: dict[str, Any] = {"engine": "bt", "memory": memory, "rng": False, "balloon": False}
     changes["platform"] = platform
     return config.model_copy(update=changes)

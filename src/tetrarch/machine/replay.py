@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Sequence
 
+from tetrarch.errors import MachineStateError
 from tetrarch.machine.debugger import Debugger, Hardware, Place, Stop
 from tetrarch.machine.engine_vm import EngineReplay, EngineVcpu, EngineVm
 
-__all__ = ["ReplayDebugger", "ReplayView", "debugger_of"]
+__all__ = ["ReplayDebugger", "ReplayView", "debugger_of", "not_replayed"]
 
 #: Beyond each recording's end.
 _END = (1 << 64) - 1
@@ -172,6 +173,10 @@ def debugger_of(
     if replay is None:
         return Debugger(vm, vcpus, there)
     return ReplayDebugger(vm, vcpus, replay)
+
+
+def not_replayed() -> MachineStateError:
+    return MachineStateError("the machine does not replay", mend="make it with replay=FILE")
 
 
 class ReplayView:

@@ -41,8 +41,13 @@ class VcpuView:
 
     def set_regs(self, **values: int) -> None:
         """Sets the given ones and leaves the others, or sets none where one cannot be."""
-        self._allow("set_regs")
+        self.require_settable()
         self._vcpu.set_regs(values)
+
+    def require_settable(self) -> None:
+        """Raises MachineStateError where no register can be set now: the machine records, or
+        replays."""
+        self._allow("set_regs")
 
     @property
     def fpu(self) -> FpuRegisters:

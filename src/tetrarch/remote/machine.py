@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from tetrarch.display.screen import Screen
     from tetrarch.remote.vmware import RemoteGuestInfo, RemoteTools
 
-__all__ = ["Completed", "RemoteMachine", "connect", "is_paused"]
+__all__ = ["Completed", "RemoteMachine", "connect", "is_paused", "replays"]
 
 #: What a process takes to end its machine, however busy its host.
 _END_S: Final = 10.0
@@ -302,6 +302,8 @@ class RemoteMachine(PauseMethods, AgentMethods):
         """Presses the power button, and ends the machine where its guest has not switched itself
         off after ``grace`` seconds. False: it was ended so."""
         deadline = time.monotonic() + grace
+        if replays(self):
+            deadline = 0.0  # its guest hears nothing
         with MachineProcess(self.about) as process:
             with suppress(TetrarchError, TimeoutError):
                 self.resume()  # one that stands would not see it
@@ -439,6 +441,13 @@ def is_paused(machine: RemoteMachine) -> bool:
     """Whether it says so; one that does not answer says nothing."""
     with suppress(TetrarchError, TimeoutError):
         return machine.phase is Phase.PAUSED
+    return False
+
+
+def replays(machine: RemoteMachine) -> bool:
+    """As ``is_paused``."""
+    with suppress(TetrarchError, TimeoutError):
+        return bool(machine.execute("query-replay", timeout=_END_S)["mode"] == "play")
     return False
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tetrarch.machine.debugger import Place
+from tetrarch.machine.replay import not_replayed
 
 __all__ = ["RemoteReplay"]
 
@@ -19,7 +20,10 @@ class RemoteReplay:
     @property
     def count(self) -> int:
         """As ``ReplayView.count``."""
-        return int(self._execute("query-replay")["icount"])
+        told = self._execute("query-replay")
+        if told["mode"] != "play":
+            raise not_replayed()
+        return int(told["icount"])
 
     def goto(self, count: int) -> Place:
         """As ``ReplayView.goto``."""

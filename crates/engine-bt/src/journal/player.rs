@@ -70,7 +70,8 @@ impl Player {
         let Some(Entry::Start(start)) = first else {
             return Err(EngineError::Refused(
                 "the recording ends before the guest has begun".into(),
-            ));
+            )
+            .mended_by("record again"));
         };
         let first_memory = reader.place();
         let tape = Tape { reader, read: Mark::default(), inside: false, diverged: None };

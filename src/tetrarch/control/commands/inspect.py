@@ -80,6 +80,7 @@ def registers(
     for name, value in (set_ or {}).items():
         _require(name, value, 1 << 64)
     if set_:
+        _require_settable(monitor, cpu_index)
         vcpu.set_regs(set_)
     return vcpu.regs()
 
@@ -89,6 +90,7 @@ def xsave(monitor: Monitor, cpu_index: int, set_: str | None = None) -> str:
     """x87, SSE and AVX registers as an XSAVE image in base64 (Intel SDM 1, 13.4)."""
     vcpu = _vcpu(monitor, cpu_index)
     if set_ is not None:
+        _require_settable(monitor, cpu_index)
         vcpu.set_xsave(base64.b64decode(set_, validate=True))
     return base64.b64encode(vcpu.xsave()).decode()
 
@@ -102,6 +104,7 @@ def msr(
     _require("index", index, 1 << 32)
     if set_ is not None:
         _require("set", set_, 1 << 64)
+        _require_settable(monitor, cpu_index)
         if not vcpu.set_msr(index, set_):
             raise QmpError(f"the CPU refuses {set_:#x} for the MSR {index:#x}")
     return {"value": vcpu.msr(index)}
@@ -118,6 +121,11 @@ def _vcpu(monitor: Monitor, index: int) -> EngineVcpu:
     if index not in monitor.machine.pc.vcpus.numbers:
         raise QmpError("Parameter 'cpu-index' expects a CPU number")
     return monitor.machine.engine_vm.vcpu(index)
+
+
+def _require_settable(monitor: Monitor, index: int) -> None:
+    """The engine would take registers of a machine that records or replays, too."""
+    monitor.machine.vcpu(index).require_settable()
 
 
 def _require(name: str, value: int, end: int) -> None:
