@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,9 +22,11 @@ from tests.machine import guests
 from tests.terminals import kill
 
 import tetrarch
+from tetrarch.cli import stat
 from tetrarch.cli.detach import _Stamped
 from tetrarch.errors import HostError
 from tetrarch.registry import Claim, machines
+from tetrarch.remote import RemoteMachine
 from tetrarch.testing import pvh_kernel
 
 LIMIT_S = 60
@@ -500,6 +503,23 @@ def test_stat_shows_counters_once_and_again(cli: Cli, start: Callable[..., None]
         assert "cpu_percent" in lines[2]["host"]
         cli("kill", "web")
         assert live.wait(LIMIT_S) == 0
+
+
+def test_stat_ends_with_a_machine_that_hangs_up_before_it_is_gone(
+    start: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start("web")
+    samples = iter([stat._sample(tetrarch.connect("web"))])
+
+    def sample(vm: RemoteMachine) -> stat._Sample:
+        for one in samples:
+            return one
+        threading.Timer(0.2, vm.kill).start()
+        raise HostError("it has hung up", mend="see whether it still runs")
+
+    monkeypatch.setattr(stat, "_sample", sample)
+    stat.show_stat("web", as_json=True, every=0.01)
+    assert [about.name for about in machines()] == []
 
 
 def test_timeout_counts_in_the_background(cli: Cli, start: Callable[..., None]) -> None:

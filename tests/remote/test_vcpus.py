@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from pathlib import Path
@@ -36,11 +37,14 @@ def test_cpus_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert vm.plug_vcpu(2) == 2
         assert [vcpu.number for vcpu in vm.vcpus] == [0, 1, 2]
         assert vm.vcpus[2].regs.rip is not None
+        (row,) = json.loads(tetrarch_cli("ps", "--json").stdout)
+        assert row["cpus"] == 3
         refused = tetrarch_cli("attach-cpu", "cpus")
         assert (refused.returncode, refused.stdout) == (1, b"")
         assert refused.stderr.startswith(b"tetrarch: all 3 CPUs that the machine can have are in")
-        with pytest.raises(ControlError, match="there is no such CPU"):
-            vm.plug_vcpu(7)
+        for number in (7, -1):
+            with pytest.raises(MachineStateError, match=f"can have no CPU {number}: they are 0 to"):
+                vm.plug_vcpu(number)
         with pytest.raises(HostError, match=r"the guest has not given cpu2 up within 0.1 s"):
             vm.unplug_vcpu(2, timeout=0.1)
         with pytest.raises(ControlError, match="CPU 0 stays in its machine"):

@@ -48,9 +48,9 @@ def show_machines(as_json: bool, names_alone: bool) -> None:
         print("".join(f"{about.name}\n" for about in found), end="")
         return
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        states = list(pool.map(_state, found))
+        asked = list(pool.map(_asked, found))
     # What has ended since is gone.
-    rows = [(about, state) for about, state in zip(found, states, strict=True) if state]
+    rows = [(about, state) for about, state in asked if state]
     if as_json:
         print(json.dumps([_as_json(*row) for row in rows], indent=2, default=os.fspath))
         return
@@ -62,15 +62,18 @@ def show_machines(as_json: bool, names_alone: bool) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _state(about: About) -> str:
-    """As QMP names it; empty where the machine has ended meanwhile."""
+def _asked(about: About) -> tuple[About, str]:
+    """With the CPUs that are there now, and the state as QMP names it, which is empty where the
+    machine has ended meanwhile."""
     if not about.ready:
-        return "starting"
+        return about, "starting"
+    vm = RemoteMachine(about)
     try:
-        answer = RemoteMachine(about).execute("query-status", timeout=_ANSWER_S)
-        return str(answer["status"])
+        state = vm.execute("query-status", timeout=_ANSWER_S)["status"]
+        cpus = len(vm.execute("query-cpus-fast", timeout=_ANSWER_S))
+        return about.model_copy(update={"cpus": cpus}), str(state)
     except (TetrarchError, TimeoutError):
-        return "no answer" if alive(about.name) else ""
+        return about, "no answer" if alive(about.name) else ""
 
 
 def _as_json(about: About, state: str) -> dict[str, Any]:

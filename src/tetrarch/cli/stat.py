@@ -12,11 +12,14 @@ from typing import Any
 
 from tetrarch.errors import TetrarchError
 from tetrarch.remote import RemoteMachine, connect
+from tetrarch.remote.process import MachineProcess
 
 __all__ = ["show_stat"]
 
 _CLEAR = "\x1b[H\x1b[J"
 _TICKS = os.sysconf("SC_CLK_TCK")
+#: What a machine that has hung up may take to end.
+_END_S = 5.0
 _PAGE = os.sysconf("SC_PAGESIZE")
 
 
@@ -40,7 +43,7 @@ def show_stat(name: str, as_json: bool, every: float | None) -> None:
         try:
             sample = _sample(machine)
         except TetrarchError:
-            if last is None or machine.alive:
+            if last is None or not _has_ended(machine):
                 raise
             return
         report = _report(machine.name, sample, last)
@@ -53,6 +56,12 @@ def show_stat(name: str, as_json: bool, every: float | None) -> None:
             return
         last = sample
         time.sleep(every)
+
+
+def _has_ended(machine: RemoteMachine) -> bool:
+    """A machine that ends hangs up before its process is gone."""
+    with MachineProcess(machine.about) as process:
+        return process.wait(_END_S)
 
 
 def _sample(machine: RemoteMachine) -> _Sample:

@@ -14,8 +14,8 @@ _LEVELS: Final = ("socket-id", "core-id", "thread-id")
 
 def plug_vcpu(client: Client, number: int | None) -> int:
     """Puts the CPU of that number in, the first that is not there if it is None; its guest is
-    told. Gives its number. Raises MachineStateError where all are there, ControlError for what
-    the machine refuses."""
+    told. Gives its number. Raises MachineStateError where all are there, or it can have none of
+    that number, ControlError for what the machine refuses."""
     cpus = _cpus(client)
     if number is None:
         free = [one for one, cpu in enumerate(cpus) if "qom-path" not in cpu]
@@ -25,9 +25,13 @@ def plug_vcpu(client: Client, number: int | None) -> int:
                 mend="start it with more: --cpus N,max=M",
             )
         number = free[0]
-    place = cpus[number]["props"] if 0 <= number < len(cpus) else {"socket-id": number}
-    driver = cpus[0]["type"]
-    client.execute("device_add", {"driver": driver, "id": f"cpu{number}", **place})
+    if not 0 <= number < len(cpus):
+        raise MachineStateError(
+            f"the machine can have no CPU {number}: they are 0 to {len(cpus) - 1}",
+            mend="name one of them, or start it with more: --cpus N,max=M",
+        )
+    cpu = cpus[number]
+    client.execute("device_add", {"driver": cpu["type"], "id": f"cpu{number}", **cpu["props"]})
     return number
 
 
