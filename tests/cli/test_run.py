@@ -179,6 +179,8 @@ def test_options_of_a_file_and_the_command_line_on_top(cli: Cli, tmp_path: Path)
         ("memroy = 3", "memroy: there is no such option; did you mean memory?"),
         ("[run]\nstat = true", "run.stat: there is no such option; did you mean stats?"),
         ("[run]\ntimeout = -1", "run.timeout: -1 is no time to wait"),
+        ("timeout = 1", "timeout: this is an option of the command; write it in [run]"),
+        ("[run]\ncpus = 2", "2: run.cpus: this is an option of the machine; write it above [run]"),
     ],
 )
 def test_wrong_option_of_a_file(cli: Cli, tmp_path: Path, text: str, message: str) -> None:

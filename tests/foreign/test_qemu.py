@@ -206,6 +206,7 @@ def test_disk_without_a_kernel_is_booted_by_the_default_guests() -> None:
         (["qemu-system-x86_64", "-m", "1G"], "nothing is left to run"),
         (["ls", "-l"], "no word is a program of QEMU's"),
         ([], "no word is a program of QEMU's"),
+        (["/usr/bin/qemu-system-aarch64", "-kernel", "k"], "qemu-system-aarch64 runs guests of an"),
     ],
 )
 def test_what_cannot_run_is_refused(words: list[str], message: str) -> None:

@@ -95,6 +95,7 @@ def test_tables_say_what_texts_say(tmp_path: Path) -> None:
         ("a = 1\nb = \n", "2: this is no TOML: Invalid value; correct it"),
         ("\ndisk = [" + "'x'," * 257 + "]", "2: disk: there are 257 of them; give 256 at most"),
         ("run = 3", "1: run: it is no table; write [run]"),
+        ('[run]\njson = true\nname = "a"', "3: run.name: this is an option of the machine"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, message: str) -> None:

@@ -16,7 +16,14 @@ import typer
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from tetrarch.errors import ConfigError
-from tetrarch.machine.config import MachineConfig, ValueProblem, check_options, option, several
+from tetrarch.machine.config import (
+    MachineConfig,
+    ValueProblem,
+    check_options,
+    option,
+    option_names,
+    several,
+)
 
 __all__ = [
     "COMMAND_WORD",
@@ -232,7 +239,7 @@ def _of_file(path: str | None) -> tuple[MachineConfig, dict[str, Any], dict[str,
         return machine, {}, dict.fromkeys(machine.model_fields_set, path)
     from tetrarch.machine.config_file import RUN_TABLE, ConfigFile
 
-    file = ConfigFile.read(Path(path))
+    file = ConfigFile.read(Path(path), option_names(CommandOptions))
     run = dict(file.run)
     check_options(CommandOptions, run, file.spelled_run)
     for name in ("ssh_key", "allow"):

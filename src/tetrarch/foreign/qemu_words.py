@@ -18,7 +18,9 @@ __all__ = ["REPEATED", "Option", "is_qemu", "options_of", "words_of_script"]
 
 #: Between the values of a key that may be there several times: hostfwd, guestfwd.
 REPEATED = "\0"
-_PROGRAM = re.compile(r"(?:.*/)?(?:qemu-system-[a-z0-9_]+|qemu-kvm|kvm)")
+_PROGRAM = re.compile(r"(?:.*/)?(?:qemu-system-([a-z0-9_]+)|qemu-kvm|kvm)")
+#: As the programs are called.
+_X86 = ("x86_64", "i386")
 #: Options that are followed by no value.
 _ALONE = frozenset(
     """S async-teardown audio-help daemonize enable-kvm enable-sync-profile full-screen h help
@@ -103,6 +105,12 @@ def options_of(words: Sequence[str]) -> Iterator[Option]:
     if not start and not (words and words[0].startswith("-")):
         raise ConfigError(
             "no word is a program of QEMU's", mend="give qemu-system-x86_64 and its options"
+        )
+    program = _PROGRAM.fullmatch(words[start - 1]) if start else None
+    if program is not None and program[1] not in (None, *_X86):
+        raise ConfigError(
+            f"qemu-system-{program[1]} runs guests of another CPU",
+            mend="give a command line of qemu-system-x86_64",
         )
     rest = iter(words[start:])
     for word in rest:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -47,8 +48,8 @@ class ConfigFile:
     lines: dict[Place, int]
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Raises ConfigError."""
+    def read(cls, path: Path, of_run: Collection[str] = ()) -> Self:
+        """``of_run`` are the options of the table for ``tetrarch run``. Raises ConfigError."""
         text = read_text(path, "TOML file")
         try:
             values = tomllib.loads(text)
@@ -60,6 +61,16 @@ class ConfigFile:
             raise ConfigError(
                 f"{file.spelled(RUN_TABLE)}it is no table", mend=f"write [{RUN_TABLE}]"
             )
+        for name in values:
+            if name in of_run:
+                cause = "this is an option of the command"
+                raise ConfigError(f"{file.spelled(name)}{cause}", mend=f"write it in [{RUN_TABLE}]")
+        for name in run:
+            # What stands behind the table's head is the table's, wherever it was meant to be.
+            if name in MachineConfig.model_fields:
+                cause = "this is an option of the machine"
+                mend = f"write it above [{RUN_TABLE}]"
+                raise ConfigError(f"{file.spelled_run(name)}{cause}", mend=mend)
         config = make_config(file._texts(values), file.spelled)
         return cls(path, relative_to(config, path.parent), run, file.lines)
 
