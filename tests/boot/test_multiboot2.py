@@ -129,7 +129,7 @@ def test_flat_kernel_may_begin_where_its_file_does(make_vm: Any, write: Any) -> 
         (flat(bss_end=LOAD + 8), "its bss ends at 0x100008"),
         (flat(entry=LOAD + 0x1000), "its entry 0x101000 is outside"),
         (flat(header=16, load=0, entry=48), "free RAM begins at 1 MiB"),
-        (flat(bss_end=0xF000_0000), "needs more than the 16 MiB"),
+        (flat(bss_end=0xB000_0000), "needs more than the 16 MiB"),
         (flat(tag(7)), "what is not there .a tag of type 7."),
         (flat(tag(1, 9)), "information that is not there .type 9."),
         (flat(tag(4)), "a tag of type 4 that is too short"),

@@ -10,7 +10,15 @@ from itertools import pairwise
 from tetrarch.boot.elf import PT_LOAD, Segment
 from tetrarch.boot.initrd import InitrdFile
 from tetrarch.boot.initrd_memory import too_little_memory
-from tetrarch.boot.layout import HIGH_MEMORY, PAGE_SIZE, GuestMemory, align_up, low_ram_top
+from tetrarch.boot.layout import (
+    EBDA_BASE,
+    HIGH_MEMORY,
+    LOW_RAM_MAX,
+    PAGE_SIZE,
+    GuestMemory,
+    align_up,
+    low_ram_top,
+)
 from tetrarch.boot.source import Source, copy_to_guest, zero_guest
 from tetrarch.errors import BootError
 
@@ -24,6 +32,8 @@ __all__ = [
     "load_modules",
 ]
 
+#: Of the data that a BIOS keeps at 0x400.
+BDA_EBDA_SEGMENT, BDA_MEMORY_KIB = 0x40E, 0x413
 LOADER_NAME = b"Tetrarch\0"
 
 
@@ -74,13 +84,22 @@ def load_image(vm: GuestMemory, source: Source, segments: Sequence[Segment], ent
     if ordered[0].physical < HIGH_MEMORY:
         raise lies(source, f"it lies at {ordered[0].physical:#x}; free RAM begins at 1 MiB")
     end = ordered[-1].physical + ordered[-1].memory_size
+    if end > LOW_RAM_MAX:
+        raise lies(source, f"it ends at {end:#x}; a PC has RAM up to {LOW_RAM_MAX:#x}")
     if end > low_ram_top(vm):
         raise too_little_memory(vm, source, end, None)
     for segment in segments:
         copy_to_guest(vm, segment.physical, source, segment.offset, segment.file_size)
         bss = segment.memory_size - segment.file_size
         zero_guest(vm, segment.physical + segment.file_size, bss)
+    _write_bios_data(vm)
     return end
+
+
+def _write_bios_data(vm: GuestMemory) -> None:
+    """Where conventional memory ends: Xen puts its start of further CPUs below the smaller one."""
+    vm.write_memory(BDA_EBDA_SEGMENT, (EBDA_BASE >> 4).to_bytes(2, "little"))
+    vm.write_memory(BDA_MEMORY_KIB, (EBDA_BASE >> 10).to_bytes(2, "little"))
 
 
 @dataclass(frozen=True)
