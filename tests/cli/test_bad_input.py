@@ -49,6 +49,8 @@ from tetrarch.testing import pvh_kernel
         ),
         (["--snapshot", "--image", "debian"], 2, "the guest debian keeps nothing that it writes"),
         (["--snapshot", "--disk", "vhost-user=/s"], 2, "is kept by who serves it"),
+        (["--allow", "x", "--allow", ""], 2, "--allow: '' is no file name"),
+        (["--restore", ""], 2, "--restore: '' is no file name"),
         (["--snapshot", "--restore", "x"], 2, "--snapshot and --restore do not go together"),
         (["--image", "nope"], 2, "no image is called 'nope'"),
         (["--record", "x", "--", "true"], 2, "--record and a command do not go together"),

@@ -17,6 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from tetrarch.errors import ConfigError
 from tetrarch.machine.config import (
+    FilePath,
+    FilePaths,
     MachineConfig,
     ValueProblem,
     check_options,
@@ -89,7 +91,7 @@ class CommandOptions(BaseModel):
         None, "Stop the guest then; exit code 124.", "SECONDS"
     )
     detach: bool = option(False, "Run it in the background, and print its name.")
-    restore: Path | None = option(
+    restore: FilePath | None = option(
         None, "A machine that was saved, to go on from there; docs/snapshots.md.", "FILE"
     )
     fresh_identity: bool = option(
@@ -105,7 +107,7 @@ class CommandOptions(BaseModel):
     user: Annotated[str, BeforeValidator(_user)] = option(
         "", "For cloud-init in the guest: a user, who may use sudo.", "NAME"
     )
-    ssh_key: Several[Path] = option(
+    ssh_key: FilePaths = option(
         (), "For cloud-init: who may log in [default: ~/.ssh/id_*.pub]; repeatable.", "FILE.pub"
     )
     hostname: Annotated[str, BeforeValidator(_host)] = option(
@@ -119,7 +121,7 @@ class CommandOptions(BaseModel):
         "What the process gives up before the guest runs; docs/confinement.md [default: auto].",
         "auto|off",
     )
-    allow: Several[Path] = option(
+    allow: FilePaths = option(
         (), "A path that a jailed machine may open later; repeatable.", "PATH"
     )
     report: bool = option(

@@ -39,6 +39,8 @@ __all__ = [
     "CpusSpec",
     "DiskOption",
     "EngineName",
+    "FilePath",
+    "FilePaths",
     "FloppyOption",
     "GdbOption",
     "InputOption",
@@ -298,6 +300,7 @@ def _firmware(value: object) -> FirmwareSpec | None:
 
 
 FilePath = Annotated[Path, BeforeValidator(_path)]
+FilePaths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: _each(_path, value))]
 Text = Annotated[str, BeforeValidator(_text)]
 
 
