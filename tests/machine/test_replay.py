@@ -53,6 +53,19 @@ def recorded(
     return make_recording(tmp_path_factory.mktemp("recorded"))
 
 
+def test_firmware_lives_again(tmp_path: Path) -> None:
+    """Its image is memory of the machine's, and no file of it is needed."""
+    image, recording = tmp_path / "bios.bin", tmp_path / "recording"
+    # mov dx, 0x3f8 ; mov al, '!' ; out dx, al ; mov al, 0xfe ; out 0x64, al ; jmp $
+    code = bytes.fromhex("baf803 b021 ee b0fe e664 ebfe")
+    reset = bytes.fromhex("e90d00")  # jmp to the image's first byte
+    image.write_bytes(code.ljust(65520, b"\0") + reset.ljust(16, b"\0"))
+    with Machine(engine="bt", memory="16M", firmware=image, record=recording) as vm:
+        assert vm.run(LIMIT_S).reason is StopReason.RESET
+    image.unlink()
+    assert live_again(recording)[0] == "!"
+
+
 def live_again(recording: Path) -> tuple[str, int]:
     """What the guest says, and how many checkpoints there were."""
     with Machine(replay=recording) as vm:

@@ -9,7 +9,7 @@ from tetrarch import _native
 from tetrarch.errors import HostError
 from tetrarch.machine.config import MIB, MachineConfig
 from tetrarch.machine.engine_errors import engine_cause, engine_mend
-from tetrarch.machine.recording import opened
+from tetrarch.machine.recording import firmware_bytes, opened
 from tetrarch.platforms.platform import Platform
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
@@ -162,7 +162,7 @@ def create_vm(
     cpus = config.cpus
     try:
         with opened(config) as recording:
-            return _native.Vm(
+            vm = _native.Vm(
                 engine,
                 config.memory,
                 (cpus.sockets, cpus.cores, cpus.threads),
@@ -172,6 +172,9 @@ def create_vm(
                 signature=None if cpu is None else cpu.signature,
                 **recording,
             )
+            if size := firmware_bytes(config):
+                vm.add_memory((1 << 32) - size, size)
+            return vm
     except (_native.EngineError, MemoryError, OSError, OverflowError) as error:
         what = (
             f"make a machine with {config.memory // MIB} MiB of memory and "

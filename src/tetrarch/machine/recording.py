@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from tetrarch.machine.config import MachineConfig
     from tetrarch.machine.engine_vm import EngineVm
 
-__all__ = ["Recording", "RecordingEnd", "check_recorded", "forbid_untrue", "opened", "replayed"]
+__all__ = [
+    "Recording",
+    "RecordingEnd",
+    "check_recorded",
+    "firmware_bytes",
+    "forbid_untrue",
+    "opened",
+    "replayed",
+]
 
 #: About a second of a busy guest.
 _CHECKPOINT_EVERY: Final = 1 << 30
@@ -145,27 +153,7 @@ def replayed(config: MachineConfig) -> MachineConfig:
     """
     if config.replay is None:
         return config
-    descriptor = _open(config.replay, open_regular, "replay")
-    try:
-        about = json.loads(recorded_configuration(descriptor))
-        memory = int(about["memory"])
-        platform = about.get("platform", "pc")
-        if platform not in PLATFORMS:
-            raise ValueError(f"it has the platform {str(platform)[:64]!r}")
-    except (
-        EngineError,
-        ValueError,
-        TypeError,
-        KeyError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise StateError(
-            f"cannot replay {config.replay}: {engine_cause(error)}",
-            mend="name a file that --record has written",
-        ) from error
-    finally:
-        os.close(descriptor)
+    memory, platform, _ = _read(config.replay)
     if "memory" in config.model_fields_set and config.memory != memory:
         # Not among what cannot be given: a configuration that has been replayed has it.
         raise ConfigError(
@@ -177,15 +165,55 @@ def replayed(config: MachineConfig) -> MachineConfig:
     return config.model_copy(update=changes)
 
 
+def firmware_bytes(config: MachineConfig) -> int:
+    """How much of its firmware's image a machine that lives again has in memory."""
+    return 0 if config.replay is None else _read(config.replay)[2]
+
+
+def _read(path: Path) -> tuple[int, str, int]:
+    """Bytes of memory, platform, and bytes of firmware of a recorded machine."""
+    descriptor = _open(path, open_regular, "replay")
+    try:
+        about = json.loads(recorded_configuration(descriptor))
+        memory, firmware = int(about["memory"]), int(about.get("firmware", 0))
+        platform = about.get("platform", "pc")
+        if platform not in PLATFORMS:
+            raise ValueError(f"it has the platform {str(platform)[:64]!r}")
+        if not 0 <= firmware < 1 << 32:
+            raise ValueError(f"it has {firmware} bytes of firmware")
+    except (
+        EngineError,
+        ValueError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise StateError(
+            f"cannot replay {path}: {engine_cause(error)}",
+            mend="name a file that --record has written",
+        ) from error
+    finally:
+        os.close(descriptor)
+    return memory, platform, firmware
+
+
 @contextmanager
 def opened(config: MachineConfig) -> Iterator[dict[str, Any]]:
     """What an engine's VM is made with to record or to replay; the files are open meanwhile."""
     if config.record is not None:
+        # Its image is memory beside the machine's own, which a replay has to make.
+        firmware = 0
+        if config.firmware is not None:
+            from tetrarch.firmware.image import FirmwareImage
+
+            firmware = len(FirmwareImage.read(config.firmware).data)
         about = json.dumps(
             {
                 "tetrarch": __version__,
                 "memory": config.memory,
                 "platform": config.platform,
+                "firmware": firmware,
             }
         )
         # Of a machine that is gone: another's memory shall not be left behind it.
