@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from tests.i386 import i386_package
+from tests.debs import debian_package
 from tests.initrds import shell_tree
 
 from tetrarch import Machine, StopReason
@@ -44,7 +44,7 @@ def _expected(busybox: bytes) -> list[str]:
 
 
 def _works(kernel: Path, folder: Path, machine: str) -> None:
-    busybox = (i386_package("busybox-static") / "bin" / "busybox").read_bytes()
+    busybox = (debian_package("busybox-static", "i386") / "bin" / "busybox").read_bytes()
     initrd = folder / "initrd.gz"
     initrd.write_bytes(shell_tree(WORK, busybox).gzip())
     with Machine(
@@ -69,5 +69,5 @@ def test_i386_programs_run_in_a_64_bit_guest(debian_guest: CachedGuest, tmp_path
 
 @pytest.mark.long
 def test_debians_i386_kernel_boots(tmp_path: Path) -> None:
-    kernel = next((i386_package("linux-image-686-pae") / "boot").glob("vmlinuz-*"))
+    kernel = next((debian_package("linux-image-686-pae", "i386") / "boot").glob("vmlinuz-*"))
     _works(kernel, tmp_path, "i686")
