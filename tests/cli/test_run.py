@@ -153,6 +153,10 @@ def test_reset_starts_the_guest_anew_if_it_is_asked_for(cli: Cli, tmp_path: Path
     assert (done.returncode, done.stdout) == (0, "up\n" * 3)
     report = json.loads(done.stderr.splitlines()[-1])
     assert (report["status"], report["resets"]) == ("powered-off", 2)
+    assert cli(*command, "--reboot").stdout == done.stdout
+    assert cli(*command, "--no-reboot").returncode == ended.returncode
+    both = cli(*command, "--no-reboot", "--on-reset", "end")
+    assert "--on-reset and --[no-]reboot say the same; give one of them" in both.stderr
     wrong = cli(*command, "--on-reset", "again")
     assert wrong.returncode == 2
     assert "--on-reset: 'again' is nothing that a reset can do; there are end and restart" in (

@@ -154,6 +154,8 @@ def _annotations() -> Iterator[tuple[str, Any]]:
     )
     yield "guest", Annotated[str | None, guest]
     yield "command", Annotated[list[str] | None, typer.Option(COMMAND_WORD, hidden=True)]
+    reboot = typer.Option("--reboot/--no-reboot", help="Short for --on-reset restart, or end.")
+    yield "reboot", Annotated[bool | None, reboot]
     for model in (MachineConfig, CommandOptions):
         for field_name, field in model.model_fields.items():
             if field_name == "command":
@@ -200,6 +202,10 @@ def effective(typed: dict[str, Any]) -> Effective:
     """What was typed counts most, then TETRARCH_NAME of the environment, then the file."""
     given = {name: value for name, value in typed.items() if value is not None}
     origins = {name: f"option {_spelling(name)}" for name in given}
+    if (reboot := given.pop("reboot", None)) is not None:
+        if "on_reset" in given:
+            raise ConfigError("--on-reset and --[no-]reboot say the same", mend="give one of them")
+        given["on_reset"], origins["on_reset"] = "restart" if reboot else "end", origins["reboot"]
     if (guest := given.pop("guest", None)) is not None:
         if "image" in given or "kernel" in given:
             raise ConfigError(
