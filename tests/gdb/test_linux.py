@@ -90,7 +90,9 @@ def test_break_by_symbol_backtrace_and_watch_on_bt(
         )
         in_call = r" in ksys_write \(\)\n#1 .* in (__x64_sys_write|do_syscall_64) \(\)"
         assert len(re.findall(in_call, said)) == 2, said
-        assert re.search(r" in do_syscall_64 \(\)\n#\d .* in entry_SYSCALL_64_\w+ \(\)", said), said
+        assert re.search(r" in do_syscall_64 \(\)\n#\d+ .* in entry_SYSCALL_64_\w+ \(\)", said), (
+            said
+        )
         assert re.search(r"Breakpoint 2, .* in __x64_sys_write \(\)", said), said
         old, new = re.findall(r"(?:Old|New) value = (\d+)", said)
         assert int(new) == int(old) + 1, said
@@ -111,7 +113,7 @@ def test_threads_steps_and_backtrace_on_kvm(writer: Path, tmp_path: Path) -> Non
         },
     )
     assert re.search(r"2 +Thread 2 \(vCPU 1\)", console), console
-    assert re.search(r" in do_syscall_64 \(\)\n#\d .* in entry_SYSCALL_64_\w+ \(\)", console), (
+    assert re.search(r" in do_syscall_64 \(\)\n#\d+ .* in entry_SYSCALL_64_\w+ \(\)", console), (
         console
     )
     assert console.count("stepped: True") == 3, console
