@@ -168,7 +168,7 @@ impl Machine {
 
     fn change_region(&self) {
         let generation = self.add(REGION_GENERATION);
-        if generation % 2 == 0 {
+        if generation.is_multiple_of(2) {
             drop(self.memory.remove_region(GuestPhys(REGION)).expect("it is there"));
             return;
         }
