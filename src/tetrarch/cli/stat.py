@@ -18,9 +18,9 @@ __all__ = ["show_stat"]
 
 _CLEAR = "\x1b[H\x1b[J"
 _TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGESIZE")
 #: What a machine that has hung up may take to end.
 _END_S = 5.0
-_PAGE = os.sysconf("SC_PAGESIZE")
 
 
 @dataclass(frozen=True)
