@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from tests.boot.conftest import build_bzimage
 from tests.machine import guests
 
 from tetrarch import ConfigError, HostError, Machine
@@ -171,8 +172,26 @@ def test_family_model_and_stepping_are_packed_as_cpuid_has_them(name: str, signa
 def test_what_needs_a_feature_goes_with_it() -> None:
     assert {"avx2", "fma", "avx512vl", "vaes"} <= needing(["avx"])
     assert "aes" not in needing(["avx"])
+    for needed in ("xsave", "sse2", "sse"):
+        assert "avx" in needing([needed])
     with pytest.raises(ValueProblem):
         feature_named("no such")
+
+
+@pytest.mark.parametrize("feature", ["lm", "pae"])
+def test_kernel_that_starts_in_a_mode_which_its_cpu_lacks_is_refused(
+    tmp_path: Path, feature: str
+) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(build_bzimage())
+    with (
+        Machine(kernel=kernel, engine="bt", memory="64M", cpu=f"host,-{feature}") as vm,
+        pytest.raises(ConfigError, match=f"64-bit mode.*leave -{feature} out"),
+    ):
+        vm.load()
+    kernel.write_bytes(pvh_kernel(guests.POWER_OFF))
+    with Machine(kernel=kernel, engine="bt", memory="16M", cpu=f"host,-{feature}") as vm:
+        assert vm.run(LIMIT_S).ok
 
 
 def test_guest_finds_what_a_model_has_and_no_more(engine: EngineName, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def with_needs(features: Iterable[str]) -> frozenset[str]:
     while left:
         if (feature := left.pop()) not in found:
             found.add(feature)
-            left += [needs[feature]] if feature in needs else []
+            left += needs.get(feature, "").split()
     return frozenset(found)
 
 

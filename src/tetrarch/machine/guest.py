@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,12 @@ from tetrarch._native import disk_info
 from tetrarch.block.disk import disk_errors
 from tetrarch.block.spec import DiskSpec
 from tetrarch.boot.cmdline import TERMINAL, with_terminal
+from tetrarch.boot.cpustate import EFER_LMA
 from tetrarch.boot.initrd import initrd_files
 from tetrarch.boot.source import Source
+from tetrarch.errors import ConfigError
 from tetrarch.machine.config import MachineConfig
+from tetrarch.machine.cpu_spec import CpuSpec
 from tetrarch.machine.disks import check_images
 from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.platforms.platform import Platform
@@ -55,6 +59,20 @@ def check_files(config: MachineConfig) -> None:
         discs = (cd.disk for cd in config.cdrom)
         for disk in (*images, *discs, *(floppy.disk for floppy in config.floppy)):
             disk_info(disk.path, disk.format)
+
+
+def _check_mode(cpu: CpuSpec, registers: Mapping[str, int]) -> None:
+    """Raises ConfigError for a kernel that starts in long mode, which its CPU has not."""
+    if not registers["efer"] & EFER_LMA or not cpu.removed:
+        return
+    from tetrarch.machine.cpu_models import needing
+
+    for feature in cpu.removed:
+        if "lm" in needing([feature]):
+            raise ConfigError(
+                f"cpu {cpu}: the kernel starts in 64-bit mode, which no CPU without {feature} has",
+                mend=f"leave -{feature} out, or give a 32-bit kernel",
+            )
 
 
 def _check_disc(path: Path) -> None:
@@ -153,6 +171,7 @@ def load_guest(
         for address, data in tables:
             vm.write_memory(address, data)
         registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp, vga=config.vga)
+        _check_mode(config.cpu, registers)
     else:
         raise ValueError("the guest has not been resolved")
     # Boot protocols leave the IDT open. With the limit of a CPU after RESET (SDM
