@@ -66,8 +66,14 @@ def test_power_off_ends_with_0_and_gives_the_terminal_back(shell: "pexpect.spawn
     assert end(shell) == 0
 
 
-def test_reboot_ends_with_0(shell: "pexpect.spawn[str]") -> None:
+def test_reboot_starts_it_again(shell: "pexpect.spawn[str]") -> None:
+    assert "42" in command(shell, "echo $((6 * 7)) > /tmp/answer; cat /tmp/answer")
     shell.sendline("reboot")
+    shell.expect("Restarting system")
+    shell.expect(PROMPT)
+    assert "No such file" in command(shell, "cat /tmp/answer")
+    shell.sendline("poweroff")
+    shell.expect("Power down")
     assert end(shell) == 0
 
 

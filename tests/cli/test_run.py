@@ -21,7 +21,7 @@ from tetrarch.testing import pvh_kernel
     ("code", "options", "exit_code"),
     [
         (guests.POWER_OFF, [], 0),
-        (guests.TRIPLE_FAULT_ON_PURPOSE, [], 0),
+        (guests.TRIPLE_FAULT_ON_PURPOSE, ["--no-reboot"], 0),
         (guests.TRIPLE_FAULT, [], 3),
         (guests.JUMP_TO_NOWHERE, [], 3),
         (guests.ENDLESS_LOOP, ["--timeout", "0.3"], 124),
@@ -143,18 +143,23 @@ def test_closed_standard_files_harm_nobody(tmp_path: Path, closed: str, output: 
     assert done.stdout == output
 
 
-def test_reset_starts_the_guest_anew_if_it_is_asked_for(cli: Cli, tmp_path: Path) -> None:
+def test_reset_starts_the_guest_anew_unless_that_is_to_be_the_end(cli: Cli, tmp_path: Path) -> None:
     code = guests.reset_until(3, guests.CF9_RESET, guests.say(b"up\n"))
     command = ["run", "--engine", "bt", "--json", "--kernel", write(tmp_path, code)]
-    ended = cli(*command)
-    assert (ended.returncode, ended.stdout) == (0, "up\n")
-    assert "by port 0xCF9; --on-reset restart starts it again then\n" in ended.stderr
-    done = cli(*command, "--on-reset", "restart")
-    assert (done.returncode, done.stdout) == (0, "up\n" * 3)
-    report = json.loads(done.stderr.splitlines()[-1])
-    assert (report["status"], report["resets"]) == ("powered-off", 2)
-    assert cli(*command, "--reboot").stdout == done.stdout
-    assert cli(*command, "--no-reboot").returncode == ended.returncode
+    for options in ([], ["--on-reset", "restart"], ["--debug-exit", "--reboot"]):
+        done = cli(*command, *options)
+        assert (done.returncode, done.stdout) == (0, "up\n" * 3)
+        report = json.loads(done.stderr.splitlines()[-1])
+        assert (report["status"], report["resets"]) == ("powered-off", 2)
+    for options in (["--no-reboot"], ["--on-reset", "end"]):
+        ended = cli(*command, *options)
+        assert (ended.returncode, ended.stdout) == (0, "up\n")
+        assert "the guest reset the machine" not in ended.stderr
+    # Who did not say what a reset is to do is told that there was one.
+    for options in (["--debug-exit"], ["--record", str(tmp_path / "recording")]):
+        ended = cli(*command, *options)
+        assert ended.stdout == "up\n"
+        assert "tetrarch: the guest reset the machine: by port 0xCF9\n" in ended.stderr
     both = cli(*command, "--no-reboot", "--on-reset", "end")
     assert "--on-reset and --[no-]reboot say the same; give one of them" in both.stderr
     wrong = cli(*command, "--on-reset", "again")

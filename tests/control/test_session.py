@@ -149,7 +149,7 @@ def test_machine_tells_what_it_is(make: Make, socket_path: Path) -> None:
 def test_end_by_the_guest_is_told(
     make: Make, socket_path: Path, code: bytes, data: dict[str, object]
 ) -> None:
-    vm = make(code)
+    vm = make(code, on_reset="end")
 
     async def talk(client: QMPClient) -> None:
         vm.start()
@@ -159,7 +159,7 @@ def test_end_by_the_guest_is_told(
 
 
 def test_reset_by_the_guest_is_told(make: Make, socket_path: Path) -> None:
-    vm = make(guests.reset_until(3, guests.CF9_RESET), on_reset="restart")
+    vm = make(guests.reset_until(3, guests.CF9_RESET))
 
     async def talk(client: QMPClient) -> None:
         vm.start()

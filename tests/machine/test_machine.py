@@ -36,7 +36,7 @@ def make(tmp_path: Path) -> Make:
     def make(script: Callable[[ScriptedVm], str], kind: type[ScriptedVm] = ScriptedVm) -> Machine:
         kernel = tmp_path / "kernel"
         kernel.write_bytes(pvh_kernel(b"\xf4"))
-        return Machine(kernel=kernel, vm=kind(script))
+        return Machine(kernel=kernel, vm=kind(script), on_reset="end")
 
     return make
 

@@ -36,7 +36,8 @@ def make(tmp_path: Path, engine: str) -> Make:
     def make(code: bytes, **options: object) -> Machine:
         kernel = tmp_path / "kernel"
         kernel.write_bytes(pvh_kernel(code))
-        return Machine(kernel=kernel, engine=engine, memory="16M", **options)  # type: ignore[arg-type]
+        chosen = {"engine": engine, "memory": "16M", "on_reset": "end", **options}
+        return Machine(kernel=kernel, **chosen)  # type: ignore[arg-type]
 
     return make
 

@@ -209,7 +209,7 @@ def qemu_command(guest: Guest, cpu: str | None) -> list[str]:
 
 def tetrarch_command(guest: Guest) -> list[str]:
     command = [str(Path(sys.executable).with_name("tetrarch")), "run", "--engine", "bt"]
-    command += ["--kernel", str(guest.kernel), "--initrd", str(guest.initrd)]
+    command += ["--no-reboot", "--kernel", str(guest.kernel), "--initrd", str(guest.initrd)]
     return [*command, "--append", guest.append, "--memory", f"{MEMORY_MIB}M"]
 
 

@@ -52,7 +52,9 @@ def run_command(config: MachineConfig, options: CommandOptions, claim: Claim | N
         path = config.vsock or folder / "vsock"
         # For a container image on a disk: its own command is not to run (crates/agent/src/init.rs).
         words = f"{config.append_extra} tetrarch.command".strip()
-        config = config.model_copy(update={"vsock": path, "append_extra": words})
+        # A guest that resets itself has lost the command.
+        ends = config.on_reset or "end"
+        config = config.model_copy(update={"vsock": path, "append_extra": words, "on_reset": ends})
         console = MemoryConsole()
         jailed = jail.prepare(config, options)
         with Machine(config, console=console) as machine, resumed_by_signal(machine):

@@ -83,7 +83,7 @@ def _run_registered(config: MachineConfig, options: CommandOptions, shell: Shell
             with with_own_vsock(options.restore, config) as config:
                 return _run_to_end(config, options, claim, shell)
         folder = None if claim is None else claim.directory
-        config = _with_disk(config, options)
+        config = _with_disk(config)
         if options.snapshot:
             config = _forgetful(config)
         with with_seed(config, options, folder) as config:
@@ -94,15 +94,12 @@ def _run_registered(config: MachineConfig, options: CommandOptions, shell: Shell
             return _run_to_end(config, options, claim, shell)
 
 
-def _with_disk(config: MachineConfig, options: CommandOptions) -> MachineConfig:
-    """With the disk of its image's name, whose system starts again when it reboots."""
+def _with_disk(config: MachineConfig) -> MachineConfig:
+    """With the disk of its image's name."""
     found = with_installed_disk(config)
     if found is not config:
         _say_if_there_are_two(str(config.image), found.disk[0].path)
-    chosen_already = "on_reset" in config.model_fields_set
-    if found is config or chosen_already or options.command or config.record or config.replay:
-        return found
-    return found.model_copy(update={"on_reset": "restart"})
+    return found
 
 
 def _say_if_there_are_two(name: str, disk: Path) -> None:
@@ -186,8 +183,8 @@ def _run(
         console.close()
     if shell is None:
         _say_end(status, interactive)
-        if status.reason is StopReason.RESET and "on_reset" not in config.model_fields_set:
-            _say(f"tetrarch: {status}; --on-reset restart starts it again then")
+        if status.reason is StopReason.RESET and config.on_reset is None:
+            _say(f"tetrarch: {status}")
     else:
         _log_end(status, console)
     _say_recording(machine)

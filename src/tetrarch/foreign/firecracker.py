@@ -36,6 +36,8 @@ class _Reader:
         self.carried = Carried()
         # Firecracker's devices are on pages of memory by default.
         self.carried.set("virtio", "mmio", "Firecracker")
+        # There a guest's reset is the end, and the way to power off.
+        self.carried.set("on_reset", "end", "Firecracker")
         self._root = ""
         boot = self._object(values, "boot-source")
         self._machine(self._object(values, "machine-config"))

@@ -145,7 +145,7 @@ class AssembledMachine(PauseMethods):
         self.confined = False
         """Whether this process opens no more than it was granted when the machine started."""
         self._resets = Resets(
-            self.config.on_reset == "restart",
+            self.config.restarts,
             self._life,
             self._conclusion,
             panic,

@@ -421,9 +421,9 @@ class MachineConfig(BaseModel):
         None, "Write down all that comes to the guest, for replay; docs/replay.md.", "FILE"
     )
     replay: FilePath | None = option(None, "Let a recorded machine live again.", "FILE")
-    on_reset: OnReset = option(
-        "end",
-        "What a reset by the guest does [default: end; with an installed disk's NAME: restart].",
+    on_reset: OnReset | None = option(
+        None,
+        "What a reset by the guest does [default: restart; with --debug-exit or --record: end].",
         "end|restart",
     )
     virtio: VirtioTransport = option(
@@ -489,6 +489,17 @@ class MachineConfig(BaseModel):
         if self.chaos is not None and self.engine == "kvm":
             raise ValueProblem("engine kvm has no chaos", mend="use engine bt")
 
+    @property
+    def restarts(self) -> bool:
+        """Whether the machine starts again where its guest resets it.
+
+        A test that ends by debug exit is not to run for ever instead, and no recording holds
+        what comes after a reset.
+        """
+        if self.on_reset is not None:
+            return self.on_reset == "restart"
+        return not self.debug_exit and self.record is None and self.replay is None
+
     def updated(self, values: dict[str, Any], spelling: Spelling = plainly) -> Self:
         """With some options changed, as they are typed. Raises ConfigError."""
         checked = check_options(type(self), values, spelling)
@@ -531,7 +542,7 @@ class MachineOptions(TypedDict, total=False):
     gdb_wait: bool
     record: str | os.PathLike[str] | None
     replay: str | os.PathLike[str] | None
-    on_reset: OnReset
+    on_reset: OnReset | None
     virtio: VirtioTransport
     rng: bool
     balloon: bool
