@@ -29,7 +29,11 @@ FIO = (
     "--ioengine=libaio --iodepth=16 --verify=crc32c --verify_backlog=64 --verify_fatal=1 "
     "--time_based --runtime=100000 --rate_iops=200 >/tmp/fio 2>&1"
 )
-IPERF = "iperf3 -s -D; iperf3 -c 127.0.0.1 -b 20M -t 80000 >/tmp/iperf 2>&1"
+# The daemon is on its own before it listens at port 5201: state 0A.
+IPERF = (
+    "iperf3 -s -D; until grep -q ':1451 .* 0A ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done; "
+    "iperf3 -c 127.0.0.1 -b 20M -t 80000 >/tmp/iperf 2>&1"
+)
 # Time goes on, and not by much more than was slept: the machine's clock stands with it.
 TIMERS = r"""awk 'BEGIN { while (1) { getline line < "/proc/uptime"; close("/proc/uptime");
 split(line, part, " "); now = part[1]; if (last && (now < last || now > last + 20))
