@@ -468,6 +468,45 @@ TIMER_CHECKS += [
     ),
 ]
 
+# Bits 3, 1 and 0 of the divide configuration (11.5.4, figure 11-10).
+DIVISORS = {1: 0xB, 2: 0, 4: 1, 8: 2, 16: 3, 32: 8, 64: 9, 128: 0xA}
+
+
+def rate(divisor: int) -> str:
+    """EAX: how much the count falls in a million ticks of the TSC.
+
+    Tried again where the vCPU had no processor while one of both was read.
+    """
+    return "; ".join(
+        [
+            write(DIVIDE, DIVISORS[divisor]),
+            "1: rdtsc; mov esi, eax",
+            write(INITIAL, "0xFFFFFFFF"),
+            "rdtsc; sub eax, esi; cmp eax, 200000; ja 1b",
+            "2: pause; rdtsc; sub eax, esi; cmp eax, 4000000; jb 2b",
+            "mov ebp, eax",
+            read(CURRENT, "ecx"),
+            "rdtsc; sub eax, esi; sub eax, ebp; cmp eax, 200000; ja 1b",
+            "not ecx; mov eax, 1000000; mul ecx; div ebp",
+        ]
+    )
+
+
+TIMER_CHECKS += [
+    apic(
+        f"the divisor {divisor}",
+        [
+            write(TIMER, MASKED | 0x60),
+            f"{rate(1)}; mov edi, eax",
+            rate(divisor),
+            # In percent of what it should be: 80 to 120.
+            f"mov ecx, {100 * divisor}; mul ecx; div edi; mov ebx, eax; sub eax, 80; cmp eax, 41",
+        ],
+        done(cf=1),
+    )
+    for divisor in DIVISORS
+]
+
 X2APIC = {0x1B: 0xFEE0_0D00}
 
 
