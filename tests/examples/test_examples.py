@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,56 @@ from tests.docs.examples import ROOT
 from tetrarch.images import CachedGuest
 
 LIMIT_S = 240
+
+
+VMWARE = {
+    "translation": (
+        "the guest's CR0 is 0x11: protected mode, no paging\n3000003 instructions were run\n"
+        "6 translated, in 4 blocks\n1000000 interpreted: SMSW, each time\n"
+    ),
+    "shadow": (
+        "read once: 64 looks at the guest's tables\nread twice: 64 looks at the guest's tables\n"
+        "read twice, CR3 written: 128 looks at the guest's tables\n"
+    ),
+    "traces": (
+        "the guest wrote 987654321 by an instruction that it changed each time\n"
+        "9 times a page of code was written to\n"
+    ),
+    "backdoor": "on platform pc EAX is 0xffffffff\non platform vmware EAX is 0x40\n",
+}
+
+
+@pytest.mark.parametrize("name", VMWARE)
+def test_example_of_how_vmware_works(name: str, tmp_path: Path) -> None:
+    assert run_example(ROOT / f"examples/vmware/{name}.py", tmp_path) == VMWARE[name]
+
+
+def test_balloon_gives_the_hosts_memory_back(tmp_path: Path, debian_guest: CachedGuest) -> None:
+    printed = run_example(ROOT / "examples/vmware/balloon.py", tmp_path)
+    before, after = map(int, re.findall(r": (\d+) MiB", printed))
+    assert after < before - 100
+    assert "balloon of 256 MiB" in printed
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples/vmware").iterdir()), ids=lambda it: it.name
+)
+def test_example_for_students_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 30
+
+
+def run_example(path: Path, where: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", path],
+        cwd=where,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(
