@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any, cast
@@ -142,6 +143,23 @@ def test_programs_and_machines_without_a_balloon_find_none(kernel: Kernel) -> No
     assert kernel.call(START, 0x7E)["rax"] == 0xFFFFFFFF
 
 
+def test_doorbell_is_rung_with_each_target(kernel: Kernel) -> None:
+    rung: list[tuple[int, int]] = []
+    kernel.balloon.connect(PAGES * PAGE, kernel.told.append, rung.append)
+    assert kernel.call(START, 0x7E)["rcx"] == 0x3E
+    kernel.balloon.target = PAGE
+    assert rung == []
+    assert kernel.call(DOORBELL, 3, 1024)["rax"] == OK
+    kernel.balloon.target = 2 * PAGE
+    assert rung == [(3, 1024)]
+    kernel.call(DOORBELL, 0xFFFFFFFF, 0xFFFFFFFF)  # taken back
+    kernel.balloon.target = 3 * PAGE
+    kernel.call(DOORBELL, 3, 1024)
+    kernel.balloon.reset()
+    kernel.balloon.target = PAGE
+    assert rung == [(3, 1024)]
+
+
 def test_driver_of_a_restored_machine_begins_anew(kernel: Kernel) -> None:
     kernel.balloon.target = 10 * PAGE
     kernel.batch(BATCHED_LOCK, [7, 8])
@@ -189,6 +207,10 @@ def test_memory_of_the_host_follows_linux_driver(debian_guest: CachedGuest, tmp_
     with guest.vm as vm:
         assert "vmw_balloon" in guest.ask("lsmod")
         down_and_up(guest, 2)
+        # It was woken: vectors 0 and 1 are of datagrams, and of doorbells.
+        interrupts = guest.ask("grep vmw_vmci /proc/interrupts")
+        counts = [int(count) for count in re.findall(r": +(\d+) .* vmw_vmci", interrupts)]
+        assert [count > 0 for count in counts] == [False, True], interrupts
         guest.go_to(BALLOON)
         vm.save(tmp_path / "saved")
     guest = Guest(lambda: Machine.restore(tmp_path / "saved"))

@@ -388,9 +388,16 @@ def assemble_pc(
                 plug_virtio(vsock)
             if config.rng:
                 plug_virtio(RngKind(vm))
+            vmci: Vmci | None = None
+            if platform.vmware is not None:
+                from tetrarch.platforms.vmware.vmci import Vmci
+
+                vmci = Vmci(vm, notifications=config.record is None)
+                plugged.plug("vmci", vmci)
             if config.balloon and platform.vmware is not None:
                 balloon = platform.vmware.balloon
-                platform.vmware.balloon.connect(config.memory, balloon_changed)
+                rings = None if vmci is None or not vmci.notifications else vmci.ring
+                platform.vmware.balloon.connect(config.memory, balloon_changed, rings)
             elif config.balloon:
                 virtio_balloon = BalloonKind(vm, config.memory, balloon_changed)
                 plug_virtio(virtio_balloon)

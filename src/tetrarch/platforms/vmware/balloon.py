@@ -1,8 +1,9 @@
 """VMware's balloon: a second backdoor, of the guest's kernel alone (Linux,
 drivers/misc/vmw_balloon.c).
 
-The driver comes about once a second, asks for the target and gives pages up or takes them back,
-one by one or, by a page that lists them, 512 at a time, of 4 KiB or of 2 MiB.
+The driver comes about once a second, or when its doorbell is rung, asks for the target and gives
+pages up or takes them back, one by one or, by a page that lists them, 512 at a time, of 4 KiB or of
+2 MiB.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tetrarch.platforms.vmware.backdoor import low
 
 if TYPE_CHECKING:
     from tetrarch._native import GuestCall, RegisterPortAccess
+    from tetrarch.platforms.vmware.vmci import Doorbell
 
 __all__ = ["BALLOON_PORT", "VmwareBalloon"]
 
@@ -36,11 +38,13 @@ BATCHED_LOCK: Final = 6
 BATCHED_UNLOCK: Final = 7
 BATCHED_2M_LOCK: Final = 8
 BATCHED_2M_UNLOCK: Final = 9
+DOORBELL_SET: Final = 10
 
 # Capabilities.
 BASIC: Final = 1 << 1
 BATCHED: Final = 1 << 2
 BATCHED_2M: Final = 1 << 3
+WAKE_UP: Final = 1 << 4
 TARGET_64: Final = 1 << 5
 
 # What becomes of a command, or of a page.
@@ -52,6 +56,8 @@ PAGE_LOCKED: Final = 3
 PAGE_UNLOCKED: Final = 4
 RESET: Final = 7
 
+#: What a driver gives that takes its doorbell back, and what there is before it gives one.
+NO_DOORBELL: Final = (0xFFFF_FFFF, 0xFFFF_FFFF)
 #: Entries of a page that lists pages: a status in the low bits, a page's number above bit 12.
 _BATCH_MAX: Final = PAGE // 8
 _STATUS: Final = 0x1F
@@ -101,14 +107,22 @@ class VmwareBalloon:
         self._locked = _Locked()
         self._memory = 0
         self._changed: Callable[[int], object] = lambda actual: None
+        self._ring: Callable[[Doorbell], object] | None = None
+        self._doorbell: Doorbell = NO_DOORBELL
         self._stale = False
         """The driver has to begin anew: it goes by what an earlier machine knew."""
         self._lock = Lock()
 
-    def connect(self, memory: int, changed: Callable[[int], object]) -> None:
+    def connect(
+        self,
+        memory: int,
+        changed: Callable[[int], object],
+        ring: Callable[[Doorbell], object] | None = None,
+    ) -> None:
         """``memory``: bytes of RAM that the machine has; without a call the guest finds no
-        balloon. ``changed`` is called, on a vCPU's thread, with the bytes that are in it now."""
-        self._memory, self._changed = memory, changed
+        balloon. ``changed`` is called, on a vCPU's thread, with the bytes that are in it now;
+        ``ring`` where the driver is to come at once."""
+        self._memory, self._changed, self._ring = memory, changed, ring
 
     @property
     def target(self) -> int:
@@ -118,6 +132,8 @@ class VmwareBalloon:
     @target.setter
     def target(self, size: int) -> None:
         self._target = target_pages(size, self._memory)
+        if self._ring is not None and self._doorbell != NO_DOORBELL:
+            self._ring(self._doorbell)
 
     @property
     def actual(self) -> int:
@@ -149,12 +165,16 @@ class VmwareBalloon:
             # The guest has all its pages again, whatever there was.
             self._locked.clear()
             self._stale = False
-            call["rcx"] = first & (BASIC | BATCHED | BATCHED_2M | TARGET_64)
+            offered = BASIC | BATCHED | BATCHED_2M | TARGET_64
+            call["rcx"] = first & (offered if self._ring is None else offered | WAKE_UP)
             return WITH_CAPABILITIES
         if self._stale:
             return RESET
         status = COMMAND_INVALID
         if number in (GET_TARGET, GUEST_ID):
+            status = OK
+        elif number == DOORBELL_SET and self._ring is not None:
+            self._doorbell = (first & 0xFFFF_FFFF, second & 0xFFFF_FFFF)
             status = OK
         elif number in (LOCK, UNLOCK):
             (status,) = self._move(call, [first], 1, lock=number == LOCK)
@@ -199,6 +219,7 @@ class VmwareBalloon:
         with self._lock:
             self._locked.clear()
             self._stale = False
+            self._doorbell = NO_DOORBELL
 
     def save(self) -> dict[str, Any]:
         return {"device": "vmware-balloon", "version": 1, "target": self._target}
