@@ -122,3 +122,19 @@ def test_balloon_goes_down_and_up_twenty_times(
         )
         down_and_up(guest, 20)
         guest.ask("[ ! -e /tmp/over ] && [ $(wc -l </tmp/turns) -ge 20 ]")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_guest_that_runs_out_takes_its_memory_back(
+    debian_guest: CachedGuest, platform: PlatformName
+) -> None:
+    guest = started(debian_guest, platform)
+    with guest.vm as vm:
+        if platform == "vmware":
+            # Its driver does so where it is told to alone.
+            guest.ask("rmmod vmw_balloon; modprobe vmw_balloon vmwballoon_shrinker_enable=1")
+        guest.go_to(400 * MIB)
+        guest.ask("dd if=/dev/zero of=/tmp/x bs=1M count=200")
+        assert vm.balloon.actual < 300 * MIB
+        guest.ask("! dmesg | grep -i 'out of memory'")

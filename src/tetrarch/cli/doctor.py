@@ -16,6 +16,7 @@ from typing import Literal
 from tetrarch import _native
 from tetrarch.machine import permission
 from tetrarch.machine.kvm import DEVICE, engine_unusable, probe_kvm
+from tetrarch.platforms.named import kvm_has_backdoor
 
 __all__ = ["Finding", "examine", "show_doctor"]
 
@@ -117,6 +118,21 @@ def _kvm() -> Iterator[Finding]:
     for name, there, lost in _native.kvm_capabilities():
         if not there:
             yield Finding(name, "note", f"missing: {lost}", "a newer kernel may have it")
+    yield _backdoor()
+
+
+def _backdoor() -> Finding:
+    """User mode has no access to ports; VMware's guests expect it to theirs."""
+    what = "VMware's port by programs in its guests, such as open-vm-tools"
+    if kvm_has_backdoor():
+        return Finding("backdoor", "good", f"engine kvm takes calls to {what}")
+    return Finding(
+        "backdoor",
+        "note",
+        f"engine kvm takes no calls to {what}; by their kernels it does",
+        "echo options kvm enable_vmware_backdoor=y | sudo tee /etc/modprobe.d/vmware.conf,"
+        " and load the kvm modules anew",
+    )
 
 
 def _guests_of_guests() -> str:

@@ -9,7 +9,7 @@ from typing import Final, Literal
 from tetrarch.platforms.pc import PC
 from tetrarch.platforms.platform import Platform
 
-__all__ = ["PLATFORMS", "PlatformName", "named_platform"]
+__all__ = ["PLATFORMS", "PlatformName", "kvm_has_backdoor", "named_platform"]
 
 PlatformName = Literal["pc", "vmware"]
 
@@ -22,7 +22,8 @@ def named_platform(name: PlatformName, engine: str) -> Platform:
     return PLATFORMS[name](engine)
 
 
-def _kvm_has_backdoor() -> bool:
+def kvm_has_backdoor() -> bool:
+    """Whether programs of VMware's guests reach their port on engine ``kvm``."""
     try:
         return _KVM_BACKDOOR.read_text().strip() in ("Y", "1")
     except OSError:
@@ -34,7 +35,7 @@ def _vmware(engine: str) -> Platform:
 
     # A kernel's KVM takes VMCALL and VMMCALL for its own calls.
     ours = engine != "kvm"
-    return Vmware().platform(hypercalls=ours, any_privilege=ours or _kvm_has_backdoor())
+    return Vmware().platform(hypercalls=ours, any_privilege=ours or kvm_has_backdoor())
 
 
 PLATFORMS: Final[Mapping[str, Callable[[str], Platform]]] = {
