@@ -33,6 +33,7 @@ __all__ = [
     "Network",
     "NullPort",
     "NvmeQueues",
+    "PixelFormat",
     "PvscsiRings",
     "Region",
     "RegisterPortAccess",
@@ -65,6 +66,7 @@ __all__ = [
     "landlock_version",
     "own_user_namespace",
     "recorded_configuration",
+    "vnc_answer",
 ]
 
 __version__: str
@@ -440,6 +442,25 @@ class PvscsiState(TypedDict):
     news: list[int]
     leaving: list[int]
     targets: list[list[int]]
+
+@final
+class PixelFormat:
+    """Points as a viewer of a screen wants them (RFC 6143, 7.4).
+
+    Frames have 4 bytes for each point: blue, green, red, and one that says nothing; lines of
+    ``width`` points without gaps. ``place`` is a part of one: where its left upper corner is, from
+    the left and from the top, its width and its height. ValueError where it lies outside.
+    """
+
+    def __new__(
+        cls, bits: int, big_endian: bool, maxima: Sequence[int], shifts: Sequence[int]
+    ) -> Self:
+        """Of red, green and blue: the most of each, and by how many bits it is shifted. ValueError
+        for what is no format."""
+    def raw(self, frame: bytes, width: int, place: tuple[int, int, int, int]) -> bytes:
+        """The points, line by line."""
+    def tiles(self, frame: bytes, width: int, place: tuple[int, int, int, int]) -> bytes:
+        """As ZRLE has them, before zlib (7.7.6)."""
 
 @final
 class PvscsiRings(RustDevice):
@@ -1258,3 +1279,6 @@ def own_user_namespace() -> None:
 
 def landlock_version() -> int:
     """The kernel's; 0 without Landlock."""
+
+def vnc_answer(password: bytes, challenge: bytes) -> bytes:
+    """What a viewer with that password answers to a challenge of 16 bytes (RFC 6143, 7.2.2)."""

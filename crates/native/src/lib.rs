@@ -11,6 +11,7 @@ mod console;
 mod debug;
 mod descriptor;
 mod disk;
+mod display;
 mod error;
 mod guest_call;
 mod ide;
@@ -49,6 +50,8 @@ mod _native {
     use crate::console::VirtioConsole;
     #[pymodule_export]
     use crate::disk::{Disk, DiskBytes, DiskError, DiskSource, disk_check, disk_create, disk_info};
+    #[pymodule_export]
+    use crate::display::PixelFormat;
     #[pymodule_export]
     use crate::error::{EngineError, GuestFault, GuestMemoryError};
     #[pymodule_export]
@@ -135,6 +138,12 @@ mod _native {
     #[pyfunction]
     fn landlock_version() -> i32 {
         tetrarch_confine::landlock_version()
+    }
+
+    /// The answer to a challenge of VNC's authentication.
+    #[pyfunction]
+    fn vnc_answer(password: &[u8], challenge: [u8; 16]) -> [u8; 16] {
+        tetrarch_display::answer(password, challenge)
     }
 
     /// None if the engine can run here, else why not and what mends it.
