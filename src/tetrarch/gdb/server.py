@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from tetrarch._native import EngineError
 from tetrarch._readiness import readable
-from tetrarch.errors import HostError, MachineStateError
+from tetrarch.endpoint import listen
+from tetrarch.errors import MachineStateError
 from tetrarch.gdb.monitor import Monitor
 from tetrarch.gdb.packets import PacketReader, Signal, frame
 from tetrarch.gdb.session import Leave, Session
 from tetrarch.gdb.spec import GdbSpec
 from tetrarch.machine.debugger import Debugger, DebuggerPort
 from tetrarch.machine.log import MachineLog
-from tetrarch.sockets import Backlog, ListeningSocket
 
 if TYPE_CHECKING:
     from tetrarch.machine.machine import Machine
@@ -50,7 +50,8 @@ class GdbServer:
         self._log = MachineLog(machine.config.name)
         # Not the machine itself: one that its user forgot is to be collected.
         self._machine = weakref.ref(machine)
-        self._listener = _listen(spec)
+        self._listener, self.address = listen(spec)
+        """``address`` is what gdb's ``target remote`` takes."""
         self._port = port
         self._waiting: Debugger | None = None
         """Of the machine that is held for the first client."""
@@ -67,8 +68,6 @@ class GdbServer:
         self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._exit_code: int | None = None
         self._thread = threading.Thread(target=self._serve, name="gdb", daemon=True)
-        self.address = _address(self._listener)
-        """What gdb's ``target remote`` takes."""
         self._thread.start()
 
     def close(self, exit_code: int = 0) -> None:
@@ -224,46 +223,3 @@ class _Connection:
     def _send(self, payload: bytes) -> None:
         self._sent = frame(payload)
         self._client.sendall(self._sent)
-
-
-class _TcpListener:
-    """As ``ListeningSocket``, for a TCP port."""
-
-    def __init__(self, host: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family, backlog=1)
-        self._backlog = Backlog(self._socket, str(self.spec))
-
-    @property
-    def spec(self) -> GdbSpec:
-        host, port, *_ = self._socket.getsockname()
-        return GdbSpec(host=host, port=port)
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def accept(self) -> socket.socket | None:
-        client = self._backlog.accept()
-        if client is not None:
-            with suppress(OSError):  # it was in a hurry, and is gone by now
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return client
-
-    def close(self) -> None:
-        self._backlog.close()
-
-
-def _listen(spec: GdbSpec) -> ListeningSocket | _TcpListener:
-    if spec.path is not None:
-        return ListeningSocket(spec.path, "gdb")
-    try:
-        return _TcpListener(spec.host, spec.port)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise HostError(
-            f"cannot listen for gdb on {spec}: {reason}", mend="give another port"
-        ) from error
-
-
-def _address(listener: ListeningSocket | _TcpListener) -> str:
-    return str(listener.path if isinstance(listener, ListeningSocket) else listener.spec)
