@@ -1,5 +1,12 @@
 """What a machine's screen shows."""
 
-from tetrarch.display.screen import Screen
+from tetrarch._lazy import lazy_names
 
-__all__ = ["Screen"]
+__all__ = ["Display", "Screen"]
+
+_HOMES = {
+    "Display": "tetrarch.display.display",
+    "Screen": "tetrarch.display.screen",
+}
+
+__getattr__ = lazy_names(__name__, _HOMES, globals())
