@@ -14,6 +14,7 @@ from tests.display.test_screen import needs_font
 from tests.firmware.test_linux_rom import kernel as linux_kernel
 from tests.firmware.test_linux_rom import needs_seabios
 from tests.machine import guests
+from tests.vnc.viewer import Viewer
 
 from tetrarch import _native
 from tetrarch.control import Client
@@ -149,3 +150,23 @@ def test_user_without_rights_is_jailed_as_well(tmp_path: Path) -> None:
     if "own_user_namespace" in done.stderr:
         pytest.skip("the host lets users have no namespaces")
     assert (done.stdout, done.stderr) == ("True\nPermission denied\n", "")
+
+
+@needs_font
+def test_display_of_a_jailed_machine_is_shown(tmp_path: Path) -> None:
+    """Viewers come when no socket can be made any more."""
+    where, file = tmp_path / "vnc", tmp_path / "password"
+    file.write_text("secret\n")
+    display = f"vnc={where},password-file={file}"
+    with running(tmp_path, "--display", display, "--control", tmp_path / "c"):
+        with pytest.raises(PermissionError):
+            Viewer(where, password=b"guess")
+        with Viewer(where, password=b"secret", encodings=(16,)) as viewer:
+            viewer.request(incremental=False)
+            viewer.update()
+            viewer.type(ord("a"))
+            viewer.point(1, 1, 1)
+            assert viewer.used == {16}
+        with Client(tmp_path / "c") as client:
+            assert client.execute("query-vnc")["auth"] == "vnc"
+    assert not where.exists()

@@ -25,6 +25,7 @@ UNUSED = {
     "tetrarch.control.server",
     "tetrarch.devices.fw_cfg",
     "tetrarch.devices.vga",
+    "tetrarch.display.display",
     "tetrarch.gdb.server",
     "tetrarch.images",
     "tetrarch.machine.config_file",
@@ -37,6 +38,7 @@ UNUSED = {
     "tetrarch.storage.ide",
     "tetrarch.storage.nvme",
     "tetrarch.storage.pvscsi",
+    "tetrarch.vnc.server",
 }
 #: Of a machine that boots.
 BOOT = {"tetrarch.boot.acpi", "tetrarch.boot.loader", "tetrarch.boot.bzimage"}

@@ -2,6 +2,7 @@
 
 ``qmp`` makes commands of the control socket, with arguments of the kinds that they have and of any
 other, between them bytes that are none. ``gdb`` makes packets that are right but for some words.
+``vnc`` is a viewer whose messages are of the protocol but for some bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import contextlib
 import functools
 import json
 import socket
+import struct
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,11 +25,17 @@ from tetrarch import Machine
 from tetrarch._native import EngineError
 from tetrarch.control.commands import COMMANDS
 from tetrarch.control.session import Session as QmpSession
+from tetrarch.display import Display
+from tetrarch.display.frame import Frame
 from tetrarch.errors import MachineStateError
 from tetrarch.gdb.packets import PACKET_MAX, PacketReader, escape, frame
 from tetrarch.gdb.registers import REGISTERS
 from tetrarch.gdb.session import Session as GdbSession
 from tetrarch.machine.debugger import Debugger
+from tetrarch.vnc.hands import Hands, ViewerHands
+from tetrarch.vnc.messages import FORMAT_BYTES, NotRfb
+from tetrarch.vnc.session import Gone
+from tetrarch.vnc.session import Session as VncSession
 
 NEGOTIATION = b'{"execute":"qmp_capabilities"}'
 VALUES: list[Any] = [
@@ -50,7 +59,13 @@ class Life:
         atexit.register(self.close)
 
     def _start(self) -> Machine:
-        machine = Machine(kernel=kernel(IDLE), memory="16M", engine="bt", console="none")
+        machine = Machine(
+            kernel=kernel(IDLE),
+            memory="16M",
+            engine="bt",
+            console="none",
+            input=("keyboard", "tablet", "ps2-keyboard", "ps2-mouse"),
+        )
         machine.start()
         return machine
 
@@ -209,3 +224,77 @@ def gdb(data: bytes) -> None:
         with contextlib.suppress(EngineError):
             debugger.detach()
         debugger.close()
+
+
+class _Shown:
+    """A screen of changing size."""
+
+    def __init__(self, source: Input) -> None:
+        self._source = source
+
+    def still(self) -> Frame | None:
+        width, height = 1 + self._source.number(1), 1 + self._source.number(1) % 100
+        return Frame(width, height, bytes(4 * width * height))
+
+    def look(self) -> tuple[Frame, None] | None:
+        frame = self.still() if self._source.number(1) & 3 else None
+        return None if frame is None else (frame, None)
+
+    def cursor(self) -> None:
+        return None
+
+
+def viewer_messages(source: Input) -> Iterator[bytes]:
+    while source.left:
+        numbers = [source.number(2) for _ in range(4)]
+        match source.number(1) % 8:
+            case 0:
+                yield source.bytes(source.number(1) % 16)
+            case 1:
+                changed = bytearray(b"\0\0\0\0" + FORMAT_BYTES)
+                changed[4 + source.number(1) % 16] = source.number(1)
+                yield bytes(changed)
+            case 2:
+                wanted = (16, 6, 0, -223, -239, -258, -308)
+                chosen = [one for one in wanted if source.number(1) & 1]
+                yield struct.pack(f">BxH{len(chosen)}i", 2, len(chosen), *chosen)
+            case 3 | 4:
+                yield struct.pack(">BB4H", 3, source.number(1) & 1, *numbers)
+            case 5:
+                yield struct.pack(">BB2xI", 4, source.number(1), source.number(4))
+            case 6:
+                yield struct.pack(">BBHH", 5, source.number(1), *numbers[:2])
+            case _:
+                yield struct.pack(">BBHII", 255, 0, numbers[0] & 1, 0, source.number(1))
+
+
+def vnc(data: bytes) -> None:
+    """A viewer is served, or hung up on; nobody waits for it then, and none of its keys stays."""
+    source, vm = Input(data), life().get()
+    ours, theirs = socket.socketpair()
+    hands = Hands(vm.inputs, patience=0.0)
+    begin = (b"RFB 003.008\n\1\1", b"RFB 003.003\n\1", b"RFB 003.007\n\1\1")[source.number(1) % 3]
+    if source.number(1) % 8 == 0:
+        begin = source.bytes(14)
+    sent = begin + b"".join(viewer_messages(source))
+    session = VncSession(
+        theirs, "fuzzed", Display([_Shown(Input(data))]).watch(), ViewerHands(hands)
+    )
+
+    def take() -> None:
+        with contextlib.suppress(OSError):
+            while ours.recv(1 << 16):
+                pass
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    with ours, theirs:
+        with contextlib.suppress(OSError):
+            ours.sendall(sent)
+            ours.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(Gone, NotRfb, OSError):
+            session.let_in(None)
+            session.run()
+        session.end()
+        taker.join()
+    assert not hands._down

@@ -426,5 +426,6 @@ TARGETS: dict[str, Target] = {
     "vmx": configs.vmx,
     "qmp": steering.qmp,
     "gdb": steering.gdb,
+    "vnc": steering.vnc,
     "recording": recording.recording,
 }

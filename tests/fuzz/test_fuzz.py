@@ -25,6 +25,7 @@ COUNTS = {
     "vmx": 1200,
     "qmp": 150,
     "gdb": 400,
+    "vnc": 200,
     "recording": 40,
 }
 

@@ -95,6 +95,8 @@ class AsyncMachine(DebugTwin[Machine]):
     serve_control = _same(lambda vm: vm.serve_control)
     serve_gdb = _same(lambda vm: vm.serve_gdb)
     gdb = _same(lambda vm: vm.gdb)
+    serve_display = _same(lambda vm: vm.serve_display)
+    display = _same(lambda vm: vm.display)
 
     @property
     def console(self) -> AsyncConsole:

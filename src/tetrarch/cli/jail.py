@@ -64,7 +64,7 @@ def seal(machine: Machine, options: CommandOptions, claim: Claim | None) -> None
     def close() -> None:
         _load_what_comes_late()
         try:
-            _native.confine_control(_grants(machine.config, options, claim), list(_children()))
+            _native.confine_control(_grants(machine, options, claim), list(_children()))
         except OSError as error:
             raise HostError(
                 f"this process cannot be confined: {error}", mend="run it with --jail off"
@@ -78,7 +78,8 @@ def _load_what_comes_late() -> None:
     import traceback  # noqa: F401 - for an exception of a device
 
 
-def _grants(config: MachineConfig, options: CommandOptions, claim: Claim | None) -> list[Grant]:
+def _grants(machine: Machine, options: CommandOptions, claim: Claim | None) -> list[Grant]:
+    config = machine.config
     read = [sys.prefix, sys.base_prefix, *sys.path, *site.getsitepackages()]
     read += [*_LIBRARIES, *_FILES, str(Path(__file__).parents[1]), f"/proc/{os.getpid()}/task"]
     grants: list[Grant] = [(Path(path or ".").absolute(), "read") for path in read]
@@ -88,7 +89,7 @@ def _grants(config: MachineConfig, options: CommandOptions, claim: Claim | None)
     grants += [(config.kernel, "read")] if config.kernel is not None else []
     # Its font is read when somebody asks for the screen first.
     grants += [(VGA_BIOS, "read")] if config.vga else []
-    grants += [(path.absolute().parent, "remove") for path in _sockets(config)]
+    grants += [(path.absolute().parent, "remove") for path in _sockets(machine)]
     grants += [(path.absolute(), "write") for path in options.allow]
     if claim is not None:
         # A machine in the registry writes down what it is, and takes its name back at the end.
@@ -109,9 +110,11 @@ def _grants(config: MachineConfig, options: CommandOptions, claim: Claim | None)
     return grants
 
 
-def _sockets(config: MachineConfig) -> Iterator[Path]:
+def _sockets(machine: Machine) -> Iterator[Path]:
     """Names that go with the machine."""
-    yield from (path for path in (config.control, config.vsock) if path is not None)
+    config = machine.config
+    display = None if machine.display is None else machine.display.spec.place.path
+    yield from (path for path in (config.control, config.vsock, display) if path is not None)
     consoles = [config.console, *(port.console for port in config.virtio_console)]
     for console in consoles:
         if isinstance(console, ConsoleSpec) and console.kind == "socket" and console.path:

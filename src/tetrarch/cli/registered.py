@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tetrarch.console.backend import ConsoleBackend
 from tetrarch.console.shared import SharedConsole
@@ -13,6 +14,9 @@ from tetrarch.errors import HostError
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.machine import Machine
 from tetrarch.registry import Claim
+
+if TYPE_CHECKING:
+    from tetrarch.vnc.server import VncServer
 
 __all__ = ["describe", "registered"]
 
@@ -66,6 +70,7 @@ def describe(claim: Claim, machine: Machine, console: ConsoleBackend) -> None:
         vsock=_absolute(config.vsock),
         console=claim.socket("console") if shared else None,
         console_goes=str(config.console or "none"),
+        display=f"vnc={_shown_at(machine.display)}" if machine.display is not None else "",
     )
 
 
@@ -74,8 +79,14 @@ def _sockets(config: MachineConfig) -> tuple[Path, ...]:
     ends = (config.console, *(port.console for port in config.virtio_console))
     consoles = (end.path for end in ends if isinstance(end, ConsoleSpec) and end.kind == "socket")
     gdb = None if config.gdb is None else config.gdb.path
-    paths = (*consoles, config.control, config.vsock, gdb)
+    display = None if config.display is None else config.display.place.path
+    paths = (*consoles, config.control, config.vsock, gdb, display)
     return tuple(path.absolute() for path in paths if path is not None)
+
+
+def _shown_at(display: VncServer) -> str:
+    path = display.spec.place.path
+    return display.address if path is None else str(path.absolute())
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -33,6 +33,7 @@ _HOSTS: Final = (
     "control",
     "gdb",
     "gdb_wait",
+    "display",
 )
 _OF_BOOTING: Final = ("snapshot", "user", "ssh_key", "hostname", "run")
 

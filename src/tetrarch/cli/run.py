@@ -231,6 +231,8 @@ def _say_start(machine: Machine, interactive: bool) -> None:
     _say(f"tetrarch: engine {machine.engine} ({machine.engine_reason}){leave}")
     if machine.gdb is not None:
         _say(f"tetrarch: gdb: target remote {machine.gdb.address}")
+    if machine.display is not None:
+        _say(f"tetrarch: display: vnc={machine.display.address}")
 
 
 def _say_end(status: ExitStatus, interactive: bool) -> None:

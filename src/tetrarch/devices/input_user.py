@@ -109,6 +109,18 @@ class InputUser(ABC):
             self._check(event)
         return self._offer(_report(events))
 
+    def has_key(self, code: int) -> bool:
+        """Whether it has a key or button of this number."""
+        return code in self._model.keys.values()
+
+    def offer(self, events: Sequence[Event], timeout: float) -> bool:
+        """As ``send``, and waits until the guest has taken what it has got; so long at most."""
+        report = _report(events)
+        with self._moved_on:
+            taken = self._moved_on.wait_for(partial(self._admit, report), timeout)
+        self._sent()
+        return taken
+
     def _keys(self, names: Iterable[str], value: int) -> list[Event]:
         return [(codes.EV_KEY, self._code(name), value) for name in names]
 

@@ -41,7 +41,9 @@ from tetrarch.platforms.platform import Platform
 
 if TYPE_CHECKING:
     from tetrarch.control.server import ControlServer
+    from tetrarch.display import Display
     from tetrarch.gdb.server import GdbServer
+    from tetrarch.vnc.server import VncServer
 
 __all__ = ["AssembledMachine"]
 
@@ -122,6 +124,9 @@ class AssembledMachine(PauseMethods):
         )
         self._controls: list[ControlServer] = []
         self._gdb: list[GdbServer] = []
+        self._displays: list[VncServer] = []
+        self._watched: Display | None = None
+        """Once somebody has asked for the screen."""
         self._descent = Descent(
             self._life,
             panic,
@@ -134,6 +139,7 @@ class AssembledMachine(PauseMethods):
             self._events,
             self._controls,
             self._gdb,
+            self._displays,
             self._breakpoints,
             self._recording.finish,
         )

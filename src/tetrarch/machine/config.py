@@ -28,6 +28,7 @@ from tetrarch.machine.cpus import VCPUS_MAX, CpusSpec
 from tetrarch.net.spec import NetSpec, each_its_own
 from tetrarch.platforms.named import PlatformName
 from tetrarch.share.spec import ShareSpec, share_tags
+from tetrarch.vnc.spec import DisplaySpec
 
 __all__ = [
     "MEMORY_MAX",
@@ -38,6 +39,7 @@ __all__ = [
     "CpuSpec",
     "CpusSpec",
     "DiskOption",
+    "DisplayOption",
     "EngineName",
     "FilePath",
     "FilePaths",
@@ -87,6 +89,7 @@ FloppyOption: TypeAlias = str | os.PathLike[str] | FloppySpec
 NetOption: TypeAlias = str | NetSpec
 PortOption: TypeAlias = str | ConsoleBackend | PortSpec
 InputOption = Literal["keyboard", "mouse", "tablet", "ps2-keyboard", "ps2-mouse"]
+DisplayOption: TypeAlias = str | DisplaySpec
 GdbOption: TypeAlias = int | str | os.PathLike[str] | GdbSpec
 ShareOption: TypeAlias = str | os.PathLike[str] | ShareSpec
 
@@ -295,6 +298,10 @@ def _gdb(value: object) -> GdbSpec | None:
     return None if value is None else GdbSpec.parse(value)
 
 
+def _display(value: object) -> DisplaySpec | None:
+    return None if value is None else DisplaySpec.parse(value)
+
+
 def _firmware(value: object) -> FirmwareSpec | None:
     return None if value is None else FirmwareSpec.parse(value)
 
@@ -432,6 +439,11 @@ class MachineConfig(BaseModel):
     rng: bool = option(True, "A virtio device with the host's random numbers.")
     balloon: bool = option(True, "A virtio device by which the guest gives memory back.")
     vga: bool = option(False, "A screen, for text; docs/screen.md.")
+    display: Annotated[DisplaySpec | None, BeforeValidator(_display)] = option(
+        None,
+        "Where viewers find the screen, with a keyboard and a mouse; docs/screen.md.",
+        "vnc=[HOST:]PORT|PATH[,password-file=FILE]",
+    )
     hpet: bool = option(False, "Event timers beside the PIT; docs/devices.md.")
     chaos: Annotated[int | None, BeforeValidator(_seed)] = option(
         None, "Disturb the guest as the seed says, to find errors; docs/testing.md.", "SEED"
@@ -500,6 +512,17 @@ class MachineConfig(BaseModel):
             return self.on_reset == "restart"
         return not self.debug_exit and self.record is None and self.replay is None
 
+    def with_seat(self) -> Self:
+        """With what its display needs for who sits there: a screen, a keyboard and a pointer."""
+        if self.display is None:
+            return self
+        seat: tuple[InputOption, ...] = self.input
+        if not {"keyboard", "ps2-keyboard"} & set(seat):
+            seat += ("ps2-keyboard",)
+        if not {"mouse", "tablet", "ps2-mouse"} & set(seat):
+            seat += ("ps2-mouse",)
+        return self.model_copy(update={"vga": True, "input": seat})
+
     def updated(self, values: dict[str, Any], spelling: Spelling = plainly) -> Self:
         """With some options changed, as they are typed. Raises ConfigError."""
         checked = check_options(type(self), values, spelling)
@@ -547,6 +570,7 @@ class MachineOptions(TypedDict, total=False):
     rng: bool
     balloon: bool
     vga: bool
+    display: DisplayOption | None
     hpet: bool
     chaos: int | None
     debug_exit: bool

@@ -22,6 +22,7 @@ from tetrarch.machine.threads import VcpuThreads
 if TYPE_CHECKING:
     from tetrarch.control.server import ControlServer
     from tetrarch.gdb.server import GdbServer
+    from tetrarch.vnc.server import VncServer
 
 __all__ = ["Descent"]
 
@@ -41,6 +42,7 @@ class Descent:
     events: Events
     controls: Sequence[ControlServer]
     gdb: Sequence[GdbServer]
+    displays: Sequence[VncServer]
     breakpoints: Breakpoints
     end_recording: Callable[[], None]
 
@@ -72,6 +74,8 @@ class Descent:
         self.events.end()
         for control in self.controls:
             control.close()
+        for display in self.displays:
+            display.close()
         self.breakpoints.close()
         for gdb in self.gdb:
             gdb.close(event.code if isinstance(event, ExitStatus) else 1)

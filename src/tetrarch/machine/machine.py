@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, Unpack
 
-from tetrarch._native import GuestMemoryError
 from tetrarch.agent import AgentStream
 from tetrarch.agent import connect as connect_agent
 from tetrarch.agent.guest import AGENT_S, AgentMethods
@@ -22,6 +21,7 @@ from tetrarch.machine.balloon import Balloon
 from tetrarch.machine.config import (
     CdromOption,
     DiskOption,
+    DisplayOption,
     EngineName,
     FloppyOption,
     GdbOption,
@@ -48,12 +48,14 @@ from tetrarch.machine.status import ExitStatus
 from tetrarch.platforms.named import PlatformName, named_platform
 from tetrarch.platforms.platform import Platform
 from tetrarch.sockets import SocketDirectory
+from tetrarch.vnc.spec import DisplaySpec
 
 if TYPE_CHECKING:
     from tetrarch.aio import AsyncMachine
-    from tetrarch.display.screen import Screen
+    from tetrarch.display import Display, Screen
     from tetrarch.gdb.server import GdbServer
     from tetrarch.platforms.vmware import GuestInfo, Tools, Vmware
+    from tetrarch.vnc.server import VncServer
 
 __all__ = ["Machine"]
 
@@ -113,6 +115,8 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
             self.serve_control(self.config.control)
         if self.config.gdb is not None:
             self.serve_gdb(self.config.gdb, wait=self.config.gdb_wait)
+        if self.config.display is not None:
+            self.serve_display(self.config.display)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a machine cannot be pickled: make it in the other process, of its config")
@@ -167,18 +171,15 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         return tuple(self._pc.inputs)
 
     def screen(self) -> Screen:
-        """What its screen shows; with ``vga`` alone."""
-        from tetrarch.display.vga import vga_screen
+        """What its screen shows; with ``vga`` or a display alone."""
+        return self._shown().screen()
 
-        if self._pc.vga is None:
-            raise MachineStateError("this machine has no screen", mend="make it with vga=True")
-        if self._pc.firmware is not None and self._pc.firmware.ramfb is not None:
-            place = self._pc.firmware.ramfb.frame_buffer
-            if place is not None:
-                from tetrarch.display.linear import linear_screen
+    def _shown(self) -> Display:
+        if self._watched is None:
+            from tetrarch.machine.shown import display_of
 
-                return linear_screen(place, self._vm.read_memory, GuestMemoryError)
-        return vga_screen(self._pc.vga.registers(), self._vm.read_memory)
+            self._watched = display_of(self._pc, self._vm.read_memory)
+        return self._watched
 
     @property
     def pc(self) -> Pc:
@@ -272,6 +273,37 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
             server.close()
         return server
 
+    @property
+    def display(self) -> VncServer | None:
+        """Where viewers find its screen, if they do."""
+        return self._displays[0] if self._displays else None
+
+    def serve_display(self, where: DisplayOption = "vnc=0") -> VncServer:
+        """Shows the screen to viewers, and lets them use keyboard and pointer, until the machine
+        has ended; ``address`` of what it gives is where they find it. See docs/screen.md.
+
+        ``where`` is "vnc=" and a TCP port of this host, 0 for a free one, "HOST:PORT", or the path
+        of a Unix socket. Raises HostError where it cannot listen there, MachineStateError where it
+        does already, and for a machine without a screen.
+        """
+        from tetrarch.vnc.hands import Hands
+        from tetrarch.vnc.server import VncServer
+
+        self._life.require("serve_display", Phase.MADE, Phase.RUNNING, Phase.PAUSED)
+        if self._displays:
+            raise MachineStateError(
+                f"the machine has a display, {self._displays[0].address}", mend="use that"
+            )
+        try:
+            spec = DisplaySpec.parse(where)
+        except ValueProblem as problem:
+            raise ConfigError(f"display: {problem.cause}", mend=problem.mend) from None
+        server = VncServer(self.config.name, self._shown(), Hands(self._pc.inputs), spec)
+        self._displays.append(server)
+        if self.phase is Phase.ENDED:  # meanwhile
+            server.close()
+        return server
+
     def stats(self) -> dict[str, dict[str, int]]:
         """Counters by group: exits by kind, the engine's, time, calls into Python, frames of each
         network card, requests of each disk."""
@@ -347,6 +379,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         control: str | os.PathLike[str] | None = None,
         gdb: GdbOption | None = None,
         gdb_wait: bool = False,
+        display: DisplayOption | None = None,
         fresh_identity: bool = False,
         changed_disks: bool = False,
         vm: EngineVm | None = None,
@@ -390,6 +423,8 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
             start = about.outside.from_the_start(config)
             # Its kernel has looked once: what it did not find is not to be had now.
             machine = cls(start, console=console, platform=platform, guest_cpu=about.cpu, vm=vm)
+            if display is not None:
+                machine.serve_display(display)
             machine._take_up(saved, config, fresh_identity)
         return machine
 
@@ -427,7 +462,7 @@ def _configured(
     config = make_config(values) if config is None else config.updated(values)
     check_recorded(config)
     check_files(config)
-    return replayed(config)
+    return replayed(config).with_seat()
 
 
 def _open_console(console: ConsoleBackend | str | None, spec: ConsoleSpec | None) -> ConsoleBackend:

@@ -38,6 +38,8 @@ class About(BaseModel):
     """The socket of the console; None where the console goes elsewhere."""
     console_goes: str = ""
     """Where it goes then, as ``--console`` is written."""
+    display: str = ""
+    """Where viewers find its screen, as ``--display`` is written; empty where they do not."""
     vsock: Path | None = None
     log: Path | None = None
     sockets: tuple[Path, ...] = ()

@@ -11,7 +11,7 @@ from tetrarch.control.command import command
 from tetrarch.control.monitor import Monitor
 from tetrarch.control.protocol import QmpError
 
-__all__ = ["screen", "screendump"]
+__all__ = ["query_vnc", "screen", "screendump"]
 
 
 @command("x-screen")
@@ -40,3 +40,27 @@ def screendump(
         raise QmpError("'head' must be specified together with 'device'")
     shown = machine.screen()
     write_all(Path(filename), shown.png() if format == "png" else shown.ppm())
+
+
+@command("query-vnc")
+def query_vnc(monitor: Monitor) -> dict[str, Any]:
+    """Where the display is, and who watches."""
+    server = monitor.machine.display
+    if server is None:
+        return {"enabled": False}
+    place = server.spec.place
+    if place.path is not None:
+        address = {"host": str(place.path), "service": "", "family": "unix"}
+    else:
+        host, _, port = server.address.rpartition(":")
+        address = _address(host.strip("[]"), port)
+    viewers = [_address(viewer.host, str(viewer.port)) for viewer in server.viewers]
+    clients = [viewer | {"websocket": False} for viewer in viewers]
+    auth = "vnc" if server.has_password else "none"
+    return {"enabled": True, **address, "auth": auth, "clients": clients}
+
+
+def _address(host: str, port: str) -> dict[str, Any]:
+    if not host:  # by a Unix socket, which has none
+        return {"host": "", "service": "", "family": "unix"}
+    return {"host": host, "service": port, "family": "ipv6" if ":" in host else "ipv4"}
