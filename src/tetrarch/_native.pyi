@@ -747,6 +747,14 @@ class GuestCall:
         No access rights are checked: a user program may name what only its kernel may read.
         """
 
+    def access(self, linear: int, write: bool) -> int:
+        """Where the RAM is that an access of the guest's own to one byte would reach; it is the
+        same page's for the page's other bytes.
+
+        Raises GuestFault, what the access would raise; and #GP where that is no RAM, and on engine
+        ``kvm``, which has no string accesses.
+        """
+
 @final
 class RegisterPortAccess:
     """An access to a port of the platform."""

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.platforms.caller import (
     CLOSE,
+    DO_RECEIVE,
+    HIGH_BANDWIDTH,
     MESSAGE,
     OPEN,
     RECEIVE,
@@ -28,6 +30,7 @@ from tests.platforms.caller import (
     Program,
 )
 
+from tetrarch._native import GuestFault
 from tetrarch.aio.tools import AsyncTools
 from tetrarch.errors import StateError
 from tetrarch.platforms.vmware import GuestInfo, ToolsError, Vmware
@@ -141,10 +144,72 @@ def test_channels_are_for_those_who_opened_them(program: Program) -> None:
     assert channel.status(SEND_SIZE, 4, rsi=channel.cookies[0] ^ 1) == 0
     assert channel.status(SEND_SIZE, 4, number=other.number) == 0
     assert channel.status(SEND_SIZE, 4, number=7) == 0
-    assert channel.status(SEND_SIZE, 4) == SUCCESS
+    assert channel.status(SEND_SIZE, 4) & SUCCESS
     # A guest that asks for no cookies has none.
     plain = program.call(MESSAGE, rcx=OPEN << 16, rbx=RPCI)
     assert (plain["rcx"] >> 16, plain["rsi"], plain["rdi"]) == (SUCCESS, 0, 0)
+
+
+@pytest.mark.parametrize("call", [False, True], ids=["port", "hypercall"])
+def test_strings_go_at_once(vmware: Vmware, program: Program, call: bool) -> None:
+    channel, memory, at = Channel(program, RPCI), program.memory, 0x10_0FF0
+    text = b"info-set guestinfo.x " + bytes(range(1, 256)) * 40
+    for index, byte in enumerate(text):
+        memory.bytes[memory.place(at + index)] = byte
+    assert channel.status(SEND_SIZE, len(text)) == SUCCESS | HIGH_BANDWIDTH
+    # In two strings, as it may.
+    for start, end in ((0, 5000), (5000, len(text))):
+        done = channel.string(True, at + start, end - start, call=call)
+        assert (done["rbx"] >> 16, done["rcx"], done["rsi"]) == (SUCCESS, 0, at + end)
+        assert done["rax"] == MAGIC
+    assert channel.receive() == b"1 "
+    channel.send(b"info-get guestinfo.x")
+    announced = channel.use(RECEIVE_SIZE)
+    assert announced["rcx"] >> 16 == SUCCESS | DO_RECEIVE | HIGH_BANDWIDTH
+    length, memory.bytes = announced["rbx"], {}
+    done = channel.string(False, at, length, call=call)
+    assert (done["rbx"] >> 16, done["rcx"], done["rdi"]) == (SUCCESS, 0, at + length)
+    got = bytes(memory.bytes[memory.place(at + index)] for index in range(length))
+    assert got == b"1 " + text.removeprefix(b"info-set guestinfo.x ")
+    assert len(memory.bytes) == length
+    assert channel.status(RECEIVED, SUCCESS) == SUCCESS
+
+
+def test_strings_of_others_and_to_nowhere_move_nothing(program: Program) -> None:
+    channel, other, memory = Channel(program, RPCI), Channel(program, RPCI), program.memory
+    at, end = memory.MAPPED.start, memory.MAPPED.stop
+    channel.send(b"info-get guestinfo.x")
+    channel.use(RECEIVE_SIZE)
+    for wrong in (
+        {"rsi": channel.cookies[0] ^ 1},
+        {"rdx": other.number << 16},
+        {"rdx": 7 << 16},
+        {"rcx": 17},
+        {"rcx": 0xFFFF_FFFF},
+    ):
+        done = channel.string(False, at, 16, **wrong)
+        assert done["rbx"] >> 16 == 0
+    with pytest.raises(GuestFault):
+        channel.string(False, end - 4, 16)
+    assert memory.bytes == {}
+    assert channel.status(SEND_SIZE, 16) & SUCCESS
+    with pytest.raises(GuestFault):
+        channel.string(True, end - 4, 16)
+    assert channel.string(True, at, 17)["rbx"] >> 16 == 0
+    # Nothing was lost, and another command is none.
+    assert channel.string(True, at, 16)["rbx"] >> 16 == SUCCESS
+    assert channel.string(True, at, 16, rbx=1)["rbx"] == 1
+    assert channel.string(True, at, 16, rax=7)["rcx"] == 16
+    assert channel.string(True, at, 16, rax=7, call=True)["rax"] == NO_COMMAND
+    assert channel.string(True, at, 16, rbx=1, call=True)["rax"] == NO_COMMAND
+
+
+def test_strings_are_not_offered_where_there_are_none(vmware: Vmware) -> None:
+    program = Program(vmware)
+    vmware.channels.high_bandwidth = False
+    channel = Channel(program, RPCI)
+    assert channel.status(SEND_SIZE, 16) == SUCCESS
+    assert channel.string(True, program.memory.MAPPED.start, 16)["rbx"] >> 16 == 0
 
 
 def test_steps_out_of_order_are_refused(program: Program) -> None:

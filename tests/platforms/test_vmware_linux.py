@@ -121,6 +121,16 @@ def test_programs_of_open_vm_tools_work(tools: Small) -> None:
     assert tools.run("vmware-rpctool 'info-get guestinfo.x'") == "from the host\n"
     tools.run("vmware-rpctool 'info-set guestinfo.y from the guest'")
     assert tools.vm.guestinfo["y"] == "from the guest"
+    # A long one is moved in strings, and not four bytes at a time.
+    before = tools.vm.stats()["exits"]["port_with_registers"]
+    tools.vm.guestinfo["long"] = "0123456789abcdef" * 3000
+    length, done = tools.run(
+        "x=$(vmware-rpctool 'info-get guestinfo.long'); echo ${#x}; "
+        'vmware-rpctool "info-set guestinfo.back $x" >/dev/null && echo set'
+    ).split()
+    assert (length, done) == ("48000", "set")
+    assert tools.vm.guestinfo["back"] == tools.vm.guestinfo["long"]
+    assert tools.vm.stats()["exits"]["port_with_registers"] < before + 500
     assert "Unknown command" in tools.run("vmware-rpctool 'no.such.thing'")
     mhz = re.search(r"(\d+) MHz", tools.run("vmware-toolbox-cmd stat speed"))
     assert mhz is not None

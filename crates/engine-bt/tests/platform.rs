@@ -8,6 +8,7 @@ use support::guest::{BASE, CODE_AT, End, Guest, KERNEL_CODE, P, U, W};
 use tetrarch_engine::{
     CpuidLeaf, Exit, GuestFault, Hypercalls, Platform, RegisterPorts, Registers, Reply, Trap, Traps,
 };
+use tetrarch_memory::GuestPhys;
 
 const VMCALL: [u8; 3] = [0x0F, 0x01, 0xC1];
 const VMMCALL: [u8; 3] = [0x0F, 0x01, 0xD9];
@@ -249,6 +250,41 @@ fn repeated_string_access_is_one_exit() {
         assert_eq!(guest.frame.rip, at + 2, "{name}");
         let after = guest.vcpu.registers().expect("state").gpr;
         assert_eq!((after[RCX], after[RSI]), (0, CODE + 100), "{name}");
+    });
+}
+
+#[test]
+fn memory_of_a_string_access_is_reached_with_the_callers_rights() {
+    // Kernel's alone, read-only, and nowhere.
+    const DATA: u64 = CODE + 0x1000;
+    on_both(backdoor(true), |guest, name| {
+        for (page, rights) in [(0, P | W | U), (1, P | W), (2, P | U)] {
+            guest.map(DATA + page * 0x1000, CODE_AT + 0x1000 + page * 0x1000, rights);
+        }
+        let fault = |page: u64, error| {
+            let address = DATA + page * 0x1000 + 5;
+            Err(GuestFault { vector: 14, error: Some(error), address })
+        };
+        // rep outsb
+        for kernel in [false, true] {
+            start(guest, kernel, &[0xF3, 0x6E], gpr(&[(RDX, u64::from(BACKDOOR))]));
+            guest.run_raw();
+            let mut access = |page: u64, write| guest.vcpu.access(DATA + page * 0x1000 + 5, write);
+            let at = |page: u64| Ok(GuestPhys(CODE_AT + 0x1000 + page * 0x1000 + 5));
+            assert_eq!(access(0, true), at(0), "{name}");
+            if kernel {
+                assert_eq!(access(1, true), at(1), "{name}");
+                assert_eq!(access(9, false), fault(9, 0), "{name}");
+            } else {
+                assert_eq!(access(1, false), fault(1, 5), "{name}");
+                assert_eq!(access(1, true), fault(1, 7), "{name}");
+                assert_eq!(access(2, false), at(2), "{name}");
+                assert_eq!(access(2, true), fault(2, 7), "{name}");
+                assert_eq!(access(9, true), fault(9, 6), "{name}");
+            }
+            assert_eq!(guest.vcpu.access(1 << 63, false), Err(GuestFault::GP), "{name}");
+            guest.vcpu.reply(Reply::Done);
+        }
     });
 }
 

@@ -228,6 +228,13 @@ pub trait Vcpu: Send {
     fn peek(&mut self, linear: u64, data: &mut [u8]) -> usize;
     /// Where a linear address leads to, in the same way; `None` where it is not mapped.
     fn translate(&mut self, linear: u64) -> Option<GuestPhys>;
+    /// Where the RAM is that an access of the vCPU's own to one byte at a linear address would
+    /// reach, by the rights that it has now, or the fault that it would raise; accessed and dirty
+    /// bits are set. For an engine that hands over INS and OUTS whole (`Exit::PortWithRegisters`);
+    /// by another, and where no RAM is, every access is refused by #GP.
+    fn access(&mut self, _linear: u64, _write: bool) -> Result<GuestPhys, GuestFault> {
+        Err(GuestFault::GP)
+    }
     /// What [`Exit::Debug`] comes for from now on; to be set anew for each step, after the
     /// registers have been set.
     fn set_guest_debug(&mut self, debug: &GuestDebug) -> Result<(), EngineError>;

@@ -10,7 +10,7 @@ use pyo3::types::PyBytes;
 use tetrarch_engine::{Registers, Vcpu};
 use tetrarch_machine::State;
 
-use crate::error::Failure;
+use crate::error::{Failure, GuestFault};
 use crate::vm::Vm;
 
 /// Longest piece of guest memory that a handler reads at once.
@@ -129,6 +129,17 @@ impl GuestCall {
         let mut data = vec![0; length];
         let read = self.with(|borrowed| Ok(borrowed.vcpu().peek(linear, &mut data)))?;
         Ok(PyBytes::new(py, &data[..read]))
+    }
+
+    /// Where an access of the guest's own would go, or the fault that it would raise.
+    fn access(&self, linear: u64, write: bool) -> PyResult<u64> {
+        self.with(|borrowed| {
+            borrowed
+                .vcpu()
+                .access(linear, write)
+                .map(|at| at.0)
+                .map_err(|fault| GuestFault::new_err((fault.vector, fault.error, fault.address)))
+        })
     }
 
     fn __repr__(&self) -> String {

@@ -392,7 +392,10 @@ def assemble_pc(
             if platform.vmware is not None:
                 from tetrarch.platforms.vmware.vmci import Vmci
 
+                # The host writes to memory by itself there, which is in no recording.
                 vmci = Vmci(vm, notifications=config.record is None)
+                if config.record is not None:
+                    platform.vmware.channels.high_bandwidth = False
                 plugged.plug("vmci", vmci)
             if config.balloon and platform.vmware is not None:
                 balloon = platform.vmware.balloon

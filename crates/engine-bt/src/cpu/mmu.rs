@@ -5,6 +5,7 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+use tetrarch_engine::GuestFault;
 use tetrarch_memory::{GuestPhys, PAGE_SIZE};
 
 use crate::cpu::Cpu;
@@ -542,6 +543,24 @@ impl Cpu {
         }
         let walk = self.walk(linear, Access::Fetch, user)?;
         Ok((walk.address, walk))
+    }
+
+    /// Where the RAM is that an access at the present privilege would reach.
+    pub fn access(&mut self, linear: u64, write: bool) -> Result<GuestPhys, GuestFault> {
+        if self.st.long_mode() && !canonical(linear) {
+            return Err(GuestFault::GP);
+        }
+        let access = if write { Access::Write } else { Access::Read };
+        let user = self.user();
+        let walk = self.walk(linear, access, user).map_err(|fault| GuestFault {
+            vector: fault.vector,
+            error: fault.error,
+            address: fault.address,
+        })?;
+        match self.vm.memory.host(walk.address, 1) {
+            Some(_) => Ok(walk.address),
+            None => Err(GuestFault::GP),
+        }
     }
 
     /// Reads memory as a debugger does: no rights, no A bits, RAM only.

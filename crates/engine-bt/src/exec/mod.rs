@@ -757,6 +757,10 @@ impl Vcpu for BtVcpu {
         self.cpu.peek_walk(linear)
     }
 
+    fn access(&mut self, linear: u64, write: bool) -> Result<GuestPhys, GuestFault> {
+        self.cpu.access(linear, write)
+    }
+
     fn set_guest_debug(&mut self, debug: &GuestDebug) -> Result<(), EngineError> {
         self.cpu.debugger = *debug;
         self.cpu.update_mode();

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Final
 
 from tetrarch.platforms.platform import Hypercalls, Platform, RegisterPort
-from tetrarch.platforms.vmware.backdoor import PORT, Backdoor
+from tetrarch.platforms.vmware.backdoor import HIGH_BANDWIDTH_PORT, PORT, Backdoor
 from tetrarch.platforms.vmware.balloon import BALLOON_PORT, VmwareBalloon
 from tetrarch.platforms.vmware.facts import Facts
 from tetrarch.platforms.vmware.guestinfo import GuestInfo
 from tetrarch.platforms.vmware.identity import Identity
-from tetrarch.platforms.vmware.messages import MESSAGE, Channels
+from tetrarch.platforms.vmware.messages import MESSAGE, STRING_MESSAGE, Channels
 from tetrarch.platforms.vmware.rpci import RPCI, Rpci
 from tetrarch.platforms.vmware.tclo import TCLO, ToolsError
 from tetrarch.platforms.vmware.tools import Tools, ToolsStatus
@@ -37,12 +37,17 @@ class Vmware:
         self.tools = Tools(self.guestinfo)
         self.channels = Channels({RPCI: Rpci(self.tools.requests()), TCLO: self.tools.tclo})
         facts = Facts(lambda: self.identity.uuid)
-        self._backdoor = Backdoor({**facts.commands(), MESSAGE: self.channels.command})
+        self._backdoor = Backdoor(
+            {**facts.commands(), MESSAGE: self.channels.command},
+            {STRING_MESSAGE: self.channels.string},
+        )
 
     def platform(self, *, hypercalls: bool, any_privilege: bool) -> Platform:
         """``hypercalls``: the engine hands all of them over. ``any_privilege``: programs of the
         guest reach the port too."""
         backdoor = self._backdoor
+        # What hands over all hypercalls hands over strings too: engine bt.
+        self.channels.high_bandwidth = hypercalls
         return Platform(
             name="vmware",
             cpuid={
@@ -52,6 +57,9 @@ class Vmware:
             hypercalls=Hypercalls(backdoor.hypercall, user_mode=True) if hypercalls else None,
             ports={
                 PORT: RegisterPort(backdoor.port, any_privilege=any_privilege),
+                HIGH_BANDWIDTH_PORT: RegisterPort(
+                    backdoor.string_port, any_privilege=any_privilege
+                ),
                 BALLOON_PORT: RegisterPort(self.balloon.port),
             },
             identity=self.identity.system,

@@ -2,7 +2,8 @@
 (open-vm-tools, lib/include/guest_msg_def.h and lib/message/message.c).
 
 The guest opens a channel to a protocol, sends a message and fetches one, each in pieces of four
-bytes. A service is told of each whole message, and says what there is to fetch.
+bytes, or whole by high bandwidth. A service is told of each whole message, and says what there is
+to fetch.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from tetrarch.devices._state import State
 from tetrarch.platforms.vmware.backdoor import MAGIC, low
+from tetrarch.platforms.vmware.strings import fetch, store
 
 if TYPE_CHECKING:
     from tetrarch._native import GuestCall
 
-__all__ = ["MESSAGE", "Channels", "Service"]
+__all__ = ["MESSAGE", "STRING_MESSAGE", "Channels", "Service"]
 
-#: The backdoor's command.
+#: The backdoor's command, and that of high bandwidth.
 MESSAGE: Final = 30
+STRING_MESSAGE: Final = 0
 
 OPEN: Final = 0
 SEND_SIZE: Final = 1
@@ -35,6 +38,8 @@ CLOSE: Final = 6
 
 SUCCESS: Final = 0x0001
 DO_RECEIVE: Final = 0x0002
+#: High bandwidth can be used for what follows.
+HIGH_BANDWIDTH: Final = 0x0080
 
 _COOKIE: Final = 0x8000_0000
 MAX_CHANNELS: Final = 8
@@ -74,6 +79,8 @@ class Channels:
 
     def __init__(self, services: Mapping[int, Service]) -> None:
         """``services`` by the protocol's number."""
+        self.high_bandwidth = True
+        """Whether the guest is told that there is one."""
         self._services = services
         self._channels: dict[int, _Channel] = {}
         self._lock = Lock()
@@ -96,6 +103,38 @@ class Channels:
             status = self._open(call) if kind == OPEN else self._use(call, kind, number)
         call["rcx"] = status << 16 | MESSAGE
         return MAGIC
+
+    def string(self, call: GuestCall, out: bool) -> None:
+        """The rest of a message at once, with cookies where the addresses leave room for them.
+
+        A fault of the guest's ends it before anything has changed.
+        """
+        low_cookie, high_cookie = ("rdi", "rbp") if out else ("rbp", "rsi")
+        cookies, length = (low(call, high_cookie), low(call, low_cookie)), low(call, "rcx")
+        with self._lock:
+            channel = self._channels.get(number := low(call, "rdx") >> 16)
+            status = 0
+            if self.high_bandwidth and channel is not None and channel.cookies in ((0, 0), cookies):
+                channel.used = time.monotonic()
+                take = self._take if out else self._give
+                status = take(call, number, channel, length)
+        call["rbx"] = status << 16 | STRING_MESSAGE
+
+    def _take(self, call: GuestCall, number: int, channel: _Channel, length: int) -> int:
+        if channel.size is None or length > channel.size - len(channel.incoming):
+            return 0
+        channel.incoming += fetch(call, call["rsi"], length)
+        self._complete(number, channel, self._services[channel.protocol])
+        _advance(call, "rsi", length)
+        return SUCCESS
+
+    def _give(self, call: GuestCall, number: int, channel: _Channel, length: int) -> int:
+        if channel.outgoing is None or length > len(channel.outgoing) - channel.fetched:
+            return 0
+        store(call, call["rdi"], channel.outgoing[channel.fetched : channel.fetched + length])
+        channel.fetched += length
+        _advance(call, "rdi", length)
+        return SUCCESS
 
     def _open(self, call: GuestCall) -> int:
         argument = low(call, "rbx")
@@ -152,7 +191,10 @@ class Channels:
         channel.size = size
         channel.incoming.clear()
         self._complete(number, channel, service)
-        return SUCCESS
+        return SUCCESS | self._offered(size)
+
+    def _offered(self, size: int) -> int:
+        return HIGH_BANDWIDTH if self.high_bandwidth and size else 0
 
     def _send_payload(self, number: int, channel: _Channel, service: Service, piece: int) -> int:
         if channel.size is None:
@@ -176,7 +218,7 @@ class Channels:
             return SUCCESS
         call["rbx"] = len(channel.outgoing)
         call["rdx"] = SEND_SIZE << 16 | low(call, "rdx") & 0xFFFF
-        return SUCCESS | DO_RECEIVE
+        return SUCCESS | DO_RECEIVE | self._offered(len(channel.outgoing))
 
     def _receive_payload(self, call: GuestCall, channel: _Channel) -> int:
         if channel.outgoing is None or channel.fetched >= len(channel.outgoing):
@@ -198,3 +240,9 @@ class Channels:
     def _drop(self, number: int) -> None:
         channel = self._channels.pop(number)
         self._services[channel.protocol].closed(number)
+
+
+def _advance(call: GuestCall, register: str, length: int) -> None:
+    """As REP does, at its end."""
+    call[register] = call[register] + length & 0xFFFF_FFFF_FFFF_FFFF
+    call["rcx"] = 0
