@@ -13,6 +13,7 @@ __all__ = [
     "BT_MAX_VCPUS",
     "LOW_RAM_END",
     "AhciPorts",
+    "DeviceMemory",
     "Disk",
     "DiskBytes",
     "DiskError",
@@ -442,6 +443,22 @@ class PvscsiState(TypedDict):
     news: list[int]
     leaving: list[int]
     targets: list[list[int]]
+
+@final
+class DeviceMemory:
+    """Memory of a device that the guest uses as RAM, wherever it maps it, and that is none: it is
+    not saved with RAM, and no region of ``Vm.ram``. GuestMemoryError beyond its end."""
+
+    def __new__(cls, length: int) -> Self:
+        """Zeros, a multiple of 4096."""
+    @property
+    def length(self) -> int: ...
+    def map(self, vm: Vm, address: int) -> None:
+        """Lets the guest find it there, too, at any time; ``Vm.remove_memory`` takes it away.
+        EngineError where something else is."""
+    def read(self, offset: int, length: int) -> bytes: ...
+    def write(self, offset: int, data: bytes) -> None:
+        """Where the guest has it mapped, ``Vm.write_memory`` is for that."""
 
 @final
 class PixelFormat:

@@ -1,6 +1,6 @@
 //! RAM that comes and goes while the machine runs.
 
-use tetrarch_memory::GuestPhys;
+use tetrarch_memory::{DeviceMemory, GuestPhys};
 
 use crate::{Machine, MachineError};
 
@@ -9,6 +9,17 @@ impl Machine {
     pub fn add_memory(&self, start: u64, len: u64) -> Result<(), MachineError> {
         let reserved = self.bus.reserve_mmio(start, len, "RAM")?;
         if let Err(refused) = self.memory.add_region(GuestPhys(start), len) {
+            reserved.detach();
+            return Err(refused.into());
+        }
+        self.ram.lock().push((start, reserved));
+        Ok(())
+    }
+
+    /// Lets the guest find a device's memory where nothing else is.
+    pub fn map_device(&self, start: u64, memory: &DeviceMemory) -> Result<(), MachineError> {
+        let reserved = self.bus.reserve_mmio(start, memory.len(), "memory of a device")?;
+        if let Err(refused) = self.memory.add_device(GuestPhys(start), memory) {
             reserved.detach();
             return Err(refused.into());
         }

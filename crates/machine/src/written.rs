@@ -34,7 +34,7 @@ impl Machine {
             }
         }
         let mut ranges: Vec<Range> = Vec::new();
-        for region in self.memory.regions() {
+        for region in self.memory.ram() {
             for pages in so_far.iter().filter(|pages| pages.start == region.start) {
                 let end = region.start.0 + region.len;
                 for page in pages.addresses().map(|page| page.0).take_while(|&page| page < end) {

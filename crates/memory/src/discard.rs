@@ -56,7 +56,7 @@ impl GuestMemory {
             }
             return Ok(());
         }
-        for region in self.regions() {
+        for region in self.ram() {
             let (start, end) = within(&region, range);
             let Some(memfd) = region.file().filter(|_| start < end) else { continue };
             for part in lazy.take(&(start..end)) {

@@ -12,6 +12,7 @@ use vm_memory::{
     GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
+use crate::device_memory::DeviceMemory;
 use crate::host_map::{HostMap, MAX_REGIONS};
 use crate::lazy::Lazy;
 use crate::observers::{MemoryObserver, Observers, Refusal, WriteMarks};
@@ -97,6 +98,8 @@ fn mib(bytes: u64) -> u64 {
 pub struct Region {
     pub start: GuestPhys,
     pub len: u64,
+    /// Of a device, and no RAM.
+    device: bool,
     mapping: Arc<GuestRegionMmap<WriteMarks>>,
 }
 
@@ -141,9 +144,9 @@ impl GuestMemory {
             lazy: Mutex::default(),
         };
         let low = size.min(LOW_RAM_END);
-        memory.insert(GuestPhys(0), low, &file, 0)?;
+        memory.insert(GuestPhys(0), low, &file, 0, false)?;
         if size > low {
-            memory.insert(GuestPhys(HIGH_RAM_START), size - low, &file, low)?;
+            memory.insert(GuestPhys(HIGH_RAM_START), size - low, &file, low, false)?;
         }
         Ok(memory)
     }
@@ -151,7 +154,7 @@ impl GuestMemory {
     /// Adds zeroed RAM, in a memfd of its own, while the machine runs or before.
     pub fn add_region(&self, start: GuestPhys, len: u64) -> Result<Region, MemoryError> {
         check_size(len)?;
-        self.insert(start, len, &memfd(len)?, 0)
+        self.insert(start, len, &memfd(len)?, 0, false)
     }
 
     fn insert(
@@ -160,12 +163,13 @@ impl GuestMemory {
         len: u64,
         file: &Arc<File>,
         offset: u64,
+        device: bool,
     ) -> Result<Region, MemoryError> {
         if start.page_offset() != 0 || start.0.checked_add(len).is_none() {
             return Err(MemoryError::BadStart(start));
         }
         let mapping = self.map(start, len, file, offset)?;
-        let region = Region { start, len, mapping };
+        let region = Region { start, len, device, mapping };
         let mut regions = self.regions.lock();
         if regions.len() >= MAX_REGIONS {
             return Err(MemoryError::TooMany);
@@ -232,7 +236,24 @@ impl GuestMemory {
         region.map(Arc::new).ok_or(MemoryError::BadStart(start))
     }
 
-    /// The regions of this moment.
+    /// Lets the guest find a device's memory at `start`, at any time; `remove_region` takes it away
+    /// from there. It may be in several places at once.
+    pub fn add_device(
+        &self,
+        start: GuestPhys,
+        memory: &DeviceMemory,
+    ) -> Result<Region, MemoryError> {
+        self.insert(start, memory.len(), memory.file(), 0, true)
+    }
+
+    /// The regions of this moment that are RAM.
+    pub fn ram(&self) -> Vec<Region> {
+        let mut regions = self.regions();
+        regions.retain(|region| !region.device);
+        regions
+    }
+
+    /// The regions of this moment, those of devices among them.
     pub fn regions(&self) -> Vec<Region> {
         self.regions.lock().clone()
     }
@@ -302,7 +323,7 @@ impl From<GuestPhys> for GuestAddress {
     }
 }
 
-fn check_size(size: u64) -> Result<(), MemoryError> {
+pub(crate) fn check_size(size: u64) -> Result<(), MemoryError> {
     if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
         return Err(MemoryError::BadSize(size));
     }
@@ -317,7 +338,7 @@ fn check_size(size: u64) -> Result<(), MemoryError> {
     Ok(())
 }
 
-fn memfd(size: u64) -> Result<Arc<File>, MemoryError> {
+pub(crate) fn memfd(size: u64) -> Result<Arc<File>, MemoryError> {
     let failed = |source| MemoryError::Allocate { size, source };
     let file = memfd_create("tetrarch-ram", MemfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
     let file = File::from(file);

@@ -150,7 +150,7 @@ impl GuestMemory {
     /// them.
     fn used(&self) -> Result<Vec<Range>, ImageError> {
         let mut ranges = Vec::new();
-        for region in self.regions() {
+        for region in self.ram() {
             let Some(memfd) = region.file() else { continue };
             let (first, end) = (memfd.start(), memfd.start() + region.len);
             let mut at = first;
@@ -212,7 +212,7 @@ impl GuestMemory {
     pub fn settle(&self) -> Result<(), ImageError> {
         let mut lazy = self.lazy.lock();
         let mut buffer = vec![0; RUN_MAX];
-        for region in self.regions() {
+        for region in self.ram() {
             let Some(memfd) = region.file() else { continue };
             for part in lazy.take(&(region.start.0..region.start.0 + region.len)) {
                 for start in part.clone().step_by(RUN_MAX) {
@@ -264,7 +264,7 @@ impl GuestMemory {
     fn map_file(&self, layers: &[Layer], segment: Segment) -> Result<(), ImageError> {
         let Some((layer, offset)) = segment.source else { return Ok(()) };
         let mut lazy = self.lazy.lock();
-        for region in self.regions() {
+        for region in self.ram() {
             let (start, end) = within(&region, &(segment.start..segment.end));
             if start < end {
                 let host = region.host().wrapping_add((start - region.start.0) as usize);

@@ -6,6 +6,7 @@
 //! marks tell the observers; engines see host addresses.
 
 mod address;
+mod device_memory;
 mod discard;
 mod guest_memory;
 mod host_map;
@@ -16,6 +17,7 @@ mod scatter;
 mod window;
 
 pub use address::{GuestPhys, PAGE_SHIFT, PAGE_SIZE};
+pub use device_memory::DeviceMemory;
 pub use guest_memory::{GuestMemory, HIGH_RAM_START, LOW_RAM_END, MemoryError, Region, Regions};
 pub use image::{ImageError, Layer, Run};
 pub use lazy::Range;

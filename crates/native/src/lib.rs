@@ -10,6 +10,7 @@ mod confine;
 mod console;
 mod debug;
 mod descriptor;
+mod device_memory;
 mod disk;
 mod display;
 mod error;
@@ -48,6 +49,8 @@ mod _native {
     use crate::balloon::VirtioBalloon;
     #[pymodule_export]
     use crate::console::VirtioConsole;
+    #[pymodule_export]
+    use crate::device_memory::DeviceMemory;
     #[pymodule_export]
     use crate::disk::{Disk, DiskBytes, DiskError, DiskSource, disk_check, disk_create, disk_info};
     #[pymodule_export]

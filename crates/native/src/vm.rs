@@ -183,7 +183,7 @@ impl Vm {
 
     #[getter]
     fn ram(&self) -> Vec<(u64, u64)> {
-        self.machine.memory.regions().iter().map(|region| (region.start.0, region.len)).collect()
+        self.machine.memory.ram().iter().map(|region| (region.start.0, region.len)).collect()
     }
 
     // Held, since what a saved machine's file has is copied into the memfd.
@@ -191,7 +191,7 @@ impl Vm {
         if self.machine.memory.is_lazy() {
             py.detach(|| self.machine.held(|| self.machine.memory.settle()))??;
         }
-        let (regions, start) = (self.machine.memory.regions(), GuestPhys(address));
+        let (regions, start) = (self.machine.memory.ram(), GuestPhys(address));
         let region = regions.iter().find(|region| region.start == start);
         let file = region.and_then(|region| region.file());
         let file = file.ok_or(MemoryError::OutOfRange { address: start, length: 1 })?;

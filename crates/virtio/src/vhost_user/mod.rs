@@ -158,7 +158,7 @@ impl VhostUser {
         back_end.set_features(self.features & back_end.features() & KIND_FEATURES | VERSION_1)?;
         // Before the regions: of two that follow each other the later one counts.
         let generation = self.memory.generation();
-        let (guest, rings) = (self.memory.regions(), self.rings.regions());
+        let (guest, rings) = (self.memory.ram(), self.rings.regions());
         let shifted = rings.iter().map(|region| (RINGS, region));
         let all = guest.iter().map(|region| (0, region)).chain(shifted);
         let regions: Vec<_> = all
