@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.pci.device import DEVICE, VECTORS, VENDOR, Device, Registers
@@ -367,7 +368,7 @@ def test_saved_machine_wants_its_devices_back(
         restored.machine.start()
 
 
-def plain(size: int, **more: bool) -> PciFunction:
+def plain(size: int, **more: Any) -> PciFunction:
     vm = ScriptedVm(lambda vm: "stopped")
     bar = Bar(0, size, [BarPart(0, size, Registers(16))], **more)
     return PciFunction(vm, Identity(VENDOR, DEVICE, 0xFF0000), [bar])

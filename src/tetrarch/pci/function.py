@@ -16,6 +16,7 @@ from tetrarch.pci.config_space import CONFIG_BYTES, ConfigSpace
 
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
+    from tetrarch.pci.memory import BarMemory
 
 __all__ = ["Bar", "BarPart", "Identity", "PciFunction", "PciFunctionState"]
 
@@ -85,8 +86,12 @@ class Bar:
     wide: bool = False
     """64 bits: takes the next index too."""
     prefetchable: bool = False
+    memory: BarMemory | None = None
+    """What the guest uses as RAM, all of the BAR."""
 
     def __post_init__(self) -> None:
+        if self.memory is not None and (self.memory.length != self.size or self.parts or self.io):
+            raise ValueError(f"BAR {self.index} is not all memory")
         # 16 bytes are the least of memory; a device may take 256 ports at most (6.2.5.1).
         least, most = (4, 256) if self.io else (16, 1 << 62 if self.wide else 1 << 31)
         if self.size.bit_count() != 1 or not least <= self.size <= most:
@@ -253,6 +258,9 @@ class PciFunction:
                 for _, region in regions:
                     region.detach()
             self._regions.clear()
+            for bar in self.bars:
+                if bar.memory is not None:
+                    bar.memory.unmap()
             self.intx.connect(None)
 
     def read_config(self, offset: int, size: int) -> int:
@@ -340,6 +348,10 @@ class PciFunction:
         for bar in self.bars:
             on = command & (IO_SPACE if bar.io else MEMORY_SPACE)
             base = self.address(bar)
+            if bar.memory is not None and on and base:
+                bar.memory.map(base)
+            elif bar.memory is not None:
+                bar.memory.unmap()
             for offset, region in self._regions.get(bar.index, ()):
                 if not on or base == 0:
                     if region.mapped:
