@@ -24,6 +24,7 @@ UNUSED = {
     "tetrarch.cli.detach",
     "tetrarch.control.server",
     "tetrarch.devices.fw_cfg",
+    "tetrarch.devices.svga2",
     "tetrarch.devices.vga",
     "tetrarch.display.display",
     "tetrarch.gdb.server",

@@ -18,6 +18,7 @@ from tetrarch.devices.vga import PORT_BASE, Vga
 from tetrarch.display import Screen
 from tetrarch.display.linear import linear_screen
 from tetrarch.display.vga import vga_screen
+from tetrarch.machine.config import ScreenKind
 from tetrarch.testing import pvh_kernel
 
 LIMIT_S = 120
@@ -210,10 +211,11 @@ def test_machine_without_a_screen_says_so(tmp_path: Path) -> None:
 
 
 @needs_font
-def test_firmware_shows_its_text_on_the_screen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("screen", ["vga", "svga"])
+def test_firmware_shows_its_text_on_the_screen(tmp_path: Path, screen: ScreenKind) -> None:
     disk = boot_disk(tmp_path / "disk.img", b"seen on the screen", halts=True)
     with Machine(
-        engine="bt", firmware="seabios", vga=True, memory="64M", disk=f"{disk},format=raw"
+        engine="bt", firmware="seabios", screen=screen, memory="64M", disk=f"{disk},format=raw"
     ) as vm:
         vm.start()
         vm.console.expect("halted", LIMIT_S)

@@ -18,6 +18,7 @@ from tetrarch import Machine
 from tetrarch._native import Disk, Vm
 from tetrarch.devices import uart16550
 from tetrarch.devices._access import all_ones
+from tetrarch.devices.svga2 import Svga2
 from tetrarch.errors import MachineStateError
 from tetrarch.pci import PciBus
 from tetrarch.pci.bus import PciAddressPort, PciDataPorts, PciEcam
@@ -138,6 +139,7 @@ class Bus:
             PvscsiController(
                 self.vm, [ScsiDrive("scsi", disk(5)), ScsiDrive("c", disk(6), cd=True)]
             ),
+            Svga2(self.vm),
         ]
         self.devices: list[Any] = [*self.functions, *self.controllers]
         for device in self.devices:

@@ -51,6 +51,7 @@ __all__ = [
     "NetOption",
     "OnReset",
     "PortOption",
+    "ScreenKind",
     "ShareOption",
     "Spelling",
     "ValueProblem",
@@ -89,6 +90,7 @@ FloppyOption: TypeAlias = str | os.PathLike[str] | FloppySpec
 NetOption: TypeAlias = str | NetSpec
 PortOption: TypeAlias = str | ConsoleBackend | PortSpec
 InputOption = Literal["keyboard", "mouse", "tablet", "ps2-keyboard", "ps2-mouse"]
+ScreenKind = Literal["vga", "svga"]
 DisplayOption: TypeAlias = str | DisplaySpec
 GdbOption: TypeAlias = int | str | os.PathLike[str] | GdbSpec
 ShareOption: TypeAlias = str | os.PathLike[str] | ShareSpec
@@ -439,6 +441,11 @@ class MachineConfig(BaseModel):
     rng: bool = option(True, "A virtio device with the host's random numbers.")
     balloon: bool = option(True, "A virtio device by which the guest gives memory back.")
     vga: bool = option(False, "A screen, for text; docs/screen.md.")
+    screen: ScreenKind | None = option(
+        None,
+        "What draws the screen; docs/screen.md [default: svga on platform vmware, else vga].",
+        "vga|svga",
+    )
     display: Annotated[DisplaySpec | None, BeforeValidator(_display)] = option(
         None,
         "Where viewers find the screen, with a keyboard and a mouse; docs/screen.md.",
@@ -512,16 +519,27 @@ class MachineConfig(BaseModel):
             return self.on_reset == "restart"
         return not self.debug_exit and self.record is None and self.replay is None
 
+    @property
+    def drawn_by(self) -> ScreenKind | None:
+        """What draws the screen; None where there is none."""
+        if not self.vga and self.screen is None and self.display is None:
+            return None
+        return self.screen or ("svga" if self.platform == "vmware" else "vga")
+
     def with_seat(self) -> Self:
-        """With what its display needs for who sits there: a screen, a keyboard and a pointer."""
-        if self.display is None:
+        """With what draws its screen, if it has one, and what its display needs for who sits
+        there: a keyboard and a pointer."""
+        if (screen := self.drawn_by) is None:
             return self
-        seat: tuple[InputOption, ...] = self.input
-        if not {"keyboard", "ps2-keyboard"} & set(seat):
-            seat += ("ps2-keyboard",)
-        if not {"mouse", "tablet", "ps2-mouse"} & set(seat):
-            seat += ("ps2-mouse",)
-        return self.model_copy(update={"vga": True, "input": seat})
+        changes: dict[str, Any] = {"vga": True, "screen": screen}
+        if self.display is not None:
+            seat: tuple[InputOption, ...] = self.input
+            if not {"keyboard", "ps2-keyboard"} & set(seat):
+                seat += ("ps2-keyboard",)
+            if not {"mouse", "tablet", "ps2-mouse"} & set(seat):
+                seat += ("ps2-mouse",)
+            changes["input"] = seat
+        return self.model_copy(update=changes)
 
     def updated(self, values: dict[str, Any], spelling: Spelling = plainly) -> Self:
         """With some options changed, as they are typed. Raises ConfigError."""
@@ -570,6 +588,7 @@ class MachineOptions(TypedDict, total=False):
     rng: bool
     balloon: bool
     vga: bool
+    screen: ScreenKind | None
     display: DisplayOption | None
     hpet: bool
     chaos: int | None
@@ -587,6 +606,7 @@ _PROBLEMS = {
     "gdb_wait": ("is neither true nor false", "give one of them"),
     "vga": ("is neither true nor false", "give one of them"),
     "hpet": ("is neither true nor false", "give one of them"),
+    "screen": ("draws no screen", "there are vga and svga"),
     "rng": ("is neither true nor false", "give one of them"),
     "balloon": ("is neither true nor false", "give one of them"),
     "virtio": ("is no transport of virtio", "there are pci and mmio"),

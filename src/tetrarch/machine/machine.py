@@ -171,7 +171,7 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
         return tuple(self._pc.inputs)
 
     def screen(self) -> Screen:
-        """What its screen shows; with ``vga`` or a display alone."""
+        """What its screen shows; with ``vga``, ``screen`` or ``display`` alone."""
         return self._shown().screen()
 
     def _shown(self) -> Display:
@@ -298,7 +298,9 @@ class Machine(DeviceMethods, DebugMethods, SaveMethods, AgentMethods):
             spec = DisplaySpec.parse(where)
         except ValueProblem as problem:
             raise ConfigError(f"display: {problem.cause}", mend=problem.mend) from None
-        server = VncServer(self.config.name, self._shown(), Hands(self._pc.inputs), spec)
+        vmware = self._platform.vmware
+        pointers = () if vmware is None else (vmware.mouse,)
+        server = VncServer(self.config.name, self._shown(), Hands(self._pc.inputs, pointers), spec)
         self._displays.append(server)
         if self.phase is Phase.ENDED:  # meanwhile
             server.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tetrarch._native import Vm
@@ -35,6 +36,7 @@ from tetrarch.devices import (
     rtc_cmos,
     uart16550,
 )
+from tetrarch.devices import input_codes as codes
 from tetrarch.devices._state import State
 from tetrarch.devices.input_user import InputUser
 from tetrarch.errors import StateError
@@ -69,6 +71,7 @@ from tetrarch.virtio.vsock import VsockKind
 if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
     from tetrarch.devices import Hpet, Vga
+    from tetrarch.devices.svga2 import Svga2
     from tetrarch.machine.firmware import MachineFirmware
 
 __all__ = ["Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
@@ -125,6 +128,7 @@ class Pc:
     firmware: MachineFirmware | None = None
     vga: Vga | None = None
     hpet: Hpet | None = None
+    svga: Svga2 | None = None
 
     def save(self) -> dict[str, State]:
         return {name: device.save() for name, device in self.devices.items()}
@@ -151,6 +155,8 @@ class Pc:
         self.rtc.close()
         if self.hpet is not None:
             self.hpet.close()
+        if self.svga is not None:
+            self.svga.close()
         for disk in self.disks:
             disk.close()
         if self.hotplug is not None:
@@ -328,10 +334,15 @@ def assemble_pc(
     shares: list[MachineShare] = []
     vsock: VsockKind | None = None
     balloon: Balloon | None = None
+    svga: Svga2 | None = None
     if keyboard.mouse is not None:
         from tetrarch.boot.acpi import mouse_device
 
         dsdt.append(mouse_device())
+        if platform.vmware is not None:
+            # A packet without a movement: its driver then asks by the backdoor.
+            nothing = (codes.EV_REL, codes.REL_X, 0)
+            platform.vmware.mouse.connect(partial(keyboard.mouse.send, nothing))
     inputs: dict[int, InputUser] = {}
     input_kinds: list[InputKind] = []
     for index, model in enumerate(config.input):
@@ -388,6 +399,12 @@ def assemble_pc(
                 plug_virtio(vsock)
             if config.rng:
                 plug_virtio(RngKind(vm))
+            if config.drawn_by == "svga":
+                from tetrarch.devices.svga2 import Svga2
+
+                svga = Svga2(vm)
+                undo.callback(svga.close)
+                plugged.plug("svga", svga)
             vmci: Vmci | None = None
             if platform.vmware is not None:
                 from tetrarch.platforms.vmware.vmci import Vmci
@@ -442,4 +459,5 @@ def assemble_pc(
         firmware,
         screen,
         timers,
+        svga,
     )

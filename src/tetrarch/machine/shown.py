@@ -20,6 +20,8 @@ def display_of(pc: Pc, read: Callable[[int, int], bytes]) -> Display:
     if pc.vga is None:
         raise MachineStateError("this machine has no screen", mend="make it with vga=True")
     sources: list[Source] = []
+    if pc.svga is not None:
+        sources.append(pc.svga)
     if pc.firmware is not None and pc.firmware.ramfb is not None:
         sources.append(RamfbSource(pc.firmware.ramfb, read, GuestMemoryError))
     sources.append(VgaSource(pc.vga, read))

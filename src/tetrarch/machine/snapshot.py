@@ -34,7 +34,7 @@ __all__ = [
 
 # Count up when a section means something else than before. The engine's sections have
 # versions of their own inside.
-_ABOUT_VERSION: Final = 5
+_ABOUT_VERSION: Final = 6
 _ABOUT_OPTIONS: Final = {
     "name",
     "engine",
@@ -43,6 +43,7 @@ _ABOUT_OPTIONS: Final = {
     "cpus",
     "debug_exit",
     "vga",
+    "screen",
     "hpet",
     "virtio",
     "rng",
@@ -109,6 +110,7 @@ def save_machine(parts: MachineParts, file: BinaryIO, parent: Parent | None = No
         "vcpus": parts.pc.vcpus.names,
         "debug_exit": config.debug_exit,
         "vga": config.vga,
+        "screen": config.screen,
         "hpet": config.hpet,
         "virtio": config.virtio,
         "rng": config.rng,

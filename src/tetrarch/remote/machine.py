@@ -263,7 +263,7 @@ class RemoteMachine(PauseMethods, AgentMethods):
             client.execute("dump-guest-memory", arguments)
 
     def screen(self) -> Screen:
-        """What its screen shows; with ``--vga`` alone."""
+        """What its screen shows; with ``--vga``, ``--screen`` or ``--display`` alone."""
         from tetrarch.display.screen import Screen
 
         shown = self.execute("x-screen")

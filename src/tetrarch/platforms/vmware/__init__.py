@@ -15,11 +15,12 @@ from tetrarch.platforms.vmware.facts import Facts
 from tetrarch.platforms.vmware.guestinfo import GuestInfo
 from tetrarch.platforms.vmware.identity import Identity
 from tetrarch.platforms.vmware.messages import MESSAGE, STRING_MESSAGE, Channels
+from tetrarch.platforms.vmware.mouse import VmMouse
 from tetrarch.platforms.vmware.rpci import RPCI, Rpci
 from tetrarch.platforms.vmware.tclo import TCLO, ToolsError
 from tetrarch.platforms.vmware.tools import Tools, ToolsStatus
 
-__all__ = ["GuestInfo", "Tools", "ToolsError", "ToolsStatus", "Vmware", "VmwareBalloon"]
+__all__ = ["GuestInfo", "Tools", "ToolsError", "ToolsStatus", "VmMouse", "Vmware", "VmwareBalloon"]
 
 #: The leaf where Linux looks for how to call (arch/x86/kernel/cpu/vmware.c), and what it finds
 #: there in ECX: VMCALL, or nothing, and then it is the port. Of two bits it takes neither.
@@ -34,11 +35,12 @@ class Vmware:
         self.identity = Identity()
         self.guestinfo = GuestInfo()
         self.balloon = VmwareBalloon()
+        self.mouse = VmMouse()
         self.tools = Tools(self.guestinfo)
         self.channels = Channels({RPCI: Rpci(self.tools.requests()), TCLO: self.tools.tclo})
         facts = Facts(lambda: self.identity.uuid)
         self._backdoor = Backdoor(
-            {**facts.commands(), MESSAGE: self.channels.command},
+            {**facts.commands(), **self.mouse.commands(), MESSAGE: self.channels.command},
             {STRING_MESSAGE: self.channels.string},
         )
 
@@ -69,6 +71,7 @@ class Vmware:
                 "vmware-tools": self.tools,
                 "vmware-channels": self.channels,
                 "vmware-balloon": self.balloon,
+                "vmware-mouse": self.mouse,
             },
             vmware=self,
         )
