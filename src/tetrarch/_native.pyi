@@ -1234,10 +1234,15 @@ class DiskSource:
     @property
     def size(self) -> int: ...
     def copy(
-        self, path: str | PathLike[str], image_format: str, progress: Callable[[int], object]
+        self,
+        path: str | PathLike[str],
+        image_format: str,
+        progress: Callable[[int], object],
+        stream: bool = False,
     ) -> None:
         """Copies into a new image, and tells how many bytes are done. What ``progress``
-        raises ends the copy, and removes what was made."""
+        raises ends the copy, and removes what was made. With ``stream`` a VMDK image is
+        streamOptimized."""
 
 def disk_create(
     path: str | PathLike[str],
@@ -1254,6 +1259,8 @@ class DiskInfo(TypedDict):
     format: str
     size: int
     allocated: int
+    subformat: NotRequired[str]
+    """Of a VMDK image, as VMware names it."""
     version: NotRequired[int]
     cluster_size: NotRequired[int]
     backing: NotRequired[str | None]

@@ -120,7 +120,7 @@ def test_what_an_image_cannot_have_is_refused(tmp_path: Path) -> None:
             block.create(path, **options)  # type: ignore[arg-type]
         assert list(tmp_path.iterdir()) == []
 
-    for name in ("disk.vdi", "disk.VMDK", "disk.vhdx"):
+    for name in ("disk.vdi", "disk.QED", "disk.vhdx"):
         refused("images are not written; name it", tmp_path / name, size=MIB)
     raw = tmp_path / "disk.img"
     refused("a raw image has no clusters", raw, size=MIB, cluster_size=65536)

@@ -121,17 +121,110 @@ def test_chain_of_qemu_and_ours_is_one_disk(tmp_path: Path, qemu_img: Tool, qemu
     )
 
 
-def test_vmdk_of_qemu_is_read_where_it_is_flat(tmp_path: Path, qemu_img: Tool) -> None:
-    raw = tmp_path / "disk.img"
+VMDK_KINDS = ("monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat")
+
+
+@pytest.mark.parametrize("kind", VMDK_KINDS)
+def test_vmdk_of_qemu_is_read_and_written(
+    tmp_path: Path, qemu_img: Tool, qemu_io: Tool, kind: str
+) -> None:
+    raw, vmdk, back = tmp_path / "disk.img", tmp_path / "disk.vmdk", tmp_path / "back.img"
+    raw.write_bytes(disk_bytes(70 * MIB))
+    qemu_img("convert", "-O", "vmdk", "-o", f"subformat={kind}", raw, vmdk)
+    assert block.info(vmdk).get("subformat") == kind
+    assert block.info(vmdk)["size"] == 70 * MIB
+    block.convert(vmdk, back)
+    assert back.read_bytes() == raw.read_bytes()
+    image = bytearray(raw.read_bytes())
+    disk = Disk(vmdk)
+    access = disk.access()
+    # Into a grain that is there, into holes, over grains' ends, and at the disk's end.
+    for offset in (0, 65536 - 512, 40 * MIB + 1024, 69 * MIB, 70 * MIB - 70000):
+        data = random.Random(offset).randbytes(70000)
+        access.write(offset, data)
+        image[offset : offset + len(data)] = data
+        assert access.read(offset, len(data)) == data
+    disk.flush()
+    access.close()
+    disk.close()
+    raw.write_bytes(image)
+    assert "Images are identical" in qemu_img("compare", vmdk, raw)
+    if "Sparse" in kind:
+        assert "No errors" in qemu_img("check", vmdk)
+    # What QEMU writes next is found here.
+    qemu_io("disk.vmdk", "write -P 7 30M 200k")
+    image[30 * MIB : 30 * MIB + 200 * 1024] = b"\7" * (200 * 1024)
+    back.unlink()
+    block.convert(vmdk, back)
+    assert back.read_bytes() == image
+
+
+def test_vmdk_of_several_extents_is_one_disk(tmp_path: Path, qemu_img: Tool) -> None:
+    size = (4 << 30) + MIB
+    for kind in ("twoGbMaxExtentSparse", "twoGbMaxExtentFlat"):
+        path = tmp_path / f"{kind}.vmdk"
+        qemu_img("create", "-f", "vmdk", "-o", f"subformat={kind}", path, size)
+        disk = Disk(path)
+        access = disk.access()
+        assert disk.size == size
+        at = 2 << 30
+        # VMware's extents end before 2 GiB: one of these writes is over an end.
+        for offset in (0, at - 40 * MIB, size - 5000, *range(at - 4 * MIB, at + MIB, MIB // 2)):
+            access.write(offset, random.Random(offset).randbytes(5000))
+        disk.flush()
+        access.close()
+        disk.close()
+    theirs, ours = tmp_path / "twoGbMaxExtentSparse.vmdk", tmp_path / "twoGbMaxExtentFlat.vmdk"
+    assert "Images are identical" in qemu_img("compare", theirs, ours)
+
+
+def test_stream_optimized_vmdk_of_qemu_and_ours(tmp_path: Path, qemu_img: Tool) -> None:
+    raw, theirs, ours = (tmp_path / name for name in ("disk.img", "theirs.vmdk", "ours.vmdk"))
+    raw.write_bytes(disk_bytes(70 * MIB))
+    options = ("-O", "vmdk", "-o", "subformat=streamOptimized")
+    qemu_img("convert", *options, raw, theirs)
+    block.convert(raw, ours, subformat="streamOptimized")
+    assert "Images are identical" in qemu_img("compare", ours, raw)
+    assert "No errors" in qemu_img("check", ours)
+    for path in (theirs, ours):
+        info = block.info(path)
+        assert (info["format"], info.get("subformat")) == ("vmdk", "streamOptimized")
+        with pytest.raises(ImageError, match=r"not written to; add readonly or snapshot=on, or"):
+            opened(path)
+        block.convert(path, tmp_path / "back.qcow2")
+        assert "Images are identical" in qemu_img("compare", tmp_path / "back.qcow2", raw)
+        (tmp_path / "back.qcow2").unlink()
+    # Of an image with holes, and over the ends of tables.
+    block.convert(raw, tmp_path / "sparse.vmdk")
+    block.convert(tmp_path / "sparse.vmdk", tmp_path / "again.vmdk", subformat="streamOptimized")
+    assert "Images are identical" in qemu_img("compare", "again.vmdk", raw)
+    # Where there is nothing there is no grain.
+    empty = tmp_path / "empty.img"
+    block.create(empty, 3 << 30)
+    block.convert(empty, tmp_path / "empty.vmdk", subformat="streamOptimized")
+    assert (tmp_path / "empty.vmdk").stat().st_size < 128 * 1024
+    assert "Images are identical" in qemu_img("compare", "empty.vmdk", "empty.img")
+    with pytest.raises(ConfigError, match="a qcow2 image has no streamOptimized"):
+        block.convert(raw, tmp_path / "x.qcow2", subformat="streamOptimized")
+
+
+def test_vmdk_that_is_made_here_is_one_for_qemu(tmp_path: Path, qemu_img: Tool) -> None:
+    raw, vmdk = tmp_path / "disk.img", tmp_path / "disk.vmdk"
     raw.write_bytes(disk_bytes(4 * MIB))
-    for kind in ("monolithicFlat", "twoGbMaxExtentFlat"):
-        vmdk, back = tmp_path / f"{kind}.vmdk", tmp_path / f"{kind}.img"
-        qemu_img("convert", "-O", "vmdk", "-o", f"subformat={kind}", raw, vmdk)
-        block.convert(vmdk, back)
-        assert back.read_bytes() == raw.read_bytes()
-    qemu_img("convert", "-O", "vmdk", raw, "sparse.vmdk")
-    with pytest.raises(ImageError, match="sparse vmdk images are not supported; convert it"):
-        block.convert(tmp_path / "sparse.vmdk", tmp_path / "no.img")
+    block.convert(raw, vmdk)
+    assert "Images are identical" in qemu_img("compare", vmdk, raw)
+    assert "No errors" in qemu_img("check", vmdk)
+    assert block.create(tmp_path / "large.vmdk", 2 << 40) == 2 << 40
+    assert (tmp_path / "large.vmdk").stat().st_blocks * 512 < 2 * MIB
+    described = json.loads(qemu_img("info", "--output=json", "large.vmdk"))
+    assert described["virtual-size"] == 2 << 40
+    with pytest.raises(ImageError, match="give at most 2T, or --format qcow2"):
+        block.create(tmp_path / "larger.vmdk", (2 << 40) + 512)
+    with pytest.raises(ImageError, match="are not resized; convert it to qcow2"):
+        block.resize(vmdk, 8 * MIB)
+    # A machine that throws its writes away has it as it is.
+    block.create(tmp_path / "over.qcow2", backing="disk.vmdk", backing_format="vmdk")
+    assert "Images are identical" in qemu_img("compare", "over.qcow2", "disk.img")
 
 
 def test_unclosed_image_is_refused_until_it_is_repaired(
@@ -246,10 +339,13 @@ def test_what_cannot_be_made_leaves_nothing_behind(tmp_path: Path) -> None:
     refused("is there already; give another path", lambda: block.create(there, MIB))
     refused("no such file", lambda: block.create(new, MIB, backing="missing"))
     refused("clusters of 1000 bytes", lambda: block.create(new, MIB, cluster_size=1000))
-    refused("vmdk images are not written", lambda: block.create(new, MIB, image_format="vmdk"))
     refused(
         "raw image has no backing file",
         lambda: block.create(new, MIB, image_format="raw", backing="there.img"),
+    )
+    refused(
+        "vmdk image has no backing file",
+        lambda: block.create(new, MIB, image_format="vmdk", backing="there.img"),
     )
     refused("is there already", lambda: block.convert(there, there))
     assert there.read_bytes() == b"kept"

@@ -4,18 +4,19 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use imago::format::builder::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
-use imago::raw::Raw;
 use imago::{FormatAccess, Mapping};
 
 use crate::backend::SECTOR;
-use crate::format::{Access, contained, storage};
-use crate::image::{Chain, backing_path, guess_format, open_file};
+use crate::format::{Access, Store, contained, flat, storage};
+use crate::image::{Chain, Layer, backing_path, guess_format, open_file};
 use crate::new_file::NewFile;
 use crate::qcow2::Qcow2Header;
 use crate::raw::size_of;
+use crate::vmdk::{Stream, Vmdk};
 use crate::{Format, ImageError};
 
 /// What a new image is to be.
@@ -73,15 +74,14 @@ fn format_file(
     new: &NewImage,
 ) -> Result<Access, ImageError> {
     let failed = |error| ImageError::host(path, "cannot make the image", error);
+    if new.backing.is_some() && format != Format::Qcow2 {
+        let mend = "give --format qcow2";
+        return Err(ImageError::new(path, format!("a {format} image has no backing file"), mend));
+    }
     match format {
         Format::Raw => {
-            if new.backing.is_some() {
-                let mend = "give --format qcow2";
-                return Err(ImageError::new(path, "a raw image has no backing file", mend));
-            }
             file.set_len(size).map_err(failed)?;
-            let raw = Raw::open_image(storage(file, true).map_err(failed)?, true);
-            Ok(FormatAccess::new(raw.map_err(failed)?))
+            flat(storage(file, true).map_err(failed)?, true).map_err(failed)
         }
         Format::Qcow2 => {
             let mut builder =
@@ -109,8 +109,9 @@ fn format_file(
             Ok(access)
         }
         Format::Vmdk => {
-            let mend = "give --format raw or --format qcow2";
-            Err(ImageError::new(path, "vmdk images are not written", mend))
+            Vmdk::create(&file, path, size)?;
+            let vmdk: Store = Arc::new(Vmdk::open(file, path, true)?);
+            flat(vmdk, true).map_err(failed)
         }
     }
 }
@@ -124,9 +125,18 @@ pub(crate) fn too_large(path: &Path, error: ImageError) -> ImageError {
     ImageError::new(path, error.cause, mend)
 }
 
+/// What a copy is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    Image(Format),
+    /// A VMDK image of compressed grains, to be read alone.
+    StreamOptimized,
+}
+
 /// An image that is copied.
 pub struct Source {
     access: Access,
+    vmdk: Option<Arc<Vmdk>>,
     path: PathBuf,
 }
 
@@ -136,8 +146,8 @@ impl Source {
             Some(format) => format,
             None => guess_format(path)?,
         };
-        let access = Chain::default().layer(path, format, false)?.access;
-        Ok(Self { access, path: path.to_owned() })
+        let Layer { access, vmdk, .. } = Chain::default().layer(path, format, false)?;
+        Ok(Self { access, vmdk, path: path.to_owned() })
     }
 
     pub fn size(&self) -> u64 {
@@ -149,21 +159,47 @@ impl Source {
     pub fn copy(
         &self,
         path: &Path,
-        format: Format,
+        target: Target,
         mut progress: impl FnMut(u64) -> bool,
     ) -> Result<bool, ImageError> {
         let size = self.size().next_multiple_of(SECTOR);
-        let (target, file) = make(path, format, size, &NewImage::default())?;
-        let whole = contained(&self.path, || self.copy_to(&target, path, &mut progress))?;
+        let writing = |error| ImageError::host(path, "cannot write the image", error);
+        let (mut sink, file) = match target {
+            Target::Image(format) => {
+                let (access, file) = make(path, format, size, &NewImage::default())?;
+                (Sink::Access(access), file)
+            }
+            Target::StreamOptimized => {
+                let file = NewFile::open(path)?;
+                let shared = file.share().map_err(writing)?;
+                (Sink::Stream(Stream::create(shared, path, size).map_err(writing)?), file)
+            }
+        };
+        let whole = contained(&self.path, || self.copy_to(&mut sink, path, &mut progress))?;
         if whole {
+            sink.finish().map_err(writing)?;
             file.finish()?;
         }
         Ok(whole)
     }
 
+    /// Whether there are only zeroes from `at` on, as the image says by itself, and for how long.
+    fn step(&self, at: u64) -> io::Result<(bool, u64)> {
+        let rest = self.size() - at;
+        let (mapping, length) = self.access.get_mapping(at, rest)?;
+        let hole = self.vmdk.as_ref().map_or(Ok(0), |vmdk| vmdk.hole(at))?;
+        if matches!(mapping, Mapping::Zero { .. }) {
+            return Ok((true, length.clamp(1, rest)));
+        }
+        if hole > 0 {
+            return Ok((true, hole.min(rest)));
+        }
+        Ok((false, length.clamp(1, rest).min(STEP)))
+    }
+
     fn copy_to(
         &self,
-        target: &Access,
+        target: &mut Sink,
         path: &Path,
         progress: &mut impl FnMut(u64) -> bool,
     ) -> Result<bool, ImageError> {
@@ -176,14 +212,18 @@ impl Source {
             return Ok(false);
         }
         while at < self.size() {
-            let (mapping, length) =
-                self.access.get_mapping(at, self.size() - at).map_err(reading)?;
-            let zero = matches!(mapping, Mapping::Zero { .. });
-            let len = length.min(if zero { u64::MAX } else { STEP }).max(1).min(self.size() - at);
-            if !zero {
+            let (mut zero, mut len) = self.step(at).map_err(reading)?;
+            if let Sink::Stream(_) = target {
+                // Grains are written once, and whole.
+                zero = zero && len >= STEP;
+                len = if zero { len / STEP * STEP } else { STEP.min(self.size() - at) };
+            }
+            if zero {
+                target.skip(len).map_err(writing)?;
+            } else {
                 let part = &mut buffer[..len as usize];
                 self.access.read(&mut *part, at).map_err(reading)?;
-                write_sparse(target, at, part).map_err(writing)?;
+                target.write(at, part).map_err(writing)?;
             }
             at += len;
             if at - told >= STEP || at == self.size() {
@@ -193,8 +233,36 @@ impl Source {
                 }
             }
         }
-        target.flush().and_then(|()| target.sync()).map_err(writing)?;
         Ok(true)
+    }
+}
+
+/// Where a copy goes.
+enum Sink {
+    Access(Access),
+    Stream(Stream),
+}
+
+impl Sink {
+    fn skip(&mut self, length: u64) -> io::Result<()> {
+        match self {
+            Self::Access(_) => Ok(()),
+            Self::Stream(stream) => stream.skip(length),
+        }
+    }
+
+    fn write(&mut self, at: u64, data: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Access(access) => write_sparse(access, at, data),
+            Self::Stream(stream) => stream.write(data),
+        }
+    }
+
+    fn finish(self) -> io::Result<()> {
+        match self {
+            Self::Access(access) => access.flush().and_then(|()| access.sync()),
+            Self::Stream(stream) => stream.finish(),
+        }
     }
 }
 
@@ -229,6 +297,8 @@ pub struct Description {
     /// What the file takes on the host.
     pub allocated: u64,
     pub qcow2: Option<Qcow2Header>,
+    /// Of a VMDK image, as VMware names it.
+    pub subformat: Option<String>,
 }
 
 /// Looks at an image, whoever uses it and whether or not its backing files are there.
@@ -240,13 +310,17 @@ pub fn describe(path: &Path, format: Option<Format>) -> Result<Description, Imag
     };
     let metadata = file.metadata().map_err(|e| ImageError::host(path, "cannot be looked at", e))?;
     let allocated = metadata.blocks() * SECTOR;
-    let (size, qcow2) = match format {
-        Format::Raw => (size_of(&file, path)?, None),
+    let (size, qcow2, subformat) = match format {
+        Format::Raw => (size_of(&file, path)?, None, None),
         Format::Qcow2 => {
             let header = Qcow2Header::read(&file, path)?;
-            (header.size, Some(header))
+            (header.size, Some(header), None)
         }
-        Format::Vmdk => (Chain::default().layer(path, format, false)?.access.size(), None),
+        Format::Vmdk => {
+            let layer = Chain::default().layer(path, format, false)?;
+            let subformat = layer.vmdk.map(|vmdk| vmdk.subformat().to_owned());
+            (layer.access.size(), None, subformat)
+        }
     };
-    Ok(Description { format, size, allocated, qcow2 })
+    Ok(Description { format, size, allocated, qcow2, subformat })
 }

@@ -1,4 +1,4 @@
-//! Disks in a format: imago knows qcow2 and VMDK, threads wait for it.
+//! Disks in a format: imago knows qcow2, VMDK is a storage of its own; threads wait for them.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use imago::file::File;
 use imago::format::PreallocateMode;
-use imago::{FormatAccess, Mapping, StorageExt};
+use imago::raw::Raw;
+use imago::{DynStorage, FormatAccess, Mapping, StorageExt};
 use parking_lot::RwLock;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -24,7 +25,9 @@ use crate::{BlockBackend, BlockError, BlockInfo, BlockQueue, ImageError, Request
 /// which no format's code expects.
 const CHUNK: usize = 256 << 10;
 
-pub(crate) type Access = FormatAccess<File>;
+/// Where a format's bytes are: a file, or the extents of a VMDK image.
+pub(crate) type Store = Arc<dyn DynStorage>;
+pub(crate) type Access = FormatAccess<Store>;
 
 /// Lock: `access`, to read for what leaves the mapping of clusters alone or adds to it,
 /// to write for what takes clusters away. It is held while the file is waited for.
@@ -37,6 +40,7 @@ struct FormatImage {
     /// The file that data are written to, where what is discarded is given back to the host.
     file: Option<std::fs::File>,
     metadata: Option<Metadata>,
+    resizable: bool,
 }
 
 /// A disk in a format.
@@ -46,7 +50,9 @@ impl FormatDisk {
     pub fn new(layer: Layer, path: PathBuf, readonly: bool) -> Self {
         let (access, cluster) = (RwLock::new(layer.access), layer.cluster.max(SECTOR) as u32);
         let Layer { file, metadata, .. } = layer;
-        Self(Arc::new(FormatImage { access, path, readonly, cluster, file, metadata }))
+        let resizable = layer.vmdk.is_none();
+        let image = FormatImage { access, path, readonly, cluster, file, metadata, resizable };
+        Self(Arc::new(image))
     }
 }
 
@@ -65,6 +71,10 @@ impl BlockBackend for FormatDisk {
     }
 
     fn resize(&self, size: u64) -> Result<(), ImageError> {
+        if !self.0.resizable {
+            let mend = "convert it to qcow2 before: tetrarch disk convert";
+            return Err(ImageError::new(&self.0.path, "vmdk images are not resized", mend));
+        }
         let failed = |e| ImageError::host(&self.0.path, "cannot resize the image", e);
         contained(&self.0.path, || {
             let mut access = self.0.access.write();
@@ -223,8 +233,14 @@ impl Blocking for FormatImage {
 }
 
 /// An opened file as imago's storage.
-pub(crate) fn storage(file: std::fs::File, writes: bool) -> io::Result<File> {
-    File::from_open_file(file, imago::StorageOpenOptions::new().write(writes))
+pub(crate) fn storage(file: std::fs::File, writes: bool) -> io::Result<Store> {
+    let file = File::from_open_file(file, imago::StorageOpenOptions::new().write(writes))?;
+    Ok(Arc::new(file))
+}
+
+/// The bytes of a storage as a disk.
+pub(crate) fn flat(store: Store, writes: bool) -> io::Result<Access> {
+    Ok(FormatAccess::new(Raw::open_image(store, writes)?))
 }
 
 /// Runs a format's code, which may give up on a damaged image by a panic.

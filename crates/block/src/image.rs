@@ -7,21 +7,21 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
-use imago::file::File as Storage;
 use imago::format::builder::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
-use imago::raw::Raw;
 use imago::{FormatAccess, FormatDriverBuilder};
 use rustix::fs::OFlags;
 
+use crate::check;
 use crate::foreign;
-use crate::format::{Access, FormatDisk, contained, storage};
+use crate::format::{Access, FormatDisk, Store, contained, flat, storage};
 use crate::metadata::Metadata;
 use crate::qcow2::{self, Qcow2Header};
 use crate::raw::take_lock;
+use crate::vmdk::{self, Vmdk};
 use crate::{BlockBackend, Cache, ImageError, RawDisk, RawOptions};
-use crate::{check, vmdk};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
@@ -143,6 +143,14 @@ pub(crate) struct Layer {
     pub file: Option<File>,
     /// Of one that is written to and that others have made.
     pub metadata: Option<Metadata>,
+    /// What `access` goes to, where that is such an image.
+    pub vmdk: Option<Arc<Vmdk>>,
+}
+
+impl Layer {
+    fn plain(access: Access) -> Self {
+        Self { access, cluster: 0, file: None, metadata: None, vmdk: None }
+    }
 }
 
 /// The images that one consists of, from the top down.
@@ -184,8 +192,7 @@ impl Chain {
         match format {
             Format::Raw => {
                 let storage = storage(file, writes).map_err(&failed)?;
-                let raw = Raw::<Storage>::open_image(storage, writes).map_err(&failed)?;
-                Ok(Layer { access: FormatAccess::new(raw), cluster: 0, file: None, metadata: None })
+                Ok(Layer::plain(flat(storage, writes).map_err(&failed)?))
             }
             Format::Qcow2 => {
                 let header = Qcow2Header::read(&file, path)?;
@@ -199,15 +206,17 @@ impl Chain {
                 let again = writes.then(|| file.try_clone()).transpose().map_err(&failed)?;
                 let metadata = if writes { Some(own_tables(&file, path, &header)?) } else { None };
                 let storage = storage(file, writes).map_err(&failed)?;
-                let mut image = Qcow2::<Storage>::open_image(storage, writes).map_err(&failed)?;
+                let mut image = Qcow2::<Store>::open_image(storage, writes).map_err(&failed)?;
                 image.set_data_file(None);
                 image.set_backing(backing);
                 let cluster = header.cluster_size();
-                Ok(Layer { access: FormatAccess::new(image), cluster, file: again, metadata })
+                let access = FormatAccess::new(image);
+                Ok(Layer { access, cluster, file: again, metadata, vmdk: None })
             }
             Format::Vmdk => {
-                let access = vmdk::open(file, path, writes)?;
-                Ok(Layer { access, cluster: 0, file: None, metadata: None })
+                let vmdk = Arc::new(Vmdk::open(file, path, writes)?);
+                let access = flat(Arc::clone(&vmdk) as Store, writes).map_err(&failed)?;
+                Ok(Layer { vmdk: Some(vmdk), ..Layer::plain(access) })
             }
         }
     }
@@ -335,16 +344,16 @@ fn overlay(base: Access, path: &Path) -> Result<Layer, ImageError> {
     let file = tempfile::tempfile_in(&folder).map_err(failed)?;
     let again = file.try_clone().map_err(failed)?;
     let size = base.size();
-    let create = Qcow2::<Storage>::create_builder(storage(file, true).map_err(failed)?)
+    let create = Qcow2::<Store>::create_builder(storage(file, true).map_err(failed)?)
         .size(size)
         .cluster_size(OVERLAY_CLUSTER as usize);
     let deny = imago::DenyImplicitOpenGate::default();
     let opened = create.create_open(deny, |file| {
-        Ok(Qcow2::<Storage>::builder(file).write(true).backing(Some(base)))
+        Ok(Qcow2::<Store>::builder(file).write(true).backing(Some(base)))
     });
     let overlay = opened.map_err(|e| ImageError::host(path, "cannot make its overlay", e))?;
     let access = FormatAccess::new(overlay);
-    Ok(Layer { access, cluster: OVERLAY_CLUSTER, file: Some(again), metadata: None })
+    Ok(Layer { cluster: OVERLAY_CLUSTER, file: Some(again), ..Layer::plain(access) })
 }
 
 fn no_descriptor(path: &Path) -> ImageError {

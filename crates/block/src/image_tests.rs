@@ -299,15 +299,18 @@ fn features_that_are_not_served_are_refused_by_name() {
 }
 
 #[test]
-fn flat_vmdk_is_read() {
+fn flat_vmdk_is_read_and_written() {
     let folder = folder();
     let path = folder.path().join("disk.vmdk");
     std::fs::write(folder.path().join("disk-flat.vmdk"), pattern(0, 1 << 20)).unwrap();
-    let descriptor = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n\
-        createType=\"monolithicFlat\"\nRW 2048 FLAT \"disk-flat.vmdk\" 0\n";
+    let descriptor = "# Disk DescriptorFile\nversion=1\nCID=11111111\nparentCID=ffffffff\n\
+        createType=\"monolithicFlat\"\nRW 2048 FLAT \"disk-flat.vmdk\" 0\nRW 8 ZERO\n";
     std::fs::write(&path, descriptor).unwrap();
     let mut driver = drive(&path, READONLY);
     assert!(driver.read(4096, &[(0, 8192)]).unwrap() == pattern(4096, 8192));
+    // Over the end of an extent.
+    let read = driver.read(MIB - 512, &[(0, 1024)]).unwrap();
+    assert!(read[..512] == pattern(MIB - 512, 512) && read[512..] == [0; 512]);
     let data = driver.list(&[(0, 512)]);
     assert_eq!(driver.run(Request::Write { offset: 0, data }), Err(BlockError::ReadOnly));
     drop(driver);
@@ -315,9 +318,117 @@ fn flat_vmdk_is_read() {
     driver.write(0, &[(0, 512)], &pattern(9, 512));
     assert!(driver.read(0, &[(0x1000, 512)]).unwrap() == pattern(9, 512));
     drop(driver);
-    assert!(refusal(&path, PLAIN).contains("vmdk images are not written to; add readonly"));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), descriptor);
+    let mut driver = drive(&path, PLAIN);
+    driver.write(512, &[(0, 512)], &pattern(9, 512));
+    assert_eq!(driver.run(Request::Flush), Ok(()));
+    let flat = std::fs::read(folder.path().join("disk-flat.vmdk")).unwrap();
+    assert!(flat[512..1024] == pattern(9, 512) && flat[1024..] == pattern(1024, (1 << 20) - 1024));
+    // What has differences to the disk as it was can tell.
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(!text.contains("CID=11111111\n") && text.len() == descriptor.len(), "{text}");
+    let list = driver.list(&[(0, 512)]);
+    assert!(driver.run(Request::Write { offset: MIB, data: list }).is_err());
+}
+
+#[test]
+fn sparse_vmdk_keeps_what_was_written_and_flushed() {
+    let folder = folder();
+    let path = folder.path().join("disk.vmdk");
+    assert_eq!(create(&path, Format::Vmdk, &new(100 * MIB - 512)).unwrap(), 100 * MIB - 512);
+    let places = [0, 65536 - 512, 33 * MIB + 1024, 100 * MIB - 512 - 4096];
+    let mut driver = drive(&path, PLAIN);
+    for offset in places {
+        driver.write(offset, &[(0x3000, 2048), (0x1000, 2048)], &pattern(offset, 4096));
+    }
+    let unmap = Request::WriteZeroes { offset: 33 * MIB + 1024, length: 512, unmap: true };
+    assert_eq!(driver.run(unmap), Ok(()));
+    assert_eq!(driver.run(Request::Discard { offset: 50 * MIB, length: MIB }), Ok(()));
+    assert_eq!(driver.run(Request::Flush), Ok(()));
+    drop(driver);
+    assert!(std::fs::metadata(&path).unwrap().len() < MIB);
+    let check = |path: &Path| {
+        let mut driver = drive(path, READONLY);
+        for offset in places {
+            let mut expected = pattern(offset, 4096);
+            if offset == 33 * MIB + 1024 {
+                expected[..512].fill(0);
+            }
+            assert!(driver.read(offset, &[(0, 4096)]).unwrap() == expected, "at {offset}");
+        }
+        assert!(driver.read(MIB, &[(0, MIB)]).unwrap().iter().all(|&byte| byte == 0));
+    };
+    check(&path);
+    let stream = folder.path().join("stream.vmdk");
+    let source = crate::Source::open(&path, None).unwrap();
+    assert!(source.copy(&stream, crate::Target::StreamOptimized, |_| true).unwrap());
+    drop(source);
+    check(&stream);
+    assert!(refusal(&stream, PLAIN).contains("streamOptimized vmdk images are not written to"));
+    assert_eq!(crate::describe(&stream, None).unwrap().subformat.unwrap(), "streamOptimized");
+    let error = open(&path, PLAIN).unwrap().resize(200 * MIB).unwrap_err().to_string();
+    assert!(error.contains("vmdk images are not resized; convert it to qcow2"), "{error}");
+}
+
+#[test]
+fn damaged_vmdk_is_refused_with_its_damage() {
+    let folder = folder();
+    let path = folder.path().join("disk.vmdk");
+    create(&path, Format::Vmdk, &new(64 * MIB)).unwrap();
+    drive(&path, PLAIN).write(0, &[(0, 4096)], &pattern(0, 4096));
+    let whole = std::fs::read(&path).unwrap();
+    let number = |at: usize| u64::from_le_bytes(whole[at..at + 8].try_into().unwrap());
+    let directory = number(56) as usize * 512;
+    let table = u32::from_le_bytes(whole[directory..directory + 4].try_into().unwrap()) as usize;
+    for (at, bytes, said) in [
+        (4, &9u32.to_le_bytes()[..], "vmdk images with version 9 are not supported"),
+        (12, &[0; 8], "a disk of 0 sectors"),
+        (12, &[0xFF; 8], "a disk of 18446744073709551615 sectors"),
+        (20, &3u64.to_le_bytes(), "grains of 3 sectors"),
+        (20, &(1u64 << 40).to_le_bytes(), "grains of 1099511627776 sectors"),
+        (44, &[0xFF; 4], "tables of 4294967295 entries"),
+        (56, &(1u64 << 60).to_le_bytes(), "its grain directory at sector"),
+        (56, &[0xFF; 8], "its file ends before its footer; get the file again"),
+        (74, b"\r", "it was copied as text"),
+        (directory, &[0xFF; 4], "its file ends before its data do"),
+        (table * 512, &[0xFF; 4], "its file ends before its data do"),
+        // A guest would be given the tables themselves.
+        (table * 512, &30u32.to_le_bytes(), "its grains lie among its tables"),
+        (directory, &[0; 4], "without some of their grain tables are not written to"),
+    ] {
+        let mut image = whole.clone();
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(&path, &image).unwrap();
+        let error = refusal(&path, PLAIN);
+        assert!(error.contains(said), "byte {at}: {error}");
+    }
+    std::fs::write(&path, &whole[..whole.len() - 512]).unwrap();
+    assert!(refusal(&path, READONLY).contains("its file ends before its data do"));
     std::fs::write(&path, b"KDMV\x01\0\0\0").unwrap();
-    assert!(refusal(&path, READONLY).contains("sparse vmdk images are not supported; convert"));
+    assert!(refusal(&path, READONLY).contains("damaged vmdk image: it ends after 8 bytes"));
+}
+
+#[test]
+fn stream_that_is_damaged_fails_where_it_is_read() {
+    let folder = folder();
+    let (raw, path) = (folder.path().join("disk.img"), folder.path().join("disk.vmdk"));
+    std::fs::write(&raw, pattern(0, 1 << 20)).unwrap();
+    let source = crate::Source::open(&raw, None).unwrap();
+    source.copy(&path, crate::Target::StreamOptimized, |_| true).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    // The first grain is behind 64 KiB: its number, its size, its data.
+    for (at, value) in [(0, 1), (10, 0xFF), (12, 0xFF), (40, whole[65536 + 40] ^ 0xFF)] {
+        let mut image = whole.clone();
+        image[65536 + at] = value;
+        std::fs::write(&path, &image).unwrap();
+        let mut driver = drive(&path, READONLY);
+        let read = driver.read(0, &[(0, 4096)]);
+        // What deflate has no sum of is wrong at the end, where the sum of the grain is.
+        assert!(read.is_err(), "byte {at}");
+        assert!(driver.read(MIB / 2, &[(0, 4096)]).unwrap() == pattern(MIB / 2, 4096));
+    }
+    std::fs::write(&path, &whole[..whole.len() - 512]).unwrap();
+    assert!(refusal(&path, READONLY).contains("its file ends before its footer; get the file"));
 }
 
 #[test]

@@ -35,7 +35,7 @@ mod workers;
 pub use backend::{BlockBackend, BlockInfo, BlockQueue, Completion, Request, SECTOR};
 pub use check::{CheckReport, check};
 pub use counted::{Counted, OnError, Operation};
-pub use create::{Description, NewImage, Source, create, describe};
+pub use create::{Description, NewImage, Source, Target, create, describe};
 pub use error::{BlockError, ImageError};
 pub use failures::Failures;
 pub use image::{

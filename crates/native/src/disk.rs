@@ -10,7 +10,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyCFunction, PyDict};
 use tetrarch_block::{
     BlockBackend, BlockError, Cache, Counted, Format, ImageError, ImageOptions, Limits, NewImage,
-    OnError, Operation, Qcow2Header, Source, StopOnError, Throttled, Waited, Waits, backing_path,
+    OnError, Operation, Qcow2Header, Source, StopOnError, Target, Throttled, Waited, Waits,
+    backing_path,
 };
 use tetrarch_memory::GuestMemory;
 
@@ -334,6 +335,9 @@ pub fn disk_info<'py>(
     info.set_item("format", about.format.name())?;
     info.set_item("size", about.size)?;
     info.set_item("allocated", about.allocated)?;
+    if let Some(subformat) = about.subformat {
+        info.set_item("subformat", subformat)?;
+    }
     if let Some(header) = about.qcow2 {
         qcow2_info(&info, &header)?;
         if let Some(Ok(below)) = header.backing.map(|name| backing_path(&path, &name)) {
@@ -372,19 +376,22 @@ impl DiskSource {
     }
 
     /// Copies into a new image, and tells how many bytes are done. What `progress` raises
-    /// ends the copy, and removes what was made.
+    /// ends the copy, and removes what was made. With `stream` a VMDK image is streamOptimized.
+    #[pyo3(signature = (path, image_format, progress, stream = false))]
     fn copy(
         &self,
         py: Python<'_>,
         path: PathBuf,
         image_format: &str,
         progress: &Bound<'_, PyAny>,
+        stream: bool,
     ) -> Result<(), Failure> {
         let format = kind(Some(image_format))?.unwrap_or(Format::Raw);
+        let target = if stream { Target::StreamOptimized } else { Target::Image(format) };
         let progress = progress.clone().unbind();
         let mut raised = None;
         let copied = py.detach(|| {
-            self.0.copy(&path, format, |done| {
+            self.0.copy(&path, target, |done| {
                 let told = Python::attach(|py| {
                     py.check_signals()?;
                     progress.call1(py, (done,)).map(drop)

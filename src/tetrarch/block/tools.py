@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 from tetrarch._native import Disk, DiskSource, disk_check, disk_create, disk_info
 from tetrarch.block.disk import disk_errors
@@ -15,7 +15,16 @@ from tetrarch.errors import ConfigError, ImageError
 if TYPE_CHECKING:
     from tetrarch._native import CheckReport, DiskInfo
 
-__all__ = ["check", "convert", "create", "format_by_name", "info", "resize"]
+__all__ = [
+    "SUBFORMATS",
+    "Subformat",
+    "check",
+    "convert",
+    "create",
+    "format_by_name",
+    "info",
+    "resize",
+]
 
 ImagePath: TypeAlias = str | os.PathLike[str]
 
@@ -23,18 +32,22 @@ _SECTOR = 512
 
 
 #: What names of images say that are not made here.
-_NOT_MADE = (".qcow", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk")
+_NOT_MADE = (".qcow", ".qed", ".vdi", ".vhd", ".vhdx")
+_MADE: Final[dict[str, DiskFormat]] = {".qcow2": "qcow2", ".vmdk": "vmdk"}
+
+Subformat = Literal["monolithicSparse", "streamOptimized"]
+SUBFORMATS: Final[tuple[Subformat, ...]] = get_args(Subformat)
 
 
 def format_by_name(path: ImagePath) -> DiskFormat:
-    """What a new image is by its name: qcow2 or raw. Raises ConfigError for others' formats."""
+    """What a new image is by its name: qcow2, vmdk or raw. Raises ConfigError for other formats."""
     suffix = Path(path).suffix.lower()
     if suffix in _NOT_MADE:
         raise ConfigError(
             f"{path}: {suffix[1:]} images are not written",
-            mend="name it *.qcow2 or *.img, or say what it is to be: --format raw|qcow2",
+            mend="name it *.qcow2 or *.img, or say what it is to be: --format raw|qcow2|vmdk",
         )
-    return "qcow2" if suffix == ".qcow2" else "raw"
+    return _MADE.get(suffix, "raw")
 
 
 def _check_size(path: ImagePath, size: int) -> None:
@@ -85,16 +98,29 @@ def convert(
     *,
     image_format: DiskFormat | None = None,
     source_format: DiskFormat | None = None,
+    subformat: Subformat | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Copies a disk into a new image, with all of its backing files and without its zeroes."""
+    """Copies a disk into a new image, with all of its backing files and without its zeroes.
+
+    A VMDK image is monolithicSparse, which grows, or streamOptimized: packed, to be read alone.
+    """
     with disk_errors():
         chosen = image_format or format_by_name(target)
+        if subformat is not None and chosen != "vmdk":
+            raise ConfigError(
+                f"{target}: a {chosen} image has no {subformat}", mend="leave it out, or take vmdk"
+            )
         opened = DiskSource(source, source_format)
         size = opened.size
         if size == 0:
             raise ImageError(f"{source}: is empty", mend="get the file again")
-        opened.copy(target, chosen, lambda done: progress(done, size))
+        opened.copy(
+            target,
+            chosen,
+            lambda done: progress(done, size),
+            stream=subformat == "streamOptimized",
+        )
 
 
 def resize(

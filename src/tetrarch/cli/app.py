@@ -384,7 +384,7 @@ GivenFormat = Annotated[
 ]
 NewFormat = Annotated[
     str | None,
-    typer.Option("--format", metavar="raw|qcow2", help="[default: qcow2 for *.qcow2, else raw]"),
+    typer.Option("--format", metavar="raw|qcow2|vmdk", help="[default: by its name, else raw]"),
 ]
 
 
@@ -445,11 +445,17 @@ def disk_convert(
     source_format: Annotated[
         str | None, typer.Option(metavar="raw|qcow2|vmdk", help="[default: by its first bytes]")
     ] = None,
+    subformat: Annotated[
+        str | None,
+        typer.Option(
+            metavar="monolithicSparse|streamOptimized", help="Of vmdk [default: the first]."
+        ),
+    ] = None,
 ) -> None:
     """Copy a disk, with its backing files, into a new image."""
     from tetrarch.cli.disks import convert
 
-    convert(source, target, image_format, source_format)
+    convert(source, target, image_format, source_format, subformat)
 
 
 @disk_app.command("resize")

@@ -47,9 +47,10 @@ def show(path: Path, image_format: str | None, as_json: bool) -> None:
 
 
 def _rows(path: Path, info: DiskInfo) -> list[tuple[str, str]]:
+    subformat = f" ({info['subformat']})" if "subformat" in info else ""
     rows = [
         ("image", str(path)),
-        ("format", info["format"]),
+        ("format", info["format"] + subformat),
         ("disk", f"{_shown(info['size'])} ({info['size']} bytes)"),
         ("on the host", _shown(info["allocated"])),
     ]
@@ -84,7 +85,11 @@ def check(path: Path, repair: bool, as_json: bool) -> int:
 
 
 def convert(
-    source: Path, target: Path, image_format: str | None, source_format: str | None
+    source: Path,
+    target: Path,
+    image_format: str | None,
+    source_format: str | None,
+    subformat: str | None,
 ) -> None:
     # What cannot be done is said before there is progress to show.
     with ExitStack() as shown:
@@ -101,6 +106,7 @@ def convert(
             target,
             image_format=_format("--format", image_format),
             source_format=_format("--source-format", source_format),
+            subformat=_subformat(subformat),
             progress=advance,
         )
 
@@ -120,6 +126,17 @@ def _format(option: str, name: str | None) -> DiskFormat | None:
     if name is None:
         return None
     raise ConfigError(f"{option}: {name!r} is no format", mend=f"there are {', '.join(FORMATS)}")
+
+
+def _subformat(name: str | None) -> tools.Subformat | None:
+    for known in tools.SUBFORMATS:
+        if name == known:
+            return known
+    if name is None:
+        return None
+    raise ConfigError(
+        f"--subformat: {name!r} is none", mend=f"there are {', '.join(tools.SUBFORMATS)}"
+    )
 
 
 def _size(option: str, text: str) -> int:

@@ -14,7 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tempfile::TempDir;
 use tetrarch_block::{
-    BlockBackend, Format, ImageOptions, NewImage, Request, Source, check, create, describe, open,
+    BlockBackend, Format, ImageOptions, NewImage, Request, Source, Target, check, create, describe,
+    open,
 };
 use tetrarch_memory::{GuestMemory, GuestPhys, ScatterList};
 
@@ -34,21 +35,25 @@ pub fn image(data: &[u8]) {
         std::fs::write(at(name), bytes).expect("room for a file");
     }
     // What is patched, and what is then used.
-    let (patched, used) = match first % 4 {
-        0 => ("top.qcow2", "top.qcow2"),
-        1 => ("middle.qcow2", "top.qcow2"),
-        2 => ("disk.vmdk", "disk.vmdk"),
-        _ => ("disk.img", "disk.img"),
+    let (patched, used) = match (first % 4, first & 8) {
+        (0, _) => ("top.qcow2", "top.qcow2"),
+        (1, _) => ("middle.qcow2", "top.qcow2"),
+        (2, 0) => ("disk.vmdk", "disk.vmdk"),
+        (2, _) => ("sparse.vmdk", "sparse.vmdk"),
+        (_, 0) => ("disk.img", "disk.img"),
+        _ => ("stream.vmdk", "stream.vmdk"),
     };
     let file = OpenOptions::new().write(true).open(at(patched)).expect("it was made here");
     for patch in patches.chunks(12) {
         let mut bytes = [0; 12];
         bytes[..patch.len()].copy_from_slice(patch);
         let place = u16::from_le_bytes([bytes[0], bytes[1]]);
-        // Headers and the first tables: most of what counts lies there.
-        let place = if bytes[2] & 1 == 0 { place % 1024 } else { place };
+        // Headers and the first tables: most of what counts lies there, or, of a stream, at its end.
+        let place = u64::from(if bytes[2] & 1 == 0 { place % 1024 } else { place });
+        let end = file.metadata().map_or(0, |metadata| metadata.len());
+        let place = if bytes[3] & 1 == 0 { place } else { end.saturating_sub(place % 4096) };
         let len = 1 + usize::from(bytes[2] >> 1) % 8;
-        file.write_all_at(&bytes[4..4 + len], u64::from(place)).expect("a file of this test's");
+        file.write_all_at(&bytes[4..4 + len], place).expect("a file of this test's");
     }
     if first & 4 != 0 {
         let keep = u64::from(first) << 4;
@@ -65,7 +70,9 @@ fn chain() -> &'static [(&'static str, Vec<u8>)] {
         let folder = folder();
         make_chain(folder.path());
         let read = |name| (name, std::fs::read(folder.path().join(name)).expect("it was made"));
-        ["base.img", "disk.img", "disk.vmdk", "middle.qcow2", "top.qcow2"].map(read).into()
+        let images = ["base.img", "disk.img", "middle.qcow2", "top.qcow2"].map(read);
+        let vmdk = ["disk.vmdk", "sparse.vmdk", "stream.vmdk"].map(read);
+        images.into_iter().chain(vmdk).collect()
     };
     CHAIN.get_or_init(make)
 }
@@ -84,6 +91,11 @@ fn make_chain(folder: &Path) {
     let descriptor = "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n\
         createType=\"monolithicFlat\"\nRW 256 FLAT \"base.img\" 0\n";
     std::fs::write(at("disk.vmdk"), descriptor).expect("room for a file");
+    let new = NewImage { size: Some(SIZE), ..NewImage::default() };
+    create(&at("sparse.vmdk"), Format::Vmdk, &new).expect("an image");
+    write(&at("sparse.vmdk"), &[0, SIZE - CHUNK]);
+    let source = Source::open(&at("sparse.vmdk"), None).expect("it was made here");
+    source.copy(&at("stream.vmdk"), Target::StreamOptimized, |_| true).expect("room for a file");
     let over = |name: &str, format| NewImage {
         backing: Some((name.into(), format)),
         cluster_size: Some(CLUSTER),
@@ -163,7 +175,9 @@ fn use_image(path: &Path, copy: &Path) {
     if let Ok(source) = Source::open(path, None)
         && source.size() < 64 << 20
     {
-        let _ = source.copy(copy, Format::Qcow2, |_| true);
+        let _ = source.copy(copy, Target::Image(Format::Qcow2), |_| true);
+        let _ = std::fs::remove_file(copy);
+        let _ = source.copy(copy, Target::StreamOptimized, |_| true);
         let _ = std::fs::remove_file(copy);
     }
 }
