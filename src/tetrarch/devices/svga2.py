@@ -154,6 +154,7 @@ class Svga2:
 
     def __init__(self, vm: Vm) -> None:
         self.state = Svga2State()
+        self._vm = vm
         self._lock = threading.Lock()
         self._line = Intx()
         self._complaint = Seldom()
@@ -403,7 +404,8 @@ class Svga2:
 
     def look(self) -> tuple[Frame, Sequence[Rect] | None] | None:
         with self._lock:
-            self._run()  # a driver may leave it to us
+            if not self._vm.held:
+                self._run()  # a driver may leave it to us
             parts, size = self._parts, (self.state.width, self.state.height)
             frame = self._frame
             told = frame is not None and (frame.width, frame.height) == size
@@ -455,13 +457,13 @@ class Svga2:
             if cursor is not None:
                 size = [cursor.width, cursor.height, cursor.x, cursor.y]
                 picture = {"size": size, "points": _packed(cursor.points)}
-        return {
-            "registers": registers,
-            "pci": self.function.save(),
-            "vram": _packed(self.vram.read(0, VRAM_BYTES)),
-            "fifo": _packed(self.fifo.read(0, FIFO_BYTES)),
-            "cursor": picture,
-        }
+            return {
+                "registers": registers,
+                "pci": self.function.save(),
+                "vram": _packed(self.vram.read(0, VRAM_BYTES)),
+                "fifo": _packed(self.fifo.read(0, FIFO_BYTES)),
+                "cursor": picture,
+            }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.reset()

@@ -8,23 +8,25 @@ from typing import Final
 
 from tetrarch.errors import HostError
 
-__all__ = ["GLYPH_ROWS", "VGA_BIOS", "pc_font", "vga_bios"]
+__all__ = ["GLYPH_ROWS", "SVGA_BIOS", "VGA_BIOS", "pc_font", "vga_bios"]
 
 #: SeaBIOS's, for a VGA without PCI.
 VGA_BIOS: Final = Path("/usr/share/seabios/vgabios-isavga.bin")
+#: Its one for VMware's SVGA II.
+SVGA_BIOS: Final = VGA_BIOS.with_name("vgabios-vmware.bin")
 GLYPH_ROWS: Final = 16
 #: The letter A: by it the font is found.
 LETTER_A: Final = bytes.fromhex("000010386cc6c6fec6c6c6c600000000")
 
 
 @cache
-def vga_bios() -> bytes:
+def vga_bios(path: Path = VGA_BIOS) -> bytes:
     """The program that drives a VGA for SeaBIOS, with the PC's font in it. Raises HostError."""
     try:
-        return VGA_BIOS.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise HostError(
-            f"no VGA BIOS for the screen: {VGA_BIOS}: {error.strerror}", mend="apt install seabios"
+            f"no VGA BIOS for the screen: {path}: {error.strerror}", mend="apt install seabios"
         ) from error
 
 

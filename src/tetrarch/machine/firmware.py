@@ -14,7 +14,7 @@ from tetrarch.devices.fw_cfg import FwCfg, FwCfgItem
 from tetrarch.devices.pflash import PFlash
 from tetrarch.devices.ramfb import RAMFB_FILE, Ramfb
 from tetrarch.devices.uart16550 import PORT_BASE as SERIAL_PORT
-from tetrarch.display.font import vga_bios
+from tetrarch.display.font import SVGA_BIOS, vga_bios
 from tetrarch.firmware.acpi_files import acpi_files
 from tetrarch.firmware.image import FirmwareImage
 from tetrarch.firmware.items import cpu_items, kernel_items, memory_file
@@ -120,7 +120,10 @@ class MachineFirmware:
             **kernel_files,
         }
         if config.vga:
-            if self.ramfb is None:
+            if self.ramfb is None and config.drawn_by == "svga":
+                # By this name it is the program of the PCI device, which looks for its memory.
+                files["pci15ad,0405.rom"] = vga_bios(SVGA_BIOS)
+            elif self.ramfb is None:
                 files["vgaroms/vgabios.bin"] = vga_bios()
             else:
                 files[RAMFB_FILE] = self.ramfb

@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch._native import Device
     from tetrarch.devices import Hpet, Vga
     from tetrarch.devices.svga2 import Svga2
+    from tetrarch.devices.vbe_dispi import VbeDispi
     from tetrarch.machine.firmware import MachineFirmware
 
 __all__ = ["Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
@@ -129,6 +130,8 @@ class Pc:
     vga: Vga | None = None
     hpet: Hpet | None = None
     svga: Svga2 | None = None
+    vbe: VbeDispi | None = None
+    """The modes of its BIOS."""
 
     def save(self) -> dict[str, State]:
         return {name: device.save() for name, device in self.devices.items()}
@@ -335,6 +338,7 @@ def assemble_pc(
     vsock: VsockKind | None = None
     balloon: Balloon | None = None
     svga: Svga2 | None = None
+    vbe: VbeDispi | None = None
     if keyboard.mouse is not None:
         from tetrarch.boot.acpi import mouse_device
 
@@ -400,11 +404,14 @@ def assemble_pc(
             if config.rng:
                 plug_virtio(RngKind(vm))
             if config.drawn_by == "svga":
+                from tetrarch.devices import vbe_dispi
                 from tetrarch.devices.svga2 import Svga2
 
                 svga = Svga2(vm)
                 undo.callback(svga.close)
                 plugged.plug("svga", svga)
+                devices["vbe-dispi"] = vbe = vbe_dispi.VbeDispi(svga.vram)
+                vm.attach_ports(vbe_dispi.PORT_BASE, vbe_dispi.PORTS, vbe)
             vmci: Vmci | None = None
             if platform.vmware is not None:
                 from tetrarch.platforms.vmware.vmci import Vmci
@@ -460,4 +467,5 @@ def assemble_pc(
         screen,
         timers,
         svga,
+        vbe,
     )

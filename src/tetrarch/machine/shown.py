@@ -22,6 +22,8 @@ def display_of(pc: Pc, read: Callable[[int, int], bytes]) -> Display:
     sources: list[Source] = []
     if pc.svga is not None:
         sources.append(pc.svga)
+    if pc.vbe is not None:
+        sources.append(pc.vbe)
     if pc.firmware is not None and pc.firmware.ramfb is not None:
         sources.append(RamfbSource(pc.firmware.ramfb, read, GuestMemoryError))
     sources.append(VgaSource(pc.vga, read))
