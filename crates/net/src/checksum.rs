@@ -41,6 +41,11 @@ pub fn of_transport(addresses: &[u8], protocol: u8, bytes: &[u8]) -> u16 {
     !fold(pseudo(addresses, protocol, bytes.len()) + sum(bytes))
 }
 
+/// The sum of the pseudo header alone, as it stands where the rest was left to others.
+pub fn of_pseudo(addresses: &[u8], protocol: u8, length: usize) -> u16 {
+    fold(pseudo(addresses, protocol, length))
+}
+
 /// Writes a checksum that its sender left: of all from `start` on, where the sum of the
 /// pseudo header is already. What does not fit the frame is left alone.
 pub fn complete(frame: &mut [u8], start: usize, offset: usize) {

@@ -17,6 +17,8 @@ pub enum Payload<'a> {
     /// In guest RAM, where the guest may change them at any moment.
     Guest(&'a ScatterList),
     Bytes(&'a [u8]),
+    /// Headers that were made anew, and behind them what the guest has.
+    Headed(&'a [u8], &'a ScatterList),
 }
 
 /// A frame on its way out, and the work that its sender left.
@@ -35,6 +37,7 @@ impl<'a> Packet<'a> {
         match self.payload {
             Payload::Guest(list) => list.len() as usize,
             Payload::Bytes(bytes) => bytes.len(),
+            Payload::Headed(head, rest) => head.len() + rest.len() as usize,
         }
     }
 
@@ -56,6 +59,11 @@ impl<'a> Packet<'a> {
                 list.read_at(0, bytes);
             }
             Payload::Bytes(own) => bytes.extend_from_slice(own),
+            Payload::Headed(head, rest) => {
+                bytes.extend_from_slice(head);
+                bytes.resize(head.len() + rest.len() as usize, 0);
+                rest.read_at(0, &mut bytes[head.len()..]);
+            }
         }
     }
 
@@ -71,6 +79,10 @@ impl<'a> Packet<'a> {
         match self.payload {
             Payload::Guest(list) => pieces.extend_from_slice(list.iovecs()),
             Payload::Bytes(bytes) => pieces.push(of(bytes)),
+            Payload::Headed(head, rest) => {
+                pieces.push(of(head));
+                pieces.extend_from_slice(rest.iovecs());
+            }
         }
     }
 }
@@ -87,6 +99,10 @@ pub struct Frame {
 impl Frame {
     pub fn bytes(&self) -> &[u8] {
         self.data.get(self.start..).unwrap_or_default()
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.data.get_mut(self.start..).unwrap_or_default()
     }
 
     pub fn packet(&self) -> Packet<'_> {

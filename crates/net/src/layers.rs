@@ -36,6 +36,21 @@ pub fn be16(bytes: &[u8], at: usize) -> Option<u16> {
 impl Layers {
     /// None for what is no IP packet, or a damaged one.
     pub fn of(frame: &[u8]) -> Option<Self> {
+        Self::within(frame, frame.len())
+    }
+
+    /// Of a frame of `length` bytes of which `frame` has at least the headers.
+    pub fn within(frame: &[u8], length: usize) -> Option<Self> {
+        let (kind, network) = Self::network(frame)?;
+        match kind {
+            TYPE_IPV4 => Self::v4(frame, network, length),
+            TYPE_IPV6 => Self::v6(frame, network, length),
+            _ => None,
+        }
+    }
+
+    /// The Ethernet type behind tags, and where what it names begins.
+    pub(crate) fn network(frame: &[u8]) -> Option<(u16, usize)> {
         let mut network = MIN_FRAME;
         let mut kind = be16(frame, 12)?;
         for _ in 0..2 {
@@ -44,19 +59,15 @@ impl Layers {
                 network += 4;
             }
         }
-        match kind {
-            TYPE_IPV4 => Self::v4(frame, network),
-            TYPE_IPV6 => Self::v6(frame, network),
-            _ => None,
-        }
+        Some((kind, network))
     }
 
-    fn v4(frame: &[u8], network: usize) -> Option<Self> {
+    fn v4(frame: &[u8], network: usize, frame_length: usize) -> Option<Self> {
         let header = frame.get(network..network + 20)?;
         let length = usize::from(header[0] & 0xF) * 4;
         let total = usize::from(be16(header, 2)?);
         let end = network + total;
-        if header[0] >> 4 != 4 || length < 20 || total < length || end > frame.len() {
+        if header[0] >> 4 != 4 || length < 20 || total < length || end > frame_length {
             return None;
         }
         let parts = be16(header, 6)? & 0x3FFF;
@@ -65,10 +76,10 @@ impl Layers {
         Some(Self { family: Family::V4, network, transport, protocol: header[9], end, fragment })
     }
 
-    fn v6(frame: &[u8], network: usize) -> Option<Self> {
+    fn v6(frame: &[u8], network: usize, frame_length: usize) -> Option<Self> {
         let header = frame.get(network..network + 40)?;
         let end = network + 40 + usize::from(be16(header, 4)?);
-        if header[0] >> 4 != 6 || end > frame.len() {
+        if header[0] >> 4 != 6 || end > frame_length {
             return None;
         }
         let mut protocol = header[6];

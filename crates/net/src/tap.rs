@@ -153,8 +153,11 @@ impl NetBackend for Tap {
             self.counters.dropped(Direction::Sent, DropReason::Malformed);
             return Sent::Taken;
         }
-        let many =
-            matches!(packet.payload, Payload::Guest(list) if list.iovecs().len() >= MAX_PIECES);
+        let many = match packet.payload {
+            Payload::Guest(list) => list.iovecs().len() >= MAX_PIECES,
+            Payload::Headed(_, rest) => rest.iovecs().len() + 1 >= MAX_PIECES,
+            Payload::Bytes(_) => false,
+        };
         let result = if many {
             let mut whole = std::mem::take(&mut self.whole);
             packet.copy_to(&mut whole);
