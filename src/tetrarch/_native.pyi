@@ -54,6 +54,8 @@ __all__ = [
     "VirtioServed",
     "VirtioVsock",
     "Vm",
+    "Vmxnet3Causes",
+    "Vmxnet3Rings",
     "__version__",
     "confine_control",
     "confine_prepare",
@@ -532,6 +534,88 @@ class PvscsiRings(RustDevice):
         """Requests that wait for the host to be mended."""
     def close(self) -> None:
         """Lets go of the disks."""
+
+@final
+class Vmxnet3Causes:
+    """The interrupt cause register of a VMXNET3 card, and its line, which is high while there is a
+    cause."""
+
+    def __new__(cls, line: Wire) -> Self: ...
+    def interrupt(self, number: int) -> Interrupt:
+        """An interrupt that is a cause of the line."""
+
+@type_check_only
+class Vmxnet3State(TypedDict):
+    """A VMXNET3 card as it is saved, in numbers: ``crates/cards`` says which."""
+
+    permanent: Sequence[int]
+    mac: Sequence[int]
+    interrupts: Sequence[int]
+    state: Sequence[int]
+    multicast: Sequence[int]
+    vlans: Sequence[int]
+    setup: Sequence[int]
+    tx: Sequence[Sequence[int]]
+    rx: Sequence[Sequence[int]]
+    rss: Sequence[int]
+
+@final
+class Vmxnet3Rings(RustDevice):
+    """A VMXNET3 card but for its registers of addresses and commands: a device for its first BAR,
+    rings on the machine's I/O thread. It takes ``network`` over; with ``mac``, of 6 bytes."""
+
+    MAX_INTERRUPTS: int
+    def __new__(
+        cls,
+        vm: Vm,
+        name: str,
+        network: Network,
+        mac: bytes,
+        causes: Vmxnet3Causes,
+        interrupts: Sequence[Interrupt],
+    ) -> Self: ...
+    @property
+    def mac(self) -> bytes:
+        """The address that the driver has given it, or its own."""
+    def set_mac(self, mac: bytes) -> None: ...
+    @property
+    def permanent(self) -> bytes: ...
+    @property
+    def link(self) -> bool:
+        """Whether there is a network at the other end."""
+    def take_causes(self) -> int:
+        """Reads the interrupt cause register, which ends them."""
+    @property
+    def events(self) -> int:
+        """Those that the driver has not acknowledged."""
+    def clear_events(self, events: int) -> None: ...
+    def activate(self, shared: int) -> None:
+        """With the address of what the driver shares. EngineError where that is none, or names
+        rings that cannot be; then the card is not active."""
+    @property
+    def active(self) -> bool: ...
+    def quiesce(self) -> None:
+        """When it returns nothing touches guest memory, until the card is activated again."""
+    def update_rx_mode(self) -> None:
+        """The driver has changed that, as each of the following, in what it shares."""
+    def update_mac_filters(self) -> None: ...
+    def update_vlan_filters(self) -> None: ...
+    def update_rss(self) -> None: ...
+    def update_features(self) -> None: ...
+    def put_status(self) -> None:
+        """Writes to what the driver shares which queues stand, and why."""
+    def put_statistics(self) -> None: ...
+    def reset(self) -> None:
+        """As it was made."""
+    def set_master(self, master: bool) -> None:
+        """Whether the card may access memory; at first it may. When it was taken from it, nothing
+        is read or written there any more, and it goes on when it is given back."""
+    def save(self) -> Vmxnet3State:
+        """Exact while the machine is held."""
+    def load(self, state: Vmxnet3State) -> None:
+        """EngineError, and the card is reset, where it is of another."""
+    def close(self) -> None:
+        """Lets go of the network."""
 
 @type_check_only
 class VirtioQueue(TypedDict):

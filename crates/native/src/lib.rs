@@ -35,6 +35,7 @@ mod vcpu;
 mod vhost_user;
 mod virtio;
 mod vm;
+mod vmxnet3;
 mod vsock;
 
 use pyo3::prelude::*;
@@ -91,6 +92,8 @@ mod _native {
     use crate::virtio::{Interrupt, IsrStatus, VirtioBlk, VirtioDevice, VirtioRng};
     #[pymodule_export]
     use crate::vm::Vm;
+    #[pymodule_export]
+    use crate::vmxnet3::{Vmxnet3Causes, Vmxnet3Rings};
     #[pymodule_export]
     use crate::vsock::VirtioVsock;
 

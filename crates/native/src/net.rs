@@ -29,9 +29,24 @@ pub struct Network {
     switched: Option<Arc<Counters>>,
 }
 
+/// Those of all queues, and what counts their frames.
+pub type BackEnds = (Vec<Box<dyn NetBackend>>, Arc<Counters>);
+
 impl Network {
     fn new(backends: Vec<Box<dyn NetBackend>>, counters: Arc<Counters>) -> Self {
         Self { backends: Mutex::new(backends), counters, switched: None }
+    }
+
+    /// What a card is made with.
+    pub fn take(&self, name: &str) -> Result<BackEnds, Failure> {
+        let backends = std::mem::take(&mut *self.backends.lock());
+        let queues = backends.len();
+        if !(1..=MAX_PAIRS).contains(&queues) {
+            return Err(Failure::refused(format!(
+                "{name}: a network of {queues} queues, not 1 to {MAX_PAIRS}"
+            )));
+        }
+        Ok((backends, Arc::clone(&self.counters)))
     }
 
     /// Puts something around each of the back ends.
@@ -154,7 +169,7 @@ struct State {
     guest_offloads: u64,
 }
 
-fn address(bytes: &[u8]) -> Result<MacAddress, Failure> {
+pub fn address(bytes: &[u8]) -> Result<MacAddress, Failure> {
     bytes.try_into().map_err(|_| Failure::refused(format!("an address of {} bytes", bytes.len())))
 }
 
@@ -180,15 +195,9 @@ impl VirtioNet {
         mac: &[u8],
     ) -> Result<PyClassInitializer<Self>, Failure> {
         let mac = address(mac)?;
-        let network = network.get();
-        let backends = std::mem::take(&mut *network.backends.lock());
+        let (backends, counters) = network.get().take(name)?;
         let pairs = backends.len();
-        if !(1..=MAX_PAIRS).contains(&pairs) {
-            return Err(Failure::refused(format!(
-                "{name}: a network of {pairs} queues, not 1 to {MAX_PAIRS}"
-            )));
-        }
-        let net = Net::new(mac, backends, Arc::clone(&network.counters));
+        let net = Net::new(mac, backends, counters);
         let config = net.config();
         let (base, device) = VirtioDevice::make(vm, name, 2 * pairs + 1, net)?;
         Ok(PyClassInitializer::from(base).add_subclass(Self { device, config }))

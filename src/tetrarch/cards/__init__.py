@@ -1,0 +1,14 @@
+"""Network cards on the PCI bus for guests without virtio."""
+
+from typing import TYPE_CHECKING
+
+from tetrarch._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from tetrarch.cards.vmxnet3 import Vmxnet3Card
+
+__all__ = ["Vmxnet3Card"]
+
+_HOMES = {"Vmxnet3Card": "tetrarch.cards.vmxnet3"}
+
+__getattr__ = lazy_names(__name__, _HOMES, globals())
