@@ -37,3 +37,10 @@ def plain_environment() -> Iterator[None]:
 def debian_guest() -> images.CachedGuest:
     """The default guest, in the user's cache. Only the first use ever needs network."""
     return images.ensure(images.Cache(), images.DEFAULT_IMAGE, images.TerminalReporter())
+
+
+@pytest.fixture(scope="session")
+def standard_guest() -> images.CachedGuest:
+    """Debian's kernel for machines: that for clouds has no driver of AHCI, say. Only long tests use
+    it, since it is fetched for them alone."""
+    return images.ensure(images.Cache(), "debian-amd64", images.TerminalReporter())

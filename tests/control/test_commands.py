@@ -212,13 +212,14 @@ async def plugging(session: Session, image: Path) -> None:
 async def networks(session: Session, path: Path) -> None:
     addr = {"type": "unix", "path": str(path)}
     await session.run("netdev_add", type="stream", id="lan", addr=addr)
-    await session.run(
-        "device_add", driver="virtio-net-pci", netdev="lan", id="card", mac="52:54:00:12:34:99"
-    )
-    assert "card" in await session.run("human-monitor-command", command_line="info network")
-    assert "in use" in (await session.refused("netdev_del", id="lan"))[1]
-    await session.run("device_del", id="card")
-    assert (await session.event("DEVICE_DELETED"))["device"] == "card"
+    for driver in ("vmxnet3", "virtio-net-pci"):
+        mac = "52:54:00:12:34:99"
+        await session.run("device_add", driver=driver, netdev="lan", id="card", mac=mac)
+        said = await session.run("human-monitor-command", command_line="info network")
+        assert f"card: index=0,type=nic,model={driver}" in said
+        assert "in use" in (await session.refused("netdev_del", id="lan"))[1]
+        await session.run("device_del", id="card")
+        assert (await session.event("DEVICE_DELETED"))["device"] == "card"
     await session.run("netdev_del", id="lan")
     assert (await session.refused("netdev_del", id="lan"))[0] == "DeviceNotFound"
     assert "'ifname' is missing" in (await session.refused("netdev_add", type="tap", id="t"))[1]

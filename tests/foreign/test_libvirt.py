@@ -234,6 +234,11 @@ def test_sizes_and_counts(text: str, option: str, value: Any) -> None:
         ),
         (
             "devices",
+            "<interface type='user'><model type='vmxnet3'/><mtu size='9000'/></interface>",
+            ["line 1: interface: mtu 9000: the card tells its guest none"],
+        ),
+        (
+            "devices",
             "<serial type='pty'/>\n<serial type='tcp'/>",
             ["line 2: <serial>: there is one"],
         ),

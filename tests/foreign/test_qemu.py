@@ -99,6 +99,12 @@ def machine(*words: str) -> tuple[MachineConfig, list[str]]:
             "user,forward=127.0.0.1:2222:22,forward=0.0.0.0:80:80,mac=52:54:00:00:00:01",
         ),
         (["-nic", "tap,ifname=tap0,script=no,downscript=no"], "net", "tap=tap0"),
+        (["-nic", "user,model=vmxnet3"], "net", "user,model=vmxnet3"),
+        (
+            ["-netdev", "user,id=n", "-device", "vmxnet3,netdev=n,mac=52:54:00:00:00:01"],
+            "net",
+            "user,model=vmxnet3,mac=52:54:00:00:00:01",
+        ),
         (["-net", "nic,macaddr=52:54:00:00:00:01", "-net", "user"], "net", "user,mac=52:54:00:00:"),
         (
             ["-nic", "stream,server=off,addr.type=unix,addr.path=/s"],

@@ -122,14 +122,13 @@ def test_machine_of_esxi_with_uefi_and_nvme() -> None:
     )
     assert str(config.firmware) == "ovmf"
     assert list(map(str, config.disk)) == ["/cwd/a.vmdk,bus=nvme"]
-    assert list(map(str, config.net)) == ["user,mac=00:50:56:00:00:01"]
+    assert list(map(str, config.net)) == ["user,model=vmxnet3,mac=00:50:56:00:00:01"]
     assert list(map(str, config.floppy)) == ["/cwd/boot.flp"]
     assert lost == [
         "uefi.secureBoot.enabled: there is no secure boot",
         "ide1:0.deviceType=atapi-cdrom: a drive of the host",
         "nvme0:0.mode=undoable: what the guest writes is kept",
         "floppy1.fileType=device: a drive of the host",
-        "ethernet0.virtualDev=vmxnet3: the card is virtio's",
         "ethernet0.connectionType=bridged VM Network: the guest is behind the host's address; "
         "give it a tap",
     ]

@@ -39,6 +39,7 @@ def test_what_is_written_is_what_is_meant() -> None:
         "tap=t0,bridge=br0,queues=4,mac=52:54:00:12:34:56,mtu=9000",
         "socket=/tmp/a,,b,pcap=f,,g.pcap,delay=20000us,loss=0.5%,rate=10000000",
         "socket=x,loss=100%",
+        "tap=t0,queues=4,model=vmxnet3,mac=52:54:00:12:34:56",
         "vhost-user=/run/a,,b,mac=52:54:00:12:34:56,mtu=9000",
     ],
 )
@@ -71,6 +72,10 @@ def test_spec_is_written_as_it_is_read(text: str) -> None:
         ("vhost-user", "vhost-user names nothing; write vhost-user=PATH"),
         ("vhost-user=x,pcap=f", "a card by vhost-user has neither pcap="),
         ("vhost-user=x,queues=2", "vhost-user has neither bridge= nor queues="),
+        ("user,model=e1000", "model is 'e1000'; give virtio or vmxnet3"),
+        ("user,model", "model is nothing; give virtio or vmxnet3"),
+        ("user,model=vmxnet3,mtu=1400", "a vmxnet3 card tells its guest no MTU"),
+        ("vhost-user=x,model=vmxnet3", "a card by vhost-user is virtio's; leave out model="),
         ("user,mac=1", "mac is '1'; write it as"),
         ("user,mac=01:00:00:00:00:00", "01:00:00:00:00:00 is no address of one card"),
         ("user,mac=00:00:00:00:00:00", "00:00:00:00:00:00 is no address of one card"),

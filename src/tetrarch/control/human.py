@@ -10,7 +10,10 @@ from tetrarch._native import GuestMemoryError, Vm
 from tetrarch.machine.machine import Machine
 from tetrarch.machine.page_map import USER, WRITE, TooManyTables, mapped_ranges, table_levels
 from tetrarch.net.mac import format_mac
+from tetrarch.net.spec import NET_DRIVERS
 from tetrarch.pci.bus import SLOTS
+from tetrarch.virtio.net import NetKind
+from tetrarch.virtio.vhost_user import VhostUserNet
 
 __all__ = ["human_command"]
 
@@ -129,12 +132,15 @@ def _block(machine: Machine, vcpu: int) -> str:
 def _network(machine: Machine, vcpu: int) -> str:
     text = ""
     for net, spec in zip(machine.pc.nets, machine.config.net, strict=True):
-        mac = format_mac(net.config[:6])
-        text += f"{net.name}: index=0,type=nic,model=virtio-net-pci,macaddr={mac}\n"
+        mac = format_mac(net.config[:6] if isinstance(net, (NetKind, VhostUserNet)) else net.mac)
+        model = NET_DRIVERS[spec.model]
+        text += f"{net.name}: index=0,type=nic,model={model},macaddr={mac}\n"
         text += f" \\ {net.name}: index=0,type={spec.kind},{spec}\n"
+    added = machine.pc.hotplug.added if machine.pc.hotplug is not None else {}
     for netdev in machine.pc.netdevs.all():
         if netdev.device is not None:
-            text += f"{netdev.device}: index=0,type=nic,model=virtio-net-pci\n \\ "
+            model = added[netdev.device].driver if netdev.device in added else "none"
+            text += f"{netdev.device}: index=0,type=nic,model={model}\n \\ "
         text += f"{netdev.name}: index=0,type={netdev.spec.kind},{netdev.spec}\n"
     return text
 

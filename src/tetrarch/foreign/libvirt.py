@@ -292,7 +292,11 @@ class _Reader:
             table["mtu"] = mtu.attribute("size")
         model = interface.take("model")
         name = "virtio" if model is None else model.attribute("type")
-        if not name.startswith("virtio"):
+        if name == "vmxnet3" and "vhost-user" not in table:
+            table["model"] = name
+            if (size := table.pop("mtu", None)) is not None:
+                self.carried.lose(f"{where}: mtu {size}", "the card tells its guest none")
+        elif not name.startswith("virtio"):
             self.carried.lose(f"{where}: model {name}", "it is a virtio card")
         driver = interface.take("driver")
         if driver is not None and "tap" in table and (queues := driver.attribute("queues")):

@@ -176,13 +176,17 @@ class _Reader:
             self._forget(name)
             return
         model = self._take(f"{name}.virtualdev", "vlance")
-        self.carried.lose(f"{name}.virtualDev={model}", "the card is virtio's")
+        vmxnet3 = model.lower() == "vmxnet3"
+        if not vmxnet3:
+            self.carried.lose(f"{name}.virtualDev={model}", "the card is virtio's")
         connection = self._take(f"{name}.connectiontype", "bridged").lower()
         network = self._take(f"{name}.networkname") or self._take(f"{name}.vnet")
         if connection != "nat":
             what = f"{name}.connectionType={connection}" + (f" {network}" if network else "")
             self.carried.lose(what, "the guest is behind the host's address; give it a tap")
         table: dict[str, Any] = {"user": True}
+        if vmxnet3:
+            table["model"] = "vmxnet3"
         address = self._take(f"{name}.address") or self._take(f"{name}.generatedaddress")
         if address:
             table["mac"] = address

@@ -32,7 +32,7 @@ __all__ = [
     "shares_script",
 ]
 
-RECIPE_VERSION = 20
+RECIPE_VERSION = 21
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -59,6 +59,7 @@ GUEST_MODULES = (
     "sr_mod",
     "nvme",
     "vmw_pvscsi",
+    "vmxnet3",
     "button",
     "loop",
     "floppy",

@@ -11,7 +11,7 @@ from tetrarch.machine.blocks import BlockNodes
 from tetrarch.machine.hotplug import HotPlug
 from tetrarch.machine.netdevs import Netdevs
 from tetrarch.machine.pc import Pc
-from tetrarch.net.spec import NetSpec
+from tetrarch.net.spec import NET_DRIVERS, NetSpec
 
 __all__ = ["add_disk", "add_net"]
 
@@ -47,7 +47,7 @@ def add_net(pc: Pc, spec: NetSpec, name: str | None, *, announce: bool) -> str:
     hotplug, netdevs = _places(pc), pc.netdevs
     netdevs.add(name, spec, kept=False)
     try:
-        hotplug.add("virtio-net-pci", properties, name, announce=announce)
+        hotplug.add(NET_DRIVERS[spec.model], properties, name, announce=announce)
     except BaseException:
         _drop(netdevs, name)
         raise

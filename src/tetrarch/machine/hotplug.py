@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.machine.blocks import BlockNode, BlockNodes
 from tetrarch.machine.netdevs import Netdevs
 from tetrarch.machine.plugged import PciDevice, PluggedDevices
 from tetrarch.net.mac import parse_mac, random_mac
+from tetrarch.net.spec import NET_DRIVERS
 from tetrarch.virtio.blk import BlkKind
 from tetrarch.virtio.net import NetKind
 from tetrarch.virtio.pci import VirtioPci
@@ -25,6 +26,8 @@ from tetrarch.virtio.rng import RngKind
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
+    from tetrarch.cards import Vmxnet3Card
+    from tetrarch.net.network import OpenNetwork
 
 __all__ = ["Added", "HotPlug"]
 
@@ -66,6 +69,7 @@ class HotPlug:
             "nvme": self._nvme,
             "pvscsi": self._pvscsi,
             "virtio-net-pci": self._virtio_net,
+            "vmxnet3": self._vmxnet3,
             "virtio-rng-pci": self._virtio_rng,
         }
 
@@ -123,9 +127,11 @@ class HotPlug:
         self._netdevs.released(name)
 
     @property
-    def nets(self) -> list[NetKind]:
+    def nets(self) -> list[NetKind | Vmxnet3Card]:
         """The network cards that are in."""
-        return [kind for kind in self._closing.values() if isinstance(kind, NetKind)]
+        added = {name for name, one in self.added.items() if one.driver in NET_DRIVERS.values()}
+        cards = (kind for name, kind in self._closing.items() if name in added)
+        return cast("list[NetKind | Vmxnet3Card]", list(cards))
 
     def close(self) -> None:
         """The machine has ended."""
@@ -163,21 +169,37 @@ class HotPlug:
         return controller
 
     def _virtio_net(self, name: str, given: Properties) -> PciDevice:
+        with self._network("virtio-net-pci", name, given) as (network, mac):
+            kind = NetKind(self._vm, network, name, mac)
+        self._closing[name] = kind
+        return VirtioPci(self._vm, kind)
+
+    def _vmxnet3(self, name: str, given: Properties) -> PciDevice:
+        from tetrarch.cards.vmxnet3 import Vmxnet3Card
+
+        with self._network("vmxnet3", name, given) as (network, mac):
+            card = Vmxnet3Card(self._vm, network, name, mac)
+        self._closing[name] = card
+        return card
+
+    @contextmanager
+    def _network(
+        self, driver: str, name: str, given: Properties
+    ) -> Iterator[tuple[OpenNetwork, bytes]]:
+        """What a card is made with: what is behind it, and its address."""
         netdev, text = given.pop("netdev", None), given.pop("mac", None)
         if not isinstance(netdev, str):
             raise ConfigError("netdev property not set")
         try:
             mac = random_mac() if text is None else parse_mac(str(text))
         except ValueProblem as problem:
-            raise ConfigError(f"Property 'virtio-net-pci.mac': {problem.cause}") from None
-        network = self._netdevs.take(netdev, name)
+            raise ConfigError(f"Property '{driver}.mac': {problem.cause}") from None
+        network = self._netdevs.take(netdev, name, driver)
         try:
-            kind = NetKind(self._vm, network, name, mac)
+            yield network, mac
         except BaseException:
             network.close()
             raise
-        self._closing[name] = kind
-        return VirtioPci(self._vm, kind)
 
     def _virtio_rng(self, name: str, given: Properties) -> PciDevice:
         kind = RngKind(self._vm, name)

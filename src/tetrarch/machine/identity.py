@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tetrarch.net.mac import random_mac
-from tetrarch.virtio.net import NetKind
+from tetrarch.virtio.vhost_user import VhostUserNet
 
 if TYPE_CHECKING:
     from tetrarch.machine.pc import Pc
@@ -18,5 +18,5 @@ def renew_cards(pc: Pc) -> None:
     starts anew."""
     later = pc.hotplug.nets if pc.hotplug is not None else []
     for net in (*pc.nets, *later):
-        if isinstance(net, NetKind):
+        if not isinstance(net, VhostUserNet):
             net.change_mac(random_mac())

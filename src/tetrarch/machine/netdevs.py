@@ -52,13 +52,13 @@ class Netdevs:
         with self._lock:
             return list(self._netdevs.values())
 
-    def take(self, name: str, device: str) -> OpenNetwork:
+    def take(self, name: str, device: str, driver: str) -> OpenNetwork:
         """For a card, until it is out; then the network is opened anew for another."""
         with self._lock:
             netdev = self._netdevs.get(name)
             if netdev is None or netdev.device is not None:
                 why = "can't find value" if netdev is None else "is in use:"
-                raise ConfigError(f"Property 'virtio-net-pci.netdev' {why} '{name}'")
+                raise ConfigError(f"Property '{driver}.netdev' {why} '{name}'")
             netdev.device = device
             network, netdev.network = netdev.network, None
         return network or self._open(name, netdev.spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tetrarch.machine.config import MachineConfig
 from tetrarch.machine.log import MachineLog
@@ -14,13 +14,19 @@ from tetrarch.virtio.vhost_user import VhostUserNet
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
+    from tetrarch.cards import Vmxnet3Card
+    from tetrarch.net.network import OpenNetwork
+    from tetrarch.net.spec import NetModel
 
-__all__ = ["machine_nets"]
+__all__ = ["MachineNet", "machine_nets", "open_card"]
+
+#: A card, and what is behind it.
+MachineNet: TypeAlias = "NetKind | VhostUserNet | Vmxnet3Card"
 
 
 def machine_nets(
     vm: Vm, config: MachineConfig, end: Callable[[BaseException], None]
-) -> Iterator[NetKind | VhostUserNet]:
+) -> Iterator[MachineNet]:
     """Opens them one by one; ``end`` is called with what a filter raises."""
     if config.net:
         from tetrarch.net.network import open_network
@@ -38,9 +44,19 @@ def machine_nets(
             yield VhostUserNet(vm, Path(spec.target), name, mac, spec.mtu)
             continue
         network = open_network(spec, cut_off, end)
-        try:
-            kind = NetKind(vm, network, name, mac)
-        except BaseException:
-            network.close()
-            raise
-        yield kind
+        yield open_card(vm, spec.model, network, name, mac)
+
+
+def open_card(
+    vm: Vm, model: NetModel, network: OpenNetwork, name: str, mac: bytes
+) -> NetKind | Vmxnet3Card:
+    """A card that has the network, which is closed where there is none."""
+    try:
+        if model == "vmxnet3":
+            from tetrarch.cards import Vmxnet3Card
+
+            return Vmxnet3Card(vm, network, name, mac)
+        return NetKind(vm, network, name, mac)
+    except BaseException:
+        network.close()
+        raise

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeGuard
 from tetrarch.block.spec import LATER_DRIVERS, CdromSpec, DiskSpec
 from tetrarch.errors import StateError, ValueProblem
 from tetrarch.machine.config import MachineConfig
+from tetrarch.net.spec import NET_DRIVERS, NetSpec
 
 if TYPE_CHECKING:
     from tetrarch.machine.pc import Pc
@@ -32,7 +33,7 @@ _KINDS: Final = {
 }
 #: Drivers of devices that are plugged in later, and what each has of the host.
 _BUSES: Final = {driver: bus for bus, driver in LATER_DRIVERS.items()}
-_NETS: Final = ("virtio-net-pci",)
+_NETS: Final = tuple(NET_DRIVERS.values())
 _NOTHING: Final = ("virtio-rng-pci",)
 
 
@@ -137,6 +138,15 @@ class Outside:
                         f" {spec.bus}",
                         mend=f"give it with bus={bus}",
                     )
+
+        for text, net in zip(self.options["net"], config.net, strict=True):
+            model = NetSpec.parse(text).model
+            if model != net.model:
+                raise StateError(
+                    f"the saved machine had a {model} card with {text}, and is given a {net.model}"
+                    " one",
+                    mend=f"give it with model={model}",
+                )
 
     def images(self, config: MachineConfig) -> dict[str, Path]:
         """Where the image of each node is."""

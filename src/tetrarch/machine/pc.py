@@ -49,7 +49,7 @@ from tetrarch.machine.engine_vm import EngineVm
 from tetrarch.machine.events import Events
 from tetrarch.machine.hotplug import HotPlug
 from tetrarch.machine.netdevs import Netdevs
-from tetrarch.machine.networks import machine_nets
+from tetrarch.machine.networks import MachineNet, machine_nets
 from tetrarch.machine.plugged import PluggedDevices
 from tetrarch.machine.shares import MachineShare, machine_shares
 from tetrarch.machine.status import ExitStatus, StopReason
@@ -107,7 +107,7 @@ class Pc:
     dsdt: Sequence[bytes]
     """Devices that the DSDT names beside those of every PC."""
     disks: Sequence[MachineDisk]
-    nets: Sequence[NetKind | VhostUserNet]
+    nets: Sequence[MachineNet]
     shares: Sequence[MachineShare]
     virtio: VirtioSlots | None
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
@@ -333,7 +333,7 @@ def assemble_pc(
         dsdt.append(hpet_device())
     slots: VirtioSlots | None = None
     disks: list[MachineDisk] = []
-    nets: list[NetKind | VhostUserNet] = []
+    nets: list[MachineNet] = []
     shares: list[MachineShare] = []
     vsock: VsockKind | None = None
     balloon: Balloon | None = None
@@ -394,7 +394,10 @@ def assemble_pc(
             for net in machine_nets(vm, config, end):
                 undo.callback(net.close)
                 nets.append(net)
-                plug_virtio(net)
+                if isinstance(net, (NetKind, VhostUserNet)):
+                    plug_virtio(net)
+                else:
+                    plugged.plug(net.name, net)
             for share in machine_shares(vm, config):
                 undo.callback(share.close)
                 shares.append(share)

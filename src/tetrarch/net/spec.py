@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
@@ -15,9 +15,13 @@ from tetrarch.errors import ValueProblem
 from tetrarch.net.flow import FlowFilter
 from tetrarch.net.mac import format_mac, parse_mac
 
-__all__ = ["Forward", "NetSpec", "each_its_own"]
+__all__ = ["NET_DRIVERS", "Forward", "NetModel", "NetSpec", "each_its_own"]
 
 NetKindName = Literal["user", "tap", "socket", "vhost-user"]
+NetModel = Literal["virtio", "vmxnet3"]
+
+#: The cards that a guest can find, and QEMU's names of those devices.
+NET_DRIVERS: Mapping[NetModel, str] = {"virtio": "virtio-net-pci", "vmxnet3": "vmxnet3"}
 
 #: What the data path has at most (crates/virtio/src/net.rs).
 QUEUES_MAX = 16
@@ -58,6 +62,8 @@ class NetSpec:
     bridge: str | None = None
     queues: int = 1
     """Pairs of queues."""
+    model: NetModel = "virtio"
+    """What the guest finds."""
     mac: bytes | None = None
     """None: by the machine's name."""
     mtu: int | None = None
@@ -82,6 +88,12 @@ class NetSpec:
             raise ValueProblem(
                 f"{self.kind} has neither bridge= nor queues=", mend="give them to tap=NAME"
             )
+        if self.model not in NET_DRIVERS:
+            raise ValueProblem(f"{self.model!r} is no card", mend=_MODELS)
+        if self.model != "virtio" and self.mtu is not None:
+            raise ValueProblem(
+                f"a {self.model} card tells its guest no MTU", mend="set mtu there, or take virtio"
+            )
         if self.kind == "vhost-user":
             self._only_the_card()
         self._each_port_once()
@@ -102,6 +114,8 @@ class NetSpec:
 
     def _only_the_card(self) -> None:
         """Frames do not pass here."""
+        if self.model != "virtio":
+            raise ValueProblem("a card by vhost-user is virtio's", mend="leave out model=")
         if self.pcap or self.delay or self.loss or self.rate or self.filter:
             raise ValueProblem(
                 "a card by vhost-user has neither pcap=, delay=, loss=, rate= nor a filter",
@@ -161,6 +175,7 @@ def each_its_own(cards: Sequence[NetSpec]) -> None:
             raise ValueProblem(f"two cards are at tap={tap}", mend="give each its own")
 
 
+_MODELS = f"give {' or '.join(NET_DRIVERS)}"
 _KINDS = "there are none, user, tap=NAME, socket=PATH and vhost-user=PATH"
 _TARGETS = {"user": "", "tap": "NAME", "socket": "PATH", "vhost-user": "PATH"}
 
@@ -171,6 +186,12 @@ def _interface(name: str, value: str | None) -> str:
             f"{name} is {shown(value)}, which names no network device",
             mend="give up to 15 characters, none of them a space, '/', ':' or '%'",
         )
+    return value
+
+
+def _model(name: str, value: str | None) -> str:
+    if value is None or value not in NET_DRIVERS:
+        raise ValueProblem(f"{name} is {shown(value)}", mend=_MODELS)
     return value
 
 
@@ -232,6 +253,7 @@ _OPTIONS: dict[str, Callable[[str, str | None], Any]] = {
     "forward": _forward,
     "bridge": _interface,
     "queues": _number(1, QUEUES_MAX),
+    "model": _model,
     "mac": lambda _, value: parse_mac(value),
     # What IPv4 asks of a network at least (RFC 791), and virtio's field holds.
     "mtu": _number(68, 65535),

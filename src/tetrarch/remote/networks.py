@@ -7,7 +7,7 @@ from typing import Any
 from tetrarch.control.client import Client, ControlError
 from tetrarch.errors import ConfigError
 from tetrarch.net.mac import format_mac
-from tetrarch.net.spec import NetSpec
+from tetrarch.net.spec import NET_DRIVERS, NetSpec
 
 __all__ = ["attach_net"]
 
@@ -18,14 +18,16 @@ def attach_net(client: Client, spec: NetSpec, name: str) -> None:
     Raises ConfigError for what a card that comes later cannot be, ControlError for what the machine
     refuses: then nothing is left of it.
     """
-    plain = NetSpec(spec.kind, spec.target, spec.forward, spec.bridge, mac=spec.mac)
+    plain = NetSpec(
+        spec.kind, spec.target, spec.forward, spec.bridge, model=spec.model, mac=spec.mac
+    )
     if spec.kind == "vhost-user" or spec != plain or spec.filter is not None:
         raise ConfigError(
-            "a card that comes later has forward=, bridge= and mac= alone",
+            "a card that comes later has forward=, bridge=, model= and mac= alone",
             mend="give the others to tetrarch run",
         )
     client.execute("netdev_add", {"id": name, **_network(spec)})
-    device = {"driver": "virtio-net-pci", "id": name, "netdev": name}
+    device = {"driver": NET_DRIVERS[spec.model], "id": name, "netdev": name}
     if spec.mac is not None:
         device["mac"] = format_mac(spec.mac)
     try:
