@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.storage.wire import Wire
 
-from tetrarch._native import EngineError, Vm
+from tetrarch._native import EngineError, Vm, engine_available
 from tetrarch.devices.svga2 import FIFO_BYTES, VRAM_BYTES, Svga2
 from tetrarch.display.frame import Rect
 from tetrarch.errors import StateError
@@ -31,8 +31,8 @@ MIN, MAX, NEXT, STOP, CAPS, _, LAST_FENCE = range(7)
 
 
 class Driver:
-    def __init__(self) -> None:
-        self.vm = Vm("bt", RAM, translate=False)
+    def __init__(self, engine: str = "bt") -> None:
+        self.vm = Vm(engine, RAM)
         self.device = Svga2(self.vm)
         self.wire = Wire()
         self.function = self.device.function
@@ -98,9 +98,11 @@ class Driver:
         return frame.points, None if parts is None else list(parts)
 
 
-@pytest.fixture
-def driver() -> Iterator[Driver]:
-    made = Driver()
+@pytest.fixture(params=["bt", "kvm"])
+def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    if reason := engine_available(request.param):
+        pytest.skip(": ".join(reason))
+    made = Driver(request.param)
     yield made
     made.device.close()
 

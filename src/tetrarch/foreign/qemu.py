@@ -26,8 +26,6 @@ _SATISFIED = {
     "nographic": "",
     "enable-sync-profile": "",
     "no-fd-bootchk": "",
-    "display": "none",
-    "vga": "none",
     "monitor": "none",
     "parallel": "none",
     "balloon": "virtio",
@@ -43,6 +41,8 @@ _OF_FIRMWARE = ("boot", "option-rom", "L")
 #: SeaBIOS as QEMU brings it.
 _SEABIOS = ("bios.bin", "bios-256k.bin")
 _DEBUG_EXIT_PORT = 0xF4
+#: Of its display 0.
+_VNC_PORT = 5900
 
 
 def import_qemu(words: Sequence[str]) -> Carried:
@@ -195,6 +195,45 @@ class _Reader:
         else:
             self.carried.lose(str(option), "gdb is served at a TCP port or a Unix socket")
 
+    def _screen(self, option: Option) -> None:
+        """-vga KIND"""
+        kind = option.value or ""
+        if kind == "std":
+            self.carried.set("screen", "vga", str(option))
+        elif kind == "vmware":
+            self.carried.set("screen", "svga", str(option))
+        elif kind != "none":
+            self.carried.lose(str(option), "there is nothing like it")
+
+    def _display(self, option: Option) -> None:
+        """-display none, vnc=PLACE"""
+        kind, _, place = (option.value or "").partition("=")
+        if kind == "vnc":
+            self._vnc_at(place, str(option))
+        elif option.value != "none":
+            self.carried.lose(str(option), "there is nothing like it")
+
+    def _vnc_at(self, text: str, source: str) -> None:
+        """[HOST]:DISPLAY or unix:PATH, and options."""
+        place, *words = text.split(",")
+        host, _, number = place.rpartition(":")
+        if place == "none":
+            return
+        if words:
+            self.carried.lose(f"{source}: {','.join(words)}", "it is shown without")
+        if place.startswith("unix:"):
+            self._set_display(place.removeprefix("unix:"), source)
+        elif not number.isascii() or not number.isdecimal() or len(number) > 5:
+            self.carried.lose(source, "it is no place for viewers")
+        elif host in ("localhost", "127.0.0.1", "[::1]"):
+            self._set_display(f"{host}:{_VNC_PORT + int(number)}", source)
+        else:
+            self._set_display(f"{_VNC_PORT + int(number)}", source)
+            self.carried.lose(source, "other hosts come there with a password-file alone")
+
+    def _set_display(self, place: str, source: str) -> None:
+        self.carried.set("display", f"vnc={place.replace(',', ',,')}", source)
+
     def _bios(self, option: Option) -> None:
         """-bios FILE, in QEMU's own directory where it is a name alone."""
         path = option.value or ""
@@ -214,6 +253,9 @@ class _Reader:
         "name": _name,
         "action": _action,
         "bios": _bios,
+        "vga": _screen,
+        "display": _display,
+        "vnc": lambda self, option: self._vnc_at(option.value or "", str(option)),
         "qmp": _control,
         "qmp-pretty": _control,
         "gdb": _gdb,
