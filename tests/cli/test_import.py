@@ -9,6 +9,7 @@ from tests.cli.conftest import Cli
 from tests.firmware.media import boot_disk
 from tests.machine import guests
 
+from tetrarch.block import tools
 from tetrarch.testing import pvh_kernel
 
 
@@ -91,6 +92,38 @@ def test_machine_of_vmware_is_imported(cli: Cli, tmp_path: Path) -> None:
     none = cli("import", "vmx", tmp_path / "none.vmx")
     assert (none.returncode != 0, none.stderr.count("\n")) == (True, 1)
     assert f"{tmp_path}/none.vmx: this is no virtual machine of VMware's" in none.stderr
+
+
+@pytest.mark.parametrize("kind", ["sparse", "stream", "extents", "flat"])
+def test_machine_of_vmware_runs_from_each_kind_of_its_disks(
+    cli: Cli, tmp_path: Path, kind: str
+) -> None:
+    boot_disk(tmp_path / "web-flat.vmdk", b"from the disk")
+    if kind == "flat":
+        extent = 'RW 2048 VMFS "web-flat.vmdk"'
+    else:
+        stream = kind == "stream"
+        name = "web-s001.vmdk" if kind == "extents" else "web.vmdk"
+        subformat: tools.Subformat = "streamOptimized" if stream else "monolithicSparse"
+        tools.convert(
+            tmp_path / "web-flat.vmdk", tmp_path / name, source_format="raw", subformat=subformat
+        )
+        extent = f'RW 2048 SPARSE "{name}"'
+    if kind in ("flat", "extents"):
+        text = f"# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n{extent}\n"
+        (tmp_path / "web.vmdk").write_text(text)
+    file = tmp_path / "web.vmx"
+    file.write_text(
+        'config.version = "8"\nmemsize = "64"\nide0:0.present = "TRUE"\n'
+        'ide0:0.fileName = "web.vmdk"\n'
+    )
+    options = ["--engine", "bt", "--timeout", "50"]
+    if kind == "stream":
+        refused = cli("run", file, *options)
+        assert "streamOptimized vmdk images are not written to; add readonly" in refused.stderr
+        options.append("--snapshot")
+    done = cli("run", file, *options)
+    assert "from the disk" in done.stdout, done.stderr
 
 
 def test_machine_of_vmware_runs_as_it_is(cli: Cli, tmp_path: Path) -> None:

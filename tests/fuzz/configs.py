@@ -23,6 +23,7 @@ from tetrarch.foreign import (
     import_vmx,
     words_of_script,
 )
+from tetrarch.foreign.ovf import import_ovf
 from tetrarch.machine.config_file import ConfigFile
 from tetrarch.machine.config_text import lines_for, toml_text
 
@@ -108,6 +109,25 @@ LIBVIRT = """<domain type='kvm'><name>n</name><memory unit='MiB'>64</memory><vcp
 <input type='tablet' bus='virtio'/><memballoon model='none'/></devices></domain>"""
 
 
+OVF = """<ovf:Envelope><References><File ovf:href="d.vmdk" ovf:id="f" ovf:size="7"/></References>
+<DiskSection><Disk ovf:capacity="8" ovf:capacityAllocationUnits="byte * 2^20" ovf:diskId="d"
+ovf:fileRef="f"/></DiskSection><VirtualSystem ovf:id="web"><Name>w</Name><ProductSection/>
+<VirtualHardwareSection><System><VirtualSystemType>vmx-13</VirtualSystemType></System>
+<Item><rasd:ResourceType>3</rasd:ResourceType><rasd:VirtualQuantity>4</rasd:VirtualQuantity>
+<vmw:CoresPerSocket>2</vmw:CoresPerSocket></Item>
+<Item><rasd:AllocationUnits>byte * 2^20</rasd:AllocationUnits>
+<rasd:ResourceType>4</rasd:ResourceType><rasd:VirtualQuantity>64</rasd:VirtualQuantity></Item>
+<Item><rasd:InstanceID>3</rasd:InstanceID><rasd:ResourceType>6</rasd:ResourceType></Item>
+<Item><rasd:AddressOnParent>0</rasd:AddressOnParent><rasd:HostResource>ovf:/disk/d</rasd:HostResource>
+<rasd:Parent>3</rasd:Parent><rasd:ResourceType>17</rasd:ResourceType></Item>
+<Item><rasd:HostResource>ovf:/file/f</rasd:HostResource><rasd:ResourceType>15</rasd:ResourceType>
+</Item><Item><rasd:Address>52:54:00:00:00:01</rasd:Address><rasd:Connection>VM</rasd:Connection>
+<rasd:ResourceType>10</rasd:ResourceType></Item><vmw:Config vmw:key="firmware" vmw:value="efi"/>
+<vmw:ExtraConfig vmw:key="guestinfo.a" vmw:value="b"/>
+<vmw:ExtraConfig vmw:key="tetrarch.buses" vmw:value="nvme"/>
+</VirtualHardwareSection></VirtualSystem></ovf:Envelope>"""
+
+
 def _changed(source: Input, text: str) -> str:
     """With words put in, cut out and doubled."""
     for _ in range(source.number(1) % 8):
@@ -179,6 +199,18 @@ def libvirt(data: bytes) -> None:
 def vmx(data: bytes) -> None:
     source = Input(data)
     _check(lambda: import_vmx(_changed(source, VMX)))
+
+
+def ovf(data: bytes) -> None:
+    source = Input(data)
+
+    def take() -> Carried:
+        found = import_ovf(_changed(source, OVF), CWD)
+        # Nothing is written under a name that a stranger chose.
+        assert all(medium.path.parent == CWD for medium in found.media)
+        return found.carried
+
+    _check(take)
 
 
 def config_file(data: bytes) -> None:

@@ -423,6 +423,7 @@ TARGETS: dict[str, Target] = {
     "qemu": configs.qemu,
     "firecracker": configs.firecracker,
     "libvirt": configs.libvirt,
+    "ovf": configs.ovf,
     "vmx": configs.vmx,
     "qmp": steering.qmp,
     "gdb": steering.gdb,

@@ -22,6 +22,7 @@ COUNTS = {
     "qemu": 600,
     "firecracker": 600,
     "libvirt": 1200,
+    "ovf": 1200,
     "vmx": 1200,
     "qmp": 150,
     "gdb": 400,

@@ -22,6 +22,7 @@ __all__ = [
     "disk_resize",
     "doctor",
     "engines",
+    "export_ova",
     "image_build",
     "image_import",
     "image_info",
@@ -31,6 +32,7 @@ __all__ = [
     "image_rm",
     "import_firecracker",
     "import_libvirt",
+    "import_ova",
     "import_qemu",
     "import_vmx",
     "man",
@@ -150,6 +152,26 @@ def import_libvirt(
     libvirt(path, output)
 
 
+@import_app.command("ova")
+def import_ova(
+    path: Annotated[Path, typer.Argument(metavar="FILE.ova", help="Or FILE.ovf beside its disks.")],
+    output: Output = None,
+    disks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where its disks are made [default: beside the output, or here]."
+        ),
+    ] = None,
+    image_format: Annotated[
+        str, typer.Option("--format", metavar="raw|qcow2", help="What its disks are to be.")
+    ] = "qcow2",
+) -> None:
+    """Import an appliance, with its disks. What cannot be carried over is named, a line each."""
+    from tetrarch.cli.imports import ova
+
+    ova(path, output, disks, image_format)
+
+
 @import_app.command("vmx")
 def import_vmx(
     path: Annotated[Path, typer.Argument(metavar="FILE.vmx", help="Of Workstation or ESXi.")],
@@ -159,6 +181,27 @@ def import_vmx(
     from tetrarch.cli.imports import vmx
 
     vmx(path, output)
+
+
+export_app = typer.Typer(
+    help="Make of a machine what other monitors take.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(export_app, name="export")
+
+
+@export_app.command("ova")
+def export_ova(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="FILE.toml, or FILE.vmx.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.ova", help="The appliance to make.")
+    ],
+) -> None:
+    """Export a machine and its disks as an appliance. What is not in it is named, a line each."""
+    from tetrarch.cli.imports import export
+
+    export(path, output)
 
 
 @app.command()

@@ -9,21 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tetrarch._files import read_text, write_all
+from tetrarch.block.spec import DiskFormat
 from tetrarch.errors import ConfigError
 from tetrarch.foreign import (
     Carried,
+    NotCarried,
+    export_ova,
     import_firecracker,
     import_libvirt,
+    import_ova,
     import_qemu,
     import_vmx,
     is_qemu,
     words_of_script,
 )
+from tetrarch.images.progress import TerminalReporter
 
 if TYPE_CHECKING:
     from tetrarch.machine.config import MachineConfig
 
-__all__ = ["firecracker", "libvirt", "qemu", "vmx", "vmx_machine"]
+__all__ = ["export", "firecracker", "libvirt", "ova", "qemu", "vmx", "vmx_machine"]
 
 
 def qemu(words: Sequence[str], output: Path | None) -> None:
@@ -40,6 +45,31 @@ def firecracker(path: Path, output: Path | None) -> None:
 
 def libvirt(path: Path, output: Path | None) -> None:
     _file(path, import_libvirt, "libvirt domain", output)
+
+
+def ova(path: Path, output: Path | None, disks: Path | None, image_format: str) -> None:
+    """Its disks are made in ``disks``, or else beside the output."""
+    directory = disks or (output.parent if output is not None else Path())
+    kind: DiskFormat = "raw" if image_format == "raw" else "qcow2"
+    if image_format != kind:
+        raise ConfigError(f"--format: {image_format!r} is none", mend="give raw or qcow2")
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no directory", mend="make it before")
+    with _about(path):
+        found = import_ova(path, directory.absolute(), kind, TerminalReporter().transfer)
+        heading = " ".join(f"From {path.name}, an appliance.".split())
+        _write(found.carried, directory, heading, output)
+
+
+def export(path: Path, output: Path) -> None:
+    """A machine and its disks as an appliance."""
+    if path.suffix.lower() == ".vmx":
+        config = vmx_machine(path)
+    else:
+        from tetrarch.machine.config_file import load_config
+
+        config = load_config(path)
+    _name(export_ova(config, output, TerminalReporter().transfer))
 
 
 def vmx(path: Path, output: Path | None) -> None:
@@ -91,5 +121,9 @@ def _write(carried: Carried, directory: Path, heading: str, output: Path | None)
 
 
 def _name_lost(carried: Carried) -> None:
-    for lost in carried.lost:
+    _name(carried.lost)
+
+
+def _name(things: Sequence[NotCarried]) -> None:
+    for lost in things:
         print(f"tetrarch: not carried over: {lost}", file=sys.stderr)
