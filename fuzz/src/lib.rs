@@ -15,3 +15,7 @@ pub mod virtio_harness;
 /// That of disk controllers: crates/storage/tests/harness.
 #[path = "../../crates/storage/tests/harness/mod.rs"]
 pub mod storage_harness;
+
+/// That of network cards: crates/cards/tests/harness.
+#[path = "../../crates/cards/tests/harness/mod.rs"]
+pub mod cards_harness;

@@ -1,8 +1,8 @@
 """Guests that access their devices' registers in any way.
 
 ``ports`` drives every device of the PC that is Python's from the ranges that it attached, on a
-stand-in for the engine. ``functions`` drives virtio devices over PCI and MMIO, and controllers of
-disks: configuration space by ports and in memory, base addresses, registers, rings.
+stand-in for the engine. ``functions`` drives virtio devices over PCI and MMIO, controllers of disks
+and a network card: configuration space by ports and in memory, base addresses, registers, rings.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import socket
+import threading
 from typing import Any
 
 from tests.fuzz.input import Input
 
 from tetrarch import Machine
-from tetrarch._native import Disk, Vm
+from tetrarch._native import Disk, Network, Vm
+from tetrarch.cards import Vmxnet3Card
 from tetrarch.devices import uart16550
 from tetrarch.devices._access import all_ones
 from tetrarch.devices.svga2 import Svga2
 from tetrarch.errors import MachineStateError
+from tetrarch.net import NetSpec
+from tetrarch.net.network import OpenNetwork
 from tetrarch.pci import PciBus
 from tetrarch.pci.bus import PciAddressPort, PciDataPorts, PciEcam
 from tetrarch.storage.ahci import AhciController
@@ -111,6 +116,15 @@ def disk(number: int) -> Disk:
     return Disk(image(number), image_format="raw")
 
 
+def network() -> OpenNetwork:
+    """One whose other end is gone."""
+    ours, theirs = socket.socketpair()
+    native = Network.stream("nobody", ours.fileno())
+    ours.close()
+    theirs.close()
+    return OpenNetwork(NetSpec("user"), native, contextlib.ExitStack(), threading.Event())
+
+
 class Wire:
     gsi = 20
 
@@ -140,6 +154,7 @@ class Bus:
                 self.vm, [ScsiDrive("scsi", disk(5)), ScsiDrive("c", disk(6), cd=True)]
             ),
             Svga2(self.vm),
+            Vmxnet3Card(self.vm, network(), "card", b"\2\0\0\0\0\1"),
         ]
         self.devices: list[Any] = [*self.functions, *self.controllers]
         for device in self.devices:
@@ -171,7 +186,7 @@ def functions(data: bytes) -> None:
         match choice & 7:
             case 0 | 1:
                 # A slot that has a function, most of the time, and a register that does something.
-                devfn = (1 + source.number(1) % 7) << 3 if choice & 8 else source.number(1)
+                devfn = (1 + source.number(1) % 8) << 3 if choice & 8 else source.number(1)
                 at = devfn << 12 | source.number(1)
                 size = SIZES[choice >> 4 & 3]
                 if choice & 1:

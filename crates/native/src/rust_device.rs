@@ -30,7 +30,9 @@ impl RustDevice {
 impl RustDevice {
     fn read(&self, py: Python<'_>, offset: u64, size: u8) -> Result<u64, Failure> {
         check(size)?;
-        Ok(py.detach(|| self.device.read(offset, size))?)
+        let value = py.detach(|| self.device.read(offset, size))?;
+        // The bus ignores what is over the size, too.
+        Ok(value & u64::MAX >> (64 - 8 * u32::from(size)))
     }
 
     fn write(&self, py: Python<'_>, offset: u64, size: u8, value: u64) -> Result<(), Failure> {
