@@ -176,6 +176,8 @@ def test_memory_is_that_of_the_recording(recorded: tuple[Path, str]) -> None:
         ({"cpu": "portable"}, "another CPU than the host's"),
         ({"cpu": "x86-64-v2"}, "another CPU than the host's"),
         ({"gdb": 0}, "a place for gdb"),
+        ({"display": "vnc=0"}, "a display"),
+        ({"screen": "svga"}, "the screen svga"),
         ({"on_reset": "restart"}, "a restart at a reset"),
         ({"net": "vhost-user=s"}, "a network card of another process"),
         ({"disk": "vhost-user=s"}, "a disk of another process"),

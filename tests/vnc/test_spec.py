@@ -71,6 +71,16 @@ def test_display_brings_a_screen_a_keyboard_and_a_pointer() -> None:
     assert MachineConfig().with_seat() == MachineConfig()
 
 
+def test_screen_is_what_the_platform_has() -> None:
+    assert MachineConfig().drawn_by is None
+    assert MachineConfig(vga=True).drawn_by == "vga"
+    assert MachineConfig(screen="svga").with_seat().vga
+    assert MachineConfig(vga=True, platform="vmware").with_seat().screen == "svga"
+    assert MachineConfig(vga=True, platform="vmware", screen="vga").drawn_by == "vga"
+    # Its memory cannot be recorded.
+    assert MachineConfig(vga=True, platform="vmware", record=Path("r")).drawn_by == "vga"
+
+
 def machine(**options: object) -> Machine:
     return Machine(vm=ScriptedVm(lambda vm: vm.wait_for_stop()), **options)  # type: ignore[arg-type]
 

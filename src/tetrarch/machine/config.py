@@ -524,7 +524,10 @@ class MachineConfig(BaseModel):
         """What draws the screen; None where there is none."""
         if not self.vga and self.screen is None and self.display is None:
             return None
-        return self.screen or ("svga" if self.platform == "vmware" else "vga")
+        if self.screen is not None:
+            return self.screen
+        # One that records has what can be recorded.
+        return "svga" if self.platform == "vmware" and self.record is None else "vga"
 
     def with_seat(self) -> Self:
         """With what draws its screen, if it has one, and what its display needs for who sits

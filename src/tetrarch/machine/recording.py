@@ -116,8 +116,8 @@ def check_recorded(config: MachineConfig) -> None:
         (bool(config.input), "an input device"),
         (str(config.cpu) != "host", "another CPU than the host's"),
         (config.gdb is not None, "a place for gdb"),
-        (config.drawn_by == "svga", "an SVGA II, whose memory moves"),
-        (config.display is not None, "a display, whose keyboard is an input device"),
+        (config.drawn_by == "svga", "the screen svga"),
+        (config.display is not None, "a display"),
         (config.on_reset == "restart", "a restart at a reset"),
     ):
         if present:
