@@ -145,6 +145,21 @@ def test_disks_are_given_anew_as_many_at_the_same_bus(
     assert done.returncode == 0, done.stderr
 
 
+def test_networks_are_given_anew_at_the_same_card(
+    cli: Cli, start: Callable[..., None], tmp_path: Path
+) -> None:
+    net = f"socket={tmp_path / 'net'}"
+    start("web", "--net", f"{net},model=vmxnet3")
+    saved = tmp_path / "web.snapshot"
+    assert cli("snapshot", "web", saved).returncode == 0
+    tetrarch.connect("web").kill()
+    done = cli("run", "--restore", saved, "--net", net)
+    assert done.returncode == 1
+    assert f"had a vmxnet3 card with {net},model=vmxnet3, and is given a virtio one" in done.stderr
+    done = cli("run", "--detach", "--restore", saved, "--net", f"{net},model=vmxnet3")
+    assert done.returncode == 0, done.stderr
+
+
 def test_disk_that_has_changed_since_is_refused(
     cli: Cli, start: Callable[..., None], tmp_path: Path
 ) -> None:

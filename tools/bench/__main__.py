@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tools.bench import buses, debian, disk, exits, guest, parallel, record, start
+from tools.bench import buses, cards, debian, disk, exits, guest, parallel, record, start
 from tools.bench.report import BenchError
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "exits": exits,
     "disk": disk,
     "buses": buses,
+    "cards": cards,
     "debian": debian,
     "start": start,
     "record": record,

@@ -77,7 +77,7 @@ def _measure(folder: Path, rounds: int, seconds: int) -> Figures:
     with Machine(
         engine="bt",
         kernel=guest.kernel,
-        initrd=_initrd(guest.initrd, folder),
+        initrd=initrd_with("fio", guest.initrd, folder),
         memory="512M",
         disk=disks,
     ) as machine:
@@ -107,17 +107,18 @@ def _measure(folder: Path, rounds: int, seconds: int) -> Figures:
     return {key: statistics.median(figures) for key, figures in found.items()}
 
 
-def _initrd(initrd: Path, folder: Path) -> Path:
-    """The guest's initramfs, and behind it fio with the libraries that it loads."""
-    program = shutil.which("fio")
+def initrd_with(name: str, initrd: Path, folder: Path) -> Path:
+    """The guest's initramfs, and behind it a program of the host's with the libraries that it
+    loads."""
+    program = shutil.which(name)
     if program is None:
-        raise BenchError("no fio; install fio")
+        raise BenchError(f"no {name}; install {name}")
     tree = Initramfs()
     said = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     for path in (program, *re.findall(r"(/\S+) \(0x", said)):
-        name = "bin/fio" if path == program else path
-        tree.file(name, Path(os.path.realpath(path)).read_bytes(), 0o755)
-    both = folder / "initrd-with-fio.gz"
+        place = f"bin/{name}" if path == program else path
+        tree.file(place, Path(os.path.realpath(path)).read_bytes(), 0o755)
+    both = folder / f"initrd-with-{name}.gz"
     both.write_bytes(initrd.read_bytes() + tree.gzip())
     return both
 
