@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import random
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from tetrarch import block
 from tetrarch.errors import ConfigError
 from tetrarch.foreign.ova import Package
 from tetrarch.foreign.ovf import import_ovf
+from tetrarch.images.store import data_root
 from tetrarch.machine.config_file import load_config
 
 MIB = 1 << 20
@@ -186,6 +188,29 @@ def test_machine_is_the_same_when_it_comes_back(cli: Cli, tmp_path: Path) -> Non
     block.convert(folder / "web-disk1.qcow2", folder / "back.img")
     assert (folder / "back.img").read_bytes() == data
     assert (folder / "web-disc1.iso").read_bytes() == b"\1" * 70_000
+
+
+def test_installed_disk_is_exported_by_its_name(cli: Cli, tmp_path: Path) -> None:
+    store = data_root() / "disks" / "box"
+    here = tmp_path / "data" / store.relative_to(data_root().parent)
+    here.mkdir(parents=True)
+    (here / "disk.raw").write_bytes(disk_bytes(2 * MIB))
+    (here / "vmlinuz").touch()
+    (here / "initrd.img").touch()
+    words = {"name": "box", "append": "root=/dev/vda", "release": "6.1", "suite": "bookworm"}
+    (here / "disk.json").write_text(json.dumps(words))
+    environment = {"XDG_DATA_HOME": str(tmp_path / "data")}
+    done = cli("export", "ova", "box", "-o", tmp_path / "box.ova", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "not carried over: kernel: an appliance has no word for it" in done.stderr
+    assert "not carried over: image" not in done.stderr
+    done = cli("import", "ova", tmp_path / "box.ova", "-o", tmp_path / "box.toml")
+    config = load_config(tmp_path / "box.toml")
+    assert (config.name, config.append_extra) == ("box", "root=auto")
+    assert list(map(str, config.disk)) == [f"{tmp_path}/box-disk1.qcow2"]
+    nothing = cli("export", "ova", "none", "-o", tmp_path / "none.ova", **environment)
+    assert (nothing.returncode, (tmp_path / "none.ova").exists()) == (2, False)
+    assert nothing.stderr.count("\n") == 1
 
 
 def test_wrong_checksum_is_one_line_and_leaves_nothing(

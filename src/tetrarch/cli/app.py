@@ -193,7 +193,12 @@ app.add_typer(export_app, name="export")
 
 @export_app.command("ova")
 def export_ova(
-    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="FILE.toml, or FILE.vmx.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MACHINE", help="FILE.toml, FILE.vmx, or the NAME of an installed disk."
+        ),
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE.ova", help="The appliance to make.")
     ],

@@ -62,13 +62,19 @@ def ova(path: Path, output: Path | None, disks: Path | None, image_format: str) 
 
 
 def export(path: Path, output: Path) -> None:
-    """A machine and its disks as an appliance."""
+    """A machine and its disks as an appliance: of a file, or a disk that was installed here."""
+    from tetrarch.images.store import DiskStore
+    from tetrarch.machine.config import make_config
+    from tetrarch.machine.config_file import load_config
+    from tetrarch.machine.guest import with_installed_disk
+
     if path.suffix.lower() == ".vmx":
         config = vmx_machine(path)
+    elif not path.exists() and DiskStore().find(str(path)) is not None:
+        config = make_config({"name": str(path), "image": str(path)})
     else:
-        from tetrarch.machine.config_file import load_config
-
         config = load_config(path)
+    config = with_installed_disk(config)
     _name(export_ova(config, output, TerminalReporter().transfer))
 
 

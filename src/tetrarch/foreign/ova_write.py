@@ -78,8 +78,9 @@ def export_ova(config: MachineConfig, target: Path, transfer: Transfer) -> list[
             _File(f"{name}-disc{number}.iso", spec.path, None)
             for number, spec in enumerate(config.cdrom, 1)
         ]
-        for option in config.model_fields_set - _CARRIED:
-            lost.lose(option, "an appliance has no word for it")
+        for option in sorted(config.model_fields_set - _CARRIED):
+            if getattr(config, option) is not None:
+                lost.lose(option, "an appliance has no word for it")
         text = writer.descriptor([file for _, file in disks], [s for s, _ in disks], discs)
         _pack(target, name, text.encode(), [file for _, file in disks] + discs, transfer)
     return lost.lost
