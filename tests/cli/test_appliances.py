@@ -300,6 +300,12 @@ def test_what_is_no_machine_is_refused(tmp_path: Path) -> None:
             import_ovf(text, tmp_path)
 
 
+def test_disk_is_had_once(tmp_path: Path) -> None:
+    found = import_ovf(VIRTUALBOX.replace("/disk/vmdisk2", "/disk/vmdisk1"), tmp_path)
+    assert len(found.media) == 1
+    assert any("has it twice" in str(lost) for lost in found.carried.lost)
+
+
 WORDS = st.sampled_from([*VIRTUALBOX.split("<"), "Item>", "9" * 21, "byte * 2^99"])
 
 

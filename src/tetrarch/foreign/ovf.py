@@ -302,9 +302,12 @@ class _Reader:
 
     def _disk(self, item: Element, bus: str) -> None:
         resource, where = _text(item, "HostResource"), f"line {item.line}: disk"
-        disk = self._disks.get(resource.rpartition("/")[2])
+        # Each once: one small file could become any number of large disks.
+        disk = self._disks.pop(resource.rpartition("/")[2], None)
         if not resource.startswith(("ovf:/disk/", "/disk/")) or disk is None:
-            self.carried.lose(f"{where} {resource}", "the descriptor has no such disk")
+            self.carried.lose(
+                f"{where} {resource}", "the descriptor has no such disk, or has it twice"
+            )
             return
         if disk.attributes.get("parentRef"):
             self.carried.lose(where, "it is the difference to another")
