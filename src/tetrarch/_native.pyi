@@ -589,9 +589,9 @@ class Vmxnet3Rings(RustDevice):
     def events(self) -> int:
         """Those that the driver has not acknowledged."""
     def clear_events(self, events: int) -> None: ...
-    def activate(self, shared: int) -> None:
-        """With the address of what the driver shares. EngineError where that is none, or names
-        rings that cannot be; then the card is not active."""
+    def activate(self, shared: int, second: bool) -> None:
+        """With the address of what the driver shares, by revision 2 or by 1. EngineError where
+        that is none, or names rings that cannot be; then the card is not active."""
     @property
     def active(self) -> bool: ...
     def quiesce(self) -> None:

@@ -118,8 +118,12 @@ def tcp(data: bytes, *, prepared: bool = True) -> bytes:
 def test_registers_say_what_there_is(driver: Vmxnet3Driver) -> None:
     config = driver.card.function.config
     assert (config.get(0, 2), config.get(2, 2), config.get(9, 3)) == (0x15AD, 0x07B0, 0x020000)
-    assert (driver.read(VRRS), driver.read(UVRS)) == (1, 1)
+    assert (driver.read(VRRS), driver.read(UVRS)) == (3, 1)
+    for value in (2, 0, 3, 4, 0xFFFF_FFFF):
+        driver.write(VRRS, value)
+        assert driver.card.state.revision == 2
     driver.write(VRRS, 1)
+    assert driver.card.state.revision == 1
     driver.write(UVRS, 1)
     low, high = int.from_bytes(MAC[:4], "little"), int.from_bytes(MAC[4:], "little")
     assert (driver.read(MACL), driver.read(MACH)) == (low, high)
@@ -724,6 +728,7 @@ def test_without_the_bus_memory_is_left_alone(driver: Vmxnet3Driver, program: Pr
 def test_saved_card_goes_on(driver: Vmxnet3Driver, program: Program) -> None:
     driver.write(MACL, 0x3322_1152)
     driver.write(MACH, 0x5544)
+    driver.write(VRRS, 2)
     driver.start(tx=2, rx=2, features=RXCSUM | RXVLAN | LRO)
     for _ in range(20):
         driver.give()

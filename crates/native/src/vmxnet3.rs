@@ -109,8 +109,8 @@ impl Vmxnet3Rings {
         py.detach(|| self.0.clear_events(events));
     }
 
-    fn activate(&self, py: Python<'_>, shared: u64) -> Result<(), Failure> {
-        Ok(py.detach(|| self.0.activate(shared))?)
+    fn activate(&self, py: Python<'_>, shared: u64, second: bool) -> Result<(), Failure> {
+        Ok(py.detach(|| self.0.activate(shared, second))?)
     }
 
     #[getter]

@@ -47,8 +47,10 @@ RINGS, COMMANDS, MSIX = 0, 1, 2
 # Registers of the second.
 VRRS, UVRS, DSAL, DSAH, CMD, MACL, MACH, ICR, ECR = range(0, 9 * 8, 8)
 
-#: Bits of the revisions that there are: the first, of the card and of its pass-through.
-REVISIONS: Final = 1
+#: Bits of the revisions that there are: two of the card, one of its pass-through.
+FIRST, SECOND = 1, 2
+REVISIONS: Final = FIRST | SECOND
+UPT_REVISIONS: Final = 1
 
 # Commands that set something.
 ACTIVATE_DEV, QUIESCE_DEV, RESET_DEV = 0xCAFE_0000, 0xCAFE_0001, 0xCAFE_0002
@@ -73,6 +75,8 @@ _U32: Final = 0xFFFF_FFFF
 class Vmxnet3RegistersState(DeviceState):
     kind = "vmxnet3"
 
+    revision: int = register(FIRST, REVISIONS)
+    """The bit of the one that the driver has chosen."""
     shared_low: int = register(0, _U32)
     shared_high: int = register(0, _U32)
     mac_low: int = register(0, _U32)
@@ -115,7 +119,7 @@ class Vmxnet3Card:
         rings = self.rings
         self._readers: Mapping[int, Callable[[], int]] = {
             VRRS: lambda: REVISIONS,
-            UVRS: lambda: REVISIONS,
+            UVRS: lambda: UPT_REVISIONS,
             DSAL: lambda: self.state.shared_low,
             DSAH: lambda: self.state.shared_high,
             CMD: lambda: self.state.answer,
@@ -160,7 +164,9 @@ class Vmxnet3Card:
     def write_register(self, offset: int, value: int) -> None:
         with self._lock:
             state = self.state
-            if offset == DSAL:
+            if offset == VRRS and value in (FIRST, SECOND):
+                state.revision = value
+            elif offset == DSAL:
                 state.shared_low = value
             elif offset == DSAH:
                 state.shared_high = value
@@ -181,7 +187,8 @@ class Vmxnet3Card:
 
     def _activate(self) -> int:
         try:
-            self.rings.activate(self.state.shared_low | self.state.shared_high << 32)
+            shared = self.state.shared_low | self.state.shared_high << 32
+            self.rings.activate(shared, self.state.revision == SECOND)
         except EngineError as error:
             if self._complaint.due():
                 log.warning("%s: its driver cannot activate it: %s", self.name, error)

@@ -363,7 +363,8 @@ impl Card {
                 tag,
                 contents,
                 verified: verified && accepted.checksum,
-                big,
+                segments: end.frame.offload.segments.map(|segments| segments.size),
+                tells_segments: active.setup.tells_segments,
                 hash,
             };
             let place = (queue, active.rx.len());

@@ -117,14 +117,14 @@ impl Vmxnet3 {
     // Commands
 
     /// ACTIVATE_DEV with what the driver shares; a card that is active begins anew with it. On an
-    /// error it is not active.
-    pub fn activate(&self, shared: u64) -> Result<(), ActivateError> {
+    /// error it is not active. `second`: the driver has chosen revision 2.
+    pub fn activate(&self, shared: u64, second: bool) -> Result<(), ActivateError> {
         let mut card = self.card.lock();
         card.quiesce();
         if !card.master {
             return Err(ActivateError::Bus);
         }
-        let active = Active::new(&self.memory, Setup::read(&self.memory, shared)?)?;
+        let active = Active::new(&self.memory, Setup::read(&self.memory, shared, second)?)?;
         card.activate(active);
         self.update(&mut card, |card, active| {
             card.filter.mode = active.shared.rx_mode();

@@ -88,6 +88,8 @@ pub struct Setup {
     pub scatter: u32,
     pub auto_mask: bool,
     pub event_interrupt: u8,
+    /// Revision 2: completions say how many segments a frame is of.
+    pub tells_segments: bool,
     pub tx: Vec<QueueSetup>,
     pub rx: Vec<QueueSetup>,
 }
@@ -100,7 +102,11 @@ pub struct Shared {
 }
 
 impl Setup {
-    pub fn read(memory: &GuestMemory, shared: u64) -> Result<Self, ActivateError> {
+    pub fn read(
+        memory: &GuestMemory,
+        shared: u64,
+        tells_segments: bool,
+    ) -> Result<Self, ActivateError> {
         let window = shared_window(memory, shared)?;
         let word = |at| window.load_u32(at, Acquire);
         let wide = |at| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
@@ -141,6 +147,7 @@ impl Setup {
             scatter: if scatter == 0 { SCATTER } else { scatter },
             auto_mask: auto_mask != 0,
             event_interrupt,
+            tells_segments,
             tx: (0..tx).map(queue).collect(),
             rx: (tx..tx + rx).map(queue).collect(),
         })

@@ -1,4 +1,5 @@
-//! VMware's VMXNET3 (Linux, drivers/net/vmxnet3/vmxnet3_defs.h and upt1_defs.h), of revision 1.
+//! VMware's VMXNET3 (Linux, drivers/net/vmxnet3/vmxnet3_defs.h and upt1_defs.h), of revisions 1 and
+//! 2.
 //!
 //! What a driver asks once comes from above, through [`Vmxnet3`]: addresses and commands. Rings,
 //! their doorbells and interrupt masks are here, without an interpreter.

@@ -37,8 +37,11 @@ const IPV6: u32 = 1 << 20;
 const IPV4: u32 = 1 << 21;
 const FRAGMENT: u32 = 1 << 22;
 const FRAME_CHECK_RIGHT: u32 = 1 << 23;
-/// VMXNET3_CDTYPE_RXCOMP.
+/// VMXNET3_CDTYPE_RXCOMP, and VMXNET3_CDTYPE_RXCOMP_LRO, whose second word has a count of segments
+/// and whose fourth ends with the size of their data.
 const KIND: u32 = 3 << 24;
+const KIND_BIG: u32 = 4 << 24;
+const MAX_SEGMENTS: usize = 0xFF;
 
 /// Why a queue stands (VMXNET3_ERR_...).
 const NOT_SUPPORTED: u32 = 0x8000_0003;
@@ -73,10 +76,27 @@ pub struct Arrival<'a> {
     pub contents: Option<Contents>,
     /// The checksum of TCP or UDP is right.
     pub verified: bool,
-    /// It is of several segments.
-    pub big: bool,
+    /// It is of several segments, of so many bytes of data.
+    pub segments: Option<u16>,
+    /// The driver hears how many (revision 2).
+    pub tells_segments: bool,
     /// Kind and value.
     pub hash: (u32, u32),
+}
+
+impl Arrival<'_> {
+    /// How many segments it is of, and the size of each but the last, where the driver hears of it.
+    fn segments(&self) -> Option<(u32, u32)> {
+        const TCP_LENGTH: usize = 12;
+        let size = self.segments.filter(|&size| size > 0 && self.tells_segments)?;
+        let layers = self.contents?.layers;
+        let at = layers.transport + TCP_LENGTH;
+        let [first, second] = self.pieces;
+        let words = first.get(at).or_else(|| second.get(at.checked_sub(first.len())?))? >> 4;
+        let data = layers.end.checked_sub(layers.transport + 4 * usize::from(words))?;
+        let count = data.div_ceil(size.into()).clamp(1, MAX_SEGMENTS);
+        Some((count as u32, size.into()))
+    }
 }
 
 /// What became of a frame.
@@ -240,9 +260,17 @@ impl RxQueue {
         }
         let (kind, hash) = arrival.hash;
         let tag = arrival.tag.map_or(0, |tag| TAG_TAKEN | u32::from(tag) << TAG_SHIFT);
+        let big = arrival.segments().filter(|_| known & TCP != 0);
         for (index, &(ring, descriptor, length)) in buffers.iter().enumerate() {
             let mut first = descriptor | (number as u32 + ring * queues as u32) << QUEUE_SHIFT;
-            first |= kind << HASH_SHIFT;
+            // Where segments are told there is no place for a hash.
+            let (second, fourth) = match big.filter(|_| index == 0) {
+                Some((count, size)) => (count, known & !KIND | KIND_BIG | size),
+                None => {
+                    first |= kind << HASH_SHIFT;
+                    (hash, known)
+                }
+            };
             for (bit, is) in [
                 (FIRST, index == 0),
                 (LAST, index + 1 == buffers.len()),
@@ -250,7 +278,7 @@ impl RxQueue {
             ] {
                 first |= if is { bit } else { 0 };
             }
-            self.completions.post([first, hash, length | tag, known]);
+            self.completions.post([first, second, length | tag, fourth]);
         }
     }
 
@@ -260,9 +288,102 @@ impl RxQueue {
             [first, ..] if first & 1 != 0 => GROUP,
             _ => UNICAST,
         };
-        for at in [Some(kind), arrival.big.then_some(BIG)].into_iter().flatten() {
+        for at in [Some(kind), arrival.segments.map(|_| BIG)].into_iter().flatten() {
             self.statistics[at] += 1;
             self.statistics[at + 1] += bytes;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rings::Place;
+    use super::*;
+
+    const HEADS: u64 = 0x1000;
+    const BODIES: u64 = 0x2000;
+    const COMPLETIONS: u64 = 0x3000;
+    const BUFFERS: u64 = 0x1_0000;
+    const HEADERS: usize = 54;
+
+    /// A queue with buffers of 2 KiB, the first of each frame in the first ring.
+    fn queue(memory: &GuestMemory) -> RxQueue {
+        for (ring, kind) in [(HEADS, 0), (BODIES, BODY)] {
+            for index in 0..31 {
+                let address = BUFFERS + (ring - HEADS) * 0x10 + 2048 * index;
+                let word = 2048 | kind | 1 << GENERATION_BIT;
+                let at = ring + 16 * index;
+                memory.write(GuestPhys(at), &address.to_le_bytes()).unwrap();
+                memory.write(GuestPhys(at + 8), &word.to_le_bytes()).unwrap();
+            }
+        }
+        let places = [HEADS, BODIES, COMPLETIONS].map(|base| Place { base, size: 32 });
+        RxQueue::new(memory, &QueueSetup { places, interrupt: 0 }).unwrap()
+    }
+
+    /// A TCP segment by IPv4 with so many bytes of data.
+    fn tcp(data: usize) -> Vec<u8> {
+        let mut frame = vec![2; 12];
+        frame.extend([8, 0, 0x45, 0]);
+        frame.extend((40 + data as u16).to_be_bytes());
+        frame.extend([0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+        frame.extend([0; 12]);
+        frame.extend([0x50, 0x10]);
+        frame.resize(HEADERS + data, 0);
+        frame
+    }
+
+    fn completion(memory: &GuestMemory, index: u64) -> [u32; 4] {
+        let mut bytes = [0; 16];
+        memory.read(GuestPhys(COMPLETIONS + 16 * index), &mut bytes).unwrap();
+        let mut words = bytes.as_chunks::<4>().0.iter().map(|&word| u32::from_le_bytes(word));
+        [(); 4].map(|()| words.next().unwrap())
+    }
+
+    #[test]
+    fn revision_2_tells_how_many_segments_a_frame_is_of() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        let mut queue = queue(&memory);
+        let mut next = 0;
+        for (data, size, tells, expected) in [
+            (5000, Some(1448), true, Some((4, 1448))),
+            (4344, Some(1448), true, Some((3, 1448))),
+            (10, Some(1448), true, Some((1, 1448))),
+            // As many as there is room for in the completion.
+            (5000, Some(1), true, Some((0xFF, 1))),
+            (5000, Some(0), true, None),
+            (5000, Some(1448), false, None),
+            (1000, None, true, None),
+        ] {
+            let frame = tcp(data);
+            let arrival = Arrival {
+                pieces: [&frame, &[]],
+                tag: None,
+                contents: Contents::of(&frame),
+                verified: true,
+                segments: size,
+                tells_segments: tells,
+                hash: (2, 0xABCD),
+            };
+            let delivery = queue.deliver(&memory.snapshot(), &arrival, 18, (0, 1));
+            assert_eq!(delivery, Delivery::Done);
+            let [first, second, _, fourth] = completion(&memory, next);
+            let kind = fourth >> 24 & 0x7F;
+            match expected {
+                Some((count, size)) => {
+                    assert_eq!((kind, second & 0xFF, fourth & 0xFFFF), (4, count, size));
+                    assert_eq!(first >> HASH_SHIFT & 0xF, 0, "no hash");
+                }
+                None => assert_eq!((kind, second, fourth & 0xFFFF), (3, 0xABCD, 0)),
+            }
+            let parts = frame.len().div_ceil(2048) as u64;
+            next += parts;
+            let [last, hash, _, flags] = completion(&memory, next - 1);
+            assert_ne!(last & LAST, 0);
+            assert_ne!(flags & TCP, 0);
+            if parts > 1 {
+                assert_eq!((flags >> 24 & 0x7F, hash), (3, 0xABCD), "the first alone tells");
+            }
         }
     }
 }

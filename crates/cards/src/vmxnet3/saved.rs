@@ -26,7 +26,7 @@ pub struct Saved {
     /// A bit for each.
     pub vlans: Vec<u8>,
     /// Of a card that is active: addresses of what is shared and of the table, features, buffers of a
-    /// frame, the interrupt of events; else none.
+    /// frame, the interrupt of events, whether segments are told; else none.
     pub setup: Vec<u64>,
     /// Of queues to send and then of those to receive: address and size of three rings, interrupt,
     /// error, ten statistics, and of each ring that there is place and generation.
@@ -90,6 +90,7 @@ impl Card {
             setup.features,
             setup.scatter.into(),
             setup.event_interrupt.into(),
+            setup.tells_segments.into(),
         ];
         for (queue, setup) in active.tx.iter_mut().zip(&setup.tx) {
             let mut row = queue_row(setup, queue.error, &queue.statistics);
@@ -120,7 +121,7 @@ impl Card {
         const _: () = assert!(VLAN_BYTES * 8 == 1 << 12);
         let active = match saved.setup[..] {
             [] => None,
-            [shared, table, features, scatter, event_interrupt] => {
+            [shared, table, features, scatter, event_interrupt, tells_segments] => {
                 let rows = |rows: &[Vec<u64>]| {
                     rows.iter().map(|row| queue_setup(row)).collect::<Result<Vec<_>, _>>()
                 };
@@ -131,6 +132,7 @@ impl Card {
                     scatter: u32::try_from(scatter).map_err(|_| DamagedState)?,
                     auto_mask: saved.interrupts[2] != 0,
                     event_interrupt: u8::try_from(event_interrupt).map_err(|_| DamagedState)?,
+                    tells_segments: tells_segments != 0,
                     tx: rows(&saved.tx)?,
                     rx: rows(&saved.rx)?,
                 };

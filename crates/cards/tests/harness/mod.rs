@@ -237,7 +237,9 @@ fn step(rig: &mut Rig, input: &mut Input<'_>) {
                 rig.word(at, value);
             }
             // What cannot be is refused.
-            let _ = rig.card.activate(if op == 0x80 { address(input) } else { SHARED });
+            let _ = rig
+                .card
+                .activate(if op == 0x80 { address(input) } else { SHARED }, input.byte() & 1 != 0);
         }
         1..=4 => {
             let ring = 2 * (u64::from(input.byte()) % tx);
@@ -391,7 +393,7 @@ pub fn cards(data: &[u8]) {
     rig.card.set_master(true);
     rig.card.reset();
     rig.set_up(1, 1, 0);
-    rig.card.activate(SHARED).expect("what a good driver shares");
+    rig.card.activate(SHARED, false).expect("what a good driver shares");
     // The other end may be in the middle of a frame: what the guest sends is enough.
     let frame = [0xEE; 64];
     rig.put(BUFFERS, &frame);
