@@ -304,6 +304,39 @@ def test_frames_go_out_in_their_order_and_in_pieces(
     assert [program.receive() for _ in frames] == frames
 
 
+def test_frames_wait_for_a_network_that_is_full(driver: Vmxnet3Driver, program: Program) -> None:
+    driver.start(size=1024)
+    driver.vm.write_memory(SENT, TO_NETWORK.ljust(9000, b"\x55"))
+    for _ in range(1000):
+        driver.offer([(SENT, 9000)])
+    driver.ring()
+    # As many as the socket holds.
+    driver.wait_until(lambda: driver.card.stats()["sent"] > 10)
+    assert driver.card.stats()["sent"] < 1000
+    for _ in range(1000):
+        assert len(program.receive()) == 9000
+    assert [driver.wait_sent() for _ in range(1000)] == list(range(1000))
+    assert not [name for name in driver.card.stats() if "dropped" in name]
+
+
+def test_frame_waits_anew_where_one_before_it_was_dropped(
+    driver: Vmxnet3Driver, program: Program
+) -> None:
+    asked = TABLE + 256
+    driver.start(scatter=1)
+    program.send(to_guest(bytes(9000)))
+    driver.wait_until(lambda: driver.peek(asked) == (1,))
+    # A buffer that will not do: nothing waits any more, though the driver is still asked.
+    driver.give(200)
+    driver.tell()
+    driver.wait_until(lambda: driver.card.stats().get("received_dropped_no_room") == 1)
+    program.send(to_guest(b"next"))
+    driver.wait_until(lambda: driver.card.stats()["received"] == 2)
+    driver.give()
+    driver.rings.write(IMR + 8, 4, 0)
+    assert driver.wait().frame == to_guest(b"next")
+
+
 def test_length_of_0_is_the_longest(driver: Vmxnet3Driver, program: Program) -> None:
     driver.start()
     frame = TO_NETWORK[:14] + bytes(range(256)) * 64

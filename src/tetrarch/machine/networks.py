@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tetrarch.net.network import OpenNetwork
     from tetrarch.net.spec import NetModel
 
-__all__ = ["MachineNet", "machine_nets", "open_card"]
+__all__ = ["MachineNet", "machine_nets"]
 
 #: A card, and what is behind it.
 MachineNet: TypeAlias = "NetKind | VhostUserNet | Vmxnet3Card"
@@ -44,10 +44,10 @@ def machine_nets(
             yield VhostUserNet(vm, Path(spec.target), name, mac, spec.mtu)
             continue
         network = open_network(spec, cut_off, end)
-        yield open_card(vm, spec.model, network, name, mac)
+        yield _open_card(vm, spec.model, network, name, mac)
 
 
-def open_card(
+def _open_card(
     vm: Vm, model: NetModel, network: OpenNetwork, name: str, mac: bytes
 ) -> NetKind | Vmxnet3Card:
     """A card that has the network, which is closed where there is none."""

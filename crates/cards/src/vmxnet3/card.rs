@@ -376,7 +376,7 @@ impl Card {
                 continue;
             }
             let mut delivery = rx.deliver(&snapshot, &arrival, most, place);
-            if delivery == Delivery::Wait && !rx.waits {
+            if delivery == Delivery::Wait && came {
                 // The driver gives buffers and then looks whether to ring: one of both sees the other.
                 rx.waits = true;
                 active.shared.set_wants_room(queue, true);
