@@ -203,7 +203,15 @@ impl Source {
         path: &Path,
         progress: &mut impl FnMut(u64) -> bool,
     ) -> Result<bool, ImageError> {
-        let reading = |error| ImageError::host(&self.path, "cannot read the image", error);
+        let reading = |error: io::Error| {
+            let damaged = self.vmdk.is_some() && error.raw_os_error().is_none();
+            let mut error = ImageError::host(&self.path, "cannot read the image", error);
+            if damaged {
+                // There is nothing to repair it by.
+                error.mend = "get the file again, or restore the image from a backup".into();
+            }
+            error
+        };
         let writing = |error| ImageError::host(path, "cannot write the image", error);
         let mut buffer = vec![0; STEP as usize];
         let (mut at, mut told) = (0, 0);

@@ -426,6 +426,16 @@ fn stream_that_is_damaged_fails_where_it_is_read() {
         // What deflate has no sum of is wrong at the end, where the sum of the grain is.
         assert!(read.is_err(), "byte {at}");
         assert!(driver.read(MIB / 2, &[(0, 4096)]).unwrap() == pattern(MIB / 2, 4096));
+        let copy = folder.path().join("copy.img");
+        let copied = crate::Source::open(&path, None).unwrap().copy(
+            &copy,
+            crate::Target::Image(Format::Raw),
+            |_| true,
+        );
+        let error = copied.unwrap_err().to_string();
+        assert!(error.contains("the grain at 0x10000") || error.contains("of another grain"));
+        assert!(error.ends_with("; get the file again, or restore the image from a backup"));
+        assert!(!copy.exists());
     }
     std::fs::write(&path, &whole[..whole.len() - 512]).unwrap();
     assert!(refusal(&path, READONLY).contains("its file ends before its footer; get the file"));
