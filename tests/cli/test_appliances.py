@@ -304,6 +304,11 @@ def test_disk_is_had_once(tmp_path: Path) -> None:
     found = import_ovf(VIRTUALBOX.replace("/disk/vmdisk2", "/disk/vmdisk1"), tmp_path)
     assert len(found.media) == 1
     assert any("has it twice" in str(lost) for lost in found.carried.lost)
+    # By another name of the same file.
+    other = VIRTUALBOX.replace('ovf:diskId="vmdisk2"', 'ovf:diskId="vmdisk2" ovf:fileRef="file1"')
+    found = import_ovf(other, tmp_path)
+    assert len(found.media) == 1
+    assert any("is another disk's already" in str(lost) for lost in found.carried.lost)
 
 
 WORDS = st.sampled_from([*VIRTUALBOX.split("<"), "Item>", "9" * 21, "byte * 2^99"])

@@ -302,7 +302,6 @@ class _Reader:
 
     def _disk(self, item: Element, bus: str) -> None:
         resource, where = _text(item, "HostResource"), f"line {item.line}: disk"
-        # Each once: one small file could become any number of large disks.
         disk = self._disks.pop(resource.rpartition("/")[2], None)
         if not resource.startswith(("ovf:/disk/", "/disk/")) or disk is None:
             self.carried.lose(
@@ -353,6 +352,10 @@ class _Reader:
         href = "" if file is None else file.attributes.get("href", "")
         if file is None or not href:
             self.carried.lose(where, f"the descriptor has no file {reference}")
+            return None
+        # Each once: one small file could become any number of large disks.
+        if any(medium.href == href for medium in self.media):
+            self.carried.lose(where, f"{href} is another disk's already")
             return None
         if file.attributes.get("chunkSize"):
             raise ConfigError(f"{href} is in several parts", mend="export it without chunks")
