@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
+import subprocess
+import threading
 import time
+from pathlib import Path
 
 from tetrarch import Machine, block
 
@@ -22,6 +27,17 @@ FIO = (
 )
 
 
+def exchange(server: socket.socket, data: bytes, digests: list[str]) -> None:
+    """Notes the hash of what who connects has, and then sends data there."""
+    connection, _ = server.accept()
+    with connection:
+        got = hashlib.sha256()
+        while some := connection.recv(1 << 16):
+            got.update(some)
+        digests.append(got.hexdigest())
+        connection.sendall(data)
+
+
 def main() -> None:
     block.create("/tmp/disk", 8 * MIB)
     machine = Machine(
@@ -31,8 +47,10 @@ def main() -> None:
         kernel="/suite/vmlinuz",
         initrd="/suite/initrd",
         disk="/tmp/disk,bus=pvscsi",
+        net="tap=t0,model=vmxnet3",
     )
     with machine:
+        subprocess.run(["busybox", "ip", "addr", "add", "10.8.0.1/24", "dev", "t0"], check=True)
         machine.start()
         machine.console.expect(PROMPT, LIMIT_S)
 
@@ -50,6 +68,19 @@ def main() -> None:
         ask("ls /sys/bus/pci/drivers/vmw_pvscsi | grep 0000")
         ask(FIO)
         print("outer: fio has found what it wrote to PVSCSI", flush=True)
+        ask("ls /sys/bus/pci/drivers/vmxnet3 | grep 0000; ip addr add 10.8.0.2/24 dev eth0")
+        ask("ping -A -c 100 -s 1400 10.8.0.1 | grep '100 packets received'")
+        data, digests = Path("/suite/initrd").read_bytes(), list[str]()
+        with socket.create_server(("10.8.0.1", 0)) as server:
+            thread = threading.Thread(target=exchange, args=(server, data, digests))
+            thread.start()
+            ask(f"nc 10.8.0.1 {server.getsockname()[1]} </bin/busybox >/tmp/got")
+            thread.join()
+        said = ask("sha256sum /tmp/got /bin/busybox")
+        assert hashlib.sha256(data).hexdigest() in said, said
+        assert digests[0] in said, (said, digests)
+        ask("! dmesg | grep -E 'NETDEV WATCHDOG|BUG:'")
+        print("outer: VMXNET3 has carried both ways", flush=True)
         ask("ls /sys/bus/pci/drivers/vmw_vmci | grep 0000")
         end = time.monotonic() + LIMIT_S
         machine.balloon.target = 64 * MIB
