@@ -416,13 +416,15 @@ def assemble_pc(
                 devices["vbe-dispi"] = vbe = vbe_dispi.VbeDispi(svga.vram)
                 vm.attach_ports(vbe_dispi.PORT_BASE, vbe_dispi.PORTS, vbe)
             vmci: Vmci | None = None
-            if platform.vmware is not None:
+            if platform.vmware is not None and config.record is not None:
+                # The host writes to memory by itself then, which is in no recording.
+                platform.vmware.channels.high_bandwidth = False
+            if platform.vmware is not None and config.vsock is None:
                 from tetrarch.platforms.vmware.vmci import Vmci
 
-                # The host writes to memory by itself there, which is in no recording.
+                # Linux has one way for its sockets to the host, and takes VMCI's where it is
+                # there: those of a vsock device would be without a way.
                 vmci = Vmci(vm, notifications=config.record is None)
-                if config.record is not None:
-                    platform.vmware.channels.high_bandwidth = False
                 plugged.plug("vmci", vmci)
             if config.balloon and platform.vmware is not None:
                 balloon = platform.vmware.balloon
