@@ -172,3 +172,26 @@ def test_thread_that_waits_for_a_cpu_is_busy() -> None:
     if not Path("/proc/self/schedstat").exists():
         pytest.skip("this host does not tell how long a thread waited for a CPU")
     assert shares[0] > 0.5
+
+
+def test_thread_that_ends_while_it_is_looked_at_was_not_busy() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    thread = threading.Thread(target=time.sleep, args=(0.2,))
+    thread.start()
+    # Nobody has the number of a process that was waited for; the thread's own is soon another's.
+    thread._native_id = process.pid  # type: ignore[attr-defined]
+    assert busy_time(thread) == 0.0
+    thread.join()
+
+
+def test_time_of_a_thread_on_a_host_that_tells_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> object:
+        raise PermissionError
+
+    monkeypatch.setattr("builtins.open", refuse)
+    me = threading.current_thread()
+    before = busy_time(me)
+    while time.thread_time() < before + 0.01:
+        pass
+    assert before + 0.01 <= busy_time(me) <= time.thread_time()

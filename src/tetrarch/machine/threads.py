@@ -25,6 +25,9 @@ __all__ = ["VcpuThreads", "busy_time"]
 _STOP_RETRY_S = 0.02
 # A vCPU that does not stop is inside a device written in Python that hangs.
 _STOP_PATIENCE_S = 10.0
+# Of a clock of the kernel's for one thread.
+_CPUCLOCK_SCHED = 2
+_CPUCLOCK_PERTHREAD = 4
 # How long somebody who only looks waits for the vCPUs to come to rest.
 _LOOK_PATIENCE_S = 2.0
 
@@ -198,6 +201,17 @@ def busy_time(thread: threading.Thread) -> float:
     try:
         with open(f"/proc/self/task/{thread.native_id}/schedstat", "rb") as file:
             running, waiting, _ = map(int, file.read().split())
+    except ProcessLookupError:
+        return 0.0  # it has ended meanwhile
     except (OSError, ValueError):
-        return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+        return _cpu_time(thread.native_id)
     return (running + waiting) / 1e9
+
+
+def _cpu_time(tid: int) -> float:
+    """By the kernel's own number for the clock (Linux, include/linux/posix-timers_types.h): the C
+    library's is made of the thread's memory, which may be gone with it."""
+    try:
+        return time.clock_gettime(~tid << 3 | _CPUCLOCK_PERTHREAD | _CPUCLOCK_SCHED)
+    except OSError:
+        return 0.0
