@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tools.bench import compare, debian, guest, process, report
 from tools.bench.compare import Median
+from tools.bench.iperf import iperf_figure
 from tools.bench.process import Result, Run
 
 
@@ -124,7 +125,7 @@ def test_figures_of_fio_and_iperf3_are_found() -> None:
 [  5]   0.00-10.00  sec  11.2 GBytes  9600 Mbits/sec    0             sender
 [  5]   0.00-10.00  sec  11.2 GBytes  9590 Mbits/sec                  receiver
 """
-    assert debian.iperf_figure(said) == 9590
+    assert iperf_figure(said) == 9590
 
 
 def test_a_promise_is_a_bound_of_the_ratio() -> None:

@@ -13,12 +13,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tools.bench.buses import initrd_with
-from tools.bench.debian import iperf_figure
+from tools.bench.iperf import iperf
 from tools.bench.report import BenchError, describe_host, table, write_section
 
 from tetrarch import Machine, images
@@ -27,7 +27,6 @@ HELP = "iperf3 by virtio's card and by VMware's, in one guest"
 
 _PROMPT = "root@tetrarch:~# "
 _BOOT_S = 120
-_TRIES = 3
 
 #: Models; the first is what others are measured by.
 MODELS = ("virtio", "vmxnet3")
@@ -121,29 +120,9 @@ def _measure(folder: Path, rounds: int, seconds: int) -> Figures:
             print(f"bench: round {round_number} of {rounds}", file=sys.stderr)
             for way in WAYS:
                 for number, model in enumerate(MODELS):
-                    figure = _iperf(say, _host(number), way, seconds)
+                    figure = iperf(say, _host(number), way, seconds)
                     found.setdefault((way, model), []).append(figure)
     return {key: statistics.median(figures) for key, figures in found.items()}
-
-
-def _iperf(say: Callable[[str], str], host: str, way: str, seconds: int) -> float:
-    """Mbit/s; iperf3's server now and then loses its connections, so once more."""
-    said = ""
-    for _ in range(_TRIES):
-        server = subprocess.Popen(
-            ["iperf3", "--server", "--bind", host],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            client = f"iperf3 --client {host} --time {seconds} --format m {way}"
-            said = say(f"timeout {2 * seconds + 30} {client}")
-        finally:
-            server.kill()
-            server.wait()
-        with suppress(BenchError):
-            return iperf_figure(said)
-    return iperf_figure(said)
 
 
 def mean_ratio(figures: Figures) -> float:

@@ -11,7 +11,6 @@ import argparse
 import json
 import mmap
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -19,12 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pexpect
 from tools.bench.installed import debian_disk
+from tools.bench.iperf import iperf
 from tools.bench.report import BenchError, describe_host, table, version_of, write_section
 
 from tetrarch.images.store import InstalledDisk
@@ -71,7 +72,6 @@ ROWS = {
 }
 # What bt's process may take beside its guest's memory, in MiB, while the guest is idle.
 MOST_BESIDE = 60
-_IPERF_TRIES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,8 +188,8 @@ def _round(
             found[kind] = _fio(child, kind, size, arguments.seconds)
         card = "$(ls /sys/class/net | grep -v lo)"
         _say(child, f"ip address add {GUEST_ADDRESS}/30 dev {card}; ip link set {card} up")
-        found["sent"] = _iperf(child, "", arguments.seconds)
-        found["received"] = _iperf(child, "--reverse", arguments.seconds)
+        for name, option in (("sent", ""), ("received", "--reverse")):
+            found[name] = iperf(partial(_say, child), HOST_ADDRESS, option, arguments.seconds)
         child.sendline("poweroff")
         child.expect(pexpect.EOF)
     except (pexpect.TIMEOUT, pexpect.EOF) as error:
@@ -247,34 +247,6 @@ def fio_figure(line: str, kind: str, *, large: bool) -> float:
     first = 46 if kind.endswith("write") else 5
     bandwidth_kib, iops = float(fields[first + 1]), float(fields[first + 2])
     return bandwidth_kib * 1024 / 1e6 if large else iops
-
-
-def _iperf(child: pexpect.spawn[str], option: str, seconds: int) -> float:
-    """Mbit/s; iperf3's server now and then loses its connections (select failed), so once more."""
-    client = f"iperf3 --client {HOST_ADDRESS} --time {seconds} --format m {option}"
-    said = ""
-    for _ in range(_IPERF_TRIES):
-        server = subprocess.Popen(
-            ["iperf3", "--server", "--bind", HOST_ADDRESS],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            said = _say(child, f"timeout {3 * seconds + 30} {client}")
-        finally:
-            server.kill()
-            server.wait()
-        with suppress(BenchError):
-            return iperf_figure(said)
-    return iperf_figure(said)
-
-
-def iperf_figure(said: str) -> float:
-    """Mbit/s that arrived, of what iperf3 prints with ``--format m``."""
-    match = re.search(r"([0-9.]+) Mbits/sec +receiver", said)
-    if match is None:
-        raise BenchError(f"iperf3 says no result: {said.strip()[-200:]}")
-    return float(match.group(1))
 
 
 def _pss_mib(pid: int) -> float:
