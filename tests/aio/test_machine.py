@@ -182,10 +182,12 @@ def test_events_without_asyncio_are_a_loop_that_ends_with_the_machine(tmp_path: 
             vm.pause()
             vm.kill()
 
-        threading.Timer(0.05, end).start()
+        ending = threading.Timer(0.05, end)
+        ending.start()
         names = []
         while (event := stream.next(LIMIT_S)) is not None:
             names.append(event.name)
+        ending.join()
         assert names == ["stop", "shutdown"]
         assert list(stream) == []
         assert list(vm.events()) == []

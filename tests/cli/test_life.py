@@ -514,11 +514,13 @@ def test_stat_ends_with_a_machine_that_hangs_up_before_it_is_gone(
     def sample(vm: RemoteMachine) -> stat._Sample:
         for one in samples:
             return one
-        threading.Timer(0.2, vm.kill).start()
+        killer.start()
         raise HostError("it has hung up", mend="see whether it still runs")
 
+    killer = threading.Timer(0.2, tetrarch.connect("web").kill)
     monkeypatch.setattr(stat, "_sample", sample)
     stat.show_stat("web", as_json=True, every=0.01)
+    killer.join()
     assert [about.name for about in machines()] == []
 
 

@@ -199,8 +199,10 @@ def test_paused_guest_goes_on_where_it_was(guest: Guest) -> None:
     for _ in range(3):
         # A loaded host may stop the guest before its first instruction.
         while guest.register("rcx") == counts[-1]:
-            threading.Timer(0.05, guest.vm.request_stop).start()
+            timer = threading.Timer(0.05, guest.vm.request_stop)
+            timer.start()
             assert guest.run() == "stopped"
+            timer.join()
         counts.append(guest.register("rcx"))
         assert guest.register("rcx") == counts[-1]
     assert counts == sorted(set(counts))
