@@ -6,15 +6,21 @@ An input is taken for changes to a whole description: words of it, or of others,
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import io
 import json
+import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.input import Input
+from tests.fuzz.input import Input, damaged
 
-from tetrarch.errors import ConfigError
+from tetrarch import block
+from tetrarch.block.spec import DiskFormat
+from tetrarch.errors import ConfigError, ImageError
 from tetrarch.foreign import (
     Carried,
     import_firecracker,
@@ -23,6 +29,7 @@ from tetrarch.foreign import (
     import_vmx,
     words_of_script,
 )
+from tetrarch.foreign.appliance import import_ova
 from tetrarch.foreign.ovf import import_ovf
 from tetrarch.machine.config_file import ConfigFile
 from tetrarch.machine.config_text import lines_for, toml_text
@@ -111,7 +118,8 @@ LIBVIRT = """<domain type='kvm'><name>n</name><memory unit='MiB'>64</memory><vcp
 
 OVF = """<ovf:Envelope><References><File ovf:href="d.vmdk" ovf:id="f" ovf:size="7"/></References>
 <DiskSection><Disk ovf:capacity="8" ovf:capacityAllocationUnits="byte * 2^20" ovf:diskId="d"
-ovf:fileRef="f"/></DiskSection><VirtualSystem ovf:id="web"><Name>w</Name><ProductSection/>
+ovf:fileRef="f"/><Disk ovf:capacity="65536" ovf:diskId="e"/></DiskSection>
+<VirtualSystem ovf:id="web"><Name>w</Name><ProductSection/>
 <VirtualHardwareSection><System><VirtualSystemType>vmx-13</VirtualSystemType></System>
 <Item><rasd:ResourceType>3</rasd:ResourceType><rasd:VirtualQuantity>4</rasd:VirtualQuantity>
 <vmw:CoresPerSocket>2</vmw:CoresPerSocket></Item>
@@ -121,7 +129,9 @@ ovf:fileRef="f"/></DiskSection><VirtualSystem ovf:id="web"><Name>w</Name><Produc
 <Item><rasd:AddressOnParent>0</rasd:AddressOnParent><rasd:HostResource>ovf:/disk/d</rasd:HostResource>
 <rasd:Parent>3</rasd:Parent><rasd:ResourceType>17</rasd:ResourceType></Item>
 <Item><rasd:HostResource>ovf:/file/f</rasd:HostResource><rasd:ResourceType>15</rasd:ResourceType>
-</Item><Item><rasd:Address>52:54:00:00:00:01</rasd:Address><rasd:Connection>VM</rasd:Connection>
+</Item><Item><rasd:AddressOnParent>1</rasd:AddressOnParent>
+<rasd:HostResource>ovf:/disk/e</rasd:HostResource><rasd:Parent>3</rasd:Parent>
+<rasd:ResourceType>17</rasd:ResourceType></Item><Item><rasd:Address>52:54:00:00:00:01</rasd:Address><rasd:Connection>VM</rasd:Connection>
 <rasd:ResourceType>10</rasd:ResourceType></Item><vmw:Config vmw:key="firmware" vmw:value="efi"/>
 <vmw:ExtraConfig vmw:key="guestinfo.a" vmw:value="b"/>
 <vmw:ExtraConfig vmw:key="tetrarch.buses" vmw:value="nvme"/>
@@ -211,6 +221,60 @@ def ovf(data: bytes) -> None:
         return found.carried
 
     _check(take)
+
+
+@functools.cache
+def _appliance() -> dict[str, bytes]:
+    """The files of one, by their names."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw, packed = Path(folder, "d.img"), Path(folder, "d.vmdk")
+        raw.write_bytes(b"\7" * 1000 + bytes((1 << 20) - 1000))
+        block.convert(raw, packed, subformat="streamOptimized")
+        disk = packed.read_bytes()
+    descriptor = OVF.replace('ovf:size="7"', f'ovf:size="{len(disk)}"')
+    return {"web.ovf": descriptor.encode(), "d.vmdk": disk}
+
+
+@contextlib.contextmanager
+def _quietly(title: str, total: int, verb: str) -> Iterator[Callable[[int, int], None]]:
+    yield lambda done, of: None
+
+
+def ova(data: bytes) -> None:
+    """An archive and what is in it; nothing lies there after one that is refused."""
+    source = Input(data)
+    files = dict(_appliance())
+    choice = source.number(1)
+    if choice & 1:
+        changed = _changed(source, files["web.ovf"].decode())
+        files["web.ovf"] = changed.encode(errors="surrogateescape")
+    if choice & 2:
+        files["d.vmdk"] = damaged(source, files["d.vmdk"])
+    if choice & 4:
+        sums = (f"SHA256({name})= {hashlib.sha256(one).hexdigest()}" for name, one in files.items())
+        files["web.mf"] = _changed(source, "\n".join(sums)).encode(errors="surrogateescape")
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name if choice & 0x78 else source.text())
+            member.size = len(content)
+            if choice & 0xF0 == 0x10:
+                member.type = source.bytes(1)
+            archive.addfile(member, io.BytesIO(content))
+    image = whole.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        path, disks = Path(folder, "web.ova"), Path(folder, "disks")
+        disks.mkdir()
+        path.write_bytes(image if choice & 0x80 else damaged(source, image))
+        kind: DiskFormat = "raw" if choice & 8 else "qcow2"
+        try:
+            found = import_ova(path, disks, kind, _quietly)
+        except (ConfigError, ImageError) as error:
+            assert "\n" not in str(error), error  # noqa: PT017
+            assert not list(disks.iterdir())
+        else:
+            assert {medium.path for medium in found.media} == set(disks.iterdir())
+        assert {one.name for one in Path(folder).iterdir()} == {"web.ova", "disks"}
 
 
 def config_file(data: bytes) -> None:

@@ -24,3 +24,15 @@ class Input:
 
     def text(self) -> str:
         return self.bytes(self.number(1)).decode("utf-8", "surrogateescape")
+
+
+def damaged(source: Input, whole: bytes) -> bytes:
+    """``whole`` with some bytes or numbers changed, perhaps cut short."""
+    data = bytearray(whole)
+    for _ in range(source.number(1) % 16):
+        at = source.number(2) % len(data)
+        change = source.bytes(1 << source.number(1) % 4)
+        data[at : at + len(change)] = change
+    if source.number(1) % 8 == 7:
+        del data[source.number(2) :]
+    return bytes(data)

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import configs, devices, recording, steering
-from tests.fuzz.input import Input
+from tests.fuzz import configs, devices, recording, steering, vmware
+from tests.fuzz.input import Input, damaged
 
 from tetrarch import Machine
 from tetrarch.boot import layout
@@ -116,18 +116,6 @@ def module() -> bytes:
     for name, offset, size in ((1, 64, len(names)), (11, 64 + len(names), len(info))):
         sections += struct.pack("<IIQQQQIIQQ", name, 1, 0, 0, offset, size, 0, 0, 1, 0)
     return header + body + sections
-
-
-def damaged(source: Input, whole: bytes) -> bytes:
-    """``whole`` with some bytes or numbers changed, perhaps cut short."""
-    data = bytearray(whole)
-    for _ in range(source.number(1) % 16):
-        at = source.number(2) % len(data)
-        change = source.bytes(1 << source.number(1) % 4)
-        data[at : at + len(change)] = change
-    if source.number(1) % 8 == 7:
-        del data[source.number(2) :]
-    return bytes(data)
 
 
 def kernel(data: bytes) -> None:
@@ -424,9 +412,12 @@ TARGETS: dict[str, Target] = {
     "firecracker": configs.firecracker,
     "libvirt": configs.libvirt,
     "ovf": configs.ovf,
+    "ova": configs.ova,
     "vmx": configs.vmx,
     "qmp": steering.qmp,
     "gdb": steering.gdb,
     "vnc": steering.vnc,
     "recording": recording.recording,
+    "backdoor": vmware.backdoor,
+    "svga": vmware.svga,
 }

@@ -23,11 +23,14 @@ COUNTS = {
     "firecracker": 600,
     "libvirt": 1200,
     "ovf": 1200,
+    "ova": 150,
     "vmx": 1200,
     "qmp": 150,
     "gdb": 400,
     "vnc": 200,
     "recording": 40,
+    "backdoor": 1500,
+    "svga": 100,
 }
 
 

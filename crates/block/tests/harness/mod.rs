@@ -24,9 +24,45 @@ const SIZE: u64 = 128 << 10;
 const CLUSTER: u64 = 512;
 const CHUNK: u64 = 8 << 10;
 
+/// What a VMDK's text is made of. Its files are those of this test.
+const WORDS: [&str; 32] = [
+    "RW",
+    "RDONLY",
+    "NOACCESS",
+    "FLAT",
+    "VMFS",
+    "SPARSE",
+    "SESPARSE",
+    "ZERO",
+    "\"base.img\"",
+    "\"sparse.vmdk\"",
+    "\"stream.vmdk\"",
+    "\"disk.vmdk\"",
+    "\"top.qcow2\"",
+    "\"none\"",
+    "\"\"",
+    "\"",
+    "0",
+    "1",
+    "63",
+    "256",
+    "4194304",
+    "36028797018963967",
+    "18446744073709551615",
+    "18446744073709551616",
+    "-1",
+    "\n",
+    "\n",
+    "\r\n",
+    "version=1",
+    "CID=fffffffe",
+    "parentCID=ffffffff",
+    "createType=\"twoGbMaxExtentSparse\"",
+];
+
 /// Patches of four bytes of the place, of which two count, and of eight of the value, of
 /// which as many are written as the third says. The first byte of the input chooses what
-/// is patched.
+/// is patched; the text of a VMDK may be written anew, of words.
 pub fn image(data: &[u8]) {
     let Some((&first, patches)) = data.split_first() else { return };
     let folder = folder();
@@ -43,6 +79,11 @@ pub fn image(data: &[u8]) {
         (_, 0) => ("disk.img", "disk.img"),
         _ => ("stream.vmdk", "stream.vmdk"),
     };
+    let mut patches = patches;
+    if used == "disk.vmdk" && first & 0x10 != 0 {
+        std::fs::write(at(used), text_of(patches)).expect("room for a file");
+        patches = &[];
+    }
     let file = OpenOptions::new().write(true).open(at(patched)).expect("it was made here");
     for patch in patches.chunks(12) {
         let mut bytes = [0; 12];
@@ -61,6 +102,24 @@ pub fn image(data: &[u8]) {
     }
     drop(file);
     use_image(&at(used), &at("copy.img"));
+}
+
+/// A VMDK's text with a word for each byte, of which most lines are extents.
+fn text_of(words: &[u8]) -> String {
+    let mut text = String::from("# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n");
+    for &byte in words {
+        match byte >> 5 {
+            // A whole extent.
+            7 => text += "\nRW 256 FLAT \"base.img\" 0\n",
+            6 => text += "\nRDONLY 256 SPARSE \"sparse.vmdk\"\n",
+            5 => text += "\nRW 8 ZERO\nNOACCESS 7\n",
+            _ => {
+                text += WORDS[usize::from(byte) % WORDS.len()];
+                text.push(' ');
+            }
+        }
+    }
+    text
 }
 
 /// The good images, by their names, made once.
