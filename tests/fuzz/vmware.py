@@ -46,6 +46,7 @@ REQUESTS = (
     *("info-get guestinfo.", "info-set guestinfo.", "log ", "SetGuestInfo  ", "reset", "OK ", ""),
     *("tools.set.version ", "tools.set.versiontype ", "tools.capability.statechange ", "ERROR "),
     *("tools.capability.", "vmx.capability.", "ATR toolbox", "OK ATR toolbox", "info-get ", "."),
+    *("vmx.set_option synctime 0 1", "vmx.set_option "),
 )
 #: Of the pointer, the balloon and messages among them.
 VALUES = (
@@ -125,6 +126,7 @@ def backdoor(data: bytes) -> None:
             len(text) <= 4096 for part in (said.facts, said.capabilities) for text in part.values()
         )
         assert 0 <= vmware.balloon.actual <= 4 << 30
+        assert all(len(link.requests) <= 64 for link in vmware.tools.tclo._links.values())
     vmware.channels.reset()
     vmware.guestinfo.clear()
     vmware.guestinfo["role"] = "good"

@@ -3,8 +3,12 @@ same disk as a machine of the usual devices."""
 
 from __future__ import annotations
 
+import json
 import re
+import socket
+import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +22,28 @@ from tetrarch.machine.guest import with_installed_disk
 from tetrarch.net import NetSpec
 
 LIMIT_S = 900
-# VMCI is not there beside the vsock device, by which the test asks.
 DRIVERS = ("vmw_pvscsi", "vmxnet3", "vmwgfx", "vmw_balloon")
-PROGRAMS = ("linux-image-amd64", "open-vm-tools", "fio")
+PROGRAMS = ("linux-image-amd64", "open-vm-tools", "fio", "iperf3")
 FIO = (
     "fio --name=all --filename=/root/fio --size=64M --rw=randwrite --bsrange=4k-64k --direct=1 "
     "--ioengine=libaio --iodepth=16 --verify=crc32c --do_verify=1 --verify_fatal=1 "
     "--output-format=terse --minimal"
 )
+#: By passt the default route is the host itself.
+GATEWAY = r"$(ip route | sed -n 's/^default via \([^ ]*\).*/\1/p')"
+IPERF = f"iperf3 --json --time 3 --client {GATEWAY} --port"
+#: VMCI is not there beside the vsock device, by which the test asks: what there is at a start
+#: without one the guest says by itself.
+SAYS_VMCI = """cat >/etc/systemd/system/says.service <<'END'
+[Unit]
+After=open-vm-tools.service
+[Service]
+Type=oneshot
+ExecStart=sh -c 'vmware-rpctool "info-set guestinfo.vmci $$(ls /sys/bus/pci/drivers/vmw_vmci)"'
+[Install]
+WantedBy=multi-user.target
+END
+systemctl enable says.service"""
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(6 * LIMIT_S)]
 
@@ -47,6 +65,34 @@ def ask(vm: Machine, command: str) -> str:
     return done.stdout.decode()
 
 
+def iperf(vm: Machine, option: str) -> float:
+    """Bytes that came over, by a server of the host's for one client."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    server = subprocess.Popen(
+        ["iperf3", "--server", "--one-off", "--bind", "127.0.0.1", "--port", port],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        said = ask(vm, f"{IPERF} {port} {option}")
+    finally:
+        server.kill()
+        server.wait()
+    return float(json.loads(said)["end"]["sum_received"]["bytes"])
+
+
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def is_right(vm: Machine) -> bool:
+    """The guest's clock."""
+    return abs(int(ask(vm, "date +%s")) - time.time()) < 5
+
+
 def test_debian_runs_on_vmware_and_its_disk_elsewhere(disk: MachineConfig) -> None:
     (root,) = disk.disk
     vmware = disk.model_copy(
@@ -55,6 +101,7 @@ def test_debian_runs_on_vmware_and_its_disk_elsewhere(disk: MachineConfig) -> No
             "disk": (replace(root, bus="pvscsi"),),
             "net": (NetSpec.parse("user,model=vmxnet3"),),
             "vga": True,
+            "input": ("ps2-keyboard", "ps2-mouse"),
         }
     )
     with Machine(vmware) as vm:
@@ -62,22 +109,46 @@ def test_debian_runs_on_vmware_and_its_disk_elsewhere(disk: MachineConfig) -> No
         vm.console.expect("\nbox login: ", LIMIT_S)
         assert ask(vm, "systemctl is-system-running --wait || systemctl --failed") == "running\n"
         assert ask(vm, "systemd-detect-virt") == "vmware\n"
-        bound = ask(vm, "lsmod; dmesg")
+        bound = ask(vm, "lsmod; dmesg; cat /proc/bus/input/devices")
+        assert "Hypervisor detected: VMware" in bound
+        assert "VMware VMMouse" in bound
         for driver in DRIVERS:
             assert driver in bound, driver
         for driver in DRIVERS[:3]:
             assert ask(vm, f"ls /sys/bus/pci/drivers/{driver} | grep 0000:"), driver
         assert ask(vm, "findmnt --noheadings --output SOURCE /").startswith("/dev/sd")
         ask(vm, FIO)
+        for option in ("", "--reverse"):
+            assert iperf(vm, option) > 1 << 20
         # The tools' service comes by itself.
         assert ask(vm, "systemctl is-active open-vm-tools") == "active\n"
         assert re.search(r"\d+ MHz", ask(vm, "vmware-toolbox-cmd stat speed"))
         vm.guestinfo["x"] = "y"
         assert ask(vm, "vmware-rpctool 'info-get guestinfo.x'") == "y\n"
-        deadline = time.monotonic() + LIMIT_S
-        while not vm.tools.status.running:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        until(lambda: vm.tools.status.running)
+        # They come again and again, each time anew.
+        ages = [vm.tools.status.heartbeat_s]
+
+        def younger() -> bool:
+            ages.append(vm.tools.status.heartbeat_s)
+            return ages[-1] is not None and ages[-2] is not None and ages[-1] < ages[-2]
+
+        until(younger)
+        # The clock goes back to the host's when the tools are told to keep it.
+        ask(vm, "timedatectl set-ntp false; date -s 2001-01-01")
+        assert ask(vm, "vmware-toolbox-cmd timesync enable") == "Enabled\n"
+        until(lambda: is_right(vm))
+        ask(vm, "vmware-toolbox-cmd timesync disable; date -s 2001-01-01")
+        vm.tools.synchronize_time()
+        until(lambda: is_right(vm))
+        ask(vm, SAYS_VMCI)
+        vm.tools.halt()
+        assert vm.wait(LIMIT_S).ok
+    with Machine(vmware.model_copy(update={"vsock": None})) as vm:
+        vm.start()
+        until(lambda: "vmci" in vm.guestinfo)
+        assert re.search(r"0000:[0-9a-f:.]+", vm.guestinfo["vmci"])
+        until(lambda: vm.tools.status.running)
         vm.tools.halt()
         assert vm.wait(LIMIT_S).ok
     with Machine(disk.model_copy(update={"net": (NetSpec.parse("user"),)})) as vm:

@@ -38,6 +38,9 @@ from tetrarch.platforms.vmware.backdoor import MAGIC, NO_COMMAND, PORT
 from tetrarch.platforms.vmware.guestinfo import MAX_BYTES
 
 LIMIT_S = 30
+GETGUIOPTIONS = 13
+SYNC_OFF, CATCH_UP = b"Set_Option synctime 0", b"Time_Synchronize 0"
+SYNC_AT_ONCE = b"Set_Option time.synchronize.tools.enable 1"
 
 
 @pytest.fixture
@@ -304,6 +307,56 @@ def test_tools_are_asked_and_answer(vmware: Vmware, program: Program) -> None:
         vmware.tools.halt(0.01)
     daemon.channel.status(CLOSE)
     assert not vmware.tools.status.running
+
+
+def test_guest_has_its_tools_keep_the_time(vmware: Vmware, program: Program) -> None:
+    daemon = Daemon(program, {})
+    daemon.come()
+    # As it starts, or goes on in a restored machine: once, and never back.
+    order = [daemon.asked.index(text) for text in (SYNC_OFF, SYNC_AT_ONCE, CATCH_UP)]
+    assert order == sorted(order)
+    guest = Channel(program, RPCI)
+    assert program.call(GETGUIOPTIONS)["rax"] == 0
+    assert guest.ask(b"vmx.set_option synctime 0 1\0") == b"1 "
+    daemon.come()
+    assert daemon.asked[-1] == b"Set_Option synctime 1"
+    assert program.call(GETGUIOPTIONS)["rax"] == 0x400
+    assert vmware.tools.status.keeps_time
+    for wrong in (b"synctime 0 2", b"copypaste 0 1", b"synctime", b""):
+        assert guest.ask(b"vmx.set_option " + wrong) == b"0 Unknown option"
+    # The next time that they come they hear of it, also in another process.
+    other = Vmware()
+    other.tools.load(vmware.tools.save())
+    other.tools.reset()
+    daemon = Daemon(Program(other), {})
+    daemon.come()
+    assert b"Set_Option synctime 1" in daemon.asked
+    assert guest.ask(b"vmx.set_option synctime 1 0") == b"1 "
+    assert program.call(GETGUIOPTIONS)["rax"] == 0
+    with pytest.raises(StateError):
+        other.tools.load({**vmware.tools.save(), "keeps_time": 1})
+
+
+def test_machine_that_was_paused_catches_up(vmware: Vmware, program: Program) -> None:
+    vmware.tools.catch_up()  # nobody is there
+    daemon = Daemon(program, {})
+    daemon.come()
+    vmware.tools.catch_up()
+    daemon.come()
+    assert daemon.asked[-1] == CATCH_UP
+
+
+def test_requests_do_not_pile_up(vmware: Vmware, program: Program) -> None:
+    daemon = Daemon(program, {})
+    daemon.come()
+    guest = Channel(program, RPCI)
+    for number in range(200):
+        assert guest.ask(b"vmx.set_option synctime 0 %d" % (number & 1)) == b"1 "
+    with pytest.raises(ToolsError, match="do not take what they are asked"):
+        vmware.tools.halt()
+    before = len(daemon.asked)
+    daemon.come()
+    assert len(daemon.asked) - before == 64
 
 
 def test_tools_that_stay_away_are_not_there(

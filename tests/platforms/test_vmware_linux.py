@@ -155,3 +155,24 @@ def test_service_of_open_vm_tools_comes_and_is_asked(tools: Small) -> None:
     tools.run("date -s '2001-01-01'")
     tools.vm.tools.synchronize_time()
     assert abs(int(tools.run("date +%s")) - time.time()) < 5
+    # So does the guest have it done, once a minute and at once; a clock that is late is set as the
+    # machine goes on, too.
+    assert "Disabled" in tools.run("vmware-toolbox-cmd timesync status")
+    tools.run("date -s '2001-01-01'")
+    assert "Enabled" in tools.run("vmware-toolbox-cmd timesync enable")
+    assert tools.vm.tools.status.keeps_time
+    assert "Enabled" in tools.run("vmware-toolbox-cmd timesync status")
+    until_right(tools)
+    assert "Disabled" in tools.run("vmware-toolbox-cmd timesync disable")
+    tools.run("date -s '2001-01-01'")
+    tools.vm.pause()
+    tools.vm.resume()
+    until_right(tools)
+
+
+def until_right(tools: Small) -> None:
+    """The guest's clock is set to the host's."""
+    deadline = time.monotonic() + PATIENCE
+    while abs(int(tools.run("date +%s")) - time.time()) > 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

@@ -103,6 +103,8 @@ class RunMethods(AssembledMachine):
             self._vm.resume()
             self._resets.resumed()
             self._pc.resumed()
+            if self._platform.vmware is not None:
+                self._platform.vmware.tools.catch_up()
             self._events.tell("resume")
 
     def press_power_button(self) -> None:

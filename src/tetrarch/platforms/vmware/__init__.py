@@ -38,7 +38,7 @@ class Vmware:
         self.mouse = VmMouse()
         self.tools = Tools(self.guestinfo)
         self.channels = Channels({RPCI: Rpci(self.tools.requests()), TCLO: self.tools.tclo})
-        facts = Facts(lambda: self.identity.uuid)
+        facts = Facts(lambda: self.identity.uuid, self.tools.gui_options)
         self._backdoor = Backdoor(
             {**facts.commands(), **self.mouse.commands(), MESSAGE: self.channels.command},
             {STRING_MESSAGE: self.channels.string},

@@ -36,22 +36,31 @@ HARDWARE_VERSION: Final = 19
 APIC_HZ: Final = 1_000_000_000
 #: Of GET_VCPU_INFO: x2APIC mode works without remapping of interrupts.
 LEGACY_X2APIC_OK: Final = 1 << 3
-#: How far behind the guest's clock is at most, in us: it is the host's.
+#: How far behind a guest's clock may be before its tools set it forward at once, in us; a step a
+#: minute for a few of them would be the worse clock.
+_LAG_MAX_US: Final = 100_000
+#: How late the timer's interrupts are, in us: that is not counted here.
 _LAG_US: Final = 0
 
 
 class Facts:
     """``host_time_ns`` is the host's wall clock, since 1970."""
 
-    def __init__(self, uuid: Callable[[], UUID], host_time_ns: Callable[[], int] = time.time_ns):
+    def __init__(
+        self,
+        uuid: Callable[[], UUID],
+        gui_options: Callable[[], int],
+        host_time_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self._uuid = uuid
+        self._gui_options = gui_options
         self._host_time_ns = host_time_ns
 
     def commands(self) -> Mapping[int, Command]:
         return {
             GETMHZ: lambda call: call.vm.tsc_hz() // 1_000_000,
             GETVERSION: self.version,
-            GETGUIOPTIONS: lambda call: 0,
+            GETGUIOPTIONS: lambda call: self._gui_options(),
             GETHWVERSION: lambda call: HARDWARE_VERSION,
             GETUUID: self.uuid,
             GETMEMSIZE: lambda call: sum(length for _, length in call.vm.ram) >> 20,
@@ -84,7 +93,7 @@ class Facts:
     def time(self, call: GuestCall) -> int:
         seconds, rest_ns = divmod(self._host_time_ns(), 1_000_000_000)
         call["rbx"] = rest_ns // 1000
-        call["rcx"] = _LAG_US
+        call["rcx"] = _LAG_MAX_US
         call["rdx"] = 0  # minutes of the time zone: UTC
         return seconds & 0xFFFF_FFFF
 
@@ -93,10 +102,10 @@ class Facts:
         call["rsi"] = seconds >> 32
         call["rdx"] = seconds & 0xFFFF_FFFF
         call["rbx"] = rest_ns // 1000
-        call["rcx"] = _LAG_US
+        call["rcx"] = _LAG_MAX_US
         return MAGIC
 
     def full_time_with_lag(self, call: GuestCall) -> int:
-        """The lag itself comes in EDI."""
+        """The lag of interrupts comes in EDI."""
         call["rdi"] = _LAG_US
         return self.full_time(call)

@@ -24,6 +24,8 @@ RESET: Final = b"reset"
 TOOLBOX: Final = "toolbox"
 #: A program that has not come for so long is not there.
 _GONE_S: Final = 30.0
+#: Requests that wait for a program: some are made because the guest asks for it.
+_WAITING_MAX: Final = 64
 
 
 class ToolsError(TetrarchError):
@@ -89,6 +91,11 @@ class Tclo:
                 raise ToolsError(
                     "the guest's tools are not there",
                     mend="install and start open-vm-tools in the guest",
+                )
+            if len(link.requests) >= _WAITING_MAX:
+                raise ToolsError(
+                    "the guest's tools do not take what they are asked",
+                    mend="look into the guest: its tools may hang",
                 )
             request = _Request(text.encode(errors="surrogateescape"))
             link.requests.append(request)

@@ -28,6 +28,13 @@ _LONGEST_LINE: Final = 512
 _MOST: Final = 256
 _LONGEST: Final = 4096
 
+#: The option of the tools, and its bit in what GETGUIOPTIONS says (VMWARE_GUI_SYNC_TIME,
+#: lib/include/vmware/guestrpc/tclodefs.h).
+SYNCTIME: Final = "synctime"
+GUI_SYNC_TIME: Final = 0x400
+#: Once and only forward.
+_CATCH_UP: Final = "Time_Synchronize 0"
+
 #: Numbers of ``SetGuestInfo`` whose value is a line of text (lib/include/guestInfo.h).
 _FACTS: Final = {
     "1": "hostname",
@@ -51,6 +58,9 @@ class ToolsStatus:
     capabilities: Mapping[str, str]
     facts: Mapping[str, str]
     """Of the guest: ``hostname``, ``os``, ``uptime`` and others, as far as it has said."""
+    keeps_time: bool = False
+    """The tools set the guest's clock by the host's once a minute: ``vmware-toolbox-cmd timesync
+    enable`` in the guest."""
 
 
 @dataclass
@@ -67,6 +77,7 @@ class Tools:
     def __init__(self, guestinfo: GuestInfo) -> None:
         self._guestinfo = guestinfo
         self._said = _Said()
+        self._keeps_time = False
         self._minute = (0.0, 0)
         self.tclo = Tclo(self._came)
 
@@ -74,8 +85,9 @@ class Tools:
     def status(self) -> ToolsStatus:
         age = self.tclo.last_seen
         said = self._said
+        capabilities, facts = dict(said.capabilities), dict(said.facts)
         return ToolsStatus(
-            age is not None, age, said.version, dict(said.capabilities), dict(said.facts)
+            age is not None, age, said.version, capabilities, facts, self._keeps_time
         )
 
     def halt(self, timeout: float = 30.0) -> None:
@@ -89,6 +101,12 @@ class Tools:
         """The guest sets its clock, now, to the host's."""
         self.tclo.ask("Time_Synchronize 1", timeout)
 
+    def catch_up(self) -> None:
+        """The guest's clock has stood with the machine: tools that are there set it, and never
+        back."""
+        with suppress(ToolsError):
+            self.tclo.post(_CATCH_UP)
+
     def set_resolution(self, width: int, height: int, timeout: float = 30.0) -> None:
         """Of the guest's screen, where a program there draws one."""
         self.tclo.ask(f"Resolution_Set {width} {height}", timeout)
@@ -100,6 +118,7 @@ class Tools:
             "info-set": self._info_set,
             "log": self._log,
             "SetGuestInfo": self._fact,
+            "vmx.set_option": self._set_option,
             "tools.set.version": self._version,
             "tools.set.versiontype": self._version,
             "tools.capability.*": lambda rest: "",
@@ -122,10 +141,39 @@ class Tools:
         }
 
     def _came(self) -> None:
-        """As VMware does when the service has started."""
-        for text in ("Capabilities_Register", "Set_Option synctime 0", "OS_PowerOn"):
+        """As VMware does when the service has started, or goes on in a restored machine
+        (services/plugins/timeSync/timeSync.c)."""
+        for text in (
+            "Capabilities_Register",
+            # What is less than a second slow or fast is slewed.
+            "Set_Option time.synchronize.tools.slewCorrection 1",
+            self._synctime,
+            # From now on also at once when it is switched on.
+            "Set_Option time.synchronize.tools.enable 1",
+            _CATCH_UP,
+            "OS_PowerOn",
+        ):
             with suppress(ToolsError):  # it has gone again
                 self.tclo.post(text)
+
+    @property
+    def _synctime(self) -> str:
+        return f"Set_Option {SYNCTIME} {int(self._keeps_time)}"
+
+    def gui_options(self) -> int:
+        """What GETGUIOPTIONS says."""
+        return GUI_SYNC_TIME if self._keeps_time else 0
+
+    def _set_option(self, rest: str) -> str:
+        """``synctime OLD NEW``: the guest's administrator switches it; it outlives resets."""
+        name, _, values = rest.strip().partition(" ")
+        new = values.rpartition(" ")[2]
+        if name != SYNCTIME or new not in ("0", "1"):
+            raise RpcRefused("Unknown option")
+        self._keeps_time = new == "1"
+        with suppress(ToolsError):
+            self.tclo.post(self._synctime)
+        return ""
 
     def _info_get(self, rest: str) -> str:
         name = rest.strip()
@@ -183,14 +231,17 @@ class Tools:
             "tools": said.version,
             "capabilities": dict(said.capabilities),
             "facts": dict(said.facts),
+            "keeps_time": self._keeps_time,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         tables = [state.get(name) for name in ("capabilities", "facts")]
-        version = state.get("tools")
-        if not isinstance(version, str) or not all(_is_texts(table) for table in tables):
+        version, keeps_time = state.get("tools"), state.get("keeps_time", False)
+        known = isinstance(version, str) and isinstance(keeps_time, bool)
+        if not known or not all(_is_texts(table) for table in tables):
             raise StateError("saved state of 'vmware-tools' is none", mend="save it again")
-        self._said = _Said(version, *(dict(table) for table in tables if table is not None))
+        self._said = _Said(str(version), *(dict(table) for table in tables if table is not None))
+        self._keeps_time = bool(keeps_time)
 
 
 def _is_texts(table: object) -> bool:
