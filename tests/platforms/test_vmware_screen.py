@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import struct
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import asyncvnc
 import pytest
 from tests.debs import debian_package
 from tests.initrds import shell_tree
@@ -24,6 +28,8 @@ LIMIT_S = 120
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(not VGA_BIOS.exists(), reason="no VGA BIOS: apt-get install seabios"),
+    # asyncvnc takes DES from where cryptography had it.
+    pytest.mark.filterwarnings("ignore:.*TripleDES"),
 ]
 
 #: A shell on the serial line, and one on the screen.
@@ -71,13 +77,18 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for module in needed:
         tree.file(f"lib/modules/{modules.name}/{module.path}", module.data)
     tree.file(f"lib/modules/{modules.name}/modules.dep", modules_dep(needed).encode())
-    initrd = tmp_path_factory.mktemp("screen") / "initrd"
+    folder = tmp_path_factory.mktemp("screen")
+    program = folder / "kms_picture"
+    source = Path(__file__).with_name("kms_picture.c")
+    subprocess.run(["gcc", "-static", "-O2", "-o", program, source], check=True, timeout=LIMIT_S)
+    tree.file("bin/kms_picture", program.read_bytes(), 0o755)
+    initrd = folder / "initrd"
     initrd.write_bytes(tree.cpio())
     return kernel, initrd
 
 
 @pytest.fixture
-def vm(guest: tuple[Path, Path], tmp_path: Path) -> Iterator[Machine]:
+def vm(guest: tuple[Path, Path]) -> Iterator[Machine]:
     kernel, initrd = guest
     with Machine(
         engine="bt",
@@ -86,7 +97,7 @@ def vm(guest: tuple[Path, Path], tmp_path: Path) -> Iterator[Machine]:
         initrd=initrd,
         memory="512M",
         append="console=tty0 console=ttyS0 quiet",
-        display=f"vnc={tmp_path / 'vnc'}",
+        display="vnc=0",
     ) as machine:
         machine.start()
         machine.console.expect(PROMPT, LIMIT_S)
@@ -154,3 +165,83 @@ def test_pointer_is_where_the_viewer_has_it(vm: Machine) -> None:
     assert vmware.mouse.point(ABS_MAX // 2, 0, 0, 0)
     ask(vm, "rmmod psmouse")
     assert not vmware.mouse.point(0, 0, 0, 0)
+
+
+def drawn(vm: Machine, command: str) -> str:
+    """What the program says when it has drawn that."""
+    vm.console.send(command + "\n")
+    return vm.console.expect(re.compile(r"^drawn.*$", re.MULTILINE), LIMIT_S)
+
+
+def pattern(width: int, height: int) -> list[bytearray]:
+    """What the program draws first, line by line."""
+    return [
+        bytearray(byte for x in range(width) for byte in ((x ^ y) & 255, y & 255, x & 255))
+        for y in range(height)
+    ]
+
+
+def fill(lines: list[bytearray], x: int, y: int, width: int, height: int, colour: int) -> None:
+    for line in lines[y : y + height]:
+        line[3 * x : 3 * (x + width)] = colour.to_bytes(3) * width
+
+
+def test_stock_viewer_sees_what_a_program_draws_by_kms(vm: Machine) -> None:
+    assert vm.display is not None
+    host, _, port = vm.display.address.partition(":")
+    said = drawn(vm, "kms_picture")
+    assert "drawn 1280x800" in said
+    expected = pattern(1280, 800)
+
+    async def use() -> None:
+        async with asyncvnc.connect(host, int(port)) as client:
+
+            async def compare() -> None:
+                wanted, end = b"".join(expected), time.monotonic() + LIMIT_S
+                # The display looks 25 times a second.
+                while (await client.screenshot())[:, :, :3].tobytes() != wanted:
+                    assert time.monotonic() < end
+
+            await compare()
+            for part in ((0, 0, 1, 1, 0xFFFFFF), (3, 5, 200, 77, 0x12_3456), (1279, 799, 1, 1, 0)):
+                x, y, width, height, colour = part
+                fill(expected, *part)
+                command = f"rect {x} {y} {width} {height} {colour:x}"
+                await asyncio.to_thread(drawn, vm, command)
+                await compare()
+
+    asyncio.run(use())
+    assert vm.screen().pixels == b"".join(expected)
+    # The console is back when the program has ended, and takes what is typed.
+    ask(vm, "end")
+    with Viewer(vm.display.address, encodings=(ZRLE,)) as viewer:
+        viewer.until(lambda: shows(viewer, "built-in shell"))
+        viewer.type(*map(ord, "echo 6*8=$((6*8))"), 0xFF0D)
+        viewer.until(lambda: shows(viewer, "\n6*8=48"))
+
+
+def test_viewers_that_are_slow_or_gone_hold_nobody_up(vm: Machine) -> None:
+    assert vm.display is not None
+    drawn(vm, "kms_picture")
+    begun = time.monotonic()
+    drawn(vm, "many 800")
+    alone = time.monotonic() - begun
+    slow = Viewer(vm.display.address)
+    for _ in range(50):
+        slow.request(incremental=False)  # 4 MiB each, of which it takes nothing
+    gone = Viewer(vm.display.address)
+    gone.request(incremental=False)
+    gone.socket.close()
+    with Viewer(vm.display.address, encodings=(ZRLE,)) as viewer:
+        begun = time.monotonic()
+        drawn(vm, "many 1600")
+        assert time.monotonic() - begun < 10 * alone + 5
+        expected = pattern(1280, 800)
+        for number in range(800):
+            fill(expected, 0, number, 1280, 1, 0x01_0203 * ((800 + number) % 64))
+        viewer.until(lambda: viewer.pixels == b"".join(expected))
+    # It has got what it asked for, whole, though late.
+    slow.update()
+    slow.socket.close()
+    drawn(vm, "many 1")
+    ask(vm, "end")
