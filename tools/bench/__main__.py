@@ -8,7 +8,18 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tools.bench import buses, cards, debian, disk, exits, guest, parallel, record, start
+from tools.bench import (
+    buses,
+    cards,
+    debian,
+    disk,
+    exits,
+    guest,
+    parallel,
+    record,
+    screen,
+    start,
+)
 from tools.bench.report import BenchError
 
 BENCHMARKS = {
@@ -17,6 +28,7 @@ BENCHMARKS = {
     "disk": disk,
     "buses": buses,
     "cards": cards,
+    "screen": screen,
     "debian": debian,
     "start": start,
     "record": record,
