@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.devices.svga_driver import (
     ALPHA_CURSOR,
     ANY_FENCE,
+    BUSY,
     DEFINE_CURSOR,
     ENABLE,
     FENCE,
@@ -119,6 +120,25 @@ def test_parts_are_copied_over_each_other(driver: Driver, to: tuple[int, int]) -
     for outside in ((12, 0, 0, 0, 5, 1), (0, 0, 0, 9, 1, 4), (0xFFFF_FFFF, 0, 0, 0, 2, 1)):
         driver.send(RECT_COPY, *outside)
     assert driver.look()[0] == points
+
+
+def test_one_access_copies_no_more_than_a_moment_takes(driver: Driver) -> None:
+    driver.start(640, 400)
+    driver.draw(0, 0, 7)
+    for _ in range(100):
+        driver.send(RECT_COPY, 0, 0, 0, 1, 640, 399, sync=False)  # nearly 1 MiB
+    driver.send(FENCE, 1, sync=False)
+    accesses = 1
+    driver.write(SYNC, 1)
+    while driver.read(BUSY):
+        assert driver.word(LAST_FENCE) == 0
+        accesses += 1
+    assert driver.word(LAST_FENCE) == 1
+    assert driver.word(STOP) == driver.word(NEXT)
+    assert accesses == 3
+    points, _ = driver.look()
+    column = [int.from_bytes(points[2560 * y : 2560 * y + 4], "little") for y in range(400)]
+    assert column == [7] * 101 + [0] * 299
 
 
 def test_fences_pass_and_interrupt_who_waits(driver: Driver) -> None:

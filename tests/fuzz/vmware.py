@@ -31,7 +31,8 @@ from tests.platforms.caller import (
 )
 
 from tetrarch._native import GuestFault
-from tetrarch.devices.svga2 import FIFO_BYTES, HEIGHT_MAX, SCRATCH, VRAM_BYTES, WIDTH_MAX
+from tetrarch.devices.svga2 import FIFO_BYTES, VRAM_BYTES
+from tetrarch.devices.svga2.registers import HEIGHT_MAX, SCRATCH, WIDTH_MAX
 from tetrarch.display import Display
 from tetrarch.display.frame import POINT_BYTES, Frame
 from tetrarch.platforms import GuestCall, RegisterPortAccess

@@ -38,6 +38,7 @@ IPERF = f"iperf3 --json --time 3 --client {GATEWAY} --port"
 SAYS_VMCI = """cat >/etc/systemd/system/says.service <<'END'
 [Unit]
 After=open-vm-tools.service
+ConditionVirtualization=vmware
 [Service]
 Type=oneshot
 ExecStart=sh -c 'vmware-rpctool "info-set guestinfo.vmci $$(ls /sys/bus/pci/drivers/vmw_vmci)"'
