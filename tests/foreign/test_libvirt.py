@@ -205,7 +205,36 @@ def test_sizes_and_counts(text: str, option: str, value: Any) -> None:
             "<memory>2097152</memory><currentMemory>1048576</currentMemory>",
             ["line 1: <currentMemory>: the balloon begins empty"],
         ),
-        ("devices", "<video/><sound model='ich9'/>", ["line 1: <video>: ", "line 1: <sound model"]),
+        (
+            "devices",
+            "<video/><sound model='ich9'/>",
+            ["line 1: <video>: it is a VGA", "line 1: <sound model"],
+        ),
+        (
+            "devices",
+            "<video><model type='qxl' heads='2'><resolution x='9'/></model></video><video/>",
+            [
+                "line 1: <video> qxl: it is a VGA",
+                "line 1: <video>: heads: there is one",
+                "line 1: <resolution x=9>",
+                "line 1: <video>: there is one screen",
+            ],
+        ),
+        ("devices", "<graphics type='spice'/>", ["line 1: <graphics> spice: viewers come by VNC"]),
+        (
+            "devices",
+            "<graphics type='vnc' port='1' listen='0.0.0.0' passwd='s' websocket='3'/>",
+            [
+                "line 1: <graphics>: passwd: give display a password-file",
+                "line 1: <graphics>: other hosts come there with a password-file alone",
+                "line 1: <graphics>: websocket=3",
+            ],
+        ),
+        (
+            "devices",
+            "<graphics type='vnc'><listen type='network' network='n'/></graphics>",
+            ["line 1: <graphics>: listen network: it is an address or a socket"],
+        ),
         (
             "devices",
             "<disk type='network'><source protocol='rbd'/><target dev='vda'/></disk>",
@@ -285,3 +314,32 @@ def test_tree_is_taken_apart() -> None:
     assert (root.attribute("b"), root.attribute("b"), root.text) == ("1", "", "t")
     assert [(one.line, one.text) for one in root.take_all("c")] == [(2, ""), (2, "v")]
     assert (root.take_text("d"), root.take_text("d"), root.children) == ("u", None, [])
+
+
+@pytest.mark.parametrize(
+    ("devices", "screen", "display"),
+    [
+        ("<video><model type='vmvga' vram='16384' heads='1' primary='yes'/></video>", "svga", ""),
+        ("<video><model type='vga'/><address type='pci'/></video>", "vga", ""),
+        ("<video><model type='none'/></video>", None, ""),
+        (
+            "<graphics type='vnc' port='5901' autoport='no' listen='127.0.0.1'>"
+            "<listen type='address' address='127.0.0.1'/></graphics>",
+            None,
+            "vnc=127.0.0.1:5901",
+        ),
+        ("<graphics type='vnc' port='-1' autoport='yes'/>", None, "vnc=127.0.0.1:0"),
+        (
+            "<graphics type='vnc' port='5901'><listen type='address' address='::1'/></graphics>",
+            None,
+            "vnc=[::1]:5901",
+        ),
+        ("<graphics type='vnc' socket='/run/a,b'/>", None, "vnc=/run/a,,b"),
+        ("<graphics type='vnc'><listen type='socket' socket='/v'/></graphics>", None, "vnc=/v"),
+    ],
+)
+def test_screens_and_their_viewers(devices: str, screen: str | None, display: str) -> None:
+    config, lost = machine(devices)
+    assert lost == []
+    assert config.screen == screen
+    assert str(config.display or "") == display

@@ -134,6 +134,52 @@ def test_machine_of_esxi_with_uefi_and_nvme() -> None:
     ]
 
 
+DISK = 'memsize = "64"\nide0:0.present = "TRUE"\nide0:0.fileName = "d.vmdk"\n'
+
+
+def test_screen_and_its_viewers_are_carried_over() -> None:
+    config, lost = machine(
+        f'{DISK}svga.present = "TRUE"\nsvga.vramSize = "8388608"\nsvga.autodetect = "TRUE"\n'
+        'RemoteDisplay.maxConnections = "-1"\nRemoteDisplay.vnc.enabled = "TRUE"\n'
+        'RemoteDisplay.vnc.ip = "127.0.0.1"\nRemoteDisplay.vnc.port = "5987"\n'
+    )
+    assert (config.screen, str(config.display), lost) == ("svga", "vnc=127.0.0.1:5987", [])
+    # Any host of the network, by a password that stands there.
+    config, lost = machine(
+        f'{DISK}RemoteDisplay.vnc.enabled = "TRUE"\nRemoteDisplay.vnc.password = "secret"\n'
+    )
+    assert (config.screen, str(config.display)) == (None, "vnc=127.0.0.1:5900")
+    assert lost == [
+        "RemoteDisplay.vnc: other hosts come there with a password-file alone",
+        "RemoteDisplay.vnc.password: give display a password-file",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('svga.vramSize = "134217728"', "svga.vramSize=134217728: the screen has 16 MiB of memory"),
+        ('svga.maxWidth = "8192"', "svga.maxWidth=8192: it has at most 2560 points in a line"),
+        ('svga.maxHeight = "4320"', "svga.maxHeight=4320: it has at most 1600 lines"),
+        ('svga.numDisplays = "2"', "svga.numDisplays=2: there is one screen"),
+        ('mks.enable3d = "TRUE"', "mks.enable3d: the screen has two dimensions"),
+        ('RemoteDisplay.vnc.enabled = "TRUE"\nRemoteDisplay.vnc.port = "x"', "RemoteDisplay.vnc: "),
+    ],
+)
+def test_what_the_screen_has_not_is_named(line: str, said: str) -> None:
+    config, lost = machine(f"{DISK}{line}\n")
+    assert lost[0].startswith(said)
+    assert (config.screen, config.display) == (None, None)
+
+
+def test_screen_that_is_not_there_is_none() -> None:
+    config, lost = machine(
+        f'{DISK}svga.present = "FALSE"\nRemoteDisplay.vnc.enabled = "FALSE"\n'
+        'RemoteDisplay.vnc.port = "5901"\nRemoteDisplay.vnc.password = "x"\n'
+    )
+    assert (config.screen, config.display, lost) == (None, None, [])
+
+
 def test_what_is_not_there_is_not_carried_over() -> None:
     config, lost = machine(
         'memsize = "64"\nscsi0.present = "FALSE"\nscsi0:0.present = "TRUE"\n'

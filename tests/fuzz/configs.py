@@ -60,6 +60,11 @@ ethernet0.generatedAddress = "00:0c:29:aa:bb:cc"
 floppy0.fileType = "file"
 floppy0.fileName = "f.flp"
 guestinfo.Role = "a=b"
+svga.present = "TRUE"
+svga.vramSize = "8388608"
+RemoteDisplay.vnc.enabled = "TRUE"
+RemoteDisplay.vnc.ip = "127.0.0.1"
+RemoteDisplay.vnc.port = "5901"
 """
 TOML = """
 kernel = "k"  # [
@@ -113,6 +118,8 @@ LIBVIRT = """<domain type='kvm'><name>n</name><memory unit='MiB'>64</memory><vcp
 <serial type='unix'><source mode='bind' path='/s'/></serial>
 <channel type='file'><source path='/p'/><target type='virtio' name='c'/></channel>
 <filesystem><driver type='virtiofs'/><source dir='/s'/><target dir='t'/></filesystem>
+<video><model type='vmvga' heads='1'/></video><graphics type='vnc' port='5901' autoport='no'>
+<listen type='address' address='::1'/></graphics>
 <input type='tablet' bus='virtio'/><memballoon model='none'/></devices></domain>"""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tetrarch.errors import ConfigError
 from tetrarch.foreign.carried import Carried
 from tetrarch.foreign.cpu import carry_cpu
+from tetrarch.foreign.viewers import carry_path, carry_port
 from tetrarch.foreign.xml_tree import Element, parse_xml
 
 __all__ = ["import_libvirt"]
@@ -44,6 +45,8 @@ _SATISFIED = {
     "seclabel",
 }
 _SATISFIED_DEVICES = {"emulator", "rng", "controller"}
+#: Its models that there are; the first is a VGA with nothing beside it.
+_SCREENS = {"vga": "vga", "vmvga": "svga"}
 _BUSES = {"virtio": "virtio", "sata": "ahci", "ide": "ide", "nvme": "nvme"}
 
 
@@ -204,8 +207,62 @@ class _Reader:
             self.carried.lose(
                 f"line {vsock.line}: <vsock>", "the host's end is a Unix socket: vsock = PATH"
             )
+        for index, video in enumerate(devices.take_all("video")):
+            self._video(video, first=index == 0)
+        for graphics in devices.take_all("graphics"):
+            self._graphics(graphics)
         devices.children = [one for one in devices.children if one.tag not in _SATISFIED_DEVICES]
         self._lose_rest(devices)
+
+    def _video(self, video: Element, *, first: bool) -> None:
+        """``<video><model type='vga' vram='16384' heads='1'/></video>``"""
+        model, where = video.take("model"), f"line {video.line}: <video>"
+        kind = "" if model is None else model.attribute("type")
+        if kind == "none":
+            return
+        if not first:
+            self.carried.lose(where, "there is one screen")
+            return
+        self.carried.set("screen", _SCREENS.get(kind, "vga"), where)
+        if kind not in _SCREENS:
+            self.carried.lose(f"{where} {kind}", "it is a VGA")
+        if model is not None:
+            if model.attribute("heads", "1") != "1":
+                self.carried.lose(f"{where}: heads", "there is one")
+            # How much memory it has is the screen's own affair.
+            for known in ("vram", "ram", "vgamem", "vram64", "primary"):
+                model.attribute(known)
+            self.carried.lose_keys(where, model.attributes)
+            self._lose_rest(model)
+        for tag in ("address", "alias", "driver"):
+            video.take(tag)
+        self._lose_rest(video)
+
+    def _graphics(self, graphics: Element) -> None:
+        """``<graphics type='vnc' port='5901' listen='127.0.0.1'/>``, or ``<listen>`` in it."""
+        kind, where = graphics.attribute("type"), f"line {graphics.line}: <graphics>"
+        if kind != "vnc":
+            self.carried.lose(f"{where} {kind}", "viewers come by VNC")
+            return
+        if graphics.attribute("passwd"):
+            self.carried.lose(f"{where}: passwd", "give display a password-file")
+        host, path = graphics.attribute("listen"), graphics.attribute("socket")
+        for listen in graphics.take_all("listen"):
+            match listen.attribute("type"):
+                case "address":
+                    host = listen.attribute("address", host)
+                case "socket":
+                    path = listen.attribute("socket")
+                case other:
+                    self.carried.lose(f"{where}: listen {other}", "it is an address or a socket")
+        # -1 is an old way to say that libvirt chooses one; 0 is a free one here.
+        port, chosen = graphics.attribute("port", "-1"), graphics.attribute("autoport") == "yes"
+        if path:
+            carry_path(self.carried, path, where)
+        else:
+            carry_port(self.carried, host, "0" if chosen or port == "-1" else port, where)
+        self.carried.lose_keys(where, graphics.attributes)
+        self._lose_rest(graphics)
 
     def _disk(self, disk: Element) -> None:
         source, target = disk.take("source"), disk.take("target")

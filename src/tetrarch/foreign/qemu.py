@@ -16,6 +16,7 @@ from tetrarch.foreign.qemu_disks import QemuDisks
 from tetrarch.foreign.qemu_lines import QemuLines
 from tetrarch.foreign.qemu_nets import QemuNets
 from tetrarch.foreign.qemu_words import Option, options_of
+from tetrarch.foreign.viewers import VNC_PORT, carry_path, carry_port
 
 __all__ = ["import_qemu"]
 
@@ -41,8 +42,6 @@ _OF_FIRMWARE = ("boot", "option-rom", "L")
 #: SeaBIOS as QEMU brings it.
 _SEABIOS = ("bios.bin", "bios-256k.bin")
 _DEBUG_EXIT_PORT = 0xF4
-#: Of its display 0.
-_VNC_PORT = 5900
 
 
 def import_qemu(words: Sequence[str]) -> Carried:
@@ -222,17 +221,11 @@ class _Reader:
         if words:
             self.carried.lose(f"{source}: {','.join(words)}", "it is shown without")
         if place.startswith("unix:"):
-            self._set_display(place.removeprefix("unix:"), source)
+            carry_path(self.carried, place.removeprefix("unix:"), source)
         elif not number.isascii() or not number.isdecimal() or len(number) > 5:
             self.carried.lose(source, "it is no place for viewers")
-        elif host in ("localhost", "127.0.0.1", "[::1]"):
-            self._set_display(f"{host}:{_VNC_PORT + int(number)}", source)
         else:
-            self._set_display(f"{_VNC_PORT + int(number)}", source)
-            self.carried.lose(source, "other hosts come there with a password-file alone")
-
-    def _set_display(self, place: str, source: str) -> None:
-        self.carried.set("display", f"vnc={place.replace(',', ',,')}", source)
+            carry_port(self.carried, host or "*", str(VNC_PORT + int(number)), source)
 
     def _bios(self, option: Option) -> None:
         """-bios FILE, in QEMU's own directory where it is a name alone."""

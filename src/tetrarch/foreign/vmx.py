@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from tetrarch.errors import ConfigError
 from tetrarch.foreign.carried import Carried
+from tetrarch.foreign.viewers import VNC_PORT, carry_port
 
 __all__ = ["import_vmx"]
 
@@ -42,7 +43,7 @@ _SAYS_NOTHING: Final = re.compile(
     r".*\.(pcislotnumber|redo|addresstype|generatedaddress(offset)?|linkstatepropagation\..*|"
     r"uptcompatibility|wakeonpcktrcv|checkmacaddress|allowguestconnectioncontrol|autodetect|"
     r"exclusive|clientdevice|vcpu\..*|sas.wwid|ctkenabled|shares|throughputcap|devices)|"
-    r"floppy\d\..*|svga\..*|acpi\..*|cpuid\.(?!corespersocket).*|numvcpus|memsize|displayname|"
+    r"floppy\d\..*|svga\..*|remotedisplay\.(maxconnections|vnc\..*)|acpi\..*|cpuid\.(?!corespersocket).*|numvcpus|memsize|displayname|"
     r"mem\.hotadd|memhotadd.*|vcpu\.hotadd|hgfs\..*|disk\.enableuuid|chipset\..*|roamingvm\..*|"
     r"virtualssd.*|rtc\..*|serial\d+\.(yieldonmsrread|startconnected|trynorxloss)"
 )
@@ -83,6 +84,8 @@ class _Reader:
                 self._drives(f"{bus}{controller}", _BUSES[bus])
         for number in range(2):
             self._floppy(f"floppy{number}")
+        self._screen()
+        self._viewers()
         for number in range(_CARDS):
             self._card(f"ethernet{number}")
         self._rest()
@@ -192,6 +195,35 @@ class _Reader:
             table["mac"] = address
         self.carried.add("net", table, name)
         self._forget(name)
+
+    def _screen(self) -> None:
+        # Of few machines: the device brings the engines along.
+        from tetrarch.devices.svga2.registers import HEIGHT_MAX, VRAM_BYTES, WIDTH_MAX
+
+        if self._on("svga.present"):
+            self.carried.set("screen", "svga", "svga.present")
+        for name, most, why in (
+            ("svga.vramsize", VRAM_BYTES, f"the screen has {VRAM_BYTES >> 20} MiB of memory"),
+            ("svga.maxwidth", WIDTH_MAX, f"it has at most {WIDTH_MAX} points in a line"),
+            ("svga.maxheight", HEIGHT_MAX, f"it has at most {HEIGHT_MAX} lines"),
+            ("svga.numdisplays", 1, "there is one screen"),
+        ):
+            value = self._take(name)
+            if value.isascii() and value.isdecimal() and int(value[:20]) > most:
+                self.carried.lose(f"{self._names[name]}={value}", why)
+        if self._on("mks.enable3d"):
+            self.carried.lose(self._names["mks.enable3d"], "the screen has two dimensions")
+
+    def _viewers(self) -> None:
+        if not self._on("remotedisplay.vnc.enabled"):
+            return
+        port = self._take("remotedisplay.vnc.port", str(VNC_PORT))
+        # Without an address it is all that the host has.
+        host = self._take("remotedisplay.vnc.ip", "*")
+        carry_port(self.carried, host, port, "RemoteDisplay.vnc")
+        for name in ("remotedisplay.vnc.password", "remotedisplay.vnc.key"):
+            if self._take(name):
+                self.carried.lose(self._names[name], "give display a password-file")
 
     def _forget(self, name: str) -> None:
         """What else is said of a device that was carried over, or is not there."""
