@@ -287,6 +287,29 @@ def test_what_is_written_while_a_recorded_machine_is_paused_lives_again(
         assert vm.console.text == "!"
 
 
+def test_halt_with_interrupts_off_ends_a_recorded_guest_too(
+    waiting: Machine, tmp_path: Path
+) -> None:
+    with waiting.paused():
+        write_memory(waiting)
+    assert waiting.wait(LIMIT_S).detail == "halted forever with interrupts off"
+
+
+def test_guest_with_more_code_than_is_kept_lives_again(tmp_path: Path) -> None:
+    """Its translations go where they went when it was recorded."""
+    kernel = tmp_path / "kernel"
+    # mov al, 0xf4 ; mov [0x800000], al ; mov eax, 0x1000 ; jmp 0x200000: from there on it is
+    # three million times add [eax], al, and then HLT.
+    code = bytes.fromhex("b0f4 a200008000 b800100000 e9efff0f00")
+    kernel.write_bytes(pvh_kernel(code))
+    with Machine(engine="bt", kernel=kernel, memory="16M", record=tmp_path / "long") as vm:
+        assert vm.run(LIMIT_S).detail == "halted forever with interrupts off"
+        recorded = vm.recording
+    assert recorded is not None
+    assert recorded.count == 5 + 3 * (1 << 20)
+    assert live_again(tmp_path / "long") == ("", 0)
+
+
 def test_guest_that_lives_again_is_not_changed(waiting: Machine, tmp_path: Path) -> None:
     waiting.kill()
     with Machine(replay=tmp_path / "waits") as vm:

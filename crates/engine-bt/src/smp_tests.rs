@@ -28,18 +28,13 @@ const OK: u32 = 0x80;
 const WRONG: u32 = 0x81;
 
 fn vm() -> BtVm {
-    vm_with_cache(CACHE_BYTES)
+    vm_with_cache(Room::USUAL)
 }
 
-fn vm_with_cache(cache_bytes: usize) -> BtVm {
+fn vm_with_cache(room: Room) -> BtVm {
     with_identity_map(|memory| {
-        build(
-            memory,
-            Config { topology: Topology::flat(2), ..Config::default() },
-            cache_bytes,
-            None,
-        )
-        .unwrap()
+        build(memory, Config { topology: Topology::flat(2), ..Config::default() }, room, None)
+            .unwrap()
     })
 }
 
@@ -283,7 +278,7 @@ fn cache_is_full_while_both_run() {
     const COUNT: u64 = 600;
     const ROUNDS: i32 = 50;
     const APART: u64 = 256;
-    let vm = vm_with_cache(MAX_BLOCK_BYTES + (32 << 10));
+    let vm = vm_with_cache(Room { bytes: MAX_BLOCK_BYTES + (32 << 10), ..Room::USUAL });
     for number in 0..COUNT {
         load(&vm, FUNCTIONS + number * APART, |a| {
             a.add(eax, number as i32 + 1)?;

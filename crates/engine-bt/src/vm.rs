@@ -27,7 +27,7 @@ use crate::lines::Lines;
 use crate::memory::code_map::{CodeMap, MemoryChanges};
 use crate::memory::dirty_log::{DeviceWrites, DirtyLog};
 use crate::memory::rendezvous::Rendezvous;
-use crate::translate::cache::{CACHE_BYTES, CodeCache};
+use crate::translate::cache::{CodeCache, Room};
 
 /// Choices for a VM of this engine.
 #[derive(Clone, Debug)]
@@ -114,13 +114,14 @@ fn create(
         .mended_by(format!("ask for {MAX_VCPUS} at most")));
     }
     available()?;
-    Ok(Arc::new(build(memory, config, CACHE_BYTES, recording)?))
+    let room = if recording.is_some() { Room::JOURNALLED } else { Room::USUAL };
+    Ok(Arc::new(build(memory, config, room, recording)?))
 }
 
 pub(crate) fn build(
     memory: Arc<GuestMemory>,
     config: Config,
-    cache_bytes: usize,
+    room: Room,
     recording: Option<Recording>,
 ) -> Result<BtVm, EngineError> {
     let topology = config.topology;
@@ -190,7 +191,7 @@ pub(crate) fn build(
     });
     thunk::prepare();
     let cache = if config.translate {
-        let cache = CodeCache::new(cache_bytes, &exec::CALLS).map_err(|error| {
+        let cache = CodeCache::new(room, &exec::CALLS).map_err(|error| {
             Unusable::refused("no memory for translated code", &error, "use engine kvm")
         })?;
         Some(Arc::new(Mutex::new(cache)))

@@ -21,7 +21,7 @@ fn vm(vcpus: u32) -> BtVm {
     build(
         memory,
         Config { topology: Topology::flat(vcpus), ..Config::default() },
-        CACHE_BYTES,
+        Room::USUAL,
         None,
     )
     .unwrap()
@@ -151,7 +151,7 @@ fn a_vcpu_that_panicked_is_waited_for_by_nobody() {
     let memory = Arc::new(GuestMemory::new(2 << 20).unwrap());
     let platform = Platform { kvm: true, ..Platform::default() };
     let config = Config { platform, ..Config::default() };
-    let vm = build(Arc::clone(&memory), config, CACHE_BYTES, None).unwrap();
+    let vm = build(Arc::clone(&memory), config, Room::USUAL, None).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     let mut system = vcpu.system_registers().expect("state");
     system.cs.base = 0;

@@ -208,11 +208,11 @@ fn record(start: &Start, checkpoint_every: u64) -> (File, Left) {
                 std::thread::sleep(Duration::from_micros(300));
             }
         });
-        let mut number = 7;
+        let mut number = 7u64;
         loop {
             match machine.vcpu.run().unwrap() {
                 Exit::PortIn { port: 0x60, .. } => {
-                    number = number * 5 + 1;
+                    number = number.wrapping_mul(5).wrapping_add(1);
                     machine.vcpu.reply(Reply::Value(number & 0xFF));
                 }
                 Exit::PortOut { port: 0x99, .. } => break,

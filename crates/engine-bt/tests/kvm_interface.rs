@@ -7,7 +7,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use support::case::{CODE, Fault};
 use support::guest::{A, BASE, CODE_AT, D, End, FREE, Guest, KERNEL_CODE, P, U, W};
+use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{Exit, Platform};
+use tetrarch_engine_bt::Config;
 use tetrarch_memory::GuestPhys;
 
 const VMCALL: [u8; 3] = [0x0F, 0x01, 0xC1];
@@ -29,8 +31,14 @@ const GP: End = End::Fault(Fault { vector: 13, error: 0, cr2: 0 });
 const PAGE: u64 = FREE + 0x1000;
 
 fn guest(translate: bool) -> Guest {
+    guest_of(translate, 1)
+}
+
+/// Of its vCPUs one runs.
+fn guest_of(translate: bool, vcpus: u32) -> Guest {
     let platform = Platform { kvm: true, ..Platform::default() };
-    let mut guest = Guest::on_platform(translate, platform);
+    let topology = Topology::flat(vcpus);
+    let mut guest = Guest::of(Config { translate, platform, topology, ..Config::default() });
     guest.map(CODE, CODE_AT, P | W | U);
     guest
 }
@@ -429,7 +437,8 @@ fn kick_ends_one_halt() {
 /// A lock's waiter looks whether it may sleep, is kicked, and is saved before it has halted.
 #[test]
 fn kick_is_not_lost_with_the_machine_it_came_in() {
-    on_both(|old, name| {
+    for (translate, name) in [(false, "interpreter"), (true, "translator")] {
+        let mut old = guest_of(translate, 2);
         // mov eax, 5 ; xor ebx, ebx ; xor ecx, ecx ; vmcall ; out 0x80, al ; hlt ; mov edx, 7 ; hlt
         let code = [
             0xB8, 5, 0, 0, 0, 0x31, 0xDB, 0x31, 0xC9, 0x0F, 0x01, 0xC1, 0xE6, 0x80, HLT, 0xBA, 7,
@@ -441,10 +450,25 @@ fn kick_is_not_lost_with_the_machine_it_came_in() {
         old.vcpu.reply(tetrarch_engine::Reply::Done);
         old.vcpu.kicker().kick();
         assert_eq!(old.run_raw(), Exit::Kicked, "{name}");
-        let mut new = guest(true);
+        let mut new = guest_of(true, 2);
         new.write(KERNEL_CODE, &code);
         new.vcpu.load(&old.vcpu.save().unwrap()).unwrap();
         assert_eq!(new.run_raw(), Exit::Halt, "{name}");
         assert_eq!(new.vcpu.registers().expect("state").gpr[2], 7, "{name}");
-    });
+    }
+}
+
+/// There a kick can have come from nobody.
+#[test]
+fn halt_of_the_only_vcpu_is_the_end_in_another_machine_too() {
+    for (translate, name) in [(false, "interpreter"), (true, "translator")] {
+        let mut old = guest(translate);
+        let code = [HLT, 0xBA, 7, 0, 0, 0, HLT]; // mov edx, 7
+        old.start(true, BASE + KERNEL_CODE, [0; 16], 2);
+        let mut new = guest(translate);
+        new.write(KERNEL_CODE, &code);
+        new.vcpu.load(&old.vcpu.save().unwrap()).unwrap();
+        assert_eq!(new.run_raw(), Exit::Halt, "{name}");
+        assert_eq!(new.vcpu.registers().expect("state").gpr[2], 0, "{name}");
+    }
 }

@@ -6,7 +6,7 @@ use tetrarch_engine::Platform;
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use super::BtVcpu;
-use crate::translate::cache::CACHE_BYTES;
+use crate::translate::cache::Room;
 use crate::vm::{Config, build};
 
 const PV_EOI: u32 = 0x4B56_4D04;
@@ -19,7 +19,7 @@ fn interrupt_ended_by_memory_is_not_in_service_below_the_next() {
     let memory = Arc::new(GuestMemory::new(1 << 20).unwrap());
     let platform = Platform { kvm: true, ..Platform::default() };
     let config = Config { translate: false, platform, ..Config::default() };
-    let vm = build(Arc::clone(&memory), config, CACHE_BYTES, None).unwrap();
+    let vm = build(Arc::clone(&memory), config, Room::USUAL, None).unwrap();
     let mut vcpu = BtVcpu::new(0, Arc::clone(&vm.shared), None).unwrap();
     let chip = &vm.shared.irqchip;
     chip.lapic_write(0, 0xF0, 0x1FF, 0, 0);

@@ -157,9 +157,11 @@ impl BtVcpu {
         self.set_registers(&state.registers)?;
         // A state has no place for a kick that ends a halt which is still to come. One too many
         // has a waiter look again; without one that was there it would sleep for ever. It came,
-        // if it did, behind the waiter's last look, which is made with interrupts off.
+        // if it did, behind the waiter's last look, which is made with interrupts off. Where there
+        // is no other vCPU nobody kicks, and HLT with interrupts off is the end.
         let closed = state.registers.rflags & flag::IF == 0 || state.events.shadow_sti;
         let may_be_kicked = self.cpu.vm.kvm_features & feature::PV_UNHALT != 0
+            && self.cpu.vm.topology.vcpus() > 1
             && state.run == RunState::Runnable
             && closed;
         let st = &mut *self.cpu.st;

@@ -19,7 +19,7 @@ type Thread = fn(&mut CodeAssembler) -> Result<(), IcedError>;
 fn interpreting() -> BtVm {
     with_identity_map(|memory| {
         let config = Config { topology: Topology::flat(2), translate: false, ..Config::default() };
-        build(memory, config, CACHE_BYTES, None).unwrap()
+        build(memory, config, Room::USUAL, None).unwrap()
     })
 }
 

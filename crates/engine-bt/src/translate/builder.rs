@@ -26,7 +26,7 @@ use super::stubs::Stubs;
 use crate::journal::Counting;
 use crate::state::mode;
 
-const MAX_INSTRUCTIONS: usize = 64;
+pub const MAX_INSTRUCTIONS: usize = 64;
 /// The most guest bytes of a block.
 pub const MAX_BLOCK_CODE: usize = MAX_INSTRUCTIONS * 15;
 

@@ -18,6 +18,7 @@ use rustc_hash::FxHashMap;
 use tetrarch_memory::GuestPhys;
 
 use super::block::{Built, Site, What};
+use super::builder::MAX_INSTRUCTIONS;
 use super::directory::Entry;
 use super::sources::Origin;
 use super::stubs::{self, Calls, Stubs};
@@ -29,7 +30,24 @@ use crate::host::code_memory::CodeMemory;
 use crate::host::signals;
 
 /// Room for translations. A full cache starts over.
-pub const CACHE_BYTES: usize = 192 << 20;
+#[derive(Clone, Copy)]
+pub struct Room {
+    pub bytes: usize,
+    /// Guest instructions that are translated.
+    pub instructions: usize,
+}
+
+impl Room {
+    pub const USUAL: Self = Self { bytes: 192 << 20, instructions: usize::MAX };
+
+    /// Of a machine that records or replays. Code that is replayed is longer than what was
+    /// recorded, and the cache is to start over where it did then: it is full by a number of
+    /// instructions alone, with which the bytes cannot have run out.
+    pub const JOURNALLED: Self = Self {
+        bytes: (1 << 20) * (MAX_BLOCK_BYTES / MAX_INSTRUCTIONS) + (1 << 20),
+        instructions: 1 << 20,
+    };
+}
 
 /// No translation is longer: 64 instructions with every part at its largest.
 pub const MAX_BLOCK_BYTES: usize = 64 << 10;
@@ -51,6 +69,8 @@ pub struct CodeCache {
     pub stubs: Stubs,
     first: usize,
     next: usize,
+    most_instructions: usize,
+    instructions: usize,
     /// What is found without the lock.
     pub translations: Arc<Translations>,
     pages: FxHashMap<u64, CodePage>,
@@ -65,8 +85,8 @@ impl CodeCache {
         CodeMemory::new("tetrarch-code", 4096).map(drop)
     }
 
-    pub fn new(bytes: usize, calls: &Calls) -> std::io::Result<Self> {
-        let mut memory = CodeMemory::new("tetrarch-code", bytes)?;
+    pub fn new(room: Room, calls: &Calls) -> std::io::Result<Self> {
+        let mut memory = CodeMemory::new("tetrarch-code", room.bytes)?;
         let avx = crate::cpu::fpu::host_avx();
         let (bytes, stubs) =
             stubs::assemble(memory.run_address(0), avx, calls).map_err(std::io::Error::other)?;
@@ -83,6 +103,8 @@ impl CodeCache {
             stubs,
             first,
             next: first,
+            most_instructions: room.instructions,
+            instructions: 0,
             translations: Arc::new(Translations::new(0, run)),
             pages: FxHashMap::default(),
             origins: FxHashMap::default(),
@@ -93,6 +115,7 @@ impl CodeCache {
     /// True if a block may not fit any more.
     pub fn is_full(&self) -> bool {
         self.memory.len() - self.next < MAX_BLOCK_BYTES
+            || self.instructions.saturating_add(MAX_INSTRUCTIONS) > self.most_instructions
             || self.translations.blocks.len() >= MAX_RECORDS
             || MAX_SITES - self.translations.sites.len() < MAX_BLOCK_SITES
             || self.translations.pages.len() >= MAX_RECORDS
@@ -115,6 +138,7 @@ impl CodeCache {
     pub fn clear(&mut self) -> Vec<u64> {
         self.memory.give_back(self.first, self.next);
         self.next = self.first;
+        self.instructions = 0;
         self.origins.clear();
         let generation = self.translations.generation + 1;
         let run = self.memory.run_address(0)..self.memory.run_address(self.memory.len());
@@ -191,6 +215,7 @@ impl CodeCache {
         }
         self.memory.write(start, &built.code);
         self.next = (start + built.code.len()).next_multiple_of(16);
+        self.instructions += built.instructions as usize;
 
         let block = Block {
             start: start as u32,

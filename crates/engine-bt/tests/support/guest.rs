@@ -133,10 +133,13 @@ impl Guest {
 
     /// The same, with what a platform adds.
     pub fn on_platform(translate: bool, platform: Platform) -> Self {
+        Self::of(Config { translate, platform, ..Config::default() })
+    }
+
+    /// The first vCPU of a machine.
+    pub fn of(config: Config) -> Self {
         let memory = Arc::new(GuestMemory::new(RAM).unwrap());
-        let vm =
-            create_vm(Arc::clone(&memory), Config { translate, platform, ..Config::default() })
-                .unwrap();
+        let vm = create_vm(Arc::clone(&memory), config).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let state = Arc::new(Watch { runs: AtomicU64::new(0), running: AtomicU64::new(0) });
         watch(&state, vcpu.kicker());
