@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from tests.vnc.viewer import Viewer
+
 from tetrarch import Machine, block
 
 PROMPT = "root@tetrarch:~# "
@@ -48,6 +50,7 @@ def main() -> None:
         initrd="/suite/initrd",
         disk="/tmp/disk,bus=pvscsi",
         net="tap=t0,model=vmxnet3",
+        display="vnc=/tmp/vnc",
     )
     with machine:
         subprocess.run(["busybox", "ip", "addr", "add", "10.8.0.1/24", "dev", "t0"], check=True)
@@ -81,6 +84,26 @@ def main() -> None:
         assert digests[0] in said, (said, digests)
         ask("! dmesg | grep -E 'NETDEV WATCHDOG|BUG:'")
         print("outer: VMXNET3 has carried both ways", flush=True)
+        # As in tests/platforms/test_vmware_screen.py.
+        ask("sh /bench/load; ls /sys/bus/pci/drivers/vmwgfx | grep 0000; grep vmwgfx /proc/fb")
+        machine.console.send("kms_picture\n")
+        machine.console.expect("drawn 1280x800", LIMIT_S)
+        pattern = bytes(
+            colour & 255 for y in range(800) for x in range(1280) for colour in (x ^ y, y, x)
+        )
+        with Viewer("/tmp/vnc") as viewer:
+            viewer.until(lambda: viewer.pixels == pattern)
+            assert machine.screen().pixels == pattern
+            machine.console.send("rect 100 50 300 200 112233\n")
+            machine.console.expect("drawn", LIMIT_S)
+            changed = bytearray(pattern)
+            for y in range(50, 250):
+                at = 3 * (1280 * y + 100)
+                changed[at : at + 900] = b"\x11\x22\x33" * 300
+            viewer.until(lambda: viewer.pixels == bytes(changed))
+        machine.console.send("end\n")
+        machine.console.expect(PROMPT, LIMIT_S)
+        print("outer: vmwgfx draws, and a viewer sees it", flush=True)
         ask("ls /sys/bus/pci/drivers/vmw_vmci | grep 0000")
         end = time.monotonic() + LIMIT_S
         machine.balloon.target = 64 * MIB

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import struct
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import asyncvnc
 import pytest
 from tests.debs import debian_package
 from tests.initrds import shell_tree
+from tests.programs import compiled
 from tests.virtio.driver import wait_until
 from tests.vnc.viewer import ZRLE, Viewer
 
@@ -78,9 +78,7 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         tree.file(f"lib/modules/{modules.name}/{module.path}", module.data)
     tree.file(f"lib/modules/{modules.name}/modules.dep", modules_dep(needed).encode())
     folder = tmp_path_factory.mktemp("screen")
-    program = folder / "kms_picture"
-    source = Path(__file__).with_name("kms_picture.c")
-    subprocess.run(["gcc", "-static", "-O2", "-o", program, source], check=True, timeout=LIMIT_S)
+    program = compiled(Path(__file__).with_name("kms_picture.c"), folder)
     tree.file("bin/kms_picture", program.read_bytes(), 0o755)
     initrd = folder / "initrd"
     initrd.write_bytes(tree.cpio())

@@ -34,6 +34,7 @@ _GUEST: Final = "debian-amd64"
 _DRIVER: Final = "vmwgfx"
 #: Where the guest has the driver's modules.
 _MODULES: Final = "bench"
+LOAD: Final = f"sh /{_MODULES}/load"
 
 Kind = Literal["vga", "svga"]
 #: Kind of screen -> what a column is called.
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure(folder: Path, rounds: int, seconds: int) -> Figures:
     cache = images.Cache()
     guest = images.ensure(cache, _GUEST, images.TerminalReporter())
-    initrd = _with_driver(cache, guest, folder)
+    initrd = with_driver(cache, guest, folder)
     found: dict[tuple[str, str], list[float]] = {}
     with ExitStack() as stack:
         machines = {
@@ -96,19 +97,21 @@ def _measure(folder: Path, rounds: int, seconds: int) -> Figures:
     return {key: statistics.median(figures) for key, figures in found.items()}
 
 
-def _with_driver(cache: images.Cache, guest: CachedGuest, folder: Path) -> Path:
-    """The guest's initramfs, and behind it the driver's modules and in which order they load."""
+def with_driver(cache: images.Cache, guest: CachedGuest, folder: Path) -> Path:
+    """The guest's initramfs, and behind it the driver's modules, which ``LOAD`` loads."""
     (package,) = (name for name in guest.manifest.packages if name.startswith("linux-image-"))
-    (folder / "kernel").mkdir()
-    unpack(cache.packages / package, folder / "kernel")
-    modules = ModuleTree(folder / "kernel/lib/modules" / guest.manifest.release).closure([_DRIVER])
+    kernel = folder / "kernel"
+    kernel.mkdir()
+    unpack(cache.packages / package, kernel)
+    modules = ModuleTree(kernel / "lib/modules" / guest.manifest.release).closure([_DRIVER])
     tree = Initramfs()
     for module in modules:
         tree.file(f"{_MODULES}/{module.path}", module.data)
     (line,) = (line for line in modules_dep(modules).splitlines() if f"/{_DRIVER}.ko:" in line)
-    # Nearest first.
+    # Each behind those that it needs.
     order = reversed(line.replace(":", "").split())
-    tree.file(f"{_MODULES}/order", "\n".join(order).encode())
+    commands = "".join(f"insmod /{_MODULES}/{module}\n" for module in order)
+    tree.file(f"{_MODULES}/load", f"set -e\n{commands}".encode())
     both = folder / "initrd.gz"
     both.write_bytes(guest.initrd.read_bytes() + tree.gzip())
     return both
@@ -130,9 +133,7 @@ def _booted(kernel: Path, initrd: Path, screen: Kind) -> Iterator[Machine]:
         machine.start()
         machine.console.expect(_PROMPT, _BOOT_S)
         if screen == "svga":
-            machine.console.send(
-                f"cd /{_MODULES}; for one in $(cat order); do insmod $one; done; cd\n"
-            )
+            machine.console.send(f"{LOAD}\n")
             machine.console.expect(_PROMPT, _BOOT_S)
         # A cursor that blinks would be an update of its own.
         machine.console.send("echo 0 >/sys/class/graphics/fbcon/cursor_blink; cat /proc/fb\n")
