@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 from tests.userland.debian import DebianRoot
@@ -87,10 +88,14 @@ def test_another_platform_has_neither_variables_nor_tools(debian_guest: CachedGu
 class Small:
     """A guest with Debian's open-vm-tools, without systemd."""
 
-    def __init__(self, kernel: CachedGuest) -> None:
+    def __init__(self, vm: Machine) -> None:
+        self.vm = vm
+
+    @classmethod
+    def started(cls, kernel: CachedGuest) -> Self:
         root = DebianRoot(("busybox-static", "open-vm-tools", "coreutils", "dash"))
         root.build()
-        self.vm = Machine(
+        vm = Machine(
             kernel=kernel.kernel,
             initrd=root.initrd,
             append="console=ttyS0 quiet reboot=t panic=-1",
@@ -98,8 +103,9 @@ class Small:
             engine="bt",
             platform="vmware",
         )
-        self.vm.start()
-        self.vm.console.expect("=== ready\r\n", PATIENCE)
+        vm.start()
+        vm.console.expect("=== ready\r\n", PATIENCE)
+        return cls(vm)
 
     def run(self, command: str) -> str:
         self.vm.console.send(f"x {command}\n")
@@ -110,7 +116,7 @@ class Small:
 
 @pytest.fixture(scope="module")
 def tools(debian_guest: CachedGuest) -> Iterator[Small]:
-    small = Small(debian_guest)
+    small = Small.started(debian_guest)
     yield small
     small.vm.kill()
 
@@ -138,7 +144,7 @@ def test_programs_of_open_vm_tools_work(tools: Small) -> None:
     assert re.search(r"\d\d:\d\d:\d\d", tools.run("vmware-toolbox-cmd stat hosttime"))
 
 
-def test_service_of_open_vm_tools_comes_and_is_asked(tools: Small) -> None:
+def test_service_of_open_vm_tools_comes_and_is_asked(tools: Small, tmp_path: Path) -> None:
     tools.run("vmtoolsd -b /tmp/pid >/tmp/log 2>&1; sleep 1")
     deadline = time.monotonic() + PATIENCE
     while not tools.vm.tools.status.version:
@@ -168,6 +174,13 @@ def test_service_of_open_vm_tools_comes_and_is_asked(tools: Small) -> None:
     tools.vm.pause()
     tools.vm.resume()
     until_right(tools)
+    # So it is where the machine goes on in another process: its tools come by themselves.
+    tools.run("date -s '2001-01-01'")
+    tools.vm.save(tmp_path / "saved")
+    with Machine.restore(tmp_path / "saved") as restored:
+        restored.start()
+        until_right(Small(restored))
+        assert restored.tools.status.version == status.version
 
 
 def until_right(tools: Small) -> None:
