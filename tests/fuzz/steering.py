@@ -26,7 +26,7 @@ from tetrarch._native import EngineError
 from tetrarch.control.commands import COMMANDS
 from tetrarch.control.session import Session as QmpSession
 from tetrarch.display import Display
-from tetrarch.display.frame import Frame
+from tetrarch.display.frame import Cursor, Frame
 from tetrarch.errors import MachineStateError
 from tetrarch.gdb.packets import PACKET_MAX, PacketReader, escape, frame
 from tetrarch.gdb.registers import REGISTERS
@@ -227,21 +227,27 @@ def gdb(data: bytes) -> None:
 
 
 class _Shown:
-    """A screen of changing size."""
+    """A screen of changing size, and a pointer of any."""
 
     def __init__(self, source: Input) -> None:
         self._source = source
 
     def still(self) -> Frame | None:
         width, height = 1 + self._source.number(1), 1 + self._source.number(1) % 100
-        return Frame(width, height, bytes(4 * width * height))
+        some = self._source.bytes(4 * (self._source.number(1) % 40)) or bytes(4)
+        length = 4 * width * height
+        return Frame(width, height, (some * (length // len(some) + 1))[:length])
 
     def look(self) -> tuple[Frame, None] | None:
         frame = self.still() if self._source.number(1) & 3 else None
         return None if frame is None else (frame, None)
 
-    def cursor(self) -> None:
-        return None
+    def cursor(self) -> Cursor | None:
+        if self._source.number(1) & 1:
+            return None
+        width, height, x, y = (self._source.number(1) % 20 for _ in range(4))
+        points = self._source.bytes(4 * width * height).ljust(4 * width * height, b"\xff")
+        return Cursor(width, height, min(x, width), min(y, height), points)
 
 
 def viewer_messages(source: Input) -> Iterator[bytes]:
