@@ -67,6 +67,11 @@ PARTS_MAX: Final = 256
 COPIED_MAX: Final = 32 << 20
 _U32: Final = 0xFFFF_FFFF
 
+_POINTERS: Final[Mapping[int, Callable[[Sequence[int]], Cursor]]] = {
+    queue.DEFINE_CURSOR: masked_cursor,
+    queue.DEFINE_ALPHA_CURSOR: alpha_cursor,
+}
+
 
 class Svga2:
     """The function, as a device to plug in, and what it shows, as a source of a display.
@@ -212,6 +217,7 @@ class Svga2:
             return True
         self._queue.set_word(queue.FIFO_BUSY, 0)
         done = copied = 0
+        pointer: Command | None = None
         try:
             waiting = self._queue.waiting()
         except BadCommands as error:
@@ -219,6 +225,8 @@ class Svga2:
             return True
         try:
             for command in waiting.commands():
+                if command.number in _POINTERS:
+                    pointer = command  # of many the last one counts
                 copied += self._command(command)
                 done = command.end
                 if copied > COPIED_MAX:
@@ -226,22 +234,20 @@ class Svga2:
         except BadCommands as error:
             self._complain(error)
             done = len(waiting.words)
+        if pointer is not None:
+            self._cursor = _POINTERS[pointer.number](pointer.arguments)
         self._queue.take(waiting, done)
         if done:
             self._interrupt(FIFO_PROGRESS)
         return copied <= COPIED_MAX
 
     def _command(self, command: Command) -> int:
-        """How many bytes it has copied."""
+        """All but those of the pointer; how many bytes it has copied."""
         match command.number:
             case queue.UPDATE | queue.UPDATE_VERBOSE:
                 self._changed(Rect(*command.arguments[:4]))
             case queue.RECT_COPY:
                 return self._copy(*command.arguments)
-            case queue.DEFINE_CURSOR:
-                self._cursor = masked_cursor(command.arguments)
-            case queue.DEFINE_ALPHA_CURSOR:
-                self._cursor = alpha_cursor(command.arguments)
             case queue.FENCE:
                 self._fence(command.arguments[0])
         return 0
