@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import struct
 from collections.abc import Iterator
 
 import pytest
+from tests.cards.frames import MAC, MESSAGE, OTHER, TO_NETWORK, sum16, tcp, to_guest
 from tests.cards.vmxnet3_driver import (
     ALLMULTI,
     BCAST,
@@ -14,9 +14,7 @@ from tests.cards.vmxnet3_driver import (
     IMR,
     LISTS,
     LRO,
-    MAC,
     MCAST,
-    OTHER,
     PROMISC,
     RSS,
     RX,
@@ -32,7 +30,7 @@ from tests.cards.vmxnet3_driver import (
     UCAST,
     Vmxnet3Driver,
 )
-from tests.net.card import Program, udp
+from tests.net.card import Program
 
 from tetrarch._native import Vm
 from tetrarch.cards.vmxnet3 import (
@@ -66,8 +64,6 @@ from tetrarch.cards.vmxnet3 import (
 )
 from tetrarch.errors import StateError
 
-MESSAGE = udp(("10.0.0.2", 4000), ("10.0.0.1", 4001), b"message")
-TO_NETWORK = OTHER + MAC + b"\x88\xb5" + bytes(range(50))
 # What a completion knows of a frame.
 TUC, UDP, TCP, IPC, V6, V4, FRG = (1 << bit for bit in range(7))
 NO_END, NOT_SUPPORTED, SMALL = 0x8000_0000, 0x8000_0003, 0x8000_0004
@@ -85,31 +81,6 @@ def driver(program: Program) -> Iterator[Vmxnet3Driver]:
     one = Vmxnet3Driver(program.network())
     yield one
     one.card.close()
-
-
-def to_guest(data: bytes, to: bytes = MAC, kind: bytes = b"\x88\xb5") -> bytes:
-    return to + OTHER + kind + data.ljust(46, b"\0")
-
-
-def sum16(data: bytes | bytearray) -> int:
-    even = bytes(data) + bytes(len(data) % 2)
-    total: int = sum(struct.unpack(f">{len(even) // 2}H", even))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
-
-
-def tcp(data: bytes, *, prepared: bool = True) -> bytes:
-    """From MAC to OTHER by IPv4; its sums right, or as a driver leaves them that wants segments."""
-    addresses = socket.inet_aton("10.0.0.1") + socket.inet_aton("10.0.0.2")
-    length = 20 + len(data)
-    ip = bytearray(struct.pack(">BBHHHBBH", 0x45, 0, 20 + length, 7, 0x4000, 64, 6, 0) + addresses)
-    segment = bytearray(struct.pack(">HHIIBBHHH", 4096, 80, 1000, 0, 0x50, 0x18, 64, 0, 0) + data)
-    if prepared:
-        ip[10:12] = struct.pack(">H", ~sum16(ip) & 0xFFFF)
-        pseudo = addresses + struct.pack(">HH", 6, length)
-        segment[16:18] = struct.pack(">H", ~sum16(pseudo + segment) & 0xFFFF)
-    return OTHER + MAC + b"\x08\x00" + bytes(ip) + bytes(segment)
 
 
 # Registers and commands

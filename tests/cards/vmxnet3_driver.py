@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from tests.cards.frames import MAC
+
 from tetrarch._native import Vm
 from tetrarch.cards import Vmxnet3Card
 from tetrarch.cards.vmxnet3 import ACTIVATE_DEV, CMD, DSAH, DSAL, REVISION
@@ -14,8 +16,6 @@ from tetrarch.net.network import OpenNetwork
 from tetrarch.pci.function import BUS_MASTER, COMMAND, MEMORY_SPACE
 
 LIMIT_S: Final = 30
-MAC: Final = bytes.fromhex("020000000001")
-OTHER: Final = bytes.fromhex("020000000002")
 
 # Where the driver has what it shares, its rings and its buffers.
 SHARED: Final = 0x10_0000

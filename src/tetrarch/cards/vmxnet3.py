@@ -7,10 +7,9 @@ Rings, interrupt masks and doorbells are ``Vmxnet3Rings``, on the I/O thread.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from tetrarch._native import (
     EngineError,
@@ -21,13 +20,13 @@ from tetrarch._native import (
     Vmxnet3Rings,
 )
 from tetrarch._seldom import Seldom
+from tetrarch.cards.card import NetworkCard
 from tetrarch.devices._access import all_ones
-from tetrarch.devices._state import DeviceState, State, register
-from tetrarch.errors import StateError
+from tetrarch.devices._state import DeviceState, register
 from tetrarch.pci.function import Bar, BarPart, Identity, PciFunction
 
 if TYPE_CHECKING:
-    from tetrarch._native import Vm, Vmxnet3State
+    from tetrarch._native import Vm
     from tetrarch.net.network import OpenNetwork
 
 __all__ = ["Vmxnet3Card", "Vmxnet3RegistersState"]
@@ -85,16 +84,16 @@ class Vmxnet3RegistersState(DeviceState):
     """To the last command."""
 
 
-class Vmxnet3Card:
+class Vmxnet3Card(NetworkCard):
     """A card, as a device to plug in."""
 
+    model = "VMXNET3"
+    state: Vmxnet3RegistersState
+
     def __init__(self, vm: Vm, network: OpenNetwork, name: str, mac: bytes) -> None:
-        self.name = name
-        self.network = network
+        super().__init__(network, name)
         self.state = Vmxnet3RegistersState()
-        self._lock = threading.Lock()
         self._complaint = Seldom()
-        self._changed_mac: bytes | None = None
         line, count = Intx(), Vmxnet3Rings.MAX_INTERRUPTS
         messages, self.msix = MsiVectors(vm, 1), MsixTable(vm, count)
         causes = Vmxnet3Causes(line)
@@ -150,9 +149,8 @@ class Vmxnet3Card:
         interrupts does with UPDATE_IML, and one that wakes nobody with UPDATE_PMCFG."""
 
     @property
-    def mac(self) -> bytes:
-        """The address that the driver has given it, or its own."""
-        return self.rings.mac
+    def _rings(self) -> Vmxnet3Rings:
+        return self.rings
 
     # Registers
 
@@ -194,56 +192,6 @@ class Vmxnet3Card:
                 log.warning("%s: its driver cannot activate it: %s", self.name, error)
             return FAILED
         return 0
-
-    # Life
-
-    def stats(self) -> dict[str, int]:
-        """Frames, bytes, and what was dropped by the reason."""
-        return self.network.native.stats()
-
-    def change_mac(self, mac: bytes) -> None:
-        """Another address of the card's own than the state that is loaded next has. A driver that
-        runs keeps the one that it has found, until it starts anew."""
-        self._changed_mac = mac
-
-    def reset(self) -> None:
-        with self._lock:
-            self.rings.reset()
-            self.state.reset()
-        self.function.reset()
-
-    def close(self) -> None:
-        """Lets go of the network: the device is out, or the machine has ended."""
-        self.network.leave()
-        self.rings.close()
-        self.network.close()
-
-    def save(self) -> State:
-        """To be called while the machine is held."""
-        with self._lock:
-            registers = self.state.save()
-        rings = {
-            name: list(value) for name, value in cast(State, self.rings.save()).items()
-        }  # numbers alone, also of bytes
-        return {"registers": registers, "rings": rings, "pci": self.function.save()}
-
-    def load(self, state: State) -> None:
-        self.reset()
-        registers, pci = (state.get(part) for part in ("registers", "pci"))
-        self.function.load(pci if isinstance(pci, dict) else {})
-        with self._lock:
-            self.state.load(registers if isinstance(registers, dict) else {})
-            try:
-                rings: Vmxnet3State = state["rings"]
-                if self._changed_mac is not None:
-                    rings = {**rings, "permanent": self._changed_mac}
-                self.rings.load(rings)
-            except (EngineError, KeyError, TypeError, ValueError, OverflowError) as error:
-                self.state.reset()
-                raise StateError(
-                    f"{self.name}: a saved VMXNET3 card is damaged, or of another",
-                    mend="make the machine as it was when it was saved",
-                ) from error
 
 
 def _low(mac: bytes) -> int:

@@ -17,6 +17,7 @@ use super::receive::{Arrival, Delivery, ERRORS, NO_BUFFER, RxQueue};
 use super::rss::Rss;
 use super::transmit::{Turn, TxQueue};
 use super::{MAX_TX, MacAddress};
+use crate::announcement::announcement;
 
 /// Sources of events: rings to send by their number, then buffers, and back ends.
 pub const ROOM: u32 = MAX_TX as u32;
@@ -264,14 +265,8 @@ impl Card {
         }
     }
 
-    /// Tells switches where the guest is now, in its place (RFC 903, a request of nobody).
     fn announce(&mut self) {
-        let mut frame = [0; 60];
-        frame[..6].fill(0xFF);
-        frame[6..12].copy_from_slice(&self.mac);
-        frame[12..22].copy_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
-        frame[22..28].copy_from_slice(&self.mac);
-        frame[32..38].copy_from_slice(&self.mac);
+        let frame = announcement(self.mac);
         if let Some(end) = self.ends.first_mut().filter(|_| self.active.is_some()) {
             // Without room in the network it is lost, as any frame may be.
             let _ = end.backend.send(&Packet::plain(&frame));

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tetrarch_bus::Interrupt;
 
+use crate::Drive;
+
 /// VMXNET3_MAX_INTRS: one for each queue, and one for events.
 pub const MAX_INTERRUPTS: usize = 25;
-
-/// Takes the level of the interrupt line to the machine; must not call into devices.
-pub type Drive = Box<dyn Fn(bool) + Send + Sync>;
 
 /// The interrupt cause register, and the line, which is high while there is a cause: what is used
 /// where the function has no messages.

@@ -16,6 +16,7 @@ mod rss;
 mod saved;
 mod transmit;
 
+pub use crate::MacAddress;
 pub use controller::Vmxnet3;
 pub use interrupts::{Causes, MAX_INTERRUPTS};
 pub use layout::ActivateError;
@@ -25,5 +26,3 @@ pub use saved::{DamagedState, Saved};
 /// Queues that a driver may have (VMXNET3_MAX_TX_QUEUES, VMXNET3_MAX_RX_QUEUES).
 pub const MAX_TX: usize = 8;
 pub const MAX_RX: usize = 16;
-
-pub type MacAddress = [u8; 6];
