@@ -18,6 +18,7 @@ __all__ = [
     "DiskBytes",
     "DiskError",
     "DiskSource",
+    "E1000Rings",
     "EngineError",
     "GuestCall",
     "GuestFault",
@@ -534,6 +535,53 @@ class PvscsiRings(RustDevice):
         """Requests that wait for the host to be mended."""
     def close(self) -> None:
         """Lets go of the disks."""
+
+@type_check_only
+class E1000State(TypedDict):
+    """An e1000 card as it is saved, in numbers: ``crates/cards`` says which."""
+
+    permanent: Sequence[int]
+    registers: Sequence[int]
+    filter: Sequence[int]
+    statistics: Sequence[int]
+    interrupts: Sequence[int]
+    places: Sequence[int]
+    contexts: Sequence[int]
+    state: Sequence[int]
+
+@final
+class E1000Rings(RustDevice):
+    """An e1000 card but for its first registers: a device for the others, from ``FIRST_REGISTER``
+    on, and rings on the machine's I/O thread. It takes ``network`` over; with ``mac``, of 6 bytes,
+    in its EEPROM."""
+
+    FIRST_REGISTER: int
+    def __new__(cls, vm: Vm, name: str, network: Network, mac: bytes, line: Wire) -> Self: ...
+    @property
+    def mac(self) -> bytes:
+        """The address that the driver has given it, or its own."""
+    @property
+    def permanent(self) -> bytes: ...
+    @property
+    def link(self) -> bool:
+        """Whether there is a network at the other end."""
+    def set_tags(self, on: bool) -> None:
+        """Whether tags of VLANs are put in and taken off."""
+    def set_loopback(self, on: bool) -> None:
+        """Whether what is sent comes back, and nothing else."""
+    def raise_causes(self, causes: int) -> None:
+        """Causes of an interrupt."""
+    def reset(self) -> None:
+        """As it was made, but for the loopback. When it returns nothing touches guest memory."""
+    def set_master(self, master: bool) -> None:
+        """Whether the card may access memory; at first it may. When it was taken from it, nothing
+        is read or written there any more, and it goes on when it is given back."""
+    def save(self) -> E1000State:
+        """Exact while the machine is held."""
+    def load(self, state: E1000State) -> None:
+        """EngineError, and the card is reset, where it is of another."""
+    def close(self) -> None:
+        """Lets go of the network."""
 
 @final
 class Vmxnet3Causes:

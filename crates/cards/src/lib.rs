@@ -2,6 +2,7 @@
 //! paths. This crate knows no machine and no Python.
 
 mod announcement;
+pub mod e1000;
 pub mod vmxnet3;
 
 pub type MacAddress = [u8; 6];

@@ -13,6 +13,7 @@ mod descriptor;
 mod device_memory;
 mod disk;
 mod display;
+mod e1000;
 mod error;
 mod guest_call;
 mod ide;
@@ -56,6 +57,8 @@ mod _native {
     use crate::disk::{Disk, DiskBytes, DiskError, DiskSource, disk_check, disk_create, disk_info};
     #[pymodule_export]
     use crate::display::PixelFormat;
+    #[pymodule_export]
+    use crate::e1000::E1000Rings;
     #[pymodule_export]
     use crate::error::{EngineError, GuestFault, GuestMemoryError};
     #[pymodule_export]

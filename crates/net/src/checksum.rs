@@ -31,7 +31,7 @@ fn pseudo(addresses: &[u8], protocol: u8, length: usize) -> u64 {
     sum(addresses) + word(u16::from(protocol)) + word(length as u16) + word((length >> 16) as u16)
 }
 
-/// The checksum of bytes.
+/// The checksum of bytes (RFC 1071).
 pub fn of(bytes: &[u8]) -> u16 {
     !fold(sum(bytes))
 }

@@ -29,7 +29,7 @@ mod watch;
 
 pub use backend::{Interest, NetBackend, Sent};
 pub use capture::{Capture, CaptureFile};
-pub use checksum::{complete, verify};
+pub use checksum::{complete, of as internet_checksum, verify};
 pub use counters::{Counters, Direction, DropReason};
 pub use filter::{Filter, Judge};
 pub use frame::{Frame, MAX_FRAME, MIN_FRAME, Packet, Payload};
