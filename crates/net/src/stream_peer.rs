@@ -8,10 +8,20 @@ use crate::plain::Plain;
 use crate::stream::{Ended, Stream};
 use crate::watch::Watch;
 use crate::{
-    Counters, Direction, DropReason, Frame, Interest, MAX_FRAME, MIN_FRAME, NetBackend, Offload,
-    Offloads, Packet, Sent,
+    Counters, Direction, DropReason, Frame, Interest, Layers, MAX_FRAME, MIN_FRAME, NetBackend,
+    Offload, Offloads, Packet, Sent,
 };
 use std::os::fd::AsFd;
+
+/// The longest frame that may be padded: the shortest of a wire, and a tag.
+const PADDED: usize = 60 + 4;
+
+/// What drivers pad for a wire is left out of packets of IP: passt takes it for a part of them.
+fn without_padding(frame: &[u8]) -> &[u8] {
+    let short = Some(frame).filter(|frame| frame.len() <= PADDED);
+    let end = short.and_then(Layers::of).map_or(frame.len(), |layers| layers.end);
+    frame.get(..end).unwrap_or(frame)
+}
 
 /// Takes whole frames alone. When the peer has gone the link is down.
 pub struct StreamPeer {
@@ -100,7 +110,8 @@ impl NetBackend for StreamPeer {
         if !stream.has_room() {
             return Sent::Busy;
         }
-        if self.plain.each(packet, |frame| stream.push(frame)).is_err() {
+        let pushed = self.plain.each(packet, |frame| stream.push(without_padding(frame)));
+        if pushed.is_err() {
             self.counters.dropped(Direction::Sent, DropReason::Malformed);
         }
         Sent::Taken
@@ -177,6 +188,20 @@ mod tests {
             lengths.push(frame.len());
         }
         assert_eq!(lengths, [1054, 1054, 554]);
+    }
+
+    #[test]
+    fn padding_is_no_part_of_a_packet() {
+        let packet = tcp4(0, 0x10);
+        let long = tcp4(100, 0x10);
+        for (frame, sent) in [
+            ([&packet[..], &[0; 6]].concat(), &packet[..]),
+            ([&packet[..], &[0; 11]].concat(), &[&packet[..], &[0; 11]].concat()[..]),
+            ([&long[..], &[0; 6]].concat(), &[&long[..], &[0; 6]].concat()),
+            (numbered(1), &numbered(1)),
+        ] {
+            assert_eq!(without_padding(&frame), sent);
+        }
     }
 
     #[test]
