@@ -212,7 +212,7 @@ async def plugging(session: Session, image: Path) -> None:
 async def networks(session: Session, path: Path) -> None:
     addr = {"type": "unix", "path": str(path)}
     await session.run("netdev_add", type="stream", id="lan", addr=addr)
-    for driver in ("vmxnet3", "virtio-net-pci"):
+    for driver in ("vmxnet3", "e1000", "virtio-net-pci"):
         mac = "52:54:00:12:34:99"
         await session.run("device_add", driver=driver, netdev="lan", id="card", mac=mac)
         said = await session.run("human-monitor-command", command_line="info network")

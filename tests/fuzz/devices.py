@@ -18,7 +18,7 @@ from tests.fuzz.input import Input
 
 from tetrarch import Machine
 from tetrarch._native import Disk, Network, Vm
-from tetrarch.cards import Vmxnet3Card
+from tetrarch.cards import E1000Card, Vmxnet3Card
 from tetrarch.devices import uart16550
 from tetrarch.devices._access import all_ones
 from tetrarch.devices.svga2 import Svga2
@@ -155,6 +155,7 @@ class Bus:
             ),
             Svga2(self.vm),
             Vmxnet3Card(self.vm, network(), "card", b"\2\0\0\0\0\1"),
+            E1000Card(self.vm, network(), "other", b"\2\0\0\0\0\2"),
         ]
         self.devices: list[Any] = [*self.functions, *self.controllers]
         for device in self.devices:

@@ -32,7 +32,7 @@ __all__ = [
     "shares_script",
 ]
 
-RECIPE_VERSION = 21
+RECIPE_VERSION = 23
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -60,6 +60,7 @@ GUEST_MODULES = (
     "nvme",
     "vmw_pvscsi",
     "vmxnet3",
+    "e1000",
     "button",
     "loop",
     "floppy",

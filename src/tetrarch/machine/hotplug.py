@@ -26,7 +26,7 @@ from tetrarch.virtio.rng import RngKind
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
-    from tetrarch.cards import Vmxnet3Card
+    from tetrarch.cards import NetworkCard
     from tetrarch.net.network import OpenNetwork
 
 __all__ = ["Added", "HotPlug"]
@@ -69,7 +69,8 @@ class HotPlug:
             "nvme": self._nvme,
             "pvscsi": self._pvscsi,
             "virtio-net-pci": self._virtio_net,
-            "vmxnet3": self._vmxnet3,
+            "vmxnet3": partial(self._card, "vmxnet3"),
+            "e1000": partial(self._card, "e1000"),
             "virtio-rng-pci": self._virtio_rng,
         }
 
@@ -127,11 +128,11 @@ class HotPlug:
         self._netdevs.released(name)
 
     @property
-    def nets(self) -> list[NetKind | Vmxnet3Card]:
+    def nets(self) -> list[NetKind | NetworkCard]:
         """The network cards that are in."""
         added = {name for name, one in self.added.items() if one.driver in NET_DRIVERS.values()}
         cards = (kind for name, kind in self._closing.items() if name in added)
-        return cast("list[NetKind | Vmxnet3Card]", list(cards))
+        return cast("list[NetKind | NetworkCard]", list(cards))
 
     def close(self) -> None:
         """The machine has ended."""
@@ -174,11 +175,11 @@ class HotPlug:
         self._closing[name] = kind
         return VirtioPci(self._vm, kind)
 
-    def _vmxnet3(self, name: str, given: Properties) -> PciDevice:
-        from tetrarch.cards.vmxnet3 import Vmxnet3Card
+    def _card(self, model: str, name: str, given: Properties) -> PciDevice:
+        from tetrarch.cards import make_card
 
-        with self._network("vmxnet3", name, given) as (network, mac):
-            card = Vmxnet3Card(self._vm, network, name, mac)
+        with self._network(model, name, given) as (network, mac):
+            card = make_card(model, self._vm, network, name, mac)
         self._closing[name] = card
         return card
 

@@ -14,14 +14,14 @@ from tetrarch.virtio.vhost_user import VhostUserNet
 
 if TYPE_CHECKING:
     from tetrarch._native import Vm
-    from tetrarch.cards import Vmxnet3Card
+    from tetrarch.cards import NetworkCard
     from tetrarch.net.network import OpenNetwork
     from tetrarch.net.spec import NetModel
 
 __all__ = ["MachineNet", "machine_nets"]
 
 #: A card, and what is behind it.
-MachineNet: TypeAlias = "NetKind | VhostUserNet | Vmxnet3Card"
+MachineNet: TypeAlias = "NetKind | VhostUserNet | NetworkCard"
 
 
 def machine_nets(
@@ -49,14 +49,14 @@ def machine_nets(
 
 def _open_card(
     vm: Vm, model: NetModel, network: OpenNetwork, name: str, mac: bytes
-) -> NetKind | Vmxnet3Card:
+) -> NetKind | NetworkCard:
     """A card that has the network, which is closed where there is none."""
     try:
-        if model == "vmxnet3":
-            from tetrarch.cards import Vmxnet3Card
+        if model == "virtio":
+            return NetKind(vm, network, name, mac)
+        from tetrarch.cards import make_card
 
-            return Vmxnet3Card(vm, network, name, mac)
-        return NetKind(vm, network, name, mac)
+        return make_card(model, vm, network, name, mac)
     except BaseException:
         network.close()
         raise

@@ -18,10 +18,14 @@ from tetrarch.net.mac import format_mac, parse_mac
 __all__ = ["NET_DRIVERS", "Forward", "NetModel", "NetSpec", "each_its_own"]
 
 NetKindName = Literal["user", "tap", "socket", "vhost-user"]
-NetModel = Literal["virtio", "vmxnet3"]
+NetModel = Literal["virtio", "vmxnet3", "e1000"]
 
 #: The cards that a guest can find, and QEMU's names of those devices.
-NET_DRIVERS: Mapping[NetModel, str] = {"virtio": "virtio-net-pci", "vmxnet3": "vmxnet3"}
+NET_DRIVERS: Mapping[NetModel, str] = {
+    "virtio": "virtio-net-pci",
+    "vmxnet3": "vmxnet3",
+    "e1000": "e1000",
+}
 
 #: What the data path has at most (crates/virtio/src/net.rs).
 QUEUES_MAX = 16
@@ -93,6 +97,10 @@ class NetSpec:
         if self.model != "virtio" and self.mtu is not None:
             raise ValueProblem(
                 f"a {self.model} card tells its guest no MTU", mend="set mtu there, or take virtio"
+            )
+        if self.model == "e1000" and self.queues > 1:
+            raise ValueProblem(
+                f"an e1000 card has one queue, not {self.queues}", mend="leave out queues="
             )
         if self.kind == "vhost-user":
             self._only_the_card()
@@ -175,7 +183,7 @@ def each_its_own(cards: Sequence[NetSpec]) -> None:
             raise ValueProblem(f"two cards are at tap={tap}", mend="give each its own")
 
 
-_MODELS = f"give {' or '.join(NET_DRIVERS)}"
+_MODELS = "give {}, {} or {}".format(*NET_DRIVERS)
 _KINDS = "there are none, user, tap=NAME, socket=PATH and vhost-user=PATH"
 _TARGETS = {"user": "", "tap": "NAME", "socket": "PATH", "vhost-user": "PATH"}
 

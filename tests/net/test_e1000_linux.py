@@ -1,0 +1,190 @@
+"""Linux uses Intel's card by its own driver; Debian's kernel for clouds has none."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.net.namespace import in_namespace, ip, need_root
+from tests.net.test_linux import HOST, PAGE, made, shell, web
+from tests.net.test_programs import drops, measure
+from tests.net.test_vmxnet3_linux import need_ip
+from tests.programs import initrd_with
+
+from tetrarch import Machine
+from tetrarch._native import Vm
+from tetrarch.cards import E1000Card
+from tetrarch.images import CachedGuest
+from tetrarch.net import NetSpec, open_network
+from tetrarch.net.mac import format_mac, stable_mac
+
+__all__ = ["web"]
+
+pytestmark = pytest.mark.long
+
+COMPLAINTS = r"BUG|Oops|WARNING|Call Trace|Detected Tx Unit Hang|Reset adapter|blocked for more"
+
+
+@pytest.mark.usefixtures("need_passt")
+def test_guest_on_vmware_gets_a_page_and_goes_on_in_another_process(
+    standard_guest: CachedGuest, web: int, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    net = "user,model=e1000"
+    with Machine(
+        engine="bt",
+        kernel=standard_guest.kernel,
+        initrd=standard_guest.initrd,
+        name="one",
+        net=net,
+        platform="vmware",
+        cpus=2,
+    ) as vm:
+        vm.start()
+        shell(vm)
+        vm.reset()
+        ask = shell(vm)
+        assert format_mac(stable_mac("one", 0)) in ask("cat /sys/class/net/eth0/address")
+        assert "NIC Link is Up 1000 Mbps Full Duplex" in ask("dmesg | grep e1000")
+        said = ask(f"wget -q -O /tmp/page http://{HOST}:{web}/ && wc -c </tmp/page")
+        assert f"{len(PAGE)}" in said
+        assert not [name for name in vm.stats()["net0"] if "malformed" in name]
+        vm.save(saved)
+    with Machine.restore(saved, net=net) as vm:
+        vm.start()
+        vm.console.send("\n")
+        ask = shell(vm)
+        said = ask(f"wget -q -O /tmp/page http://{HOST}:{web}/ && wc -c </tmp/page")
+        assert f"{len(PAGE)}" in said
+        log = ask("dmesg")
+        assert not re.search(COMPLAINTS, log), log
+
+
+@need_root
+@need_ip
+@pytest.mark.timeout(900)
+@in_namespace
+def test_offloads_on_and_off_carry_iperf_and_copies_unharmed(
+    standard_guest: CachedGuest, tmp_path: Path
+) -> None:
+    initrd = initrd_with(standard_guest, ["iperf3", "ethtool"], tmp_path)
+    data = bytes(hashlib.shake_256(b"copied").digest(24 << 20))
+    expected = hashlib.sha256(data).hexdigest()
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "data").write_bytes(data)
+    net = "tap=t0,model=e1000"
+    with made(standard_guest, initrd=initrd, net=net, cpus=2, memory="512M") as vm:
+        ip("addr add 10.8.0.1/24 dev t0")
+        vm.start()
+        ask = shell(vm)
+        ask("ip link set lo up && ip addr add 10.8.0.2/24 dev eth0")
+        ask("httpd -p 80 -h /tmp")
+        servers = [
+            subprocess.Popen(["iperf3", "-s", "-B", "10.8.0.1"], stdout=subprocess.DEVNULL),
+            subprocess.Popen(
+                ["python3", "-m", "http.server", "-b", "10.8.0.1", "8000"],
+                cwd=tmp_path / "www",
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            ),
+        ]
+        try:
+            assert "driver: e1000" in ask("ethtool -i eth0")
+            left = ask("ethtool -k eth0")
+            for feature in ("tx-checksum-ip-generic", "tx-tcp-segmentation", "rx-vlan-offload"):
+                assert f"{feature}: on" in left, left
+            for features in ("", "rx on", "tso off", "tx off", "sg off", "rx off"):
+                if features:
+                    ask(f"ethtool -K eth0 {features}")
+                for way in ("", "--reverse", "--bidir"):
+                    end = measure(ask, f"-c 10.8.0.1 --parallel 4 {way}")
+                    assert end["sum_received"]["bytes"] > 1 << 20, (features, way)
+                ask("wget -q -O /tmp/data http://10.8.0.1:8000/data")
+                assert expected in ask("sha256sum /tmp/data")
+                got = subprocess.run(
+                    ["curl", "-s", "http://10.8.0.2/data"], capture_output=True, check=True
+                )
+                assert hashlib.sha256(got.stdout).hexdigest() == expected
+            # What the card has counted.
+            said = ask("ethtool -S eth0")
+            assert not re.search(r"errors: +[1-9]", said), said
+            for name in ("rx_packets", "tx_packets", "tx_tcp_seg_good", "rx_csum_offload_good"):
+                assert re.search(rf"{name}: +[1-9]", said), said
+            # Frames of 9000 bytes.
+            ip("link set t0 mtu 9000")
+            ask("ip link set eth0 mtu 9000")
+            assert "5 packets received" in ask("ping -c 5 -s 8900 10.8.0.1")
+            ask("ethtool -K eth0 tso on rx on tx on sg on")
+            assert measure(ask, "-c 10.8.0.1 --bidir")["sum_received"]["bytes"] > 1 << 20
+        finally:
+            for server in servers:
+                server.kill()
+                server.wait()
+        assert drops(vm) == {}
+        log = ask("dmesg")
+        assert not re.search(COMPLAINTS, log), log
+
+
+@need_root
+@need_ip
+@pytest.mark.timeout(600)
+@in_namespace
+def test_driver_finds_no_fault_and_the_link_goes(
+    standard_guest: CachedGuest, tmp_path: Path
+) -> None:
+    initrd = initrd_with(standard_guest, ["ethtool"], tmp_path)
+    net = "tap=t0,model=e1000"
+    with made(standard_guest, initrd=initrd, net=net, cpus=2) as vm:
+        ip("addr add 10.8.0.1/24 dev t0")
+        vm.start()
+        ask = shell(vm)
+        ask("ip addr add 10.8.0.2/24 dev eth0")
+        # Registers, EEPROM, interrupts, loopback, link.
+        said = ask("ethtool -t eth0 offline")
+        assert "The test result is PASS" in said, said
+        ask("until ping -c 1 -w 5 10.8.0.1; do sleep 0.1; done")
+        # The driver takes the PHY's power, and gives it back.
+        for _ in range(3):
+            ask("ip link set eth0 down && ip link set eth0 up")
+            ask("until dmesg | tail -n 3 | grep 'NIC Link is Up 1000'; do sleep 0.1; done")
+            ask("until ping -c 1 -w 5 10.8.0.1; do sleep 0.1; done")
+        ip("link del t0")
+        ask("until dmesg | grep 'NIC Link is Down'; do sleep 0.1; done")
+        assert "0" in ask("cat /sys/class/net/eth0/carrier")
+        log = ask("dmesg")
+        assert not re.search(COMPLAINTS, log), log
+
+
+@need_root
+@need_ip
+@pytest.mark.timeout(900)
+@in_namespace
+def test_card_outlives_sleep_and_comes_and_goes(standard_guest: CachedGuest) -> None:
+    with made(standard_guest, net="tap=t0,model=e1000") as vm:
+        ip("addr add 10.8.0.1/24 dev t0")
+        assert isinstance(vm.engine_vm, Vm)
+        vm.start()
+        ask = shell(vm)
+        ask("ip addr add 10.8.0.2/24 dev eth0")
+        # All that a guest does to its devices when it sleeps, and when it wakes again.
+        for _ in range(3):
+            ask("echo devices > /sys/power/pm_test && echo freeze > /sys/power/state")
+            ask("until ping -c 1 -w 5 10.8.0.1; do sleep 0.1; done")
+            assert "5 packets received" in ask("ping -c 5 10.8.0.1")
+        for turn in range(5):
+            network = open_network(NetSpec.parse("tap=t1"))
+            mac = stable_mac("plugged", turn)
+            vm.attach_pci(E1000Card(vm.engine_vm, network, "net7", mac), name="net7")
+            ip("addr add 10.9.0.1/24 dev t1")
+            ask("until [ -e /sys/class/net/eth1 ]; do sleep 0.05; done")
+            assert format_mac(mac) in ask("cat /sys/class/net/eth1/address")
+            ask("ip addr add 10.9.0.2/24 dev eth1 && ip link set eth1 up")
+            ask("until ping -c 3 -w 9 10.9.0.1; do sleep 0.1; done")
+            ask("(ping -A -q -w 30 10.9.0.1 >/dev/null 2>&1 &)")
+            vm.detach("net7", timeout=120)
+            ask("[ ! -e /sys/class/net/eth1 ]")
+        log = ask("dmesg")
+        assert not re.search(COMPLAINTS, log), log
