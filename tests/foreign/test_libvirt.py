@@ -258,13 +258,18 @@ def test_sizes_and_counts(text: str, option: str, value: Any) -> None:
         ("devices", "<interface type='bridge'/>", ["line 1: interface: its tap has no name"]),
         (
             "devices",
-            "<interface type='user'><model type='e1000'/></interface>",
-            ["line 1: interface: model e1000: it is a virtio card"],
+            "<interface type='user'><model type='e1000e'/></interface>",
+            ["line 1: interface: model e1000e: it is a virtio card"],
         ),
         (
             "devices",
             "<interface type='user'><model type='vmxnet3'/><mtu size='9000'/></interface>",
             ["line 1: interface: mtu 9000: the card tells its guest none"],
+        ),
+        (
+            "devices",
+            "<interface type='user'><model type='e1000'/><mtu size='1400'/></interface>",
+            ["line 1: interface: mtu 1400: the card tells its guest none"],
         ),
         (
             "devices",

@@ -106,6 +106,12 @@ def machine(*words: str) -> tuple[MachineConfig, list[str]]:
         ),
         (["-nic", "tap,ifname=tap0,script=no,downscript=no"], "net", "tap=tap0"),
         (["-nic", "user,model=vmxnet3"], "net", "user,model=vmxnet3"),
+        (["-nic", "tap,ifname=t0,queues=2,model=e1000"], "net", "tap=t0,model=e1000"),
+        (
+            ["-netdev", "user,id=n", "-device", "e1000-82545em,netdev=n"],
+            "net",
+            "user,model=e1000",
+        ),
         (
             ["-netdev", "user,id=n", "-device", "vmxnet3,netdev=n,mac=52:54:00:00:00:01"],
             "net",
@@ -170,7 +176,7 @@ def test_what_is_carried_over(words: list[str], option: str, value: Any) -> None
         (["-drive", "file=x,if=none,id=d"], ["-drive file=x,if=none,id=d: no device has it"]),
         (["-device", "virtio-blk-pci,drive=d"], ["-device virtio-blk-pci,drive=d: its drive is"]),
         (["-device", "e1000,netdev=n"], ["-device e1000,netdev=n: its netdev is missing"]),
-        (["-nic", "user,model=e1000"], ["-nic user,model=e1000: e1000: it is a virtio card"]),
+        (["-nic", "user,model=e1000e"], ["-nic user,model=e1000e: e1000e: it is a virtio card"]),
         (["-nic", "bridge,br=br0"], ["-nic bridge,br=br0: its tap has no name"]),
         (["-nic", "user,restrict=on"], ["-nic user,restrict=on: restrict=on"]),
         (["-nic", "user,hostfwd=udp::1-:2"], ["-nic user,hostfwd=udp::1-:2: hostfwd=udp::1-:2: o"]),

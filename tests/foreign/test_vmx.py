@@ -80,7 +80,7 @@ def test_machine_of_workstation() -> None:
         "/cwd/data.vmdk,bus=pvscsi,snapshot=on",
     ]
     assert list(map(str, config.cdrom)) == ["/iso/debian.iso,bus=ide"]
-    assert list(map(str, config.net)) == ["user,mac=00:0c:29:aa:bb:cc"]
+    assert list(map(str, config.net)) == ["user,model=e1000,mac=00:0c:29:aa:bb:cc"]
     assert config.firmware is not None
     assert (str(config.firmware), config.hpet, config.floppy) == ("seabios", True, ())
     assert config.append_extra == ""
@@ -89,7 +89,6 @@ def test_machine_of_workstation() -> None:
         "uuid.bios: a machine draws its own",
         "scsi0.virtualDev=lsilogic: its disks are at a PVSCSI controller",
         "sata0:1.deviceType=cdrom-raw: a drive of the host",
-        "ethernet0.virtualDev=e1000: the card is virtio's",
         "usb: there is nothing like it",
         "ehci: there is nothing like it",
         "sound: there is nothing like it",

@@ -10,15 +10,26 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tetrarch.errors import ConfigError, ValueProblem
 from tetrarch.machine.config import MachineConfig, make_config
 from tetrarch.machine.config_file import relative_to
 from tetrarch.machine.config_tables import as_text
 from tetrarch.machine.config_text import lines_for, toml_text
+from tetrarch.net.spec import NetModel
 
-__all__ = ["Carried", "NotCarried", "shown"]
+__all__ = ["CARDS", "Carried", "NotCarried", "shown"]
+
+#: Network cards by their names elsewhere, in small letters, and the models that they are here. A
+#: guest has one driver for all e1000 of PCI; e1000e is another.
+CARDS: Final[Mapping[str, NetModel]] = {
+    "vmxnet3": "vmxnet3",
+    "e1000": "e1000",
+    "e1000-82540em": "e1000",
+    "e1000-82544gc": "e1000",
+    "e1000-82545em": "e1000",
+}
 
 #: Of one thing that is named in a message.
 _SHOWN_MAX = 100

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tetrarch.errors import ConfigError
-from tetrarch.foreign.carried import Carried
+from tetrarch.foreign.carried import CARDS, Carried
 from tetrarch.foreign.cpu import carry_cpu
 from tetrarch.foreign.viewers import carry_path, carry_port
 from tetrarch.foreign.xml_tree import Element, parse_xml
@@ -349,14 +349,15 @@ class _Reader:
             table["mtu"] = mtu.attribute("size")
         model = interface.take("model")
         name = "virtio" if model is None else model.attribute("type")
-        if name == "vmxnet3" and "vhost-user" not in table:
-            table["model"] = name
+        if name in CARDS and "vhost-user" not in table:
+            table["model"] = CARDS[name]
             if (size := table.pop("mtu", None)) is not None:
                 self.carried.lose(f"{where}: mtu {size}", "the card tells its guest none")
         elif not name.startswith("virtio"):
             self.carried.lose(f"{where}: model {name}", "it is a virtio card")
         driver = interface.take("driver")
-        if driver is not None and "tap" in table and (queues := driver.attribute("queues")):
+        several = "tap" in table and table.get("model") != "e1000"
+        if driver is not None and several and (queues := driver.attribute("queues")):
             table["queues"] = queues
         self.carried.add("net", table, f"interface {device or kind}")
         for tag in ("address", "alias", "boot", "backend", "driver", "guest"):

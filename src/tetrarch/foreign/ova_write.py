@@ -289,7 +289,7 @@ class _Writer:
                 "AutomaticAllocation": "true",
                 "Connection": "NAT",
                 "ElementName": f"Ethernet {number + 1}",
-                "ResourceSubType": "VmxNet3",
+                "ResourceSubType": "E1000" if spec.model == "e1000" else "VmxNet3",
                 "ResourceType": TYPES["ethernet"],
                 **address,
             }

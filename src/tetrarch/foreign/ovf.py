@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from tetrarch.block.spec import DiskFormat
 from tetrarch.errors import ConfigError
-from tetrarch.foreign.carried import Carried
+from tetrarch.foreign.carried import CARDS, Carried
 from tetrarch.foreign.xml_tree import Element, parse_xml
 
 __all__ = ["TYPES", "Medium", "Ovf", "import_ovf"]
@@ -286,16 +286,16 @@ class _Reader:
 
     def _card(self, item: Element, own: str) -> None:
         model, where = _text(item, "ResourceSubType"), _where(item)
-        vmxnet3 = (own or model.lower()) == "vmxnet3"
-        if not own and model.lower() not in ("", "virtio", "vmxnet3"):
+        carried = CARDS.get(own or model.lower())
+        if not own and carried is None and model.lower() not in ("", "virtio"):
             self.carried.lose(f"{where}: {model}", "the card is virtio's")
         connection = _text(item, "Connection")
         if connection.lower() != "nat":
             network = f"{where}: network {connection}".rstrip()
             self.carried.lose(network, "the guest is behind the host's address; give it a tap")
         table: dict[str, Any] = {"user": True}
-        if vmxnet3:
-            table["model"] = "vmxnet3"
+        if carried is not None:
+            table["model"] = carried
         if address := _text(item, "Address"):
             table["mac"] = address
         self.carried.add("net", table, where)

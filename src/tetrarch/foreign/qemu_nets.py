@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tetrarch.foreign.carried import Carried
+from tetrarch.foreign.carried import CARDS, Carried
 from tetrarch.foreign.qemu_lines import QemuLines
 from tetrarch.foreign.qemu_words import REPEATED, Option
 
@@ -16,9 +16,8 @@ _PLUMBING = frozenset(
     romfile script server server.type type vectors vhost vhostforce vlan
     """.split()  # noqa: SIM905 - a word a line would be a page
 )
-_VMXNET3 = "vmxnet3"
 #: Cards that are no virtio ones begin so.
-_OTHER_CARDS = ("e1000", "rtl8139", "ne2k", "pcnet", "i8255", "i82551", "tulip", "igb")
+_OTHER_CARDS = ("vmxnet3", "e1000", "rtl8139", "ne2k", "pcnet", "i8255", "i82551", "tulip", "igb")
 
 
 class QemuNets:
@@ -47,7 +46,7 @@ class QemuNets:
         return True
 
     def device(self, kind: str, keys: dict[str, str], source: str) -> bool:
-        if not kind.startswith(("virtio-net", _VMXNET3, *_OTHER_CARDS)):
+        if not kind.startswith(("virtio-net", *_OTHER_CARDS)):
             return False
         backend, _ = self._netdevs.pop(keys.get("netdev", ""), (None, ""))
         if backend is None:
@@ -68,9 +67,11 @@ class QemuNets:
             return
         keys = {**backend, **card}
         model = keys.pop("model", "virtio")
-        if model == _VMXNET3 and "vhost-user" not in table:
-            table["model"] = _VMXNET3
-        elif model.startswith((_VMXNET3, *_OTHER_CARDS)):
+        if model in CARDS and "vhost-user" not in table:
+            table["model"] = CARDS[model]
+            if table["model"] == "e1000":
+                table.pop("queues", None)
+        elif model.startswith(_OTHER_CARDS):
             self._carried.lose(f"{source}: {model}", "it is a virtio card")
         for name, option in (("mac", "mac"), ("macaddr", "mac"), ("host_mtu", "mtu")):
             if (value := keys.pop(name, None)) is not None:

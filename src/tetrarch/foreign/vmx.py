@@ -11,7 +11,7 @@ import re
 from typing import Any, Final
 
 from tetrarch.errors import ConfigError
-from tetrarch.foreign.carried import Carried
+from tetrarch.foreign.carried import CARDS, Carried
 from tetrarch.foreign.viewers import VNC_PORT, carry_port
 
 __all__ = ["import_vmx"]
@@ -179,8 +179,8 @@ class _Reader:
             self._forget(name)
             return
         model = self._take(f"{name}.virtualdev", "vlance")
-        vmxnet3 = model.lower() == "vmxnet3"
-        if not vmxnet3:
+        carried = CARDS.get(model.lower())
+        if carried is None:
             self.carried.lose(f"{name}.virtualDev={model}", "the card is virtio's")
         connection = self._take(f"{name}.connectiontype", "bridged").lower()
         network = self._take(f"{name}.networkname") or self._take(f"{name}.vnet")
@@ -188,8 +188,8 @@ class _Reader:
             what = f"{name}.connectionType={connection}" + (f" {network}" if network else "")
             self.carried.lose(what, "the guest is behind the host's address; give it a tap")
         table: dict[str, Any] = {"user": True}
-        if vmxnet3:
-            table["model"] = "vmxnet3"
+        if carried is not None:
+            table["model"] = carried
         address = self._take(f"{name}.address") or self._take(f"{name}.generatedaddress")
         if address:
             table["mac"] = address
