@@ -22,6 +22,7 @@ from typing import Final, Literal
 from tools.bench.report import ROOT, BenchError, describe_host, table, write_section
 
 from tetrarch import Machine, images
+from tetrarch.display.font import VGA_BIOS
 from tetrarch.images import CachedGuest, Initramfs
 from tetrarch.images.archive import unpack
 from tetrarch.images.modules import ModuleTree, modules_dep
@@ -67,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not VGA_BIOS.exists():
+        raise BenchError("no font for a VGA's text; install seabios")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         figures = _measure(Path(scratch), arguments.rounds, arguments.seconds)
     if arguments.json:
