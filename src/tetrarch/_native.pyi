@@ -3,7 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from os import PathLike
-from typing import Any, Literal, NotRequired, Protocol, Self, TypedDict, final, type_check_only
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NotRequired,
+    Protocol,
+    Self,
+    TypedDict,
+    final,
+    type_check_only,
+)
 
 from typing_extensions import disjoint_base
 
@@ -206,6 +216,42 @@ class Region:
         """Lets no access reach the device until the region is mapped again."""
     def detach(self) -> None:
         """Removes the region for good, and lets go of the device."""
+
+@final
+class XenDomain:
+    """What a guest of Xen's calls per event or per tick, and the ports of its event channels.
+
+    Results are those of hypercalls: an error is a negative number of xen/include/public/errno.h.
+    EngineError before ``connect``.
+    """
+
+    PORTS: ClassVar[int]
+    def __new__(cls) -> Self: ...
+    def connect(self, vm: Vm, domid: int, topology: tuple[int, int, int], /) -> None:
+        """``topology``: sockets, cores of each, threads of each. Once."""
+    def reset(self) -> None:
+        """As a domain is built: no ports, no timers, nothing in memory."""
+    def now_ns(self) -> int:
+        """What the guest's clock says."""
+    def place_shared_info(self, address: int, /) -> int: ...
+    def register_vcpu_info(self, vcpu: int, address: int, /) -> int: ...
+    def register_time(self, vcpu: int, address: int, /) -> int: ...
+    def set_upcall_vector(self, vcpu: int, vector: int, /) -> int: ...
+    def allocate_unbound(self, remote: int, /) -> int:
+        """The new port, as those below."""
+    def bind_own(self, domid: int, port: int, /) -> int:
+        """To a port of the domain's own, which waits for it."""
+    def bind_virq(self, virq: int, vcpu: int, /) -> int: ...
+    def bind_ipi(self, vcpu: int, /) -> int: ...
+    def bind_vcpu(self, port: int, vcpu: int, /) -> int: ...
+    def close(self, port: int, /) -> int: ...
+    def status(self, port: int, /) -> tuple[int, int, int]:
+        """What it is bound to, as EVTCHNOP_status numbers it; the vCPU; and the other end's domain
+        or port, or the VIRQ."""
+    def open_ports(self) -> list[int]: ...
+    def save(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any], tsc: int, /) -> None:
+        """Of a machine that stands; ``tsc`` is that of its vCPUs."""
 
 @final
 class IrqSource:

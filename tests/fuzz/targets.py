@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import configs, devices, recording, steering, vmware
+from tests.fuzz import configs, devices, recording, steering, vmware, xen
 from tests.fuzz.input import Input, damaged
 
 from tetrarch import Machine
@@ -420,4 +420,5 @@ TARGETS: dict[str, Target] = {
     "recording": recording.recording,
     "backdoor": vmware.backdoor,
     "svga": vmware.svga,
+    "hypercalls": xen.hypercalls,
 }

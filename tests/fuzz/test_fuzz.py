@@ -31,6 +31,7 @@ COUNTS = {
     "recording": 40,
     "backdoor": 1500,
     "svga": 100,
+    "hypercalls": 150,
 }
 
 

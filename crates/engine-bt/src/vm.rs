@@ -6,6 +6,7 @@ use std::thread::available_parallelism;
 
 use parking_lot::Mutex;
 use tetrarch_engine::cpuid::Topology;
+use tetrarch_engine::pvclock::Timebase;
 use tetrarch_engine::{
     Clock, CpuModel, DirtyPages, Doorbell, EngineError, GSI_COUNT, Halts, Irqfd, IrqfdId, Msi,
     Platform, RecordingEnd, Replay, Unusable, Vcpu, Vm, VmState, host_tsc,
@@ -182,7 +183,7 @@ pub(crate) fn build(
         cpuid: CpuidTable::new(topology, &config.cpu),
         platform,
         kvm_features,
-        kvm_time: kvm::Timebase::new(Arc::clone(&clock), tsc_hz),
+        kvm_time: Timebase::new(Arc::clone(&clock), tsc_hz),
         clock,
         tsc_hz,
         topology,

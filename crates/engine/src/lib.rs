@@ -18,6 +18,7 @@ mod irqfd;
 pub mod machine_check;
 mod msi;
 mod platform;
+pub mod pvclock;
 mod registers;
 mod replay;
 pub mod section;

@@ -1,6 +1,6 @@
 //! A window on guest RAM: what a device reads and writes again and again.
 
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use vm_memory::{ByteValued, Bytes, VolatileMemory, VolatileSlice};
 
@@ -65,6 +65,50 @@ impl Window {
         }
         // SAFETY: as in `u16_at`, of four bytes.
         Some(unsafe { AtomicU32::from_ptr(address) })
+    }
+
+    fn u64_at(&self, offset: usize) -> Option<&AtomicU64> {
+        let end = offset.checked_add(8)?;
+        let address = self.host.wrapping_add(offset).cast::<u64>();
+        if end > self.length || !address.is_aligned() {
+            return None;
+        }
+        // SAFETY: as in `u16_at`, of eight bytes.
+        Some(unsafe { AtomicU64::from_ptr(address) })
+    }
+
+    /// A little-endian number, at a multiple of 8.
+    #[inline]
+    pub fn load_u64(&self, offset: usize) -> u64 {
+        self.u64_at(offset).map_or(0, |cell| u64::from_le(cell.load(Ordering::SeqCst)))
+    }
+
+    /// Sets the bits of a number that the guest changes by LOCK instructions, and gives what
+    /// it was.
+    #[inline]
+    pub fn set_bits_u64(&self, offset: usize, bits: u64) -> u64 {
+        let Some(cell) = self.u64_at(offset) else { return 0 };
+        let old = u64::from_le(cell.fetch_or(bits.to_le(), Ordering::SeqCst));
+        self.memory.written(self.start.offset(offset as u64), 8);
+        old
+    }
+
+    /// The same, clears them.
+    #[inline]
+    pub fn clear_bits_u64(&self, offset: usize, bits: u64) -> u64 {
+        let Some(cell) = self.u64_at(offset) else { return 0 };
+        let old = u64::from_le(cell.fetch_and((!bits).to_le(), Ordering::SeqCst));
+        self.memory.written(self.start.offset(offset as u64), 8);
+        old
+    }
+
+    /// As `set_bits_u64`, of a number at an even address.
+    #[inline]
+    pub fn set_bits_u16(&self, offset: usize, bits: u16) -> u16 {
+        let Some(cell) = self.u16_at(offset) else { return 0 };
+        let old = u16::from_le(cell.fetch_or(bits.to_le(), Ordering::SeqCst));
+        self.memory.written(self.start.offset(offset as u64), 2);
+        old
     }
 
     /// A little-endian number, at a multiple of 4.

@@ -38,6 +38,7 @@ mod virtio;
 mod vm;
 mod vmxnet3;
 mod vsock;
+mod xen;
 
 use pyo3::prelude::*;
 
@@ -99,6 +100,8 @@ mod _native {
     use crate::vmxnet3::{Vmxnet3Causes, Vmxnet3Rings};
     #[pymodule_export]
     use crate::vsock::VirtioVsock;
+    #[pymodule_export]
+    use crate::xen::XenDomain;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

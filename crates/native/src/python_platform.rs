@@ -18,11 +18,14 @@ use crate::error::guest_fault;
 use crate::guest_call::{Caller, GuestCall, GuestTrap, Lent, RegisterPortAccess};
 use crate::python_device::{Crossings, attached};
 use crate::vm::Vm;
+use crate::xen::XenDomain;
 
 /// The handlers of a `tetrarch.platforms.Platform`, looked up once.
 #[derive(Default)]
 pub struct PythonPlatform {
     hypercall: Option<Py<PyAny>>,
+    /// Asked first.
+    xen: Option<XenDomain>,
     msrs: Vec<Msr>,
     ports: Vec<(RangeInclusive<u16>, Py<PyAny>)>,
     trap: Option<Py<PyAny>>,
@@ -116,6 +119,7 @@ impl PythonPlatform {
         let calls = platform.getattr("hypercalls")?;
         if !calls.is_none() {
             handlers.hypercall = callable(&calls.getattr("handler")?, "a hypercall handler")?;
+            handlers.xen = calls.getattr("native")?.extract()?;
             let all = calls.getattr("user_mode")?.extract()?;
             data.hypercalls = if all { Hypercalls::All } else { Hypercalls::Kernel };
         }
@@ -265,6 +269,11 @@ impl OnVcpu {
 
 impl PlatformHandlers for OnVcpu {
     fn hypercall(&self, vcpu: &mut dyn Vcpu, cpl: u8) -> Answered {
+        if let Some(xen) = &self.platform.xen
+            && let Some(answered) = xen.hypercall(self.id, vcpu, cpl)
+        {
+            return answered;
+        }
         let Some(handler) = &self.platform.hypercall else {
             return NoHandlers.hypercall(vcpu, cpl);
         };

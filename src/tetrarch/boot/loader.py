@@ -9,9 +9,10 @@ from tetrarch.boot.layout import GuestMemory
 from tetrarch.boot.multiboot import find_header, load_multiboot
 from tetrarch.boot.multiboot2 import HEADER_WITHIN, load_multiboot2
 from tetrarch.boot.multiboot2 import find_header as find_header2
-from tetrarch.boot.pvh import load_pvh
+from tetrarch.boot.pvh import load_pvh, pvh_entry
 from tetrarch.boot.source import Source
 from tetrarch.boot.unified import open_kernel
+from tetrarch.boot.vmlinux import extract_vmlinux
 from tetrarch.errors import BootError
 
 __all__ = ["load_kernel"]
@@ -36,18 +37,22 @@ def load_kernel(
     acpi_rsdp: int,
     *,
     vga: bool = False,
+    pvh: bool = False,
 ) -> dict[str, int]:
     """Loads kernel, initrd and command line; the registers to start the first vCPU with.
 
     Takes a bzImage (Linux's boot protocol), alone or in a unified kernel image, a Multiboot kernel
     of either version, or an ELF file with a PVH entry.
-    ``vga``: there is a screen in text mode.
+    ``vga``: there is a screen in text mode. ``pvh``: a bzImage is unpacked, and its kernel starts
+    by its PVH entry where it has one.
     Raises ``BootError``.
     """
     with open_kernel(kernel_path) as file:
         source = file.kernel
         start = source.read(0, min(source.size, HEADER_WITHIN))
         if is_bzimage(start):
+            if pvh and file.initrd is None and (vmlinux := _with_pvh_entry(source)) is not None:
+                return load_pvh(vm, vmlinux, initrd_path, cmdline, acpi_rsdp)
             return load_bzimage(
                 vm, source, initrd_path, cmdline, acpi_rsdp, vga=vga, first_initrd=file.initrd
             )
@@ -58,6 +63,18 @@ def load_kernel(
         if start.startswith(elf.MAGIC):
             return load_pvh(vm, source, initrd_path, cmdline, acpi_rsdp)
         raise _unknown(source, start)
+
+
+def _with_pvh_entry(bzimage: Source) -> Source | None:
+    """The kernel in a bzImage. None: it has no such entry."""
+    try:
+        data = extract_vmlinux(bzimage.read(0, bzimage.size))
+    except ValueError as error:
+        raise bzimage.error(
+            f"cannot be unpacked: {error}", mend="name its vmlinux, or use the platform pc"
+        ) from error
+    vmlinux = Source(lambda at, size: data[at : at + size], len(data), bzimage.what, bzimage.path)
+    return None if pvh_entry(elf.parse_elf(vmlinux)) is None else vmlinux
 
 
 def _unknown(source: Source, start: bytes) -> BootError:

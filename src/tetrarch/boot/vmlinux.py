@@ -4,18 +4,29 @@ Documentation/arch/x86/boot.rst: payload_offset and payload_length say where the
 compressed kernel is. Decompressed it is the ELF file, followed by relocations.
 """
 
-import gzip
 import lzma
 import struct
 import zlib
+from typing import Final, Protocol
 
 __all__ = ["extract_vmlinux"]
 
-_LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
+MOST_BYTES: Final = 512 << 20
+
+_LZ4_LEGACY_MAGIC: Final = b"\x02\x21\x4c\x18"
+#: A window of 32 KiB, and gzip's header and end.
+_GZIP: Final = 16 + zlib.MAX_WBITS
+
+
+class _Unpacker(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
 def extract_vmlinux(bzimage: bytes) -> bytes:
-    """Raises ValueError for what is no bzImage, or is packed in a way that is not known here."""
+    """Raises ValueError for what is no bzImage, is packed in a way that is not known here, or is
+    more than any kernel is."""
     try:
         return _unpack(_payload(bzimage))
     except (LookupError, struct.error, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
@@ -31,12 +42,19 @@ def _payload(bzimage: bytes) -> bytes:
 
 def _unpack(payload: bytes) -> bytes:
     if payload.startswith(b"\xfd7zXZ\0"):
-        return lzma.LZMADecompressor().decompress(payload)
+        return _whole(lzma.LZMADecompressor(), payload)
     if payload.startswith(_LZ4_LEGACY_MAGIC):
         return _unpack_lz4_legacy(payload)
     if payload.startswith(b"\x1f\x8b"):
-        return gzip.decompress(payload[:-4])
+        return _whole(zlib.decompressobj(_GZIP), payload[:-4])
     raise ValueError(f"a payload that starts with {payload[:6].hex()} is not known here")
+
+
+def _whole(unpacker: _Unpacker, payload: bytes) -> bytes:
+    vmlinux = unpacker.decompress(payload, MOST_BYTES)
+    if not unpacker.eof:
+        raise ValueError(f"more than {MOST_BYTES >> 20} MiB, or cut short")
+    return vmlinux
 
 
 def _unpack_lz4_legacy(payload: bytes) -> bytes:
@@ -47,11 +65,13 @@ def _unpack_lz4_legacy(payload: bytes) -> bytes:
     """
     out = bytearray()
     at = len(_LZ4_LEGACY_MAGIC)
-    while at + 4 < len(payload):
+    while at + 4 < len(payload) and len(out) <= MOST_BYTES:
         (size,) = struct.unpack_from("<I", payload, at)
         at += 4
         _unpack_lz4_block(payload[at : at + size], out)
         at += size
+    if len(out) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
     return bytes(out)
 
 

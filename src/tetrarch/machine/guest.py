@@ -170,7 +170,15 @@ def load_guest(
         )
         for address, data in tables:
             vm.write_memory(address, data)
-        registers = load_kernel(vm, config.kernel, config.initrd, append, rsdp, vga=config.vga)
+        registers = load_kernel(
+            vm,
+            config.kernel,
+            config.initrd,
+            append,
+            rsdp,
+            vga=config.vga,
+            pvh=platform.xen is not None,
+        )
         _check_mode(config.cpu, registers)
     else:
         raise ValueError("the guest has not been resolved")

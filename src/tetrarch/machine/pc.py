@@ -216,6 +216,9 @@ def assemble_pc(
     def power_off() -> None:
         end(ExitStatus(StopReason.POWERED_OFF, "by ACPI"))
 
+    def power_off_by_xen() -> None:
+        end(ExitStatus(StopReason.POWERED_OFF, "by Xen's shutdown"))
+
     def reset(by: str) -> Callable[[], None]:
         return lambda: end(ExitStatus(StopReason.RESET, f"by {by}"))
 
@@ -426,6 +429,13 @@ def assemble_pc(
                 # there: those of a vsock device would be without a way.
                 vmci = Vmci(vm, notifications=config.record is None)
                 plugged.plug("vmci", vmci)
+            if platform.xen is not None:
+                spec = config.cpus
+                platform.xen.connect(
+                    vm,
+                    (spec.sockets, spec.cores, spec.threads),
+                    {0: power_off_by_xen, 1: reset("Xen's shutdown"), 3: panicked},
+                )
             if config.balloon and platform.vmware is not None:
                 balloon = platform.vmware.balloon
                 rings = None if vmci is None or not vmci.notifications else vmci.ring

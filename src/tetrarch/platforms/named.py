@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
+from tetrarch.errors import ConfigError
 from tetrarch.platforms.pc import PC
 from tetrarch.platforms.platform import Platform
 
 __all__ = ["PLATFORMS", "PlatformName", "kvm_has_backdoor", "named_platform"]
 
-PlatformName = Literal["pc", "vmware"]
+PlatformName = Literal["pc", "vmware", "xen"]
 
 #: Whether the kvm module hands over what programs of the guest ask of VMware's port.
 _KVM_BACKDOOR: Final = Path("/sys/module/kvm/parameters/enable_vmware_backdoor")
@@ -38,7 +39,18 @@ def _vmware(engine: str) -> Platform:
     return Vmware().platform(hypercalls=ours, any_privilege=ours or kvm_has_backdoor())
 
 
+def _xen(engine: str) -> Platform:
+    from tetrarch.platforms.xen import Xen
+
+    if engine == "kvm":
+        raise ConfigError(
+            "engine kvm cannot have the platform xen", mend="use engine bt, or another platform"
+        )
+    return Xen().platform()
+
+
 PLATFORMS: Final[Mapping[str, Callable[[str], Platform]]] = {
     "pc": lambda engine: PC,
     "vmware": _vmware,
+    "xen": _xen,
 }

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from tetrarch._native import GuestCall, GuestTrap, RegisterPortAccess
+    from tetrarch._native import GuestCall, GuestTrap, RegisterPortAccess, XenDomain
     from tetrarch.machine.engine_vm import EngineVm
     from tetrarch.platforms.vmware import Vmware
+    from tetrarch.platforms.xen import Xen
 
 __all__ = [
     "Hypercalls",
@@ -46,6 +47,8 @@ class Hypercalls:
     """What it returns goes to RAX; None: RAX stays as the handler left it."""
     user_mode: bool = False
     """From user mode too; else that is #UD."""
+    native: XenDomain | None = None
+    """What answers the most frequent ones before ``handler`` is asked."""
 
 
 @dataclass(frozen=True)
@@ -126,3 +129,5 @@ class Platform:
     does such a platform."""
     vmware: Vmware | None = None
     """What a machine on VMware's platform offers to the host."""
+    xen: Xen | None = None
+    """What a machine on Xen's platform is to be connected with."""

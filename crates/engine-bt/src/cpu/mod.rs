@@ -23,6 +23,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use tetrarch_engine::cpuid::Topology;
+use tetrarch_engine::pvclock::Timebase;
 use tetrarch_engine::{Clock, GuestDebug, Halts, Platform};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
@@ -32,7 +33,7 @@ use crate::cpu::x87_pointers::CodePlaces;
 use crate::doorbells::DoorbellTable;
 use crate::irqchip::IrqChip;
 use crate::journal::{Counting, Journal};
-use crate::kvm::{self, Paravirtual};
+use crate::kvm::Paravirtual;
 use crate::memory::code_map::CodeMap;
 use crate::memory::dirty_log::DirtyLog;
 use crate::memory::rendezvous::Rendezvous;
@@ -57,7 +58,7 @@ pub struct VmShared {
     pub platform: Platform,
     /// What of KVM's interface the guest is offered.
     pub kvm_features: u32,
-    pub kvm_time: kvm::Timebase,
+    pub kvm_time: Timebase,
     pub tsc_hz: u64,
     pub topology: Topology,
     /// The seed of disturbances; see `exec/chaos.rs`.
@@ -103,7 +104,7 @@ impl VmShared {
             memory,
             irqchip: Arc::new(IrqChip::new(Topology::flat(1), tsc_hz, Arc::new(NoWake))),
             doorbells: DoorbellTable::default(),
-            kvm_time: kvm::Timebase::new(Arc::clone(&clock), tsc_hz),
+            kvm_time: Timebase::new(Arc::clone(&clock), tsc_hz),
             clock,
             cpuid: CpuidTable::new(Topology::flat(1), &tetrarch_engine::CpuModel::default()),
             platform: Platform::default(),

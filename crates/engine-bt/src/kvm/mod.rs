@@ -6,21 +6,19 @@
 //! once; extended destination IDs of MSIs and memory encryption, since there is
 //! nothing behind them.
 
-mod clock;
 mod eoi;
 mod hypercall;
 mod steal_time;
 
+use tetrarch_engine::pvclock::{Timebase, write_wall_clock};
 use tetrarch_engine::{CpuidLeaf, Hypercalls, Platform};
-use tetrarch_memory::GuestMemory;
+use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use crate::irqchip::IrqChip;
 use crate::journal::Journal;
 use crate::memory::dirty_log::DirtyLog;
 use crate::state::fault::{R, gp};
 
-pub use clock::Timebase;
-use clock::write_wall_clock;
 pub use hypercall::hypercall;
 
 const SIGNATURE_LEAF: u32 = 0x4000_0000;
@@ -165,7 +163,9 @@ impl Paravirtual {
                 self.wall_clock = value;
                 let read = || guest.time.start_ns();
                 let start = guest.journal.map_or_else(read, |journal| journal.value(read));
-                write_wall_clock(guest.memory, value, start);
+                if value != 0 {
+                    write_wall_clock(guest.memory, GuestPhys(value), start);
+                }
             }
             msr::OLD_SYSTEM_TIME | msr::SYSTEM_TIME => {
                 self.system_time = value;
@@ -181,7 +181,10 @@ impl Paravirtual {
 
     /// The guest has set its TSC: what is counted from it is written anew.
     pub fn tsc_changed(&self, guest: &Guest) {
-        guest.time.write_system_time(guest.memory, self.system_time, guest.tsc_base);
+        if self.system_time & ENABLED != 0 {
+            let address = GuestPhys(self.system_time & !ENABLED);
+            guest.time.write_system_time(guest.memory, address, guest.tsc_base);
+        }
     }
 }
 

@@ -1,5 +1,6 @@
-//! kvmclock (msr.rst, MSR_KVM_SYSTEM_TIME_NEW and MSR_KVM_WALL_CLOCK_NEW;
-//! arch/x86/include/asm/pvclock-abi.h).
+//! The clock that KVM and Xen have in memory (Linux, arch/x86/include/asm/pvclock-abi.h; KVM's
+//! msr.rst, MSR_KVM_SYSTEM_TIME_NEW and MSR_KVM_WALL_CLOCK_NEW; Xen's public/xen.h,
+//! vcpu_time_info).
 //!
 //! The guest multiplies ticks of its TSC since a moment that is written down
 //! once. That moment is the VM's, not the vCPU's: so all vCPUs read the same
@@ -11,10 +12,9 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use tetrarch_engine::Clock;
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
-use super::ENABLED;
+use crate::Clock;
 
 const NS_PER_S: u64 = 1_000_000_000;
 /// pvclock_vcpu_time_info.flags: readings of all vCPUs agree.
@@ -50,6 +50,12 @@ impl Timebase {
         *self.moment.lock() = Some(Moment { ns, tsc });
     }
 
+    /// What the guest's clock says now.
+    pub fn guest_now_ns(&self) -> u64 {
+        let now = self.now();
+        self.clock_ns(now.ns, now.tsc)
+    }
+
     /// What the guest's clock says at a moment of the machine.
     pub fn clock_ns(&self, ns: u64, tsc: u64) -> u64 {
         let now = Moment { ns, tsc };
@@ -81,12 +87,9 @@ impl Timebase {
         best
     }
 
-    /// Fills the structure at the address in `msr`, which is MSR_KVM_SYSTEM_TIME of a
-    /// vCPU whose TSC is ahead of the machine's by `tsc_base`.
-    pub fn write_system_time(&self, memory: &GuestMemory, msr: u64, tsc_base: u64) {
-        if msr & ENABLED == 0 {
-            return;
-        }
+    /// Fills a pvclock_vcpu_time_info of a vCPU whose TSC is ahead of the machine's by
+    /// `tsc_base`.
+    pub fn write_system_time(&self, memory: &GuestMemory, address: GuestPhys, tsc_base: u64) {
         let base = self.moment(self.now());
         let mut body = [0; 24];
         body[..8].copy_from_slice(&base.tsc.wrapping_add(tsc_base).to_le_bytes());
@@ -94,7 +97,7 @@ impl Timebase {
         body[16..20].copy_from_slice(&self.scale.mul.to_le_bytes());
         body[20] = self.scale.shift as u8;
         body[21] = TSC_STABLE;
-        write_versioned(memory, GuestPhys(msr & !ENABLED), 8, &body);
+        write_versioned(memory, address, 8, &body);
     }
 
     /// The date at which the guest's clock was 0.
@@ -107,15 +110,13 @@ impl Timebase {
     }
 }
 
-/// Fills the structure at `address`, which is MSR_KVM_WALL_CLOCK, with the date at which the
-/// guest's clock was 0.
-pub fn write_wall_clock(memory: &GuestMemory, address: u64, start: u64) {
-    if address != 0 {
-        let mut body = [0; 8];
-        body[..4].copy_from_slice(&((start / NS_PER_S) as u32).to_le_bytes());
-        body[4..].copy_from_slice(&((start % NS_PER_S) as u32).to_le_bytes());
-        write_versioned(memory, GuestPhys(address), 4, &body);
-    }
+/// Fills a pvclock_wall_clock with the date at which the guest's clock was 0, in nanoseconds
+/// since 1970.
+pub fn write_wall_clock(memory: &GuestMemory, address: GuestPhys, start: u64) {
+    let mut body = [0; 8];
+    body[..4].copy_from_slice(&((start / NS_PER_S) as u32).to_le_bytes());
+    body[4..].copy_from_slice(&((start % NS_PER_S) as u32).to_le_bytes());
+    write_versioned(memory, address, 4, &body);
 }
 
 /// Ticks to nanoseconds, as the guest does it: shifted, multiplied, the upper
