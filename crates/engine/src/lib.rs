@@ -23,6 +23,7 @@ mod registers;
 mod replay;
 pub mod section;
 mod state;
+mod waited;
 
 pub use chipset::{ENGINE_MMIO, ENGINE_PORTS, GSI_COUNT};
 pub use clock::{Clock, ClockFollower, host_tsc};
@@ -43,6 +44,7 @@ pub use state::{
     PendingException, PicState, PitChannelState, PitCounting, PitState, RunState, Saved, VcpuState,
     VmState,
 };
+pub use waited::Waited;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;

@@ -11,7 +11,7 @@ mod hypercall;
 mod steal_time;
 
 use tetrarch_engine::pvclock::{Timebase, write_wall_clock};
-use tetrarch_engine::{CpuidLeaf, Hypercalls, Platform};
+use tetrarch_engine::{CpuidLeaf, Hypercalls, Platform, Waited};
 use tetrarch_memory::{GuestMemory, GuestPhys};
 
 use crate::irqchip::IrqChip;
@@ -83,7 +83,7 @@ pub fn features(platform: &Platform, journalled: bool) -> u32 {
     if platform.hypercalls != Hypercalls::None {
         features &= !feature::BY_HYPERCALL;
     }
-    if journalled || !steal_time::available() {
+    if journalled || !Waited::available() {
         features &= !feature::BY_STEAL_TIME;
     }
     if journalled {

@@ -1,7 +1,7 @@
 //! Steal time and the flags that come with it (msr.rst, MSR_KVM_STEAL_TIME).
 //!
 //! The time is what the host's scheduler let the vCPU's thread wait while it was
-//! ready to run, as it tells in /proc (Documentation/scheduler/sched-stats.rst).
+//! ready to run.
 //!
 //! The flags save interrupts between vCPUs: who wants the TLB of a vCPU that
 //! does not run flushed writes that down instead of waking it. So the vCPU says
@@ -9,18 +9,14 @@
 //! in the same locked exchange that takes the flag back, before it uses it
 //! again.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering, fence};
 
+use tetrarch_engine::Waited;
 use tetrarch_memory::GuestPhys;
 
 use super::{ENABLED, Guest};
 use crate::state::fault::{R, gp};
 
-/// Of this thread: time on a CPU, time ready, slices; in ns.
-const SCHEDSTAT: &str = "/proc/thread-self/schedstat";
 /// Bits 5:1 of the MSR; the structure is aligned to 64 bytes.
 const RESERVED: u64 = 0x3E;
 /// How old the time may be that the guest finds.
@@ -34,25 +30,11 @@ const PREEMPTED: u64 = 16;
 const IS_PREEMPTED: u8 = 1 << 0;
 const FLUSH_TLB: u8 = 1 << 1;
 
-/// Whether the host tells how long a thread waited: not without
-/// CONFIG_SCHED_INFO, and not in every sandbox.
-pub fn available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| File::open(SCHEDSTAT).is_ok_and(|file| waited_ns(&file).is_some()))
-}
-
-/// The second number.
-fn waited_ns(file: &File) -> Option<u64> {
-    let mut text = [0; 80];
-    let len = file.read_at(&mut text, 0).ok()?;
-    std::str::from_utf8(&text[..len]).ok()?.split_ascii_whitespace().nth(1)?.parse().ok()
-}
-
 #[derive(Default)]
 pub struct StealTime {
     msr: u64,
     /// The statistics of the vCPU's thread, which may open no files later,
-    statistics: Option<File>,
+    statistics: Option<Waited>,
     /// and what they said last.
     waited: Option<u64>,
     next_ns: u64,
@@ -67,7 +49,7 @@ impl StealTime {
 
     /// The vCPU runs on another thread of the host than before.
     pub fn thread_changed(&mut self) {
-        self.statistics = File::open(SCHEDSTAT).ok();
+        self.statistics = Waited::of_this_thread();
         self.waited = None;
     }
 
@@ -77,7 +59,7 @@ impl StealTime {
 
     /// How long the thread has waited since it was asked last.
     fn stolen_ns(&mut self) -> u64 {
-        let Some(now) = self.statistics.as_ref().and_then(waited_ns) else { return 0 };
+        let Some(now) = self.statistics.as_ref().and_then(Waited::ns) else { return 0 };
         self.waited.replace(now).map_or(0, |last| now.saturating_sub(last))
     }
 
