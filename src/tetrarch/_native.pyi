@@ -1095,6 +1095,12 @@ class Vm:
     def msi(self, address: int, data: int) -> None: ...
     def tsc_hz(self) -> int:
         """Ticks of the guest's TSC in a second."""
+    def tell_stolen_time(self) -> bool:
+        """From now on vCPUs can have clocks of the time for which their threads waited for a
+        processor; false where the host does not tell. To be called before they run."""
+    def set_stolen_clock(self, vcpu: int, address: int | None) -> bool:
+        """Where a vCPU's is, 8 bytes of RAM that count ticks of its TSC, or that it has none. False
+        where that is no RAM."""
     def clock_ns(self) -> int:
         """The machine's clock: nanoseconds of run time since creation."""
     def vcpu(self, index: int) -> Vcpu: ...

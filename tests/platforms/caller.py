@@ -25,6 +25,8 @@ class StandIn:
 
     def __init__(self) -> None:
         self.bytes: dict[int, int] = {}
+        self.clocks: dict[int, int | None] = {}
+        self.tells = True
 
     def read_memory(self, address: int, length: int) -> bytes:
         assert address // 4096 == (address + length - 1) // 4096
@@ -41,6 +43,17 @@ class StandIn:
 
     def tsc_hz(self) -> int:
         return 5_000_000_123
+
+    def tell_stolen_time(self) -> bool:
+        return self.tells
+
+    def set_stolen_clock(self, vcpu: int, address: int | None) -> bool:
+        """Of RAM without its last page."""
+        there = address is None or any(
+            base <= address < base + length - 4096 for base, length in self.ram
+        )
+        self.clocks[vcpu] = address if there else None
+        return there
 
 
 class Access:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,8 @@ def test_linux_says_that_it_is_on_vmware(debian_guest: CachedGuest, tmp_path: Pa
             "Booting paravirtualized kernel on VMware hypervisor",
         ):
             assert line in log
+        if Path("/proc/thread-self/schedstat").exists():
+            assert all(f"vmware-stealtime: cpu {number}, pa" in log for number in (0, 1))
         mhz = re.search(r"vmware: TSC freq read from hypervisor : (\d+\.\d+) MHz", log)
         assert mhz is not None
         assert said(vm, "grep -c x2apic /proc/cpuinfo") == "2"
@@ -59,6 +63,49 @@ def test_linux_says_that_it_is_on_vmware(debian_guest: CachedGuest, tmp_path: Pa
         before, begun = float(said(vm, "cut -d' ' -f1 /proc/uptime")), time.monotonic()
         after = float(said(vm, "sleep 2; cut -d' ' -f1 /proc/uptime"))
         assert after - before == pytest.approx(time.monotonic() - begun, abs=0.5)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not Path("/proc/thread-self/schedstat").exists(), reason="the host tells of no waiting threads"
+)
+def test_guest_sees_time_that_a_busy_host_has_stolen(
+    debian_guest: CachedGuest, tmp_path: Path
+) -> None:
+    def stolen(vm: Machine) -> int:
+        """In ticks of 10 ms, of all vCPUs."""
+        return int(said(vm, "head -n 1 /proc/stat").split()[8])
+
+    def steals(vm: Machine) -> None:
+        """Until a tenth of a second more was."""
+        before, end = stolen(vm), time.monotonic() + PATIENCE
+        while stolen(vm) < before + 10:
+            assert time.monotonic() < end
+            said(vm, "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done")
+
+    saved = tmp_path / "saved"
+    processors = os.sched_getaffinity(0)
+    busy = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in 2 * list(processors)]
+    try:
+        with Machine(engine="bt", platform="vmware", cpus=2) as vm:
+            vm.start()
+            vm.console.expect(PROMPT, PATIENCE)
+            steals(vm)
+            # A vCPU takes its clock away, and has it again.
+            said(vm, "cd /sys/devices/system/cpu/cpu1; echo 0 >online; echo 1 >online")
+            assert said(vm, "dmesg | grep -c 'stealtime: cpu 1'") == "2"
+            steals(vm)
+            vm.save(saved)
+        with Machine.restore(saved) as vm:
+            vm.start()
+            steals(vm)
+            # What time there was between is nobody's.
+            total = sum(map(int, said(vm, "head -n 1 /proc/stat").split()[1:9]))
+            assert stolen(vm) < total
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_recorded_guest_lives_again_on_its_platform(

@@ -13,6 +13,7 @@ mod registers;
 mod reset;
 mod slot;
 mod stats;
+mod stolen;
 mod written;
 
 pub use dump::dump;
@@ -23,5 +24,6 @@ pub use registers::{BadRegisters, State};
 pub use reset::ResetState;
 pub use slot::VcpuSlot;
 pub use stats::{Stats, collect};
+pub use stolen::StolenTime;
 pub use tetrarch_engine_bt::MAX_VCPUS as BT_MAX_VCPUS;
 pub use tetrarch_engine_bt::Recording;

@@ -1,18 +1,20 @@
 //! The parts of one machine put together.
 
-use std::sync::Arc;
+use std::io;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use tetrarch_bus::{Bus, IrqLines, Region, RunControl, TscScale};
 use tetrarch_engine::cpuid::Topology;
 use tetrarch_engine::{
-    CpuModel, DirtyPages, ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable, Vm,
+    CpuModel, DirtyPages, ENGINE_MMIO, ENGINE_PORTS, EngineError, GSI_COUNT, Platform, Unusable,
+    Vm, Waited,
 };
 use tetrarch_engine_bt::Recording;
 use tetrarch_io::{Around, IoThread};
 use tetrarch_memory::GuestMemory;
 
-use crate::{MachineError, VcpuSlot, limits};
+use crate::{MachineError, StolenTime, VcpuSlot, limits};
 
 /// Why the engine cannot run here, if it cannot.
 pub fn engine_available(name: &str) -> Result<(), Unusable> {
@@ -37,6 +39,8 @@ pub struct Machine {
     /// What keeps devices away from each region of RAM, by where it begins.
     pub(crate) ram: Mutex<Vec<(u64, Region)>>,
     pub(crate) scale: TscScale,
+    /// Where the guest's platform has it.
+    pub(crate) stolen: OnceLock<StolenTime>,
     /// Since `log_writes`, by region.
     pub(crate) written: Mutex<Option<Vec<DirtyPages>>>,
 }
@@ -149,7 +153,25 @@ impl Machine {
         let irq = Arc::new(IrqLines::new(GSI_COUNT, drive));
         let (ram, scale) = (Mutex::new(ram), TscScale::new());
         let io = Arc::new(io);
-        let written = Mutex::default();
-        Ok(Self { memory, engine, bus, irq, control, io, vcpus, ram, scale, written })
+        let (written, stolen) = (Mutex::default(), OnceLock::new());
+        Ok(Self { memory, engine, bus, irq, control, io, vcpus, ram, scale, stolen, written })
+    }
+
+    /// From now on the guest can be told what time was stolen from it; false where the host does not
+    /// tell. To be called before vCPUs run.
+    pub fn tell_stolen_time(&self) -> io::Result<bool> {
+        if !Waited::available() {
+            return Ok(false);
+        }
+        if self.stolen.get().is_none() {
+            let (memory, hz) = (Arc::clone(&self.memory), self.engine.tsc_hz());
+            let stolen = StolenTime::new(&self.io, memory, hz, self.vcpus.len())?;
+            let _ = self.stolen.set(stolen);
+        }
+        Ok(true)
+    }
+
+    pub fn stolen_time(&self) -> Option<&StolenTime> {
+        self.stolen.get()
     }
 }

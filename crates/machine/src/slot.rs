@@ -59,6 +59,9 @@ impl VcpuSlot {
             return Err(self.busy().into());
         }
         let _running = Running(self);
+        if let Some(stolen) = machine.stolen_time() {
+            stolen.runs_here(self.id);
+        }
         let result =
             run_vcpu(&self.vcpu, &machine.bus, platform, &machine.control, &self.control, on_kick);
         self.control.engine_counters.tell(self.vcpu.lock().counters());

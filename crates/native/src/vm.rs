@@ -28,6 +28,7 @@ use crate::region::Region;
 use crate::replay::Replay;
 use crate::rust_device::RustDevice;
 use crate::vcpu::Vcpu;
+use crate::virtio::no_io;
 
 /// From this size on a copy out of the guest is worth letting other Python
 /// threads run meanwhile.
@@ -341,6 +342,15 @@ impl Vm {
 
     fn tsc_hz(&self) -> u64 {
         self.machine.engine.tsc_hz()
+    }
+
+    fn tell_stolen_time(&self) -> Result<bool, Failure> {
+        self.machine.tell_stolen_time().map_err(|error| no_io("stolen time", &error))
+    }
+
+    fn set_stolen_clock(&self, py: Python<'_>, vcpu: u32, address: Option<u64>) -> bool {
+        let stolen = self.machine.stolen_time();
+        stolen.is_some_and(|stolen| py.detach(|| stolen.set_clock(vcpu, address)))
     }
 
     fn vcpu(slf: Bound<'_, Self>, index: usize) -> Result<Vcpu, Failure> {

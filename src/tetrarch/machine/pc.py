@@ -422,6 +422,8 @@ def assemble_pc(
             if platform.vmware is not None and config.record is not None:
                 # The host writes to memory by itself then, which is in no recording.
                 platform.vmware.channels.high_bandwidth = False
+            elif platform.vmware is not None:
+                platform.vmware.stolen.connect(vm)
             if platform.vmware is not None and config.vsock is None:
                 from tetrarch.platforms.vmware.vmci import Vmci
 

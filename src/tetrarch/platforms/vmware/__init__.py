@@ -17,6 +17,7 @@ from tetrarch.platforms.vmware.identity import Identity
 from tetrarch.platforms.vmware.messages import MESSAGE, STRING_MESSAGE, Channels
 from tetrarch.platforms.vmware.mouse import VmMouse
 from tetrarch.platforms.vmware.rpci import RPCI, Rpci
+from tetrarch.platforms.vmware.stolen import StolenTime
 from tetrarch.platforms.vmware.tclo import TCLO, ToolsError
 from tetrarch.platforms.vmware.tools import Tools, ToolsStatus
 
@@ -36,11 +37,17 @@ class Vmware:
         self.guestinfo = GuestInfo()
         self.balloon = VmwareBalloon()
         self.mouse = VmMouse()
+        self.stolen = StolenTime()
         self.tools = Tools(self.guestinfo)
         self.channels = Channels({RPCI: Rpci(self.tools.requests()), TCLO: self.tools.tclo})
         facts = Facts(lambda: self.identity.uuid, self.tools.gui_options)
         self._backdoor = Backdoor(
-            {**facts.commands(), **self.mouse.commands(), MESSAGE: self.channels.command},
+            {
+                **facts.commands(),
+                **self.mouse.commands(),
+                **self.stolen.commands(),
+                MESSAGE: self.channels.command,
+            },
             {STRING_MESSAGE: self.channels.string},
         )
 
@@ -72,6 +79,7 @@ class Vmware:
                 "vmware-channels": self.channels,
                 "vmware-balloon": self.balloon,
                 "vmware-mouse": self.mouse,
+                "vmware-stolen-time": self.stolen,
             },
             vmware=self,
         )
