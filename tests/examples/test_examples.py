@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -44,8 +45,24 @@ def test_balloon_gives_the_hosts_memory_back(tmp_path: Path, debian_guest: Cache
     assert "balloon of 256 MiB" in printed
 
 
+def test_hypercalls_of_a_boot_are_counted(tmp_path: Path, debian_guest: CachedGuest) -> None:
+    printed = run_example(ROOT / "examples/xen/hypercall.py", tmp_path)
+    asked, native = re.fullmatch(r"(\{.*\}) and (\d+) in Rust\n", printed).groups()  # type: ignore[union-attr]
+    assert {"memory_op", "event_channel_op", "vcpu_op"} <= set(json.loads(asked.replace("'", '"')))
+    assert int(native) > 20
+
+
+def test_each_port_is_of_one_cpu(tmp_path: Path, debian_guest: CachedGuest) -> None:
+    printed = run_example(ROOT / "examples/xen/event_channel.py", tmp_path)
+    rows = re.findall(r"port \d: (\d+) on CPU 0, (\d+) on CPU 1\n", printed)
+    assert all("0" in row for row in rows)
+    assert sum(int(count) for row in rows for count in row) > 0
+
+
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "examples/vmware").iterdir()), ids=lambda it: it.name
+    "path",
+    [path for name in ("vmware", "xen") for path in sorted((ROOT / "examples" / name).iterdir())],
+    ids=lambda it: it.name,
 )
 def test_example_for_students_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 30
