@@ -1496,5 +1496,8 @@ def own_user_namespace() -> None:
 def landlock_version() -> int:
     """The kernel's; 0 without Landlock."""
 
+def unpack_lz4_block(block: bytes, most: int, /) -> bytes:
+    """Raises ValueError for what is none, or more than ``most`` bytes when it is unpacked."""
+
 def vnc_answer(password: bytes, challenge: bytes) -> bytes:
     """What a viewer with that password answers to a challenge of 16 bytes (RFC 6143, 7.2.2)."""

@@ -158,6 +158,19 @@ mod _native {
         tetrarch_display::answer(password, challenge)
     }
 
+    /// A block of LZ4 that is `most` bytes or less when it is unpacked.
+    #[pyfunction]
+    fn unpack_lz4_block<'py>(
+        py: Python<'py>,
+        block: &[u8],
+        most: usize,
+    ) -> PyResult<Bound<'py, pyo3::types::PyBytes>> {
+        let mut unpacked = vec![0; most];
+        let length = lz4_flex::block::decompress_into(block, &mut unpacked)
+            .map_err(|error| pyo3::exceptions::PyValueError::new_err(error.to_string()))?;
+        Ok(pyo3::types::PyBytes::new(py, &unpacked[..length]))
+    }
+
     /// None if the engine can run here, else why not and what mends it.
     #[pyfunction]
     fn engine_available(name: &str) -> Option<(String, String)> {

@@ -9,11 +9,15 @@ import struct
 import zlib
 from typing import Final, Protocol
 
+from tetrarch._native import unpack_lz4_block
+
 __all__ = ["extract_vmlinux"]
 
 MOST_BYTES: Final = 512 << 20
 
 _LZ4_LEGACY_MAGIC: Final = b"\x02\x21\x4c\x18"
+#: Of a block of that frame, unpacked.
+_LZ4_BLOCK_BYTES: Final = 8 << 20
 #: A window of 32 KiB, and gzip's header and end.
 _GZIP: Final = 16 + zlib.MAX_WBITS
 
@@ -65,42 +69,11 @@ def _unpack_lz4_legacy(payload: bytes) -> bytes:
     """
     out = bytearray()
     at = len(_LZ4_LEGACY_MAGIC)
-    while at + 4 < len(payload) and len(out) <= MOST_BYTES:
+    while at + 4 < len(payload):
         (size,) = struct.unpack_from("<I", payload, at)
         at += 4
-        _unpack_lz4_block(payload[at : at + size], out)
+        out += unpack_lz4_block(payload[at : at + size], _LZ4_BLOCK_BYTES)
+        if len(out) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
         at += size
-    if len(out) > MOST_BYTES:
-        raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
     return bytes(out)
-
-
-def _lz4_length(block: bytes, at: int, length: int) -> tuple[int, int]:
-    """A length whose first four bits are known, and where what follows it begins."""
-    more = 255 if length == 15 else 0
-    while more == 255:
-        more = block[at]
-        at += 1
-        length += more
-    return length, at
-
-
-def _unpack_lz4_block(block: bytes, out: bytearray) -> None:
-    """doc/lz4_Block_format.md: literals, then a copy of what came before, again and again."""
-    at = 0
-    while True:
-        token = block[at]
-        at += 1
-        literals, at = _lz4_length(block, at, token >> 4)
-        out += block[at : at + literals]
-        at += literals
-        if at >= len(block):
-            return  # the last sequence has no copy
-        distance = block[at] | block[at + 1] << 8
-        length, at = _lz4_length(block, at + 2, token & 15)
-        length += 4
-        source = len(out) - distance
-        if distance >= length:
-            out += out[source : source + length]
-        else:  # the copy overlaps itself and so repeats
-            out += (out[source:] * (length // distance + 1))[:length]
