@@ -67,6 +67,7 @@ __all__ = [
     "Vm",
     "Vmxnet3Causes",
     "Vmxnet3Rings",
+    "XenDomain",
     "__version__",
     "confine_control",
     "confine_prepare",
@@ -80,6 +81,7 @@ __all__ = [
     "landlock_version",
     "own_user_namespace",
     "recorded_configuration",
+    "unpack_lz4_block",
     "vnc_answer",
 ]
 
@@ -227,30 +229,30 @@ class XenDomain:
 
     PORTS: ClassVar[int]
     def __new__(cls) -> Self: ...
-    def connect(self, vm: Vm, domid: int, topology: tuple[int, int, int], /) -> None:
+    def connect(self, vm: Vm, domid: int, topology: tuple[int, int, int]) -> None:
         """``topology``: sockets, cores of each, threads of each. Once."""
     def reset(self) -> None:
         """As a domain is built: no ports, no timers, nothing in memory."""
     def now_ns(self) -> int:
         """What the guest's clock says."""
-    def place_shared_info(self, address: int, /) -> int: ...
-    def register_vcpu_info(self, vcpu: int, address: int, /) -> int: ...
-    def register_time(self, vcpu: int, address: int, /) -> int: ...
-    def set_upcall_vector(self, vcpu: int, vector: int, /) -> int: ...
-    def allocate_unbound(self, remote: int, /) -> int:
+    def place_shared_info(self, address: int) -> int: ...
+    def register_vcpu_info(self, vcpu: int, address: int) -> int: ...
+    def register_time(self, vcpu: int, address: int) -> int: ...
+    def set_upcall_vector(self, vcpu: int, vector: int) -> int: ...
+    def allocate_unbound(self, remote: int) -> int:
         """The new port, as those below."""
-    def bind_own(self, domid: int, port: int, /) -> int:
+    def bind_own(self, domid: int, port: int) -> int:
         """To a port of the domain's own, which waits for it."""
-    def bind_virq(self, virq: int, vcpu: int, /) -> int: ...
-    def bind_ipi(self, vcpu: int, /) -> int: ...
-    def bind_vcpu(self, port: int, vcpu: int, /) -> int: ...
-    def close(self, port: int, /) -> int: ...
-    def status(self, port: int, /) -> tuple[int, int, int]:
+    def bind_virq(self, virq: int, vcpu: int) -> int: ...
+    def bind_ipi(self, vcpu: int) -> int: ...
+    def bind_vcpu(self, port: int, vcpu: int) -> int: ...
+    def close(self, port: int) -> int: ...
+    def status(self, port: int) -> tuple[int, int, int]:
         """What it is bound to, as EVTCHNOP_status numbers it; the vCPU; and the other end's domain
         or port, or the VIRQ."""
     def open_ports(self) -> list[int]: ...
     def save(self) -> dict[str, Any]: ...
-    def load(self, state: dict[str, Any], tsc: int, /) -> None:
+    def load(self, state: dict[str, Any], tsc: int) -> None:
         """Of a machine that stands; ``tsc`` is that of its vCPUs."""
 
 @final
@@ -1496,7 +1498,7 @@ def own_user_namespace() -> None:
 def landlock_version() -> int:
     """The kernel's; 0 without Landlock."""
 
-def unpack_lz4_block(block: bytes, most: int, /) -> bytes:
+def unpack_lz4_block(block: bytes, most: int) -> bytes:
     """Raises ValueError for what is none, or more than ``most`` bytes when it is unpacked."""
 
 def vnc_answer(password: bytes, challenge: bytes) -> bytes:
