@@ -86,3 +86,8 @@ def test_stock_kernels_boot_as_pvh(name: str, cpus: int) -> None:
         vm.console.expect(PROMPT, PATIENCE)
         assert "Booting kernel on Xen PVH" in said(vm, "dmesg")
         assert said(vm, "nproc") == str(cpus)
+
+
+def test_engine_is_one_that_can_have_xen(debian_guest: CachedGuest) -> None:
+    with Machine(platform="xen", kernel=debian_guest.kernel) as vm:
+        assert (vm.engine, vm.engine_reason) == ("bt", "its platform is xen")

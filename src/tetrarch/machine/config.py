@@ -341,7 +341,7 @@ class MachineConfig(BaseModel):
 
     engine: EngineName = option("auto", "What runs the guest's instructions.", "auto|bt|kvm")
     platform: PlatformName = option(
-        "pc", "Whose machine the guest finds; docs/platforms.md [default: pc].", "pc|vmware"
+        "pc", "Whose machine the guest finds; docs/platforms.md [default: pc].", "pc|vmware|xen"
     )
     image: Text | None = option(
         None, "A cached guest to run, as image pull names it [default: debian].", "NAME"
@@ -602,7 +602,7 @@ class MachineOptions(TypedDict, total=False):
 # What pydantic's own checks say in its words, in ours: cause and mend.
 _PROBLEMS = {
     "engine": ("is no engine", "there are auto, bt and kvm"),
-    "platform": ("is no platform", "there are pc and vmware"),
+    "platform": ("is no platform", "there are pc, vmware and xen"),
     "on_reset": ("is nothing that a reset can do", "there are end and restart"),
     "name": ("is no name", "use up to 64 letters, digits, '.', '_' and '-'"),
     "debug_exit": ("is neither true nor false", "give one of them"),

@@ -108,6 +108,9 @@ def chosen(config: MachineConfig) -> tuple[str, str]:
     if config.engine == "auto" and config.chaos is not None:
         name, _ = choose("bt", cpus)
         return name, "it has chaos"
+    if config.engine == "auto" and config.platform == "xen":
+        name, _ = choose("bt", cpus)
+        return name, "its platform is xen"
     return choose(config.engine, cpus)
 
 
