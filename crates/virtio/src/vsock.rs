@@ -1,35 +1,26 @@
 //! Socket device (5.10): connections between the guest's vsock ports and Unix sockets.
-//!
-//! As Firecracker's users know it: a program of the host connects to PATH, writes
-//! "CONNECT port\n" and gets "OK port\n" when a program in the guest has accepted; one of
-//! the guest that connects to port N of the host meets who listens at PATH_N.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::net::Shutdown;
-use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
-use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
-};
 use tetrarch_io::{Attachment, Trigger};
+use tetrarch_vsock::{
+    CALLS, FIRST_PORT, Greeted, Greeting, MAX_CONNECTIONS, Programs, Ready, free_port, welcome,
+};
 
 use crate::device::{DataPath, OWN_SOURCES};
 use crate::queue::{Chain, QueueError};
 use crate::queues::Queues;
 
-mod dial;
 mod packet;
 #[cfg(test)]
 mod tests;
 
-use dial::{Dial, dial};
 use packet::{Header, Op};
 
 const RECEIVE: usize = 0;
@@ -37,7 +28,7 @@ const TRANSMIT: usize = 1;
 const EVENT: usize = 2;
 
 /// The host's CID (vsock(7)).
-const HOST: u64 = 2;
+const HOST: u64 = tetrarch_vsock::HOST as u64;
 /// VIRTIO_VSOCK_TYPE_STREAM
 const STREAM: u16 = 1;
 /// Flags of a shutdown (5.10.6.6): who sends it takes no more, gives no more.
@@ -52,23 +43,9 @@ const TELL: u32 = BUFFER / 2;
 const PACKET: usize = 64 << 10;
 /// Packets to the guest after which it is the turn of others on the thread.
 const PACKETS: usize = 128;
-const MAX_CONNECTIONS: usize = 1024;
-/// "CONNECT 4294967295\n" and room to spare.
-const MAX_GREETING: usize = 32;
-/// Ports of the host for connections that begin there (as in vsock(7): not yet in use).
-const FIRST_PORT: u32 = 1 << 30;
 
 /// Answers that wait for buffers of the guest, beyond which it is not heard (5.10.6.1.2).
 const MAX_ANSWERS: usize = 1024;
-
-/// A program that listens and is too busy to accept is called again so often, in this time:
-/// 2 s in all, after which Linux's connect(2) gives up too.
-const CALLS: u32 = 100;
-const CALL_AGAIN_NS: i64 = 20_000_000;
-
-/// Epoll data of the listener and of the timer; streams have the numbers from 0 on.
-const LISTENER: u64 = u64::MAX;
-const TIMER: u64 = u64::MAX - 1;
 
 /// (port of the host, port of the guest)
 type Key = (u32, u32);
@@ -88,7 +65,7 @@ struct Connection {
     /// The epoll data of the stream.
     id: u64,
     /// From the host's program before the connection is open.
-    greeting: Vec<u8>,
+    greeting: Greeting,
     /// There may be something to read.
     readable: bool,
     /// The host's program has closed its end; the guest was told.
@@ -114,7 +91,7 @@ impl Connection {
             stream,
             phase,
             id,
-            greeting: Vec::new(),
+            greeting: Greeting::default(),
             readable: true,
             told_end: false,
             deaf: false,
@@ -135,18 +112,8 @@ impl Connection {
 
     /// Writes what waits for the host's program.
     fn flush(&mut self) -> io::Result<()> {
-        while !self.out.is_empty() {
-            let (first, _) = self.out.as_slices();
-            match self.stream.write(first) {
-                Ok(written) => {
-                    self.out.drain(..written);
-                    self.forwarded = self.forwarded.wrapping_add(written as u32);
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+        let taken = tetrarch_vsock::flush(&mut self.out, &self.stream)?;
+        self.forwarded = self.forwarded.wrapping_add(taken as u32);
         if self.finished {
             // A program that has gone already is no error here.
             let _ = self.stream.shutdown(Shutdown::Write);
@@ -155,23 +122,25 @@ impl Connection {
     }
 }
 
+/// What the guest has said when it asked for a program of the host that was busy, and how often
+/// that was called.
+struct Dial {
+    buffer: u32,
+    forwarded: u32,
+    calls: u32,
+}
+
 /// The data path of one socket device.
 pub struct Vsock {
     cid: u64,
-    path: PathBuf,
-    listener: UnixListener,
-    epoll: rustix::fd::OwnedFd,
+    programs: Programs,
     attached: bool,
     connections: BTreeMap<Key, Connection>,
     /// Which connection a stream belongs to, by its epoll data.
     streams: BTreeMap<u64, Key>,
-    next_stream: u64,
     next_port: u32,
     /// Connections whose program on the host has no room for another one yet.
     dials: BTreeMap<Key, Dial>,
-    timer: rustix::fd::OwnedFd,
-    /// The log knows that programs wait until this process has descriptors for them.
-    told_waiting: bool,
     /// Packets without data that wait for a buffer of the guest.
     control: VecDeque<Header>,
     /// The guest is to be told that all connections are gone (5.10.6.8).
@@ -181,28 +150,14 @@ pub struct Vsock {
 impl Vsock {
     /// `path` is what the listener is bound to.
     pub fn new(cid: u64, path: PathBuf, listener: UnixListener) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let data = epoll::EventData::new_u64(LISTENER);
-        // Edges: one that cannot be accepted does not come again and again.
-        let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&epoll, &listener, data, edges)?;
-        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        epoll::add(&epoll, &timer, epoll::EventData::new_u64(TIMER), epoll::EventFlags::IN)?;
         Ok(Self {
             cid,
-            path,
-            listener,
-            epoll,
+            programs: Programs::new(path, listener)?,
             attached: false,
             connections: BTreeMap::new(),
             streams: BTreeMap::new(),
-            next_stream: 0,
             next_port: FIRST_PORT,
             dials: BTreeMap::new(),
-            timer,
-            told_waiting: false,
             control: VecDeque::new(),
             transport_reset: false,
         })
@@ -234,12 +189,7 @@ impl Vsock {
     }
 
     fn watch(&mut self, stream: UnixStream, phase: Phase) -> io::Result<Connection> {
-        stream.set_nonblocking(true)?;
-        let id = self.next_stream;
-        self.next_stream += 1;
-        // Edges: a stream that the guest has no room for does not come again and again.
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
-        epoll::add(&self.epoll, &stream, epoll::EventData::new_u64(id), flags)?;
+        let id = self.programs.watch(&stream)?;
         Ok(Connection::new(stream, phase, id))
     }
 
@@ -302,12 +252,9 @@ impl Vsock {
         self.call(key, Dial { buffer: header.buffer, forwarded: header.forwarded, calls: 0 });
     }
 
-    /// Connects to who listens for a port of the host. Nothing here waits: other devices have
-    /// the same thread.
+    /// Connects to who listens for a port of the host.
     fn call(&mut self, key: Key, mut to: Dial) {
-        let mut path = self.path.clone().into_os_string();
-        path.push(format!("_{}", key.0));
-        match dial(&path).and_then(|stream| self.watch(stream, Phase::Open)) {
+        match self.programs.dial(key.0).and_then(|stream| self.watch(stream, Phase::Open)) {
             Ok(mut connection) => {
                 connection.guest_buffer = to.buffer;
                 connection.guest_forwarded = to.forwarded;
@@ -317,20 +264,10 @@ impl Vsock {
             Err(error) if error.kind() == ErrorKind::WouldBlock && to.calls < CALLS => {
                 to.calls += 1;
                 self.dials.insert(key, to);
-                self.call_again();
+                self.programs.call_again();
             }
             Err(_) => self.tell(key, Op::Reset),
         }
-    }
-
-    /// Has [`call`](Self::call) and [`accept`](Self::accept) be made again in a while.
-    fn call_again(&self) {
-        let once = Itimerspec {
-            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
-            it_value: Timespec { tv_sec: 0, tv_nsec: CALL_AGAIN_NS },
-        };
-        // It fails only for times that are none.
-        let _ = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once);
     }
 
     fn act(&mut self, key: Key, op: Op, header: &Header, chain: &Chain) {
@@ -338,7 +275,7 @@ impl Vsock {
         match op {
             Op::Response if connection.phase == Phase::Asked => {
                 connection.phase = Phase::Open;
-                connection.out.extend(format!("OK {}\n", key.0).into_bytes());
+                connection.out.extend(welcome(key.0));
                 // It is ours, and the guest has no part in it.
                 connection.forwarded =
                     connection.forwarded.wrapping_sub(connection.out.len() as u32);
@@ -398,45 +335,30 @@ impl Vsock {
     // From the host
 
     fn poll(&mut self) {
-        let mut events = Vec::with_capacity(64);
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let room = rustix::buffer::spare_capacity(&mut events);
-        if epoll::wait(&self.epoll, room, Some(&now)).is_err() {
-            return;
-        }
-        for event in events {
-            let data = event.data.u64();
-            if data == LISTENER {
-                self.accept();
-            } else if data == TIMER {
-                // Reading is what makes it not ready again.
-                let _ = rustix::io::read(&self.timer, &mut [0u8; 8]);
-                for (key, to) in std::mem::take(&mut self.dials) {
-                    self.call(key, to);
+        for ready in self.programs.ready() {
+            match ready {
+                Ready::Called => self.accept(),
+                Ready::Again => {
+                    for (key, to) in std::mem::take(&mut self.dials) {
+                        self.call(key, to);
+                    }
+                    self.accept();
                 }
-                self.accept();
-            } else if let Some(&key) = self.streams.get(&data) {
-                if let Some(connection) = self.connections.get_mut(&key) {
-                    connection.readable = true;
+                Ready::Stream(id) => {
+                    let Some(&key) = self.streams.get(&id) else { continue };
+                    if let Some(connection) = self.connections.get_mut(&key) {
+                        connection.readable = true;
+                    }
+                    self.flush(key);
+                    self.greet(key);
                 }
-                self.flush(key);
-                self.greet(key);
             }
         }
     }
 
-    /// Takes all who have called. One whom the host gives no descriptor waits in the backlog.
+    /// Takes all who have called.
     fn accept(&mut self) {
-        loop {
-            let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    self.wait_for_descriptors(&error);
-                    return;
-                }
-            };
+        while let Some(stream) = self.programs.accept() {
             if self.connections.len() >= MAX_CONNECTIONS {
                 continue; // closed again
             }
@@ -448,51 +370,21 @@ impl Vsock {
         }
     }
 
-    fn wait_for_descriptors(&mut self, error: &io::Error) {
-        if !std::mem::replace(&mut self.told_waiting, true) {
-            log::warn!(
-                "vsock: programs that connect to {} wait, since the host has nothing for them: \
-                 {error}; raise the limit of open files: ulimit -n",
-                self.path.display()
-            );
-        }
-        self.call_again();
-    }
-
     fn free_port(&mut self) -> u32 {
-        loop {
-            let port = self.next_port;
-            self.next_port = self.next_port.checked_add(1).unwrap_or(FIRST_PORT);
-            if self.connections.range((port, 0)..=(port, u32::MAX)).next().is_none() {
-                return port;
-            }
-        }
+        let taken = |port| self.connections.range((port, 0)..=(port, u32::MAX)).next().is_some();
+        free_port(&mut self.next_port, taken)
     }
 
-    /// Reads which port the host's program wants: byte by byte, for what follows is the
-    /// guest's.
+    /// Reads which port the host's program wants.
     fn greet(&mut self, key: Key) {
         let Some(connection) = self.connections.get_mut(&key) else { return };
-        while connection.phase == Phase::Greeting {
-            let mut byte = [0];
-            match connection.stream.read(&mut byte) {
-                Ok(1) if byte[0] != b'\n' && connection.greeting.len() < MAX_GREETING => {
-                    connection.greeting.push(byte[0]);
-                }
-                Ok(1) => {
-                    let line = String::from_utf8_lossy(&connection.greeting);
-                    let port = line.trim().strip_prefix("CONNECT ").map(str::parse::<u32>);
-                    let Some(Ok(port)) = port else { break };
-                    self.ask(key, port);
-                    return;
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                _ => break,
-            }
+        if connection.phase != Phase::Greeting {
+            return;
         }
-        if self.connections.get(&key).is_some_and(|one| one.phase == Phase::Greeting) {
-            self.remove(key); // no greeting: closed
+        match connection.greeting.read(&connection.stream) {
+            Greeted::Port(port) => self.ask(key, port),
+            Greeted::NotYet => {}
+            Greeted::Nothing => self.remove(key), // closed
         }
     }
 
@@ -601,7 +493,7 @@ impl Vsock {
 impl DataPath for Vsock {
     fn start(&mut self, _features: u64, io: &Attachment) -> io::Result<()> {
         if !self.attached {
-            io.add(self.epoll.as_fd(), OWN_SOURCES, Trigger::Readable)?;
+            io.add(self.programs.descriptor(), OWN_SOURCES, Trigger::Readable)?;
             self.attached = true;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The socket device between a driver's rings and programs on Unix sockets.
 
 use std::collections::VecDeque;
-use std::io::BufRead;
+use std::io::{BufRead, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -358,9 +358,11 @@ fn busy_listener(guest: &Guest, port: u32) -> (UnixListener, UnixStream, PathBuf
     let _ = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).unwrap();
     rustix::net::listen(&listener, 0).unwrap();
-    let first = dial::dial(path.as_os_str()).unwrap();
-    let full = dial::dial(path.as_os_str()).unwrap_err();
-    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    let first = guest.device.with_path(|vsock, _| {
+        let first = vsock.programs.dial(port).unwrap();
+        assert_eq!(vsock.programs.dial(port).unwrap_err().kind(), ErrorKind::WouldBlock);
+        first
+    });
     (listener, first, path)
 }
 
