@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 import time
 from typing import Any
@@ -106,6 +107,33 @@ def test_variables_are_shared(vmware: Vmware, program: Program) -> None:
     assert channel.ask(b"info-set guestinfo.z \xff\xfe") == b"1 "
     assert channel.ask(b"info-get guestinfo.z") == b"1 \xff\xfe"
     assert list(vmware.guestinfo) == ["y", "z"]
+
+
+def test_guest_library_hears_of_its_session(vmware: Vmware, program: Program) -> None:
+    channel = Channel(program, RPCI)
+    vmware.balloon.connect(64 << 20, lambda actual: None)
+    vmware.balloon.target = 24 << 20
+    answer = channel.ask(b"guestlib.info.get 3")
+    assert answer is not None
+    version, session, length = struct.unpack_from("<IQI", answer, 2)
+    data = answer[18:]
+    assert (version, session, len(data)) == (3, vmware.guestlib.session, length)
+    assert session not in (0, Vmware().guestlib.session)
+    (count,) = struct.unpack_from(">I", data)
+    known, at = {}, 4
+    for number in range(1, count + 1):
+        # guestlibV3.x: text and most numbers have a word here, the others two.
+        form = ">IIQ" if number in (4, 17, 19, 20) else ">III"
+        kind, valid, value = struct.unpack_from(form, data, at)
+        assert kind == number
+        at += struct.calcsize(form)
+        if valid:
+            known[number] = value
+    assert at == len(data)
+    assert known[17] < 60_000  # ms since it began
+    assert known | {17: 0} == {12: 0, 17: 0, 20: 40}
+    for other in (b"guestlib.info.get 2", b"guestlib.info.get 4", b"guestlib.info.get"):
+        assert channel.ask(other) == b"0 3"
 
 
 @pytest.mark.parametrize(

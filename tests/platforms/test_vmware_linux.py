@@ -189,6 +189,10 @@ def test_programs_of_open_vm_tools_work(tools: Small) -> None:
     assert mhz is not None
     assert int(mhz[1]) == tools.vm._vm.tsc_hz() // 1_000_000  # type: ignore[attr-defined]
     assert re.search(r"\d\d:\d\d:\d\d", tools.run("vmware-toolbox-cmd stat hosttime"))
+    vmware = tools.vm._platform.vmware
+    assert vmware is not None
+    assert f"0x{vmware.guestlib.session:x}\n" in tools.run("vmware-toolbox-cmd stat sessionid")
+    assert "0 MB" in tools.run("vmware-toolbox-cmd stat balloon")
 
 
 def test_service_of_open_vm_tools_comes_and_is_asked(tools: Small, tmp_path: Path) -> None:

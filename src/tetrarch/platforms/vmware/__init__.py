@@ -13,6 +13,7 @@ from tetrarch.platforms.vmware.backdoor import HIGH_BANDWIDTH_PORT, PORT, Backdo
 from tetrarch.platforms.vmware.balloon import BALLOON_PORT, VmwareBalloon
 from tetrarch.platforms.vmware.facts import Facts
 from tetrarch.platforms.vmware.guestinfo import GuestInfo
+from tetrarch.platforms.vmware.guestlib import GuestLib
 from tetrarch.platforms.vmware.identity import Identity
 from tetrarch.platforms.vmware.messages import MESSAGE, STRING_MESSAGE, Channels
 from tetrarch.platforms.vmware.mouse import VmMouse
@@ -39,7 +40,9 @@ class Vmware:
         self.mouse = VmMouse()
         self.stolen = StolenTime()
         self.tools = Tools(self.guestinfo)
-        self.channels = Channels({RPCI: Rpci(self.tools.requests()), TCLO: self.tools.tclo})
+        self.guestlib = GuestLib(self.balloon)
+        requests = {**self.tools.requests(), **self.guestlib.requests()}
+        self.channels = Channels({RPCI: Rpci(requests), TCLO: self.tools.tclo})
         facts = Facts(lambda: self.identity.uuid, self.tools.gui_options)
         self._backdoor = Backdoor(
             {

@@ -125,6 +125,11 @@ class VmwareBalloon:
         self._memory, self._changed, self._ring = memory, changed, ring
 
     @property
+    def memory(self) -> int:
+        """Bytes of RAM that the machine has; 0 where it has no balloon."""
+        return self._memory
+
+    @property
     def target(self) -> int:
         """As ``Balloon.target``."""
         return self._target * PAGE
