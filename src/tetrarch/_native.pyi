@@ -65,6 +65,7 @@ __all__ = [
     "VirtioServed",
     "VirtioVsock",
     "Vm",
+    "VmciDevice",
     "Vmxnet3Causes",
     "Vmxnet3Rings",
     "XenDomain",
@@ -919,6 +920,44 @@ class VirtioVsock(VirtioDevice):
         """Ends all connections, when the machine has ended."""
     def reset_transport(self) -> None:
         """Tells the driver that all connections are gone."""
+
+@type_check_only
+class VmciState(TypedDict):
+    """VMCI's device as it is saved, in numbers: ``crates/vmci`` says which."""
+
+    interrupts: Sequence[int]
+    state: Sequence[int]
+    addresses: Sequence[int]
+    sent: Sequence[int]
+    page: Sequence[int]
+    doorbells: Sequence[int]
+    pairs: Sequence[int]
+
+@final
+class VmciDevice(RustDevice):
+    """VMCI's registers, and what is behind them. Programs of the host connect to a descriptor of a
+    Unix socket that listens, ``sockets`` as its path and that; without it nobody is there."""
+
+    VECTORS: int
+    def __new__(
+        cls,
+        vm: Vm,
+        line: Wire,
+        messages: Sequence[Interrupt],
+        notifications: bool,
+        sockets: tuple[str, int] | None,
+    ) -> Self: ...
+    def ring(self, context: int, resource: int) -> bool:
+        """A doorbell of the guest's; False where it has none of that name."""
+    def set_master(self, master: bool) -> None:
+        """Whether it may access memory; at first it may not."""
+    def reset(self) -> None: ...
+    def save(self) -> VmciState:
+        """Exact while the machine is held. Connections are not part of it."""
+    def load(self, state: VmciState) -> None:
+        """EngineError for a state that is none; then it is as after a reset."""
+    def close(self) -> None:
+        """Ends all connections, when the machine has ended."""
 
 @final
 class GuestCall:

@@ -25,7 +25,7 @@ from tetrarch.agent.client import ERROR, EXIT, INPUT, INPUT_WINDOW, OUTPUT, RUN
 from tetrarch.errors import HostError, StateError
 from tetrarch.images import CachedGuest
 from tetrarch.sockets import SocketDirectory
-from tetrarch.virtio.vsock import listen
+from tetrarch.vsock import listen
 
 LIMIT_S = 90
 

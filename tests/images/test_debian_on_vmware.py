@@ -23,7 +23,7 @@ from tetrarch.net import NetSpec
 from tetrarch.platforms.vmware import ToolsError
 
 LIMIT_S = 900
-DRIVERS = ("vmw_pvscsi", "vmxnet3", "vmwgfx", "vmw_balloon")
+DRIVERS = ("vmw_pvscsi", "vmxnet3", "vmwgfx", "vmw_vmci", "vmw_balloon")
 PROGRAMS = ("linux-image-amd64", "open-vm-tools", "fio", "iperf3")
 FIO = (
     "fio --name=all --filename=/root/fio --size=64M --rw=randwrite --bsrange=4k-64k --direct=1 "
@@ -125,7 +125,7 @@ def test_debian_runs_on_vmware_and_its_disk_elsewhere(disk: MachineConfig) -> No
         assert "VMware VMMouse" in bound
         for driver in DRIVERS:
             assert driver in bound, driver
-        for driver in DRIVERS[:3]:
+        for driver in DRIVERS[:4]:
             assert ask(vm, f"ls /sys/bus/pci/drivers/{driver} | grep 0000:"), driver
         assert ask(vm, "findmnt --noheadings --output SOURCE /").startswith("/dev/sd")
         ask(vm, FIO)

@@ -265,7 +265,7 @@ def test_description_of_no_machine_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     body = json.dumps(ABOUT | change).encode()
-    path = made(tmp_path / "made", {b"machine": (6, body)})
+    path = made(tmp_path / "made", {b"machine": (7, body)})
     with pytest.raises(StateError, match=message):
         Machine.restore(path, vm=scripted())
 
@@ -326,7 +326,7 @@ def test_version_that_this_program_does_not_read_is_told(saved: Path, tmp_path: 
 def test_what_names_other_files_or_says_nonsense_is_refused(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    path = made(tmp_path / "made", {b"machine": (6, json.dumps(ABOUT | change).encode())})
+    path = made(tmp_path / "made", {b"machine": (7, json.dumps(ABOUT | change).encode())})
     with pytest.raises(StateError, match="does not say"):
         Machine.restore(path, vm=scripted())
 

@@ -28,8 +28,8 @@ def said(vm: Machine, command: str) -> str:
 
 
 def test_linux_says_that_it_is_on_vmware(debian_guest: CachedGuest, tmp_path: Path) -> None:
-    saved = tmp_path / "saved"
-    with Machine(engine="bt", platform="vmware", cpus=2) as vm:
+    saved, vsock = tmp_path / "saved", tmp_path / "vsock"
+    with Machine(engine="bt", platform="vmware", cpus=2, vsock=vsock) as vm:
         vm.start()
         vm.console.expect(PROMPT, PATIENCE)
         log = said(vm, "dmesg")
@@ -53,13 +53,18 @@ def test_linux_says_that_it_is_on_vmware(debian_guest: CachedGuest, tmp_path: Pa
         )
         clock = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
         assert said(vm, clock) == "tsc"
+        # Commands come by VMCI's queue pairs.
+        data = bytes(range(256)) * 2000
+        assert vm.exec(["cat"], data).stdout == data
+        assert "vmw_vsock_vmci_transport" in said(vm, "lsmod")
         vm.guestinfo["kept"] = "yes"
         vm.save(saved)
-    with Machine.restore(saved) as vm:
+    with Machine.restore(saved, vsock=vsock) as vm:
         vm.start()
         assert vm.config.platform == "vmware"
         assert dict(vm.guestinfo) == {"kept": "yes"}
         assert said(vm, "cat /sys/class/dmi/id/product_uuid") == uuid
+        assert vm.exec(["cat"], data).stdout == data
         before, begun = float(said(vm, "cut -d' ' -f1 /proc/uptime")), time.monotonic()
         after = float(said(vm, "sleep 2; cut -d' ' -f1 /proc/uptime"))
         assert after - before == pytest.approx(time.monotonic() - begun, abs=0.5)

@@ -3,75 +3,48 @@
 from __future__ import annotations
 
 import struct
-from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.storage.wire import Wire
+from tests.platforms.vmci import (
+    ALLOC,
+    ANONYMOUS,
+    CAPS,
+    CONTROL,
+    DATA_IN,
+    DATA_OUT,
+    DATAGRAM,
+    DISABLE,
+    FLAGS,
+    GET_CONTEXT,
+    HOST,
+    ICR,
+    IMR,
+    IN_LOW,
+    LINK,
+    NOTIFY,
+    OUT_LOW,
+    PAGE,
+    PAGE_SHIFT,
+    PPN64,
+    QUERY,
+    RAM,
+    RECEIVE,
+    RESET,
+    RESULT,
+    SEND,
+    SET_FLAGS,
+    STATUS,
+    SUBSCRIBE,
+    TRANSFERS,
+    UNLINK,
+    UNSUBSCRIBE,
+    Driver,
+)
 
-from tetrarch._native import Vm
 from tetrarch.errors import StateError
-from tetrarch.machine.engine_vm import InterruptWire
-from tetrarch.pci.function import BUS_MASTER, COMMAND
-from tetrarch.platforms.vmware.vmci import Vmci
-
-STATUS, CONTROL, ICR, IMR, DATA_OUT, DATA_IN, CAPS, RESULT, RESULT_HIGH = range(0, 36, 4)
-RESET, ENABLE, DISABLE = 1, 2, 4
-DATAGRAM, NOTIFICATIONS, PPN64 = 4, 8, 16
-QUERY, GET_CONTEXT, SET_FLAGS, LINK, UNLINK, NOTIFY = range(6)
-ANONYMOUS = (0xFFFFFFFF, 0xFFFFFFFF)
-RAM = 1 << 20
-FLAGS = 0x40
-"""The page of the flags."""
-
-
-class Driver:
-    def __init__(self, *, notifications: bool = True) -> None:
-        self.vm = Vm("bt", RAM, translate=False)
-        self.device = Vmci(self.vm, notifications=notifications)
-        self.wire = Wire()
-        self.device.function.plug(cast(InterruptWire, self.wire))
-        self.device.function.write_config(COMMAND, 2, BUS_MASTER)
-        (part,) = self.device.function.bars[0].parts
-        self.ports = part.device
-
-    def read(self, register: int) -> int:
-        return self.ports.read(register, 4)
-
-    def write(self, register: int, value: int) -> None:
-        self.ports.write(register, 4, value)
-
-    def send(self, resource: int, payload: bytes, context: int = 0, size: int | None = None) -> int:
-        """The answer, with its sign."""
-        length = len(payload) if size is None else size
-        header = struct.pack("<IIIIQ", context, resource, *ANONYMOUS, length)
-        for byte in header + payload:
-            self.ports.write(DATA_OUT, 1, byte)
-        low, high = self.read(RESULT), self.read(RESULT_HIGH)
-        assert high == (0xFFFFFFFF if low >> 31 else 0)
-        (result,) = struct.unpack("<i", struct.pack("<I", low))
-        assert isinstance(result, int)
-        return result
-
-    def start(self) -> None:
-        """As Linux's driver does."""
-        capabilities = self.read(CAPS)
-        assert capabilities & DATAGRAM
-        self.write(CAPS, capabilities)
-        assert self.send(SET_FLAGS, struct.pack("<Q", FLAGS)) == 0
-        assert self.send(QUERY, struct.pack("<II", 1, GET_CONTEXT)) == 1
-        self.write(IMR, 1 | 2)
-        self.write(CONTROL, ENABLE)
-        assert self.read(STATUS) == 1
-        self.context = self.send(GET_CONTEXT, b"")
-
-    def link(self, resource: int, flag: int) -> int:
-        return self.send(LINK, struct.pack("<IIQ", self.context, resource, flag))
-
-    def flag(self, number: int) -> int:
-        (value,) = self.vm.read_memory(FLAGS * 4096 + number, 1)
-        return value
+from tetrarch.pci.function import COMMAND
 
 
 @pytest.fixture
@@ -111,23 +84,155 @@ def test_what_cannot_be_is_refused(driver: Driver) -> None:
     assert driver.link(7, 4095) == 0
     assert (driver.link(7, 1), driver.link(8, 4096)) == (-22, -2)
     assert driver.send(LINK, struct.pack("<IIQ", driver.context + 1, 8, 1)) == -2
-    for page in (0, RAM // 4096, 1 << 52, (1 << 64) - 1):
+    assert driver.send(UNLINK, struct.pack("<II", driver.context + 1, 7)) == -21
+    for page in (0, RAM // PAGE, 1 << 52, (1 << 64) - 1):
         assert driver.send(SET_FLAGS, struct.pack("<Q", page)) == -2
     assert driver.send(SET_FLAGS, b"\1\0") == -2
-    assert driver.send(QUERY, struct.pack("<I", 1000)) == -2
-    assert driver.send(QUERY, struct.pack("<IIIII", 4, 5, 99, 3, 10)) == 0b0101
-    assert driver.send(10, b"", size=0) == -1  # queue pairs
-    assert driver.send(0, b"", context=2) == -10
+    assert driver.send(QUERY, struct.pack("<II", 1000, 0)) == -2
+    assert driver.send(QUERY, struct.pack("<III", 2, 0, GET_CONTEXT)) == -2
+    assert driver.send(QUERY, struct.pack("<6I", 4, 0, 5, 99, 3, 10)) == 0b1101
+    assert driver.send(12, b"") == -1
+    assert driver.send(1, b"", context=HOST) == -1  # nobody is there
+    assert driver.send(1, b"", context=4) == -10
     assert driver.send(QUERY, b"", size=1 << 40) == -11
+    # What follows one that is too long is part of it, until the answer is asked for.
+    for byte in struct.pack("<IIIIQ", 0, GET_CONTEXT, *ANONYMOUS, 1 << 40) + bytes(100):
+        driver.ports.write(DATA_OUT, 1, byte)
+    assert driver.read(RESULT) == 0x1_0000_0000 - 11
     # One that is not whole is forgotten with the question for its answer.
     driver.send(QUERY, b"", size=8)
     assert driver.send(GET_CONTEXT, b"") == driver.context
     assert driver.read(DATA_IN) == 0xFFFFFFFF
 
 
-def test_there_are_no_more_doorbells_than_flags(driver: Driver) -> None:
+def test_events_can_be_subscribed_to(driver: Driver) -> None:
+    for question in (SUBSCRIBE, UNSUBSCRIBE):
+        for event in (0, 3, 4):
+            assert driver.send(question, struct.pack("<II", event, 0)) == 0
+        assert driver.send(question, struct.pack("<II", 7, 0)) == -29
+        assert driver.send(question, b"") == -2
+
+
+def test_pages_are_as_wide_as_the_guest_says() -> None:
+    driver = Driver(wide=False)
+    driver.start()
+    driver.link(7, 1)
+    assert driver.device.ring((driver.context, 7))
+    assert driver.flag(1) == 1
+    assert driver.alloc((driver.context, 1), 1, 1, driver.pages(4)) == 4
+
+
+def test_transfers_take_the_place_of_bytes() -> None:
+    driver = Driver(transfers=True)
+    driver.start()
+    assert driver.read(PAGE_SHIFT) == 12
+    driver.link(7, 1)
+    assert driver.send(NOTIFY, struct.pack("<II", driver.context, 7)) == 0
+    assert driver.flag(1) == 1
+    driver.read(ICR)
+    # Nothing is there to be fetched: the head of a datagram for nobody.
+    header = struct.pack("<IIIIQQQQQ", 0, 1, 2, 0, 0, RECEIVE + PAGE, 16, RECEIVE + 2 * PAGE, 64)
+    driver.vm.write_memory(RECEIVE, header)
+    driver.write(IN_LOW, RECEIVE)
+    assert driver.vm.read_memory(RECEIVE, 4) == b"\1\0\0\0"
+    assert driver.vm.read_memory(RECEIVE + PAGE, 17) == b"\xff" * 16 + b"\0"
+    assert driver.vm.read_memory(RECEIVE + 2 * PAGE, 9) == b"\xff" * 8 + b"\0"
+    assert (driver.read(ICR), driver.wire.is_high()) == (4, False)
+    # A datagram may come in pieces, too.
+    datagram = struct.pack("<IIIIQ", 0, GET_CONTEXT, *ANONYMOUS, 0)
+    driver.vm.write_memory(0x8000, datagram[:10])
+    driver.vm.write_memory(0x9000, datagram[10:])
+    driver.vm.write_memory(SEND, struct.pack("<IIIIQQQQQ", 1, 1, 2, 0, 0, 0x8000, 10, 0x9000, 14))
+    driver.write(OUT_LOW, SEND)
+    assert driver.read(RESULT) == driver.context
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<IIIIQ", 1, 2, 24, 0, 0),  # no such form
+        struct.pack("<IIIIQ", 1, 0, 23, 0, 0),  # less than a head
+        struct.pack("<IIIIQ", 1, 0, 0xFFFFFFFF, 0, 0),
+        struct.pack("<IIIIQ", 1, 1, 65, 0, 0),  # too many pieces
+        struct.pack("<IIIIQQQ", 1, 1, 1, 0, 0, RAM - 8, 24),
+        struct.pack("<IIIIQQQ", 1, 1, 1, 0, 0, (1 << 64) - 8, 1 << 63),
+        struct.pack("<IIIIQIIIIQ", 1, 0, 24, 0, 0, 0, GET_CONTEXT, *ANONYMOUS, 1),  # one too few
+    ],
+)
+def test_transfers_that_cannot_be_are_refused(header: bytes) -> None:
+    driver = Driver(transfers=True)
+    driver.start()
+    driver.vm.write_memory(SEND, header)
+    driver.write(OUT_LOW, SEND)
+    assert driver.read(RESULT) == 0xFFFFFFFE
+    assert driver.vm.read_memory(SEND, 4) == bytes(4)
+    driver.write(IN_LOW, SEND)
+    driver.write(IN_LOW, 0xFFFF_FFF8)
+    driver.write(OUT_LOW, 0xFFFF_FFF8)
+    assert driver.send(GET_CONTEXT, b"") == driver.context
+
+
+def test_queue_pairs_are_of_memory_that_is_there(driver: Driver) -> None:
+    handle = (driver.context, 7)
+    pages = driver.pages(6)
+    for wrong in (
+        {"pages": pages[:5]},
+        {"pages": [*pages, 0x300]},
+        {"pages": [*pages[:5], RAM // PAGE]},
+        {"pages": [RAM // PAGE, *pages[1:]]},
+        {"pages": [*pages[:5], 1 << 52]},
+        {"pages": [*pages[:5], (1 << 64) - 1]},
+        {"pages": pages, "count": 5},
+        {"pages": pages, "count": 1 << 61},
+        {"pages": pages, "flags": 0x10},
+        {"pages": pages, "flags": 2},
+    ):
+        assert driver.alloc(handle, 2 * PAGE, 2 * PAGE, **wrong) == -2
+    assert driver.alloc((driver.context, 0xFFFFFFFF), 2 * PAGE, 2 * PAGE, pages) == -2
+    assert driver.alloc(handle, 0, 2 * PAGE, pages) == -24
+    for size in (1 << 63, (1 << 64) - 1, 128 << 20):
+        assert driver.alloc(handle, size, size, pages) == -19
+    assert driver.alloc(handle, 2 * PAGE, 2 * PAGE, pages, flags=1) == -21
+    assert driver.alloc((HOST, 7), 2 * PAGE, 2 * PAGE, pages) == -7
+    assert driver.alloc(handle, 2 * PAGE, 2 * PAGE, pages, peer=77) == -7
+    assert driver.send(ALLOC, b"short") == -2
+    assert driver.detach(handle) == -21
+    assert driver.alloc(handle, 2 * PAGE, PAGE + 1, pages) == 4
+    assert driver.alloc(handle, 2 * PAGE, PAGE + 1, pages) == -22
+    assert (driver.detach(handle), driver.detach(handle)) == (3, -21)
+    driver.device.function.write_config(COMMAND, 2, 0)
+    assert driver.alloc(handle, 2 * PAGE, 2 * PAGE, pages) == -20
+
+
+def test_there_are_only_so_many_queue_pairs() -> None:
+    driver = Driver(transfers=True)
+    driver.start()
+    pages = driver.pages(4)
+    for number in range(2048):
+        assert driver.alloc((driver.context, number), 1, 1, pages) == 4
+    assert driver.alloc((driver.context, 2048), 1, 1, pages) == -19
+    assert driver.detach((driver.context, 5)) == 3
+    assert driver.alloc((driver.context, 2048), 1, 1, pages) == 4
+
+
+def test_all_queue_pairs_together_have_only_so_many_bytes() -> None:
+    driver = Driver(transfers=True)
+    driver.start()
+    size = 16 << 20
+    pages = [0x300] * (2 * size // PAGE + 2)
+    assert len(pages) * 8 < 17 * PAGE
+    for number in range(4):
+        assert driver.alloc((driver.context, number), size, size, pages) == 4
+    assert driver.alloc((driver.context, 4), 1, 1, pages[:4]) == -19
+    assert driver.detach((driver.context, 0)) == 3
+    assert driver.alloc((driver.context, 4), 1, 1, pages[:4]) == 4
+
+
+def test_there_are_no_more_doorbells_than_flags() -> None:
+    driver = Driver(transfers=True)
+    driver.start()
     for number in range(4096):
-        driver.device._doorbells[driver.context, number + 100] = 0
+        assert driver.link(number + 100, 0) == 0
     assert driver.link(7, 1) == -19
 
 
@@ -151,8 +256,9 @@ def test_device_without_the_bus_leaves_memory_alone(driver: Driver) -> None:
 
 def test_nobody_rings_where_notifications_are_not_offered() -> None:
     driver = Driver(notifications=False)
-    assert driver.read(CAPS) == DATAGRAM | PPN64
-    assert driver.send(QUERY, struct.pack("<III", 2, GET_CONTEXT, LINK)) == 1
+    assert driver.read(CAPS) == DATAGRAM | PPN64 | TRANSFERS
+    driver.start()
+    assert driver.send(QUERY, struct.pack("<IIII", 2, 0, GET_CONTEXT, LINK)) == 1
     assert driver.send(SET_FLAGS, struct.pack("<Q", FLAGS)) == -1
 
 
@@ -168,12 +274,37 @@ def test_saved_device_goes_on(driver: Driver) -> None:
     for byte in struct.pack("<IIQ", *ANONYMOUS, 0):
         other.ports.write(DATA_OUT, 1, byte)
     assert other.read(RESULT) == driver.context
-    with pytest.raises(StateError):
-        other.device.load({"registers": {"device": "vmci", "version": 1}, "pci": state["pci"]})
-    # A flag that is none, and a page that is not there, are not taken.
-    state["registers"] |= {"doorbells": [3, 7, 5000, 3, 8], "flags_page": 1 << 40}
-    other.device.load(state)
-    assert not other.device.ring((driver.context, 7))
+    # What is no state is refused, and leaves the device as after a reset.
+    device = state["device"]
+    for damage in (
+        {"doorbells": [8, 5000]},
+        {"doorbells": [8]},
+        {"addresses": [0, 0, 1 << 40]},
+        {"addresses": [0, 0, 1 << 60]},
+        {"sent": [0] * 100_000},
+        {"page": [0] * 100_000},
+        {"interrupts": [1]},
+        {"pairs": "none"},
+    ):
+        with pytest.raises(StateError, match="damaged"):
+            other.device.load(state | {"device": device | damage})
+        assert not other.device.ring((driver.context, 7))
+    with pytest.raises(StateError, match="damaged"):
+        other.device.load({"pci": state["pci"]})
+
+
+def test_queue_pairs_of_a_saved_machine_are_without_another_end() -> None:
+    driver = Driver(transfers=True)
+    driver.start()
+    handle = (driver.context, 7)
+    assert driver.alloc(handle, PAGE, PAGE, driver.pages(4)) == 4
+    other = Driver(transfers=True)
+    other.context = driver.context
+    other.device.load(driver.device.save())
+    other.fetch()
+    assert list(other.events) == [(2, 0, driver.context, 0)]  # all connections are gone
+    assert other.alloc(handle, PAGE, PAGE, other.pages(4)) == -22
+    assert (other.detach(handle), other.detach(handle)) == (3, -21)
 
 
 @settings(max_examples=300, deadline=None)

@@ -36,6 +36,7 @@ mod vcpu;
 mod vhost_user;
 mod virtio;
 mod vm;
+mod vmci;
 mod vmxnet3;
 mod vsock;
 mod xen;
@@ -96,6 +97,8 @@ mod _native {
     use crate::virtio::{Interrupt, IsrStatus, VirtioBlk, VirtioDevice, VirtioRng};
     #[pymodule_export]
     use crate::vm::Vm;
+    #[pymodule_export]
+    use crate::vmci::VmciDevice;
     #[pymodule_export]
     use crate::vmxnet3::{Vmxnet3Causes, Vmxnet3Rings};
     #[pymodule_export]

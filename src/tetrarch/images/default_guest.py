@@ -32,7 +32,7 @@ __all__ = [
     "shares_script",
 ]
 
-RECIPE_VERSION = 23
+RECIPE_VERSION = 24
 """Counts up when the initramfs changes, so that cached ones are built anew."""
 
 BUSYBOX_PACKAGE = "busybox-static"
@@ -53,6 +53,8 @@ GUEST_MODULES = (
     "evdev",
     "pvpanic_mmio",
     "vmw_vsock_virtio_transport",
+    "vmw_vmci",
+    "vmw_vsock_vmci_transport",
     "ahci",
     "ata_piix",
     "sd_mod",

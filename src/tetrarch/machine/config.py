@@ -56,6 +56,7 @@ __all__ = [
     "Spelling",
     "ValueProblem",
     "VirtioTransport",
+    "VsockModel",
     "check_options",
     "make_config",
     "option",
@@ -91,6 +92,7 @@ NetOption: TypeAlias = str | NetSpec
 PortOption: TypeAlias = str | ConsoleBackend | PortSpec
 InputOption = Literal["keyboard", "mouse", "tablet", "ps2-keyboard", "ps2-mouse"]
 ScreenKind = Literal["vga", "svga"]
+VsockModel = Literal["virtio", "vmci"]
 DisplayOption: TypeAlias = str | DisplaySpec
 GdbOption: TypeAlias = int | str | os.PathLike[str] | GdbSpec
 ShareOption: TypeAlias = str | os.PathLike[str] | ShareSpec
@@ -419,6 +421,11 @@ class MachineConfig(BaseModel):
     vsock: FilePath | None = option(
         None, "A Unix socket for connections with the guest's vsock ports.", "PATH"
     )
+    vsock_model: VsockModel | None = option(
+        None,
+        "What has the guest's vsock ports [default: vmci on platform vmware, else virtio].",
+        "virtio|vmci",
+    )
     control: FilePath | None = option(
         None, "A Unix socket where QMP steers the machine; docs/control.md.", "PATH"
     )
@@ -529,6 +536,13 @@ class MachineConfig(BaseModel):
         # One that records has what can be recorded.
         return "svga" if self.platform == "vmware" and self.record is None else "vga"
 
+    @property
+    def vsock_at(self) -> VsockModel | None:
+        """The device that has the guest's vsock ports; None where there are none."""
+        if self.vsock is None:
+            return None
+        return self.vsock_model or ("vmci" if self.platform == "vmware" else "virtio")
+
     def with_seat(self) -> Self:
         """With what draws its screen, if it has one, and what its display needs for who sits
         there: a keyboard and a pointer."""
@@ -581,6 +595,7 @@ class MachineOptions(TypedDict, total=False):
     input: InputOption | Sequence[InputOption]
     guestinfo: str | Sequence[str]
     vsock: str | os.PathLike[str] | None
+    vsock_model: VsockModel | None
     control: str | os.PathLike[str] | None
     gdb: GdbOption | None
     gdb_wait: bool

@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # Device is a protocol: of the stub file alone
     from tetrarch.devices.svga2 import Svga2
     from tetrarch.devices.vbe_dispi import VbeDispi
     from tetrarch.machine.firmware import MachineFirmware
+    from tetrarch.platforms.vmware.vmci import Vmci
 
 __all__ = ["Pc", "PortRange", "SavedDevice", "assemble_pc", "check_names"]
 
@@ -111,7 +112,8 @@ class Pc:
     shares: Sequence[MachineShare]
     virtio: VirtioSlots | None
     """Where further virtio devices go; a stand-in for the engine has no place for them."""
-    vsock: VsockKind | None
+    vsock: VsockKind | Vmci | None
+    """What has the guest's ports, if somebody listens for them."""
     balloon: Balloon | None
     inputs: Sequence[InputUser]
     """Those of virtio and at the keyboard controller, as they were asked for."""
@@ -338,7 +340,7 @@ def assemble_pc(
     disks: list[MachineDisk] = []
     nets: list[MachineNet] = []
     shares: list[MachineShare] = []
-    vsock: VsockKind | None = None
+    vsock: VsockKind | Vmci | None = None
     balloon: Balloon | None = None
     svga: Svga2 | None = None
     vbe: VbeDispi | None = None
@@ -368,7 +370,7 @@ def assemble_pc(
         with ExitStack() as undo:
             if firmware is not None:
                 undo.callback(firmware.close)
-            if config.vsock is not None:
+            if config.vsock is not None and config.vsock_at == "virtio":
                 vsock = VsockKind(vm, config.vsock)
                 undo.callback(vsock.close)
             undo.callback(blocks.close)
@@ -405,7 +407,7 @@ def assemble_pc(
                 undo.callback(share.close)
                 shares.append(share)
                 plug_virtio(share.kind)
-            if vsock is not None:
+            if isinstance(vsock, VsockKind):
                 plug_virtio(vsock)
             if config.rng:
                 plug_virtio(RngKind(vm))
@@ -424,13 +426,15 @@ def assemble_pc(
                 platform.vmware.channels.high_bandwidth = False
             elif platform.vmware is not None:
                 platform.vmware.stolen.connect(vm)
-            if platform.vmware is not None and config.vsock is None:
+            # Linux has one way for its sockets to the host, and takes VMCI's where it is there:
+            # those of virtio's device would be without a way.
+            if vsock is None and (platform.vmware is not None or config.vsock_at == "vmci"):
                 from tetrarch.platforms.vmware.vmci import Vmci
 
-                # Linux has one way for its sockets to the host, and takes VMCI's where it is
-                # there: those of a vsock device would be without a way.
-                vmci = Vmci(vm, notifications=config.record is None)
+                vmci = Vmci(vm, notifications=config.record is None, sockets=config.vsock)
+                undo.callback(vmci.close)
                 plugged.plug("vmci", vmci)
+                vsock = vmci if config.vsock is not None else None
             if platform.xen is not None:
                 spec = config.cpus
                 platform.xen.connect(

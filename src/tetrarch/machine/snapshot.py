@@ -34,7 +34,7 @@ __all__ = [
 
 # Count up when a section means something else than before. The engine's sections have
 # versions of their own inside.
-_ABOUT_VERSION: Final = 6
+_ABOUT_VERSION: Final = 7
 _ABOUT_OPTIONS: Final = {
     "name",
     "engine",
@@ -44,6 +44,7 @@ _ABOUT_OPTIONS: Final = {
     "debug_exit",
     "vga",
     "screen",
+    "vsock_model",
     "hpet",
     "virtio",
     "rng",
@@ -111,6 +112,7 @@ def save_machine(parts: MachineParts, file: BinaryIO, parent: Parent | None = No
         "debug_exit": config.debug_exit,
         "vga": config.vga,
         "screen": config.screen,
+        "vsock_model": config.vsock_model,
         "hpet": config.hpet,
         "virtio": config.virtio,
         "rng": config.rng,
