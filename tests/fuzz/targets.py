@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import configs, devices, recording, steering, vmware, xen
+from tests.fuzz import configs, devices, recording, steering, vmci, vmware, xen
 from tests.fuzz.input import Input, damaged
 
 from tetrarch import Machine
@@ -407,6 +407,7 @@ TARGETS: dict[str, Target] = {
     "saved": saved,
     "ports": devices.ports,
     "functions": devices.functions,
+    "vmci": vmci.vmci,
     "config_file": configs.config_file,
     "qemu": configs.qemu,
     "firecracker": configs.firecracker,

@@ -18,6 +18,7 @@ COUNTS = {
     "saved": 300,
     "ports": 300,
     "functions": 200,
+    "vmci": 300,
     "config_file": 600,
     "qemu": 600,
     "firecracker": 600,
