@@ -56,7 +56,10 @@ def test_variables_are_there_from_the_start(cli: Cli, tmp_path: Path) -> None:
         (["--guestinfo", "a=b"], "a guest on platform pc has no guestinfo; give platform vmware"),
         (["--guestinfo", "a"], "--guestinfo: 'a' is no variable; write KEY=VALUE"),
         (["--guestinfo", "=b"], "--guestinfo: '' is no name of a variable"),
-        (["--platform", "vmwear"], "--platform: 'vmwear' is no platform; there are pc, vmware and xen"),
+        (
+            ["--platform", "vmwear"],
+            "--platform: 'vmwear' is no platform; there are pc, vmware and xen",
+        ),
     ],
 )
 def test_wrong_options_are_told_in_a_line(
