@@ -286,6 +286,20 @@ def test_disk_that_names_other_files_is_refused(cli: Cli, tmp_path: Path) -> Non
     assert [one.name for one in tmp_path.iterdir()] == ["web.ova"]
 
 
+def test_disk_that_is_larger_than_the_appliance_says_is_refused(cli: Cli, tmp_path: Path) -> None:
+    raw, packed = tmp_path / "large.img", tmp_path / "large.vmdk"
+    block.create(raw, 2 << 30)
+    block.convert(raw, packed, subformat="streamOptimized")
+    files = {"web.ovf": VIRTUALBOX.encode(), "web-disk001.vmdk": packed.read_bytes()}
+    raw.unlink()
+    packed.unlink()
+    done = cli("import", "ova", archive(tmp_path / "web.ova", files), "--disks", tmp_path)
+    assert done.returncode == 2
+    said = "web-disk001.vmdk is a disk of 2147483648 bytes, and the appliance says 4194304; get"
+    assert said in done.stderr
+    assert [one.name for one in tmp_path.iterdir()] == ["web.ova"]
+
+
 def test_what_is_no_machine_is_refused(tmp_path: Path) -> None:
     for text, said in (
         ('<!DOCTYPE x [<!ENTITY a "b">]><Envelope/>', "a document type is refused"),

@@ -306,6 +306,8 @@ BILLION_LAUGHS = (
         ("<domain>&x;</domain>", "this is no XML: undefined entity"),
         ("<a>" * 1000, "the tags are more than 64 deep"),
         ("<?xml version='1.0' encoding='klingon'?><domain/>", "this is no XML"),
+        ("<?xml version='1.0' encoding='utf-7'?><domain/>", "this is no XML"),
+        ("<?xml version='1.0' encoding='idna'?><domain/>", "this is no XML"),
         ("<domain>\ud800</domain>", "this is no XML"),
     ],
 )

@@ -143,15 +143,28 @@ def test_screen_and_its_viewers_are_carried_over() -> None:
         'RemoteDisplay.vnc.ip = "127.0.0.1"\nRemoteDisplay.vnc.port = "5987"\n'
     )
     assert (config.screen, str(config.display), lost) == ("svga", "vnc=127.0.0.1:5987", [])
-    # Any host of the network, by a password that stands there.
-    config, lost = machine(
-        f'{DISK}RemoteDisplay.vnc.enabled = "TRUE"\nRemoteDisplay.vnc.password = "secret"\n'
-    )
+    # Any host of the network.
+    config, lost = machine(f'{DISK}RemoteDisplay.vnc.enabled = "TRUE"\n')
     assert (config.screen, str(config.display)) == (None, "vnc=127.0.0.1:5900")
+    assert lost == ["RemoteDisplay.vnc: other hosts come there with a password-file alone"]
+
+
+def test_screen_behind_a_password_is_not_opened_without() -> None:
+    config, lost = machine(
+        f'{DISK}RemoteDisplay.vnc.enabled = "TRUE"\nRemoteDisplay.vnc.port = "5901"\n'
+        'RemoteDisplay.vnc.password = "secret"\n'
+    )
+    assert config.display is None
     assert lost == [
-        "RemoteDisplay.vnc: other hosts come there with a password-file alone",
-        "RemoteDisplay.vnc.password: give display a password-file",
+        "RemoteDisplay.vnc.password: no display; give --display vnc=5901,password-file=FILE"
     ]
+
+
+@pytest.mark.parametrize(("cpus", "cores"), [("1" * 5000, "2"), ("4", "1" * 5000)])
+def test_numbers_of_any_length_are_no_error_of_ours(cpus: str, cores: str) -> None:
+    config, lost = machine(f'{DISK}numvcpus = "{cpus}"\ncpuid.coresPerSocket = "{cores}"\n')
+    assert config.cpus.count == (4 if cpus == "4" else 1)
+    assert [line.partition(":")[0] for line in lost] == ([] if cpus == "4" else ["numvcpus"])
 
 
 @pytest.mark.parametrize(

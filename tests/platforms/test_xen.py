@@ -37,7 +37,7 @@ from tests.platforms.xen_guest import (
 )
 
 from tetrarch import Machine
-from tetrarch.errors import ConfigError
+from tetrarch.errors import ConfigError, StateError
 
 LIMIT_S = 30
 LAPIC = 0xFEE0_0000
@@ -379,6 +379,31 @@ def test_all_of_a_domain_is_saved_and_loaded() -> None:
 @pytest.mark.parametrize(
     "damage",
     [
+        {"uuid": "zz"},
+        {"uuid": []},
+        {"parameters": 3},
+        {"parameters": [-1] * 40},
+        {"parameters": ["x"] * 40},
+        {"given-up": [[1]]},
+        {"given-up": ["x", 5]},
+        {"given-up": [1 << 40]},
+        {"domain": None},
+        {"domain": {}},
+    ],
+)
+def test_state_that_is_none_is_refused(damage: dict[str, object]) -> None:
+    guest = XenGuest()
+    with pytest.raises(StateError, match="saved state of 'xen' is none; save it again"):
+        guest.xen.load(guest.xen.save() | damage)
+    state = guest.xen.save()
+    del state[next(iter(damage))]
+    with pytest.raises(StateError, match="saved state of 'xen' is none"):
+        guest.xen.load(state)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
         {"shared_info": 1 << 40},
         {"ports": [[9, 0, 0]]},
         {"ports": [[0, 0, 0], [2, 0, 7]]},
@@ -392,7 +417,7 @@ def test_damaged_state_is_refused(damage: dict[str, object]) -> None:
     guest = XenGuest()
     state = guest.xen.save()
     state["domain"] |= damage
-    with pytest.raises(Exception, match="damaged"):
+    with pytest.raises(StateError, match="saved state of 'xen' is none"):
         guest.xen.load(state)
 
 

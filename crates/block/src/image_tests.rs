@@ -394,6 +394,11 @@ fn damaged_vmdk_is_refused_with_its_damage() {
         (table * 512, &[0xFF; 4], "its file ends before its data do"),
         // A guest would be given the tables themselves.
         (table * 512, &30u32.to_le_bytes(), "its grains lie among its tables"),
+        (
+            directory + 4,
+            &whole[directory..directory + 4],
+            "two of its grain tables lie at one place",
+        ),
         (directory, &[0; 4], "without some of their grain tables are not written to"),
     ] {
         let mut image = whole.clone();

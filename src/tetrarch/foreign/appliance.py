@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from tetrarch._files import ScratchDirectory
+from tetrarch._native import disk_info
 from tetrarch.block import convert, create
 from tetrarch.block.spec import DiskFormat
 from tetrarch.errors import ConfigError
@@ -21,6 +22,8 @@ Transfer = Callable[[str, int, str], AbstractContextManager[Progress]]
 
 #: A sparse extent, which names no other files: a text that names some could name any of the host's.
 _SPARSE: Final = b"KDMV"
+#: An appliance may say its capacity in units of up to a GiB, cut off.
+_ROUNDING: Final = 1 << 30
 
 
 def import_ova(path: Path, directory: Path, image_format: DiskFormat, transfer: Transfer) -> Ovf:
@@ -71,6 +74,7 @@ def _make(package: Package, medium: Medium, image_format: DiskFormat, transfer: 
         if medium.kind == "disc":
             packed.rename(medium.path)
             return
+        _check_size(packed, medium)
         title = medium.path.name
         with transfer(title, medium.capacity or package.size(medium.href), "Writing") as progress:
             convert(
@@ -80,6 +84,16 @@ def _make(package: Package, medium: Medium, image_format: DiskFormat, transfer: 
                 source_format="vmdk",
                 progress=progress,
             )
+
+
+def _check_size(disk: Path, medium: Medium) -> None:
+    """The user is told the appliance's capacity, and a small file can be a large disk."""
+    size = disk_info(disk, "vmdk")["size"]
+    if medium.capacity and size > medium.capacity + _ROUNDING:
+        raise ConfigError(
+            f"{medium.href} is a disk of {size} bytes, and the appliance says {medium.capacity}",
+            mend="get the appliance again, or correct the capacity in its description",
+        )
 
 
 def _extract(package: Package, name: str, file: BinaryIO, transfer: Transfer) -> None:

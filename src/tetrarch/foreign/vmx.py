@@ -106,7 +106,8 @@ class _Reader:
         memory = self._take("memsize", "32")
         self.carried.set("memory", f"{memory}M", "memsize")
         cpus, cores = self._take("numvcpus", "1"), self._take("cpuid.corespersocket", "1")
-        numbers = cores.isdecimal() and cpus.isdecimal()
+        # Longer ones are no number of CPUs, and int() refuses the longest.
+        numbers = all(text.isdecimal() and len(text) < 10 for text in (cores, cpus))
         if numbers and int(cores) > 1 and int(cpus) % int(cores) == 0:
             sockets = int(cpus) // int(cores)
             self.carried.set("cpus", f"{cpus},sockets={sockets},cores={cores}", "numvcpus")
@@ -220,10 +221,16 @@ class _Reader:
         port = self._take("remotedisplay.vnc.port", str(VNC_PORT))
         # Without an address it is all that the host has.
         host = self._take("remotedisplay.vnc.ip", "*")
-        carry_port(self.carried, host, port, "RemoteDisplay.vnc")
-        for name in ("remotedisplay.vnc.password", "remotedisplay.vnc.key"):
-            if self._take(name):
-                self.carried.lose(self._names[name], "give display a password-file")
+        secrets = [
+            self._names[name]
+            for name in ("remotedisplay.vnc.password", "remotedisplay.vnc.key")
+            if self._take(name)
+        ]
+        for name in secrets:
+            # Without it the screen would be anybody's.
+            self.carried.lose(name, f"no display; give --display vnc={port},password-file=FILE")
+        if not secrets:
+            carry_port(self.carried, host, port, "RemoteDisplay.vnc")
 
     def _forget(self, name: str) -> None:
         """What else is said of a device that was carried over, or is not there."""

@@ -93,7 +93,7 @@ def parse_xml(text: str) -> Element:
         raise ConfigError(f"this is no XML: {error}", mend="correct it") from error
     except UnicodeEncodeError as error:
         raise ConfigError(f"this is no XML: {error}", mend="correct it") from error
-    except LookupError as error:  # an encoding that nobody knows
+    except (LookupError, ValueError) as error:  # an encoding that nobody knows, or not here
         raise ConfigError(f"this is no XML: {error}", mend="write it in UTF-8") from error
     if builder.root is None:
         raise ConfigError("this is no XML: it is empty", mend="correct it")

@@ -37,6 +37,9 @@ class Viewer(NamedTuple):
     host: str
     port: int
 
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}" if self.host else "the Unix socket"
+
 
 class VncServer:
     def __init__(self, name: str, display: Display, hands: Hands, spec: DisplaySpec) -> None:
@@ -103,6 +106,7 @@ class VncServer:
         connection.close()
 
     def _serve(self, session: Session, connection: socket.socket) -> None:
+        viewer = _viewer(connection)
         try:
             with connection:
                 session.let_in(self._password)
@@ -110,13 +114,13 @@ class VncServer:
                     self._waiting.discard(session)
                     if self._closed:
                         return
-                    self._viewers[session] = _viewer(connection)
+                    self._viewers[session] = viewer
                 session.run()
         except WrongPassword:
             if self._complaint.due():
-                self._log.warning("a viewer at %s gave a wrong password", self.address)
+                self._log.warning("a viewer at %s gave a wrong password", viewer)
         except (Gone, NotRfb, OSError) as error:
-            self._log.debug("a viewer at %s is gone: %s", self.address, error)
+            self._log.debug("a viewer at %s is gone: %s", viewer, error)
         finally:
             with self._lock:
                 self._waiting.discard(session)

@@ -293,6 +293,13 @@ impl Sparse {
                 return Err(cut());
             }
         }
+        // A table that is many times there makes a large disk of a small file, and is read as often.
+        let mut own: Vec<u32> =
+            self.directory.iter().copied().filter(|&table| table != 0).collect();
+        own.sort_unstable();
+        if own.windows(2).any(|two| two[0] == two[1]) {
+            return Err(damaged(path, "two of its grain tables lie at one place"));
+        }
         for (index, &table) in self.directory.iter().enumerate().filter(|(_, table)| **table != 0) {
             for (number, entry) in (0..).zip(self.read_table(table).map_err(&host)?) {
                 if entry == 0 || entry == 1 && self.zero_grains {

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID, uuid4
 
-from tetrarch._native import XenDomain
+from tetrarch._native import EngineError, XenDomain
+from tetrarch.errors import StateError
 from tetrarch.platforms.platform import Hypercalls, Msr, Platform
 from tetrarch.platforms.xen.arguments import HypercallError
 from tetrarch.platforms.xen.cpuid import HYPERCALL_PAGE_MSR, leaves
@@ -90,15 +91,26 @@ class Xen:
             "uuid": self._uuid.hex,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        parameters = list(state["parameters"])
-        if len(parameters) != PARAMS:
-            raise ValueError(f"{len(parameters)} parameters of an HVM guest")
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Raises StateError."""
+        try:
+            self._load(state)
+        except (AttributeError, EngineError, LookupError, TypeError, ValueError) as error:
+            raise StateError("saved state of 'xen' is none", mend="save it again") from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        uuid = UUID(state["uuid"])
+        parameters, given_up = list(state["parameters"]), set(state["given-up"])
+        if len(parameters) != PARAMS or not all(_is_number(value) for value in parameters):
+            raise ValueError(parameters)
+        pages = 0 if self._vm is None else max(at + size for at, size in self._vm.ram) >> 12
+        if not all(_is_number(frame) and frame < pages for frame in given_up):
+            raise ValueError(given_up)
         tsc = 0 if self._vm is None else self._vm.vcpu(0).msr(_TSC) or 0
-        self.domain.load(state["domain"], tsc)
+        self.domain.load(dict(state["domain"]), tsc)
         self._parameters.values = parameters
-        self._memory.given_up = set(state["given-up"])
-        self._uuid = UUID(state["uuid"])
+        self._memory.given_up = given_up
+        self._uuid = uuid
 
     def _version(self, call: GuestCall) -> int:
         return Version(self._uuid)(call)
@@ -115,6 +127,10 @@ class Xen:
             return handler(call)
         except HypercallError as error:
             return error.error
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
 
 
 def _vm_assist(call: GuestCall) -> int:
