@@ -168,3 +168,11 @@ def test_debian_runs_on_vmware_and_its_disk_elsewhere(disk: MachineConfig) -> No
         assert ask(vm, "findmnt --noheadings --output SOURCE /").startswith("/dev/vd")
         assert ask(vm, "systemd-detect-virt") != "vmware\n"
         vm.kill()
+    xen = disk.model_copy(update={"platform": "xen", "net": (NetSpec.parse("user"),)})
+    with Machine(xen) as vm:
+        vm.start()
+        vm.console.expect("\nbox login: ", LIMIT_S)
+        assert ask(vm, "systemctl is-system-running --wait || systemctl --failed") == "running\n"
+        assert ask(vm, "systemd-detect-virt; cat /sys/hypervisor/type") == "xen\nxen\n"
+        assert ask(vm, "findmnt --noheadings --output SOURCE /").startswith("/dev/vd")
+        vm.kill()

@@ -414,6 +414,22 @@ fn damaged_vmdk_is_refused_with_its_damage() {
 }
 
 #[test]
+fn vmdk_of_one_file_many_times_is_refused() {
+    let folder = folder();
+    let (path, other) = (folder.path().join("disk.vmdk"), folder.path().join("part.vmdk"));
+    let refused = |extents: String| {
+        std::fs::write(&path, format!("# Disk DescriptorFile\nversion=1\n{extents}")).unwrap();
+        refusal(&path, READONLY)
+    };
+    create(&other, Format::Vmdk, &new(MIB)).unwrap();
+    let twice = "RW 2048 SPARSE \"part.vmdk\"\nRW 2048 SPARSE \"./part.vmdk\"\n".into();
+    assert!(refused(twice).contains("a file is too many of its extents"));
+    std::fs::write(folder.path().join("flat"), [0; 512]).unwrap();
+    let many = "RW 1 FLAT \"flat\" 0\n".repeat(257);
+    assert!(refused(many).contains("a file is too many of its extents"));
+}
+
+#[test]
 fn stream_that_is_damaged_fails_where_it_is_read() {
     let folder = folder();
     let (raw, path) = (folder.path().join("disk.img"), folder.path().join("disk.vmdk"));

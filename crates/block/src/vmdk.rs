@@ -6,10 +6,11 @@ mod descriptor;
 mod sparse;
 mod stream;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -53,6 +54,10 @@ struct ContentId {
     at: u64,
 }
 
+/// How often a descriptor may name a file of the disk's bytes: each time it is opened and locked
+/// anew.
+const EXTENTS_OF_A_FILE: usize = 256;
+
 /// A disk, by its extents.
 pub(crate) struct Vmdk {
     parts: Vec<Part>,
@@ -83,11 +88,23 @@ impl Vmdk {
         found.content_id = found.content_id.filter(|_| text.len() == bytes.len());
         let mut parts = Vec::new();
         let mut size = 0u64;
+        let mut files = HashMap::new();
         for extent in &found.extents {
             let end = size.checked_add(extent.length).filter(|&end| end <= i64::MAX as u64);
             let end = end.ok_or_else(|| damaged(path, "extents beyond any disk"))?;
             let writable = writes && extent.writable;
             let data = Data::open(extent, path, writable)?;
+            if let Some(file) = data.file() {
+                let about = file.metadata();
+                let about = about.map_err(|e| ImageError::host(path, "cannot use the image", e))?;
+                let times: &mut usize = files.entry((about.dev(), about.ino())).or_default();
+                *times += 1;
+                // A sparse one is a disk with tables of its own.
+                let most = if matches!(data, Data::Sparse(_)) { 1 } else { EXTENTS_OF_A_FILE };
+                if *times > most {
+                    return Err(damaged(path, "a file is too many of its extents"));
+                }
+            }
             parts.push(Part { start: size, end, data, writable });
             size = end;
         }
@@ -263,6 +280,14 @@ impl Data {
             return Err(ImageError::new(place, cause, "get the file again"));
         }
         Ok(data)
+    }
+
+    fn file(&self) -> Option<&File> {
+        match self {
+            Self::Flat(file, _) => Some(file),
+            Self::Sparse(sparse) => Some(sparse.file()),
+            Self::Zero | Self::NoAccess => None,
+        }
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -320,6 +320,10 @@ impl Sparse {
         Ok(())
     }
 
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// How much of a grain is of the disk.
     fn length(&self, grain: u64) -> u64 {
         self.size.saturating_sub(grain.saturating_mul(self.grain)).min(self.grain)
