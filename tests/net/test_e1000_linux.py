@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
+from tests.net.card_traffic import carries, copied_at, need_ip, takes_large_frames
 from tests.net.namespace import in_namespace, ip, need_root
 from tests.net.test_linux import HOST, PAGE, made, shell, web
-from tests.net.test_programs import drops, measure
-from tests.net.test_vmxnet3_linux import need_ip
+from tests.net.test_programs import drops
 from tests.programs import initrd_with
 
 from tetrarch import Machine
@@ -72,57 +71,24 @@ def test_offloads_on_and_off_carry_iperf_and_copies_unharmed(
 ) -> None:
     initrd = initrd_with(standard_guest, ["iperf3", "ethtool"], tmp_path)
     data = bytes(hashlib.shake_256(b"copied").digest(24 << 20))
-    expected = hashlib.sha256(data).hexdigest()
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "data").write_bytes(data)
     net = "tap=t0,model=e1000"
     with made(standard_guest, initrd=initrd, net=net, cpus=2, memory="512M") as vm:
         ip("addr add 10.8.0.1/24 dev t0")
         vm.start()
         ask = shell(vm)
-        ask("ip link set lo up && ip addr add 10.8.0.2/24 dev eth0")
-        ask("httpd -p 80 -h /tmp")
-        servers = [
-            subprocess.Popen(["iperf3", "-s", "-B", "10.8.0.1"], stdout=subprocess.DEVNULL),
-            subprocess.Popen(
-                ["python3", "-m", "http.server", "-b", "10.8.0.1", "8000"],
-                cwd=tmp_path / "www",
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            ),
-        ]
-        try:
+        with copied_at(ask, data, tmp_path / "www") as digest:
             assert "driver: e1000" in ask("ethtool -i eth0")
             left = ask("ethtool -k eth0")
             for feature in ("tx-checksum-ip-generic", "tx-tcp-segmentation", "rx-vlan-offload"):
                 assert f"{feature}: on" in left, left
             for features in ("", "rx on", "tso off", "tx off", "sg off", "rx off"):
-                if features:
-                    ask(f"ethtool -K eth0 {features}")
-                for way in ("", "--reverse", "--bidir"):
-                    end = measure(ask, f"-c 10.8.0.1 --parallel 4 {way}")
-                    assert end["sum_received"]["bytes"] > 1 << 20, (features, way)
-                ask("wget -q -O /tmp/data http://10.8.0.1:8000/data")
-                assert expected in ask("sha256sum /tmp/data")
-                got = subprocess.run(
-                    ["curl", "-s", "http://10.8.0.2/data"], capture_output=True, check=True
-                )
-                assert hashlib.sha256(got.stdout).hexdigest() == expected
+                carries(ask, features, digest)
             # What the card has counted.
             said = ask("ethtool -S eth0")
             assert not re.search(r"errors: +[1-9]", said), said
             for name in ("rx_packets", "tx_packets", "tx_tcp_seg_good", "rx_csum_offload_good"):
                 assert re.search(rf"{name}: +[1-9]", said), said
-            # Frames of 9000 bytes.
-            ip("link set t0 mtu 9000")
-            ask("ip link set eth0 mtu 9000")
-            assert "5 packets received" in ask("ping -c 5 -s 8900 10.8.0.1")
-            ask("ethtool -K eth0 tso on rx on tx on sg on")
-            assert measure(ask, "-c 10.8.0.1 --bidir")["sum_received"]["bytes"] > 1 << 20
-        finally:
-            for server in servers:
-                server.kill()
-                server.wait()
+            takes_large_frames(ask, "tso on rx on tx on sg on")
         assert drops(vm) == {}
         log = ask("dmesg")
         assert not re.search(COMPLAINTS, log), log

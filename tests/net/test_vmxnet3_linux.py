@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from tests.net.card_traffic import carries, copied_at, need_ip, takes_large_frames
 from tests.net.namespace import in_namespace, ip, need_root
 from tests.net.test_linux import HOST, PAGE, made, shell, web
-from tests.net.test_programs import drops, measure
+from tests.net.test_programs import drops
 from tests.programs import initrd_with
 
 from tetrarch import Machine
@@ -23,7 +22,6 @@ from tetrarch.net.mac import format_mac, stable_mac
 
 __all__ = ["web"]
 
-need_ip = pytest.mark.skipif(shutil.which("ip") is None, reason="no ip: apt-get install iproute2")
 COMPLAINTS = r"BUG|Oops|WARNING|Call Trace|tx hang|: resetting|error 0x|blocked for more"
 
 
@@ -73,26 +71,12 @@ def test_offloads_on_and_off_carry_iperf_and_copies_unharmed(
 ) -> None:
     initrd = initrd_with(standard_guest, ["iperf3", "ethtool"], tmp_path)
     data = bytes(hashlib.shake_256(b"copied").digest(24 << 20))
-    expected = hashlib.sha256(data).hexdigest()
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "data").write_bytes(data)
     net = "tap=t0,model=vmxnet3"
     with made(standard_guest, initrd=initrd, net=net, cpus=2, memory="512M") as vm:
         ip("addr add 10.8.0.1/24 dev t0")
         vm.start()
         ask = shell(vm)
-        ask("ip link set lo up && ip addr add 10.8.0.2/24 dev eth0")
-        ask("httpd -p 80 -h /tmp")
-        servers = [
-            subprocess.Popen(["iperf3", "-s", "-B", "10.8.0.1"], stdout=subprocess.DEVNULL),
-            subprocess.Popen(
-                ["python3", "-m", "http.server", "-b", "10.8.0.1", "8000"],
-                cwd=tmp_path / "www",
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            ),
-        ]
-        try:
+        with copied_at(ask, data, tmp_path / "www") as digest:
             assert "driver: vmxnet3" in ask("ethtool -i eth0")
             left = ask("ethtool -k eth0")
             for feature in (
@@ -105,17 +89,7 @@ def test_offloads_on_and_off_carry_iperf_and_copies_unharmed(
             ):
                 assert f"{feature}: on" in left, left
             for features in ("", "lro off", "tso off", "tx off", "rx off", "sg off"):
-                if features:
-                    ask(f"ethtool -K eth0 {features}")
-                for way in ("", "--reverse", "--bidir"):
-                    end = measure(ask, f"-c 10.8.0.1 --parallel 4 {way}")
-                    assert end["sum_received"]["bytes"] > 1 << 20, (features, way)
-                ask("wget -q -O /tmp/data http://10.8.0.1:8000/data")
-                assert expected in ask("sha256sum /tmp/data")
-                got = subprocess.run(
-                    ["curl", "-s", "http://10.8.0.2/data"], capture_output=True, check=True
-                )
-                assert hashlib.sha256(got.stdout).hexdigest() == expected
+                carries(ask, features, digest)
             # What the card has counted, by queue.
             said = ask("ethtool -S eth0")
             sent = [int(count) for count in re.findall(r"ucast pkts tx: (\d+)", said)]
@@ -123,16 +97,7 @@ def test_offloads_on_and_off_carry_iperf_and_copies_unharmed(
             assert len(sent) == len(came) == 2
             assert min(*sent, *came) > 100
             assert not re.search(r"pkts (tx|rx) err: +[1-9]", said), said
-            # Frames of 9000 bytes.
-            ip("link set t0 mtu 9000")
-            ask("ip link set eth0 mtu 9000")
-            assert "5 packets received" in ask("ping -c 5 -s 8900 10.8.0.1")
-            ask("ethtool -K eth0 lro on tso on rx on tx on sg on")
-            assert measure(ask, "-c 10.8.0.1 --bidir")["sum_received"]["bytes"] > 1 << 20
-        finally:
-            for server in servers:
-                server.kill()
-                server.wait()
+            takes_large_frames(ask, "lro on tso on rx on tx on sg on")
         assert drops(vm) == {}
         log = ask("dmesg")
         assert not re.search(COMPLAINTS, log), log

@@ -11,20 +11,11 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from tests.platforms.linux import PATIENCE, PROMPT, lives_again, said
 from tests.userland.debian import DebianRoot
 
 from tetrarch import Machine, MachineStateError
 from tetrarch.images import CachedGuest
-
-PROMPT = "root@tetrarch"
-PATIENCE = 120.0
-
-
-def said(vm: Machine, command: str) -> str:
-    """What a command prints, between two marks that its echo does not have."""
-    vm.console.send(f"echo BEG''IN; {command}; echo EN''D\n")
-    vm.console.expect("BEGIN", PATIENCE)
-    return vm.console.expect("END", PATIENCE).rpartition("END")[0].strip()
 
 
 def test_linux_says_that_it_is_on_vmware(debian_guest: CachedGuest, tmp_path: Path) -> None:
@@ -116,17 +107,7 @@ def test_guest_sees_time_that_a_busy_host_has_stolen(
 def test_recorded_guest_lives_again_on_its_platform(
     debian_guest: CachedGuest, tmp_path: Path
 ) -> None:
-    recording = tmp_path / "recording"
-    with Machine(engine="bt", platform="vmware", rng=False, balloon=False, record=recording) as vm:
-        vm.start()
-        vm.console.expect(PROMPT, PATIENCE)
-        vm.console.send("poweroff\n")
-        vm.wait(PATIENCE)
-    with Machine(replay=recording) as vm:
-        vm.start()
-        vm.wait(PATIENCE)
-        assert vm.recording is not None
-        assert vm.recording.kind == "replayed"
+    assert lives_again("vmware", tmp_path / "recording")
 
 
 def test_another_platform_has_neither_variables_nor_tools(debian_guest: CachedGuest) -> None:

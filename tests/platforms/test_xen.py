@@ -6,7 +6,7 @@ import struct
 import time
 
 import pytest
-from tests.conformance.guest import CODE, DATA, HANDLER
+from tests.conformance.guest import DATA, HANDLER
 from tests.platforms.xen_guest import (
     EEXIST,
     EFAULT,
@@ -75,6 +75,7 @@ def test_version_is_told(guest: XenGuest, instruction: bytes) -> None:
     assert guest.call(VERSION, 6, struct.pack("<II", 1, 0)) == EINVAL
     assert guest.call(VERSION, 8, bytes(16)) == 0
     assert any(guest.vm.read_memory(DATA, 16))
+    assert guest.call(VERSION, 7) == 4096, "a page"
     assert guest.call(VERSION, 99) == ENOSYS
     assert guest.call(VERSION, 1, NOWHERE) == EFAULT
     assert guest.call(VERSION, 6, NOWHERE) == EFAULT
@@ -135,8 +136,7 @@ def test_ports_are_bound_and_told(guest: XenGuest) -> None:
     assert guest.answer("<I", 8) == (4,)
     assert guest.call(EVENTS, 0, struct.pack("<HHII", 0, 0, 3, 0)) == ESRCH
     assert guest.call(EVENTS, 0, struct.pack("<HHII", SELF, 0, 99, 0)) == EINVAL
-    status = {port: guest.call(EVENTS, 5, struct.pack("<HHI16x", SELF, 0, port)) for port in (1,)}
-    assert status == {1: 0}
+    assert guest.call(EVENTS, 5, struct.pack("<HHI16x", SELF, 0, 1)) == 0
     assert guest.answer("<II", 8) == (5, 0), "an IPI"
     for port, kind, detail in ((2, 4, 0), (3, 2, 1), (0, 0, 0), (50, 0, 0)):
         assert guest.call(EVENTS, 5, struct.pack("<HHI16x", SELF, 0, port)) == 0
@@ -204,11 +204,9 @@ def test_upcall_reaches_the_vcpu(guest: XenGuest) -> None:
     guest.vector(VECTOR, HANDLER, width=64)
     guest.vm.write_memory(HANDLER, bytes.fromhex("bb2a000000") + STOP)  # mov ebx, 42
     guest.vm.write_memory(DATA, struct.pack("<I", port))
-    # mov dword [LAPIC + 0xf0], 0x1ff ; vmcall ; sti ; hlt
-    enable = bytes.fromhex("c704 25") + struct.pack("<II", LAPIC + 0xF0, 0x1FF)
-    code = bytes.fromhex("41b8") + struct.pack("<I", LAPIC + 0xF0)  # mov r8d, ...
+    # mov r8d, SPURIOUS ; mov dword [r8], 0x1ff ; vmcall ; sti ; hlt
+    code = bytes.fromhex("41b8") + struct.pack("<I", LAPIC + 0xF0)
     code += bytes.fromhex("41c700ff010000") + VMCALL + bytes.fromhex("fbf4")
-    assert len(enable) == 11
     guest.long_mode(code, rax=EVENTS, rdi=4, rsi=DATA)
     assert guest.run() == "stopped"
     assert guest.register("rbx") == 42
@@ -424,8 +422,3 @@ def test_damaged_state_is_refused(damage: dict[str, object]) -> None:
 def test_engine_kvm_is_refused() -> None:
     with pytest.raises(ConfigError, match="engine kvm cannot have the platform xen; use engine bt"):
         Machine(engine="kvm", platform="xen")
-
-
-def test_code_of_the_guest_is_where_it_is(guest: XenGuest) -> None:
-    assert guest.call(VERSION, 7) == 4096
-    assert guest.register("rip") == CODE + len(VMCALL) + len(STOP)

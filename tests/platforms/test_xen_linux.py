@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.platforms.test_vmware_linux import PATIENCE, PROMPT, said
+from tests.platforms.linux import PATIENCE, PROMPT, lives_again, said
 
 from tetrarch import Machine, images
 from tetrarch.images import CachedGuest
@@ -62,17 +62,7 @@ def test_guest_that_reboots_starts_again_on_xen(debian_guest: CachedGuest) -> No
 
 @pytest.mark.long
 def test_recorded_guest_of_xen_lives_again(debian_guest: CachedGuest, tmp_path: Path) -> None:
-    recording = tmp_path / "recording"
-    with Machine(engine="bt", platform="xen", rng=False, balloon=False, record=recording) as vm:
-        vm.start()
-        vm.console.expect(PROMPT, PATIENCE)
-        vm.console.send("sleep 1; poweroff\n")
-        vm.wait(PATIENCE)
-    with Machine(replay=recording) as vm:
-        vm.start()
-        vm.wait(PATIENCE)
-        assert vm.recording is not None
-        assert vm.recording.kind == "replayed"
+    assert lives_again("xen", tmp_path / "recording")
 
 
 @pytest.mark.long

@@ -1,8 +1,6 @@
 //! Errors of hypercalls, negative as they are returned (public/errno.h).
 
-pub const PERM: i64 = -1;
 pub const NOENT: i64 = -2;
-pub const SRCH: i64 = -3;
 pub const FAULT: i64 = -14;
 pub const EXIST: i64 = -17;
 pub const INVAL: i64 = -22;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from tetrarch._native import EngineError
@@ -25,7 +26,7 @@ class _Rings(Protocol):
     def close(self) -> None: ...
 
 
-class NetworkCard:
+class NetworkCard(ABC):
     """A card, as a device to plug in; its subclass has made what is declared here.
 
     Lock: ``_lock``, for its registers and what they say of the rings.
@@ -43,8 +44,8 @@ class NetworkCard:
         self._changed_mac: bytes | None = None
 
     @property
-    def _rings(self) -> _Rings:
-        raise NotImplementedError
+    @abstractmethod
+    def _rings(self) -> _Rings: ...
 
     @property
     def mac(self) -> bytes:

@@ -2,10 +2,9 @@
 
 from typing import Final
 
-__all__ = ["EFAULT", "EINVAL", "ENOENT", "ENOSYS", "EPERM", "ESRCH"]
+__all__ = ["EFAULT", "EINVAL", "ENOSYS", "EPERM", "ESRCH"]
 
 EPERM: Final = -1
-ENOENT: Final = -2
 ESRCH: Final = -3
 EFAULT: Final = -14
 EINVAL: Final = -22
